@@ -1,0 +1,79 @@
+# iha.c: build, test, measure. `make help` lists the targets.
+#
+#   make                 ./train_iha
+#   make test            every test; SANITIZE=1 under ASan and UBSan
+#   make bench           the benchmark table
+#   make quickstart      a model from real text in a few minutes
+
+CC ?= cc
+# The machine that runs is the machine that builds; ARCH=x86-64-v3 makes a binary for others.
+ARCH ?= native
+SANITIZE ?= 0
+
+WARNINGS = -Wall -Wextra -Werror -Wno-format-truncation
+COMMON = -std=gnu17 -g -march=$(ARCH) -fopenmp -I. $(WARNINGS)
+# GCC's own choice on AVX-512 machines is 256-bit vectors; the kernels are written for the full width.
+VECTORS = -mprefer-vector-width=512
+ifeq ($(SANITIZE),1)
+BUILD = build/sanitize
+CFLAGS = $(COMMON) -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
+else
+BUILD = build/release
+CFLAGS = $(COMMON) -O3 $(VECTORS) -fno-math-errno -fno-trapping-math
+endif
+LIBS = -ldnnl -lcjson -linih -lpcre2-8 -lm
+
+KERNELS = $(wildcard kernels/*.c kernels/cpu/*.c)
+MODEL = $(wildcard model/*.c)
+DATA = $(wildcard data/*.c)
+
+KERNEL_OBJECTS = $(KERNELS:%.c=$(BUILD)/%.o)
+DOUBLE_OBJECTS = $(KERNELS:%.c=$(BUILD)/double/%.o)
+OTHER_OBJECTS = $(MODEL:%.c=$(BUILD)/%.o) $(DATA:%.c=$(BUILD)/%.o)
+
+# Tests of gradients link the kernels built in double; the others link what training runs.
+DOUBLE_TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*_gradients.c tests/test_facts.c))
+C_TESTS = $(filter-out $(DOUBLE_TESTS),$(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c)))
+
+ifeq ($(SANITIZE),1)
+BINARY = $(BUILD)/train_iha
+else
+BINARY = train_iha
+endif
+
+.PHONY: all help deps test bench quickstart clean format
+.SECONDARY:
+
+all: $(BINARY)
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(BINARY): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
+	$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
+
+$(BUILD)/train_iha.o: train_iha.cu
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -MMD -x c -c $< -o $@
+
+$(BUILD)/double/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -DKERNELS_DOUBLE -MMD -c $< -o $@
+
+$(BUILD)/%.o: %.c
+	@mkdir -p $(@D)
+	$(CC) $(CFLAGS) -MMD -c $< -o $@
+
+$(C_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
+	$(CC) $(CFLAGS) $^ -o $@ -lcmocka $(LIBS)
+
+$(DOUBLE_TESTS): $(BUILD)/tests/%: $(BUILD)/double/tests/%.o $(DOUBLE_OBJECTS) $(OTHER_OBJECTS)
+	$(CC) $(CFLAGS) $^ -o $@ -lcmocka $(filter-out -ldnnl,$(LIBS))
+
+clean:
+	rm -rf build train_iha
+
+format:
+	clang-format -i $$(git ls-files '*.c' '*.h' '*.cu')
+
+-include $(shell find build -name '*.d' 2>/dev/null)

@@ -1,0 +1,159 @@
+#!/usr/bin/env python3
+"""Real English text from distribution packages, for training without a download.
+
+    data/corpus.py bible     King James Bible, 4 MB   (Debian: bible-kjv bible-kjv-text)
+    data/corpus.py gcide     a dictionary, 29 MB      (Debian: dict-gcide)
+
+Writes data/corpus/NAME.txt: plain ASCII, one paragraph a line, a blank line between documents (a chapter,
+an entry), so that data/prepare.py takes it with `--document-separator blank-lines`. Nothing is installed:
+a missing package is named, with exit code 2.
+"""
+
+import argparse
+import gzip
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+GCIDE = Path("/usr/share/dictd/gcide.dict.dz")
+
+
+class UserError(Exception):
+    """Something the user can put right; its text is the one line they see."""
+
+
+# --------------------------------------------------------------------------------------------- bible
+
+VERSE = re.compile(r"(\d?[A-Za-z]+\d+):\d+ (.*)")
+
+
+def bible():
+    """One verse a line, as the King James Bible is set; references go, chapters are documents."""
+    try:
+        run = subprocess.run(["bible", "-f", "gen1:1-rev22:21"], capture_output=True, text=True, cwd="/")
+    except FileNotFoundError:
+        raise UserError("bible: not installed; apt-get install bible-kjv bible-kjv-text") from None
+    chapters = {}
+    for line in run.stdout.splitlines():
+        match = VERSE.fullmatch(line)
+        if match:
+            chapters.setdefault(match[1], []).append(" ".join(match[2].split()))
+    verses = sum(map(len, chapters.values()))
+    if len(chapters) != 1189 or verses != 31102:  # what every complete King James Bible has
+        raise UserError(f"bible: found {len(chapters)} of 1189 chapters and {verses} of 31102 verses; "
+                        "apt-get install --reinstall bible-kjv bible-kjv-text")
+    return ("\n".join(chapter) for chapter in chapters.values())
+
+
+# --------------------------------------------------------------------------------------------- gcide
+
+# Where an entry came from, after nearly every paragraph: [1913 Webster], [WordNet 1.5 +PJC], ...
+SOURCE = r"\[[^\[\]]*(?:1913\s+Webster|Webster\s+1913|WordNet|PJC|Century\s+Dict)[^\[\]]*\]"
+UNBALANCED_SOURCE = re.compile(r"\s*\[?\bWordNet 1\.5\]?$")
+SOURCE_LINE = re.compile(rf"\s*{SOURCE}(?:\s\S+)?\s*")  # some carry the next headword's sort key
+# Headword respelled between backslashes, and its pronunciation; not a subject label such as (Zool.)
+RESPELLED = re.compile(r"\s*\\[^\\]*\\(?:\s*\((?![A-Z][^()]*\.\))[^()]*\))?\s*")
+STRESS = re.compile(r"""(?<=[A-Za-z])["`*^]+(?=[A-Za-z-])""")  # un*con"scion*a*bly
+PLURAL_SOUND = re.compile(r"\s\(-[^()\s]+\)")
+LETTERS = {"imac": "i", "aum": "a", "asl": "a", "add": "a", "udd": "u", "usl": "u", "eth": "th",
+           "deg": " deg.", "sect": "sect. ", "root": "root ", "frac12": " 1/2", "frac14": " 1/4",
+           "frac34": " 3/4", "pound": "L", "Crev": "C", "crev": "c"}
+NAMED_LETTER = re.compile(r"\[(%s)\]" % "|".join(LETTERS))
+# ['e] [`e] ["o] [=a] [a^] [ae]: an accent before or after one or two letters, or a ligature
+MARKED_LETTER = re.compile(r"""\[(?:[-'`"=~.,^*/:+]([A-Za-z]{1,2})|([A-Za-z]{1,2})[-'`"=~.,^*/:+]|([AaOo][Ee]))\]""")
+BYTES = {0x92: "'", 0xB9: "'", 0xE7: "c"}  # the file's only three bytes outside ASCII
+
+
+def after_headword(following):
+    """What stands between a headword and the character that follows it."""
+    return ": " if following.isalnum() else " " if following in ("(", "[", "&") else ""
+
+
+def paragraph(lines):
+    """A paragraph's hard-wrapped lines as one line of plain text."""
+    text = " ".join(" ".join(lines).split())
+    text = re.sub(rf"\s*{SOURCE}", "", text)
+    text = UNBALANCED_SOURCE.sub("", text)
+    text = NAMED_LETTER.sub(lambda match: LETTERS[match[1]], text)
+    text = MARKED_LETTER.sub(lambda match: match[1] or match[2] or match[3], text)
+    text = RESPELLED.sub(lambda match: after_headword(text[match.end():match.end() + 1]), text)
+    text = STRESS.sub("", PLURAL_SOUND.sub("", text))
+    return " ".join(text.replace("{", "").replace("}", "").split())
+
+
+def gcide_entries(lines):
+    """Lists of paragraphs (lists of lines). An entry starts in column 0, with its headword respelled."""
+    entry = None
+    for line in lines:
+        wrapped = entry and sum(part.count("\\") for part in entry[-1]) % 2  # inside a long respelling
+        if line[:1].strip() and "\\" in line and not wrapped:
+            if entry:
+                yield entry
+            entry = [[]]
+        if entry is None or SOURCE_LINE.fullmatch(line):
+            continue  # before the first entry: the database's own notices
+        if line.strip():
+            entry[-1].append(line)
+        elif entry[-1]:
+            entry.append([])
+    if entry:
+        yield entry
+
+
+def gcide():
+    """One paragraph a line: headword and definition, then senses, quotations, synonyms."""
+    if not GCIDE.exists():
+        raise UserError(f"gcide: {GCIDE} is missing; apt-get install dict-gcide")
+    with gzip.open(GCIDE) as file:
+        lines = file.read().decode("latin-1").translate(BYTES).splitlines()
+    for entry in gcide_entries(lines):
+        text = "\n".join(filter(None, map(paragraph, entry)))
+        if text:
+            yield text
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+CORPORA = {"bible": bible, "gcide": gcide}
+
+
+def write(documents, path):
+    """All or nothing: a reader never sees half a corpus."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".tmp")
+    count = 0
+    try:
+        with open(partial, "w", encoding="ascii", newline="\n") as file:
+            for document in documents:
+                file.write("\n" * bool(count) + document + "\n")
+                count += 1
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=sorted(CORPORA))
+    parser.add_argument("--out", type=Path, help="file to write (default: data/corpus/NAME.txt)")
+    parser.add_argument("--help", action="help", help="show this and stop")
+    parser.error = lambda message: sys.exit((print(f"corpus.py: {message}", file=sys.stderr), 2)[1])
+    options = parser.parse_args()
+    path = options.out or Path(__file__).parent / "corpus" / f"{options.name}.txt"
+    try:
+        count = write(CORPORA[options.name](), path)
+    except UserError as error:
+        parser.error(str(error))
+    except OSError as error:
+        print(f"corpus.py: {error}", file=sys.stderr)
+        return 1
+    print(f"{os.path.relpath(path)}: {path.stat().st_size:,} bytes, {count:,} documents")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+/* The tokenizer's public face: opening by name, decoding by table, and the course of one encoding.
+ *
+ * A tokenizer is read-only once open: everything that encoding changes lives in a struct encoding of the
+ * call, so any number of threads may share one. */
+#include "data/tokenizer_internal.h"
+
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { BYTE_IDS = 257, END_OF_DOCUMENT = 256 };
+
+/* ---- opening and closing ---- */
+
+static int make_byte_tokenizer(struct tokenizer *t, int64_t vocab_size, struct error *e) {
+    if (vocab_size < BYTE_IDS)
+        return fail_user(e,
+                         "the byte tokenizer has ids up to %d but the model's vocab_size is %lld: set "
+                         "model.vocab_size to %d or more",
+                         BYTE_IDS - 1, (long long)vocab_size, BYTE_IDS);
+    t->bytes = true;
+    t->size = BYTE_IDS;
+    t->end_of_text = END_OF_DOCUMENT;
+    t->tokens = calloc(BYTE_IDS, sizeof *t->tokens); /* the last one stays unknown: it has no text */
+    t->pool = calloc(256, 2);
+    if (!t->tokens || !t->pool)
+        return fail_run(e, "out of memory for the byte tokenizer");
+    for (int b = 0; b < 256; b++) {
+        t->pool[2 * b] = (char)b;
+        t->tokens[b] = (struct token){.at = 2 * (size_t)b, .length = 1, .known = true};
+    }
+    return 0;
+}
+
+struct tokenizer *tokenizer_open(const char *name, int64_t vocab_size, struct error *e) {
+    struct tokenizer *t = calloc(1, sizeof *t);
+    if (!t) {
+        fail_run(e, "out of memory for a tokenizer");
+        return NULL;
+    }
+    int rc = strcmp(name, "bytes") == 0 ? make_byte_tokenizer(t, vocab_size, e)
+                                        : tokenizer_load_json(t, name, vocab_size, e);
+    if (rc == 0)
+        return t;
+    tokenizer_close(t);
+    return NULL;
+}
+
+void tokenizer_close(struct tokenizer *t) {
+    if (!t)
+        return;
+    added_set_free(&t->added[0]);
+    added_set_free(&t->added[1]);
+    pre_tokenizer_free(t);
+    bpe_free(&t->bpe);
+    free(t->tokens);
+    free(t->pool);
+    free(t);
+}
+
+int64_t tokenizer_size(const struct tokenizer *t) {
+    return t->size;
+}
+
+int32_t tokenizer_end_of_text(const struct tokenizer *t) {
+    return t->end_of_text;
+}
+
+const char *tokenizer_decode(const struct tokenizer *t, int32_t id, size_t *length) {
+    bool known = id >= 0 && id < t->size && t->tokens[id].known;
+    *length = known ? t->tokens[id].length : 0;
+    return known ? t->pool + t->tokens[id].at : "";
+}
+
+/* ---- UTF-8 ---- */
+
+uint32_t utf8_next(const char *bytes, size_t length, int *used) {
+    static const uint32_t smallest[5] = {0, 0, 0x80, 0x800, 0x10000};
+    unsigned char c = (unsigned char)bytes[0];
+    int size = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : c < 0xf5 ? 4 : 0;
+    uint32_t code = size == 1 ? c : size ? c & (0x7fu >> size) : 0;
+    *used = 1;
+    if (size == 0 || (size_t)size > length)
+        return UINT32_MAX;
+    for (int i = 1; i < size; i++) {
+        if (((unsigned char)bytes[i] & 0xc0) != 0x80)
+            return UINT32_MAX;
+        code = code << 6 | ((unsigned char)bytes[i] & 0x3f);
+    }
+    if (code < smallest[size] || code > 0x10ffff || (code >= 0xd800 && code < 0xe000))
+        return UINT32_MAX;
+    *used = size;
+    return code;
+}
+
+/* A regular expression must see UTF-8 only. Bytes that are none become U+0001, neither space nor letter nor
+ * digit, one for one, so that offsets stay true; their own values are what gets encoded. U+180E becomes
+ * U+2060, another format character of the same length, because PCRE2's \s counts the former as a space
+ * (as Unicode did until 6.3) and the tokenizers library does not. Sets *clean to a malloc'd copy, or NULL
+ * when the text can stay as it is; *largest to its largest code point. */
+static int clean_text(const char *text, size_t length, char **clean, uint32_t *largest) {
+    int used;
+    *clean = NULL;
+    *largest = 0;
+    for (size_t i = 0; i < length; i += (size_t)used) {
+        uint32_t code = utf8_next(text + i, length - i, &used);
+        if (code == UINT32_MAX || code == 0x180e) {
+            if (!*clean) {
+                *clean = malloc(length);
+                if (!*clean)
+                    return -1;
+                memcpy(*clean, text, length);
+            }
+            memcpy(*clean + i, code == UINT32_MAX ? "\x01" : "\xe2\x81\xa0", (size_t)used);
+        }
+        if (code != UINT32_MAX && code > *largest)
+            *largest = code;
+    }
+    return 0;
+}
+
+/* ---- encoding ---- */
+
+int push_id(struct encoding *x, int32_t id) {
+    if (x->count == x->capacity) {
+        int64_t capacity = 2 * x->capacity;
+        int32_t *more = realloc(x->ids, (size_t)capacity * sizeof *more);
+        if (!more)
+            return fail_run(x->e, "out of memory for %lld tokens", (long long)capacity);
+        x->ids = more;
+        x->capacity = capacity;
+    }
+    x->ids[x->count++] = id;
+    return 0;
+}
+
+static int encode_bytes(struct encoding *x, const char *text, size_t length) {
+    for (size_t i = 0; i < length; i++)
+        if (push_id(x, (unsigned char)text[i]))
+            return -1;
+    return 0;
+}
+
+enum { HEAP_LIMIT_KIB = 256 << 10, CACHE_FROM_BYTES = 512 };
+
+static int prepare_encoding(struct encoding *x, size_t length) {
+    x->match = pcre2_match_data_create(1, NULL); /* only the whole match is of interest */
+    x->limits = pcre2_match_context_create(NULL);
+    if (!x->match || !x->limits)
+        return fail_run(x->e, "out of memory for matching");
+    pcre2_set_heap_limit(x->limits, HEAP_LIMIT_KIB);
+    if (length >= CACHE_FROM_BYTES)
+        x->cache = calloc(CACHE_SLOTS, sizeof *x->cache); /* without it, slower and the same */
+    return 0;
+}
+
+static int encode_cleaned(struct encoding *x, struct slice text, uint32_t largest) {
+    if (largest >= x->t->normal_below)
+        return fail_user(
+            x->e,
+            "this tokenizer cannot encode U+%04X: its normalizer is not supported from U+%04X on; "
+            "decoding works",
+            largest, x->t->normal_below);
+    return prepare_encoding(x, text.length) ? -1 : encode_text(x, text);
+}
+
+static int encode_with_file(struct encoding *x, const char *text, size_t length) {
+    uint32_t largest;
+    char *clean;
+    if (x->t->refusal[0])
+        return fail_user(x->e, "this tokenizer cannot encode text: %s; decoding works", x->t->refusal);
+    if (length > INT32_MAX)
+        return fail_user(x->e, "%zu bytes of text are too many at once: encode it in parts", length);
+    if (clean_text(text, length, &clean, &largest))
+        return fail_run(x->e, "out of memory for %zu bytes of text", length);
+    int rc = encode_cleaned(x, (struct slice){text, clean ? clean : text, length}, largest);
+    free(clean);
+    pcre2_match_data_free(x->match);
+    pcre2_match_context_free(x->limits);
+    bpe_scratch_free(&x->scratch);
+    free(x->cache);
+    return rc;
+}
+
+int64_t tokenizer_encode(const struct tokenizer *t, const char *text, size_t length, int32_t **ids,
+                         struct error *e) {
+    struct encoding x = {.t = t, .e = e, .capacity = (int64_t)(t->bytes ? length : length / 3) + 16};
+    *ids = NULL;
+    x.ids = malloc((size_t)x.capacity * sizeof *x.ids);
+    if (!x.ids)
+        return fail_run(e, "out of memory for %lld tokens", (long long)x.capacity);
+    if (t->bytes ? encode_bytes(&x, text, length) : encode_with_file(&x, text, length)) {
+        free(x.ids);
+        return -1;
+    }
+    *ids = x.ids;
+    return x.count;
+}

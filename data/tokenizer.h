@@ -1,0 +1,36 @@
+/* Text to tokens and back: the byte tokenizer, or a Hugging Face tokenizer.json.
+ *
+ * Bytes: ids 0-255 are bytes, 256 ends a document.
+ * tokenizer.json: byte-level BPE (GPT-2, Llama 3, ...) encodes and decodes exactly as the tokenizers
+ * library does; other models (Unigram, WordPiece) decode only, and encoding says so. */
+#ifndef IHA_TOKENIZER_H
+#define IHA_TOKENIZER_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "kernels/error.h"
+
+struct tokenizer;
+
+/* `name` is "bytes" or a path. Refuses (EXIT_USER) a file that is not a tokenizer, or has an id >=
+ * vocab_size, since such a tokenizer belongs to another model. */
+struct tokenizer *tokenizer_open(const char *name, int64_t vocab_size, struct error *e);
+void tokenizer_close(struct tokenizer *t);
+
+/* Number of ids the tokenizer itself knows (257 for bytes). */
+int64_t tokenizer_size(const struct tokenizer *t);
+
+/* The id that ends a document (256 for bytes; <|endoftext|>, <|end_of_text|>, </s>, ... of a file), or -1. */
+int32_t tokenizer_end_of_text(const struct tokenizer *t);
+
+/* Encode length bytes of text (any bytes, NUL included). Returns the count and a malloc'd array in *ids, or -1.
+ * Added tokens written out in the text (such as <|endoftext|>) are recognised as the tokenizers library does. */
+int64_t tokenizer_encode(const struct tokenizer *t, const char *text, size_t length, int32_t **ids,
+                         struct error *e);
+
+/* The bytes of one token, NUL-terminated beside *length; "" for ids without text (the byte tokenizer's 256
+ * and ids beyond the vocabulary). Owned by the tokenizer. Concatenating these decodes a sequence. */
+const char *tokenizer_decode(const struct tokenizer *t, int32_t id, size_t *length);
+
+#endif

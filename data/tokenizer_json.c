@@ -1,0 +1,443 @@
+/* Hugging Face's tokenizer.json: the vocabulary, the added tokens, and how ids become bytes.
+ *
+ * The file is parsed with cJSON, whose lists are linked: everything here walks them once and looks tokens up
+ * in a hash table. All entries (vocabulary, then added tokens) are first collected and their ids checked,
+ * which bounds every later allocation; then their text goes into one pool, already decoded, so that
+ * tokenizer_decode is an array access.
+ *
+ * Not read: "post_processor" (encoding adds no BOS or EOS; whoever wants one puts it there), "truncation" and
+ * "padding", which belong to a model's input and not to its text. */
+#include "data/tokenizer_internal.h"
+
+#include <cjson/cJSON.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* The largest published files have 40 MB and 10^6 ids; what is far larger is damaged or hostile. */
+enum { MAX_FILE_BYTES = 128 << 20, MAX_IDS = 1 << 24 };
+
+struct entry {
+    const char *text; /* in the JSON tree */
+    int32_t id;
+};
+
+struct loader {
+    struct tokenizer *t;
+    const char *path;
+    struct error *e;
+    const cJSON *root, *model;
+    struct entry *entries; /* the vocabulary's, then the added tokens' */
+    size_t count, capacity, vocab_count;
+    size_t text_bytes; /* enough for all their texts, decoded */
+    int64_t max_id;
+    struct string_map vocab; /* text as the file has it, to id: the model's own tokens */
+    struct spelling spelling;
+};
+
+/* ---- small helpers ---- */
+
+/* Text of the file, made fit for one line of an error. */
+static const char *shown(const char *text, char out[48]) {
+    snprintf(out, 48, "%.40s", text);
+    for (char *c = out; *c; c++)
+        if ((unsigned char)*c < ' ' || *c == 0x7f)
+            *c = '?';
+    return out;
+}
+
+int refuse_to_encode(struct tokenizer *t, const char *format, ...) {
+    va_list args;
+    if (t->refusal[0])
+        return 0;
+    va_start(args, format);
+    vsnprintf(t->refusal, sizeof t->refusal, format, args);
+    va_end(args);
+    for (char *c = t->refusal; *c; c++)
+        if ((unsigned char)*c < ' ')
+            *c = '?';
+    return 0;
+}
+
+const cJSON *json_member(const cJSON *object, const char *name) {
+    const cJSON *item = cJSON_GetObjectItemCaseSensitive(object, name);
+    return cJSON_IsNull(item) ? NULL : item;
+}
+
+int json_bool(const cJSON *object, const char *name, bool missing, bool *out, const char *path,
+              struct error *e) {
+    const cJSON *item = json_member(object, name);
+    if (item && !cJSON_IsBool(item))
+        return fail_user(e, "%s: \"%s\" must be true or false; is this a tokenizer.json?", path, name);
+    *out = item ? cJSON_IsTrue(item) : missing;
+    return 0;
+}
+
+int json_text(const cJSON *object, const char *name, const char **out, const char *path, struct error *e) {
+    const cJSON *item = json_member(object, name);
+    if (item && !cJSON_IsString(item))
+        return fail_user(e, "%s: \"%s\" must be text; is this a tokenizer.json?", path, name);
+    *out = item ? item->valuestring : NULL;
+    return 0;
+}
+
+bool json_is_type(const cJSON *node, const char *type) {
+    const cJSON *item = json_member(node, "type");
+    return cJSON_IsString(item) && strcmp(item->valuestring, type) == 0;
+}
+
+static bool is_utf8(const char *text) {
+    size_t length = strlen(text);
+    int used;
+    for (size_t i = 0; i < length; i += (size_t)used)
+        if (utf8_next(text + i, length - i, &used) == UINT32_MAX)
+            return false;
+    return true;
+}
+
+static int out_of_memory(const struct loader *l) {
+    return fail_run(l->e, "%s: out of memory", l->path);
+}
+
+static int not_a_tokenizer(const struct loader *l, const char *what) {
+    return fail_user(l->e, "%s: %s; is this a Hugging Face tokenizer.json?", l->path, what);
+}
+
+/* ---- the file ---- */
+
+static int read_all(int fd, char *out, size_t length) {
+    while (length > 0) {
+        ssize_t n = read(fd, out, length);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n <= 0)
+            return -1;
+        out += n;
+        length -= (size_t)n;
+    }
+    return 0;
+}
+
+static char *read_open_file(int fd, const char *path, size_t *length, struct error *e) {
+    struct stat st;
+    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
+        fail_user(e, "%s: not a regular file; data.tokenizer takes none, bytes or a tokenizer.json", path);
+        return NULL;
+    }
+    if (st.st_size > MAX_FILE_BYTES) {
+        fail_user(e, "%s: %lld bytes are more than any tokenizer.json has; is it the right file?", path,
+                  (long long)st.st_size);
+        return NULL;
+    }
+    char *text = malloc((size_t)st.st_size + 1);
+    if (!text) {
+        fail_run(e, "%s: out of memory", path);
+        return NULL;
+    }
+    if (read_all(fd, text, (size_t)st.st_size)) {
+        fail_user(e, "%s: could not be read whole: %s", path, errno ? strerror(errno) : "it is changing");
+        free(text);
+        return NULL;
+    }
+    text[st.st_size] = 0;
+    *length = (size_t)st.st_size;
+    return text;
+}
+
+static cJSON *parse_file(const char *path, struct error *e) {
+    size_t length = 0;
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hang us */
+    if (fd < 0) {
+        fail_user(e, "%s: cannot be opened: %s; data.tokenizer takes none, bytes or a tokenizer.json", path,
+                  strerror(errno));
+        return NULL;
+    }
+    char *text = read_open_file(fd, path, &length, e);
+    close(fd);
+    if (!text)
+        return NULL;
+    const char *end = text;
+    cJSON *root = cJSON_ParseWithLengthOpts(text, length + 1, &end, true);
+    if (!root)
+        fail_user(e, "%s: not valid JSON at byte %td of %zu; is it a tokenizer.json, and whole?", path,
+                  end - text, length);
+    free(text);
+    return root;
+}
+
+/* ---- collecting entries ---- */
+
+static int add_entry(struct loader *l, const char *text, double id) {
+    char name[48];
+    if (!(id >= 0 && id <= INT32_MAX && id == (double)(int32_t)id))
+        return fail_user(l->e,
+                         "%s: token '%s' has the id %g, which is none; the file is damaged, fetch it again",
+                         l->path, shown(text, name), id);
+    if (l->count == l->capacity) {
+        size_t capacity = l->capacity ? 2 * l->capacity : 1024;
+        struct entry *more = realloc(l->entries, capacity * sizeof *more);
+        if (!more)
+            return out_of_memory(l);
+        l->entries = more;
+        l->capacity = capacity;
+    }
+    l->entries[l->count++] = (struct entry){text, (int32_t)id};
+    l->text_bytes += strlen(text) + 2; /* a NUL, and a space where a style adds one */
+    if ((int64_t)id > l->max_id)
+        l->max_id = (int64_t)id;
+    return 0;
+}
+
+static int add_vocab_entry(struct loader *l, const char *text, double id) {
+    if (add_entry(l, text, id))
+        return -1;
+    return string_map_put(&l->vocab, text, strlen(text), (int32_t)id) ? out_of_memory(l) : 0;
+}
+
+/* BPE, WordPiece and WordLevel: {"text": id}. */
+static int collect_object(struct loader *l, const cJSON *vocab) {
+    for (const cJSON *item = vocab->child; item; item = item->next) {
+        if (!cJSON_IsNumber(item))
+            return not_a_tokenizer(l, "its vocabulary has an id that is no number");
+        if (add_vocab_entry(l, item->string, item->valuedouble))
+            return -1;
+    }
+    return 0;
+}
+
+/* Unigram: [["text", score]], where the place is the id. */
+static int collect_list(struct loader *l, const cJSON *vocab) {
+    double id = 0;
+    for (const cJSON *item = vocab->child; item; item = item->next) {
+        const cJSON *text = cJSON_IsArray(item) ? item->child : NULL;
+        if (!cJSON_IsString(text))
+            return not_a_tokenizer(l, "its vocabulary has an entry that is not [text, score]");
+        if (add_vocab_entry(l, text->valuestring, id++))
+            return -1;
+    }
+    return 0;
+}
+
+static int collect_vocab(struct loader *l) {
+    const cJSON *vocab = json_member(l->model, "vocab");
+    if (cJSON_IsObject(vocab) && collect_object(l, vocab))
+        return -1;
+    if (cJSON_IsArray(vocab) && collect_list(l, vocab))
+        return -1;
+    if (l->count == 0)
+        return not_a_tokenizer(l, "its model has no vocabulary");
+    l->vocab_count = l->count;
+    return 0;
+}
+
+static const cJSON *added_tokens(const struct loader *l) {
+    return json_member(l->root, "added_tokens");
+}
+
+static int collect_added(struct loader *l) {
+    const cJSON *list = added_tokens(l);
+    char name[48];
+    if (list && !cJSON_IsArray(list))
+        return not_a_tokenizer(l, "its \"added_tokens\" are no list");
+    for (const cJSON *item = list ? list->child : NULL; item; item = item->next) {
+        const cJSON *id = json_member(item, "id"), *content = json_member(item, "content");
+        if (!cJSON_IsNumber(id) || !cJSON_IsString(content))
+            return not_a_tokenizer(l, "an added token lacks its \"id\" or its \"content\"");
+        const char *text = content->valuestring;
+        if (!is_utf8(text))
+            return not_a_tokenizer(l, "an added token is not UTF-8");
+        if (add_entry(l, text, id->valuedouble))
+            return -1;
+        int32_t known = string_map_get(&l->vocab, text, strlen(text), -1);
+        if (known >= 0 && known != l->entries[l->count - 1].id)
+            return fail_user(l->e,
+                             "%s: token '%s' has the id %d and, as an added token, %d; the file is damaged",
+                             l->path, shown(text, name), known, l->entries[l->count - 1].id);
+    }
+    return 0;
+}
+
+static int check_range(const struct loader *l, int64_t vocab_size) {
+    if (l->max_id >= vocab_size)
+        return fail_user(
+            l->e,
+            "%s: the tokenizer has ids up to %lld but the model's vocab_size is %lld: it belongs to "
+            "another model",
+            l->path, (long long)l->max_id, (long long)vocab_size);
+    if (l->max_id >= MAX_IDS)
+        return fail_user(
+            l->e, "%s: the id %lld is larger than any tokenizer's; the file is damaged, fetch it again",
+            l->path, (long long)l->max_id);
+    return 0;
+}
+
+/* ---- the table of texts ---- */
+
+static void set_text(struct loader *l, const struct entry *entry, const struct spelling *spelling,
+                     size_t *used) {
+    struct token *token = &l->t->tokens[entry->id];
+    size_t length = spell_token(spelling, entry->text, l->t->pool + *used);
+    l->t->pool[*used + length] = 0;
+    *token = (struct token){.at = *used, .length = (uint32_t)length, .known = true};
+    *used += length + 1;
+}
+
+static int same_id(const struct loader *l, const struct entry *entry) {
+    char name[48];
+    return fail_user(
+        l->e, "%s: the id %d belongs to '%s' and to another token; the file is damaged, fetch it again",
+        l->path, entry->id, shown(entry->text, name));
+}
+
+static int fill_vocab(struct loader *l, size_t *used) {
+    struct tokenizer *t = l->t;
+    t->size = l->max_id + 1;
+    t->tokens = calloc((size_t)t->size, sizeof *t->tokens);
+    t->pool = malloc(l->text_bytes + 1);
+    if (!t->tokens || !t->pool)
+        return out_of_memory(l);
+    for (size_t i = 0; i < l->vocab_count; i++) {
+        if (t->tokens[l->entries[i].id].known)
+            return same_id(l, &l->entries[i]);
+        set_text(l, &l->entries[i], &l->spelling, used);
+    }
+    return 0;
+}
+
+/* Added tokens decode to what they are in the text. One may be in the vocabulary too, but not another's id.
+ */
+static int fill_added(struct loader *l, size_t *used) {
+    const struct spelling plain = {.style = STYLE_PLAIN};
+    struct string_map seen = {0};
+    int rc = 0;
+    for (size_t i = l->vocab_count; i < l->count && rc == 0; i++) {
+        const struct entry *entry = &l->entries[i];
+        size_t length = strlen(entry->text);
+        int32_t own = string_map_get(&l->vocab, entry->text, length, -1);
+        bool taken = l->t->tokens[entry->id].known && own != entry->id;
+        if (taken || string_map_get(&seen, entry->text, length, -1) >= 0)
+            rc = same_id(l, entry);
+        else if (string_map_put(&seen, entry->text, length, entry->id))
+            rc = out_of_memory(l);
+        else
+            set_text(l, entry, &plain, used);
+    }
+    string_map_free(&seen);
+    return rc;
+}
+
+/* ---- what encoding needs ---- */
+
+/* Whether text without code points from `below` on stays as it is; 0 when nothing is known about it. */
+static uint32_t normalizer_limit(const cJSON *node) {
+    if (!node)
+        return UINT32_MAX;
+    if (json_is_type(node, "NFC"))
+        return 0x300; /* the first combining character: everything below is in normal form */
+    if (json_is_type(node, "NFD") || json_is_type(node, "NFKC") || json_is_type(node, "NFKD"))
+        return 0x80;
+    const cJSON *list = json_is_type(node, "Sequence") ? json_member(node, "normalizers") : NULL;
+    uint32_t limit = cJSON_IsArray(list) ? UINT32_MAX : 0;
+    for (const cJSON *item = limit ? list->child : NULL; item; item = item->next) {
+        uint32_t one = normalizer_limit(item);
+        limit = one < limit ? one : limit;
+    }
+    return limit;
+}
+
+static void load_normalizer(struct loader *l) {
+    l->t->normal_below = normalizer_limit(json_member(l->root, "normalizer"));
+    if (l->t->normal_below == 0)
+        refuse_to_encode(l->t, "its normalizer is not supported");
+}
+
+static int load_added_set(struct loader *l) {
+    const cJSON *list = added_tokens(l);
+    for (const cJSON *item = list ? list->child : NULL; item; item = item->next) {
+        const char *text = json_member(item, "content")->valuestring;
+        struct added_token token = {.id = (int32_t)json_member(item, "id")->valuedouble};
+        bool special = false, normalized = false;
+        if (json_bool(item, "special", false, &special, l->path, l->e) ||
+            json_bool(item, "normalized", !special, &normalized, l->path, l->e) ||
+            json_bool(item, "lstrip", false, &token.lstrip, l->path, l->e) ||
+            json_bool(item, "rstrip", false, &token.rstrip, l->path, l->e) ||
+            json_bool(item, "single_word", false, &token.single_word, l->path, l->e))
+            return -1;
+        if (*text && added_set_put(&l->t->added[normalized], text, &token))
+            return out_of_memory(l);
+    }
+    return 0;
+}
+
+static int load_model(struct loader *l) {
+    bool is_bpe =
+        json_is_type(l->model, "BPE") || (!json_member(l->model, "type") && json_member(l->model, "merges"));
+    if (pre_tokenizer_load(l->t, json_member(l->root, "pre_tokenizer"), l->path, l->e))
+        return -1;
+    if (l->spelling.style != STYLE_BYTE_LEVEL)
+        refuse_to_encode(l->t, "it is not byte-level: its decoder is another one");
+    if (!is_bpe)
+        return refuse_to_encode(l->t, "its model is not BPE");
+    return bpe_load(l->t, l->model, &l->vocab, l->path, l->e);
+}
+
+static int32_t id_of(const struct loader *l, size_t from, size_t to, const char *text) {
+    for (size_t i = from; i < to; i++)
+        if (strcmp(l->entries[i].text, text) == 0)
+            return l->entries[i].id;
+    return -1;
+}
+
+/* By name, since the file does not say; an added token rather than an ordinary one. */
+static void find_end_of_text(struct loader *l) {
+    static const char *const names[] = {"<|endoftext|>",
+                                        "<|end_of_text|>",
+                                        "<|end▁of▁sentence|>",
+                                        "<｜end▁of▁sentence｜>",
+                                        "</s>",
+                                        "<eos>",
+                                        "<|eos|>",
+                                        "[EOS]",
+                                        "<EOS>"};
+    const int count = sizeof names / sizeof *names;
+    l->t->end_of_text = -1;
+    for (int i = 0; i < count && l->t->end_of_text < 0; i++)
+        l->t->end_of_text = id_of(l, l->vocab_count, l->count, names[i]);
+    for (int i = 0; i < count && l->t->end_of_text < 0; i++)
+        l->t->end_of_text = string_map_get(&l->vocab, names[i], strlen(names[i]), -1);
+}
+
+/* ---- all of it ---- */
+
+static int load_tree(struct loader *l, int64_t vocab_size) {
+    size_t used = 0;
+    l->model = json_member(l->root, "model");
+    if (!cJSON_IsObject(l->model))
+        return not_a_tokenizer(l, "it has no \"model\"");
+    if (collect_vocab(l) || collect_added(l) || check_range(l, vocab_size))
+        return -1;
+    find_spelling(&l->spelling, l->root, l->model);
+    load_normalizer(l);
+    if (fill_vocab(l, &used) || load_model(l) || fill_added(l, &used) || load_added_set(l))
+        return -1;
+    find_end_of_text(l);
+    return 0;
+}
+
+int tokenizer_load_json(struct tokenizer *t, const char *path, int64_t vocab_size, struct error *e) {
+    struct loader l = {.t = t, .path = path, .e = e, .max_id = -1};
+    cJSON *root = parse_file(path, e);
+    if (!root)
+        return -1;
+    l.root = root;
+    int rc = load_tree(&l, vocab_size);
+    free(l.entries);
+    string_map_free(&l.vocab);
+    cJSON_Delete(root);
+    return rc;
+}

@@ -1,0 +1,123 @@
+/* mlp_act: the activation between the two halves of the MLP.
+ *
+ *   gelu_tanh  f(u) = u sigma(2z), z = sqrt(2/pi) (u + 0.044715 u^3)      (Hendrycks & Gimpel 2016; since
+ *              (1 + tanh z) / 2 = sigma(2z), one exponential and one division do)
+ *   relu2      f(u) = max(u, 0)^2
+ *   swiglu     silu(gate) u, silu(g) = g sigma(g) */
+#include "kernels/cpu/cpu.h"
+
+static const real GELU_SCALE = (real)1.5957691216057308; /* 2 sqrt(2/pi) */
+static const real GELU_CUBE = (real)0.044715;
+
+static inline vreal sigmoid(vreal x) {
+    return 1 / (1 + vexp(-x));
+}
+
+static inline vreal gelu(vreal u) {
+    return u * sigmoid(GELU_SCALE * (u + GELU_CUBE * u * u * u));
+}
+
+static inline vreal gelu_slope(vreal u) {
+    vreal s = sigmoid(GELU_SCALE * (u + GELU_CUBE * u * u * u));
+    return s + u * s * (1 - s) * GELU_SCALE * (1 + 3 * GELU_CUBE * u * u);
+}
+
+static inline vreal relu(vreal u) {
+    return vselect(u < 0, vsplat(0), u); /* NaN stays */
+}
+
+/* A row's last, partial vector is computed on a copy. */
+static inline vreal vload_part(const real *p, int64_t n) {
+    vreal v = {0};
+    memcpy(&v, p, (size_t)n * sizeof(real));
+    return v;
+}
+
+static inline void vstore_part(real *p, vreal v, int64_t n) {
+    memcpy(p, &v, (size_t)n * sizeof(real));
+}
+
+static inline vreal act_value(enum act_type type, vreal u, vreal gate) {
+    switch (type) {
+    case ACT_GELU_TANH:
+        return gelu(u);
+    case ACT_RELU2:
+        return relu(u) * relu(u);
+    case ACT_SWIGLU:
+        break;
+    }
+    return gate * sigmoid(gate) * u;
+}
+
+/* du from dout; for swiglu also dgate. */
+static inline vreal act_gradient(enum act_type type, vreal dout, vreal u, vreal gate, vreal *dgate) {
+    switch (type) {
+    case ACT_GELU_TANH:
+        return dout * gelu_slope(u);
+    case ACT_RELU2:
+        return dout * 2 * relu(u);
+    case ACT_SWIGLU:
+        break;
+    }
+    vreal s = sigmoid(gate);
+    *dgate = dout * u * s * (1 + gate * (1 - s));
+    return dout * gate * s;
+}
+
+void cpu_mlp_act(struct device *dev, const struct act_spec *s, tensor u, tensor gate, tensor out) {
+    (void)dev;
+    int64_t F = s->hidden;
+    check_real("mlp_act", "u", u, s->rows, F, 0, 0, 0);
+    check_real("mlp_act", "out", out, s->rows, F, 0, 0, 0);
+    bool gated = s->type == ACT_SWIGLU;
+    if (gated)
+        check_real("mlp_act", "gate", gate, s->rows, F, 0, 0, 0);
+#pragma omp parallel for
+    for (int64_t n = 0; n < s->rows; n++) {
+        const real *up = (real *)u.data + n * u.stride[0];
+        const real *g = gated ? (real *)gate.data + n * gate.stride[0] : up;
+        real *o = (real *)out.data + n * out.stride[0];
+        int64_t c = 0;
+        for (; c + VL <= F; c += VL)
+            vstore(o + c, act_value(s->type, vload(up + c), vload(g + c)));
+        if (c < F)
+            vstore_part(o + c, act_value(s->type, vload_part(up + c, F - c), vload_part(g + c, F - c)),
+                        F - c);
+    }
+}
+
+void cpu_mlp_act_backward(struct device *dev, const struct act_spec *s, tensor dout, tensor u, tensor gate,
+                          tensor du, tensor dgate) {
+    (void)dev;
+    int64_t F = s->hidden;
+    check_real("mlp_act_backward", "dout", dout, s->rows, F, 0, 0, 0);
+    check_real("mlp_act_backward", "u", u, s->rows, F, 0, 0, 0);
+    check_real("mlp_act_backward", "du", du, s->rows, F, 0, 0, 0);
+    bool gated = s->type == ACT_SWIGLU;
+    if (gated) {
+        check_real("mlp_act_backward", "gate", gate, s->rows, F, 0, 0, 0);
+        check_real("mlp_act_backward", "dgate", dgate, s->rows, F, 0, 0, 0);
+    }
+#pragma omp parallel for
+    for (int64_t n = 0; n < s->rows; n++) {
+        const real *d = (real *)dout.data + n * dout.stride[0], *up = (real *)u.data + n * u.stride[0];
+        const real *g = gated ? (real *)gate.data + n * gate.stride[0] : up;
+        real *out = (real *)du.data + n * du.stride[0];
+        real *out_gate = gated ? (real *)dgate.data + n * dgate.stride[0] : NULL;
+        vreal dg = {0};
+        int64_t c = 0;
+        for (; c + VL <= F; c += VL) {
+            vstore(out + c, act_gradient(s->type, vload(d + c), vload(up + c), vload(g + c), &dg));
+            if (gated)
+                vstore(out_gate + c, dg);
+        }
+        if (c < F) {
+            int64_t rest = F - c;
+            vreal result = act_gradient(s->type, vload_part(d + c, rest), vload_part(up + c, rest),
+                                        vload_part(g + c, rest), &dg);
+            vstore_part(out + c, result, rest);
+            if (gated)
+                vstore_part(out_gate + c, dg, rest);
+        }
+    }
+}

@@ -1,0 +1,260 @@
+/* The CPU backend's device: memory, scratch, transfers, shape checks, and the table of operations. */
+#include "kernels/cpu/cpu.h"
+
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+static void read_processor_name(char *out, size_t bytes) {
+    snprintf(out, bytes, "unknown processor");
+    FILE *f = fopen("/proc/cpuinfo", "r");
+    if (!f)
+        return;
+    char line[256];
+    while (fgets(line, sizeof line, f)) {
+        char *colon = strchr(line, ':');
+        if (strncmp(line, "model name", 10) == 0 && colon) {
+            snprintf(out, bytes, "%.*s", (int)strcspn(colon + 2, "\n"), colon + 2);
+            break;
+        }
+    }
+    fclose(f);
+}
+
+static struct device *cpu_open(const struct device_options *options, struct error *e) {
+    if (options->precision != DEVICE_FP32) {
+        fail_user(
+            e, "system.precision = bf16 needs a GPU; on the CPU leave it out or set system.precision = fp32");
+        return NULL;
+    }
+    struct device *dev = calloc(1, sizeof *dev);
+    if (!dev) {
+        fail_user(e, "out of memory opening the CPU device");
+        return NULL;
+    }
+    if (options->threads > 0)
+        omp_set_num_threads(options->threads);
+    dev->threads = omp_get_max_threads();
+    char name[128];
+    read_processor_name(name, sizeof name);
+    snprintf(dev->description, sizeof dev->description, "cpu: %s, %d thread%s, %d-bit vectors", name,
+             dev->threads, dev->threads == 1 ? "" : "s", VECTOR_BYTES * 8);
+    return dev;
+}
+
+static void cpu_close(struct device *dev) {
+    free(dev);
+}
+
+static const char *cpu_describe(struct device *dev) {
+    return dev->description;
+}
+
+static struct device_dtypes cpu_dtypes(struct device *dev) {
+    (void)dev;
+    return (struct device_dtypes){REAL_DTYPE, REAL_DTYPE, REAL_DTYPE};
+}
+
+static double cpu_peak_flops(struct device *dev) {
+    (void)dev;
+    return 0; /* no published dense peak to hold a CPU to: mfu is left out */
+}
+
+/* Page-aligned and fresh from the kernel, so zeroed, and placed by the thread that touches it first. */
+static void *cpu_alloc(struct device *dev, size_t bytes, struct error *e) {
+    (void)dev;
+    if (bytes == 0)
+        bytes = 1;
+    size_t *head = mmap(NULL, bytes + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (head == MAP_FAILED) {
+        fail_user(
+            e,
+            "cannot allocate %.2f GB: %s; make train.micro_batch, train.seq_len or the model smaller, or set "
+            "system.recompute = full",
+            bytes / 1e9, strerror(errno));
+        return NULL;
+    }
+    *head = bytes + 4096;
+    return (char *)head + 4096;
+}
+
+static void cpu_release(struct device *dev, void *data) {
+    (void)dev;
+    if (!data)
+        return;
+    size_t *head = (size_t *)((char *)data - 4096);
+    munmap(head, *head);
+}
+
+static size_t cpu_memory_available(struct device *dev) {
+    (void)dev;
+    FILE *f = fopen("/proc/meminfo", "r");
+    char line[256];
+    size_t kb = 0;
+    while (f && fgets(line, sizeof line, f))
+        if (sscanf(line, "MemAvailable: %zu kB", &kb) == 1)
+            break;
+    if (f)
+        fclose(f);
+    return kb * 1024;
+}
+
+static void cpu_zero(struct device *dev, void *data, size_t bytes) {
+    (void)dev;
+    memset(data, 0, bytes);
+}
+
+static double load_as_double(const void *p, enum dtype t, int64_t i) {
+    return t == DTYPE_F64   ? ((const double *)p)[i]
+           : t == DTYPE_I32 ? ((const int32_t *)p)[i]
+                            : ((const float *)p)[i];
+}
+
+static void convert(void *dst, enum dtype to, const void *src, enum dtype from, int64_t n) {
+    if (to == from) {
+        memcpy(dst, src, (size_t)n * dtype_bytes(to));
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        double x = load_as_double(src, from, i);
+        if (to == DTYPE_F64)
+            ((double *)dst)[i] = x;
+        else if (to == DTYPE_I32)
+            ((int32_t *)dst)[i] = (int32_t)x;
+        else
+            ((float *)dst)[i] = (float)x;
+    }
+}
+
+static void cpu_upload(struct device *dev, tensor dst, const void *host, enum dtype host_dtype) {
+    (void)dev;
+    check_contiguous("upload", "destination", dst);
+    convert(dst.data, dst.dtype, host, host_dtype, tensor_count(dst));
+}
+
+static void cpu_download(struct device *dev, tensor src, void *host, enum dtype host_dtype) {
+    (void)dev;
+    check_contiguous("download", "source", src);
+    convert(host, host_dtype, src.data, src.dtype, tensor_count(src));
+}
+
+static int cpu_plan(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e) {
+    (void)e;
+    switch (spec->kind) {
+    case OP_NORM:
+        *cost = norm_plan(dev, &spec->norm);
+        break;
+    case OP_MIX:
+        *cost = mix_plan(dev, &spec->mix);
+        break;
+    case OP_ATTENTION:
+        *cost = attention_plan(dev, &spec->attention);
+        break;
+    case OP_COLLAPSE:
+        *cost = collapse_plan(dev, &spec->collapse);
+        break;
+    case OP_CLASSIFIER:
+        *cost = classifier_plan(dev, &spec->classifier);
+        break;
+    case OP_EMBED:
+    case OP_LINEAR:
+    case OP_ACT:
+        *cost = (struct op_cost){0};
+        break;
+    }
+    return 0;
+}
+
+static void cpu_set_workspace(struct device *dev, void *data, size_t bytes) {
+    dev->workspace = data;
+    dev->workspace_bytes = bytes;
+}
+
+void *cpu_workspace(struct device *dev, size_t bytes, const char *op) {
+    if (bytes > dev->workspace_bytes) {
+        fprintf(stderr, "%s: needs %zu bytes of workspace, has %zu: it was not planned\n", op, bytes,
+                dev->workspace_bytes);
+        abort();
+    }
+    return dev->workspace;
+}
+
+static void shape_bug(const char *op, const char *what, tensor t) {
+    fprintf(stderr, "%s: wrong shape, strides or type for %s: dtype %d, [", op, what, (int)t.dtype);
+    for (int i = 0; i < t.ndim; i++)
+        fprintf(stderr, "%s%lld (stride %lld)", i ? ", " : "", (long long)t.shape[i], (long long)t.stride[i]);
+    fprintf(stderr, "]\n");
+    abort();
+}
+
+void check_contiguous(const char *op, const char *what, tensor t) {
+    if (!t.data || !tensor_contiguous(t))
+        shape_bug(op, what, t);
+}
+
+static void check_shape(const char *op, const char *what, tensor t, enum dtype dtype, const int64_t *want) {
+    int ndim = 0;
+    while (ndim < TENSOR_MAX_DIMS && want[ndim] > 0)
+        ndim++;
+    bool ok =
+        t.data && t.dtype == dtype && t.ndim == ndim && (t.stride[ndim - 1] == 1 || t.shape[ndim - 1] == 1);
+    for (int i = 0; ok && i < ndim; i++)
+        ok = t.shape[i] == want[i];
+    if (!ok)
+        shape_bug(op, what, t);
+}
+
+void check_real(const char *op, const char *what, tensor t, int64_t s0, int64_t s1, int64_t s2, int64_t s3,
+                int64_t s4) {
+    check_shape(op, what, t, REAL_DTYPE, (int64_t[]){s0, s1, s2, s3, s4});
+}
+
+void check_i32(const char *op, const char *what, tensor t, int64_t s0, int64_t s1) {
+    check_shape(op, what, t, DTYPE_I32, (int64_t[]){s0, s1, 0, 0, 0});
+}
+
+const struct kernels *kernels_cpu(void) {
+    static const struct kernels table = {
+        .name = "cpu",
+        .open = cpu_open,
+        .close = cpu_close,
+        .describe = cpu_describe,
+        .dtypes = cpu_dtypes,
+        .peak_flops = cpu_peak_flops,
+        .alloc = cpu_alloc,
+        .release = cpu_release,
+        .memory_available = cpu_memory_available,
+        .zero = cpu_zero,
+        .upload = cpu_upload,
+        .download = cpu_download,
+        .plan = cpu_plan,
+        .set_workspace = cpu_set_workspace,
+        .embed = cpu_embed,
+        .embed_backward = cpu_embed_backward,
+        .residual_norm = cpu_residual_norm,
+        .residual_norm_again = cpu_residual_norm_again,
+        .residual_norm_backward = cpu_residual_norm_backward,
+        .linear = cpu_linear,
+        .linear_backward = cpu_linear_backward,
+        .rope_table = cpu_rope_table,
+        .qkv_mix = cpu_qkv_mix,
+        .qkv_mix_backward = cpu_qkv_mix_backward,
+        .attention = cpu_attention,
+        .attention_backward = cpu_attention_backward,
+        .attention_decode = cpu_attention_decode,
+        .collapse = cpu_collapse,
+        .collapse_backward = cpu_collapse_backward,
+        .mlp_act = cpu_mlp_act,
+        .mlp_act_backward = cpu_mlp_act_backward,
+        .classifier = cpu_classifier,
+        .step_begin = cpu_step_begin,
+        .sumsq = cpu_sumsq,
+        .step_decide = cpu_step_decide,
+        .step_read = cpu_step_read,
+        .step_write = cpu_step_write,
+        .adamw = cpu_adamw,
+    };
+    return &table;
+}

@@ -1,0 +1,67 @@
+/* attention_decode: a few new virtual tokens against a ring of cached keys and values. */
+#include "kernels/cpu/cpu.h"
+
+static real dot(const real *a, const real *b, int64_t n) {
+    real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++)
+        sum += a[i] * b[i];
+    return sum;
+}
+
+/* Softmax over keys [begin, end), which lie at index s mod capacity of the ring; running, so that no row of
+ * scores is stored. */
+static void attend(const struct attention_spec *s, const real *q, tensor cache_k, tensor cache_v, int64_t b,
+                   int64_t h, int64_t begin, int64_t end, real *o) {
+    int64_t capacity = cache_k.shape[1], d = s->head_dim;
+    real top = -INFINITY, total = 0;
+    memset(o, 0, (size_t)d * sizeof(real));
+    for (int64_t key = begin; key < end; key++) {
+        int64_t slot = key % capacity;
+        const real *k = (real *)cache_k.data + b * cache_k.stride[0] + slot * cache_k.stride[1] + h * d;
+        const real *v = (real *)cache_v.data + b * cache_v.stride[0] + slot * cache_v.stride[1] + h * d;
+        real score = (real)s->scale * dot(q, k, d);
+        if (score > top) {
+            real factor = (real)exp((double)(top - score));
+            top = score;
+            total *= factor;
+            for (int64_t c = 0; c < d; c++)
+                o[c] *= factor;
+        }
+        real weight = (real)exp((double)(score - top));
+        total += weight;
+#pragma omp simd
+        for (int64_t c = 0; c < d; c++)
+            o[c] += weight * v[c];
+    }
+    for (int64_t c = 0; c < d; c++)
+        o[c] /= total;
+}
+
+static void append(const struct attention_spec *s, tensor x, tensor cache, int64_t first) {
+    int64_t capacity = cache.shape[1];
+    for (int64_t b = 0; b < s->batch; b++)
+        for (int64_t i = 0; i < s->length; i++)
+            memcpy((real *)cache.data + b * cache.stride[0] + (first + i) % capacity * cache.stride[1],
+                   (real *)x.data + b * x.stride[0] + i * x.stride[1],
+                   (size_t)(s->heads * s->head_dim) * sizeof(real));
+}
+
+void cpu_attention_decode(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
+                          tensor cache_k, tensor cache_v, int64_t first, tensor o) {
+    (void)dev;
+    int64_t B = s->batch, n = s->length, H = s->heads, d = s->head_dim;
+    check_real("attention_decode", "q", q, B, n, H, d, 0);
+    check_real("attention_decode", "o", o, B, n, H, d, 0);
+    check_real("attention_decode", "cache", cache_k, B, cache_k.shape[1], H, d, 0);
+    append(s, k, cache_k, first);
+    append(s, v, cache_v, first);
+#pragma omp parallel for collapse(2) schedule(dynamic)
+    for (int64_t bh = 0; bh < B * H; bh++)
+        for (int64_t i = 0; i < n; i++) {
+            int64_t b = bh / H, h = bh % H, begin, end;
+            attention_keys(s, first + i, first + n, &begin, &end);
+            attend(s, (real *)q.data + b * q.stride[0] + i * q.stride[1] + h * q.stride[2], cache_k, cache_v,
+                   b, h, begin, end, (real *)o.data + b * o.stride[0] + i * o.stride[1] + h * o.stride[2]);
+        }
+}

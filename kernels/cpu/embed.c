@@ -1,0 +1,54 @@
+/* embed: token and position vectors in, and the scatter of their gradients. */
+#include "kernels/cpu/cpu.h"
+
+void cpu_embed(struct device *dev, const struct embed_spec *s, tensor tokens, tensor w, tensor pos,
+               int64_t first, tensor x) {
+    (void)dev;
+    int64_t C = s->hidden;
+    check_i32("embed", "tokens", tokens, s->batch, s->tokens);
+    check_real("embed", "W", w, s->vocab, C, 0, 0, 0);
+    check_real("embed", "x", x, s->batch * s->tokens, C, 0, 0, 0);
+    const int32_t *ids = tokens.data;
+    const real *table = w.data, *positions = pos.data;
+    real *out = x.data;
+#pragma omp parallel for
+    for (int64_t n = 0; n < s->batch * s->tokens; n++) {
+        memcpy(out + n * C, table + ids[n] * C, (size_t)C * sizeof(real));
+        if (!positions)
+            continue;
+        const real *p = positions + (first + n % s->tokens) * C;
+#pragma omp simd
+        for (int64_t c = 0; c < C; c++)
+            out[n * C + c] += p[c];
+    }
+}
+
+/* Tokens repeat, so rows of dW collide: each thread owns a strip of columns and walks all tokens in order. */
+void cpu_embed_backward(struct device *dev, const struct embed_spec *s, tensor tokens, tensor dx, tensor dw,
+                        tensor dpos) {
+    (void)dev;
+    enum { STRIP = 32 };
+    int64_t C = s->hidden;
+    check_i32("embed_backward", "tokens", tokens, s->batch, s->tokens);
+    check_real("embed_backward", "dx", dx, s->batch * s->tokens, C, 0, 0, 0);
+    check_real("embed_backward", "dW", dw, s->vocab, C, 0, 0, 0);
+    const int32_t *ids = tokens.data;
+    const real *grad = dx.data;
+    real *table = dw.data, *positions = dpos.data;
+#pragma omp parallel for
+    for (int64_t begin = 0; begin < C; begin += STRIP) {
+        int64_t end = min64(begin + STRIP, C);
+        for (int64_t n = 0; n < s->batch * s->tokens; n++) {
+            real *row = table + ids[n] * C;
+#pragma omp simd
+            for (int64_t c = begin; c < end; c++)
+                row[c] += grad[n * C + c];
+            if (!positions)
+                continue;
+            real *p = positions + (n % s->tokens) * C;
+#pragma omp simd
+            for (int64_t c = begin; c < end; c++)
+                p[c] += grad[n * C + c];
+        }
+    }
+}

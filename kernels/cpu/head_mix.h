@@ -1,0 +1,70 @@
+/* Mixing along the head axis, the one primitive behind IHA: per token, a small matrix times the heads,
+ *
+ *   out[t,i,:] = sum_j M[i,j] in[t,j,:]        and its weight gradient
+ *   dM[i,j] += sum_t <dout[t,i,:], in[t,j,:]>
+ *
+ * with (I,J) = (P*H, H) to expand, (H, P*H) to collapse, and M transposed for the input gradients. */
+#ifndef IHA_CPU_HEAD_MIX_H
+#define IHA_CPU_HEAD_MIX_H
+
+#include "kernels/cpu/tile.h"
+
+/* One token. M's element (i,j) is m[i*row + j*col]; in [J,d] and out [I,d] contiguous. */
+static inline void head_mix(int64_t I, int64_t J, int64_t d, const real *m, int64_t row, int64_t col,
+                            const real *in, real *out) {
+    tile_gemm(I, d, J, m, row, col, in, d, out, d, false);
+}
+
+/* A block of dM, mi by mj, kept in registers over all tokens. */
+TILE_INLINE void outer_block(const int mi, const int mj, int64_t tokens, int64_t d, const real *dout,
+                             int64_t dout_stride, const real *in, int64_t in_stride, real *dm, int64_t ldm) {
+    vreal acc[4][4] = {{{0}}};
+    real rest[4][4] = {{0}};
+    for (int64_t t = 0; t < tokens; t++, dout += dout_stride, in += in_stride) {
+        int64_t c = 0;
+        for (; c + VL <= d; c += VL) {
+            vreal b[4];
+            UNROLL
+            for (int j = 0; j < mj; j++)
+                b[j] = vload(in + j * d + c);
+            UNROLL
+            for (int i = 0; i < mi; i++) {
+                vreal a = vload(dout + i * d + c);
+                UNROLL
+                for (int j = 0; j < mj; j++)
+                    acc[i][j] += a * b[j];
+            }
+        }
+        for (; c < d; c++)
+            for (int i = 0; i < mi; i++)
+                for (int j = 0; j < mj; j++)
+                    rest[i][j] += dout[i * d + c] * in[j * d + c];
+    }
+    for (int i = 0; i < mi; i++)
+        for (int j = 0; j < mj; j++)
+            dm[i * ldm + j] += vsum(acc[i][j]) + rest[i][j];
+}
+
+/* dM [I,J] += over `tokens` tokens, whose dout [I,d] and in [J,d] lie dout_stride and in_stride apart. */
+static inline void head_outer(int64_t I, int64_t J, int64_t d, int64_t tokens, const real *dout,
+                              int64_t dout_stride, const real *in, int64_t in_stride, real *dm) {
+    for (int64_t i = 0; i < I; i += I - i >= 4 ? 4 : 1)
+        for (int64_t j = 0; j < J; j += J - j >= 4 ? 4 : 1) {
+            const real *a = dout + i * d, *b = in + j * d;
+            real *out = dm + i * J + j;
+            if (I - i >= 4 && J - j >= 4)
+                outer_block(4, 4, tokens, d, a, dout_stride, b, in_stride, out, J);
+            else if (I - i >= 4)
+                outer_block(4, 1, tokens, d, a, dout_stride, b, in_stride, out, J);
+            else if (J - j >= 4)
+                outer_block(1, 4, tokens, d, a, dout_stride, b, in_stride, out, J);
+            else
+                outer_block(1, 1, tokens, d, a, dout_stride, b, in_stride, out, J);
+        }
+}
+
+/* Backward works on this many tokens at a time: enough to fill outer_block's registers for a while, few
+ * enough to stay in cache. */
+enum { MIX_TOKENS = 16 };
+
+#endif

@@ -1,0 +1,128 @@
+/* qkv_mix: pseudo-heads out of heads, interleaved into the virtual sequence, and rotated (paper: steps 2-4).
+ *
+ * Virtual token t*P + p of head h is row p*H + h of token t, so [T, P*H, d] is [S, H, d] and interleaving
+ * moves nothing. */
+#include "kernels/cpu/cpu.h"
+#include "kernels/cpu/head_mix.h"
+#include "kernels/cpu/rope.h"
+
+static int64_t rows_out(const struct mix_spec *s) {
+    return s->pseudo * s->heads;
+}
+
+/* Scratch of one thread in backward: three dalphas, and a block of gradients rotated back. */
+static int64_t thread_reals(const struct mix_spec *s) {
+    int64_t dalpha = s->mixed ? 3 * rows_out(s) * s->heads : 0;
+    return round_up(dalpha + MIX_TOKENS * rows_out(s) * s->head_dim, 16);
+}
+
+struct op_cost mix_plan(const struct device *dev, const struct mix_spec *s) {
+    return (struct op_cost){.workspace = (size_t)dev->threads * (size_t)thread_reals(s) * sizeof(real)};
+}
+
+void cpu_rope_table(struct device *dev, tensor table, double theta) {
+    (void)dev;
+    int64_t half = table.shape[2];
+    real *out = table.data;
+#pragma omp parallel for
+    for (int64_t position = 0; position < table.shape[0]; position++)
+        for (int64_t i = 0; i < half; i++) {
+            double angle = (double)position * pow(theta, -(double)i / (double)half);
+            out[position * 2 * half + i] = (real)cos(angle);
+            out[position * 2 * half + half + i] = (real)sin(angle);
+        }
+}
+
+/* Rotate the P*H rows of the token at position `token`; sign -1 rotates back. x may be out. */
+static void rotate_token(const struct mix_spec *s, const real *x, tensor table, int64_t token, real sign,
+                         real *out) {
+    int64_t d = s->head_dim;
+    for (int64_t p = 0; p < s->pseudo; p++) {
+        int64_t position = s->rope_virtual ? token * s->pseudo + p : token;
+        const real *row = (real *)table.data + position * d;
+        for (int64_t h = p * s->heads; h < (p + 1) * s->heads; h++)
+            rope_rotate(x + h * d, row, d, sign, out + h * d);
+    }
+}
+
+static void check_mix(const char *op, const struct mix_spec *s, tensor qkv, tensor q, tensor k, tensor v) {
+    int64_t B = s->batch, S = s->tokens * s->pseudo, H = s->heads, d = s->head_dim;
+    check_real(op, "qkv", qkv, B, s->tokens, 3, H, d);
+    const char *names[3] = {"q", "k", "v"};
+    tensor outs[3] = {q, k, v};
+    for (int i = 0; i < 3; i++) {
+        check_real(op, names[i], outs[i], B, S, H, d, 0);
+        check_contiguous(op, names[i], outs[i]);
+    }
+    check_contiguous(op, "qkv", qkv);
+}
+
+void cpu_qkv_mix(struct device *dev, const struct mix_spec *s, tensor qkv, tensor alpha_q, tensor alpha_k,
+                 tensor alpha_v, tensor table, int64_t first, tensor q, tensor k, tensor v) {
+    (void)dev;
+    check_mix("qkv_mix", s, qkv, q, k, v);
+    int64_t H = s->heads, d = s->head_dim, I = rows_out(s);
+    const real *alpha[3] = {alpha_q.data, alpha_k.data, alpha_v.data};
+    real *out[3] = {q.data, k.data, v.data};
+#pragma omp parallel for schedule(static)
+    for (int64_t n = 0; n < s->batch * s->tokens; n++)
+        for (int w = 0; w < 3; w++) {
+            const real *in = (real *)qkv.data + (n * 3 + w) * H * d;
+            real *to = out[w] + n * I * d;
+            if (s->mixed)
+                head_mix(I, H, d, alpha[w], H, 1, in, to);
+            else
+                memcpy(to, in, (size_t)(H * d) * sizeof(real));
+            if (s->rope && w < 2)
+                rotate_token(s, to, table, first + n % s->tokens, 1, to);
+        }
+}
+
+/* `count` tokens from n of one of q, k, v: rotate the gradient back, then both gradients of the mixing. */
+static void mix_backward_block(const struct mix_spec *s, int64_t n, int64_t count, const real *dout,
+                               const real *in, const real *alpha, bool rotated, tensor table, real *unrotated,
+                               real *din, real *dalpha) {
+    int64_t H = s->heads, d = s->head_dim, I = rows_out(s), in_stride = 3 * H * d;
+    if (rotated) {
+        for (int64_t t = 0; t < count; t++)
+            rotate_token(s, dout + t * I * d, table, (n + t) % s->tokens, -1, unrotated + t * I * d);
+        dout = unrotated;
+    }
+    if (!s->mixed) {
+        for (int64_t t = 0; t < count; t++)
+            memcpy(din + t * in_stride, dout + t * I * d, (size_t)(H * d) * sizeof(real));
+        return;
+    }
+    for (int64_t t = 0; t < count; t++)
+        head_mix(H, I, d, alpha, 1, H, dout + t * I * d, din + t * in_stride);
+    head_outer(I, H, d, count, dout, I * d, in, in_stride, dalpha);
+}
+
+void cpu_qkv_mix_backward(struct device *dev, const struct mix_spec *s, tensor dq, tensor dk, tensor dv,
+                          tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
+                          tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v, bool accumulate) {
+    check_mix("qkv_mix_backward", s, qkv, dq, dk, dv);
+    int64_t H = s->heads, d = s->head_dim, I = rows_out(s), matrix = I * H, N = s->batch * s->tokens;
+    int64_t stride = thread_reals(s);
+    real *scratch = cpu_workspace(dev, mix_plan(dev, s).workspace, "qkv_mix_backward");
+    const real *alpha[3] = {alpha_q.data, alpha_k.data, alpha_v.data};
+    const real *dout[3] = {dq.data, dk.data, dv.data};
+#pragma omp parallel num_threads(dev->threads)
+    {
+        real *dalpha = scratch + omp_get_thread_num() * stride;
+        real *unrotated = dalpha + (s->mixed ? 3 * matrix : 0);
+        if (s->mixed)
+            memset(dalpha, 0, (size_t)(3 * matrix) * sizeof(real));
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n += MIX_TOKENS)
+            for (int w = 0; w < 3; w++)
+                mix_backward_block(s, n, min64(MIX_TOKENS, N - n), dout[w] + n * I * d,
+                                   (real *)qkv.data + (n * 3 + w) * H * d, alpha[w], s->rope && w < 2, table,
+                                   unrotated, (real *)dqkv.data + (n * 3 + w) * H * d, dalpha + w * matrix);
+    }
+    if (!s->mixed)
+        return;
+    sum_shares(scratch, dev->threads, stride, matrix, dalpha_q.data, accumulate);
+    sum_shares(scratch + matrix, dev->threads, stride, matrix, dalpha_k.data, accumulate);
+    sum_shares(scratch + 2 * matrix, dev->threads, stride, matrix, dalpha_v.data, accumulate);
+}

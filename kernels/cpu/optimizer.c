@@ -1,0 +1,80 @@
+/* The step state, the gradient norm, and AdamW over flat ranges. */
+#include "kernels/cpu/cpu.h"
+
+void cpu_step_begin(struct device *dev, struct step_state *state, int64_t step, double lr) {
+    (void)dev;
+    state->step = step;
+    state->lr = lr;
+    state->loss = 0;
+    state->sumsq = 0;
+    state->skip = 0;
+}
+
+/* Each thread sums a fixed range in double, and the ranges are added in order: the same number of threads
+ * gives the same bits. */
+void cpu_sumsq(struct device *dev, tensor g, struct step_state *state) {
+    check_contiguous("sumsq", "g", g);
+    enum { MAX_PARTS = 1024, BLOCK = 4096 };
+    double part[MAX_PARTS] = {0};
+    int parts = dev->threads < MAX_PARTS ? dev->threads : MAX_PARTS;
+    int64_t n = tensor_count(g), each = round_up((n + parts - 1) / parts, BLOCK);
+    const real *x = g.data;
+#pragma omp parallel for schedule(static)
+    for (int p = 0; p < parts; p++)
+        for (int64_t i = p * each; i < min64(n, (p + 1) * each); i += BLOCK) {
+            int64_t end = min64(n, i + BLOCK);
+            real sum = 0;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t j = i; j < end; j++)
+                sum += x[j] * x[j];
+            part[p] += (double)sum;
+        }
+    for (int p = 0; p < parts; p++)
+        state->sumsq += part[p];
+}
+
+void cpu_step_decide(struct device *dev, struct step_state *state, double grad_clip) {
+    (void)dev;
+    state->grad_norm = sqrt(state->sumsq);
+    state->clip = grad_clip > 0 && state->grad_norm > grad_clip ? grad_clip / state->grad_norm : 1;
+    state->skip = !isfinite(state->loss) || !isfinite(state->grad_norm);
+    state->skips_run = state->skip ? state->skips_run + 1 : 0;
+    state->updates += !state->skip;
+}
+
+void cpu_step_read(struct device *dev, const struct step_state *state, struct step_state *host) {
+    (void)dev;
+    *host = *state;
+}
+
+void cpu_step_write(struct device *dev, struct step_state *state, const struct step_state *host) {
+    (void)dev;
+    *state = *host;
+}
+
+void cpu_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct param_group *groups,
+               int count, tensor master, tensor p, tensor g, tensor m, tensor v,
+               const struct step_state *state) {
+    (void)dev;
+    (void)p; /* the compute type is the master's */
+    if (state->skip)
+        return;
+    double t = (double)state->updates;
+    real b1 = (real)hyper->beta1, b2 = (real)hyper->beta2, eps = (real)hyper->eps, clip = (real)state->clip;
+    real one_b1 = (real)(1 - hyper->beta1), one_b2 = (real)(1 - hyper->beta2);
+    real unbias1 = (real)(1 / (1 - pow(hyper->beta1, t))), unbias2 = (real)(1 / (1 - pow(hyper->beta2, t)));
+    real *param = master.data, *first = m.data, *second = v.data;
+    const real *grad = g.data;
+    for (int i = 0; i < count; i++) {
+        real lr = (real)(state->lr * (double)groups[i].lr_scale), decay = lr * (real)groups[i].weight_decay;
+#pragma omp parallel for simd schedule(static)
+        for (int64_t j = groups[i].begin; j < groups[i].end; j++) {
+            real gj = clip * grad[j];
+            real mj = b1 * first[j] + one_b1 * gj;
+            real vj = b2 * second[j] + one_b2 * gj * gj;
+            first[j] = mj;
+            second[j] = vj;
+            param[j] -= lr * (mj * unbias1) / (REAL_SQRT(vj * unbias2) + eps) + decay * param[j];
+        }
+    }
+}

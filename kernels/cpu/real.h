@@ -1,0 +1,147 @@
+/* The number type of the CPU backend, and the vectors it is computed in.
+ *
+ * The same sources build twice: in float for training, and with -DKERNELS_DOUBLE in double for gradient
+ * tests. Vectors are GCC's, as wide as the machine the compiler was told to build for. */
+#ifndef IHA_CPU_REAL_H
+#define IHA_CPU_REAL_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels/tensor.h"
+
+#ifdef KERNELS_DOUBLE
+typedef double real;
+typedef int64_t real_bits;
+#define REAL_DTYPE DTYPE_F64
+#define REAL_SQRT sqrt
+#else
+typedef float real;
+typedef int32_t real_bits;
+#define REAL_DTYPE DTYPE_F32
+#define REAL_SQRT sqrtf
+#endif
+
+#if defined __AVX512F__
+#define VECTOR_BYTES 64
+#elif defined __AVX__
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+
+enum { VL = VECTOR_BYTES / sizeof(real) }; /* lanes */
+
+typedef real vreal __attribute__((vector_size(VECTOR_BYTES)));
+typedef real_bits vbits __attribute__((vector_size(VECTOR_BYTES)));
+typedef real vreal_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(real)), may_alias));
+
+static inline vreal vload(const real *p) {
+    return *(const vreal_unaligned *)p;
+}
+
+static inline void vstore(real *p, vreal v) {
+    *(vreal_unaligned *)p = v;
+}
+
+static inline vreal vsplat(real x) {
+    return x - (vreal){0};
+}
+
+static inline real vsum(vreal v) {
+    real s = 0;
+    for (int i = 0; i < VL; i++)
+        s += v[i];
+    return s;
+}
+
+/* mask ? a : b, lane by lane; masks are what comparing two vectors gives. */
+static inline vreal vselect(vbits mask, vreal a, vreal b) {
+    return (vreal)(((vbits)a & mask) | ((vbits)b & ~mask));
+}
+
+static inline vreal vmax(vreal a, vreal b) {
+    return vselect(a > b, a, b); /* a NaN in b stays */
+}
+
+static inline real vmax_lanes(vreal v) {
+    real m = v[0];
+    for (int i = 1; i < VL; i++)
+        m = v[i] > m ? v[i] : m;
+    return m;
+}
+
+static inline int64_t round_up(int64_t n, int64_t to) {
+    return (n + to - 1) / to * to;
+}
+
+static inline int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static inline int64_t max64(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+#ifdef KERNELS_DOUBLE
+
+/* The double build checks gradients; it may be slow but must be exact. */
+static inline vreal vexp(vreal x) {
+    for (int i = 0; i < VL; i++)
+        x[i] = exp(x[i]);
+    return x;
+}
+
+static inline vreal vexp2(vreal x) {
+    for (int i = 0; i < VL; i++)
+        x[i] = exp2(x[i]);
+    return x;
+}
+
+#else
+
+/* 2^f for f in [-1/2, 1/2] times 2^n, where `shifted` = n + 1.5 * 2^23 holds n in its low bits. The series of
+ * e^(f ln 2) to the 6th power: relative error below 2e-7. Arguments must lie within [-126, 127]. */
+static inline vreal vscale_exp(vreal p, vreal shifted) {
+    vbits n = (vbits)shifted << 23;
+    return (vreal)((vbits)p + n);
+}
+
+#define EXP_SHIFT 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
+
+static inline vreal vexp_series(vreal r) {
+    vreal p = vsplat(1.0f / 720);
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    return p * r + 1.0f;
+}
+
+/* 2^x; 0 below 2^-126 (so that a masked -inf is exactly 0), NaN stays NaN. */
+static inline vreal vexp2(vreal x) {
+    vreal low = vsplat(-126.0f), high = vsplat(127.0f);
+    vreal y = vselect(x < low, low, x);
+    y = vselect(y > high, high, y);
+    vreal shifted = y + EXP_SHIFT;
+    vreal f = y - (shifted - EXP_SHIFT);
+    vreal r = vscale_exp(vexp_series(f * 0.693147180559945f), shifted);
+    return vselect(x < low, vsplat(0), r);
+}
+
+/* e^x, reduced in two parts (Cody and Waite) so that large arguments keep their precision. */
+static inline vreal vexp(vreal x) {
+    vreal low = vsplat(-87.0f), high = vsplat(88.0f);
+    vreal y = vselect(x < low, low, x);
+    y = vselect(y > high, high, y);
+    vreal shifted = y * 1.44269504f + EXP_SHIFT;
+    vreal n = shifted - EXP_SHIFT;
+    vreal f = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+    vreal r = vscale_exp(vexp_series(f), shifted);
+    return vselect(x < low, vsplat(0), r);
+}
+
+#endif
+#endif

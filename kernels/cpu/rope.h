@@ -1,0 +1,20 @@
+/* Rotary position embedding of one head (Su et al. 2021): the pair (i, i + d/2) turns by the angle whose
+ * cosine and sine stand in the table's row for the position. */
+#ifndef IHA_CPU_ROPE_H
+#define IHA_CPU_ROPE_H
+
+#include "kernels/cpu/real.h"
+
+/* sign = 1 rotates, -1 rotates back. x may be out. */
+static inline void rope_rotate(const real *x, const real *row, int64_t head_dim, real sign, real *out) {
+    int64_t half = head_dim / 2;
+    const real *cosine = row, *sine = row + half;
+#pragma omp simd
+    for (int64_t i = 0; i < half; i++) {
+        real a = x[i], b = x[i + half], c = cosine[i], s = sign * sine[i];
+        out[i] = a * c - b * s;
+        out[i + half] = b * c + a * s;
+    }
+}
+
+#endif

@@ -1,0 +1,90 @@
+/* Small matrix products out of registers: what attention and head mixing are made of.
+ *
+ *   C[m,n] (+)= A[m,k] B[k,n]
+ *
+ * A is read element by element through two strides (so it may be transposed for free), B and C have
+ * contiguous rows. A block of MR rows by NV vectors of C stays in registers while k runs; the shapes below
+ * fill the 32 vector registers of AVX-512 (16 elsewhere) and keep one load of B for MR multiply-adds. */
+#ifndef IHA_CPU_TILE_H
+#define IHA_CPU_TILE_H
+
+#include <stdbool.h>
+
+#include "kernels/cpu/real.h"
+
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+
+#define TILE_INLINE static inline __attribute__((always_inline))
+
+/* One register block; mr and nv are compile-time constants at every call. */
+TILE_INLINE void tile_block(const int mr, const int nv, int64_t k, const real *a, int64_t row, int64_t col,
+                            const real *b, int64_t ldb, real *c, int64_t ldc, bool accumulate) {
+    vreal acc[16][4];
+    UNROLL
+    for (int i = 0; i < mr; i++)
+        UNROLL
+    for (int j = 0; j < nv; j++)
+        acc[i][j] = accumulate ? vload(c + i * ldc + j * VL) : vsplat(0);
+    for (int64_t l = 0; l < k; l++) {
+        vreal bv[4];
+        UNROLL
+        for (int j = 0; j < nv; j++)
+            bv[j] = vload(b + l * ldb + j * VL);
+        UNROLL
+        for (int i = 0; i < mr; i++) {
+            vreal av = vsplat(a[i * row + l * col]);
+            UNROLL
+            for (int j = 0; j < nv; j++)
+                acc[i][j] += av * bv[j];
+        }
+    }
+    UNROLL
+    for (int i = 0; i < mr; i++)
+        UNROLL
+    for (int j = 0; j < nv; j++)
+        vstore(c + i * ldc + j * VL, acc[i][j]);
+}
+
+/* A panel of nv vectors of columns, in row blocks of mr, then 4, then 1. */
+TILE_INLINE void tile_panel(const int mr, const int nv, int64_t m, int64_t k, const real *a, int64_t row,
+                            int64_t col, const real *b, int64_t ldb, real *c, int64_t ldc, bool accumulate) {
+    int64_t i = 0;
+    for (; i + mr <= m; i += mr)
+        tile_block(mr, nv, k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, accumulate);
+    for (; i + 4 <= m; i += 4)
+        tile_block(4, nv, k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, accumulate);
+    for (; i < m; i++)
+        tile_block(1, nv, k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, accumulate);
+}
+
+#if VECTOR_BYTES == 64
+enum { TILE_ROWS_1 = 16, TILE_ROWS_2 = 12, TILE_ROWS_4 = 6 };
+#else
+enum { TILE_ROWS_1 = 8, TILE_ROWS_2 = 6, TILE_ROWS_4 = 3 };
+#endif
+
+/* C[m,n] (+)= A[m,k] B[k,n]; A's element (i,l) is a[i*row + l*col]. Columns past the last whole vector are
+ * done one by one: pad n to a multiple of VL where speed matters. */
+static inline void tile_gemm(int64_t m, int64_t n, int64_t k, const real *a, int64_t row, int64_t col,
+                             const real *b, int64_t ldb, real *c, int64_t ldc, bool accumulate) {
+    int64_t j = 0;
+    for (; j + 4 * VL <= n; j += 4 * VL)
+        tile_panel(TILE_ROWS_4, 4, m, k, a, row, col, b + j, ldb, c + j, ldc, accumulate);
+    for (; j + 2 * VL <= n; j += 2 * VL)
+        tile_panel(TILE_ROWS_2, 2, m, k, a, row, col, b + j, ldb, c + j, ldc, accumulate);
+    for (; j + VL <= n; j += VL)
+        tile_panel(TILE_ROWS_1, 1, m, k, a, row, col, b + j, ldb, c + j, ldc, accumulate);
+    for (; j < n; j++)
+        for (int64_t i = 0; i < m; i++) {
+            real sum = accumulate ? c[i * ldc + j] : 0;
+            for (int64_t l = 0; l < k; l++)
+                sum += a[i * row + l * col] * b[l * ldb + j];
+            c[i * ldc + j] = sum;
+        }
+}
+
+#endif

@@ -1,0 +1,20 @@
+/* One way to report what went wrong, used by every folder above kernels/.
+ *
+ * A function that can fail takes a `struct error *` last and returns 0 or -1 (or NULL).
+ * The text is one line that says what is wrong, where, and what to do about it; the exit code
+ * tells whose fault it is: EXIT_USER, found before the first step, or EXIT_RUN, while running. */
+#ifndef IHA_ERROR_H
+#define IHA_ERROR_H
+
+enum { EXIT_OK = 0, EXIT_RUN = 1, EXIT_USER = 2 };
+
+struct error {
+    int exit_code;
+    char text[1024];
+};
+
+/* Fill *e (which may be NULL) with a formatted line and return -1. */
+int fail_user(struct error *e, const char *format, ...) __attribute__((format(printf, 2, 3)));
+int fail_run(struct error *e, const char *format, ...) __attribute__((format(printf, 2, 3)));
+
+#endif

@@ -1,0 +1,120 @@
+/* The backward pass: the loss's gradient, then the layers from last to first. */
+#include "model/model.h"
+
+/* dx of one linear layer (or dx += with add), and its weight and bias gradients. */
+static void linear_backward(struct model *m, tensor dy, tensor x, int64_t in, int weight, int bias,
+                            int64_t out, tensor dx, bool add, bool accumulate) {
+    int64_t N = m->shape.batch * m->shape.tokens;
+    struct linear_spec spec = {N, in, out};
+    dy = tensor_of(dy.data, dy.dtype, N, out, 0, 0, 0);
+    x = tensor_of(x.data, x.dtype, N, in, 0, 0, 0);
+    dx = tensor_of(dx.data, dx.dtype, N, in, 0, 0, 0);
+    m->k->linear_backward(m->dev, &spec, dy, x, model_param(m, weight), dx, add, model_gradient(m, weight),
+                          model_gradient(m, bias), accumulate);
+}
+
+static void norm_backward(struct model *m, tensor sum, int weight, int bias, const void *saved,
+                          bool accumulate) {
+    m->k->residual_norm_backward(m->dev, &m->norm_spec, m->grad.dy, sum, model_param(m, weight), saved,
+                                 m->grad.dx, model_gradient(m, weight), model_gradient(m, bias), accumulate);
+}
+
+/* On entry grad.dx is the gradient of the layer's output; on return, of x_mlp. */
+static void mlp_backward(struct model *m, int layer, bool accumulate) {
+    const struct layer_params *p = &m->params.layers[layer];
+    struct layer_buffers *b = &m->layers[layer];
+    struct gradient_buffers *g = &m->grad;
+    int64_t C = m->config.hidden_size, F = m->config.intermediate_size;
+    struct act_spec act = {(enum act_type)m->config.activation, m->norm_spec.rows, F};
+    linear_backward(m, g->dx, b->act, F, p->down, p->down_bias, C, g->dact, false, accumulate);
+    m->k->mlp_act_backward(m->dev, &act, g->dact, b->up, b->gate, g->dact, g->dgate);
+    linear_backward(m, g->dact, b->y_mlp, C, p->up, p->up_bias, F, g->dy, false, accumulate);
+    if (b->gate.data)
+        linear_backward(m, g->dgate, b->y_mlp, C, p->gate, -1, F, g->dy, true, accumulate);
+    norm_backward(m, b->x_mlp, p->mlp_norm, p->mlp_norm_bias, b->mlp_norm_saved, accumulate);
+}
+
+/* The gradient of q~, k~ or v~: a buffer of its own, or a slice of dqkv where nothing was mixed. */
+static tensor gradient_like(tensor like, void *data) {
+    return tensor_of(data, like.dtype, like.shape[0], like.shape[1], like.shape[2], like.shape[3], 0);
+}
+
+/* On entry grad.dx is the gradient of x_mlp; on return, of x_attn. */
+static void attention_backward(struct model *m, int layer, bool accumulate) {
+    const struct model_config *c = &m->config;
+    const struct kernels *k = m->k;
+    const struct layer_params *p = &m->params.layers[layer];
+    const struct layer_specs *s = &m->specs[layer];
+    struct layer_buffers *b = &m->layers[layer];
+    struct gradient_buffers *g = &m->grad;
+    int64_t C = c->hidden_size, width = c->num_attention_heads * c->head_dim;
+    linear_backward(m, g->dx, b->o, width, p->out, p->out_bias, C, g->d_o, false, accumulate);
+    tensor d_o = g->d_o;
+    if (s->iha) {
+        d_o = gradient_like(b->o_pseudo, g->d_o_pseudo);
+        k->collapse_backward(m->dev, &s->collapse, g->d_o, b->o_pseudo, model_param(m, p->collapse), d_o,
+                             model_gradient(m, p->collapse), accumulate);
+    }
+    tensor dq = s->mixes ? gradient_like(b->q, g->dq) : tensor_select(g->dqkv, 2, 0);
+    tensor dk = s->mixes ? gradient_like(b->k, g->dk) : tensor_select(g->dqkv, 2, 1);
+    tensor dv = s->mixes ? gradient_like(b->v, g->dv) : tensor_select(g->dqkv, 2, 2);
+    k->attention_backward(m->dev, &s->attention, b->q, b->k, b->v, b->o_pseudo, d_o, b->attention_saved, dq,
+                          dk, dv);
+    if (s->mixes)
+        k->qkv_mix_backward(m->dev, &s->mix, dq, dk, dv, b->qkv, model_param(m, p->alpha_q),
+                            model_param(m, p->alpha_k), model_param(m, p->alpha_v), m->rope, g->dqkv,
+                            model_gradient(m, p->alpha_q), model_gradient(m, p->alpha_k),
+                            model_gradient(m, p->alpha_v), accumulate);
+    linear_backward(m, g->dqkv, b->y_attn, C, p->qkv, p->qkv_bias, 3 * width, g->dy, false, accumulate);
+    norm_backward(m, b->x_attn, p->attn_norm, p->attn_norm_bias, b->attn_norm_saved, accumulate);
+}
+
+/* Loss, and the gradient of the last residual stream in grad.dx. */
+static void head_backward(struct model *m, double scale, bool accumulate) {
+    const struct kernels *k = m->k;
+    struct classifier_spec spec = {m->norm_spec.rows, m->config.hidden_size, m->config.vocab_size};
+    k->classifier(m->dev, &spec, m->h, model_param(m, m->params.lm_head), m->targets, scale, m->state,
+                  m->grad.dy, model_gradient(m, m->params.lm_head), accumulate);
+    tensor dx = m->grad.dx;
+    k->zero(m->dev, dx.data, (size_t)tensor_count(dx) * dtype_bytes(dx.dtype));
+    norm_backward(m, m->x_final, m->params.final_norm, m->params.final_norm_bias, m->final_norm_saved,
+                  accumulate);
+}
+
+static void clear_gradient(struct model *m, int index) {
+    tensor g = model_gradient(m, index);
+    if (g.data)
+        m->k->zero(m->dev, g.data, (size_t)tensor_count(g) * dtype_bytes(g.dtype));
+}
+
+/* The scatter adds; where the classifier has not just written the (tied) table, it starts from zero. */
+static void embed_backward(struct model *m, bool accumulate) {
+    struct embed_spec spec = {m->shape.batch, m->shape.tokens, m->config.vocab_size, m->config.hidden_size};
+    if (!accumulate) {
+        clear_gradient(m, m->params.pos_embed);
+        if (m->params.lm_head != m->params.embed)
+            clear_gradient(m, m->params.embed);
+    }
+    m->k->embed_backward(m->dev, &spec, m->tokens, m->grad.dx, model_gradient(m, m->params.embed),
+                         model_gradient(m, m->params.pos_embed));
+}
+
+void model_forward_backward(struct model *m, const int32_t *tokens, const int32_t *targets, double scale,
+                            bool accumulate, gradients_ready *ready, void *context) {
+    int layers = (int)m->config.num_hidden_layers;
+    const int64_t *at = m->params.layer_at;
+    model_forward(m, tokens, targets);
+    head_backward(m, scale, accumulate);
+    if (ready)
+        ready(context, at[layers], m->params.elements);
+    for (int layer = layers - 1; layer >= 0; layer--) {
+        layer_recompute(m, layer);
+        mlp_backward(m, layer, accumulate);
+        attention_backward(m, layer, accumulate);
+        if (ready)
+            ready(context, at[layer], at[layer + 1]);
+    }
+    embed_backward(m, accumulate);
+    if (ready)
+        ready(context, 0, at[0]);
+}

@@ -1,0 +1,250 @@
+/* Laying out activations. One walk over the layers assigns every buffer; it runs twice, first with no memory
+ * to learn the size, then with it. What a recompute mode does not keep shares one slot among all layers. */
+#include "model/buffers.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum slot {
+    SLOT_X_ATTN,
+    SLOT_Y_ATTN,
+    SLOT_QKV,
+    SLOT_Q,
+    SLOT_K,
+    SLOT_V,
+    SLOT_O_PSEUDO,
+    SLOT_O,
+    SLOT_X_MLP,
+    SLOT_Y_MLP,
+    SLOT_UP,
+    SLOT_GATE,
+    SLOT_ACT,
+    SLOT_ATTENTION_SAVED,
+    SLOTS
+};
+
+struct layout {
+    char *base; /* NULL while measuring */
+    size_t at;
+    size_t shared_bytes[SLOTS]; /* the largest any layer asked for */
+    void *shared[SLOTS];
+};
+
+static void *take(struct layout *l, size_t bytes) {
+    void *p = l->base ? l->base + l->at : NULL;
+    l->at += (bytes + 255) / 256 * 256;
+    return p;
+}
+
+/* Does backward find this buffer as forward left it? */
+static bool kept(const struct model *m, const struct layer_specs *s, enum slot slot) {
+    if (!m->shape.training)
+        return false;
+    if (m->shape.recompute == RECOMPUTE_NONE)
+        return true;
+    if (m->shape.recompute == RECOMPUTE_FULL)
+        return slot == SLOT_X_ATTN;
+    switch (slot) { /* light: what costs no matrix product or attention is recomputed */
+    case SLOT_Y_ATTN:
+    case SLOT_Y_MLP:
+    case SLOT_ACT:
+    case SLOT_Q:
+    case SLOT_K:
+    case SLOT_V:
+        return false;
+    case SLOT_O:
+        return !s->iha;
+    default:
+        return true;
+    }
+}
+
+static void *place(struct model *m, struct layout *l, int layer, enum slot slot, size_t bytes) {
+    if (kept(m, &m->specs[layer], slot))
+        return take(l, bytes);
+    if (bytes > l->shared_bytes[slot])
+        l->shared_bytes[slot] = bytes;
+    return l->shared[slot];
+}
+
+static tensor place_tensor(struct model *m, struct layout *l, int layer, enum slot slot, tensor shape) {
+    shape.data = place(m, l, layer, slot, (size_t)tensor_count(shape) * dtype_bytes(shape.dtype));
+    return shape;
+}
+
+static tensor take_tensor(struct layout *l, tensor shape) {
+    shape.data = take(l, (size_t)tensor_count(shape) * dtype_bytes(shape.dtype));
+    return shape;
+}
+
+static struct layer_specs specs_of(const struct model *m, int layer) {
+    const struct model_config *c = &m->config;
+    enum layer_type type = c->layer_types[layer];
+    bool iha = layer_is_iha(type), rope = c->position_embedding == POSITION_ROPE;
+    int64_t P = iha ? c->num_pseudo_heads : 1, B = m->shape.batch, T = m->shape.tokens;
+    int64_t H = c->num_attention_heads, d = c->head_dim;
+    int64_t window = !layer_is_local(type) ? 0 : iha ? c->iha_window : c->local_window;
+    return (struct layer_specs){
+        .iha = iha,
+        .mixes = iha || rope,
+        .mix = {B, T, H, d, P, iha, rope, c->iha_rope == IHA_ROPE_VIRTUAL},
+        .attention = {B, T * P, H, d, P, c->causal, c->iha_mask == MASK_TOKEN, window, 1 / sqrt((double)d)},
+        .collapse = {B, T, H, d, P, c->iha_collapse == COLLAPSE_PER_HEAD},
+    };
+}
+
+/* One operation's plan: its workspace counts towards the largest, its saved bytes are returned. */
+static int plan(struct model *m, struct op_spec spec, size_t *saved, struct error *e) {
+    struct op_cost cost;
+    if (m->k->plan(m->dev, &spec, &cost, e) != 0)
+        return -1;
+    if (cost.workspace > m->workspace_bytes)
+        m->workspace_bytes = cost.workspace;
+    if (saved)
+        *saved = cost.saved;
+    return 0;
+}
+
+static int plan_layer(struct model *m, int layer, struct error *e) {
+    const struct model_config *c = &m->config;
+    struct layer_specs *s = &m->specs[layer];
+    int64_t N = m->shape.batch * m->shape.tokens, C = c->hidden_size, F = c->intermediate_size;
+    int64_t width = c->num_attention_heads * c->head_dim;
+    *s = specs_of(m, layer);
+    struct op_spec ops[] = {
+        {.kind = OP_ATTENTION, .attention = s->attention},
+        {.kind = OP_LINEAR, .linear = {N, C, 3 * width}},
+        {.kind = OP_LINEAR, .linear = {N, width, C}},
+        {.kind = OP_LINEAR, .linear = {N, C, F}},
+        {.kind = OP_LINEAR, .linear = {N, F, C}},
+        {.kind = OP_ACT, .act = {(enum act_type)c->activation, N, F}},
+        {.kind = OP_MIX, .mix = s->mix},
+        {.kind = OP_COLLAPSE, .collapse = s->collapse},
+    };
+    int count = (int)(sizeof ops / sizeof *ops) - (s->iha ? 0 : s->mixes ? 1 : 2);
+    for (int i = 0; i < count; i++)
+        if (plan(m, ops[i], i == 0 ? &s->attention_saved_bytes : NULL, e) != 0)
+            return -1;
+    return 0;
+}
+
+static int plan_all(struct model *m, struct error *e) {
+    const struct model_config *c = &m->config;
+    int64_t N = m->shape.batch * m->shape.tokens, C = c->hidden_size;
+    m->workspace_bytes = 0;
+    m->norm_spec = (struct norm_spec){(enum norm_type)c->norm, c->norm_eps, N, C};
+    struct op_spec norm = {.kind = OP_NORM, .norm = m->norm_spec};
+    struct op_spec embed = {.kind = OP_EMBED, .embed = {m->shape.batch, m->shape.tokens, c->vocab_size, C}};
+    struct op_spec classifier = {.kind = OP_CLASSIFIER, .classifier = {N, C, c->vocab_size}};
+    if (plan(m, norm, &m->norm_saved_bytes, e) != 0 || plan(m, embed, NULL, e) != 0 ||
+        plan(m, classifier, NULL, e) != 0)
+        return -1;
+    for (int layer = 0; layer < c->num_hidden_layers; layer++)
+        if (plan_layer(m, layer, e) != 0)
+            return -1;
+    return 0;
+}
+
+static void place_layer(struct model *m, struct layout *l, int layer) {
+    const struct model_config *c = &m->config;
+    struct layer_buffers *b = &m->layers[layer];
+    const struct layer_specs *s = &m->specs[layer];
+    enum dtype t = m->dtypes.compute;
+    int64_t B = m->shape.batch, T = m->shape.tokens, N = B * T, C = c->hidden_size, F = c->intermediate_size;
+    int64_t H = c->num_attention_heads, d = c->head_dim, S = s->attention.length;
+    tensor hidden = tensor_of(NULL, t, N, C, 0, 0, 0), wide = tensor_of(NULL, t, N, F, 0, 0, 0);
+    tensor pseudo = tensor_of(NULL, t, B, S, H, d, 0);
+    b->attn_norm_saved = take(l, m->norm_saved_bytes);
+    b->mlp_norm_saved = take(l, m->norm_saved_bytes);
+    b->attention_saved = place(m, l, layer, SLOT_ATTENTION_SAVED, s->attention_saved_bytes);
+    b->x_attn = place_tensor(m, l, layer, SLOT_X_ATTN, hidden);
+    b->y_attn = place_tensor(m, l, layer, SLOT_Y_ATTN, hidden);
+    b->qkv = place_tensor(m, l, layer, SLOT_QKV, tensor_of(NULL, t, B, T, 3, H, d));
+    b->q = s->mixes ? place_tensor(m, l, layer, SLOT_Q, pseudo) : tensor_select(b->qkv, 2, 0);
+    b->k = s->mixes ? place_tensor(m, l, layer, SLOT_K, pseudo) : tensor_select(b->qkv, 2, 1);
+    b->v = s->mixes ? place_tensor(m, l, layer, SLOT_V, pseudo) : tensor_select(b->qkv, 2, 2);
+    b->o_pseudo = place_tensor(m, l, layer, SLOT_O_PSEUDO, pseudo);
+    b->o = s->iha ? place_tensor(m, l, layer, SLOT_O, tensor_of(NULL, t, B, T, H, d, 0)) : b->o_pseudo;
+    b->x_mlp = place_tensor(m, l, layer, SLOT_X_MLP, hidden);
+    b->y_mlp = place_tensor(m, l, layer, SLOT_Y_MLP, hidden);
+    b->up = place_tensor(m, l, layer, SLOT_UP, wide);
+    b->gate = c->activation == ACTIVATION_SWIGLU ? place_tensor(m, l, layer, SLOT_GATE, wide) : tensor_none();
+    b->act = place_tensor(m, l, layer, SLOT_ACT, wide);
+}
+
+/* The MLP's and the attention's gradients are never alive together: they start at the same place. */
+static void place_gradients(struct model *m, struct layout *l) {
+    const struct model_config *c = &m->config;
+    enum dtype t = m->dtypes.compute;
+    int64_t B = m->shape.batch, T = m->shape.tokens, N = B * T, H = c->num_attention_heads, d = c->head_dim;
+    tensor hidden = tensor_of(NULL, t, N, c->hidden_size, 0, 0, 0);
+    tensor wide = tensor_of(NULL, t, N, c->intermediate_size, 0, 0, 0);
+    struct gradient_buffers *g = &m->grad;
+    g->dx = take_tensor(l, hidden);
+    g->dy = take_tensor(l, hidden);
+    size_t mark = l->at;
+    g->dact = take_tensor(l, wide);
+    g->dgate = c->activation == ACTIVATION_SWIGLU ? take_tensor(l, wide) : tensor_none();
+    size_t mlp_end = l->at;
+    l->at = mark;
+    int64_t S = T;
+    bool mixes = false, iha = false;
+    for (int layer = 0; layer < c->num_hidden_layers; layer++) {
+        S = m->specs[layer].attention.length > S ? m->specs[layer].attention.length : S;
+        mixes |= m->specs[layer].mixes;
+        iha |= m->specs[layer].iha;
+    }
+    size_t pseudo_bytes = (size_t)(B * S * H * d) * dtype_bytes(t);
+    g->d_o = take_tensor(l, tensor_of(NULL, t, B, T, H, d, 0));
+    g->dqkv = take_tensor(l, tensor_of(NULL, t, B, T, 3, H, d));
+    void **pseudo[] = {&g->d_o_pseudo, &g->dq, &g->dk, &g->dv};
+    for (int i = iha ? 0 : 1; i < 4 && mixes; i++)
+        *pseudo[i] = take(l, pseudo_bytes);
+    if (l->at < mlp_end)
+        l->at = mlp_end;
+}
+
+static void walk(struct model *m, struct layout *l) {
+    const struct model_config *c = &m->config;
+    enum dtype t = m->dtypes.compute;
+    int64_t B = m->shape.batch, T = m->shape.tokens, d = c->head_dim, P = 1;
+    for (int i = 0; i < SLOTS; i++)
+        l->shared[i] = l->base ? take(l, l->shared_bytes[i]) : NULL;
+    for (int layer = 0; layer < c->num_hidden_layers; layer++)
+        P = m->specs[layer].mix.pseudo > P ? m->specs[layer].mix.pseudo : P;
+    tensor hidden = tensor_of(NULL, t, B * T, c->hidden_size, 0, 0, 0);
+    m->tokens = take_tensor(l, tensor_of(NULL, DTYPE_I32, B, T, 0, 0, 0));
+    m->targets = take_tensor(l, tensor_of(NULL, DTYPE_I32, B * T, 0, 0, 0, 0));
+    m->rope = c->position_embedding == POSITION_ROPE
+                  ? take_tensor(l, tensor_of(NULL, t, T * P, 2, d / 2, 0, 0))
+                  : tensor_none();
+    m->delta = take_tensor(l, hidden);
+    m->x_final = take_tensor(l, hidden);
+    m->h = take_tensor(l, hidden);
+    m->final_norm_saved = take(l, m->norm_saved_bytes);
+    for (int layer = 0; layer < c->num_hidden_layers; layer++)
+        place_layer(m, l, layer);
+    if (m->shape.training)
+        place_gradients(m, l);
+    if (!l->base)
+        for (int i = 0; i < SLOTS; i++)
+            take(l, l->shared_bytes[i]);
+}
+
+int buffers_measure(struct model *m, size_t *activation_bytes, struct error *e) {
+    if (plan_all(m, e) != 0)
+        return -1;
+    struct layout l = {0};
+    walk(m, &l);
+    *activation_bytes = l.at;
+    return 0;
+}
+
+void buffers_place(struct model *m, void *block) {
+    struct layout l = {0};
+    walk(m, &l); /* learns the shared slots' sizes */
+    l.base = block;
+    l.at = 0;
+    walk(m, &l);
+}

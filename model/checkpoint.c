@@ -1,0 +1,337 @@
+#include "model/checkpoint.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "model/checkpoint_files.h"
+#include "model/files.h"
+
+enum { PATH_BYTES = MAX_TEXT + 128, MAX_TOKENIZER = 256 << 20 };
+
+static const char OPTIMIZER_FILE[] = "optimizer-00000-of-00001.safetensors";
+
+static void join(char out[PATH_BYTES], const char *dir, const char *name) {
+    snprintf(out, PATH_BYTES, "%s/%s", dir, name);
+}
+
+static void step_name(char out[32], int64_t step) {
+    snprintf(out, 32, "step_%08lld", (long long)step);
+}
+
+static bool exists(const char *dir, const char *name) {
+    char path[PATH_BYTES];
+    join(path, dir, name);
+    return access(path, F_OK) == 0;
+}
+
+/* ---- which checkpoints there are -------------------------------------------------------------------- */
+
+/* The step in a directory name "step_00001000", or -1. */
+static int64_t step_of(const char *name) {
+    if (strncmp(name, "step_", 5) != 0 || name[5] == '\0' ||
+        strspn(name + 5, "0123456789") != strlen(name + 5) || strlen(name) > 20)
+        return -1;
+    return strtoll(name + 5, NULL, 10);
+}
+
+static int descending(const void *a, const void *b) {
+    int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x < y) - (x > y);
+}
+
+/* Steps of the checkpoints in run_dir, newest first: a malloc'd array and its length. */
+static int list_steps(const char *run_dir, int64_t **steps) {
+    int count = 0, capacity = 0;
+    *steps = NULL;
+    DIR *dir = opendir(run_dir);
+    struct dirent *item;
+    while (dir && (item = readdir(dir))) {
+        int64_t step = step_of(item->d_name);
+        if (step < 0)
+            continue;
+        if (count == capacity) {
+            capacity = capacity ? 2 * capacity : 16;
+            int64_t *grown = realloc(*steps, (size_t)capacity * sizeof **steps);
+            if (!grown)
+                break;
+            *steps = grown;
+        }
+        (*steps)[count++] = step;
+    }
+    if (dir)
+        closedir(dir);
+    if (count > 0)
+        qsort(*steps, (size_t)count, sizeof **steps, descending);
+    return count;
+}
+
+int64_t checkpoint_newest_step(const char *run_dir) {
+    int64_t *steps;
+    int64_t newest = list_steps(run_dir, &steps) > 0 ? steps[0] : -1;
+    free(steps);
+    return newest;
+}
+
+int checkpoint_find(const char *path, char dir[MAX_TEXT], struct error *e) {
+    struct stat st;
+    if (strlen(path) + 32 >= MAX_TEXT)
+        return fail_user(e, "%.40s...: the path is too long", path);
+    if (stat(path, &st) != 0)
+        return fail_user(e, "%s: %s; give a checkpoint directory, or the run directory that holds one", path,
+                         strerror(errno));
+    snprintf(dir, MAX_TEXT, "%s", path);
+    if (exists(path, "config.json"))
+        return 0;
+    int64_t newest = checkpoint_newest_step(path);
+    if (newest < 0)
+        return fail_user(e, "%s: neither a checkpoint (no config.json) nor a run directory with one", path);
+    char name[32];
+    step_name(name, newest);
+    snprintf(dir, MAX_TEXT, "%s/%s", path, name);
+    return 0;
+}
+
+/* ---- reading ------------------------------------------------------------------------------------------ */
+
+int checkpoint_read_config(const char *dir, struct model_config *config, struct error *e) {
+    char path[PATH_BYTES], *text;
+    join(path, dir, "config.json");
+    if (files_read_all(path, 1 << 20, &text, NULL, e) != 0)
+        return -1;
+    int status = config_model_from_json(config, text, path, e);
+    free(text);
+    return status;
+}
+
+int checkpoint_load_weights(const char *dir, struct model *m, struct error *e) {
+    char path[PATH_BYTES];
+    join(path, dir, "model.safetensors");
+    return weights_read(path, m, e);
+}
+
+int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e) {
+    char path[PATH_BYTES];
+    join(path, dir, OPTIMIZER_FILE);
+    return optimizer_read(path, m, e);
+}
+
+int checkpoint_read_progress(const char *dir, struct progress *p, struct error *e) {
+    char path[PATH_BYTES];
+    join(path, dir, "trainer.json");
+    return progress_read(path, p, e);
+}
+
+struct wanted_setting {
+    const char *key;
+    char *value;
+};
+
+static void pick_setting(void *context, const char *key, const char *value) {
+    struct wanted_setting *w = context;
+    if (strcmp(key, w->key) == 0)
+        snprintf(w->value, MAX_TEXT, "%s", value);
+}
+
+int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], struct error *e) {
+    char path[PATH_BYTES];
+    struct wanted_setting w = {key, value};
+    value[0] = '\0';
+    if (!exists(dir, "trainer.json"))
+        return 0; /* a checkpoint from elsewhere */
+    join(path, dir, "trainer.json");
+    return settings_visit(path, pick_setting, &w, e);
+}
+
+/* ---- resuming ----------------------------------------------------------------------------------------- */
+
+struct difference {
+    const char *key, *recorded;
+    bool found;
+    char text[512];
+};
+
+static void compare_setting(void *context, const char *key, const char *value) {
+    struct difference *d = context;
+    if (strcmp(key, d->key) == 0 && strcmp(value, d->recorded) != 0 && !d->found) {
+        d->found = true;
+        snprintf(d->text, sizeof d->text, "%s was %s and is now %s", key, d->recorded, value);
+    }
+}
+
+struct recorded_check {
+    const struct config *asked;
+    struct difference first;
+};
+
+/* Data is compared by fingerprint, not by path: a corpus may move. */
+static void check_recorded(void *context, const char *key, const char *value) {
+    struct recorded_check *r = context;
+    bool path =
+        strcmp(key, "data.train") == 0 || strcmp(key, "data.val") == 0 || strcmp(key, "data.tokenizer") == 0;
+    if (r->first.found || path || config_may_change_on_resume(key))
+        return;
+    r->first.key = key;
+    r->first.recorded = value;
+    config_visit(r->asked, compare_setting, &r->first);
+}
+
+static int check_same_run(const char *dir, const struct config *c, const struct progress *asked,
+                          const struct progress *found, struct error *e) {
+    char path[PATH_BYTES];
+    struct recorded_check r = {.asked = c};
+    join(path, dir, "trainer.json");
+    if (settings_visit(path, check_recorded, &r, e) != 0)
+        return -1;
+    if (r.first.found)
+        return fail_user(e, "%s is a checkpoint of another run: %s; change it back, or set another run.dir",
+                         dir, r.first.text);
+    if (strcmp(asked->train_fingerprint, found->train_fingerprint) != 0)
+        return fail_user(
+            e,
+            "%s: the training data has changed since this checkpoint; give the same shards, or set "
+            "another run.dir",
+            dir);
+    return 0;
+}
+
+static int load_all(const char *dir, struct model *m, struct progress *p, struct error *e) {
+    if (checkpoint_read_progress(dir, p, e) != 0 || checkpoint_load_weights(dir, m, e) != 0)
+        return -1;
+    return checkpoint_load_optimizer(dir, m, e);
+}
+
+int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct progress *p,
+                      char dir[MAX_TEXT], struct error *e) {
+    int64_t *steps;
+    int count = list_steps(run_dir, &steps), status = count > 0 ? -1 : 0;
+    struct progress asked = *p;
+    for (int i = 0; i < count && status < 0; i++) {
+        char name[32];
+        step_name(name, steps[i]);
+        snprintf(dir, MAX_TEXT, "%.*s/%s", MAX_TEXT - 40, run_dir, name);
+        if (load_all(dir, m, p, e) == 0) {
+            status = check_same_run(dir, c, &asked, p, e) == 0 ? 1 : -1;
+            break;
+        }
+        fprintf(stderr, "warning: %s does not load (%s)%s\n", dir, e->text,
+                i + 1 < count ? "; trying the one before" : "");
+        if (i + 1 == count)
+            fail_user(
+                e, "%s: none of its %d checkpoints loads; set another run.dir, or remove them to start anew",
+                run_dir, count);
+    }
+    free(steps);
+    if (status == 1)
+        snprintf(p->val_fingerprint, sizeof p->val_fingerprint, "%s", asked.val_fingerprint);
+    return status;
+}
+
+/* ---- saving ------------------------------------------------------------------------------------------- */
+
+static int copy_tokenizer(const char *from, const char *dir, struct error *e) {
+    char path[PATH_BYTES], *data;
+    size_t length;
+    if (files_read_all(from, MAX_TOKENIZER, &data, &length, e) != 0)
+        return fail_run(e, "%s: the tokenizer can no longer be read, and belongs into every checkpoint",
+                        from);
+    join(path, dir, "tokenizer.json");
+    int status = files_write_synced(path, data, length, e);
+    free(data);
+    return status;
+}
+
+static int write_config(const char *dir, const struct model_config *config, struct error *e) {
+    char path[PATH_BYTES], *text = config_model_to_json(config);
+    if (!text)
+        return fail_run(e, "out of memory saving config.json");
+    join(path, dir, "config.json");
+    int status = files_write_synced(path, text, strlen(text), e);
+    free(text);
+    return status;
+}
+
+static int write_all(const char *dir, struct model *m, const struct config *c, const struct progress *p,
+                     const char *tokenizer, struct error *e) {
+    char path[PATH_BYTES];
+    join(path, dir, "model.safetensors");
+    if (weights_write(path, m, e) != 0)
+        return -1;
+    join(path, dir, OPTIMIZER_FILE);
+    if (optimizer_write(path, m, e) != 0 || write_config(dir, &c->model, e) != 0)
+        return -1;
+    if (tokenizer && copy_tokenizer(tokenizer, dir, e) != 0)
+        return -1;
+    join(path, dir, "trainer.json");
+    return progress_write(path, p, c, e);
+}
+
+/* All but the newest `keep` and the best. */
+static void remove_old(const char *run_dir, int64_t keep, int64_t best_step) {
+    int64_t *steps;
+    int count = list_steps(run_dir, &steps);
+    for (int i = (int)keep; i < count; i++) {
+        char name[32], path[PATH_BYTES];
+        if (steps[i] == best_step)
+            continue;
+        step_name(name, steps[i]);
+        join(path, run_dir, name);
+        struct error e;
+        if (files_remove_tree(path, &e) != 0)
+            fprintf(stderr, "warning: %s\n", e.text);
+    }
+    free(steps);
+}
+
+int checkpoint_save(const char *run_dir, struct model *m, const struct config *c, const struct progress *p,
+                    const char *tokenizer, struct error *e) {
+    char name[32], tmp[PATH_BYTES], final[PATH_BYTES], tmp_name[40];
+    step_name(name, p->step);
+    snprintf(tmp_name, sizeof tmp_name, "%s.tmp", name);
+    join(tmp, run_dir, tmp_name);
+    join(final, run_dir, name);
+    struct error ignored;
+    if (files_remove_tree(tmp, e) != 0)
+        return -1;
+    if (mkdir(tmp, 0777) != 0)
+        return fail_run(e, "%s: cannot create the directory: %s; %s", tmp, strerror(errno),
+                        files_advice(errno));
+    if (write_all(tmp, m, c, p, tokenizer, e) != 0 || files_remove_tree(final, e) != 0 ||
+        files_publish_dir(tmp, final, e) != 0) {
+        files_remove_tree(tmp, &ignored);
+        e->exit_code = EXIT_RUN;
+        return -1;
+    }
+    if (isfinite(p->best_val_loss) && p->best_step == p->step && checkpoint_mark_best(run_dir, p, e) != 0)
+        return -1;
+    remove_old(run_dir, c->run.keep, p->best_step);
+    return 0;
+}
+
+int checkpoint_mark_best(const char *run_dir, const struct progress *p, struct error *e) {
+    char name[32], link[PATH_BYTES];
+    step_name(name, p->best_step);
+    join(link, run_dir, "best");
+    return files_link_replace(name, link, e);
+}
+
+void checkpoint_clean(const char *run_dir) {
+    DIR *dir = opendir(run_dir);
+    struct dirent *item;
+    while (dir && (item = readdir(dir))) {
+        const char *end = strstr(item->d_name, ".tmp");
+        if (strncmp(item->d_name, "step_", 5) != 0 || !end || end[4] != '\0')
+            continue;
+        char path[PATH_BYTES];
+        struct error ignored;
+        join(path, run_dir, item->d_name);
+        files_remove_tree(path, &ignored);
+    }
+    if (dir)
+        closedir(dir);
+}

@@ -1,0 +1,156 @@
+/* The configuration of a run: one INI file, overridden key by key from the command line.
+ *
+ * Everything a user may set is one row of the table in config.c, and only there: its section,
+ * name, type, range, default and the sentence `--help` prints. */
+#ifndef IHA_CONFIG_H
+#define IHA_CONFIG_H
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#include "kernels/error.h"
+
+enum { MAX_LAYERS = 1024, MAX_TEXT = 1024 };
+
+enum position_embedding { POSITION_ROPE, POSITION_LEARNED, POSITION_NONE };
+enum norm { NORM_RMSNORM, NORM_LAYERNORM };
+enum activation { ACTIVATION_GELU_TANH, ACTIVATION_RELU2, ACTIVATION_SWIGLU };
+enum layer_type { LAYER_MHA_GLOBAL, LAYER_MHA_LOCAL, LAYER_IHA_GLOBAL, LAYER_IHA_LOCAL };
+enum iha_mask { MASK_FLAT, MASK_TOKEN };
+enum iha_rope { IHA_ROPE_VIRTUAL, IHA_ROPE_TOKEN };
+enum iha_collapse { COLLAPSE_FULL, COLLAPSE_PER_HEAD };
+enum init_alpha { ALPHA_IDENTITY, ALPHA_NOISE };
+enum init_collapse { COLLAPSE_LAST, COLLAPSE_MEAN };
+enum schedule { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_CONSTANT, SCHEDULE_WSD };
+enum init_optimizer { OPTIMIZER_FRESH, OPTIMIZER_KEEP };
+enum device_kind { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA };
+enum precision { PRECISION_AUTO, PRECISION_FP32, PRECISION_BF16 };
+enum comm { COMM_AUTO, COMM_MPI, COMM_NCCL };
+enum recompute { RECOMPUTE_NONE, RECOMPUTE_LIGHT, RECOMPUTE_FULL };
+
+struct model_config {
+    int64_t vocab_size;              /* V */
+    int64_t hidden_size;             /* C */
+    int64_t num_hidden_layers;       /* L */
+    int64_t num_attention_heads;     /* H */
+    int64_t head_dim;                /* d */
+    int64_t intermediate_size;       /* F */
+    int64_t max_position_embeddings; /* tokens */
+    enum position_embedding position_embedding;
+    double rope_theta;
+    enum norm norm;
+    double norm_eps;
+    enum activation activation;
+    bool bias;
+    bool tie_word_embeddings;
+    bool causal;
+    enum layer_type layer_types[MAX_LAYERS]; /* layer_pattern, repeated over the layers */
+    int64_t local_window;                    /* keys a query sees in an mha_local layer, itself included */
+    int64_t num_pseudo_heads;                /* P */
+    int64_t iha_window;                      /* the same in an iha_local layer, in virtual tokens */
+    enum iha_mask iha_mask;
+    enum iha_rope iha_rope;
+    enum iha_collapse iha_collapse;
+    enum init_alpha init_alpha;       /* init_* matter when a run is created, and are not part of */
+    enum init_collapse init_collapse; /* what a checkpoint's config.json holds */
+};
+
+struct train_config {
+    int64_t seq_len;      /* T, tokens */
+    int64_t micro_batch;  /* sequences per rank and pass */
+    int64_t batch_tokens; /* per optimizer step, over all ranks */
+    int64_t steps;
+    double lr, min_lr;
+    int64_t warmup_steps;
+    enum schedule schedule;
+    double weight_decay, beta1, beta2, eps, grad_clip;
+    double mix_lr_scale;
+    int64_t seed;
+    char init_from[MAX_TEXT]; /* empty: none */
+    enum init_optimizer init_optimizer;
+    double skip_zscore;
+    int64_t max_skips;
+};
+
+struct system_config {
+    enum device_kind device;
+    enum precision precision;
+    enum comm comm;
+    int64_t zero_stage;
+    enum recompute recompute;
+    bool deterministic;
+    int64_t threads; /* 0: all */
+    double peer_timeout;
+};
+
+struct data_config {
+    char train[MAX_TEXT], val[MAX_TEXT]; /* globs; empty: none */
+    char tokenizer[MAX_TEXT];            /* "none", "bytes" or a file */
+    bool shuffle;
+};
+
+struct run_config {
+    char dir[MAX_TEXT];
+    int64_t eval_every, eval_batches, save_every, keep, sample_every, log_every;
+};
+
+struct config {
+    struct model_config model;
+    struct train_config train;
+    struct system_config system;
+    struct data_config data;
+    struct run_config run;
+};
+
+/* Read an INI file, then apply `count` overrides "section.key=value" in order, fill the defaults
+ * that depend on other keys, and check every value and every relation between keys.
+ * `path` may be NULL: overrides alone. `ranks` divides batch_tokens.
+ * Errors (EXIT_USER) name the file and line or the override, and for an unknown section, key or
+ * value the nearest known one. */
+int config_load(struct config *c, const char *path, int count, char *const *overrides, int ranks,
+                struct error *e);
+
+/* The subset that eval and generate need. Starts from *c as the caller filled it (a checkpoint's model,
+ * defaults elsewhere: see config_defaults), applies overrides of every section but [model] (an override
+ * of model.* is an error that says the model comes from the checkpoint), and checks their values, but
+ * requires no key. */
+int config_override(struct config *c, int count, char *const *overrides, struct error *e);
+
+/* Every key at its default; required ones zero or empty. */
+void config_defaults(struct config *c);
+
+/* The model as a checkpoint's config.json holds it: model_type "iha", every [model] key resolved to its
+ * value, `layer_types` (a list of names) instead of `layer_pattern`, no init_* keys.
+ * config_model_to_json returns a malloc'd string, pretty-printed, ending in a newline.
+ * config_model_from_json checks everything config_load checks (a file from elsewhere may be hostile);
+ * `where` names the file in errors. Unknown keys are ignored: other tools add their own. A missing key
+ * takes its default where it has one. */
+char *config_model_to_json(const struct model_config *m);
+int config_model_from_json(struct model_config *m, const char *json, const char *where, struct error *e);
+
+/* Every key of the run as "section.key" -> text, one call of `visit` per key in table order, with the
+ * values config_load would accept and resolve to the same configuration: what trainer.json keeps, and what
+ * a resumed run is compared with. Layers are given as `model.layer_pattern`, one name per layer. */
+void config_visit(const struct config *c, void (*visit)(void *context, const char *key, const char *value),
+                  void *context);
+
+/* May `section.key` change when a run is resumed? (steps, the schedule's keys, [system] and [run] may.) */
+bool config_may_change_on_resume(const char *key);
+
+/* All keys with defaults and one-line explanations, for --help. */
+void config_print_help(FILE *out);
+
+const char *layer_type_name(enum layer_type type);
+static inline bool layer_is_iha(enum layer_type t) {
+    return t == LAYER_IHA_GLOBAL || t == LAYER_IHA_LOCAL;
+}
+static inline bool layer_is_local(enum layer_type t) {
+    return t == LAYER_MHA_LOCAL || t == LAYER_IHA_LOCAL;
+}
+
+/* The known name nearest to `word` by edit distance, or NULL when none is near enough to be meant. Names
+ * are given as a NULL-terminated list. Used for every "did you mean". */
+const char *nearest_name(const char *word, const char *const *names);
+
+#endif

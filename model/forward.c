@@ -1,0 +1,114 @@
+/* The forward pass, and what of it backward repeats. */
+#include "model/model.h"
+
+static const struct layer_params *params_of(const struct model *m, int layer) {
+    return &m->params.layers[layer];
+}
+
+static void linear(struct model *m, tensor x, int64_t in, int weight, int bias, int64_t out, tensor y) {
+    int64_t N = m->shape.batch * m->shape.tokens;
+    struct linear_spec spec = {N, in, out};
+    x = tensor_of(x.data, x.dtype, N, in, 0, 0, 0);
+    y = tensor_of(y.data, y.dtype, N, out, 0, 0, 0);
+    m->k->linear(m->dev, &spec, x, model_param(m, weight), model_param(m, bias), y);
+}
+
+/* q~, k~, v~ from qkv (paper: steps 2-4). */
+static void mix(struct model *m, int layer) {
+    const struct layer_params *p = params_of(m, layer);
+    struct layer_buffers *b = &m->layers[layer];
+    if (m->specs[layer].mixes)
+        m->k->qkv_mix(m->dev, &m->specs[layer].mix, b->qkv, model_param(m, p->alpha_q),
+                      model_param(m, p->alpha_k), model_param(m, p->alpha_v), m->rope, 0, b->q, b->k, b->v);
+}
+
+/* o from the pseudo-heads' outputs (paper: step 6). */
+static void collapse(struct model *m, int layer) {
+    struct layer_buffers *b = &m->layers[layer];
+    if (m->specs[layer].iha)
+        m->k->collapse(m->dev, &m->specs[layer].collapse, b->o_pseudo,
+                       model_param(m, params_of(m, layer)->collapse), b->o);
+}
+
+static void mlp_act(struct model *m, int layer) {
+    struct layer_buffers *b = &m->layers[layer];
+    struct act_spec spec = {(enum act_type)m->config.activation, m->norm_spec.rows,
+                            m->config.intermediate_size};
+    m->k->mlp_act(m->dev, &spec, b->up, b->gate, b->act);
+}
+
+/* From y_attn, the norm of what enters the layer, to y_mlp. */
+static void attention_half(struct model *m, int layer) {
+    const struct model_config *c = &m->config;
+    const struct layer_params *p = params_of(m, layer);
+    struct layer_buffers *b = &m->layers[layer];
+    int64_t C = c->hidden_size, width = c->num_attention_heads * c->head_dim;
+    linear(m, b->y_attn, C, p->qkv, p->qkv_bias, 3 * width, b->qkv);
+    mix(m, layer);
+    m->k->attention(m->dev, &m->specs[layer].attention, b->q, b->k, b->v, b->o_pseudo, b->attention_saved);
+    collapse(m, layer);
+    linear(m, b->o, width, p->out, p->out_bias, C, m->delta);
+    m->k->residual_norm(m->dev, &m->norm_spec, b->x_attn, m->delta, model_param(m, p->mlp_norm),
+                        model_param(m, p->mlp_norm_bias), b->x_mlp, b->y_mlp, b->mlp_norm_saved);
+}
+
+static void mlp_half(struct model *m, int layer) {
+    const struct layer_params *p = params_of(m, layer);
+    struct layer_buffers *b = &m->layers[layer];
+    int64_t C = m->config.hidden_size, F = m->config.intermediate_size;
+    linear(m, b->y_mlp, C, p->up, p->up_bias, F, b->up);
+    if (b->gate.data)
+        linear(m, b->y_mlp, C, p->gate, -1, F, b->gate);
+    mlp_act(m, layer);
+}
+
+void layer_recompute(struct model *m, int layer) {
+    const struct layer_params *p = params_of(m, layer);
+    struct layer_buffers *b = &m->layers[layer];
+    if (m->shape.recompute == RECOMPUTE_NONE)
+        return;
+    m->k->residual_norm_again(m->dev, &m->norm_spec, b->x_attn, model_param(m, p->attn_norm),
+                              model_param(m, p->attn_norm_bias), b->y_attn, b->attn_norm_saved);
+    if (m->shape.recompute == RECOMPUTE_FULL) {
+        attention_half(m, layer);
+        mlp_half(m, layer);
+        return;
+    }
+    mix(m, layer);
+    collapse(m, layer);
+    m->k->residual_norm_again(m->dev, &m->norm_spec, b->x_mlp, model_param(m, p->mlp_norm),
+                              model_param(m, p->mlp_norm_bias), b->y_mlp, b->mlp_norm_saved);
+    mlp_act(m, layer);
+}
+
+void model_forward(struct model *m, const int32_t *tokens, const int32_t *targets) {
+    const struct model_config *c = &m->config;
+    const struct kernels *k = m->k;
+    int64_t C = c->hidden_size, F = c->intermediate_size;
+    k->upload(m->dev, m->tokens, tokens, DTYPE_I32);
+    k->upload(m->dev, m->targets, targets, DTYPE_I32);
+    struct embed_spec embed = {m->shape.batch, m->shape.tokens, c->vocab_size, C};
+    tensor x = m->layers[0].x_attn, delta = tensor_none(); /* the residual stream is x + delta */
+    k->embed(m->dev, &embed, m->tokens, model_param(m, m->params.embed), model_param(m, m->params.pos_embed),
+             0, x);
+    for (int layer = 0; layer < c->num_hidden_layers; layer++) {
+        const struct layer_params *p = params_of(m, layer);
+        struct layer_buffers *b = &m->layers[layer];
+        k->residual_norm(m->dev, &m->norm_spec, x, delta, model_param(m, p->attn_norm),
+                         model_param(m, p->attn_norm_bias), b->x_attn, b->y_attn, b->attn_norm_saved);
+        attention_half(m, layer);
+        mlp_half(m, layer);
+        linear(m, b->act, F, p->down, p->down_bias, C, m->delta);
+        x = b->x_mlp;
+        delta = m->delta;
+    }
+    k->residual_norm(m->dev, &m->norm_spec, x, delta, model_param(m, m->params.final_norm),
+                     model_param(m, m->params.final_norm_bias), m->x_final, m->h, m->final_norm_saved);
+}
+
+void model_evaluate(struct model *m, const int32_t *tokens, const int32_t *targets, double scale) {
+    model_forward(m, tokens, targets);
+    struct classifier_spec spec = {m->norm_spec.rows, m->config.hidden_size, m->config.vocab_size};
+    m->k->classifier(m->dev, &spec, m->h, model_param(m, m->params.lm_head), m->targets, scale, m->state,
+                     tensor_none(), tensor_none(), false);
+}

@@ -1,0 +1,136 @@
+#include "model/info.h"
+
+#include <string.h>
+
+#include "model/flops.h"
+
+static const char *human(double n, char out[32]) {
+    const char *units[] = {"", "k", "M", "B", "T"};
+    int unit = 0;
+    for (; n >= 1000 && unit < 4; unit++)
+        n /= 1000;
+    snprintf(out, 32, unit ? "%.2f%s" : "%.0f%s", n, units[unit]);
+    return out;
+}
+
+static void print_model(FILE *out, const struct model_config *m) {
+    const char *positions[] = {"rope", "learned", "none"}, *norms[] = {"rmsnorm", "layernorm"};
+    const char *activations[] = {"gelu_tanh", "relu2", "swiglu"};
+    fprintf(out, "Model: %lld layers, hidden %lld, %lld heads x %lld, MLP %lld (%s), vocabulary %lld%s\n",
+            (long long)m->num_hidden_layers, (long long)m->hidden_size, (long long)m->num_attention_heads,
+            (long long)m->head_dim, (long long)m->intermediate_size, activations[m->activation],
+            (long long)m->vocab_size, m->tie_word_embeddings ? ", tied embeddings" : "");
+    fprintf(out, "       %s%s, positions: %s, %s\n", norms[m->norm], m->bias ? " with bias" : "",
+            positions[m->position_embedding], m->causal ? "causal" : "not causal");
+    fprintf(out, "       IHA: %lld pseudo-heads, %s mask, rope at the %s position, %s collapse\n\n",
+            (long long)m->num_pseudo_heads, m->iha_mask == MASK_FLAT ? "flat" : "token",
+            m->iha_rope == IHA_ROPE_VIRTUAL ? "virtual" : "token",
+            m->iha_collapse == COLLAPSE_FULL ? "full" : "per-head");
+}
+
+/* Parameters by group: the part of a tensor's name that says what it is for. */
+static const char *group_of(const struct param *p) {
+    if (p->layer < 0)
+        return strstr(p->name, "norm") ? "norms" : strstr(p->name, "lm_head") ? "lm_head" : "embeddings";
+    if (strstr(p->name, "norm"))
+        return "norms";
+    if (p->class == PARAM_MIX)
+        return "alpha and collapse (IHA)";
+    return strstr(p->name, ".mlp.") ? "MLP" : "attention projections";
+}
+
+static void print_parameters(FILE *out, const struct params *p) {
+    static const char *const groups[] = {
+        "embeddings", "attention projections", "alpha and collapse (IHA)", "MLP", "norms", "lm_head"};
+    char text[32];
+    fprintf(out, "Parameters: %s (%lld)\n", human((double)p->learned, text), (long long)p->learned);
+    for (size_t g = 0; g < sizeof groups / sizeof *groups; g++) {
+        int64_t count = 0;
+        for (int i = 0; i < p->count; i++)
+            if (strcmp(group_of(&p->list[i]), groups[g]) == 0)
+                count += p->list[i].count;
+        if (count > 0)
+            fprintf(out, "  %-26s %14lld  %5.1f%%\n", groups[g], (long long)count,
+                    100 * (double)count / (double)p->learned);
+    }
+    fputc('\n', out);
+}
+
+static void print_schedule(FILE *out, const struct model_config *m, int64_t seq_len) {
+    double full = (double)seq_len * (double)seq_len, causal = m->causal ? (full + (double)seq_len) / 2 : full;
+    double executed = 0, charged = 0;
+    fprintf(out, "Layer schedule at %lld tokens (cost of attention, next to an MHA layer over all tokens):\n",
+            (long long)seq_len);
+    fprintf(out, "  %-8s %-12s %10s %10s %10s\n", "layers", "type", "window", "executed", "charged");
+    for (int first = 0; first < m->num_hidden_layers;) {
+        enum layer_type type = m->layer_types[first];
+        int last = first;
+        while (last + 1 < m->num_hidden_layers && m->layer_types[last + 1] == type)
+            last++;
+        double pairs = attention_pairs(m, type, seq_len),
+               paper = attention_pairs_as_charged(m, type, seq_len);
+        char range[32], window[48] = "-";
+        snprintf(range, sizeof range, first == last ? "%d" : "%d-%d", first, last);
+        if (layer_is_local(type))
+            snprintf(window, sizeof window, "%lld",
+                     (long long)(layer_is_iha(type) ? m->iha_window : m->local_window));
+        fprintf(out, "  %-8s %-12s %10s %10.3f %10.3f\n", range, layer_type_name(type), window,
+                pairs / causal, paper / full);
+        executed += (last - first + 1) * pairs / causal;
+        charged += (last - first + 1) * paper / full;
+        first = last + 1;
+    }
+    double L = (double)m->num_hidden_layers;
+    fprintf(out, "  %-8s %-12s %10s %10.3f %10.3f\n", "mean", "", "", executed / L, charged / L);
+    fprintf(
+        out,
+        "  executed: visible pairs over those of a causal MHA layer; charged: the paper's accounting, every\n"
+        "  query its whole window over T^2. Windows are in virtual tokens (P a token) in IHA layers.\n\n");
+}
+
+static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len) {
+    struct flops f = flops_per_token(m, seq_len);
+    double total = f.matmul + f.attention + f.mixing;
+    char text[32];
+    fprintf(out, "FLOPs per token (forward + backward): %s\n", human(total, text));
+    fprintf(out, "  %-12s %10s  %5.1f%%   6 x weights of qkv, out, MLP and the vocabulary projection\n",
+            "matmul", human(f.matmul, text), 100 * f.matmul / total);
+    fprintf(out, "  %-12s %10s  %5.1f%%   12 x H x d x visible pairs per token, summed over layers\n",
+            "attention", human(f.attention, text), 100 * f.attention / total);
+    fprintf(out, "  %-12s %10s  %5.1f%%   6 x d x P x (3 H^2 + %s) per IHA layer\n\n", "mixing",
+            human(f.mixing, text), 100 * f.mixing / total, m->iha_collapse == COLLAPSE_FULL ? "H^2" : "H");
+}
+
+static void print_memory(FILE *out, const struct config *c, const struct memory_plan *p) {
+    const char *modes[] = {"none", "light", "full"};
+    size_t total = p->parameters + p->gradients + p->optimizer + p->activations + p->workspace;
+    struct {
+        const char *name;
+        size_t bytes;
+    } rows[] = {{"parameters", p->parameters},
+                {"gradients", p->gradients},
+                {"optimizer", p->optimizer},
+                {"activations", p->activations},
+                {"workspace", p->workspace}};
+    fprintf(out, "Memory for training, micro_batch %lld x %lld tokens, recompute %s: %.1f MB\n",
+            (long long)c->train.micro_batch, (long long)c->train.seq_len, modes[c->system.recompute],
+            (double)total / 1e6);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        fprintf(out, "  %-12s %12.1f MB\n", rows[i].name, (double)rows[i].bytes / 1e6);
+}
+
+int info_print(FILE *out, const struct config *c, const struct kernels *k, struct device *dev,
+               struct error *e) {
+    struct pass_shape shape = {c->train.micro_batch, c->train.seq_len, c->system.recompute, true};
+    struct memory_plan memory;
+    struct params params;
+    if (model_memory(&c->model, k, dev, &shape, &memory, e) != 0 || params_create(&params, &c->model, e) != 0)
+        return -1;
+    print_model(out, &c->model);
+    print_parameters(out, &params);
+    print_schedule(out, &c->model, c->train.seq_len);
+    print_flops(out, &c->model, c->train.seq_len);
+    print_memory(out, c, &memory);
+    params_free(&params);
+    return 0;
+}

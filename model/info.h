@@ -1,0 +1,13 @@
+/* What `train_iha info` prints: parameters by group, memory by family, FLOPs per token, the layer schedule.
+ */
+#ifndef IHA_INFO_H
+#define IHA_INFO_H
+
+#include <stdio.h>
+
+#include "model/model.h"
+
+int info_print(FILE *out, const struct config *c, const struct kernels *k, struct device *dev,
+               struct error *e);
+
+#endif

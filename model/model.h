@@ -1,0 +1,135 @@
+/* A GPT with MHA and IHA layers: parameters, activations, forward, backward, one optimizer step.
+ *
+ * The block is  x += attn(norm(x)); x += mlp(norm(x)).  The model asks kernels/ for everything it computes
+ * and knows no device. All memory is laid out before the first step, one allocation a family (parameters,
+ * gradients, optimizer, activations); addresses never change. */
+#ifndef IHA_MODEL_H
+#define IHA_MODEL_H
+
+#include "kernels/kernels.h"
+#include "model/config.h"
+#include "model/params.h"
+
+/* What a training or evaluation pass holds at once. */
+struct pass_shape {
+    int64_t batch;  /* B: sequences */
+    int64_t tokens; /* T */
+    enum recompute recompute;
+    bool training; /* false: no gradients, no optimizer, one layer's activations */
+};
+
+/* Bytes by family, as `info` announces and create allocates them. */
+struct memory_plan {
+    size_t parameters, gradients, optimizer, activations, workspace;
+};
+
+/* One layer's activations, kept from forward to backward unless recomputed. */
+struct layer_buffers {
+    tensor x_attn;   /* [N,C] the residual stream on entry */
+    tensor y_attn;   /* [N,C] its norm */
+    tensor qkv;      /* [B,T,3,H,d] */
+    tensor q, k, v;  /* [B,S,H,d] as attention reads them; slices of qkv where nothing is mixed or rotated */
+    tensor o_pseudo; /* [B,S,H,d] attention's output */
+    tensor o;        /* [B,T,H,d] collapsed; the same memory as o_pseudo in MHA layers */
+    tensor x_mlp;    /* [N,C] the residual stream between attention and MLP */
+    tensor y_mlp;    /* [N,C] its norm */
+    tensor up, gate; /* [N,F] */
+    tensor act;      /* [N,F] */
+    void *attn_norm_saved, *mlp_norm_saved, *attention_saved;
+};
+
+/* The specs of one layer's operations, which is all that tells layer types apart. */
+struct layer_specs {
+    struct mix_spec mix;
+    struct attention_spec attention;
+    struct collapse_spec collapse;
+    bool iha;   /* mixes and collapses */
+    bool mixes; /* qkv_mix runs: IHA, or MHA with RoPE */
+    size_t attention_saved_bytes;
+};
+
+/* Gradients of activations; one set, since backward visits one layer at a time. */
+struct gradient_buffers {
+    tensor dx, dy;                   /* [N,C] residual stream, and through a norm */
+    tensor dact, dgate;              /* [N,F]; dact becomes dup in place */
+    tensor d_o, dqkv;                /* [B,T,H,d], [B,T,3,H,d] */
+    void *d_o_pseudo, *dq, *dk, *dv; /* [B,S,H,d] for the S of the layer at hand */
+};
+
+struct model {
+    struct model_config config;
+    const struct kernels *k;
+    struct device *dev;
+    struct device_dtypes dtypes;
+    struct params params;
+    void *values;             /* parameters in the compute type, params.elements */
+    void *masters;            /* the same in the master type; the same memory where the types agree */
+    void *gradients;          /* NULL unless training */
+    void *moments;            /* first, then second */
+    struct step_state *state; /* on the device */
+    struct param_group *groups;
+    int group_count;
+
+    /* of the planned pass */
+    struct pass_shape shape;
+    void *activations, *workspace;
+    size_t workspace_bytes, norm_saved_bytes;
+    struct norm_spec norm_spec;
+    tensor tokens, targets; /* i32 [B,T] */
+    tensor rope;            /* [positions, 2, d/2] */
+    tensor delta;           /* [N,C] what a sublayer adds to the residual stream */
+    tensor x_final, h;      /* [N,C] the last residual stream, and its norm */
+    void *final_norm_saved;
+    struct layer_buffers *layers;
+    struct layer_specs *specs;
+    struct gradient_buffers grad;
+};
+
+/* Allocate parameters (zero) and, for training, gradients and optimizer state; plan and allocate the buffers
+ * of `shape`. lr_scale for alpha and collapse, and weight decay for matrices, go into the groups. Device
+ * memory running out is found here: an EXIT_USER error with the figures. */
+struct model_options {
+    struct pass_shape shape;
+    double weight_decay, mix_lr_scale;
+};
+int model_create(struct model *m, const struct model_config *config, const struct kernels *k,
+                 struct device *dev, const struct model_options *options, struct error *e);
+void model_free(struct model *m);
+
+/* What model_create would allocate, without allocating it. */
+int model_memory(const struct model_config *config, const struct kernels *k, struct device *dev,
+                 const struct pass_shape *shape, struct memory_plan *plan, struct error *e);
+
+/* Initial values by seed. */
+int model_initialize(struct model *m, uint64_t seed, struct error *e);
+
+/* One parameter's master values, to and from host memory. */
+void model_set_param(struct model *m, int index, const float *values);
+void model_get_param(const struct model *m, int index, float *values);
+
+/* Views of one parameter, and of its gradient; absent for index -1. */
+tensor model_param(const struct model *m, int index);
+tensor model_gradient(const struct model *m, int index);
+
+/* Called as backward finishes a range of the flat gradient buffer: [begin, end) elements. */
+typedef void gradients_ready(void *context, int64_t begin, int64_t end);
+
+/* One pass over B*T tokens: forward, loss, backward. tokens, targets: host, [B,T]; a target < 0 does not
+ * count. state.loss += scale * sum of nats; gradients are of that loss, added to what is there when
+ * `accumulate`. `ready` may be NULL. */
+void model_forward_backward(struct model *m, const int32_t *tokens, const int32_t *targets, double scale,
+                            bool accumulate, gradients_ready *ready, void *context);
+
+/* Forward and loss alone, into state.loss. */
+void model_evaluate(struct model *m, const int32_t *tokens, const int32_t *targets, double scale);
+
+/* The passes' parts, shared between forward.c and backward.c.
+ * model_forward ends with m->h, the normed final residual stream. layer_recompute brings back what backward
+ * of one layer reads, given m->shape.recompute: the same operations on the same inputs, so the same bits. */
+void model_forward(struct model *m, const int32_t *tokens, const int32_t *targets);
+void layer_recompute(struct model *m, int layer);
+
+/* Norm, clip, skip, AdamW: after all passes of step `step` (lr was given to step_begin). */
+void model_update(struct model *m, double beta1, double beta2, double eps, double grad_clip);
+
+#endif

@@ -1,0 +1,183 @@
+#include "model/params.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { ALIGN_ELEMENTS = 64 }; /* tensors start on 256 bytes of fp32: every vector and cache-line width */
+
+struct builder {
+    struct params *p;
+    int capacity;
+    int layer;
+    bool failed;
+};
+
+/* Append one tensor; trailing zero dimensions end the shape. Returns its index. */
+static int add(struct builder *b, const char *name, int64_t s0, int64_t s1, int64_t s2,
+               enum param_class class, enum param_init init) {
+    struct params *p = b->p;
+    if (b->failed)
+        return -1;
+    if (p->count == b->capacity) {
+        b->capacity = b->capacity ? 2 * b->capacity : 64;
+        struct param *list = realloc(p->list, (size_t)b->capacity * sizeof *list);
+        if (!list) {
+            b->failed = true;
+            return -1;
+        }
+        p->list = list;
+    }
+    struct param *t = &p->list[p->count];
+    *t = (struct param){.shape = {s0, s1, s2}, .layer = b->layer, .class = class, .init = init, .count = 1};
+    if (b->layer >= 0)
+        snprintf(t->name, sizeof t->name, "layers.%d.%s", b->layer, name);
+    else
+        snprintf(t->name, sizeof t->name, "%s", name);
+    while (t->ndim < 3 && t->shape[t->ndim] > 0)
+        t->count *= t->shape[t->ndim++];
+    t->offset = p->elements;
+    p->elements = (p->elements + t->count + ALIGN_ELEMENTS - 1) / ALIGN_ELEMENTS * ALIGN_ELEMENTS;
+    p->learned += t->count;
+    return p->count++;
+}
+
+static int add_bias(struct builder *b, bool present, const char *name, int64_t size) {
+    return present ? add(b, name, size, 0, 0, PARAM_VECTOR, INIT_ZEROS) : -1;
+}
+
+static void add_layer(struct builder *b, const struct model_config *m, int layer, struct layer_params *l) {
+    int64_t C = m->hidden_size, F = m->intermediate_size, H = m->num_attention_heads, P = m->num_pseudo_heads;
+    int64_t width = H * m->head_dim;
+    bool norm_bias = m->bias && m->norm == NORM_LAYERNORM, iha = layer_is_iha(m->layer_types[layer]);
+    bool full = m->iha_collapse == COLLAPSE_FULL;
+    b->layer = layer;
+    l->attn_norm = add(b, "attn_norm.weight", C, 0, 0, PARAM_VECTOR, INIT_ONES);
+    l->attn_norm_bias = add_bias(b, norm_bias, "attn_norm.bias", C);
+    l->qkv = add(b, "attn.qkv.weight", 3 * width, C, 0, PARAM_MATRIX, INIT_NORMAL);
+    l->qkv_bias = add_bias(b, m->bias, "attn.qkv.bias", 3 * width);
+    l->alpha_q = iha ? add(b, "attn.alpha_q", P, H, H, PARAM_MIX, INIT_ALPHA) : -1;
+    l->alpha_k = iha ? add(b, "attn.alpha_k", P, H, H, PARAM_MIX, INIT_ALPHA) : -1;
+    l->alpha_v = iha ? add(b, "attn.alpha_v", P, H, H, PARAM_MIX, INIT_ALPHA) : -1;
+    l->collapse = iha ? add(b, "attn.collapse", H, P, full ? H : 0, PARAM_MIX, INIT_COLLAPSE) : -1;
+    l->out = add(b, "attn.out.weight", C, width, 0, PARAM_MATRIX, INIT_NORMAL_OUTPUT);
+    l->out_bias = add_bias(b, m->bias, "attn.out.bias", C);
+    l->mlp_norm = add(b, "mlp_norm.weight", C, 0, 0, PARAM_VECTOR, INIT_ONES);
+    l->mlp_norm_bias = add_bias(b, norm_bias, "mlp_norm.bias", C);
+    l->up = add(b, "mlp.up.weight", F, C, 0, PARAM_MATRIX, INIT_NORMAL);
+    l->up_bias = add_bias(b, m->bias, "mlp.up.bias", F);
+    l->gate = m->activation == ACTIVATION_SWIGLU
+                  ? add(b, "mlp.gate.weight", F, C, 0, PARAM_MATRIX, INIT_NORMAL)
+                  : -1;
+    l->down = add(b, "mlp.down.weight", C, F, 0, PARAM_MATRIX, INIT_NORMAL_OUTPUT);
+    l->down_bias = add_bias(b, m->bias, "mlp.down.bias", C);
+}
+
+int params_create(struct params *p, const struct model_config *m, struct error *e) {
+    *p = (struct params){0};
+    int L = (int)m->num_hidden_layers;
+    p->layers = calloc((size_t)L, sizeof *p->layers);
+    p->layer_at = calloc((size_t)L + 1, sizeof *p->layer_at);
+    struct builder b = {.p = p, .layer = -1, .failed = !p->layers || !p->layer_at};
+    p->embed = add(&b, "embed.weight", m->vocab_size, m->hidden_size, 0, PARAM_MATRIX, INIT_NORMAL);
+    p->pos_embed = -1;
+    if (m->position_embedding == POSITION_LEARNED)
+        p->pos_embed = add(&b, "pos_embed.weight", m->max_position_embeddings, m->hidden_size, 0,
+                           PARAM_MATRIX, INIT_NORMAL);
+    for (int layer = 0; layer < L && !b.failed; layer++) {
+        p->layer_at[layer] = p->elements;
+        add_layer(&b, m, layer, &p->layers[layer]);
+    }
+    if (!b.failed)
+        p->layer_at[L] = p->elements;
+    b.layer = -1;
+    p->final_norm = add(&b, "final_norm.weight", m->hidden_size, 0, 0, PARAM_VECTOR, INIT_ONES);
+    p->final_norm_bias =
+        add_bias(&b, m->bias && m->norm == NORM_LAYERNORM, "final_norm.bias", m->hidden_size);
+    p->lm_head = m->tie_word_embeddings
+                     ? p->embed
+                     : add(&b, "lm_head.weight", m->vocab_size, m->hidden_size, 0, PARAM_MATRIX, INIT_NORMAL);
+    if (b.failed) {
+        params_free(p);
+        return fail_run(e, "out of memory listing the model's parameters");
+    }
+    return 0;
+}
+
+void params_free(struct params *p) {
+    free(p->list);
+    free(p->layers);
+    free(p->layer_at);
+    *p = (struct params){0};
+}
+
+/* ---- initial values ------------------------------------------------------------------------------- */
+
+/* splitmix64's finalizer: a counter in, 64 well-mixed bits out. */
+static uint64_t mix64(uint64_t x) {
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+/* A standard normal number from (key, index), by Box and Muller. */
+static double normal(uint64_t key, uint64_t index) {
+    uint64_t bits = mix64(key + mix64(index));
+    double u = ((double)(bits >> 32) + 0.5) / 4294967296.0, v = (double)(bits & 0xffffffffu) / 4294967296.0;
+    return sqrt(-2 * log(u)) * cos(6.283185307179586 * v);
+}
+
+static uint64_t key_of(uint64_t seed, const char *name) {
+    uint64_t key = mix64(seed);
+    for (; *name; name++)
+        key = mix64(key ^ (unsigned char)*name);
+    return key;
+}
+
+static void initial_collapse(const struct param *t, enum init_collapse how, float *values) {
+    int64_t H = t->shape[0], P = t->shape[1], G = t->ndim == 3 ? t->shape[2] : 1;
+    for (int64_t h = 0; h < H; h++)
+        for (int64_t p = 0; p < P; p++)
+            for (int64_t g = 0; g < G; g++) {
+                bool own = t->ndim == 2 || g == h;
+                float weight = how == COLLAPSE_MEAN ? 1.0f / (float)P : p == P - 1;
+                values[(h * P + p) * G + g] = own ? weight : 0;
+            }
+}
+
+void params_initial(const struct params *p, const struct param *t, const struct model_config *m,
+                    uint64_t seed, float *values) {
+    (void)p;
+    uint64_t key = key_of(seed, t->name);
+    double scale = t->init == INIT_NORMAL ? 0.02 : 0;
+    if (t->init == INIT_NORMAL_OUTPUT)
+        scale = 0.02 / sqrt(2.0 * (double)m->num_hidden_layers);
+    else if (t->init == INIT_ALPHA && m->init_alpha == ALPHA_NOISE)
+        scale = 0.02;
+    if (scale == 0)
+        memset(values, 0, (size_t)t->count * sizeof *values);
+    else {
+#pragma omp parallel for
+        for (int64_t i = 0; i < t->count; i++)
+            values[i] = (float)(scale * normal(key, (uint64_t)i));
+    }
+    if (t->init == INIT_ONES)
+        for (int64_t i = 0; i < t->count; i++)
+            values[i] = 1;
+    if (t->init == INIT_ALPHA)
+        for (int64_t pseudo = 0; pseudo < t->shape[0]; pseudo++)
+            for (int64_t h = 0; h < t->shape[1]; h++)
+                values[(pseudo * t->shape[1] + h) * t->shape[2] + h] += 1;
+    if (t->init == INIT_COLLAPSE)
+        initial_collapse(t, m->init_collapse, values);
+}
+
+void param_shape_text(const struct param *t, char *out, size_t bytes) {
+    size_t at = 0;
+    for (int i = 0; i < t->ndim && at < bytes; i++)
+        at += (size_t)snprintf(out + at, bytes - at, "%s%lld", i ? ", " : "[", (long long)t->shape[i]);
+    if (at < bytes)
+        snprintf(out + at, bytes - at, "]");
+}

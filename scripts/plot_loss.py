@@ -1,0 +1,280 @@
+#!/usr/bin/env python3
+"""Draws the loss curves of one or several runs from their metrics.jsonl.
+
+Training loss as logged is a pale thin line, smoothed a strong one; validation loss has markers. A run that
+is still going, or was killed in the middle of a line, is drawn as far as it got.
+"""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+
+EXAMPLES = """\
+examples:
+  scripts/plot_loss.py runs/bible
+  scripts/plot_loss.py runs/iha runs/mha --out iha-vs-mha.png
+  scripts/plot_loss.py runs/iha runs/mha --x time --bytes --out clock.svg
+  scripts/plot_loss.py runs/gpt2 --bytes 4.35
+"""
+
+# Okabe and Ito's colours, told apart by colourblind readers; the strongest first
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+MARKERS = "osD^vPX"
+INK, GREY = "#222222", "#6b6b6b"
+
+
+class UserError(Exception):
+    """What the user gave is wrong; one line, exit code 2."""
+
+
+class Run:
+    """One run's points: steps, losses (NaN where not finite), x; and the same of the evaluations."""
+
+    def __init__(self, path, x):
+        path = Path(path)
+        self.file = path / "metrics.jsonl" if path.is_dir() else path
+        self.folder = self.file.resolve().parent
+        train, val = read_metrics(self.file)
+        self.steps = np.array(sorted(train), dtype=float)
+        self.loss = np.array([number(train[step].get("loss")) for step in sorted(train)])
+        self.x = self.axis([train[step] for step in sorted(train)], x)
+        self.val = np.array([number(val[step]) for step in sorted(val)])
+        # an evaluation line has a step only; its place on the axis is that step's
+        self.val_x = np.interp(sorted(val), np.append(0, self.steps), np.append(0, self.x)) if len(train) else \
+            np.array(sorted(val), dtype=float) * (1 if x == "step" else math.nan)
+
+    def axis(self, rows, x):
+        if x == "step":
+            return self.steps
+        tokens = np.array([number(row.get("tokens")) for row in rows])
+        if len(rows) and np.isnan(tokens).all():
+            raise UserError(f'{self.file}: its lines have no "tokens"; use --x step')
+        if x == "tokens":
+            return tokens
+        speed = np.array([number(row.get("tokens_per_second")) for row in rows])
+        seconds = np.diff(tokens, prepend=0) / np.where(speed > 0, speed, np.nan)
+        return np.cumsum(np.nan_to_num(seconds))
+
+    def has_points(self):
+        return bool(np.isfinite(self.loss).any() or np.isfinite(self.val * self.val_x).any())
+
+
+def number(value):
+    """A finite float, or NaN: a diverged run may hold NaN, null or "inf"."""
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        return math.nan
+    return value if math.isfinite(value) else math.nan
+
+
+def read_metrics(path):
+    """({step: line}, {step: val_loss}). A line that is not whole JSON is passed over; of two, the later counts."""
+    train, val = {}, {}
+    try:
+        text = path.read_bytes().decode(errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror.lower()}") from None
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+            step = int(row["step"])
+        except (ValueError, TypeError, KeyError, OverflowError):
+            continue
+        if "val_loss" in row:
+            val[step] = row["val_loss"]
+        elif "loss" in row:
+            train[step] = row
+    return train, val
+
+
+def smooth(values, window):
+    """Two centred moving averages: a single one would turn each spike into a step up and a step down."""
+    return moving_average(moving_average(values, window), window // 2)
+
+
+def moving_average(values, window):
+    """Over the finite values. Narrower towards the start, lest the fall from the initial loss be smeared;
+    at the end only cut off, lest the last points wag."""
+    finite = np.isfinite(values)
+    sums = np.concatenate([[0], np.cumsum(np.where(finite, values, 0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    index = np.arange(len(values))
+    half = np.minimum(window // 2, index)
+    low, high = index - half, np.minimum(index + half + 1, len(values))
+    total = counts[high] - counts[low]
+    mean = (sums[high] - sums[low]) / np.maximum(total, 1)
+    return np.where(finite & (total > 0), mean, np.nan)
+
+
+def names_of(runs):
+    """Each run by its folder's name; with as many parents as it takes to tell them apart."""
+    for depth in range(1, 10):
+        names = ["/".join(run.folder.parts[-depth:]) for run in runs]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+# ------------------------------------------------------------------------------------------- drawing
+
+
+def quantity(value, _=None):
+    """1500 -> 1.5K, 2000000 -> 2M."""
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(value) >= unit:
+            return f"{value / unit:.4g}{name}"
+    return f"{value:.4g}"
+
+
+def clock(longest):
+    """The unit to show times in: (seconds, name)."""
+    return (3600, "hours") if longest >= 2 * 3600 else (60, "minutes") if longest >= 120 else (1, "seconds")
+
+
+def loss_range(runs, curves):
+    """What must be seen: the smoothed curves and evaluations. Single spikes may leave the picture, and so
+    may the first percents' fall from the initial loss where it would press all the rest flat."""
+    values = np.concatenate([np.append(curve, run.val) for run, curve in zip(runs, curves)])
+    values = values[np.isfinite(values)]
+    raw = [np.nanpercentile(run.loss, 0.5) for run in runs if np.isfinite(run.loss).any()]
+    low, high = min([values.min(), *raw]), values.max()
+    later = np.concatenate([np.append(curve[len(curve) // 20:], run.val[len(run.val) // 20:])
+                            for run, curve in zip(runs, curves)])
+    high = min(high, low + 2 * (np.nanmax(later) - low)) if np.isfinite(later).any() else high
+    pad = 0.06 * (high - low) or 0.05 * abs(high) or 1
+    return low - pad, high + pad
+
+
+def style(plt):
+    plt.rcParams.update({
+        "font.size": 11, "axes.edgecolor": GREY, "axes.labelcolor": INK, "text.color": INK, "xtick.color": GREY,
+        "ytick.color": GREY, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.grid": True,
+        "grid.color": "#e4e4e4", "grid.linewidth": 0.8, "axes.axisbelow": True, "axes.spines.top": False,
+        "svg.fonttype": "none"})
+
+
+def draw(plt, options, runs):
+    style(plt)
+    figure, axes = plt.subplots(figsize=(8.6, 5.2), layout="constrained")
+    scale, label = 1, {"step": "optimizer step", "tokens": "training tokens"}.get(options.x)
+    if options.x == "time":
+        scale, unit = clock(max((np.nanmax(run.x) for run in runs if len(run.x)), default=0))
+        label = f"training time ({unit}, without evaluation and saving)"
+    curves = [smooth(run.loss, max(1, len(run.loss) // 40)) for run in runs]
+    for i, (run, curve, name) in enumerate(zip(runs, curves, names_of(runs))):
+        draw_run(axes, run, curve, name, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], scale)
+    axes.set_ylim(*loss_range(runs, curves))
+    axes.margins(x=0.02)
+    axes.set_xlabel(label)
+    axes.set_ylabel("loss (nats per token)")
+    axes.xaxis.set_major_formatter(quantity if options.x != "time" else "{x:g}")
+    if options.bytes:
+        factor = math.log(2) * options.bytes
+        right = axes.secondary_yaxis("right", functions=(lambda y: y / factor, lambda y: y * factor))
+        right.set_ylabel("bits per byte")
+    else:
+        axes.spines["right"].set_visible(False)
+    axes.set_title(options.title or (names_of(runs)[0] if len(runs) == 1 else "Loss"), loc="left", fontsize=14,
+                   fontweight="bold", pad=24)
+    axes.text(0, 1.02, what_is_drawn(runs), transform=axes.transAxes, va="bottom", color=GREY, fontsize=10)
+    axes.legend(frameon=False, loc="upper right", handlelength=2.4)
+    return figure
+
+
+def draw_run(axes, run, curve, name, colour, marker, scale):
+    single = np.isfinite(run.loss).sum() == 1
+    axes.plot(run.x / scale, run.loss, color=colour, linewidth=0.7, alpha=1 if single else 0.28,
+              marker="." if single else None, markersize=12, zorder=1)
+    # few evaluations get a marker each; of many, about twenty
+    every = max(1, math.ceil(len(run.val) / 20))
+    line, = axes.plot(run.x / scale, curve, color=colour, linewidth=1.9, label=name)
+    finite = run.val[np.isfinite(run.val)]
+    if len(finite):
+        axes.plot(run.val_x / scale, run.val, color=colour, linewidth=1, linestyle=(0, (1, 2)), marker=marker,
+                  markevery=slice((len(run.val) - 1) % every, None, every), markersize=6,
+                  markerfacecolor="white", markeredgecolor=colour, markeredgewidth=1.5, zorder=3)
+        line.set_label(f"{name}   val {finite[-1]:.4f}")
+        line.set_marker(marker)
+        line.set_markevery([])  # the legend shows the marker, the line itself does not
+        line.set_markerfacecolor("white")
+        line.set_markeredgewidth(1.5)
+
+
+def what_is_drawn(runs):
+    parts = []
+    if any(np.isfinite(run.loss).any() for run in runs):
+        parts.append("training loss: line, smoothed (pale: as logged)")
+    if any(np.isfinite(run.val).any() for run in runs):
+        parts.append("validation loss: markers")
+    return ";  ".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------- main
+
+
+def parse():
+    parser = argparse.ArgumentParser(prog="plot_loss.py", description=__doc__, epilog=EXAMPLES, add_help=False,
+                                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def fail(message):
+        raise UserError(message)
+
+    parser.error = fail
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its metrics.jsonl")
+    parser.add_argument("--out", metavar="FILE", help=".png, .svg or .pdf (default for one run: RUN/curve.png)")
+    parser.add_argument("--x", choices=("tokens", "step", "time"), default="tokens", help="what runs along (default: tokens)")
+    parser.add_argument("--bytes", nargs="?", type=float, const=1.0, metavar="N",
+                        help="a second axis in bits per byte, at N bytes per token (default: 1, the byte tokenizer); "
+                             "give it after the runs")
+    parser.add_argument("--title", metavar="TEXT", help="default: the run's name")
+    parser.add_argument("--help", action="help", help="show this and stop")
+    options = parser.parse_args()
+    if options.bytes is not None and not options.bytes > 0:
+        raise UserError(f"--bytes {options.bytes}: must be above 0")
+    if options.out is None and len(options.runs) > 1:
+        raise UserError("several runs: say where the picture goes: --out FILE.png")
+    return options
+
+
+def plot():
+    options = parse()
+    runs = [Run(path, options.x) for path in options.runs]
+    for run in runs:
+        if not run.has_points():
+            print(f"plot_loss.py: {run.file}: no loss in it yet", file=sys.stderr)
+    runs = [run for run in runs if run.has_points()]
+    if not runs:
+        raise UserError("nothing to draw")
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    out = Path(options.out) if options.out else runs[0].folder / "curve.png"
+    try:
+        draw(plt, options, runs).savefig(out, dpi=160)
+    except ValueError as error:  # a suffix that matplotlib does not know
+        raise UserError(f"{out}: {str(error).splitlines()[0]}") from None
+    print(out)
+
+
+def main():
+    try:
+        plot()
+    except UserError as error:
+        print(f"plot_loss.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"plot_loss.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""The whole model, written from the paper (Interleaved Head Attention, arXiv 2602.21371), as plainly as possible.
+
+Explicit S x S masks, einsum, no cache, no fusion: this is what the C and CUDA code is compared against.
+Written once over an array module `xp` (numpy, or jax.numpy where gradients are wanted); it computes in the
+dtype of the parameters. Importing this file needs NumPy alone; `differentiable` needs JAX.
+
+`config` is the dictionary of a checkpoint's config.json, `params` a flat dictionary {tensor name: array}.
+Shapes: B batch, T tokens, C hidden, H heads, d head_dim, P pseudo-heads, S = T*P virtual tokens, F FFN, V vocabulary.
+"Step n" in comments is the paper's layer: 1 project, 2 mix heads, 3 interleave, 4 RoPE, 5 attend, 6 collapse, 7 output.
+"""
+import math
+
+import numpy as np
+
+LAYER_TYPES = ("mha_global", "mha_local", "iha_global", "iha_local")
+
+# Every [model] key as config.json has it: layer_types for layer_pattern, no init_*.
+CONFIG_KEYS = (
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
+    "intermediate_size", "max_position_embeddings", "position_embedding", "rope_theta", "norm", "norm_eps",
+    "activation", "bias", "tie_word_embeddings", "causal", "layer_types", "local_window", "num_pseudo_heads",
+    "iha_window", "iha_mask", "iha_rope", "iha_collapse")
+
+
+def expected_shapes(config):
+    """{tensor name: shape} of exactly the tensors a model of this configuration has."""
+    C, V, F = config["hidden_size"], config["vocab_size"], config["intermediate_size"]
+    H, d, P = config["num_attention_heads"], config["head_dim"], config["num_pseudo_heads"]
+    shapes = {}
+
+    def norm(name):
+        shapes[name + ".weight"] = (C,)
+        if config["bias"] and config["norm"] == "layernorm":
+            shapes[name + ".bias"] = (C,)
+
+    def linear(name, rows, columns, bias):
+        shapes[name + ".weight"] = (rows, columns)
+        if bias:
+            shapes[name + ".bias"] = (rows,)
+
+    shapes["embed.weight"] = (V, C)
+    if config["position_embedding"] == "learned":
+        shapes["pos_embed.weight"] = (config["max_position_embeddings"], C)
+    for n, kind in enumerate(config["layer_types"]):
+        layer = f"layers.{n}."
+        norm(layer + "attn_norm")
+        linear(layer + "attn.qkv", 3 * H * d, C, config["bias"])
+        if kind.startswith("iha"):
+            for which in "qkv":
+                shapes[f"{layer}attn.alpha_{which}"] = (P, H, H)
+            shapes[layer + "attn.collapse"] = (H, P, H) if config["iha_collapse"] == "full" else (H, P)
+        linear(layer + "attn.out", C, H * d, config["bias"])
+        norm(layer + "mlp_norm")
+        linear(layer + "mlp.up", F, C, config["bias"])
+        if config["activation"] == "swiglu":
+            linear(layer + "mlp.gate", F, C, False)
+        linear(layer + "mlp.down", C, F, config["bias"])
+    norm("final_norm")
+    if not config["tie_word_embeddings"]:
+        linear("lm_head", V, C, False)
+    return shapes
+
+
+def constant(xp, x):
+    """x without a gradient: for the shift in softmax, which cancels."""
+    if xp is np:
+        return x
+    import jax
+    return jax.lax.stop_gradient(x)
+
+
+def linear(xp, params, name, x):
+    y = xp.einsum("...c,rc->...r", x, params[name + ".weight"])
+    return y + params[name + ".bias"] if name + ".bias" in params else y
+
+
+def normalize(xp, config, params, name, x):
+    """RMSNorm, or LayerNorm with the biased variance; eps inside the root."""
+    if config["norm"] == "layernorm":
+        x = x - xp.mean(x, axis=-1, keepdims=True)
+    y = x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + config["norm_eps"]) * params[name + ".weight"]
+    return y + params[name + ".bias"] if name + ".bias" in params else y
+
+
+def visible(config, kind, T, P):
+    """[S,S] bool: does virtual query s (row) see virtual key s' (column)? P = 1 in MHA layers."""
+    s, key = np.arange(T * P)[:, None], np.arange(T * P)[None, :]
+    if not config["causal"]:
+        see = np.ones((T * P, T * P), bool)
+    elif kind.startswith("iha") and config["iha_mask"] == "token":
+        see = key // P <= s // P
+    else:
+        see = key <= s
+    if kind.endswith("local"):
+        see &= s - key < config["iha_window" if kind == "iha_local" else "local_window"]
+    return see
+
+
+def rope(xp, x, position, theta):
+    """Rotate the pair (i, i + d/2) of x [B,S,H,d] by position[s] * theta^(-2i/d)."""
+    d = x.shape[-1]
+    frequency = theta ** (-2.0 * xp.arange(d // 2, dtype=x.dtype) / d)
+    angle = xp.asarray(position, dtype=x.dtype)[:, None] * frequency               # [S, d/2]
+    cos, sin = xp.cos(angle)[None, :, None, :], xp.sin(angle)[None, :, None, :]
+    a, b = x[..., :d // 2], x[..., d // 2:]
+    return xp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+def softmax(xp, scores):
+    e = xp.exp(scores - constant(xp, xp.max(scores, axis=-1, keepdims=True)))
+    return e / xp.sum(e, axis=-1, keepdims=True)
+
+
+def attend(xp, q, k, v, see):
+    """Step 5: scaled dot-product attention, q, k, v [B,S,H,d], see [S,S]."""
+    scores = xp.einsum("bshd,bzhd->bhsz", q, k) * (1.0 / math.sqrt(q.shape[-1]))
+    return xp.einsum("bhsz,bzhd->bshd", softmax(xp, xp.where(see, scores, -math.inf)), v)
+
+
+def attention(xp, config, kind, params, name, x):
+    """Steps 1 to 7 for x [B,T,C]; an MHA layer is steps 1, 4, 5, 7 with P = 1."""
+    B, T, _ = x.shape
+    H, d = config["num_attention_heads"], config["head_dim"]
+    iha = kind.startswith("iha")
+    P = config["num_pseudo_heads"] if iha else 1
+
+    # 1. q, k, v [B,T,H,d]: rows of W_qkv are q, then k, then v, each head-major
+    qkv = linear(xp, params, name + ".qkv", x).reshape(B, T, 3, H, d)
+    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    if iha:
+        # 2. q~[b,t,p,h,:] = sum_m alpha_q[p,h,m] q[b,t,m,:], and so for k, v
+        q, k, v = (xp.einsum("phm,btmd->btphd", params[f"{name}.alpha_{which}"], y)
+                   for which, y in (("q", q), ("k", k), ("v", v)))
+        # 3. virtual token s = t*P + p
+        q, k, v = (y.reshape(B, T * P, H, d) for y in (q, k, v))
+    if config["position_embedding"] == "rope":
+        # 4. at the virtual position s, or at the token's own, s // P
+        position = np.arange(T * P)
+        if iha and config["iha_rope"] == "token":
+            position = position // P
+        q, k = rope(xp, q, position, config["rope_theta"]), rope(xp, k, position, config["rope_theta"])
+    o = attend(xp, q, k, v, visible(config, kind, T, P))                           # 5.
+    if iha:
+        # 6. full: o[b,t,h,:] = sum_p sum_g R[h,p,g] o~[b,t,p,g,:]; per head: sum_p R[h,p] o~[b,t,p,h,:]
+        o = o.reshape(B, T, P, H, d)
+        how = "hpg,btpgd->bthd" if config["iha_collapse"] == "full" else "hp,btphd->bthd"
+        o = xp.einsum(how, params[name + ".collapse"], o)
+    return linear(xp, params, name + ".out", o.reshape(B, T, H * d))               # 7.
+
+
+def mlp(xp, config, params, name, x):
+    h = linear(xp, params, name + ".up", x)
+    if config["activation"] == "gelu_tanh":
+        h = 0.5 * h * (1.0 + xp.tanh(math.sqrt(2.0 / math.pi) * (h + 0.044715 * h * h * h)))
+    elif config["activation"] == "relu2":
+        h = xp.maximum(h, 0.0) ** 2
+    else:  # swiglu: silu(gate) * up
+        gate = linear(xp, params, name + ".gate", x)
+        h = gate / (1.0 + xp.exp(-gate)) * h
+    return linear(xp, params, name + ".down", h)
+
+
+def logits(xp, config, params, tokens):
+    """tokens [B,T] -> logits [B,T,V]."""
+    x = params["embed.weight"][tokens]
+    if config["position_embedding"] == "learned":
+        x = x + params["pos_embed.weight"][:tokens.shape[1]]
+    for n, kind in enumerate(config["layer_types"]):
+        layer = f"layers.{n}."
+        h = normalize(xp, config, params, layer + "attn_norm", x)
+        x = x + attention(xp, config, kind, params, layer + "attn", h)
+        h = normalize(xp, config, params, layer + "mlp_norm", x)
+        x = x + mlp(xp, config, params, layer + "mlp", h)
+    x = normalize(xp, config, params, "final_norm", x)
+    return linear(xp, params, "embed" if config["tie_word_embeddings"] else "lm_head", x)
+
+
+def cross_entropy(xp, z, targets):
+    """Mean over targets >= 0 of -log softmax(z)[target], in nats; negative targets do not count."""
+    z = z - constant(xp, xp.max(z, axis=-1, keepdims=True))
+    counted = targets >= 0
+    chosen = xp.take_along_axis(z, xp.where(counted, targets, 0)[..., None], axis=-1)[..., 0]
+    nll = xp.log(xp.sum(xp.exp(z), axis=-1)) - chosen
+    return xp.sum(xp.where(counted, nll, 0.0)) / int(counted.sum())
+
+
+def differentiable(config, tokens, targets, dtype):
+    """A function params -> (loss, logits [B,T,V], {name: gradient}): computed by JAX, wholly in dtype."""
+    import jax
+    import jax.numpy as jnp
+
+    def loss_and_logits(params):
+        z = logits(jnp, config, params, tokens)
+        return cross_entropy(jnp, z, targets), z
+
+    compiled = jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))
+
+    def run(params):
+        # In float32, x64 is off, so nothing can be promoted; "highest" forbids anything below float32 in products.
+        with jax.enable_x64(dtype == np.float64), jax.default_matmul_precision("highest"):
+            (loss, z), grads = compiled({name: jnp.asarray(value, dtype=dtype) for name, value in params.items()})
+            loss, z, grads = np.asarray(loss), np.asarray(z), {name: np.asarray(g) for name, g in grads.items()}
+        assert all(a.dtype == dtype for a in (loss, z, *grads.values()))
+        return loss, z, grads
+
+    return run

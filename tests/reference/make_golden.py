@@ -1,0 +1,191 @@
+"""Write tests/golden/model_*.safetensors and .json: small models, their loss, logits and every gradient in float64.
+
+    pip install jax numpy safetensors
+    python tests/reference/make_golden.py            # rewrites all; the same machine gives the same bytes
+
+A case holds `param.NAME` (F32), `tokens`, `targets` (I32 [B,T]; targets < 0 do not count), `loss` (F64 [1]),
+`logits` (F64 [B,T,V]), `grad.NAME` (F64). For the tolerance rule, how far the same plain computation in float32 lands
+from these: `plain32.loss` (absolute error), `plain32.logits`, `plain32.grad.NAME` (L2 norms of the error), F64 [1],
+each the largest of a few runs that sum in different orders. Where a gradient is exactly zero (alpha_q and alpha_k
+where every query sees one key) so is its plain32, and a test needs a floor: the rounding of all gradients, say.
+The .json beside it is the config.json of such a checkpoint.
+"""
+import os
+import zlib
+
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"   # one order of summation on any core count
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save
+
+from iha_reference import differentiable, expected_shapes
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+LABELLINGS = 8
+
+
+def case(C, H, d, F, V, B, T, layers, **options):
+    """The config of a case, its options at the contract's defaults unless given, and (B, T)."""
+    config = dict(
+        model_type="iha", vocab_size=V, hidden_size=C, num_hidden_layers=len(layers.split()), num_attention_heads=H,
+        head_dim=d, intermediate_size=F, max_position_embeddings=T, position_embedding="rope", rope_theta=10000.0,
+        norm="rmsnorm", norm_eps=1e-5, activation="gelu_tanh", bias=False, tie_word_embeddings=True, causal=True,
+        layer_types=layers.split(), local_window=512, num_pseudo_heads=2, iha_window=None, iha_mask="flat",
+        iha_rope="virtual", iha_collapse="full")
+    ignored = options.pop("ignored", False)
+    unknown = options.keys() - config.keys()
+    assert not unknown, unknown
+    config.update(options)
+    if config["iha_window"] is None:   # auto, as the contract resolves it
+        P = config["num_pseudo_heads"]
+        config["iha_window"] = max(P, P * (T // (2 * P * P)))
+    return config, B, T, ignored
+
+
+CASES = {
+    # MHA alone: the two familiar models
+    "mha_gpt2": case(24, 3, 8, 40, 37, 2, 13, "mha_global mha_global", position_embedding="learned",
+                     max_position_embeddings=16, norm="layernorm", bias=True),
+    "mha_llama": case(20, 1, 20, 28, 41, 1, 17, "mha_local mha_global", local_window=5, activation="swiglu",
+                      tie_word_embeddings=False),
+    # the paper's schedule, window auto (8 virtual tokens)
+    "iha_paper": case(16, 2, 8, 32, 61, 1, 37, "iha_local iha_local iha_local iha_local mha_global",
+                      rope_theta=500000.0),
+    # IHA, global: masks, RoPE rules and collapses against each other; P > H, H*d != C
+    "iha_flat_virtual_full": case(16, 2, 8, 24, 31, 3, 7, "iha_global iha_global", num_pseudo_heads=3),
+    "iha_flat_token_perhead": case(20, 3, 8, 24, 43, 2, 11, "iha_global iha_global", num_pseudo_heads=3,
+                                   iha_rope="token", iha_collapse="per_head", norm="layernorm", activation="relu2"),
+    "iha_token_virtual_perhead": case(18, 4, 6, 20, 30, 2, 9, "iha_global", iha_mask="token", iha_collapse="per_head",
+                                      max_position_embeddings=32, norm_eps=1e-2, activation="swiglu", bias=True),
+    "iha_token_token_full": case(16, 2, 8, 24, 33, 1, 19, "iha_global mha_global", num_pseudo_heads=4,
+                                 iha_mask="token", iha_rope="token", tie_word_embeddings=False),
+    # windows: not a multiple of P, one, larger than S
+    "iha_window_ragged": case(24, 4, 4, 32, 47, 2, 23, "iha_local mha_local", num_pseudo_heads=3, iha_window=7,
+                              local_window=4),
+    "iha_window_ragged_token": case(20, 2, 20, 16, 35, 1, 21, "iha_local iha_local", num_pseudo_heads=3, iha_window=5,
+                                    iha_mask="token", iha_rope="token", iha_collapse="per_head"),
+    "iha_window_below_p": case(16, 3, 4, 20, 31, 2, 10, "iha_local", num_pseudo_heads=4, iha_window=2,
+                               position_embedding="learned"),
+    "iha_window_one": case(16, 2, 8, 24, 31, 2, 6, "iha_local mha_local", iha_window=1, local_window=1),
+    "iha_window_one_token": case(16, 2, 8, 24, 31, 2, 6, "iha_local", num_pseudo_heads=3, iha_window=1,
+                                 iha_mask="token", position_embedding="none"),
+    "iha_window_wide": case(16, 4, 4, 24, 39, 2, 11, "mha_local iha_local", iha_window=1000, local_window=64,
+                            norm="layernorm", bias=True, activation="relu2"),
+    # edges: one token, one pseudo-head, one head
+    "iha_one_token": case(16, 2, 8, 24, 31, 1, 1, "iha_global mha_global", num_pseudo_heads=4),
+    "iha_p1": case(32, 4, 8, 24, 53, 2, 14, "iha_local iha_global", num_pseudo_heads=1, iha_window=6,
+                   activation="relu2"),
+    "iha_h1": case(20, 1, 20, 20, 31, 2, 8, "iha_global iha_local", num_pseudo_heads=3, iha_window=10,
+                   position_embedding="none", activation="swiglu"),
+    # not causal, as in the synthetic tasks, with padding ignored; iha_mask then changes nothing
+    "iha_bidirectional": case(16, 4, 4, 32, 30, 3, 12, "iha_global mha_global", causal=False, num_pseudo_heads=4,
+                              position_embedding="learned", max_position_embeddings=20, norm="layernorm", bias=True,
+                              ignored=True),
+    "iha_bidirectional_rope": case(16, 2, 8, 24, 31, 2, 7, "mha_global iha_global", causal=False, num_pseudo_heads=3,
+                                   iha_mask="token", iha_collapse="per_head", tie_word_embeddings=False),
+    # everything at once, all four layer types in an odd order
+    "iha_mixed": case(40, 2, 8, 24, 37, 3, 15, "mha_local iha_global mha_global iha_local iha_global",
+                      num_pseudo_heads=3, iha_window=11, local_window=3, norm="layernorm", bias=True,
+                      activation="swiglu", tie_word_embeddings=False, ignored=True),
+}
+
+
+def random_params(config, rng):
+    """Every tensor away from its initial value, sized so that attention logits are of order 1 to 3."""
+    H, P = config["num_attention_heads"], config["num_pseudo_heads"]
+    params = {}
+    for name, shape in expected_shapes(config).items():
+        x = rng.standard_normal(shape)
+        if name.endswith(".bias"):
+            x *= 0.3
+        elif "norm" in name:
+            x = 1.0 + 0.3 * x
+        elif "alpha" in name:
+            x /= np.sqrt(H)
+        elif "collapse" in name:
+            x /= np.sqrt(P * H if len(shape) == 3 else P)
+        elif "embed" in name:
+            x *= 0.5
+        elif "qkv" in name:
+            x *= 1.3 / np.sqrt(shape[1])
+        else:
+            x /= np.sqrt(shape[1])
+        params[name] = x.astype(np.float32)
+    return params
+
+
+def random_tokens(config, B, T, ignored, rng):
+    tokens = rng.integers(0, config["vocab_size"], (B, T), dtype=np.int32)
+    targets = rng.integers(0, config["vocab_size"], (B, T), dtype=np.int32)
+    if ignored:                       # right padding, holes, and one sequence that counts for nothing
+        targets[0, T // 2:] = -1
+        targets[1, ::3] = -100
+        targets[2, :] = -1
+    return tokens, targets
+
+
+def relabel(config, tensors, order):
+    """The same model with channels, FFN units and heads numbered in another order {"C", "F", "H": permutation}.
+
+    Exact in real numbers; in float32 every sum is taken in another order.
+    """
+    H, d = config["num_attention_heads"], config["head_dim"]
+    axes = {"embed": "VC", "pos_embed": "TC", "lm_head": "VC", "qkv": "QC", "out": "CO", "up": "FC", "gate": "FC",
+            "down": "CF", "alpha_q": "PHH", "alpha_k": "PHH", "alpha_v": "PHH",
+            "collapse": "HPH" if config["iha_collapse"] == "full" else "HP"}
+    rows = np.arange(3 * H * d).reshape(3, H, d)
+    order = order | {"Q": rows[:, order["H"]].ravel(), "O": rows[0, order["H"]].ravel()}
+    out = {}
+    for name, x in tensors.items():
+        parts = name.split(".")
+        module = parts[-2] if parts[-1] in ("weight", "bias") else parts[-1]
+        for axis, label in enumerate(axes.get(module, "C")[:x.ndim]):      # a bias has the rows' axis; a norm is [C]
+            if label in order:
+                x = np.take(x, order[label], axis=axis)
+        out[name] = x
+    return out
+
+
+def make(name):
+    config, B, T, ignored = CASES[name]
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    params = random_params(config, rng)
+    tokens, targets = random_tokens(config, B, T, ignored, rng)
+    loss, z, grads = differentiable(config, tokens, targets, np.float64)(params)
+
+    # One float32 run is a poor yardstick: the error of one scalar, or a common factor of one gradient, is small by
+    # luck now and then. So it runs under several labellings and the largest error of each tensor stands.
+    plain = differentiable(config, tokens, targets, np.float32)
+    plain32 = {}
+    for run in range(LABELLINGS):
+        order = {"C": np.arange(config["hidden_size"]), "F": np.arange(config["intermediate_size"]),
+                 "H": np.arange(config["num_attention_heads"])}
+        if run > 0:
+            order = {label: rng.permutation(old) for label, old in order.items()}
+        exact = {"loss": loss, "logits": z} | {"grad." + p: g for p, g in relabel(config, grads, order).items()}
+        loss32, z32, grads32 = plain(relabel(config, params, order))
+        got = {"loss": loss32, "logits": z32} | {"grad." + p: g for p, g in grads32.items()}
+        for key in exact:
+            error = np.linalg.norm((got[key].astype(np.float64) - exact[key]).ravel())
+            plain32[key] = max(plain32.get(key, 0.0), error)
+
+    tensors = {"tokens": tokens, "targets": targets, "loss": loss.reshape(1), "logits": z}
+    tensors |= {"param." + p: value for p, value in params.items()} | {"grad." + p: g for p, g in grads.items()}
+    tensors |= {"plain32." + key: np.array([error]) for key, error in plain32.items()}
+    assert all(np.isfinite(t).all() for t in tensors.values())
+
+    (GOLDEN / f"model_{name}.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
+    (GOLDEN / f"model_{name}.json").write_text(json.dumps(config, indent=2) + "\n")
+    worst = max((tensors["plain32.grad." + p][0] / np.linalg.norm(g), p) for p, g in grads.items() if g.any())
+    print(f"{name:26s} {len(params):3d} tensors  loss {loss:.4f}  plain32: loss {tensors['plain32.loss'][0]:.1e}  "
+          f"logits {tensors['plain32.logits'][0] / np.linalg.norm(z):.1e}  worst gradient {worst[0]:.1e} ({worst[1]})")
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for name in CASES:
+        make(name)
