@@ -50,25 +50,34 @@ help:
 	@sed -n 's/^#   //p' Makefile
 
 $(BINARY): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
-	$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	@$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
 
 $(BUILD)/train_iha.o: train_iha.cu
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -MMD -x c -c $< -o $@
+	@echo "  CC   $<"
+	@$(CC) $(CFLAGS) -MMD -x c -c $< -o $@
 
 $(BUILD)/double/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -DKERNELS_DOUBLE -MMD -c $< -o $@
+	@echo "  CC   $<"
+	@$(CC) $(CFLAGS) -DKERNELS_DOUBLE -MMD -c $< -o $@
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
-	$(CC) $(CFLAGS) -MMD -c $< -o $@
+	@echo "  CC   $<"
+	@$(CC) $(CFLAGS) -MMD -c $< -o $@
 
 $(C_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
-	$(CC) $(CFLAGS) $^ -o $@ -lcmocka $(LIBS)
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	@$(CC) $(CFLAGS) $^ -o $@ -lcmocka $(LIBS)
 
 $(DOUBLE_TESTS): $(BUILD)/tests/%: $(BUILD)/double/tests/%.o $(DOUBLE_OBJECTS) $(OTHER_OBJECTS)
-	$(CC) $(CFLAGS) $^ -o $@ -lcmocka $(filter-out -ldnnl,$(LIBS))
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	@$(CC) $(CFLAGS) $^ -o $@ -lcmocka $(filter-out -ldnnl,$(LIBS))
 
 clean:
 	rm -rf build train_iha

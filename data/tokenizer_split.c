@@ -123,10 +123,8 @@ static int split_at_added(struct encoding *x, int k, struct slice text) {
         at = end;
         if (token->single_word && !stands_alone(x, text, start, end))
             continue;
-        if (token->lstrip) {
-            size_t spaces = start_of_spaces_before(text.clean, start);
-            start = spaces > done ? spaces : done; /* the token before may have taken some */
-        }
+        if (token->lstrip)
+            start = start_of_spaces_before(text.clean, start); /* the token before may have taken some */
         if (token->rstrip)
             end += spaces_after(text.clean + end, text.length - end);
         if (start > done && split_at_added(x, k + 1, cut(text, done, start)))

@@ -9,7 +9,9 @@ a family:
   llama3  a Split pattern before ByteLevel, ignore_merges, special tokens, merges written ["a", "b"]
   odd     all the rest: Digits, a Split at a string, a space put in front, bytes without a token (unk), and
           added tokens that eat spaces or must stand alone
-The cases file lists, for each, texts and their ids, and whether decoding gives the text back.
+The cases file lists, for each, texts and their ids, and whether decoding gives the text back; and, under
+"splits", the gpt2 tokenizer with other pre-tokenizers, which put a space in front of each piece, so that the
+ids show where the text was cut.
 """
 import json
 import pathlib
@@ -63,6 +65,24 @@ TEXTS = [
     "<pad><pad>  <pad>", "a  <left>  b", "a  <right>  b", "<left>  <right>   <left>  x", "  <right>  <left>  ",
     "word words sword word, word", "word", "éword wordé _word word_", "long longer longest longe",
     "caf\u00e9<tag>caf\u00e9", "<tag><tag >",
+]
+
+
+SPLITS = [
+    (Regex(r"\s+"), "isolated", False), (Regex(r"\s+"), "isolated", True), (Regex(r"\s+"), "removed", False),
+    (Regex(r"\s+"), "removed", True), (Regex(r"\s+"), "contiguous", False),
+    (Regex(r"\d"), "contiguous", False), (Regex(r"\d"), "contiguous", True),
+    (Regex(r"[aeiou]"), "merged_with_previous", False), (Regex(r"[aeiou]"), "merged_with_previous", True),
+    (Regex(r"[aeiou]"), "merged_with_next", False), (Regex(r"[aeiou]"), "merged_with_next", True),
+    (".", "isolated", False), ("--", "merged_with_next", False),
+    (Regex(r"(?=(\d{3})+(?!\d))"), "isolated", False),  # empty matches
+    (Regex(r"o?"), "merged_with_previous", False), (Regex(r"^|$"), "isolated", False),
+    (Regex(r"(?i:k|\p{Lu}+\p{Ll}*)"), "isolated", False), (Regex(r"(?<=e)r|.$"), "isolated", False),
+]
+
+SPLIT_TEXTS = [
+    "One  2 three 4567", "aeb  ioux\n\n12.. 1234567", "Boo--hoo...K k \u212a ÀÉßé", "a\u180eb \u180e c\u1680\u0085d\u00a0",
+    "over her\nether\r\n\n", "東e京1２٣ 🙂🙂", "e",
 ]
 
 
@@ -138,13 +158,25 @@ def cases(tokenizer):
     return result
 
 
+def split_cases(tokenizer):
+    result = []
+    for pattern, behavior, invert in SPLITS:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(pattern, behavior, invert),
+            pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=False)])
+        result.append({"pre_tokenizer": json.loads(tokenizer.to_str())["pre_tokenizer"],
+                       "cases": [{"text": text, "ids": tokenizer.encode(text).ids} for text in SPLIT_TEXTS]})
+    return result
+
+
 def main():
     made = {"gpt2": make_gpt2(), "llama3": make_llama3(), "odd": make_odd()}
     lines = ["{"]
     for name, tokenizer in made.items():
         rows = [json.dumps(case) for case in cases(tokenizer)]
-        lines.append(f' "{name}": [\n  ' + ",\n  ".join(rows) + "\n ]" + ("," if name != "odd" else ""))
-    lines.append("}\n")
+        lines.append(f' "{name}": [\n  ' + ",\n  ".join(rows) + "\n ],")
+    rows = [json.dumps(case) for case in split_cases(made["gpt2"])]
+    lines.append(' "splits": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n")
     (GOLDEN / "tokenizer_cases.json").write_text("\n".join(lines))
     for name, tokenizer in made.items():
         print(name, tokenizer.get_vocab_size())
