@@ -2,7 +2,12 @@
  *
  * Bytes: ids 0-255 are bytes, 256 ends a document.
  * tokenizer.json: byte-level BPE (GPT-2, Llama 3, ...) encodes and decodes exactly as the tokenizers
- * library does; other models (Unigram, WordPiece) decode only, and encoding says so. */
+ * library does with add_special_tokens=False: the post-processor is not applied, so no BOS or EOS is added.
+ * (Characters newer than the Unicode version of the installed PCRE2 may be split differently.) Bytes that are
+ * not UTF-8 are encoded too, each by its own token. Other models (Unigram, WordPiece) decode only, and
+ * encoding says so; so do normalizers and split patterns that are not supported.
+ *
+ * A tokenizer does not change once open: threads may share it. */
 #ifndef IHA_TOKENIZER_H
 #define IHA_TOKENIZER_H
 
@@ -18,14 +23,15 @@ struct tokenizer;
 struct tokenizer *tokenizer_open(const char *name, int64_t vocab_size, struct error *e);
 void tokenizer_close(struct tokenizer *t);
 
-/* Number of ids the tokenizer itself knows (257 for bytes). */
+/* The highest id the tokenizer itself knows, plus one (257 for bytes): the smallest vocab_size for it. */
 int64_t tokenizer_size(const struct tokenizer *t);
 
 /* The id that ends a document (256 for bytes; <|endoftext|>, <|end_of_text|>, </s>, ... of a file), or -1. */
 int32_t tokenizer_end_of_text(const struct tokenizer *t);
 
-/* Encode length bytes of text (any bytes, NUL included). Returns the count and a malloc'd array in *ids, or -1.
- * Added tokens written out in the text (such as <|endoftext|>) are recognised as the tokenizers library does. */
+/* Encode length bytes of text (any bytes, NUL included). Returns the count and a malloc'd array in *ids, or
+ * -1. Added tokens written out in the text (such as <|endoftext|>) are recognised as the tokenizers library
+ * does. */
 int64_t tokenizer_encode(const struct tokenizer *t, const char *text, size_t length, int32_t **ids,
                          struct error *e);
 

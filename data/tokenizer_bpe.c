@@ -28,28 +28,30 @@ struct merge_loader {
     size_t joined_capacity;
 };
 
-static int32_t id_of_joined(struct merge_loader *l, const char *a, size_t a_length, const char *b,
-                            size_t b_length) {
+/* Puts a and b together in l->joined. */
+static int join(struct merge_loader *l, const char *a, size_t a_length, const char *b, size_t b_length) {
     size_t length = a_length + b_length;
     if (length > l->joined_capacity) {
         char *more = realloc(l->joined, 2 * length);
         if (!more)
-            return -1;
+            return fail_run(l->e, "%s: out of memory", l->path);
         l->joined = more;
         l->joined_capacity = 2 * length;
     }
     memcpy(l->joined, a, a_length);
     memcpy(l->joined + a_length, b, b_length);
-    return string_map_get(l->vocab, l->joined, length, -1);
+    return 0;
 }
 
 static int add_merge(struct merge_loader *l, uint32_t rank, const char *a, size_t a_length, const char *b,
                      size_t b_length) {
     int32_t left = -1, right = -1, result = -1;
     if (a_length && b_length) {
+        if (join(l, a, a_length, b, b_length))
+            return -1;
         left = string_map_get(l->vocab, a, a_length, -1);
         right = string_map_get(l->vocab, b, b_length, -1);
-        result = id_of_joined(l, a, a_length, b, b_length);
+        result = string_map_get(l->vocab, l->joined, a_length + b_length, -1);
     }
     if (left < 0 || right < 0 || result < 0)
         return fail_user(

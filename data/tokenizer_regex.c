@@ -3,7 +3,8 @@
  * The tokenizers library runs its expressions on Oniguruma in Ruby's syntax, this file on PCRE2 with Unicode
  * properties. The two agree on everything that published byte-level tokenizers use; a pattern with something
  * on which they may not (find_foreign) is refused rather than read differently. Their one difference in \s,
- * U+180E, is taken out of the text that the expressions see (clean_text in tokenizer.c). */
+ * U+180E, is taken out of the text that the expressions see (clean_text in tokenizer.c). What remains are
+ * characters newer than the installed PCRE2's Unicode (14 in 10.42), which count as no letters here. */
 #include "data/tokenizer_internal.h"
 
 #include <cjson/cJSON.h>
