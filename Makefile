@@ -1,9 +1,12 @@
 # iha.c: build, test, measure. `make help` lists the targets.
 #
-#   make                 ./train_iha
-#   make test            every test; SANITIZE=1 under ASan and UBSan
-#   make bench           the benchmark table
-#   make quickstart      a model from real text in a few minutes
+#   make                 build ./train_iha
+#   make deps            install what is missing: distribution packages, and .venv
+#   make quickstart      from real text to a trained model in a few minutes; TEXT=FILE.txt for your own
+#   make test            every test; SANITIZE=1 runs them under ASan and UBSan
+#   make bench           measure, and print the table that the README shows
+#   make golden          compute the reference cases in tests/golden again (needs jax)
+#   make clean           remove what was built
 
 CC ?= cc
 # The machine that runs is the machine that builds; ARCH=x86-64-v3 makes a binary for others.
@@ -13,7 +16,9 @@ SANITIZE ?= 0
 WARNINGS = -Wall -Wextra -Werror -Wno-format-truncation
 COMMON = -std=gnu17 -g -march=$(ARCH) -fopenmp -I. $(WARNINGS)
 # GCC's own choice on AVX-512 machines is 256-bit vectors; the kernels are written for the full width.
+ifeq ($(shell uname -m),x86_64)
 VECTORS = -mprefer-vector-width=512
+endif
 ifeq ($(SANITIZE),1)
 BUILD = build/sanitize
 CFLAGS = $(COMMON) -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -41,10 +46,42 @@ else
 BINARY = train_iha
 endif
 
-.PHONY: all help deps test bench quickstart clean format
+.PHONY: all help deps test bench quickstart golden clean format
 .SECONDARY:
 
 all: $(BINARY)
+
+# The library headers, looked for once, so that a missing one is an instruction and not a page of errors.
+HEADERS = oneapi/dnnl/dnnl.h cjson/cJSON.h ini.h pcre2.h
+build/headers-found:
+	@mkdir -p build
+	@for header in $(HEADERS); do \
+	    printf '#define PCRE2_CODE_UNIT_WIDTH 8\n#include <%s>\n' $$header | $(CC) -fsyntax-only -x c - 2>/dev/null || \
+	    { echo "make: <$$header> is not installed; run: make deps" >&2; exit 2; }; \
+	done
+	@touch $@
+
+deps:
+	@scripts/deps.sh
+
+quickstart: deps
+	@$(MAKE) --no-print-directory
+	@scripts/quickstart.sh $(TEXT)
+
+test: deps
+	@$(MAKE) --no-print-directory -j2 $(BINARY) tests-built
+	@tests/run.sh $(BUILD) $(BINARY)
+
+.PHONY: tests-built
+tests-built: $(C_TESTS) $(DOUBLE_TESTS)
+
+bench: deps
+	@$(MAKE) --no-print-directory $(BUILD)/tests/bench
+	@$(BUILD)/tests/bench
+
+golden:
+	.venv/bin/pip install --quiet jax
+	.venv/bin/python tests/reference/make_golden.py
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -54,22 +91,23 @@ $(BINARY): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 	@echo "  LINK $@"
 	@$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
 
-$(BUILD)/train_iha.o: train_iha.cu
+$(BUILD)/train_iha.o: train_iha.cu | build/headers-found
 	@mkdir -p $(@D)
 	@echo "  CC   $<"
 	@$(CC) $(CFLAGS) -MMD -x c -c $< -o $@
 
-$(BUILD)/double/%.o: %.c
+$(BUILD)/double/%.o: %.c | build/headers-found
 	@mkdir -p $(@D)
 	@echo "  CC   $<"
 	@$(CC) $(CFLAGS) -DKERNELS_DOUBLE -MMD -c $< -o $@
 
-$(BUILD)/%.o: %.c
+$(BUILD)/%.o: %.c | build/headers-found
 	@mkdir -p $(@D)
 	@echo "  CC   $<"
 	@$(CC) $(CFLAGS) -MMD -c $< -o $@
 
-$(C_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
+BENCH = $(BUILD)/tests/bench
+$(C_TESTS) $(BENCH): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 	@mkdir -p $(@D)
 	@echo "  LINK $@"
 	@$(CC) $(CFLAGS) $^ -o $@ -lcmocka $(LIBS)

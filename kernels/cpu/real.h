@@ -49,11 +49,40 @@ static inline vreal vsplat(real x) {
     return x - (vreal){0};
 }
 
-static inline real vsum(vreal v) {
-    real s = 0;
+/* v with lane i holding lane (i + by) mod VL. */
+static inline __attribute__((always_inline)) vreal vrotate(vreal v, const int by) {
+#ifdef __clang__
+    vreal r;
     for (int i = 0; i < VL; i++)
-        s += v[i];
-    return s;
+        r[i] = v[(i + by) % VL];
+    return r;
+#else
+    vbits from;
+    for (int i = 0; i < VL; i++)
+        from[i] = (i + by) % VL;
+    return __builtin_shuffle(v, from);
+#endif
+}
+
+/* Fold the lanes in halves; written out, so that every rotation's distance is a constant. */
+#define VFOLD(v, op)                                                                                         \
+    do {                                                                                                     \
+        if (VL > 8)                                                                                          \
+            v = op(v, vrotate(v, 8));                                                                        \
+        if (VL > 4)                                                                                          \
+            v = op(v, vrotate(v, 4));                                                                        \
+        if (VL > 2)                                                                                          \
+            v = op(v, vrotate(v, 2));                                                                        \
+        v = op(v, vrotate(v, 1));                                                                            \
+    } while (0)
+
+static inline vreal vadd(vreal a, vreal b) {
+    return a + b;
+}
+
+static inline real vsum(vreal v) {
+    VFOLD(v, vadd);
+    return v[0];
 }
 
 /* mask ? a : b, lane by lane; masks are what comparing two vectors gives. */
@@ -66,10 +95,8 @@ static inline vreal vmax(vreal a, vreal b) {
 }
 
 static inline real vmax_lanes(vreal v) {
-    real m = v[0];
-    for (int i = 1; i < VL; i++)
-        m = v[i] > m ? v[i] : m;
-    return m;
+    VFOLD(v, vmax);
+    return v[0];
 }
 
 static inline int64_t round_up(int64_t n, int64_t to) {

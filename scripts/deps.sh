@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Install what is missing: packages of the distribution (Debian, Ubuntu), and a Python environment in .venv for
+# data preparation, plots and reference tests. Asks for sudo only when something is missing and you are not root.
+#
+#   scripts/deps.sh            all of it
+#   scripts/deps.sh --no-corpus  without the texts the quickstart reads
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+packages=(gcc make bc libc6-dev libdnnl-dev libcjson-dev libinih-dev libpcre2-dev libcmocka-dev python3 python3-venv)
+[ "${1:-}" = --no-corpus ] || packages+=(bible-kjv bible-kjv-text)
+
+missing=()
+for package in "${packages[@]}"; do
+    dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing+=("$package")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+    if ! command -v apt-get >/dev/null; then
+        echo "deps: this is neither Debian nor Ubuntu; install these by hand: ${missing[*]}" >&2
+        exit 2
+    fi
+    sudo=
+    [ "$(id -u)" = 0 ] || sudo=sudo
+    echo "deps: installing ${missing[*]}${sudo:+ (with sudo)}"
+    $sudo apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+fi
+
+if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
+    echo "deps: Python environment in .venv ($(grep -vc '^#' requirements.txt) packages)"
+    python3 -m venv .venv
+    .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt .venv/installed-requirements.txt
+fi
+echo "deps: everything is there"

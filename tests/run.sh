@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Run every test program and every Python test file, and close with the counts.
+#
+#   tests/run.sh BUILD_DIR BINARY
+set -uo pipefail
+cd "$(dirname "$0")/.."
+build=$1
+export TRAIN_IHA=$2
+passed=0 failed=0
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+
+# name, tests run, tests failed, seconds
+report() {
+    if [ "$3" = 0 ]; then
+        printf '  ok    %-26s %3d tests  %5.1f s\n' "$1" "$2" "$4"
+    else
+        printf '  FAIL  %-26s %3d of %d failed\n' "$1" "$3" "$2"
+        cat "$log"
+    fi
+    passed=$((passed + $2 - $3))
+    failed=$((failed + $3))
+}
+
+run_c() {
+    local start=$EPOCHREALTIME name=${1##*/} status count bad
+    "$1" >"$log" 2>&1
+    status=$?
+    count=$(sed -n 's/^\[==========\] \([0-9]*\) test(s) run.*/\1/p' "$log" | paste -sd+ | bc)
+    bad=$(grep -c '^\[  FAILED  \] [a-z_]*$' "$log")
+    [ "$status" = 0 ] && bad=0
+    [ "$status" != 0 ] && [ "$bad" = 0 ] && bad=1 # a crash reports nothing
+    [ "${count:-0}" -ge "$bad" ] || count=$bad
+    report "$name" "${count:-0}" "$bad" "$(bc <<<"$EPOCHREALTIME - $start")"
+}
+
+run_python() {
+    local start=$EPOCHREALTIME status count bad
+    .venv/bin/python -m unittest "tests.$1" >"$log" 2>&1
+    status=$?
+    count=$(sed -n 's/^Ran \([0-9]*\) tests\? in.*/\1/p' "$log")
+    bad=$(grep -cE '^(FAIL|ERROR): ' "$log")
+    [ "$status" = 0 ] && bad=0
+    [ "$status" != 0 ] && [ "$bad" = 0 ] && bad=1
+    [ "${count:-0}" -ge "$bad" ] || count=$bad
+    report "$1" "${count:-0}" "$bad" "$(bc <<<"$EPOCHREALTIME - $start")"
+}
+
+for source in tests/test_*.c; do
+    run_c "$build/tests/$(basename "$source" .c)"
+done
+for source in tests/test_*.py; do
+    run_python "$(basename "$source" .py)"
+done
+echo "$passed passed, $failed failed"
+[ "$failed" = 0 ] && [ "$passed" -gt 0 ]
