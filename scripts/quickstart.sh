@@ -41,7 +41,7 @@ $python scripts/compare_gzip.py "$result" "$data"/val_*.bin
 
 echo
 echo "== 4. A sample"
-./train_iha generate "$run" --tokens 600
+./train_iha generate "$run" --tokens 600 --temperature 0.6
 
 echo
 echo "== 5. The loss curve"
