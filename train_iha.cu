@@ -143,18 +143,24 @@ static double evaluate(struct run *r, int64_t batches, int64_t *tokens) {
 
 struct printer {
     const struct tokenizer *tokenizer;
-    FILE *out;
+    FILE *out, *copy; /* copy: NULL, or a second place */
     int32_t end_of_text;
 };
 
-static void print_token(const struct printer *p, int32_t token) {
+static void print_to(FILE *out, const struct tokenizer *tokenizer, int32_t token) {
     size_t length;
-    if (!p->tokenizer) {
-        fprintf(p->out, "%d ", token);
+    if (!tokenizer) {
+        fprintf(out, "%d ", token);
         return;
     }
-    const char *text = tokenizer_decode(p->tokenizer, token, &length);
-    fwrite(text, 1, length, p->out);
+    const char *text = tokenizer_decode(tokenizer, token, &length);
+    fwrite(text, 1, length, out);
+}
+
+static void print_token(const struct printer *p, int32_t token) {
+    print_to(p->out, p->tokenizer, token);
+    if (p->copy)
+        print_to(p->copy, p->tokenizer, token);
 }
 
 static bool emit(void *context, int32_t token) {
@@ -176,10 +182,13 @@ static int print_sample(struct run *r, struct error *e) {
     if (!file)
         return fail_run(e, "%s: cannot write: %s; %s", path, strerror(errno), files_advice(errno));
     int32_t end = r->tokenizer ? tokenizer_end_of_text(r->tokenizer) : -1, start = end >= 0 ? end : 0;
-    struct printer p = {r->tokenizer, file, end};
+    struct printer p = {r->tokenizer, stdout, file, end};
     struct sampling how = {0.8, 0, (uint64_t)(r->config.train.seed + r->progress.step)};
+    status_break(r->metrics);
+    printf("---- sample at step %lld\n", (long long)r->progress.step);
     fprintf(file, "---- step %lld\n", (long long)r->progress.step);
     int status = generate(&r->decoder, &start, 1, r->decoder.capacity - 1, &how, emit, &p, e);
+    printf("\n----\n");
     fprintf(file, "\n");
     fclose(file);
     return status;
@@ -307,6 +316,10 @@ static void train_step(struct run *r) {
     r->progress.step++;
 }
 
+static bool due(int64_t every, int64_t step) {
+    return every > 0 && step % every == 0;
+}
+
 /* Read the step's state back, record it, and stop a run whose numbers have gone wrong for good. */
 static int record_step(struct run *r, double seconds, struct error *e) {
     const struct config *c = &r->config;
@@ -327,10 +340,10 @@ static int record_step(struct run *r, double seconds, struct error *e) {
                                  .tokens_per_second = rate,
                                  .mfu = peak > 0 ? rate * r->flops_per_token / peak : 0,
                                  .skipped = state.skip};
-    bool due = c->run.log_every > 0 && p->step % c->run.log_every == 0;
-    if ((due || state.skip) && metrics_step(r->metrics, &record, e) != 0)
+    if (metrics_step(r->metrics, &record, e) != 0)
         return -1;
-    status_step(r->metrics, &record);
+    if (due(c->run.log_every, p->step))
+        status_step(r->metrics, &record);
     if (state.skips_run > c->train.max_skips)
         return fail_run(
             e,
@@ -338,10 +351,6 @@ static int record_step(struct run *r, double seconds, struct error *e) {
             "lower train.lr, or look at the data of these steps",
             state.skips_run, (long long)p->step);
     return 0;
-}
-
-static bool due(int64_t every, int64_t step) {
-    return every > 0 && step % every == 0;
 }
 
 /* What happens between steps: evaluate, save, sample. */
@@ -357,7 +366,7 @@ static int between_steps(struct run *r, bool last, struct error *e) {
                 (long long)tokens);
         if (metrics_eval(r->metrics, p->step, loss, e) != 0)
             return -1;
-        if (save && !(loss >= p->best_val_loss)) {
+        if (save && isfinite(loss) && !(loss >= p->best_val_loss)) {
             p->best_val_loss = loss;
             p->best_step = p->step;
         }
@@ -377,13 +386,13 @@ static int train_loop(struct run *r, struct error *e) {
         train_step(r);
         if (record_step(r, now() - start, e) != 0)
             return -1;
-        bool last = r->progress.step == steps || stop_asked;
-        if (between_steps(r, last, e) != 0)
+        int stop = stop_asked; /* read once: a signal that comes while saving ends the next step */
+        if (between_steps(r, r->progress.step == steps || stop, e) != 0)
             return -1;
-        if (stop_asked) {
+        if (stop) {
             status_break(r->metrics);
-            fprintf(stderr, "stopped by signal %d after step %lld; the same command continues\n",
-                    (int)stop_asked, (long long)r->progress.step);
+            fprintf(stderr, "stopped by signal %d after step %lld; the same command continues\n", stop,
+                    (long long)r->progress.step);
             return 0;
         }
     }
@@ -469,12 +478,12 @@ struct generate_options {
     char **overrides;
 };
 
-static int parse_number(const char *option, const char *text, double least, double most, double *out,
+static int parse_number(const char *option, const char *text, bool whole, double most, double *out,
                         struct error *e) {
     char *end;
     *out = strtod(text, &end);
-    if (end == text || *end || !(*out >= least && *out <= most))
-        return fail_user(e, "%s %s: not a number from %g to %g", option, text, least, most);
+    if (end == text || *end || !(*out >= 0 && *out <= most) || (whole && *out != floor(*out)))
+        return fail_user(e, "%s %s: not a %snumber from 0 to %g", option, text, whole ? "whole " : "", most);
     return 0;
 }
 
@@ -497,8 +506,8 @@ static int parse_generate(int argc, char **argv, struct generate_options *o, str
         if (i + 1 == argc)
             return fail_user(e, "generate: %s needs a value", argv[i]);
         const char *value = argv[i + 1];
-        double least = 0, most = which == 1 ? 1e7 : which == 2 ? 100 : 9e15;
-        if (which > 0 && parse_number(argv[i], value, least, most, &number, e) != 0)
+        double most = which == 1 ? 1e7 : which == 2 ? 100 : 9e15;
+        if (which > 0 && parse_number(argv[i], value, which != 2, most, &number, e) != 0)
             return -1;
         i++;
         switch (which) {
@@ -560,7 +569,7 @@ static int generate_text(struct run *r, const struct generate_options *o, struct
     int64_t vocab = r->config.model.vocab_size;
     int64_t length = r->tokenizer ? tokenizer_encode(r->tokenizer, o->prompt, strlen(o->prompt), &ids, e)
                                   : parse_ids(o->prompt, vocab, &ids, e);
-    struct printer p = {r->tokenizer, stdout, end};
+    struct printer p = {r->tokenizer, stdout, NULL, end};
     int status = length < 0 ? -1 : 0;
     if (status == 0 && length == 0) { /* no prompt: begin a document */
         free(ids);
@@ -570,12 +579,12 @@ static int generate_text(struct run *r, const struct generate_options *o, struct
         ids[0] = end >= 0 ? end : 0;
         length = 1;
     }
-    for (int64_t i = 0; i < length; i++)
+    if (status == 0)
+        status = decoder_create(&r->decoder, &r->model, length + o->tokens, DECODE_CHUNK, e);
+    for (int64_t i = 0; status == 0 && i < length; i++)
         if (ids[i] != end)
             print_token(&p, ids[i]);
     fflush(stdout);
-    if (status == 0)
-        status = decoder_create(&r->decoder, &r->model, length + o->tokens, DECODE_CHUNK, e);
     if (status == 0)
         status = generate(&r->decoder, ids, length, o->tokens, &o->sampling, emit, &p, e);
     if (status == 0)
@@ -603,7 +612,7 @@ static int info(struct run *r, int argc, char **argv, struct error *e) {
     bool directory = stat(argv[0], &st) == 0 && S_ISDIR(st.st_mode);
     int status = directory ? read_checkpoint(r, argv[0], dir, argc - 1, argv + 1, e)
                            : config_load(&r->config, argv[0], argc - 1, argv + 1, 1, e);
-    /* The question is asked before the machine is there: count for the device at hand, in its own precision. */
+    /* The question is asked before the machine is there: count for the device at hand, in its precision. */
     r->config.system.device = DEVICE_AUTO;
     r->config.system.precision = PRECISION_AUTO;
     if (status != 0 || open_device(r, e) != 0)

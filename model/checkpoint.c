@@ -200,12 +200,6 @@ static int check_same_run(const char *dir, const struct config *c, const struct 
     return 0;
 }
 
-static int load_all(const char *dir, struct model *m, struct progress *p, struct error *e) {
-    if (checkpoint_read_progress(dir, p, e) != 0 || checkpoint_load_weights(dir, m, e) != 0)
-        return -1;
-    return checkpoint_load_optimizer(dir, m, e);
-}
-
 int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct progress *p,
                       char dir[MAX_TEXT], struct error *e) {
     int64_t *steps;
@@ -215,9 +209,14 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
         char name[32];
         step_name(name, steps[i]);
         snprintf(dir, MAX_TEXT, "%.*s/%s", MAX_TEXT - 40, run_dir, name);
-        if (load_all(dir, m, p, e) == 0) {
-            status = check_same_run(dir, c, &asked, p, e) == 0 ? 1 : -1;
-            break;
+        if (checkpoint_read_progress(dir, p, e) == 0) {
+            /* Before the weights: those of another model would look damaged. */
+            if (check_same_run(dir, c, &asked, p, e) != 0)
+                break;
+            if (checkpoint_load_weights(dir, m, e) == 0 && checkpoint_load_optimizer(dir, m, e) == 0) {
+                status = 1;
+                break;
+            }
         }
         fprintf(stderr, "warning: %s does not load (%s)%s\n", dir, e->text,
                 i + 1 < count ? "; trying the one before" : "");
@@ -271,13 +270,16 @@ static int write_all(const char *dir, struct model *m, const struct config *c, c
     return progress_write(path, p, c, e);
 }
 
-/* All but the newest `keep` and the best. */
-static void remove_old(const char *run_dir, int64_t keep, int64_t best_step) {
-    int64_t *steps;
+/* All but the newest `keep` (0: none is removed) and the best. Checkpoints past `step` are those that did not
+ * load when the run was resumed: they count for nothing, and stay until the run has passed them. */
+static void remove_old(const char *run_dir, int64_t step, int64_t keep, int64_t best_step) {
+    int64_t *steps, kept = 0;
+    if (keep == 0)
+        return;
     int count = list_steps(run_dir, &steps);
-    for (int i = (int)keep; i < count; i++) {
+    for (int i = 0; i < count; i++) {
         char name[32], path[PATH_BYTES];
-        if (steps[i] == best_step)
+        if (steps[i] > step || kept++ < keep || steps[i] == best_step)
             continue;
         step_name(name, steps[i]);
         join(path, run_dir, name);
@@ -309,7 +311,7 @@ int checkpoint_save(const char *run_dir, struct model *m, const struct config *c
     }
     if (isfinite(p->best_val_loss) && p->best_step == p->step && checkpoint_mark_best(run_dir, p, e) != 0)
         return -1;
-    remove_old(run_dir, c->run.keep, p->best_step);
+    remove_old(run_dir, p->step, c->run.keep, p->best_step);
     return 0;
 }
 

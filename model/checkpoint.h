@@ -23,8 +23,8 @@ struct progress {
     char train_fingerprint[17], val_fingerprint[17];
 };
 
-/* Write a checkpoint of *m into run_dir, then remove all but the newest `keep` and the best. tokenizer: a
- * path to copy, or NULL. EXIT_RUN errors leave earlier checkpoints as they were. */
+/* Write a checkpoint of *m into run_dir, then remove all but the newest `keep` and the best (keep = 0: remove
+ * none). tokenizer: a path to copy, or NULL. EXIT_RUN errors leave earlier checkpoints as they were. */
 int checkpoint_save(const char *run_dir, struct model *m, const struct config *c, const struct progress *p,
                     const char *tokenizer, struct error *e);
 

@@ -129,10 +129,11 @@ static inline vreal vexp2(vreal x) {
 #else
 
 /* 2^f for f in [-1/2, 1/2] times 2^n, where `shifted` = n + 1.5 * 2^23 holds n in its low bits. The series of
- * e^(f ln 2) to the 6th power: relative error below 2e-7. Arguments must lie within [-126, 127]. */
+ * e^(f ln 2) to the 6th power: relative error below 2e-7. Arguments must lie within [-126, 127]. A product,
+ * and not a sum of exponents, so that every NaN in p stays one. */
 static inline vreal vscale_exp(vreal p, vreal shifted) {
-    vbits n = (vbits)shifted << 23;
-    return (vreal)((vbits)p + n);
+    vbits one = (vbits)vsplat(1);
+    return p * (vreal)(one + ((vbits)shifted << 23));
 }
 
 #define EXP_SHIFT 12582912.0f /* 1.5 * 2^23: adding it rounds to an integer */
