@@ -358,7 +358,8 @@ static int between_steps(struct run *r, bool last, struct error *e) {
     struct config *c = &r->config;
     struct progress *p = &r->progress;
     bool save = last || due(c->run.save_every, p->step);
-    if (r->val && (due(c->run.eval_every, p->step) || (last && p->step == c->train.steps))) {
+    bool evaluates = due(c->run.eval_every, p->step) || (c->run.eval_every > 0 && p->step == c->train.steps);
+    if (r->val && evaluates) {
         int64_t tokens;
         double loss = evaluate(r, c->run.eval_batches, &tokens);
         status_break(r->metrics);

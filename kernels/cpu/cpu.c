@@ -37,6 +37,7 @@ static struct device *cpu_open(const struct device_options *options, struct erro
     if (options->threads > 0)
         omp_set_num_threads(options->threads);
     dev->threads = omp_get_max_threads();
+    cpu_pin_threads(dev->threads);
     char name[128];
     read_processor_name(name, sizeof name);
     snprintf(dev->description, sizeof dev->description, "cpu: %s, %d thread%s, %d-bit vectors", name,

@@ -15,6 +15,9 @@ struct device {
     char description[256];
 };
 
+/* Keep thread i on the i-th processor, where there are as many of one as of the other. */
+void cpu_pin_threads(int threads);
+
 /* The workspace's first bytes, which the running operation may use until it returns. */
 void *cpu_workspace(struct device *dev, size_t bytes, const char *op);
 
