@@ -191,6 +191,13 @@ static int check_same_run(const char *dir, const struct config *c, const struct 
     if (r.first.found)
         return fail_user(e, "%s is a checkpoint of another run: %s; change it back, or set another run.dir",
                          dir, r.first.text);
+    bool val_changed = asked->val_fingerprint[0] && found->val_fingerprint[0] &&
+                       strcmp(asked->val_fingerprint, found->val_fingerprint) != 0;
+    if (val_changed)
+        return fail_user(e,
+                         "%s: the validation data has changed since this checkpoint, and losses would not "
+                         "compare; give the same shards, or set another run.dir",
+                         dir);
     if (strcmp(asked->train_fingerprint, found->train_fingerprint) != 0)
         return fail_user(
             e,
