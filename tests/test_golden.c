@@ -1,7 +1,8 @@
 /* The model in fp32 against an independent float64 reference (tests/reference/), case by case: loss, logits
  * and every gradient. The tolerance is not picked by hand: the error may be at most three times that of the
- * plain computation of the same formulas in fp32, which the golden file records (the largest of eight equivalent orders of summation), or a few roundings of the
- * result where that plain error happens to be smaller still. */
+ * plain computation of the same formulas in fp32, which the golden file records (the largest of eight
+ * equivalent orders of summation), or a few roundings of the result where that plain error happens to be
+ * smaller still. */
 #include "tests/model_fixture.h"
 
 #include <glob.h>
