@@ -406,11 +406,9 @@ static int train_loop(struct run *r, struct error *e) {
 static int prepare_training(struct run *r, int argc, char **argv, struct error *e) {
     if (check_single_process(e) != 0 || config_load(&r->config, argv[0], argc - 1, argv + 1, 1, e) != 0 ||
         open_device(r, e) != 0 || open_data(r, e) != 0 || open_run_dir(r, e) != 0 ||
-        build_model(r, true, e) != 0 || resume_or_initialize(r, e) != 0 || check_disk(r, e) != 0 ||
-        open_sampler(r, e) != 0)
+        build_model(r, true, e) != 0 || resume_or_initialize(r, e) != 0)
         return -1;
-    r->metrics = metrics_open(r->config.run.dir, r->progress.step, e);
-    return r->metrics ? 0 : -1;
+    return 0;
 }
 
 static int train(struct run *r, int argc, char **argv, struct error *e) {
@@ -422,6 +420,11 @@ static int train(struct run *r, int argc, char **argv, struct error *e) {
                (long long)r->progress.step, (long long)r->config.train.steps);
         return 0;
     }
+    if (check_disk(r, e) != 0 || open_sampler(r, e) != 0)
+        return -1;
+    r->metrics = metrics_open(r->config.run.dir, r->progress.step, e);
+    if (!r->metrics)
+        return -1;
     signal(SIGTERM, on_signal);
     signal(SIGINT, on_signal);
     signal(SIGUSR1, on_signal);
@@ -431,14 +434,6 @@ static int train(struct run *r, int argc, char **argv, struct error *e) {
 
 /* ---- commands on a checkpoint ------------------------------------------------------------------------- */
 
-static int64_t recorded_count(const char *dir, const char *key, int64_t otherwise) {
-    char value[MAX_TEXT];
-    struct error ignored;
-    if (checkpoint_setting(dir, key, value, &ignored) != 0 || value[0] == '\0')
-        return otherwise;
-    return strtoll(value, NULL, 10);
-}
-
 /* The model of a checkpoint and the settings it was trained with; overrides come on top. */
 static int read_checkpoint(struct run *r, const char *path, char dir[MAX_TEXT], int argc, char **argv,
                            struct error *e) {
@@ -446,10 +441,17 @@ static int read_checkpoint(struct run *r, const char *path, char dir[MAX_TEXT], 
     config_defaults(c);
     if (checkpoint_find(path, dir, e) != 0 || checkpoint_read_config(dir, &c->model, e) != 0)
         return -1;
-    c->train.seq_len = recorded_count(dir, "train.seq_len", c->model.max_position_embeddings);
-    c->train.micro_batch = recorded_count(dir, "train.micro_batch", 1);
-    if (checkpoint_setting(dir, "data.val", c->data.val, e) != 0)
-        return -1;
+    c->train.seq_len = c->model.max_position_embeddings;
+    c->train.micro_batch = 1;
+    static const char *const recorded[] = {"train.seq_len", "train.micro_batch", "data.val"};
+    for (size_t i = 0; i < sizeof recorded / sizeof *recorded; i++) {
+        char value[MAX_TEXT], text[MAX_TEXT + 64], *setting = text;
+        if (checkpoint_setting(dir, recorded[i], value, e) != 0)
+            return -1;
+        snprintf(text, sizeof text, "%s=%s", recorded[i], value);
+        if (value[0] && config_override(c, 1, &setting, e) != 0)
+            return -1;
+    }
     return config_override(c, argc, argv, e);
 }
 
@@ -467,6 +469,9 @@ static int eval(struct run *r, int argc, char **argv, struct error *e) {
         return -1;
     int64_t tokens;
     double loss = evaluate(r, c->run.eval_batches, &tokens);
+    if (!isfinite(loss))
+        return fail_run(
+            e, "%s: the loss is not finite: the weights have diverged; take an earlier checkpoint", dir);
     printf("val_loss %.7f %lld\n", loss, (long long)tokens);
     return 0;
 }
@@ -710,6 +715,8 @@ int main(int argc, char **argv) {
     if (status != 0 && r.metrics)
         status_break(r.metrics);
     release(&r);
+    if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))
+        status = fail_run(&e, "cannot write to the standard output: %s", strerror(errno));
     if (status == 0)
         return EXIT_OK;
     fprintf(stderr, "train_iha: %s\n", e.text);

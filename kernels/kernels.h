@@ -83,6 +83,7 @@ enum op_kind {
     OP_COLLAPSE,
     OP_ACT,
     OP_CLASSIFIER,
+    OP_DECODE, /* attention_decode; attention.length is the n of one pass */
 };
 
 struct op_spec {

@@ -11,6 +11,7 @@
 
 #include "model/checkpoint_files.h"
 #include "model/files.h"
+#include "model/safetensors.h"
 
 enum { PATH_BYTES = MAX_TEXT + 128, MAX_TOKENIZER = 256 << 20 };
 
@@ -78,6 +79,35 @@ int64_t checkpoint_newest_step(const char *run_dir) {
     return newest;
 }
 
+/* Does the directory hold a model that can be read? Its headers are checked, its numbers are not. */
+static int check_opens(const char *dir, struct error *e) {
+    char path[PATH_BYTES];
+    struct model_config config;
+    struct safetensors weights;
+    join(path, dir, "model.safetensors");
+    if (checkpoint_read_config(dir, &config, e) != 0 || safetensors_open(&weights, path, e) != 0)
+        return -1;
+    safetensors_close(&weights);
+    return 0;
+}
+
+static int newest_that_opens(const char *run_dir, char dir[MAX_TEXT], struct error *e) {
+    int64_t *steps;
+    int count = list_steps(run_dir, &steps), status = -1;
+    if (count == 0)
+        fail_user(e, "%s: neither a checkpoint (no config.json) nor a run directory with one", run_dir);
+    for (int i = 0; i < count && status != 0; i++) {
+        char name[32];
+        step_name(name, steps[i]);
+        snprintf(dir, MAX_TEXT, "%s/%s", run_dir, name);
+        status = check_opens(dir, e);
+        if (status != 0 && i + 1 < count)
+            fprintf(stderr, "warning: %s does not load (%s); trying the one before\n", dir, e->text);
+    }
+    free(steps);
+    return status;
+}
+
 int checkpoint_find(const char *path, char dir[MAX_TEXT], struct error *e) {
     struct stat st;
     if (strlen(path) + 32 >= MAX_TEXT)
@@ -88,13 +118,7 @@ int checkpoint_find(const char *path, char dir[MAX_TEXT], struct error *e) {
     snprintf(dir, MAX_TEXT, "%s", path);
     if (exists(path, "config.json"))
         return 0;
-    int64_t newest = checkpoint_newest_step(path);
-    if (newest < 0)
-        return fail_user(e, "%s: neither a checkpoint (no config.json) nor a run directory with one", path);
-    char name[32];
-    step_name(name, newest);
-    snprintf(dir, MAX_TEXT, "%s/%s", path, name);
-    return 0;
+    return newest_that_opens(path, dir, e);
 }
 
 /* ---- reading ------------------------------------------------------------------------------------------ */
@@ -166,6 +190,7 @@ static void compare_setting(void *context, const char *key, const char *value) {
 
 struct recorded_check {
     const struct config *asked;
+    int compared;
     struct difference first;
 };
 
@@ -176,6 +201,7 @@ static void check_recorded(void *context, const char *key, const char *value) {
         strcmp(key, "data.train") == 0 || strcmp(key, "data.val") == 0 || strcmp(key, "data.tokenizer") == 0;
     if (r->first.found || path || config_may_change_on_resume(key))
         return;
+    r->compared++;
     r->first.key = key;
     r->first.recorded = value;
     config_visit(r->asked, compare_setting, &r->first);
@@ -188,6 +214,12 @@ static int check_same_run(const char *dir, const struct config *c, const struct 
     join(path, dir, "trainer.json");
     if (settings_visit(path, check_recorded, &r, e) != 0)
         return -1;
+    if (r.compared == 0)
+        return fail_user(
+            e,
+            "%s: records no configuration, so whether this is the same run cannot be known; set another "
+            "run.dir and train.init_from = %s",
+            path, dir);
     if (r.first.found)
         return fail_user(e, "%s is a checkpoint of another run: %s; change it back, or set another run.dir",
                          dir, r.first.text);
@@ -297,6 +329,14 @@ static void remove_old(const char *run_dir, int64_t step, int64_t keep, int64_t 
     free(steps);
 }
 
+/* Point run_dir/best at the checkpoint of p->best_step. */
+static int mark_best(const char *run_dir, const struct progress *p, struct error *e) {
+    char name[32], link[PATH_BYTES];
+    step_name(name, p->best_step);
+    join(link, run_dir, "best");
+    return files_link_replace(name, link, e);
+}
+
 int checkpoint_save(const char *run_dir, struct model *m, const struct config *c, const struct progress *p,
                     const char *tokenizer, struct error *e) {
     char name[32], tmp[PATH_BYTES], final[PATH_BYTES], tmp_name[40];
@@ -316,17 +356,10 @@ int checkpoint_save(const char *run_dir, struct model *m, const struct config *c
         e->exit_code = EXIT_RUN;
         return -1;
     }
-    if (isfinite(p->best_val_loss) && p->best_step == p->step && checkpoint_mark_best(run_dir, p, e) != 0)
+    if (isfinite(p->best_val_loss) && p->best_step == p->step && mark_best(run_dir, p, e) != 0)
         return -1;
     remove_old(run_dir, p->step, c->run.keep, p->best_step);
     return 0;
-}
-
-int checkpoint_mark_best(const char *run_dir, const struct progress *p, struct error *e) {
-    char name[32], link[PATH_BYTES];
-    step_name(name, p->best_step);
-    join(link, run_dir, "best");
-    return files_link_replace(name, link, e);
 }
 
 void checkpoint_clean(const char *run_dir) {

@@ -37,7 +37,8 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
 /* Step of the newest checkpoint directory in run_dir, without looking inside; -1: none. */
 int64_t checkpoint_newest_step(const char *run_dir);
 
-/* `path` itself when it is a checkpoint, or the newest checkpoint of the run directory `path`. */
+/* `path` itself when it is a checkpoint, or the newest checkpoint of the run directory `path` whose model
+ * opens; one that does not is reported on stderr and passed over. */
 int checkpoint_find(const char *path, char dir[MAX_TEXT], struct error *e);
 
 /* Pieces, for eval, generate, info and init_from. The model's shape must be the checkpoint's. */
@@ -48,9 +49,6 @@ int checkpoint_read_progress(const char *dir, struct progress *p, struct error *
 
 /* The value of "section.key" in the checkpoint's trainer.json, or an empty string. */
 int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], struct error *e);
-
-/* Point run_dir/best at the checkpoint of p->best_step. */
-int checkpoint_mark_best(const char *run_dir, const struct progress *p, struct error *e);
 
 /* Remove half-written checkpoints that a killed run left behind. */
 void checkpoint_clean(const char *run_dir);

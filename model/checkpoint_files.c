@@ -219,15 +219,16 @@ int progress_read(const char *path, struct progress *p, struct error *e) {
         return -1;
     const cJSON *best = cJSON_GetObjectItemCaseSensitive(root, "best_val_loss");
     const cJSON *seconds = cJSON_GetObjectItemCaseSensitive(root, "seconds");
+    int64_t skips_run = count_of(root, "skips_run");
     *p = (struct progress){
         .step = count_of(root, "step"),
         .tokens = count_of(root, "tokens"),
         .sequences = count_of(root, "sequences"),
         .updates = count_of(root, "updates"),
-        .skips_run = (int32_t)count_of(root, "skips_run"),
+        .skips_run = skips_run > INT32_MAX ? -1 : (int32_t)skips_run,
         .best_step = count_of(root, "best_step"),
         .best_val_loss = cJSON_IsNumber(best) ? best->valuedouble : (double)NAN,
-        .seconds = cJSON_IsNumber(seconds) ? seconds->valuedouble : 0,
+        .seconds = cJSON_IsNumber(seconds) && isfinite(seconds->valuedouble) ? seconds->valuedouble : 0,
     };
     text_of(root, "train_fingerprint", p->train_fingerprint, sizeof p->train_fingerprint);
     text_of(root, "val_fingerprint", p->val_fingerprint, sizeof p->val_fingerprint);

@@ -113,13 +113,14 @@ int check_tokenizer(const struct draft *d) {
 
 /* Numbers in the widest activation of one pass. Beyond any machine, but a bound on it keeps sizes in bytes
  * of a whole model (30-odd such tensors in each of 1024 layers) within an int64. */
-static int check_widths(const struct draft *d) {
+int check_widths(const struct draft *d) {
     const struct model_config *m = &d->config->model;
     const struct train_config *t = &d->config->train;
     int64_t widest = m->num_pseudo_heads * m->num_attention_heads * m->head_dim;
     widest = widest > m->hidden_size ? widest : m->hidden_size;
     widest = widest > m->intermediate_size ? widest : m->intermediate_size;
-    if (widest <= ((int64_t)1 << 44) / (t->micro_batch * t->seq_len))
+    int64_t tokens = t->micro_batch * t->seq_len; /* 0: a checkpoint's reader has not asked for any yet */
+    if (tokens == 0 || widest <= ((int64_t)1 << 44) / tokens)
         return 0;
     return fail_at(d, find_row("train", "micro_batch"),
                    "micro_batch * seq_len * %lld (the widest activation) is beyond 2^44 numbers; no machine "
@@ -156,5 +157,11 @@ int finish_train(struct draft *d, int ranks) {
         return fail_at(d, find_row("train", "warmup_steps"),
                        "warmup_steps = %lld is above steps = %lld; lower it or train longer",
                        (long long)t->warmup_steps, (long long)t->steps);
+    if (t->skip_zscore > 0)
+        return fail_at(
+            d, find_row("train", "skip_zscore"),
+            "skip_zscore = %g: skipping outliers is not built yet, only non-finite steps are skipped; "
+            "set it to 0",
+            t->skip_zscore);
     return check_widths(d);
 }

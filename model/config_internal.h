@@ -90,6 +90,7 @@ int finish_model(struct draft *d, int64_t seq_len);
 
 /* The same for [train]: batch_tokens over `ranks`, min_lr, warm-up, and sizes no machine can hold. */
 int finish_train(struct draft *d, int ranks);
+int check_widths(const struct draft *d);
 
 /* Relations across sections: sequences fit the model's positions, the tokenizer its vocabulary. */
 int check_positions(const struct draft *d, int64_t seq_len);

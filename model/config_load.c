@@ -46,7 +46,7 @@ static const struct config_row *look_up(const struct draft *d, const char *where
     if (elsewhere)
         snprintf(hint, sizeof hint, "; it belongs in [%s]", elsewhere);
     fail_user(d->error, "%s: unknown key '%s' in [%s]%s", where, quotable(name, quote), section,
-              *hint ? hint : "; train_iha train --help lists all keys");
+              *hint ? hint : "; train_iha --help lists all keys");
     return NULL;
 }
 
@@ -268,7 +268,7 @@ int config_override(struct config *c, int count, char *const *overrides, struct 
     for (int i = 0; i < count; i++)
         if (take_override(&d, i, true))
             return -1;
-    if (check_positions(&d, c->train.seq_len) || check_tokenizer(&d))
+    if (check_positions(&d, c->train.seq_len) || check_tokenizer(&d) || check_widths(&d))
         return -1;
     return 0;
 }

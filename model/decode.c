@@ -67,23 +67,56 @@ static struct norm_spec norm_of(const struct decoder *d, int64_t n) {
     return s;
 }
 
+/* Plan one operation; its workspace counts towards the largest. */
+static int plan_op(struct decoder *d, struct op_spec spec, size_t *saved, struct error *e) {
+    struct op_cost cost;
+    if (d->m->k->plan(d->m->dev, &spec, &cost, e) != 0)
+        return -1;
+    d->workspace_bytes = cost.workspace > d->workspace_bytes ? cost.workspace : d->workspace_bytes;
+    if (saved)
+        *saved = cost.saved;
+    return 0;
+}
+
+/* The specs of a layer for one pass over n tokens. */
+static struct layer_specs specs_for(const struct model *m, int layer, int64_t n) {
+    struct layer_specs s = m->specs[layer];
+    s.mix.batch = s.attention.batch = s.collapse.batch = 1;
+    s.mix.tokens = s.collapse.tokens = n;
+    s.attention.length = n * s.mix.pseudo;
+    return s;
+}
+
+static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) {
+    const struct model_config *c = &d->m->config;
+    struct layer_specs s = specs_for(d->m, layer, n);
+    int64_t C = c->hidden_size, F = c->intermediate_size, width = c->num_attention_heads * c->head_dim;
+    struct op_spec ops[] = {{.kind = OP_LINEAR, .linear = {n, C, 3 * width}},
+                            {.kind = OP_LINEAR, .linear = {n, width, C}},
+                            {.kind = OP_LINEAR, .linear = {n, C, F}},
+                            {.kind = OP_LINEAR, .linear = {n, F, C}},
+                            {.kind = OP_ACT, .act = {(enum act_type)c->activation, n, F}},
+                            {.kind = OP_DECODE, .attention = s.attention},
+                            {.kind = OP_MIX, .mix = s.mix},
+                            {.kind = OP_COLLAPSE, .collapse = s.collapse}};
+    int count = (int)(sizeof ops / sizeof *ops) - (s.iha ? 0 : s.mixes ? 1 : 2);
+    for (int i = 0; i < count; i++)
+        if (plan_op(d, ops[i], NULL, e) != 0)
+            return -1;
+    return 0;
+}
+
 /* Plan what a pass over n tokens runs; the norm's saved bytes are returned in *saved. */
 static int plan(struct decoder *d, int64_t n, size_t *saved, struct error *e) {
-    struct model *m = d->m;
+    const struct model_config *c = &d->m->config;
     struct op_spec norm = {.kind = OP_NORM, .norm = norm_of(d, n)};
-    struct op_cost cost;
-    if (m->k->plan(m->dev, &norm, &cost, e) != 0)
+    struct op_spec embed = {.kind = OP_EMBED, .embed = {1, n, c->vocab_size, c->hidden_size}};
+    struct op_spec head = {.kind = OP_LINEAR, .linear = {1, c->hidden_size, c->vocab_size}};
+    if (plan_op(d, norm, saved, e) != 0 || plan_op(d, embed, NULL, e) != 0 || plan_op(d, head, NULL, e) != 0)
         return -1;
-    *saved = cost.saved;
-    d->workspace_bytes = cost.workspace;
-    for (int layer = 0; layer < m->config.num_hidden_layers; layer++) {
-        struct op_spec mix = {.kind = OP_MIX, .mix = m->specs[layer].mix};
-        mix.mix.batch = 1;
-        mix.mix.tokens = n;
-        if (m->k->plan(m->dev, &mix, &cost, e) != 0)
+    for (int layer = 0; layer < c->num_hidden_layers; layer++)
+        if (plan_layer(d, layer, n, e) != 0)
             return -1;
-        d->workspace_bytes = cost.workspace > d->workspace_bytes ? cost.workspace : d->workspace_bytes;
-    }
     return 0;
 }
 
@@ -98,13 +131,13 @@ static int check(const struct model *m, int64_t capacity, struct error *e) {
 }
 
 int decoder_create(struct decoder *d, struct model *m, int64_t capacity, int64_t chunk, struct error *e) {
-    size_t layers = (size_t)m->config.num_hidden_layers, saved;
+    size_t layers = (size_t)m->config.num_hidden_layers, saved, saved_one;
     *d = (struct decoder){.m = m, .capacity = capacity, .chunk = chunk < capacity ? chunk : capacity};
     if (check(m, capacity, e) != 0)
         return -1;
     d->cache_k = calloc(layers, sizeof *d->cache_k);
     d->cache_v = calloc(layers, sizeof *d->cache_v);
-    if (!d->cache_k || !d->cache_v || plan(d, d->chunk, &saved, e) != 0)
+    if (!d->cache_k || !d->cache_v || plan(d, 1, &saved_one, e) != 0 || plan(d, d->chunk, &saved, e) != 0)
         goto failed;
     walk(d, saved);
     if (!(d->memory = m->k->alloc(m->dev, d->bytes, e)))
@@ -162,14 +195,11 @@ static void decode_attention(struct decoder *d, int layer, int64_t n) {
     struct model *m = d->m;
     const struct kernels *k = m->k;
     const struct layer_params *p = &m->params.layers[layer];
-    struct layer_specs s = m->specs[layer];
+    struct layer_specs s = specs_for(m, layer, n);
     int64_t H = s.mix.heads, dim = s.mix.head_dim, P = s.mix.pseudo;
     tensor qkv = with_shape(d->qkv, 1, n, 3, H, dim), o = with_shape(d->o, 1, n, H, dim, 0);
     tensor q = with_shape(d->q, 1, n * P, H, dim, 0), key = with_shape(d->k, 1, n * P, H, dim, 0);
     tensor v = with_shape(d->v, 1, n * P, H, dim, 0), o_pseudo = with_shape(d->o_pseudo, 1, n * P, H, dim, 0);
-    s.mix.batch = s.attention.batch = s.collapse.batch = 1;
-    s.mix.tokens = s.collapse.tokens = n;
-    s.attention.length = n * P;
     if (s.mixes)
         k->qkv_mix(m->dev, &s.mix, qkv, model_param(m, p->alpha_q), model_param(m, p->alpha_k),
                    model_param(m, p->alpha_v), d->rope, d->position, q, key, v);
@@ -230,8 +260,8 @@ static void feed_chunk(struct decoder *d, const int32_t *tokens, int64_t n, floa
 void decoder_feed(struct decoder *d, const int32_t *tokens, int64_t n, float *logits) {
     struct model *m = d->m;
     m->k->set_workspace(m->dev, d->workspace, d->workspace_bytes);
-    for (int64_t at = 0; at < n; at += d->chunk) {
-        int64_t count = n - at < d->chunk ? n - at : d->chunk;
+    for (int64_t at = 0, count; at < n; at += count) {
+        count = n - at < d->chunk ? 1 : d->chunk; /* the two sizes that were planned */
         feed_chunk(d, tokens + at, count, at + count == n ? logits : NULL);
     }
     m->k->set_workspace(m->dev, m->workspace, m->workspace_bytes);

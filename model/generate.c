@@ -66,7 +66,13 @@ int generate(struct decoder *d, const int32_t *prompt, int64_t length, int64_t c
     uint64_t state = (s->seed + 1) * 0x9e3779b97f4a7c15u;
     decoder_reset(d);
     decoder_feed(d, prompt, length, logits);
+    int status = 0;
     for (int64_t i = 0; i < count; i++) {
+        if (!isfinite(logits[0])) {
+            status = fail_run(
+                e, "the logits are not finite: the weights have diverged; take an earlier checkpoint");
+            break;
+        }
         int32_t token = sample_token(logits, vocab, s, &state);
         if (!emit(context, token))
             break;
@@ -74,5 +80,5 @@ int generate(struct decoder *d, const int32_t *prompt, int64_t length, int64_t c
             decoder_feed(d, &token, 1, logits);
     }
     free(logits);
-    return 0;
+    return status;
 }

@@ -112,7 +112,7 @@ static void print_memory(FILE *out, const struct config *c, const struct memory_
                 {"optimizer", p->optimizer},
                 {"activations", p->activations},
                 {"workspace", p->workspace}};
-    fprintf(out, "Memory for training, micro_batch %lld x %lld tokens, recompute %s: %.1f MB\n",
+    fprintf(out, "Memory for training in fp32, micro_batch %lld x %lld tokens, recompute %s: %.1f MB\n",
             (long long)c->train.micro_batch, (long long)c->train.seq_len, modes[c->system.recompute],
             (double)total / 1e6);
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)

@@ -68,9 +68,13 @@ struct metrics *metrics_open(const char *run_dir, int64_t step, struct error *e)
     }
     snprintf(m->path, sizeof m->path, "%s/metrics.jsonl", run_dir);
     m->terminal = isatty(STDERR_FILENO);
-    if (drop_later_lines(m->path, step, e) != 0 || !(m->file = fopen(m->path, "a"))) {
-        if (!m->file && e->exit_code == 0)
-            fail_user(e, "%s: cannot write: %s", m->path, strerror(errno));
+    if (drop_later_lines(m->path, step, e) != 0) {
+        free(m);
+        return NULL;
+    }
+    m->file = fopen(m->path, "a");
+    if (!m->file) {
+        fail_user(e, "%s: cannot write: %s; %s", m->path, strerror(errno), files_advice(errno));
         free(m);
         return NULL;
     }

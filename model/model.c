@@ -149,7 +149,7 @@ int model_initialize(struct model *m, uint64_t seed, struct error *e) {
         float *values = malloc((size_t)p->count * sizeof *values);
         if (!values)
             return fail_run(e, "out of memory initialising %s", p->name);
-        params_initial(&m->params, p, &m->config, seed, values);
+        params_initial(p, &m->config, seed, values);
         model_set_param(m, i, values);
         free(values);
     }

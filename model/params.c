@@ -147,9 +147,7 @@ static void initial_collapse(const struct param *t, enum init_collapse how, floa
             }
 }
 
-void params_initial(const struct params *p, const struct param *t, const struct model_config *m,
-                    uint64_t seed, float *values) {
-    (void)p;
+void params_initial(const struct param *t, const struct model_config *m, uint64_t seed, float *values) {
     uint64_t key = key_of(seed, t->name);
     double scale = t->init == INIT_NORMAL ? 0.02 : 0;
     if (t->init == INIT_NORMAL_OUTPUT)

@@ -54,8 +54,7 @@ int params_create(struct params *p, const struct model_config *m, struct error *
 void params_free(struct params *p);
 
 /* Initial values of one tensor, a function of (seed, name, index) alone: values [count]. */
-void params_initial(const struct params *p, const struct param *t, const struct model_config *m,
-                    uint64_t seed, float *values);
+void params_initial(const struct param *t, const struct model_config *m, uint64_t seed, float *values);
 
 /* Printable shape, such as "[768, 768]". */
 void param_shape_text(const struct param *t, char *out, size_t bytes);

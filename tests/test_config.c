@@ -277,7 +277,7 @@ static void test_broken_files(void **state) {
     refused_line("[model]\nhidden_sise = 3",
                  ":16: unknown key 'hidden_sise' in [model]; did you mean 'hidden_size'?");
     refused_line("[model]\nlr = 3", ":16: unknown key 'lr' in [model]; it belongs in [train]");
-    refused_line("[model]\nxyzzy = 3", ":16: unknown key 'xyzzy' in [model]; train_iha train --help");
+    refused_line("[model]\nxyzzy = 3", ":16: unknown key 'xyzzy' in [model]; train_iha --help");
     refused_line("[model]\nhidden_size = 64", ":16: 'hidden_size' was already set on line 3");
     refused(":2: key 'lr' before any section", "# x\nlr = 3\n[train]\n", NULL);
     refused_line("[train]\nbeta1 = ", ":16: beta1 = : not a number");
@@ -370,7 +370,7 @@ static void test_values_refused(void **state) {
         {"model.iha_window=all", "not a whole number"},
         {"model.local_window=0", "out of range"},
         {"model.local_window=auto", "not a whole number"},
-        {"model.norm_eps=0", "out of range; norm_eps takes a number from 0 (excluded) to 1"},
+        {"model.norm_eps=0", "out of range; norm_eps takes a number from 1e-30 to 1"},
         {"model.bias=yes", "not true or false; bias takes only these two words"},
         {"model.causal=1", "not true or false"},
         {"model.norm=rms", "unknown value 'rms'; norm takes rmsnorm or layernorm"},

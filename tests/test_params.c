@@ -135,7 +135,7 @@ static float *initial(const struct model_config *c, const char *name, uint64_t s
     struct params p = list_params(c);
     const struct param *t = find(&p, name);
     float *values = malloc((size_t)t->count * sizeof *values);
-    params_initial(&p, t, c, seed, values);
+    params_initial(t, c, seed, values);
     *count = t->count;
     params_free(&p);
     return values;

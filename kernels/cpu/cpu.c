@@ -89,6 +89,18 @@ static void cpu_release(struct device *dev, void *data) {
     munmap(head, *head);
 }
 
+/* The number in a file of the system's, or SIZE_MAX when there is none ("max"). */
+static size_t read_bytes(const char *path) {
+    size_t bytes = SIZE_MAX;
+    FILE *f = fopen(path, "r");
+    if (f && fscanf(f, "%zu", &bytes) != 1)
+        bytes = SIZE_MAX;
+    if (f)
+        fclose(f);
+    return bytes;
+}
+
+/* What the machine has left, or the container we run in, where that is less. */
 static size_t cpu_memory_available(struct device *dev) {
     (void)dev;
     FILE *f = fopen("/proc/meminfo", "r");
@@ -99,7 +111,10 @@ static size_t cpu_memory_available(struct device *dev) {
             break;
     if (f)
         fclose(f);
-    return kb * 1024;
+    size_t limit = read_bytes("/sys/fs/cgroup/memory.max"),
+           used = read_bytes("/sys/fs/cgroup/memory.current");
+    size_t contained = limit == SIZE_MAX || used == SIZE_MAX ? SIZE_MAX : limit > used ? limit - used : 1;
+    return kb * 1024 < contained ? kb * 1024 : contained;
 }
 
 static void cpu_zero(struct device *dev, void *data, size_t bytes) {
@@ -162,6 +177,7 @@ static int cpu_plan(struct device *dev, const struct op_spec *spec, struct op_co
     case OP_EMBED:
     case OP_LINEAR:
     case OP_ACT:
+    case OP_DECODE:
         *cost = (struct op_cost){0};
         break;
     }
