@@ -66,7 +66,7 @@ deps:
 
 quickstart: deps
 	@$(MAKE) --no-print-directory
-	@scripts/quickstart.sh $(TEXT)
+	@scripts/quickstart.sh "$(TEXT)"
 
 test: deps
 	@$(MAKE) --no-print-directory -j2 $(BINARY) tests-built

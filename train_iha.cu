@@ -5,6 +5,7 @@
  * then step by step train, evaluate, sample and save. The other commands read a checkpoint. */
 #include <errno.h>
 #include <math.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -48,10 +49,41 @@ struct run {
 
 static volatile sig_atomic_t stop_asked;
 
+/* The signals that ask a run to save and end: those a user sends, and what schedulers send before a time
+ * limit. */
+static sigset_t stop_signals(void) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGUSR1);
+    return set;
+}
+
 /* The first signal asks for a checkpoint and an end; a second one ends at once. */
-static void on_signal(int number) {
+static void *wait_for_signals(void *unused) {
+    sigset_t set = stop_signals();
+    int number;
+    sigwait(&set, &number);
     stop_asked = number;
+    sigwait(&set, &number);
     signal(number, SIG_DFL);
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    raise(number);
+    return unused;
+}
+
+/* No handler may run on a thread that computes: oneDNN's matrix products keep their stack pointer inside heap
+ * memory at times, where a signal's frame would overwrite what lies below. So all threads block these
+ * signals, and one that does nothing else waits for them. To be called before any other thread exists. */
+static int watch_signals(struct error *e) {
+    sigset_t set = stop_signals();
+    pthread_t thread;
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    if (pthread_create(&thread, NULL, wait_for_signals, NULL) != 0)
+        return fail_run(e, "cannot start the thread that waits for signals");
+    pthread_detach(thread);
+    return 0;
 }
 
 static double now(void) {
@@ -189,6 +221,7 @@ static int print_sample(struct run *r, struct error *e) {
     fprintf(file, "---- step %lld\n", (long long)r->progress.step);
     int status = generate(&r->decoder, &start, 1, r->decoder.capacity - 1, &how, emit, &p, e);
     printf("\n----\n");
+    fflush(stdout);
     fprintf(file, "\n");
     fclose(file);
     return status;
@@ -413,7 +446,7 @@ static int prepare_training(struct run *r, int argc, char **argv, struct error *
 
 static int train(struct run *r, int argc, char **argv, struct error *e) {
     r->progress.best_val_loss = (double)NAN;
-    if (prepare_training(r, argc, argv, e) != 0)
+    if (watch_signals(e) != 0 || prepare_training(r, argc, argv, e) != 0)
         return -1;
     if (r->progress.step >= r->config.train.steps) {
         printf("%s: already finished, at step %lld of %lld; raise train.steps to go on\n", r->config.run.dir,
@@ -425,9 +458,6 @@ static int train(struct run *r, int argc, char **argv, struct error *e) {
     r->metrics = metrics_open(r->config.run.dir, r->progress.step, e);
     if (!r->metrics)
         return -1;
-    signal(SIGTERM, on_signal);
-    signal(SIGINT, on_signal);
-    signal(SIGUSR1, on_signal);
     announce(r);
     return train_loop(r, e);
 }

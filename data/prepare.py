@@ -27,7 +27,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:
+    sys.exit("prepare.py: numpy is not installed; run: make deps, then .venv/bin/python data/prepare.py ...")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers is the one knob
 

@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -140,6 +141,13 @@ static void format_rate(double rate, char out[32]) {
         snprintf(out, 32, rate < 1e6 ? "%.1fk tok/s" : "%.2fM tok/s", rate / (rate < 1e6 ? 1e3 : 1e6));
 }
 
+enum { BAR = 20 }; /* cells of the progress bar at most */
+
+static int terminal_columns(void) {
+    struct winsize size;
+    return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 40 ? size.ws_col : 80;
+}
+
 void status_step(struct metrics *m, const struct step_record *r) {
     double smooth = 0.05, t = now();
     m->seconds_per_step =
@@ -148,18 +156,27 @@ void status_step(struct metrics *m, const struct step_record *r) {
     if (r->step < r->steps && m->last_shown > 0 && t - m->last_shown < pause)
         return;
     m->last_shown = t;
-    char left[32], rate[32], mfu[32] = "", bar[3 * 20 + 1] = "";
+    char left[32], rate[32], mfu[32] = "", bar[3 * BAR + 1] = "", head[128], tail[192];
     format_duration(m->seconds_per_step * (double)(r->steps - r->step), left);
     format_rate(r->tokens_per_second, rate);
     if (r->mfu > 0)
         snprintf(mfu, sizeof mfu, "  mfu %.1f%%", 100 * r->mfu);
-    for (int i = 0; i < 20 && m->terminal; i++)
-        strcat(bar, i < (int)(20 * r->step / r->steps) ? "━" : "─");
-    fprintf(stderr,
-            "%sstep %" PRId64 "/%" PRId64 " %s%s%3d%%  loss %.4f  lr %.2e  norm %.2f  %s%s  %s left%s%s",
-            m->terminal ? "\r\033[K" : "", r->step, r->steps, bar, m->terminal ? " " : "",
-            (int)(100 * r->step / r->steps), r->loss, r->lr, r->grad_norm, rate, mfu, left,
-            r->skipped ? "  SKIPPED" : "", m->terminal ? "" : "\n");
+    snprintf(head, sizeof head, "step %" PRId64 "/%" PRId64 " ", r->step, r->steps);
+    snprintf(tail, sizeof tail, "%3d%%  loss %.4f  lr %.2e  norm %.2f  %s%s  %s left%s",
+             (int)(100 * r->step / r->steps), r->loss, r->lr, r->grad_norm, rate, mfu, left,
+             r->skipped ? "  SKIPPED" : "");
+    if (!m->terminal) {
+        fprintf(stderr, "%s%s\n", head, tail);
+        return;
+    }
+    /* One line, whatever the terminal's width: the bar takes what the numbers leave, and the numbers are cut
+     * last. */
+    int room = terminal_columns() - 2 - (int)strlen(head) - (int)strlen(tail),
+        cells = room < BAR ? room : BAR;
+    for (int i = 0; i < cells; i++)
+        strcat(bar, i < (int)(cells * r->step / r->steps) ? "━" : "─");
+    fprintf(stderr, "\r\033[K%s%s%s%.*s", head, bar, cells > 0 ? " " : "",
+            room < 0 ? (int)strlen(tail) + room : (int)strlen(tail), tail);
     m->line_open = m->terminal;
     fflush(stderr);
 }

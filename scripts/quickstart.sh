@@ -7,11 +7,21 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+trap 'exit 130' INT TERM # a stopped training run saves and exits 0; the rest should not follow
 python=.venv/bin/python
 text=${1:-}
 if [ -n "$text" ]; then
-    [ -r "$text" ] || { echo "quickstart: cannot read $text" >&2; exit 2; }
-    name=$(basename "${text%.*}" | tr -c 'A-Za-z0-9\n' '_')
+    [ -f "$text" ] && [ -r "$text" ] || { echo "quickstart: cannot read $text" >&2; exit 2; }
+    bytes=$(wc -c <"$text")
+    if [ "$bytes" -lt 200000 ]; then
+        echo "quickstart: $text has $bytes bytes; a model wants a megabyte or more to learn from" >&2
+        exit 2
+    fi
+    if [ "$(tr -d '\0' <"$text" | wc -c)" != "$bytes" ]; then
+        echo "quickstart: $text holds NUL bytes: it is not a text" >&2
+        exit 2
+    fi
+    name=text_$(cksum <"$text" | cut -d' ' -f1) # by content: an edited file is another corpus
     run=runs/quickstart_$name
     separator=()
 else
@@ -25,7 +35,7 @@ data=data/$name
 
 echo "== 1. Shards of bytes from $text"
 if ! ls "$data"/train_*.bin >/dev/null 2>&1; then
-    $python data/prepare.py --tokenizer bytes "${separator[@]}" --out "$data" "$text"
+    $python data/prepare.py --tokenizer bytes "${separator[@]}" --out "$data" -- "$text"
 else
     echo "$data/ is there already; remove it to prepare it again"
 fi
@@ -48,10 +58,12 @@ echo "== 5. The loss curve"
 $python scripts/plot_loss.py "$run" --bytes --out "$run/curve.png"
 cat <<END
 
-Everything is in $run/: curve.png, metrics.jsonl, samples.txt, and the checkpoint (model.safetensors, config.json).
+Everything is in $run/: curve.png, metrics.jsonl, and the checkpoint (model.safetensors, config.json).
 Next:
-  ./train_iha generate $run --prompt 'And the LORD said' --temperature 0.6
+  ./train_iha generate $run --prompt 'And the' --temperature 0.6
   ./train_iha info $run
-  ./train_iha train configs/quickstart.ini run.dir=runs/mha model.layer_pattern=mha_global   # the same without IHA
-  $python scripts/plot_loss.py $run runs/mha --out runs/both.png                             # and the two curves
+  # the same without IHA, and the two curves:
+  ./train_iha train configs/quickstart.ini data.train="$data/train_*.bin" data.val="$data/val_*.bin" \\
+      run.dir=${run}_mha model.layer_pattern=mha_global
+  $python scripts/plot_loss.py $run ${run}_mha --out runs/both.png
 END
