@@ -32,9 +32,6 @@ void check_contiguous(const char *op, const char *what, tensor t);
 void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const real *a, int64_t lda,
           const real *b, int64_t ldb, real beta, real *c, int64_t ldc);
 
-/* Column sums of x [rows, cols]: out (+)= sum over rows. */
-void column_sums(const real *x, int64_t rows, int64_t cols, int64_t stride, real *out, bool accumulate);
-
 /* out[i] (+)= the sum over parts of shares[part*stride + i], in their order: how threads' partial gradients
  * meet, always in the same way. */
 void sum_shares(const real *shares, int parts, int64_t stride, int64_t n, real *out, bool accumulate);

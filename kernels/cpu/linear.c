@@ -9,8 +9,10 @@ static void add_bias(real *y, int64_t rows, int64_t cols, int64_t stride, const 
             y[i * stride + j] += bias[j];
 }
 
-/* Each thread owns a strip of columns, so the order of additions does not depend on the number of threads. */
-void column_sums(const real *x, int64_t rows, int64_t cols, int64_t stride, real *out, bool accumulate) {
+/* out (+)= column sums of x [rows, cols]. Each thread owns a strip of columns, so the order of additions does
+ * not depend on the number of threads. */
+static void column_sums(const real *x, int64_t rows, int64_t cols, int64_t stride, real *out,
+                        bool accumulate) {
     enum { STRIP = 64 };
 #pragma omp parallel for
     for (int64_t begin = 0; begin < cols; begin += STRIP) {
