@@ -15,8 +15,6 @@
 
 enum { PATH_BYTES = MAX_TEXT + 128, MAX_TOKENIZER = 256 << 20 };
 
-static const char OPTIMIZER_FILE[] = "optimizer-00000-of-00001.safetensors";
-
 static void join(char out[PATH_BYTES], const char *dir, const char *name) {
     snprintf(out, PATH_BYTES, "%s/%s", dir, name);
 }
@@ -140,9 +138,7 @@ int checkpoint_load_weights(const char *dir, struct model *m, struct error *e) {
 }
 
 int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e) {
-    char path[PATH_BYTES];
-    join(path, dir, OPTIMIZER_FILE);
-    return optimizer_read(path, m, e);
+    return optimizer_read(dir, m, e);
 }
 
 int checkpoint_read_progress(const char *dir, struct progress *p, struct error *e) {
@@ -252,7 +248,9 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
             /* Before the weights: those of another model would look damaged. */
             if (check_same_run(dir, c, &asked, p, e) != 0)
                 break;
-            if (checkpoint_load_weights(dir, m, e) == 0 && checkpoint_load_optimizer(dir, m, e) == 0) {
+            if (p->step != steps[i])
+                fail_user(e, "trainer.json is of step %lld", (long long)p->step);
+            else if (checkpoint_load_weights(dir, m, e) == 0 && checkpoint_load_optimizer(dir, m, e) == 0) {
                 status = 1;
                 break;
             }
@@ -268,6 +266,13 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
     if (status == 1)
         snprintf(p->val_fingerprint, sizeof p->val_fingerprint, "%s", asked.val_fingerprint);
     return status;
+}
+
+int checkpoint_load(const char *dir, struct model *m, struct progress *p, struct error *e) {
+    return checkpoint_read_progress(dir, p, e) != 0 || checkpoint_load_weights(dir, m, e) != 0 ||
+                   checkpoint_load_optimizer(dir, m, e) != 0
+               ? -1
+               : 0;
 }
 
 /* ---- saving ------------------------------------------------------------------------------------------- */
@@ -294,19 +299,32 @@ static int write_config(const char *dir, const struct model_config *config, stru
     return status;
 }
 
-static int write_all(const char *dir, struct model *m, const struct config *c, const struct progress *p,
-                     const char *tokenizer, struct error *e) {
-    char path[PATH_BYTES];
-    join(path, dir, "model.safetensors");
-    if (weights_write(path, m, e) != 0)
+/* ---- names that come and go as a whole ---------------------------------------------------------------- */
+
+static void tmp_path(char out[PATH_BYTES], const char *run_dir, int64_t step) {
+    char name[32];
+    step_name(name, step);
+    snprintf(out, PATH_BYTES, "%s/%s.tmp", run_dir, name);
+}
+
+static void final_path(char out[PATH_BYTES], const char *run_dir, int64_t step) {
+    char name[32];
+    step_name(name, step);
+    join(out, run_dir, name);
+}
+
+/* A checkpoint goes under another name first: killed halfway, it must not look like one. */
+static int remove_checkpoint(const char *run_dir, int64_t step, struct error *e) {
+    char path[PATH_BYTES], dying[PATH_BYTES + 16];
+    final_path(path, run_dir, step);
+    snprintf(dying, sizeof dying, "%s.old.tmp", path);
+    if (files_remove_tree(dying, e) != 0)
         return -1;
-    join(path, dir, OPTIMIZER_FILE);
-    if (optimizer_write(path, m, e) != 0 || write_config(dir, &c->model, e) != 0)
-        return -1;
-    if (tokenizer && copy_tokenizer(tokenizer, dir, e) != 0)
-        return -1;
-    join(path, dir, "trainer.json");
-    return progress_write(path, p, c, e);
+    if (rename(path, dying) != 0)
+        return errno == ENOENT
+                   ? 0
+                   : fail_run(e, "cannot rename \"%s\": %s; %s", path, strerror(errno), files_advice(errno));
+    return files_remove_tree(dying, e);
 }
 
 /* All but the newest `keep` (0: none is removed) and the best. Checkpoints past `step` are those that did not
@@ -317,13 +335,10 @@ static void remove_old(const char *run_dir, int64_t step, int64_t keep, int64_t 
         return;
     int count = list_steps(run_dir, &steps);
     for (int i = 0; i < count; i++) {
-        char name[32], path[PATH_BYTES];
+        struct error e;
         if (steps[i] > step || kept++ < keep || steps[i] == best_step)
             continue;
-        step_name(name, steps[i]);
-        join(path, run_dir, name);
-        struct error e;
-        if (files_remove_tree(path, &e) != 0)
+        if (remove_checkpoint(run_dir, steps[i], &e) != 0)
             fprintf(stderr, "warning: %s\n", e.text);
     }
     free(steps);
@@ -337,29 +352,67 @@ static int mark_best(const char *run_dir, const struct progress *p, struct error
     return files_link_replace(name, link, e);
 }
 
-int checkpoint_save(const char *run_dir, struct model *m, const struct config *c, const struct progress *p,
-                    const char *tokenizer, struct error *e) {
-    char name[32], tmp[PATH_BYTES], final[PATH_BYTES], tmp_name[40];
-    step_name(name, p->step);
-    snprintf(tmp_name, sizeof tmp_name, "%s.tmp", name);
-    join(tmp, run_dir, tmp_name);
-    join(final, run_dir, name);
-    struct error ignored;
+int checkpoint_begin(const char *run_dir, int64_t step, struct error *e) {
+    char tmp[PATH_BYTES];
+    tmp_path(tmp, run_dir, step);
     if (files_remove_tree(tmp, e) != 0)
         return -1;
     if (mkdir(tmp, 0777) != 0)
         return fail_run(e, "%s: cannot create the directory: %s; %s", tmp, strerror(errno),
                         files_advice(errno));
-    if (write_all(tmp, m, c, p, tokenizer, e) != 0 || files_remove_tree(final, e) != 0 ||
-        files_publish_dir(tmp, final, e) != 0) {
-        files_remove_tree(tmp, &ignored);
-        e->exit_code = EXIT_RUN;
-        return -1;
-    }
-    if (isfinite(p->best_val_loss) && p->best_step == p->step && mark_best(run_dir, p, e) != 0)
-        return -1;
-    remove_old(run_dir, p->step, c->run.keep, p->best_step);
     return 0;
+}
+
+int checkpoint_write(const struct checkpoint_job *job, struct error *e) {
+    const struct partition *p = &job->from.model->partition;
+    char dir[PATH_BYTES], path[PATH_BYTES + 64], name[OPTIMIZER_NAME];
+    tmp_path(dir, job->run_dir, job->progress.step);
+    optimizer_name(name, p->rank, p->ranks);
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    if (optimizer_write(path, &job->from, e) != 0)
+        return -1;
+    if (p->rank > 0)
+        return 0;
+    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    if (weights_write(path, &job->from, e) != 0 || write_config(dir, &job->config->model, e) != 0)
+        return -1;
+    if (job->tokenizer && copy_tokenizer(job->tokenizer, dir, e) != 0)
+        return -1;
+    snprintf(path, sizeof path, "%s/trainer.json", dir);
+    return progress_write(path, &job->progress, job->config, e);
+}
+
+int checkpoint_publish(const struct checkpoint_job *job, struct error *e) {
+    const struct progress *p = &job->progress;
+    char tmp[PATH_BYTES], final[PATH_BYTES];
+    tmp_path(tmp, job->run_dir, p->step);
+    final_path(final, job->run_dir, p->step);
+    /* What stands at its place did not load, or this run would not have passed here again. */
+    if (remove_checkpoint(job->run_dir, p->step, e) != 0 || files_publish_dir(tmp, final, e) != 0)
+        return -1;
+    if (isfinite(p->best_val_loss) && p->best_step == p->step && mark_best(job->run_dir, p, e) != 0)
+        return -1;
+    remove_old(job->run_dir, p->step, job->config->run.keep, p->best_step);
+    return 0;
+}
+
+int checkpoint_save(const char *run_dir, struct model *m, const struct config *c, const struct progress *p,
+                    const char *tokenizer, struct error *e) {
+    struct checkpoint_job job = {run_dir, c, tokenizer, *p, {.model = m}};
+    if (checkpoint_begin(run_dir, p->step, e) == 0 && checkpoint_write(&job, e) == 0 &&
+        checkpoint_publish(&job, e) == 0)
+        return 0;
+    checkpoint_clean(run_dir);
+    e->exit_code = EXIT_RUN;
+    return -1;
+}
+
+void checkpoint_repair_best(const char *run_dir, const struct progress *p) {
+    char path[PATH_BYTES];
+    struct error e;
+    final_path(path, run_dir, p->best_step);
+    if (isfinite(p->best_val_loss) && access(path, F_OK) == 0 && mark_best(run_dir, p, &e) != 0)
+        fprintf(stderr, "warning: %s\n", e.text);
 }
 
 void checkpoint_clean(const char *run_dir) {

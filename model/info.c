@@ -103,7 +103,7 @@ static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len
 
 static void print_memory(FILE *out, const struct config *c, const struct memory_plan *p) {
     const char *modes[] = {"none", "light", "full"};
-    size_t total = p->parameters + p->gradients + p->optimizer + p->activations + p->workspace;
+    size_t total = memory_total(p);
     struct {
         const char *name;
         size_t bytes;
@@ -119,12 +119,32 @@ static void print_memory(FILE *out, const struct config *c, const struct memory_
         fprintf(out, "  %-12s %12.1f MB\n", rows[i].name, (double)rows[i].bytes / 1e6);
 }
 
+/* What sharing leaves to each rank, stage by stage. */
+static int print_ranks(FILE *out, const struct config *c, const struct kernels *k, struct device *dev,
+                       const struct pass_shape *shape, struct error *e) {
+    fprintf(out,
+            "\nMemory of one rank among several, MB (system.zero_stage is %lld):\n  ranks  %10s %10s %10s\n",
+            (long long)c->system.zero_stage, "stage 0", "stage 1", "stage 2");
+    for (int ranks = 2; ranks <= 64; ranks *= 2) {
+        fprintf(out, "  %5d ", ranks);
+        for (int stage = 0; stage <= 2; stage++) {
+            struct memory_plan plan;
+            if (model_memory(&c->model, k, dev, shape, ranks, stage, &plan, e) != 0)
+                return -1;
+            fprintf(out, " %10.1f", (double)memory_total(&plan) / 1e6);
+        }
+        fprintf(out, "\n");
+    }
+    return 0;
+}
+
 int info_print(FILE *out, const struct config *c, const struct kernels *k, struct device *dev,
                struct error *e) {
     struct pass_shape shape = {c->train.micro_batch, c->train.seq_len, c->system.recompute, true};
     struct memory_plan memory;
     struct params params;
-    if (model_memory(&c->model, k, dev, &shape, &memory, e) != 0 || params_create(&params, &c->model, e) != 0)
+    if (model_memory(&c->model, k, dev, &shape, 1, 0, &memory, e) != 0 ||
+        params_create(&params, &c->model, 1, e) != 0)
         return -1;
     print_model(out, &c->model);
     print_parameters(out, &params);
@@ -132,5 +152,5 @@ int info_print(FILE *out, const struct config *c, const struct kernels *k, struc
     print_flops(out, &c->model, c->train.seq_len);
     print_memory(out, c, &memory);
     params_free(&params);
-    return 0;
+    return print_ranks(out, c, k, dev, &shape, e);
 }

@@ -92,7 +92,7 @@ static void train_step(struct run *r) {
     fixture_tokens(targets, 12, 30, (uint64_t)r->progress.step * 2 + 2);
     m->k->step_begin(m->dev, m->state, r->progress.step, 1e-2);
     model_forward_backward(m, tokens, targets, 1.0 / 12, false, NULL, NULL);
-    model_update(m, 0.9, 0.95, 1e-8, 1);
+    model_update(m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0});
     r->progress.step++;
     r->progress.tokens += 12;
     r->progress.updates++;
