@@ -385,14 +385,14 @@ static int stop_skipping(struct run *r, const struct step_state *state, struct e
             "in %s; lower train.lr, or look at the data of these steps",
             r->config.train.skip_zscore, state->skips_run, (long long)r->first_skip,
             (long long)r->progress.step, state->grad_norm, state->zscore, worst->name);
-    return fail_run(e,
-                    "the %s was not finite in %d steps in a row, step %lld to step %lld; %s%s; lower train.lr, look at "
-                    "the data of these steps, or go back to an earlier checkpoint",
-                    isfinite(state->loss) ? "gradient" : "loss", state->skips_run, (long long)r->first_skip,
-                    (long long)r->progress.step,
-                    finite ? "every parameter's own gradient is finite, the largest "
-                           : "backward met it first in ",
-                    worst->name);
+    return fail_run(
+        e,
+        "the %s was not finite in %d steps in a row, step %lld to step %lld; %s%s; lower train.lr, look at "
+        "the data of these steps, or go back to an earlier checkpoint",
+        isfinite(state->loss) ? "gradient" : "loss", state->skips_run, (long long)r->first_skip,
+        (long long)r->progress.step,
+        finite ? "every parameter's own gradient is finite, the largest " : "backward met it first in ",
+        worst->name);
 }
 
 /* Read the step's state back, record it, and stop a run whose numbers have gone wrong for good. Every rank
@@ -482,6 +482,7 @@ static int finish_save(struct run *r, struct error *e) {
 
 static int save(struct run *r, bool wait, struct error *e) {
     const struct config *c = &r->config;
+    wait = wait || !r->saves_behind;
     if (finish_save(r, e) != 0 ||
         comm_agree(r->comm, leads(r) ? checkpoint_begin(c->run.dir, r->progress.step, e) : 0, e) != 0)
         return -1;
@@ -490,9 +491,9 @@ static int save(struct run *r, bool wait, struct error *e) {
                                         .tokenizer = r->tokenizer_file[0] ? r->tokenizer_file : NULL,
                                         .progress = r->progress,
                                         .from = {.model = &r->model}};
-    if (comm_agree(r->comm, saver_start(r->saver, &r->saving, e), e) != 0)
+    if (comm_agree(r->comm, saver_start(r->saver, &r->saving, !wait, e), e) != 0)
         return -1;
-    return wait || !r->saves_behind ? finish_save(r, e) : 0;
+    return wait ? finish_save(r, e) : 0;
 }
 
 /* ---- between steps ------------------------------------------------------------------------------------- */

@@ -117,6 +117,8 @@ static void print_memory(FILE *out, const struct config *c, const struct memory_
             (double)total / 1e6);
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         fprintf(out, "  %-12s %12.1f MB\n", rows[i].name, (double)rows[i].bytes / 1e6);
+    fprintf(out, "  and %.1f MB to save while training goes on, where there is room\n",
+            (double)p->saving / 1e6);
 }
 
 /* What sharing leaves to each rank, stage by stage. */

@@ -78,9 +78,11 @@ static int measure(struct model *m, struct memory_plan *plan, struct error *e) {
     if (buffers_measure(m, &plan->activations, e) != 0)
         return -1;
     plan->workspace = m->workspace_bytes;
+    plan->saving = (size_t)(m->params.learned + 2 * m->params.learned / m->partition.ranks) * sizeof(float);
     return 0;
 }
 
+/* Without `saving`, which a run can do without. */
 size_t memory_total(const struct memory_plan *p) {
     return p->parameters + p->gradients + p->optimizer + p->activations + p->workspace + p->messages;
 }

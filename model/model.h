@@ -24,6 +24,7 @@ struct pass_shape {
 /* Bytes by family, as `info` announces and create allocates them. */
 struct memory_plan {
     size_t parameters, gradients, optimizer, activations, workspace, messages;
+    size_t saving; /* of host memory, when there is room: a copy that is saved while training goes on */
 };
 
 /* One layer's activations, kept from forward to backward unless recomputed. */

@@ -93,10 +93,10 @@ bool saver_reserve(struct saver *s, const struct model *m, size_t memory_free) {
     return s->copies;
 }
 
-int saver_start(struct saver *s, const struct checkpoint_job *job, struct error *e) {
+int saver_start(struct saver *s, const struct checkpoint_job *job, bool copy, struct error *e) {
     struct model *m = job->from.model;
     s->job = *job;
-    if (s->copies) {
+    if (copy && s->copies) {
         for (int i = 0; s->weights && i < m->params.count; i++)
             model_get_param(m, i, s->weights + m->params.list[i].place);
         if (optimizer_copy(m, s->moments, e) != 0)

@@ -26,9 +26,10 @@ size_t saver_copy_bytes(const struct model *m);
 /* Keep memory for a copy, if it leaves half of what is free. Does saving go on in the background? */
 bool saver_reserve(struct saver *s, const struct model *m, size_t memory_free);
 
-/* Write job->from.model's numbers as they are now. With a copy, the model may change at once; without, only
- * when saver_state() is no longer SAVER_WRITING. What job points at must stay. The saver must be idle. */
-int saver_start(struct saver *s, const struct checkpoint_job *job, struct error *e);
+/* Write job->from.model's numbers as they are now. With a copy (and memory kept for one), the model may
+ * change at once; without, only when saver_state() is no longer SAVER_WRITING. What job points at must stay.
+ * The saver must be idle. */
+int saver_start(struct saver *s, const struct checkpoint_job *job, bool copy, struct error *e);
 enum saver_state saver_state(struct saver *s);
 
 /* How the writing ended; the saver is idle again. */
