@@ -187,9 +187,10 @@ int progress_write(const char *path, const struct progress *p, const struct conf
 
 static cJSON *parse(const char *path, struct error *e) {
     char *text;
-    if (files_read_all(path, MAX_JSON, &text, NULL, e) != 0)
+    size_t length;
+    if (files_read_all(path, MAX_JSON, &text, &length, e) != 0)
         return NULL;
-    cJSON *root = cJSON_Parse(text);
+    cJSON *root = cJSON_ParseWithLengthOpts(text, length + 1, NULL, true); /* with the NUL: to the very end */
     free(text);
     if (!cJSON_IsObject(root)) {
         cJSON_Delete(root);
@@ -206,6 +207,11 @@ static int64_t count_of(const cJSON *root, const char *key) {
         item->valuedouble != floor(item->valuedouble))
         return -1;
     return (int64_t)item->valuedouble;
+}
+
+/* 1e999 is JSON, and infinite. */
+static bool is_finite(const cJSON *item) {
+    return cJSON_IsNumber(item) && isfinite(item->valuedouble);
 }
 
 static void text_of(const cJSON *root, const char *key, char *out, size_t bytes) {
@@ -227,8 +233,8 @@ int progress_read(const char *path, struct progress *p, struct error *e) {
         .updates = count_of(root, "updates"),
         .skips_run = skips_run > INT32_MAX ? -1 : (int32_t)skips_run,
         .best_step = count_of(root, "best_step"),
-        .best_val_loss = cJSON_IsNumber(best) ? best->valuedouble : (double)NAN,
-        .seconds = cJSON_IsNumber(seconds) && isfinite(seconds->valuedouble) ? seconds->valuedouble : 0,
+        .best_val_loss = is_finite(best) ? best->valuedouble : (double)NAN,
+        .seconds = is_finite(seconds) && seconds->valuedouble > 0 ? seconds->valuedouble : 0,
     };
     text_of(root, "train_fingerprint", p->train_fingerprint, sizeof p->train_fingerprint);
     text_of(root, "val_fingerprint", p->val_fingerprint, sizeof p->val_fingerprint);
