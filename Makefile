@@ -5,6 +5,7 @@
 #   make quickstart      from real text to a trained model in a few minutes; TEXT=FILE.txt for your own
 #   make test            every test; SANITIZE=1 runs them under ASan and UBSan
 #   make bench           measure, and print the table that the README shows
+#   make fuzz            feed the file readers hostile files; FUZZ_SECONDS=600 for each target, FUZZ_ONLY=shards
 #   make golden          compute the reference cases in tests/golden again (needs jax)
 #   make clean           remove what was built
 
@@ -78,11 +79,13 @@ quickstart: deps
 	@scripts/quickstart.sh "$(TEXT)"
 
 test: deps
-	@$(MAKE) --no-print-directory -j2 $(BINARY) tests-built
+	@$(MAKE) --no-print-directory -j2 $(BINARY) tests-built fuzz-built
 	@tests/run.sh $(BUILD) $(BINARY)
 
 .PHONY: tests-built
 tests-built: $(C_TESTS) $(DOUBLE_TESTS)
+
+include tests/fuzz/fuzz.mk
 
 bench: deps
 	@$(MAKE) --no-print-directory $(BUILD)/tests/bench

@@ -123,10 +123,12 @@ int checkpoint_find(const char *path, char dir[MAX_TEXT], struct error *e) {
 
 int checkpoint_read_config(const char *dir, struct model_config *config, struct error *e) {
     char path[PATH_BYTES], *text;
+    size_t length;
     join(path, dir, "config.json");
-    if (files_read_all(path, 1 << 20, &text, NULL, e) != 0)
+    if (files_read_all(path, 1 << 20, &text, &length, e) != 0)
         return -1;
-    int status = config_model_from_json(config, text, path, e);
+    int status = strlen(text) == length ? config_model_from_json(config, text, path, e)
+                                        : fail_user(e, "%s: a zero byte: the file is damaged", path);
     free(text);
     return status;
 }
@@ -172,13 +174,16 @@ int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], s
 
 struct difference {
     const char *key, *recorded;
-    bool found;
+    bool known, found;
     char text[512];
 };
 
 static void compare_setting(void *context, const char *key, const char *value) {
     struct difference *d = context;
-    if (strcmp(key, d->key) == 0 && strcmp(value, d->recorded) != 0 && !d->found) {
+    if (strcmp(key, d->key) != 0)
+        return;
+    d->known = true;
+    if (strcmp(value, d->recorded) != 0 && !d->found) {
         d->found = true;
         snprintf(d->text, sizeof d->text, "%s was %s and is now %s", key, d->recorded, value);
     }
@@ -197,10 +202,11 @@ static void check_recorded(void *context, const char *key, const char *value) {
         strcmp(key, "data.train") == 0 || strcmp(key, "data.val") == 0 || strcmp(key, "data.tokenizer") == 0;
     if (r->first.found || path || config_may_change_on_resume(key))
         return;
-    r->compared++;
     r->first.key = key;
     r->first.recorded = value;
+    r->first.known = false;
     config_visit(r->asked, compare_setting, &r->first);
+    r->compared += r->first.known;
 }
 
 static int check_same_run(const char *dir, const struct config *c, const struct progress *asked,

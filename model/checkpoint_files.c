@@ -432,9 +432,10 @@ int progress_write(const char *path, const struct progress *p, const struct conf
 
 static cJSON *parse(const char *path, struct error *e) {
     char *text;
-    if (files_read_all(path, MAX_JSON, &text, NULL, e) != 0)
+    size_t length;
+    if (files_read_all(path, MAX_JSON, &text, &length, e) != 0)
         return NULL;
-    cJSON *root = cJSON_Parse(text);
+    cJSON *root = cJSON_ParseWithLengthOpts(text, length + 1, NULL, true); /* with the NUL: to the very end */
     free(text);
     if (!cJSON_IsObject(root)) {
         cJSON_Delete(root);
@@ -453,10 +454,15 @@ static int64_t count_of(const cJSON *root, const char *key) {
     return (int64_t)item->valuedouble;
 }
 
+/* 1e999 is JSON, and infinite. */
+static bool is_finite(const cJSON *item) {
+    return cJSON_IsNumber(item) && isfinite(item->valuedouble);
+}
+
+/* 0 where it is missing or cannot be. */
 static double number_of(const cJSON *root, const char *key) {
     const cJSON *item = cJSON_GetObjectItemCaseSensitive(root, key);
-    return cJSON_IsNumber(item) && isfinite(item->valuedouble) && item->valuedouble > 0 ? item->valuedouble
-                                                                                        : 0;
+    return is_finite(item) && item->valuedouble > 0 ? item->valuedouble : 0;
 }
 
 static void text_of(const cJSON *root, const char *key, char *out, size_t bytes) {
@@ -477,7 +483,7 @@ int progress_read(const char *path, struct progress *p, struct error *e) {
         .updates = count_of(root, "updates"),
         .skips_run = skips_run > INT32_MAX ? -1 : (int32_t)skips_run,
         .best_step = count_of(root, "best_step"),
-        .best_val_loss = cJSON_IsNumber(best) ? best->valuedouble : (double)NAN,
+        .best_val_loss = is_finite(best) ? best->valuedouble : (double)NAN,
         .norm_count = count_of(root, "norm_count"),
         .norm_mean = number_of(root, "norm_mean"),
         .norm_variance = number_of(root, "norm_variance"),

@@ -36,7 +36,11 @@ static size_t keep_lines(char *text, size_t length, int64_t step) {
             break;
         size_t bytes = (size_t)(end - line) + 1;
         long long number;
-        if (sscanf(line, "{\"step\": %lld,", &number) == 1 && number <= step) {
+        int past = 0; /* stays so when the comma is missing */
+        *end = '\0';  /* or sscanf would measure the whole rest, line by line, and read on into it */
+        bool keep = sscanf(line, "{\"step\": %lld,%n", &number, &past) == 1 && past > 0 && number <= step;
+        *end = '\n';
+        if (keep) {
             memmove(text + out, line, bytes);
             out += bytes;
         }

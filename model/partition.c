@@ -23,15 +23,19 @@ static void place_gradients(struct partition *p) {
     p->gradient_elements = p->gradient_shard_at + elements / p->ranks;
 }
 
-/* The groups within [s->begin, s->end). */
-static int clip_groups(struct share *s, const struct param_group *groups, int count) {
-    s->groups = malloc((size_t)count * sizeof *s->groups);
-    for (int i = 0; s->groups && i < count; i++) {
+/* The groups within [s->begin, s->end). Shares come in order, so the search goes on where it ended: *from. */
+static int clip_groups(struct share *s, const struct param_group *groups, int count, int *from) {
+    int last;
+    while (*from < count && groups[*from].end <= s->begin)
+        ++*from;
+    for (last = *from; last < count && groups[last].begin < s->end; last++)
+        ;
+    s->groups = malloc((size_t)(last - *from + 1) * sizeof *s->groups);
+    for (int i = *from; s->groups && i < last; i++) {
         struct param_group g = groups[i];
         g.begin = (g.begin > s->begin ? g.begin : s->begin) - s->begin;
         g.end = (g.end < s->end ? g.end : s->end) - s->begin;
-        if (g.begin < g.end)
-            s->groups[s->group_count++] = g;
+        s->groups[s->group_count++] = g;
     }
     return s->groups ? 0 : -1;
 }
@@ -53,12 +57,13 @@ static void cut(struct partition *p) {
 }
 
 static int list_shares(struct partition *p, const struct param_group *groups, int group_count) {
+    int from = 0, first = 0;
     for (int b = 0; b < p->bucket_count; b++) {
         int64_t length = (p->buckets[b].end - p->buckets[b].begin) / p->ranks;
         int64_t begin = p->buckets[b].begin + p->rank * length;
         int64_t shard = p->zero_stage == 0 ? begin : p->buckets[b].begin / p->ranks;
         p->own[p->own_count] = (struct share){begin, begin + length, shard, NULL, 0};
-        if (clip_groups(&p->own[p->own_count++], groups, group_count) != 0)
+        if (clip_groups(&p->own[p->own_count++], groups, group_count, &from) != 0)
             return -1;
     }
     if (p->zero_stage > 0) {
@@ -71,7 +76,7 @@ static int list_shares(struct partition *p, const struct param_group *groups, in
         return -1;
     p->updated_count = 1;
     p->updated->end = p->unit_at[p->units];
-    return clip_groups(p->updated, groups, group_count);
+    return clip_groups(p->updated, groups, group_count, &first);
 }
 
 int partition_create(struct partition *p, const struct params *params, const struct param_group *groups,

@@ -14,6 +14,19 @@ missing=()
 for package in "${packages[@]}"; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing+=("$package")
 done
+# clang with its sanitizers and libFuzzer, for the fuzz targets. Tried and not asked for by name: their package is
+# called after the compiler's version.
+can_fuzz() {
+    local probe status
+    probe=$(mktemp)
+    echo 'int LLVMFuzzerTestOneInput(const char *d, unsigned long n) { return d && n ? 0 : 0; }' |
+        clang -fsanitize=fuzzer,address,undefined -x c - -o "$probe" 2>/dev/null
+    status=$?
+    rm -f "$probe"
+    return $status
+}
+can_fuzz || missing+=(clang)
+
 if [ ${#missing[@]} -gt 0 ]; then
     if ! command -v apt-get >/dev/null; then
         echo "deps: this is neither Debian nor Ubuntu; install these by hand: ${missing[*]}" >&2
@@ -23,6 +36,10 @@ if [ ${#missing[@]} -gt 0 ]; then
     [ "$(id -u)" = 0 ] || sudo=sudo
     echo "deps: installing ${missing[*]}${sudo:+ (with sudo)}"
     $sudo apt-get update -qq
+    # What goes with the distribution's clang; on Ubuntu 22.04 clang brings it along and there is no such package.
+    if [[ " ${missing[*]} " == *" clang "* ]] && apt-cache show libclang-rt-dev >/dev/null 2>&1; then
+        missing+=(libclang-rt-dev)
+    fi
     DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run every test program and every Python test file, and close with the counts.
+# Run every test program, every Python test file and a short run of every fuzz target, and close with the counts.
 #
 #   tests/run.sh BUILD_DIR BINARY
 set -uo pipefail
@@ -46,11 +46,22 @@ run_python() {
     report "$1" "${count:-0}" "$bad" "$(bc <<<"$EPOCHREALTIME - $start")"
 }
 
+# A target is one test: it passes when none of its inputs fails.
+run_fuzz() {
+    local start=$EPOCHREALTIME status
+    tests/fuzz/run.sh short build/fuzz "${1#fuzz_}" >"$log" 2>&1
+    status=$?
+    report "$1" 1 "$((status != 0))" "$(bc <<<"$EPOCHREALTIME - $start")"
+}
+
 for source in tests/test_*.c; do
     run_c "$build/tests/$(basename "$source" .c)"
 done
 for source in tests/test_*.py; do
     run_python "$(basename "$source" .py)"
+done
+for source in tests/fuzz/fuzz_*.c; do
+    run_fuzz "$(basename "$source" .c)"
 done
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ] && [ "$passed" -gt 0 ]

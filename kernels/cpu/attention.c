@@ -46,7 +46,7 @@ static size_t layout_scratch(const struct attention_spec *s, char *base, struct 
                  {&out->dv, TILE * D}, {&out->p, TILE * TILE}, {&out->ds, TILE * TILE}, {&out->row_max, S},
                  {&out->row_sum, S},   {&out->delta, S}};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        *parts[i].where = (real *)(base + at);
+        *parts[i].where = base ? (real *)(base + at) : NULL;
         at += (size_t)round_up(parts[i].count * (int64_t)sizeof(real), 64) + 64;
     }
     return (size_t)round_up((int64_t)at, 4096);

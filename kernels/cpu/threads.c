@@ -50,6 +50,7 @@ static void count_sharers(struct comm *comm, const cpu_set_t *allowed, int *shar
 }
 
 static void pin(const cpu_set_t *allowed, int threads, bool each, int first) {
+    (void)threads; /* in a build without OpenMP */
 #pragma omp parallel num_threads(threads)
     {
         cpu_set_t mine = *allowed;
