@@ -49,6 +49,8 @@ struct run {
     struct saver *saver;
     bool saves_behind;            /* saving goes on while the next steps run */
     struct checkpoint_job saving; /* what the saver is at, or was last */
+    int posted;                   /* steps whose state has not been collected yet */
+    double clock;                 /* when the last was, or training went on after something else */
     int64_t first_skip;           /* of the steps skipped in a row */
     int lock;
     int32_t *tokens, *targets; /* one pass, [micro_batch, seq_len] */
@@ -364,6 +366,8 @@ static void train_step(struct run *r) {
     }
     struct update_hyper hyper = {t->beta1, t->beta2, t->eps, t->grad_clip, t->skip_zscore};
     model_update(&r->model, &hyper);
+    r->k->step_post(r->dev, r->model.state);
+    r->posted++;
     r->progress.sequences += passes * ranks * B;
     r->progress.tokens += t->batch_tokens;
     r->progress.step++;
@@ -375,6 +379,7 @@ static bool due(int64_t every, int64_t step) {
 
 /* Too many steps in a row were skipped: say which, and whose gradient it was. */
 static int stop_skipping(struct run *r, const struct step_state *state, struct error *e) {
+    long long last = (long long)state->step + 1;
     bool finite;
     const struct param *worst = &r->model.params.list[model_worst_gradient(&r->model, &finite)];
     if (state->skip == STEP_OUTLIER)
@@ -389,19 +394,21 @@ static int stop_skipping(struct run *r, const struct step_state *state, struct e
         e,
         "the %s was not finite in %d steps in a row, step %lld to step %lld; %s%s; lower train.lr, look at "
         "the data of these steps, or go back to an earlier checkpoint",
-        isfinite(state->loss) ? "gradient" : "loss", state->skips_run, (long long)r->first_skip,
-        (long long)r->progress.step,
+        isfinite(state->loss) ? "gradient" : "loss", state->skips_run, (long long)r->first_skip, last,
         finite ? "every parameter's own gradient is finite, the largest " : "backward met it first in ",
         worst->name);
 }
 
-/* Read the step's state back, record it, and stop a run whose numbers have gone wrong for good. Every rank
- * has the same state; rank 0 writes it down. */
-static int record_step(struct run *r, double seconds, struct error *e) {
+/* Collect the oldest posted step, record it, and stop a run whose numbers have gone wrong for good. Every
+ * rank has the same state; rank 0 writes it down. */
+static int record_step(struct run *r, struct error *e) {
     const struct config *c = &r->config;
     struct progress *p = &r->progress;
     struct step_state state;
-    r->k->step_read(r->dev, r->model.state, &state);
+    r->k->step_collect(r->dev, &state);
+    r->posted--;
+    double seconds = now() - r->clock;
+    r->clock += seconds;
     p->updates = state.updates;
     p->skips_run = state.skips_run;
     p->norm_count = state.norm_count;
@@ -409,11 +416,11 @@ static int record_step(struct run *r, double seconds, struct error *e) {
     p->norm_variance = state.norm_variance;
     p->seconds += seconds;
     if (state.skips_run == 1)
-        r->first_skip = p->step;
+        r->first_skip = state.step + 1;
     double rate = (double)c->train.batch_tokens / seconds, peak = r->k->peak_flops(r->dev) * r->comm->ranks;
-    struct step_record record = {.step = p->step,
+    struct step_record record = {.step = state.step + 1,
                                  .steps = c->train.steps,
-                                 .tokens = p->tokens,
+                                 .tokens = p->tokens - r->posted * c->train.batch_tokens,
                                  .loss = state.loss,
                                  .lr = state.lr,
                                  .grad_norm = state.grad_norm,
@@ -423,9 +430,17 @@ static int record_step(struct run *r, double seconds, struct error *e) {
                                  .skipped = state.skip != STEP_APPLIED};
     if (leads(r) && metrics_step(r->metrics, &record, e) != 0)
         return -1;
-    if (leads(r) && due(c->run.log_every, p->step))
+    if (leads(r) && due(c->run.log_every, record.step))
         status_step(r->metrics, &record);
     return state.skips_run > c->train.max_skips ? stop_skipping(r, &state, e) : 0;
+}
+
+/* Until so many steps at most are under way. */
+static int record_steps(struct run *r, int ahead, struct error *e) {
+    int status = 0;
+    while (status == 0 && r->posted > ahead)
+        status = record_step(r, e);
+    return status;
 }
 
 /* ---- saving -------------------------------------------------------------------------------------------- */
@@ -514,18 +529,36 @@ static int evaluate_now(struct run *r, bool saves, struct error *e) {
     return metrics_eval(r->metrics, p->step, loss, e);
 }
 
-/* Evaluate, save, sample. */
-static int between_steps(struct run *r, bool last, struct error *e) {
+/* What comes after a step: the last one, or one on which a signal came, saves. */
+struct pause {
+    bool evaluates, saves, samples;
+};
+
+static struct pause pause_after(const struct run *r, bool stop) {
     const struct run_config *c = &r->config.run;
     int64_t step = r->progress.step;
-    bool saves = last || due(c->save_every, step), samples = due(c->sample_every, step);
-    bool evaluates =
-        r->val && (due(c->eval_every, step) || (c->eval_every > 0 && step == r->config.train.steps));
-    if (evaluates && comm_agree(r->comm, evaluate_now(r, saves, e), e) != 0)
+    bool last = step == r->config.train.steps;
+    return (struct pause){.evaluates = r->val && c->eval_every > 0 && (last || due(c->eval_every, step)),
+                          .saves = last || stop || due(c->save_every, step),
+                          .samples = due(c->sample_every, step)};
+}
+
+/* Evaluate, save, sample. */
+static int between_steps(struct run *r, bool stop, struct error *e) {
+    struct pause now_due = pause_after(r, stop);
+    if (!now_due.evaluates && !now_due.saves && !now_due.samples)
+        return 0;
+    bool ends = stop || r->progress.step == r->config.train.steps;
+    if (comm_agree(r->comm, record_steps(r, 0, e), e) != 0)
         return -1;
-    if (saves && save(r, last, e) != 0)
+    if (now_due.evaluates && comm_agree(r->comm, evaluate_now(r, now_due.saves, e), e) != 0)
         return -1;
-    return samples ? comm_agree(r->comm, leads(r) ? print_sample(r, e) : 0, e) : 0;
+    if (now_due.saves && save(r, ends, e) != 0)
+        return -1;
+    if (now_due.samples && comm_agree(r->comm, leads(r) ? print_sample(r, e) : 0, e) != 0)
+        return -1;
+    r->clock = now();
+    return 0;
 }
 
 static int finish_run(struct run *r, int stop) {
@@ -545,17 +578,17 @@ static int finish_run(struct run *r, int stop) {
 static int train_loop(struct run *r, struct error *e) {
     const int64_t steps = r->config.train.steps;
     struct pulse pulse = {0};
+    r->clock = now();
     while (r->progress.step < steps && !pulse.stop) {
-        double start = now();
         train_step(r);
-        int status = record_step(r, now() - start, e);
+        int status = record_steps(r, r->k->run_ahead, e);
         /* A signal is looked for once a step: one that comes while saving ends the next step. */
         pulse = (struct pulse){.stop = signals_asked(), .failed = status != 0};
         if (share_pulse(r, &pulse, e) != 0 || (pulse.failed && comm_agree(r->comm, status, e) != 0))
             return -1;
         if ((pulse.saver == SAVER_WRITTEN || pulse.saver == SAVER_FAILED) && publish(r, e) != 0)
             return -1;
-        if (between_steps(r, r->progress.step == steps || pulse.stop, e) != 0)
+        if (between_steps(r, pulse.stop, e) != 0)
             return -1;
     }
     return finish_run(r, pulse.stop);

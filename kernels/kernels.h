@@ -246,6 +246,11 @@ struct kernels {
     void (*step_decide)(struct device *, struct step_state *, double grad_clip, double skip_zscore);
     void (*step_read)(struct device *, const struct step_state *, struct step_state *host);
     void (*step_write)(struct device *, struct step_state *, const struct step_state *host);
+    /* The same without stopping the queue: post a copy as of now; collect it later, oldest first, which waits
+     * until the queue has come so far. The host may run so many steps ahead of what it has collected: */
+    void (*step_post)(struct device *, const struct step_state *);
+    void (*step_collect)(struct device *, struct step_state *host);
+    int run_ahead;
 
     /* AdamW over flat ranges (Loshchilov & Hutter 2019, eq. 12): with g' = clip g, t = updates,
      * m = b1 m + (1-b1) g',  v = b2 v + (1-b2) g'^2,  p -= lr_g (m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps) + wd_g

@@ -274,6 +274,9 @@ const struct kernels *kernels_cpu(void) {
         .step_decide = cpu_step_decide,
         .step_read = cpu_step_read,
         .step_write = cpu_step_write,
+        .step_post = cpu_step_post,
+        .step_collect = cpu_step_collect,
+        .run_ahead = 0,
         .adamw = cpu_adamw,
     };
     return &table;

@@ -15,6 +15,7 @@ struct device {
     char description[256];
     void (*idle_call)(void *context);
     void *idle_context;
+    struct step_state posted; /* nothing is queued here, so one is enough */
 };
 
 /* To be called where an operation begins that may take long. */
@@ -93,6 +94,8 @@ void cpu_sumsq(struct device *, tensor g, struct step_state *);
 void cpu_step_decide(struct device *, struct step_state *, double grad_clip, double skip_zscore);
 void cpu_step_read(struct device *, const struct step_state *, struct step_state *host);
 void cpu_step_write(struct device *, struct step_state *, const struct step_state *host);
+void cpu_step_post(struct device *, const struct step_state *);
+void cpu_step_collect(struct device *, struct step_state *host);
 void cpu_adamw(struct device *, const struct adamw_hyper *, const struct param_group *groups, int count,
                tensor master, tensor p, tensor g, tensor m, tensor v, const struct step_state *);
 

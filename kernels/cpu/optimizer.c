@@ -48,6 +48,14 @@ void cpu_step_write(struct device *dev, struct step_state *state, const struct s
     *state = *host;
 }
 
+void cpu_step_post(struct device *dev, const struct step_state *state) {
+    dev->posted = *state;
+}
+
+void cpu_step_collect(struct device *dev, struct step_state *host) {
+    *host = dev->posted;
+}
+
 void cpu_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct param_group *groups,
                int count, tensor master, tensor p, tensor g, tensor m, tensor v,
                const struct step_state *state) {
