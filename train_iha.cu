@@ -633,7 +633,7 @@ static int train(struct run *r, int argc, char **argv, struct error *e) {
         return -1;
     if (r->progress.step >= r->config.train.steps) {
         if (leads(r))
-            printf("%s: already finished, at step %lld of %lld; raise train.steps to go on\n",
+            printf("%s: already finished: it is at step %lld, and train.steps is %lld; raise it to go on\n",
                    r->config.run.dir, (long long)r->progress.step, (long long)r->config.train.steps);
         return 0;
     }
@@ -715,7 +715,7 @@ static int parse_number(const char *option, const char *text, bool whole, double
     char *end;
     *out = strtod(text, &end);
     if (end == text || *end || !(*out >= 0 && *out <= most) || (whole && *out != floor(*out)))
-        return fail_user(e, "%s %s: not a %snumber from 0 to %g", option, text, whole ? "whole " : "", most);
+        return fail_user(e, "%s %s: not a %snumber from 0 to %.0f", option, text, whole ? "whole " : "", most);
     return 0;
 }
 

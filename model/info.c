@@ -13,6 +13,12 @@ static const char *human(double n, char out[32]) {
     return out;
 }
 
+static const char *human_bytes(size_t bytes, char out[32]) {
+    bool large = bytes >= (size_t)10e9;
+    snprintf(out, 32, "%.1f %s", (double)bytes / (large ? 1e9 : 1e6), large ? "GB" : "MB");
+    return out;
+}
+
 static void print_model(FILE *out, const struct model_config *m) {
     const char *positions[] = {"rope", "learned", "none"}, *norms[] = {"rmsnorm", "layernorm"};
     const char *activations[] = {"gelu_tanh", "relu2", "swiglu"};
@@ -104,6 +110,7 @@ static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len
 static void print_memory(FILE *out, const struct config *c, const struct memory_plan *p) {
     const char *modes[] = {"none", "light", "full"};
     size_t total = memory_total(p);
+    char text[32];
     struct {
         const char *name;
         size_t bytes;
@@ -112,13 +119,13 @@ static void print_memory(FILE *out, const struct config *c, const struct memory_
                 {"optimizer", p->optimizer},
                 {"activations", p->activations},
                 {"workspace", p->workspace}};
-    fprintf(out, "Memory for training in fp32, micro_batch %lld x %lld tokens, recompute %s: %.1f MB\n",
+    fprintf(out, "Memory for training in fp32, micro_batch %lld x %lld tokens, recompute %s: %s\n",
             (long long)c->train.micro_batch, (long long)c->train.seq_len, modes[c->system.recompute],
-            (double)total / 1e6);
+            human_bytes(total, text));
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
-        fprintf(out, "  %-12s %12.1f MB\n", rows[i].name, (double)rows[i].bytes / 1e6);
-    fprintf(out, "  and %.1f MB to save while training goes on, where there is room\n",
-            (double)p->saving / 1e6);
+        fprintf(out, "  %-12s %12s\n", rows[i].name, human_bytes(rows[i].bytes, text));
+    fprintf(out, "  and %s to save while training goes on, where there is room\n",
+            human_bytes(p->saving, text));
 }
 
 /* What sharing leaves to each rank, stage by stage. */
