@@ -299,12 +299,15 @@ static int resume_or_initialize(struct run *r, struct error *e) {
     int status = checkpoint_resume(c->run.dir, &r->model, c, &r->progress, dir, e);
     if (status < 0)
         return -1;
-    if (status == 1)
+    if (status == 1) {
         fprintf(stderr, "resuming from %s\n", dir);
-    else if (model_initialize(&r->model, (uint64_t)c->train.seed, e) != 0)
+        if (checkpoint_settle(c->run.dir, c, &r->progress, e) != 0)
+            return -1;
+    } else if (model_initialize(&r->model, (uint64_t)c->train.seed, e) != 0) {
         return -1;
-    else if (c->train.init_from[0] && start_from(r, c->train.init_from, e) != 0)
+    } else if (c->train.init_from[0] && start_from(r, c->train.init_from, e) != 0) {
         return -1;
+    }
     struct step_state state = {.updates = r->progress.updates, .skips_run = r->progress.skips_run};
     r->k->step_write(r->dev, r->model.state, &state);
     return 0;
