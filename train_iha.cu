@@ -223,7 +223,11 @@ static int print_sample(struct run *r, struct error *e) {
     printf("\n----\n");
     fflush(stdout);
     fprintf(file, "\n");
-    fclose(file);
+    int err = files_sync_stream(file);
+    if (fclose(file) != 0 && !err)
+        err = errno;
+    if (status == 0 && err)
+        return fail_run(e, "%s: cannot write: %s; %s", path, strerror(err), files_advice(err));
     return status;
 }
 
@@ -389,7 +393,7 @@ static int record_step(struct run *r, double seconds, struct error *e) {
     return 0;
 }
 
-/* What happens between steps: evaluate, save, sample. */
+/* What happens between steps: evaluate, sample, save. */
 static int between_steps(struct run *r, bool last, struct error *e) {
     struct config *c = &r->config;
     struct progress *p = &r->progress;
@@ -408,10 +412,12 @@ static int between_steps(struct run *r, bool last, struct error *e) {
             p->best_step = p->step;
         }
     }
-    if (save &&
-        checkpoint_save(c->run.dir, &r->model, c, p, r->tokenizer_file[0] ? r->tokenizer_file : NULL, e) != 0)
-        return -1;
     if (due(c->run.sample_every, p->step) && print_sample(r, e) != 0)
+        return -1;
+    /* The checkpoint comes last: a run that is resumed from it does nothing of this step again. */
+    if (save && (metrics_sync(r->metrics, e) != 0 ||
+                 checkpoint_save(c->run.dir, &r->model, c, p, r->tokenizer_file[0] ? r->tokenizer_file : NULL,
+                                 e) != 0))
         return -1;
     return 0;
 }
