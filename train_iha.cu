@@ -602,7 +602,7 @@ static int find_tokenizer(struct run *r, const char *dir, struct error *e) {
     snprintf(path, sizeof path, "%s/tokenizer.json", dir);
     if (strcmp(r->config.data.tokenizer, "none") != 0)
         return open_tokenizer(r, r->config.data.tokenizer, e);
-    if (access(path, R_OK) == 0)
+    if (access(path, R_OK) == 0 || errno != ENOENT)
         return open_tokenizer(r, path, e);
     if (checkpoint_setting(dir, "data.tokenizer", recorded, e) != 0)
         return -1;
