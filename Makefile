@@ -135,4 +135,5 @@ clean:
 format:
 	clang-format -i $$(git ls-files '*.c' '*.h' '*.cu')
 
+include tests/faults/faults.mk
 -include $(shell find build -name '*.d' 2>/dev/null)

@@ -213,7 +213,11 @@ static int print_sample(struct run *r, struct error *e) {
     printf("\n----\n");
     fflush(stdout);
     fprintf(file, "\n");
-    fclose(file);
+    int err = files_sync_stream(file);
+    if (fclose(file) != 0 && !err)
+        err = errno;
+    if (status == 0 && err)
+        return fail_run(e, "%s: cannot write: %s; %s", path, strerror(err), files_advice(err));
     return status;
 }
 
@@ -290,14 +294,13 @@ static int resume(struct run *r, struct error *e) {
         mine.status = checkpoint_resume(r->config.run.dir, &r->model, &r->config, &r->progress, mine.dir, e);
     r->comm->ops->exchange(r->comm, &mine, all, sizeof mine);
     int status = all[0].status;
-    if (status == 1 && !leads(r) && checkpoint_load(all[0].dir, &r->model, &r->progress, e) != 0)
-        status = -1;
+    if (status == 1 && leads(r)) {
+        fprintf(stderr, "resuming from %s\n", all[0].dir);
+        status = checkpoint_settle(r->config.run.dir, &r->config, &r->progress, e) == 0 ? 1 : -1;
+    } else if (status == 1)
+        status = checkpoint_load(all[0].dir, &r->model, &r->progress, e) == 0 ? 1 : -1;
     if (comm_agree(r->comm, status < 0 ? -1 : 0, e) != 0)
         status = -1;
-    else if (status == 1 && leads(r)) {
-        fprintf(stderr, "resuming from %s\n", all[0].dir);
-        checkpoint_repair_best(r->config.run.dir, &r->progress);
-    }
     free(all);
     return status;
 }
@@ -495,11 +498,15 @@ static int finish_save(struct run *r, struct error *e) {
     }
 }
 
+/* What led up to a checkpoint is on the disk before it. */
+static int begin_save(struct run *r, struct error *e) {
+    return metrics_sync(r->metrics, e) != 0 ? -1 : checkpoint_begin(r->config.run.dir, r->progress.step, e);
+}
+
 static int save(struct run *r, bool wait, struct error *e) {
     const struct config *c = &r->config;
     wait = wait || !r->saves_behind;
-    if (finish_save(r, e) != 0 ||
-        comm_agree(r->comm, leads(r) ? checkpoint_begin(c->run.dir, r->progress.step, e) : 0, e) != 0)
+    if (finish_save(r, e) != 0 || comm_agree(r->comm, leads(r) ? begin_save(r, e) : 0, e) != 0)
         return -1;
     r->saving = (struct checkpoint_job){.run_dir = c->run.dir,
                                         .config = c,
@@ -543,7 +550,7 @@ static struct pause pause_after(const struct run *r, bool stop) {
                           .samples = due(c->sample_every, step)};
 }
 
-/* Evaluate, save, sample. */
+/* Evaluate, sample, save. */
 static int between_steps(struct run *r, bool stop, struct error *e) {
     struct pause now_due = pause_after(r, stop);
     if (!now_due.evaluates && !now_due.saves && !now_due.samples)
@@ -553,9 +560,10 @@ static int between_steps(struct run *r, bool stop, struct error *e) {
         return -1;
     if (now_due.evaluates && comm_agree(r->comm, evaluate_now(r, now_due.saves, e), e) != 0)
         return -1;
-    if (now_due.saves && save(r, ends, e) != 0)
-        return -1;
     if (now_due.samples && comm_agree(r->comm, leads(r) ? print_sample(r, e) : 0, e) != 0)
+        return -1;
+    /* The checkpoint comes last: a run that is resumed from it does nothing of this step again. */
+    if (now_due.saves && save(r, ends, e) != 0)
         return -1;
     r->clock = now();
     return 0;
@@ -715,7 +723,8 @@ static int parse_number(const char *option, const char *text, bool whole, double
     char *end;
     *out = strtod(text, &end);
     if (end == text || *end || !(*out >= 0 && *out <= most) || (whole && *out != floor(*out)))
-        return fail_user(e, "%s %s: not a %snumber from 0 to %.0f", option, text, whole ? "whole " : "", most);
+        return fail_user(e, "%s %s: not a %snumber from 0 to %.0f", option, text, whole ? "whole " : "",
+                         most);
     return 0;
 }
 
@@ -789,7 +798,7 @@ static int find_tokenizer(struct run *r, const char *dir, struct error *e) {
     snprintf(path, sizeof path, "%s/tokenizer.json", dir);
     if (strcmp(r->config.data.tokenizer, "none") != 0)
         return open_tokenizer(r, r->config.data.tokenizer, e);
-    if (access(path, R_OK) == 0)
+    if (access(path, R_OK) == 0 || errno != ENOENT)
         return open_tokenizer(r, path, e);
     if (checkpoint_setting(dir, "data.tokenizer", recorded, e) != 0)
         return -1;

@@ -214,7 +214,7 @@ struct shards *shards_open(const char *pattern, int64_t seq_len, int64_t vocab_s
     }
     s = calloc(1, sizeof *s);
     if (!s) {
-        fail_run(e, "out of memory");
+        fail_run(e, "out of memory opening the shards of '%s'", pattern);
     } else {
         s->seq_len = seq_len;
         if (open_all(s, &paths, vocab_size, e)) {

@@ -23,10 +23,11 @@ static void step_name(char out[32], int64_t step) {
     snprintf(out, 32, "step_%08lld", (long long)step);
 }
 
+/* What cannot be looked at counts as there: whoever opens it will say why it cannot be. */
 static bool exists(const char *dir, const char *name) {
     char path[PATH_BYTES];
     join(path, dir, name);
-    return access(path, F_OK) == 0;
+    return access(path, F_OK) == 0 || (errno != ENOENT && errno != ENOTDIR);
 }
 
 /* ---- which checkpoints there are -------------------------------------------------------------------- */
@@ -44,27 +45,44 @@ static int descending(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-/* Steps of the checkpoints in run_dir, newest first: a malloc'd array and its length. */
-static int list_steps(const char *run_dir, int64_t **steps) {
-    int count = 0, capacity = 0;
-    *steps = NULL;
-    DIR *dir = opendir(run_dir);
-    struct dirent *item;
-    while (dir && (item = readdir(dir))) {
+/* The steps in an open directory, in its order. 0, or the errno. */
+static int read_steps(DIR *dir, int64_t **steps, int *count) {
+    for (int capacity = 0;;) {
+        errno = 0;
+        struct dirent *item = readdir(dir);
+        if (!item)
+            return errno;
         int64_t step = step_of(item->d_name);
         if (step < 0)
             continue;
-        if (count == capacity) {
+        if (*count == capacity) {
             capacity = capacity ? 2 * capacity : 16;
             int64_t *grown = realloc(*steps, (size_t)capacity * sizeof **steps);
             if (!grown)
-                break;
+                return ENOMEM;
             *steps = grown;
         }
-        (*steps)[count++] = step;
+        (*steps)[(*count)++] = step;
     }
+}
+
+/* Steps of the checkpoints in run_dir, newest first: a malloc'd array and its length. A part of them is an
+ * error, -1: a run that overlooks its newest checkpoint, or all, would begin again and write over them. */
+static int list_steps(const char *run_dir, int64_t **steps, struct error *e) {
+    int count = 0;
+    *steps = NULL;
+    DIR *dir = opendir(run_dir);
+    if (!dir && (errno == ENOENT || errno == ENOTDIR))
+        return 0;
+    int err = dir ? read_steps(dir, steps, &count) : errno;
     if (dir)
         closedir(dir);
+    if (err) {
+        free(*steps);
+        *steps = NULL;
+        return fail_run(e, "%s: cannot list its checkpoints: %s; %s", run_dir, strerror(err),
+                        files_advice(err));
+    }
     if (count > 0)
         qsort(*steps, (size_t)count, sizeof **steps, descending);
     return count;
@@ -72,7 +90,7 @@ static int list_steps(const char *run_dir, int64_t **steps) {
 
 int64_t checkpoint_newest_step(const char *run_dir) {
     int64_t *steps;
-    int64_t newest = list_steps(run_dir, &steps) > 0 ? steps[0] : -1;
+    int64_t newest = list_steps(run_dir, &steps, NULL) > 0 ? steps[0] : -1;
     free(steps);
     return newest;
 }
@@ -91,7 +109,7 @@ static int check_opens(const char *dir, struct error *e) {
 
 static int newest_that_opens(const char *run_dir, char dir[MAX_TEXT], struct error *e) {
     int64_t *steps;
-    int count = list_steps(run_dir, &steps), status = -1;
+    int count = list_steps(run_dir, &steps, e), status = -1;
     if (count == 0)
         fail_user(e, "%s: neither a checkpoint (no config.json) nor a run directory with one", run_dir);
     for (int i = 0; i < count && status != 0; i++) {
@@ -244,7 +262,7 @@ static int check_same_run(const char *dir, const struct config *c, const struct 
 int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct progress *p,
                       char dir[MAX_TEXT], struct error *e) {
     int64_t *steps;
-    int count = list_steps(run_dir, &steps), status = count > 0 ? -1 : 0;
+    int count = list_steps(run_dir, &steps, e), status = count == 0 ? 0 : -1;
     struct progress asked = *p;
     for (int i = 0; i < count && status < 0; i++) {
         char name[32];
@@ -319,18 +337,18 @@ static void final_path(char out[PATH_BYTES], const char *run_dir, int64_t step) 
     join(out, run_dir, name);
 }
 
-/* A checkpoint goes under another name first: killed halfway, it must not look like one. */
+/* A checkpoint goes as it comes, whole or not at all: by a name that the next start clears away first. */
 static int remove_checkpoint(const char *run_dir, int64_t step, struct error *e) {
-    char path[PATH_BYTES], dying[PATH_BYTES + 16];
-    final_path(path, run_dir, step);
-    snprintf(dying, sizeof dying, "%s.old.tmp", path);
-    if (files_remove_tree(dying, e) != 0)
-        return -1;
-    if (rename(path, dying) != 0)
+    char name[32], old_name[48], path[PATH_BYTES], old[PATH_BYTES];
+    step_name(name, step);
+    snprintf(old_name, sizeof old_name, "%s.old.tmp", name);
+    join(path, run_dir, name);
+    join(old, run_dir, old_name);
+    if (rename(path, old) != 0)
         return errno == ENOENT
                    ? 0
-                   : fail_run(e, "cannot rename \"%s\": %s; %s", path, strerror(errno), files_advice(errno));
-    return files_remove_tree(dying, e);
+                   : fail_run(e, "cannot remove \"%s\": %s; %s", path, strerror(errno), files_advice(errno));
+    return files_remove_tree(old, e);
 }
 
 /* All but the newest `keep` (0: none is removed) and the best. Checkpoints past `step` are those that did not
@@ -339,9 +357,11 @@ static void remove_old(const char *run_dir, int64_t step, int64_t keep, int64_t 
     int64_t *steps, kept = 0;
     if (keep == 0)
         return;
-    int count = list_steps(run_dir, &steps);
+    struct error e;
+    int count = list_steps(run_dir, &steps, &e);
+    if (count < 0)
+        fprintf(stderr, "warning: %s\n", e.text);
     for (int i = 0; i < count; i++) {
-        struct error e;
         if (steps[i] > step || kept++ < keep || steps[i] == best_step)
             continue;
         if (remove_checkpoint(run_dir, steps[i], &e) != 0)
@@ -350,12 +370,24 @@ static void remove_old(const char *run_dir, int64_t step, int64_t keep, int64_t 
     free(steps);
 }
 
-/* Point run_dir/best at the checkpoint of p->best_step. */
+/* Point run_dir/best at the checkpoint of p->best_step, if it is there and the link leads elsewhere. */
 static int mark_best(const char *run_dir, const struct progress *p, struct error *e) {
-    char name[32], link[PATH_BYTES];
+    char name[32], link[PATH_BYTES], now[32] = "";
     step_name(name, p->best_step);
     join(link, run_dir, "best");
+    if (!isfinite(p->best_val_loss) || !exists(run_dir, name))
+        return 0;
+    if (readlink(link, now, sizeof now - 1) > 0 && strcmp(now, name) == 0)
+        return 0;
     return files_link_replace(name, link, e);
+}
+
+int checkpoint_settle(const char *run_dir, const struct config *c, const struct progress *p,
+                      struct error *e) {
+    if (mark_best(run_dir, p, e) != 0)
+        return -1;
+    remove_old(run_dir, p->step, c->run.keep, p->best_step);
+    return 0;
 }
 
 int checkpoint_begin(const char *run_dir, int64_t step, struct error *e) {
@@ -396,10 +428,7 @@ int checkpoint_publish(const struct checkpoint_job *job, struct error *e) {
     /* What stands at its place did not load, or this run would not have passed here again. */
     if (remove_checkpoint(job->run_dir, p->step, e) != 0 || files_publish_dir(tmp, final, e) != 0)
         return -1;
-    if (isfinite(p->best_val_loss) && p->best_step == p->step && mark_best(job->run_dir, p, e) != 0)
-        return -1;
-    remove_old(job->run_dir, p->step, job->config->run.keep, p->best_step);
-    return 0;
+    return checkpoint_settle(job->run_dir, job->config, p, e);
 }
 
 int checkpoint_save(const char *run_dir, struct model *m, const struct config *c, const struct progress *p,
@@ -413,26 +442,30 @@ int checkpoint_save(const char *run_dir, struct model *m, const struct config *c
     return -1;
 }
 
-void checkpoint_repair_best(const char *run_dir, const struct progress *p) {
-    char path[PATH_BYTES];
-    struct error e;
-    final_path(path, run_dir, p->best_step);
-    if (isfinite(p->best_val_loss) && access(path, F_OK) == 0 && mark_best(run_dir, p, &e) != 0)
-        fprintf(stderr, "warning: %s\n", e.text);
+/* A checkpoint half written or half removed, or one of the files that replace others by a rename. */
+static bool is_left_over(const char *name) {
+    const char *end = strstr(name, ".tmp");
+    if (!end || end[4] != '\0')
+        return false;
+    return strncmp(name, "step_", 5) == 0 || strcmp(name, "best.tmp") == 0 ||
+           strcmp(name, "metrics.jsonl.tmp") == 0 || strcmp(name, "samples.txt.tmp") == 0;
 }
 
 void checkpoint_clean(const char *run_dir) {
     DIR *dir = opendir(run_dir);
     struct dirent *item;
-    while (dir && (item = readdir(dir))) {
-        const char *end = strstr(item->d_name, ".tmp");
-        if (strncmp(item->d_name, "step_", 5) != 0 || !end || end[4] != '\0')
+    while (dir && (errno = 0, item = readdir(dir))) {
+        if (!is_left_over(item->d_name))
             continue;
         char path[PATH_BYTES];
-        struct error ignored;
+        struct error e;
         join(path, run_dir, item->d_name);
-        files_remove_tree(path, &ignored);
+        if (files_remove_tree(path, &e) != 0)
+            fprintf(stderr, "warning: %s\n", e.text);
     }
+    if (!dir || errno != 0)
+        fprintf(stderr, "warning: %s: cannot look for what a killed run left: %s\n", run_dir,
+                strerror(errno));
     if (dir)
         closedir(dir);
 }

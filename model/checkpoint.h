@@ -55,10 +55,11 @@ int checkpoint_read_progress(const char *dir, struct progress *p, struct error *
 /* The value of "section.key" in the checkpoint's trainer.json, or an empty string. */
 int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], struct error *e);
 
-/* Point `best` at p->best_step again, if a kill came between publishing and marking. */
-void checkpoint_repair_best(const char *run_dir, const struct progress *p);
+/* What saving does after the checkpoint is there: point `best` at the best one, remove those past `keep`. To
+ * be done on resuming too, since the run may have been killed before it came to that. */
+int checkpoint_settle(const char *run_dir, const struct config *c, const struct progress *p, struct error *e);
 
-/* Remove half-written checkpoints that a killed run left behind. */
+/* Remove what a killed run left half-written or half-removed. */
 void checkpoint_clean(const char *run_dir);
 
 #endif

@@ -385,44 +385,52 @@ int optimizer_read(const char *dir, struct model *m, struct error *e) {
 
 /* ---- trainer.json --------------------------------------------------------------------------------- */
 
+/* An object being written; whole only if every member found memory. */
+struct draft_object {
+    cJSON *object;
+    bool whole;
+};
+
 static void add_setting(void *context, const char *key, const char *value) {
-    cJSON_AddStringToObject(context, key, value);
+    struct draft_object *o = context;
+    o->whole &= cJSON_AddStringToObject(o->object, key, value) != NULL;
 }
 
 /* 64-bit counts and exact doubles go through text: cJSON prints numbers with 15 digits first. */
-static void add_text(cJSON *o, const char *key, const char *format, ...)
+static void add_text(struct draft_object *o, const char *key, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
-static void add_text(cJSON *o, const char *key, const char *format, ...) {
+static void add_text(struct draft_object *o, const char *key, const char *format, ...) {
     char text[64];
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    cJSON_AddRawToObject(o, key, text);
+    o->whole &= cJSON_AddRawToObject(o->object, key, text) != NULL;
 }
 
 int progress_write(const char *path, const struct progress *p, const struct config *c, struct error *e) {
-    cJSON *root = cJSON_CreateObject();
-    add_text(root, "format_version", "%d", 1);
-    add_text(root, "step", "%" PRId64, p->step);
-    add_text(root, "tokens", "%" PRId64, p->tokens);
-    add_text(root, "sequences", "%" PRId64, p->sequences);
-    add_text(root, "updates", "%" PRId64, p->updates);
-    add_text(root, "skips_run", "%d", p->skips_run);
-    add_text(root, "norm_count", "%" PRId64, p->norm_count);
-    add_text(root, "norm_mean", "%.17g", p->norm_mean);
-    add_text(root, "norm_variance", "%.17g", p->norm_variance);
-    add_text(root, "seconds", "%.17g", p->seconds);
-    add_text(root, "best_step", "%" PRId64, p->best_step);
+    struct draft_object root = {cJSON_CreateObject(), true};
+    add_text(&root, "format_version", "%d", 1);
+    add_text(&root, "step", "%" PRId64, p->step);
+    add_text(&root, "tokens", "%" PRId64, p->tokens);
+    add_text(&root, "sequences", "%" PRId64, p->sequences);
+    add_text(&root, "updates", "%" PRId64, p->updates);
+    add_text(&root, "skips_run", "%d", p->skips_run);
+    add_text(&root, "norm_count", "%" PRId64, p->norm_count);
+    add_text(&root, "norm_mean", "%.17g", p->norm_mean);
+    add_text(&root, "norm_variance", "%.17g", p->norm_variance);
+    add_text(&root, "seconds", "%.17g", p->seconds);
+    add_text(&root, "best_step", "%" PRId64, p->best_step);
     if (isfinite(p->best_val_loss))
-        add_text(root, "best_val_loss", "%.17g", p->best_val_loss);
+        add_text(&root, "best_val_loss", "%.17g", p->best_val_loss);
     else
-        cJSON_AddNullToObject(root, "best_val_loss");
-    cJSON_AddStringToObject(root, "train_fingerprint", p->train_fingerprint);
-    cJSON_AddStringToObject(root, "val_fingerprint", p->val_fingerprint);
-    config_visit(c, add_setting, cJSON_AddObjectToObject(root, "config"));
-    char *text = cJSON_Print(root);
-    cJSON_Delete(root);
+        add_text(&root, "best_val_loss", "null");
+    add_setting(&root, "train_fingerprint", p->train_fingerprint);
+    add_setting(&root, "val_fingerprint", p->val_fingerprint);
+    struct draft_object settings = {cJSON_AddObjectToObject(root.object, "config"), true};
+    config_visit(c, add_setting, &settings);
+    char *text = root.whole && settings.whole ? cJSON_Print(root.object) : NULL;
+    cJSON_Delete(root.object);
     if (!text)
         return fail_run(e, "out of memory saving %s", path);
     int status = files_write_synced(path, text, strlen(text), e);
