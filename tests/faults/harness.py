@@ -92,6 +92,14 @@ def metrics(run_dir):
     return [{k: x for k, x in json.loads(line).items() if k not in ("tokens_per_second", "mfu")} for line in lines]
 
 
+def history(folder):
+    """The tree without timings: what a run that goes back a checkpoint and comes here again leaves."""
+    run = Path(folder) / "run"
+    files = {path: content for path, content in tree(folder).items()
+             if not re.match(r"run/(step_\d+/|lock$|metrics.jsonl$)", path)}
+    return files, metrics(run), {step: checkpoint(path) for step, path in checkpoints(run).items()}
+
+
 class Wrong(AssertionError):
     pass
 
