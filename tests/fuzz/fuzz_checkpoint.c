@@ -101,12 +101,20 @@ static void check_loaded(const struct safetensors *s, enum file f) {
     for (int i = 0; f == WEIGHTS && i < model.params.count; i++) {
         const struct param *p = &model.params.list[i];
         const struct safetensors_entry *t = safetensors_find(s, p->name);
-        CHECK(t && t->bytes == 4 * (size_t)p->count);
+        CHECK(t && t->dtype == ST_F32 && t->bytes == 4 * (size_t)p->count && t->ndim == p->ndim);
+        CHECK(memcmp(t->shape, p->shape, (size_t)p->ndim * sizeof *p->shape) == 0);
         CHECK(memcmp(t->data, (float *)model.values + p->offset, t->bytes) == 0);
+    }
+    if (f == OPTIMIZER) {
+        const struct safetensors_entry *range = safetensors_find(s, "range");
+        int64_t expected[2] = {0, n};
+        CHECK(range && range->dtype == ST_I64 && range->bytes == sizeof expected);
+        CHECK(memcmp(range->data, expected, sizeof expected) == 0);
     }
     for (int i = 0; f == OPTIMIZER && i < 2; i++) {
         const struct safetensors_entry *t = safetensors_find(s, i ? "exp_avg_sq" : "exp_avg");
-        CHECK(t && memcmp(t->data, (float *)model.moments + i * n, 4 * (size_t)n) == 0);
+        CHECK(t && t->dtype == ST_F32 && t->bytes == 4 * (size_t)n);
+        CHECK(memcmp(t->data, (float *)model.moments + i * n, t->bytes) == 0);
     }
 }
 
