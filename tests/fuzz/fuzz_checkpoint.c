@@ -110,7 +110,8 @@ static void check_moments(const struct safetensors *s) {
     const struct safetensors_entry *ranges = safetensors_find(s, "ranges"),
                                    *moments[2] = {safetensors_find(s, "exp_avg"),
                                                   safetensors_find(s, "exp_avg_sq")};
-    CHECK(ranges && moments[0] && moments[1]);
+    CHECK(ranges && ranges->dtype == ST_I64 && moments[0] && moments[0]->dtype == ST_F32 && moments[1] &&
+          moments[1]->dtype == ST_F32 && moments[0]->bytes == moments[1]->bytes);
     int64_t at = 0;
     for (int64_t r = 0; r < ranges->shape[0]; r++) {
         int64_t range[2];
@@ -127,7 +128,8 @@ static void check_loaded(const struct safetensors *s, enum file f) {
     for (int i = 0; f == WEIGHTS && i < model.params.count; i++) {
         const struct param *p = &model.params.list[i];
         const struct safetensors_entry *t = safetensors_find(s, p->name);
-        CHECK(t && t->bytes == 4 * (size_t)p->count);
+        CHECK(t && t->dtype == ST_F32 && t->bytes == 4 * (size_t)p->count && t->ndim == p->ndim);
+        CHECK(memcmp(t->shape, p->shape, (size_t)p->ndim * sizeof *p->shape) == 0);
         CHECK(memcmp(t->data, (float *)model.values + p->offset, t->bytes) == 0);
     }
     if (f == OPTIMIZER)

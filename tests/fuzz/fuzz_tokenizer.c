@@ -7,7 +7,7 @@
 
 #include "data/tokenizer_internal.h"
 
-enum { BYTES_HERE = 1, BYTE_VOCAB = 256 * 24, VOCAB_SIZE = 5000, REPEATED_BYTES = 600 };
+enum { BYTES_HERE = 1, BYTE_VOCAB = 256 * 24, VOCAB_SIZE = 5000, REPEATED_BYTES = 600, MOST_BYTES = 200 };
 
 static size_t write_byte_vocab(char *out) {
     size_t n = 0;
@@ -99,6 +99,42 @@ static void check_ids(const struct tokenizer *t, const char *text, size_t size, 
     CHECK(!same || size == 0);
 }
 
+/* ---- merging, the slow and obvious way ---- */
+
+static bool is_one_piece(const struct tokenizer *t) {
+    return !t->refusal[0] && t->stage_count == 0 && !t->bpe.whole_words && t->bpe.unk < 0 &&
+           t->added[0].count + t->added[1].count == 0;
+}
+
+/* The best pair of neighbours: the merge that stands first, and its first place. */
+static const struct pair_slot *best_pair(const struct tokenizer *t, const int32_t *ids, int64_t n,
+                                         int64_t *at) {
+    const struct pair_slot *best = NULL;
+    for (int64_t i = 0; i + 1 < n; i++) {
+        const struct pair_slot *merge = pair_map_get(&t->bpe.merges, (uint32_t)ids[i], (uint32_t)ids[i + 1]);
+        if (merge && (!best || merge->rank < best->rank)) {
+            best = merge;
+            *at = i;
+        }
+    }
+    return best;
+}
+
+static void check_merges(const struct tokenizer *t, const char *text, size_t size, const int32_t *ids,
+                         int64_t count) {
+    int32_t expected[MOST_BYTES];
+    const struct pair_slot *merge;
+    int64_t n = 0, at = 0;
+    for (size_t i = 0; i < size; i++)
+        if (t->bpe.byte_ids[(unsigned char)text[i]] >= 0)
+            expected[n++] = t->bpe.byte_ids[(unsigned char)text[i]];
+    while ((merge = best_pair(t, expected, n, &at))) {
+        expected[at] = merge->id;
+        memmove(expected + at + 1, expected + at + 2, (size_t)(--n - at - 1) * sizeof *expected);
+    }
+    CHECK(n == count && (n == 0 || memcmp(ids, expected, (size_t)n * sizeof *ids) == 0));
+}
+
 static void encode(const struct tokenizer *t, const char *text, size_t size) {
     int32_t *ids = NULL;
     struct error e = {0};
@@ -108,6 +144,8 @@ static void encode(const struct tokenizer *t, const char *text, size_t size) {
         CHECK(!ids);
     } else {
         check_ids(t, text, size, ids, count);
+        if (is_one_piece(t) && size <= MOST_BYTES)
+            check_merges(t, text, size, ids, count);
         free(ids);
     }
 }

@@ -23,6 +23,10 @@ export TMPDIR=$tmp
 export UBSAN_OPTIONS=print_stacktrace=1
 export ASAN_OPTIONS=quarantine_size_mb=16 # or what was freed counts against the limit of memory
 
+# Addresses that change from run to run would be tried as values, and change what the next inputs are.
+fixed=()
+! setarch -R true 2>/dev/null || fixed=(setarch -R)
+
 set_options() { # of a target; what is beyond them hangs or is absurd for inputs of a few kilobytes
     options=(-rss_limit_mb=512 -malloc_limit_mb=256 -max_len=16384)
     [ ! -f "tests/fuzz/$1.dict" ] || options+=("-dict=tests/fuzz/$1.dict")
@@ -34,7 +38,7 @@ short() {
     files=(tests/fuzz/seeds/"$target"/* tests/fuzz/corpus/"$target"/*)
     "$binary" "${options[@]}" -timeout=30 "-artifact_prefix=$tmp/" "${files[@]}" || return 1
     mkdir "$tmp/new"
-    "$binary" "${options[@]}" -timeout=30 -seed=1 "-runs=${runs[$target]}" "-artifact_prefix=$build/failed-$target-" \
+    "${fixed[@]}" "$binary" "${options[@]}" -timeout=30 -seed=1 "-runs=${runs[$target]}" "-artifact_prefix=$build/failed-$target-" \
         "$tmp/new" tests/fuzz/seeds/"$target" $(ls -d tests/fuzz/corpus/"$target" 2>/dev/null)
 }
 
