@@ -92,6 +92,11 @@ static inline void check_costs(const struct model_config *m, int64_t batch, int6
         double least = 4.0 * (double)m->vocab_size * (double)m->hidden_size;
         CHECK((double)plan.parameters >= least && (double)plan.gradients >= least);
         CHECK((double)plan.optimizer >= 2 * least && (double)plan.optimizer < 0x1p62);
+        double most = 0, rows = (double)batch * (double)seq_len; /* what a layer's attention puts out */
+        for (int i = 0; i < m->num_hidden_layers; i++)
+            if (layer_is_iha(m->layer_types[i]))
+                most = 4 * rows * (double)(m->num_pseudo_heads * m->num_attention_heads * m->head_dim);
+        CHECK((double)plan.activations >= most && (double)plan.activations >= 4 * rows);
         CHECK((double)plan.activations < 0x1p63 && (double)plan.workspace < 0x1p63);
     }
     if (seq_len * m->num_pseudo_heads <= 1 << 12) {

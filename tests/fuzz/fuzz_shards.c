@@ -2,8 +2,8 @@
  *
  * Input: a byte of form, a byte that picks the vocabulary's size, then the file. Form's bits: RAW, the file
  * is given as it is; else its 12 bytes of header that count, and the tokens. COUNTED: the header's count is
- * set to what the file holds. REPEATED: the tokens are repeated to several of the reader's blocks. The rest
- * is seq_len - 1. */
+ * set to what the file holds. REPEATED: the tokens are repeated to several of the reader's blocks, and end in
+ * many of the first, so that another may stand in whole blocks alone. The rest is seq_len - 1. */
 #include "tests/fuzz/fuzz.h"
 
 #include "data/shards.h"
@@ -16,10 +16,12 @@ struct file {
 };
 
 static struct file build(uint8_t form, const uint8_t *data, size_t size) {
+    static const int32_t wide = 20240801;
     struct file f = {.size = size};
+    size_t first = size >= FIELDS && memcmp(data, &wide, 4) == 0 ? 4 : 2;
     size_t body = size > FIELDS ? size - FIELDS : 0, copies = 1;
-    if (form & REPEATED && body > 0 && !(form & RAW))
-        copies = 1 + 4 * ENOUGH / body;
+    if (form & REPEATED && body >= 4 && !(form & RAW))
+        copies = 2 + 4 * ENOUGH / body;
     if (!(form & RAW))
         f.size = size < FIELDS ? size : HEADER + copies * body;
     f.bytes = calloc(f.size + 1, 1);
@@ -31,11 +33,11 @@ static struct file build(uint8_t form, const uint8_t *data, size_t size) {
         memcpy(f.bytes, data, FIELDS);
         for (size_t i = 0; i < copies; i++)
             memcpy(f.bytes + HEADER + i * body, data + FIELDS, body);
+        for (size_t i = HEADER + 2 * ENOUGH; i + first <= f.size && copies > 1; i += first)
+            memcpy(f.bytes + i, data + FIELDS, first);
     }
     if (form & COUNTED && f.size >= HEADER) {
-        int32_t magic, count;
-        memcpy(&magic, f.bytes, 4);
-        count = (int32_t)((f.size - HEADER) / (magic == 20240801 ? 4 : 2));
+        int32_t count = (int32_t)((f.size - HEADER) / (memcmp(f.bytes, &wide, 4) == 0 ? 4 : 2));
         memcpy(f.bytes + 8, &count, 4);
     }
     return f;

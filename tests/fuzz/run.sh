@@ -51,7 +51,7 @@ name_failure() {
 }
 
 long() {
-    local seconds=$1 target=$2 binary=$build/fuzz_$2 log=$build/$2.log kept=tests/fuzz/corpus/$2 file last
+    local seconds=$1 target=$2 binary=$build/fuzz_$2 log=$build/$2.log kept=tests/fuzz/corpus/$2 file name last
     set_options "$target"
     mkdir -p "$build/work/$target" "$tmp/$target" "$kept"
     "$binary" "${options[@]}" -timeout=5 -fork=2 "-max_total_time=$seconds" "-artifact_prefix=$tmp/$target/" \
@@ -62,8 +62,8 @@ long() {
         "$(sed -E 's/^#([0-9]+):.*/\1/' <<<"$last")" "$(sed -E 's/.* cov: ([0-9]+).*/\1/' <<<"$last")" \
         "$(sed -E 's/.*(corp: [0-9]+).*/\1/' <<<"$last")"
     for file in "$tmp/$target"/*; do
-        mv "$file" "$kept/$(name_failure "$log" "$file")"
-        echo "        kept as $kept/$(name_failure "$log" "$kept/$(name_failure "$log" "$file")")"
+        name=$(name_failure "$log" "$file")
+        mv "$file" "$kept/$name" && echo "        kept as $kept/$name"
     done
     rmdir "$kept" 2>/dev/null
     return $status
