@@ -7,6 +7,7 @@
 #include <math.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -47,7 +48,7 @@ struct run {
     double flops_per_token;
 };
 
-static volatile sig_atomic_t stop_asked;
+static atomic_int stop_asked; /* a signal's number */
 
 /* The signals that ask a run to save and end: those a user sends, and what schedulers send before a time
  * limit. */
