@@ -248,7 +248,7 @@ class Scenario:
         made = any(e.kind == "open_write" and e.path.startswith("run/") for e in before)
         if failed.kind == "mkdir" and failed.path == "run":
             return not made  # it was there, or what comes next would have failed
-        return failed.kind == "close" and (failed.path.endswith("/lock") or (touched and touched[-1].kind == "sync"))
+        return failed.kind == "close" and "/step_" not in failed.path and (failed.path.endswith("/lock") or (touched and touched[-1].kind == "sync"))
 
 
 def checkpoint_bytes(run_dir, step):
