@@ -4,6 +4,9 @@
 #   make deps            install what is missing: distribution packages, and .venv
 #   make quickstart      from real text to a trained model in a few minutes; TEXT=FILE.txt for your own
 #   make test            every test; SANITIZE=1 runs them under ASan and UBSan
+#   make faults          all the faults and kills that make test draws a sample of
+#   make leaks           every command under LeakSanitizer, AddressSanitizer and Valgrind
+#   make tsan            every command under ThreadSanitizer
 #   make bench           measure, and print the table that the README shows
 #   make fuzz            feed the file readers hostile files; FUZZ_SECONDS=600 for each target, FUZZ_ONLY=shards
 #   make golden          compute the reference cases in tests/golden again (needs jax)
