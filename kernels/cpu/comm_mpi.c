@@ -18,8 +18,9 @@
 #include "kernels/comm_internal.h"
 
 enum {
-    TAGS = 1 << 15, /* what every MPI has at least */
-    DIE_SECONDS = 5 /* for MPI_Abort to tell the others, before we end anyway */
+    TAGS = 1 << 15,    /* what every MPI has at least */
+    DIE_SECONDS = 5,   /* for MPI_Abort to tell the others, before we end anyway */
+    DEFER_SECONDS = 5, /* for the rank that speaks for all to end the run */
 };
 
 struct transfer {
@@ -79,25 +80,32 @@ static void check(const struct mpi_comm *m, int code, const char *name) {
     die(m, "%s failed: %s; the last checkpoint is good: start again to go on from it", name, text);
 }
 
-/* Peers whose part of a transfer has not come (or, when all have, not been taken). */
+/* End the run, naming the peers whose part of a transfer has not come (or, when all have, has not been
+ * taken); return when there are none. Of the others the first speaks: what a thousand ranks find at once is
+ * one line. */
 static void die_waiting(struct mpi_comm *m, struct transfer *t, double waited) {
     char late[640] = "";
-    int ranks = m->base.ranks, count = 0;
-    for (int first = 0; first <= ranks && count == 0; first += ranks)
-        for (int i = first; i < first + ranks; i++) {
-            int done = 1, rank = i - first;
-            if (t->requests[i] == MPI_REQUEST_NULL ||
-                (MPI_Test(&t->requests[i], &done, MPI_STATUS_IGNORE) == MPI_SUCCESS && done))
+    int ranks = m->base.ranks, count = 0, first = -1;
+    for (MPI_Request *half = t->requests; half <= t->requests + ranks && count == 0; half += ranks)
+        for (int rank = 0, done = 1; rank < ranks; rank++, done = 1) {
+            if (half[rank] == MPI_REQUEST_NULL ||
+                (MPI_Test(&half[rank], &done, MPI_STATUS_IGNORE) == MPI_SUCCESS && done)) {
+                first = first < 0 ? rank : first;
                 continue;
+            }
             size_t used = strlen(late);
             if (count++ < 8)
                 snprintf(late + used, sizeof late - used, "%srank %d (%.64s)", used ? ", " : "", rank,
                          m->hosts[rank]);
         }
+    if (count == 0)
+        return;
+    if (first != m->base.rank)
+        nanosleep(&(struct timespec){.tv_sec = DEFER_SECONDS}, NULL);
     die(m,
-        "%s has not answered for %.0f s in %s: dead, stuck or cut off; the last checkpoint is good: start "
+        "no answer from %s%s for %.0f s in %s: dead, stuck or cut off; the last checkpoint is good: start "
         "again to go on from it (system.peer_timeout = %.0f sets how long to wait)",
-        late, waited, t->name, m->timeout);
+        late, count > 8 ? " and more" : "", waited, t->name, m->timeout);
 }
 
 /* ---- transfers ------------------------------------------------------------------------------------------
@@ -149,14 +157,19 @@ static void mpi_progress(struct comm *c) {
         advance(m, &m->transfers[i]);
 }
 
-/* Ranks may share processors, so a wait gives way at once, and sleeps when it takes long. */
+/* Ranks may share processors, so a wait gives way at once, and sleeps when it takes long. While we were
+ * stopped (by a scheduler that suspends jobs, say) nobody was late: of a longer gap a second counts. */
 static void wait_for(struct mpi_comm *m, struct transfer *t) {
-    double start = now(), waited = 0;
+    double last = now(), waited = 0;
     while (!advance(m, t)) {
         mpi_progress(&m->base);
-        waited = now() - start;
-        if (waited > m->timeout)
+        double time = now();
+        waited += time - last < 1 ? time - last : 1;
+        last = time;
+        if (waited > m->timeout) {
             die_waiting(m, t, waited);
+            waited = 0;
+        }
         if (waited > 0.01)
             nanosleep(&(struct timespec){.tv_nsec = 50000}, NULL);
         else
