@@ -341,6 +341,7 @@ struct comm *comm_mpi_open(double peer_timeout, struct error *e) {
     }
     m->base.ops = &ops;
     m->timeout = peer_timeout;
+    alarm((unsigned)m->timeout + DIE_SECONDS); /* a rank that never comes here must not hold us */
     if (MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &given) != MPI_SUCCESS) {
         fail_run(e, "MPI does not start; look at what it printed");
         free(m);
@@ -351,5 +352,6 @@ struct comm *comm_mpi_open(double peer_timeout, struct error *e) {
         mpi_close(&m->base);
         return NULL;
     }
+    alarm(0);
     return &m->base;
 }
