@@ -900,19 +900,24 @@ static int run_command(struct run *r, int argc, char **argv, struct error *e) {
     return command->run(r, argc - 1, argv + 1, e);
 }
 
+/* Ranks have agreed on an error, and processes that are no ranks yet find the same wrong with what was given.
+ */
+static bool speaks(const struct run *r, const struct error *e) {
+    return r->comm ? leads(r) : e->exit_code != EXIT_USER || comm_first_started();
+}
+
 int main(int argc, char **argv) {
     static struct run r;
     struct error e = {0};
     int status = run_command(&r, argc - 1, argv + 1, &e);
-    if (status != 0 && r.metrics)
-        status_break(r.metrics);
-    bool leading = leads(&r);
-    release(&r);
     if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))
         status = fail_run(&e, "cannot write to the standard output: %s", strerror(errno));
+    if (status != 0 && r.metrics)
+        status_break(r.metrics);
+    if (status != 0 && speaks(&r, &e))
+        fprintf(stderr, "train_iha: %s\n", e.text);
+    release(&r); /* only now: as soon as one rank has ended with an error, mpirun ends the others */
     if (status == 0)
         return EXIT_OK;
-    if (leading) /* ranks have agreed on the error */
-        fprintf(stderr, "train_iha: %s\n", e.text);
     return e.exit_code ? e.exit_code : EXIT_RUN;
 }
