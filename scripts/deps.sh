@@ -7,7 +7,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(gcc make bc libc6-dev libdnnl-dev libcjson-dev libinih-dev libpcre2-dev libcmocka-dev python3 python3-venv)
+packages=(gcc make bc libc6-dev libdnnl-dev libcjson-dev libinih-dev libpcre2-dev libcmocka-dev
+    libopenmpi-dev openmpi-bin iproute2 python3 python3-venv)
 [ "${1:-}" = --no-corpus ] || packages+=(bible-kjv bible-kjv-text)
 
 missing=()

@@ -20,7 +20,7 @@
 enum {
     TAGS = 1 << 15,    /* what every MPI has at least */
     DIE_SECONDS = 5,   /* for MPI_Abort to tell the others, before we end anyway */
-    DEFER_SECONDS = 2, /* for the rank that speaks for all to end the run */
+    DEFER_SECONDS = 5, /* for the rank that speaks for all to end the run */
 };
 
 struct transfer {
