@@ -4,9 +4,12 @@
 #   make deps            install what is missing: distribution packages, and .venv
 #   make quickstart      from real text to a trained model in a few minutes; TEXT=FILE.txt for your own
 #   make test            every test; SANITIZE=1 runs them under ASan and UBSan
+#   make simt            only the tests that run CUDA kernels on the CPU
 #   make bench           measure, and print the table that the README shows
 #   make golden          compute the reference cases in tests/golden again (needs jax)
 #   make clean           remove what was built
+
+.DEFAULT_GOAL = all
 
 CC ?= cc
 # The machine that runs is the machine that builds; ARCH=x86-64-v3 makes a binary for others.
@@ -38,13 +41,16 @@ OTHER_OBJECTS = $(MODEL:%.c=$(BUILD)/%.o) $(DATA:%.c=$(BUILD)/%.o)
 
 # Tests of gradients link the kernels built in double; the others link what training runs.
 DOUBLE_TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*_gradients.c tests/test_facts.c))
-C_TESTS = $(filter-out $(DOUBLE_TESTS),$(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c)))
+C_TESTS = $(filter-out $(DOUBLE_TESTS) $(BUILD)/tests/test_simt_%,$(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c)))
 
 ifeq ($(SANITIZE),1)
 BINARY = $(BUILD)/train_iha
 else
 BINARY = train_iha
 endif
+
+include kernels/cuda/cuda.mk
+include tests/simt/simt.mk
 
 .PHONY: all help deps test bench quickstart golden clean format
 .SECONDARY:
@@ -73,7 +79,7 @@ test: deps
 	@tests/run.sh $(BUILD) $(BINARY)
 
 .PHONY: tests-built
-tests-built: $(C_TESTS) $(DOUBLE_TESTS)
+tests-built: $(C_TESTS) $(DOUBLE_TESTS) $(SIMT_BUILT)
 
 bench: deps
 	@$(MAKE) --no-print-directory $(BUILD)/tests/bench
@@ -121,6 +127,6 @@ clean:
 	rm -rf build train_iha
 
 format:
-	clang-format -i $$(git ls-files '*.c' '*.h' '*.cu')
+	clang-format -i $$(git ls-files '*.c' '*.h' '*.cc' '*.cu' '*.cuh')
 
 -include $(shell find build -name '*.d' 2>/dev/null)
