@@ -30,36 +30,55 @@ template <> struct word<4> { typedef uint32_t type; };
 template <> struct word<8> { typedef uint2 type; };
 template <> struct word<16> { typedef uint4 type; };
 
-/* N consecutive elements, aligned to their size or to 16 bytes. */
+/* N elements as one word, and as numbers to compute with. */
+template <int N, typename T> using word_of = typename word<N *(int)sizeof(T)>::type;
+
+template <int N, typename T> __device__ __forceinline__ void unpack(word_of<N, T> from, float (&x)[N]) {
+    union {
+        word_of<N, T> whole;
+        T part[N];
+    } u = {from};
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        x[i] = to_float(u.part[i]);
+}
+
+template <int N, typename T> __device__ __forceinline__ word_of<N, T> pack(const float (&x)[N]) {
+    union U {
+        word_of<N, T> whole;
+        T part[N];
+        __device__ U() : whole() {}
+    } u;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        u.part[i] = from_float<T>(x[i]);
+    return u.whole;
+}
+
+template <int N, typename T> __device__ __forceinline__ word_of<N, T> load_word(const T *p) {
+    return *reinterpret_cast<const word_of<N, T> *>(p);
+}
+
+template <int N, typename T> __device__ __forceinline__ void store_word(T *p, word_of<N, T> x) {
+    *reinterpret_cast<word_of<N, T> *>(p) = x;
+}
+
+/* N consecutive elements, aligned to their size, at most 16 bytes of them (32 as two words). */
 template <int N, typename T> __device__ __forceinline__ void load(const T *p, float (&x)[N]) {
-    constexpr int EACH = N * sizeof(T) > 16 ? VECTOR<T> : N;
-    typedef typename word<EACH *(int)sizeof(T)>::type W;
-#pragma unroll
-    for (int i = 0; i < N; i += EACH) {
-        union {
-            W whole;
-            T part[EACH];
-        } u = {*reinterpret_cast<const W *>(p + i)};
-#pragma unroll
-        for (int j = 0; j < EACH; j++)
-            x[i + j] = to_float(u.part[j]);
+    if constexpr (N * sizeof(T) > 16) {
+        load<N / 2>(p, *reinterpret_cast<float(*)[N / 2]>(x));
+        load<N / 2>(p + N / 2, *reinterpret_cast<float(*)[N / 2]>(x + N / 2));
+    } else {
+        unpack<N, T>(load_word<N>(p), x);
     }
 }
 
 template <int N, typename T> __device__ __forceinline__ void store(T *p, const float (&x)[N]) {
-    constexpr int EACH = N * sizeof(T) > 16 ? VECTOR<T> : N;
-    typedef typename word<EACH *(int)sizeof(T)>::type W;
-#pragma unroll
-    for (int i = 0; i < N; i += EACH) {
-        union U {
-            W whole;
-            T part[EACH];
-            __device__ U() : whole() {}
-        } u;
-#pragma unroll
-        for (int j = 0; j < EACH; j++)
-            u.part[j] = from_float<T>(x[i + j]);
-        *reinterpret_cast<W *>(p + i) = u.whole;
+    if constexpr (N * sizeof(T) > 16) {
+        store<N / 2>(p, *reinterpret_cast<const float(*)[N / 2]>(x));
+        store<N / 2>(p + N / 2, *reinterpret_cast<const float(*)[N / 2]>(x + N / 2));
+    } else {
+        store_word<N>(p, pack<N, T>(x));
     }
 }
 

@@ -119,7 +119,7 @@ template <typename F> void by_dtype(enum dtype dtype, F f) {
 
 /* What each operation's plan says; see kernels.h. */
 PENDING int cuda_embed_plan(struct device *, const struct embed_spec *, struct op_cost *, struct error *);
-PENDING int cuda_norm_plan(struct device *, const struct norm_spec *, struct op_cost *, struct error *);
+int cuda_norm_plan(struct device *, const struct norm_spec *, struct op_cost *, struct error *);
 PENDING int cuda_linear_plan(struct device *, const struct linear_spec *, struct op_cost *, struct error *);
 PENDING int cuda_classifier_plan(struct device *, const struct classifier_spec *, struct op_cost *,
                                  struct error *);
@@ -131,6 +131,10 @@ PENDING int cuda_attention_plan(struct device *, const struct attention_spec *, 
 PENDING int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *,
                              struct error *);
 
+/* out[i] (+)= the sum over p < parts of shares[p n + i], in a fixed order: how blocks' shares of a gradient meet.
+ * out F32 [n]. */
+void sum_parts(struct device *, const float *shares, int parts, int64_t n, float *out, bool accumulate);
+
 void cuda_upload(struct device *, tensor dst, const void *host, enum dtype host_dtype);
 void cuda_download(struct device *, tensor src, void *host, enum dtype host_dtype);
 struct staging *staging_create(void);
@@ -140,11 +144,11 @@ PENDING void cuda_embed(struct device *, const struct embed_spec *, tensor token
                         int64_t first, tensor x);
 PENDING void cuda_embed_backward(struct device *, const struct embed_spec *, tensor tokens, tensor dx,
                                  tensor dw, tensor dpos);
-PENDING void cuda_residual_norm(struct device *, const struct norm_spec *, tensor x, tensor delta, tensor w,
+void cuda_residual_norm(struct device *, const struct norm_spec *, tensor x, tensor delta, tensor w,
                                 tensor b, tensor sum, tensor y, void *saved);
-PENDING void cuda_residual_norm_again(struct device *, const struct norm_spec *, tensor sum, tensor w,
+void cuda_residual_norm_again(struct device *, const struct norm_spec *, tensor sum, tensor w,
                                       tensor b, tensor y, const void *saved);
-PENDING void cuda_residual_norm_backward(struct device *, const struct norm_spec *, tensor dy, tensor sum,
+void cuda_residual_norm_backward(struct device *, const struct norm_spec *, tensor dy, tensor sum,
                                          tensor w, const void *saved, tensor dx, tensor dw, tensor db,
                                          bool accumulate);
 PENDING void cuda_linear(struct device *, const struct linear_spec *, tensor x, tensor w, tensor bias,
