@@ -36,7 +36,7 @@ struct device {
     cublasLtHandle_t blas;
     char *workspace;
     size_t workspace_bytes;
-    char *scratch; /* SCRATCH_BYTES of the device's own, for operations that have no plan */
+    char *scratch; /* SCRATCH_BYTES of the device's own, for the optimizer, which has no plan */
     int sm_count;
     size_t shared_limit; /* bytes of dynamic shared memory a block may have */
     enum device_precision precision;
@@ -137,6 +137,8 @@ void sum_parts(struct device *, const float *shares, int parts, int64_t n, float
 
 void cuda_upload(struct device *, tensor dst, const void *host, enum dtype host_dtype);
 void cuda_download(struct device *, tensor src, void *host, enum dtype host_dtype);
+/* A small piece of device memory as it is, when the queue has come so far. */
+void cuda_read(struct device *, const void *src, void *host, size_t bytes);
 struct staging *staging_create(void);
 void staging_free(struct staging *);
 
@@ -179,12 +181,12 @@ void cuda_mlp_act_backward(struct device *, const struct act_spec *, tensor dout
 PENDING void cuda_classifier(struct device *, const struct classifier_spec *, tensor h, tensor w,
                              tensor targets, double scale, struct step_state *state, tensor dh, tensor dw,
                              bool accumulate);
-PENDING void cuda_step_begin(struct device *, struct step_state *, int64_t step, double lr);
-PENDING void cuda_sumsq(struct device *, tensor g, struct step_state *);
-PENDING void cuda_step_decide(struct device *, struct step_state *, double grad_clip);
-PENDING void cuda_step_read(struct device *, const struct step_state *, struct step_state *host);
-PENDING void cuda_step_write(struct device *, struct step_state *, const struct step_state *host);
-PENDING void cuda_adamw(struct device *, const struct adamw_hyper *, const struct param_group *groups,
+void cuda_step_begin(struct device *, struct step_state *, int64_t step, double lr);
+void cuda_sumsq(struct device *, tensor g, struct step_state *);
+void cuda_step_decide(struct device *, struct step_state *, double grad_clip);
+void cuda_step_read(struct device *, const struct step_state *, struct step_state *host);
+void cuda_step_write(struct device *, struct step_state *, const struct step_state *host);
+void cuda_adamw(struct device *, const struct adamw_hyper *, const struct param_group *groups,
                         int count, tensor master, tensor p, tensor g, tensor m, tensor v,
                         const struct step_state *);
 

@@ -119,18 +119,26 @@ void cuda_upload(struct device *dev, tensor dst, const void *host, enum dtype ho
     }
 }
 
+/* Wait for the queue, and for `bytes` at src to lie in the pinned buffer that is returned. */
+static const char *fetch(struct device *dev, const void *src, size_t bytes) {
+    char *slot = dev->staging->slot[0];
+    cuda_check(cudaStreamSynchronize(dev->stream)); /* the buffer is free */
+    cuda_check(cudaMemcpyAsync(slot, src, bytes, cudaMemcpyDeviceToHost, dev->stream));
+    cuda_check(cudaStreamSynchronize(dev->stream));
+    return slot;
+}
+
 void cuda_download(struct device *dev, tensor src, void *host, enum dtype host_dtype) {
     check_contiguous("download", "source", src);
-    struct staging *s = dev->staging;
-    int64_t total = tensor_count(src), each = SLOT_BYTES / (int64_t)dtype_bytes(src.dtype);
-    cuda_check(cudaStreamSynchronize(dev->stream)); /* the slots are free */
+    int64_t from = (int64_t)dtype_bytes(src.dtype), to = (int64_t)dtype_bytes(host_dtype);
+    int64_t total = tensor_count(src), each = SLOT_BYTES / from;
     for (int64_t begin = 0; begin < total; begin += each) {
         int64_t n = total - begin < each ? total - begin : each;
-        cuda_check(cudaMemcpyAsync(s->slot[0],
-                                   (const char *)src.data + begin * (int64_t)dtype_bytes(src.dtype),
-                                   (size_t)n * dtype_bytes(src.dtype), cudaMemcpyDeviceToHost, dev->stream));
-        cuda_check(cudaStreamSynchronize(dev->stream));
-        convert((char *)host + begin * (int64_t)dtype_bytes(host_dtype), host_dtype, s->slot[0], src.dtype,
-                n);
+        const char *values = fetch(dev, (const char *)src.data + begin * from, (size_t)(n * from));
+        convert((char *)host + begin * to, host_dtype, values, src.dtype, n);
     }
+}
+
+void cuda_read(struct device *dev, const void *src, void *host, size_t bytes) {
+    memcpy(host, fetch(dev, src, bytes), bytes);
 }

@@ -57,6 +57,7 @@ static struct {
     int threads, returned, at_barrier;
     int predicates, counted[2], barrier_turn; /* of __syncthreads_count and its like */
     std::vector<int> runnable;
+    int last; /* picked */
     std::vector<struct rendezvous> warps[MAX_THREADS / 32];
     char *dynamic_shared;
     uint64_t seed, random;
@@ -249,17 +250,23 @@ static void make_runnable(int number) {
     S.runnable.push_back(number);
 }
 
-/* In order: the thread that has waited longest, which is the one with the lowest number at first. */
+/* Even seeds take any thread (0: the one that has waited longest), which meets missing barriers between a store
+ * and a load. Odd seeds let one warp go on as far as it can, so that it overtakes the others and stores what
+ * they have yet to load. */
 static int pick() {
     size_t n = S.runnable.size(), at = S.seed == 0 ? 0 : S.seed == 1 ? n - 1 : next_random(n);
-    int number = S.runnable[at];
-    if (S.seed == 0) {
-        S.runnable.erase(S.runnable.begin());
-    } else {
-        S.runnable[at] = S.runnable.back();
-        S.runnable.pop_back();
+    if (S.seed % 2 == 1 && S.seed > 1) {
+        for (size_t i = 0; i < n; i++) {
+            size_t j = (at + i) % n;
+            if (S.runnable[j] / 32 == S.last / 32) {
+                at = j;
+                break;
+            }
+        }
     }
-    return number;
+    S.last = S.runnable[at];
+    S.runnable.erase(S.runnable.begin() + (long)at);
+    return S.last;
 }
 
 /* ---- blocks ----------------------------------------------------------------------------------------------
