@@ -132,6 +132,7 @@ static void adamw(void **unused) {
         check_adamw((enum device_precision)precision, 3, 0, 64, 0, 3);
         check_adamw((enum device_precision)precision, 2, 0, 4100, 4, 2);
         check_adamw((enum device_precision)precision, 3, 3, 77, 5, 2);
+        check_adamw((enum device_precision)precision, 1, 3, 77, 4, 1);
         check_adamw((enum device_precision)precision, 250, 0, 8, 0, 1);
     }
 }

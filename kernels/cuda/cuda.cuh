@@ -55,11 +55,23 @@ template <int N, typename T> __device__ __forceinline__ word_of<N, T> pack(const
     return u.whole;
 }
 
+/* A GPU faults on an address that is not a multiple of the word's size; so does the harness. */
+template <typename W> __device__ __forceinline__ void check_aligned(const void *p) {
+#ifdef SIMT
+    if ((uintptr_t)p % sizeof(W) != 0)
+        simt_fail("%p is not aligned to %zu bytes", p, sizeof(W));
+#else
+    (void)p;
+#endif
+}
+
 template <int N, typename T> __device__ __forceinline__ word_of<N, T> load_word(const T *p) {
+    check_aligned<word_of<N, T>>(p);
     return *reinterpret_cast<const word_of<N, T> *>(p);
 }
 
 template <int N, typename T> __device__ __forceinline__ void store_word(T *p, word_of<N, T> x) {
+    check_aligned<word_of<N, T>>(p);
     *reinterpret_cast<word_of<N, T> *>(p) = x;
 }
 
@@ -123,6 +135,14 @@ template <int THREADS, typename T> __device__ __forceinline__ T block_sum(T x) {
             x += part[i];
     }
     return x;
+}
+
+/* On the host: call f with the vector width, 16 bytes or one element, that rows of C elements allow. */
+template <typename T, typename F> void by_width(int64_t C, bool aligned, F f) {
+    if (aligned && C % VECTOR<T> == 0)
+        f(std::integral_constant<int, VECTOR<T>>());
+    else
+        f(std::integral_constant<int, 1>());
 }
 
 #endif

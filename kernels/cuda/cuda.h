@@ -70,6 +70,10 @@ void check_shape(const char *op, const char *what, tensor t, enum dtype dtype, i
                  int64_t s2 = 0, int64_t s3 = 0, int64_t s4 = 0);
 void check_contiguous(const char *op, const char *what, tensor t);
 
+static __host__ __device__ inline int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
 static inline int64_t ceil_div(int64_t n, int64_t by) {
     return (n + by - 1) / by;
 }
@@ -118,7 +122,7 @@ template <typename F> void by_dtype(enum dtype dtype, F f) {
 #define PENDING __attribute__((weak))
 
 /* What each operation's plan says; see kernels.h. */
-PENDING int cuda_embed_plan(struct device *, const struct embed_spec *, struct op_cost *, struct error *);
+int cuda_embed_plan(struct device *, const struct embed_spec *, struct op_cost *, struct error *);
 int cuda_norm_plan(struct device *, const struct norm_spec *, struct op_cost *, struct error *);
 PENDING int cuda_linear_plan(struct device *, const struct linear_spec *, struct op_cost *, struct error *);
 PENDING int cuda_classifier_plan(struct device *, const struct classifier_spec *, struct op_cost *,
@@ -142,9 +146,9 @@ void cuda_read(struct device *, const void *src, void *host, size_t bytes);
 struct staging *staging_create(void);
 void staging_free(struct staging *);
 
-PENDING void cuda_embed(struct device *, const struct embed_spec *, tensor tokens, tensor w, tensor pos,
+void cuda_embed(struct device *, const struct embed_spec *, tensor tokens, tensor w, tensor pos,
                         int64_t first, tensor x);
-PENDING void cuda_embed_backward(struct device *, const struct embed_spec *, tensor tokens, tensor dx,
+void cuda_embed_backward(struct device *, const struct embed_spec *, tensor tokens, tensor dx,
                                  tensor dw, tensor dpos);
 void cuda_residual_norm(struct device *, const struct norm_spec *, tensor x, tensor delta, tensor w,
                                 tensor b, tensor sum, tensor y, void *saved);

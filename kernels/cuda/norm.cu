@@ -238,8 +238,7 @@ static dim3 block_of(int64_t C, int elements) {
 /* Blocks of backward: as many as run at once, since each leaves a share to be added. */
 static int64_t backward_blocks(const struct device *dev, const struct norm_spec *s, dim3 block) {
     int64_t resident = (int64_t)dev->sm_count * (MAX_BACKWARD / (block.x * block.y));
-    int64_t all = ceil_div(s->rows, block.y);
-    return all < resident ? all : resident;
+    return min64(ceil_div(s->rows, block.y), resident);
 }
 
 static size_t shares_bytes(const struct device *dev, const struct norm_spec *s, int elements) {
@@ -263,14 +262,6 @@ int cuda_norm_plan(struct device *dev, const struct norm_spec *s, struct op_cost
 static void check(struct device *dev, const struct norm_spec *s, const char *op, const char *what, tensor t) {
     check_shape(op, what, t, cuda_compute(dev), s->rows, s->hidden);
     check_contiguous(op, what, t);
-}
-
-/* Call f with the vector width that rows allow. */
-template <typename T, typename F> static void by_width(int64_t C, bool aligned, F f) {
-    if (aligned && C % VECTOR<T> == 0)
-        f(std::integral_constant<int, VECTOR<T>>());
-    else
-        f(std::integral_constant<int, 1>());
 }
 
 void cuda_residual_norm(struct device *dev, const struct norm_spec *s, tensor x, tensor delta, tensor w,

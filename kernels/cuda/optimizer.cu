@@ -95,10 +95,8 @@ static __global__ void __launch_bounds__(SUM_THREADS)
 void cuda_sumsq(struct device *dev, tensor g, struct step_state *state) {
     check_contiguous("sumsq", "g", g);
     check_shape("sumsq", "g", g, DTYPE_F32, g.shape[0], g.shape[1], g.shape[2], g.shape[3], g.shape[4]);
-    int64_t n = tensor_count(g), wanted = ceil_div(n, SUM_THREADS * 4), most = (int64_t)dev->sm_count * 8;
-    if (most > MAX_SUM_BLOCKS)
-        most = MAX_SUM_BLOCKS;
-    int64_t blocks = wanted < most ? wanted : most;
+    int64_t n = tensor_count(g);
+    int64_t blocks = min64(ceil_div(n, SUM_THREADS * 4), min64((int64_t)dev->sm_count * 8, MAX_SUM_BLOCKS));
     double *part = (double *)dev->scratch;
     if (aligned16({g.data}))
         launch<square_parts<4>>(dev, blocks, SUM_THREADS, 0, (const float *)g.data, n, part);
@@ -172,7 +170,7 @@ static __global__ void __launch_bounds__(ADAM_THREADS)
     }
     float lr = f.lr * groups.group[low].lr_scale, decay = lr * groups.group[low].weight_decay;
     int64_t begin = groups.group[low].begin + (blockIdx.x - groups.group[low].first_tile) * ADAM_TILE;
-    int64_t end = groups.group[low].end < begin + ADAM_TILE ? groups.group[low].end : begin + ADAM_TILE;
+    int64_t end = min64(groups.group[low].end, begin + ADAM_TILE);
 #pragma unroll 2
     for (int64_t i = begin + threadIdx.x * V; i < end; i += ADAM_THREADS * V) {
         float param[V], first[V], second[V], gradient[V];
