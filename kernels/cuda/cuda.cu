@@ -118,6 +118,7 @@ static struct device *open_device(const struct device_options *options, struct e
 static void close_device(struct device *dev) {
     cuda_check(cudaStreamSynchronize(dev->stream));
     staging_free(dev->staging);
+    matmul_plans_free(dev->matmuls);
 
     cuda_check(cudaFree(dev->scratch));
     cublas_check(cublasLtDestroy(dev->blas));

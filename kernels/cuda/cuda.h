@@ -28,7 +28,7 @@
 
 typedef __nv_bfloat16 bf16;
 
-struct matmul_plan; /* linear.cu */
+struct matmul_plan; /* matmul.cu */
 struct staging;     /* transfer.cu */
 
 struct device {
@@ -53,8 +53,6 @@ enum { SCRATCH_BYTES = 64 << 10 };
 #define cublas_check(call) cublas_check_status((call), #call, __FILE__, __LINE__)
 void cuda_check_status(cudaError_t status, const char *call, const char *file, int line);
 void cublas_check_status(cublasStatus_t status, const char *call, const char *file, int line);
-
-void matmul_plans_free(struct matmul_plan *);
 
 /* The type of the device's activations and parameters. */
 static inline enum dtype cuda_compute(const struct device *dev) {
@@ -124,7 +122,7 @@ template <typename F> void by_dtype(enum dtype dtype, F f) {
 /* What each operation's plan says; see kernels.h. */
 int cuda_embed_plan(struct device *, const struct embed_spec *, struct op_cost *, struct error *);
 int cuda_norm_plan(struct device *, const struct norm_spec *, struct op_cost *, struct error *);
-PENDING int cuda_linear_plan(struct device *, const struct linear_spec *, struct op_cost *, struct error *);
+int cuda_linear_plan(struct device *, const struct linear_spec *, struct op_cost *, struct error *);
 PENDING int cuda_classifier_plan(struct device *, const struct classifier_spec *, struct op_cost *,
                                  struct error *);
 PENDING int cuda_mix_plan(struct device *, const struct mix_spec *, struct op_cost *, struct error *);
@@ -135,8 +133,23 @@ PENDING int cuda_attention_plan(struct device *, const struct attention_spec *, 
 PENDING int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *,
                              struct error *);
 
-/* out[i] (+)= the sum over p < parts of shares[p n + i], in a fixed order: how blocks' shares of a gradient meet.
- * out F32 [n]. */
+/* C[m,n] = op(A) op(B) (+ C) (+ bias [n]), row-major; transposed operands are stored [k,m] and [n,k]. A and B
+ * are of type `in`, C and bias of type `out`. Scratch is the workspace's first MATMUL_WORKSPACE bytes. */
+struct matmul {
+    bool transpose_a, transpose_b;
+    int64_t m, n, k, lda, ldb, ldc;
+    enum dtype in, out;
+    bool bias;
+};
+constexpr size_t MATMUL_WORKSPACE = 32 << 20;
+/* Choose the algorithm; without it, the first product of that shape takes the library's first choice. */
+void plan_matmul(struct device *, struct matmul);
+void run_matmul(struct device *, struct matmul, const void *a, const void *b, const void *bias,
+                bool accumulate, void *c);
+void matmul_plans_free(struct matmul_plan *);
+
+/* out[i] (+)= the sum over p < parts of shares[p n + i], in a fixed order: how blocks' shares of a gradient
+ * meet. out F32 [n]. */
 void sum_parts(struct device *, const float *shares, int parts, int64_t n, float *out, bool accumulate);
 
 void cuda_upload(struct device *, tensor dst, const void *host, enum dtype host_dtype);
@@ -147,20 +160,18 @@ struct staging *staging_create(void);
 void staging_free(struct staging *);
 
 void cuda_embed(struct device *, const struct embed_spec *, tensor tokens, tensor w, tensor pos,
-                        int64_t first, tensor x);
-void cuda_embed_backward(struct device *, const struct embed_spec *, tensor tokens, tensor dx,
-                                 tensor dw, tensor dpos);
-void cuda_residual_norm(struct device *, const struct norm_spec *, tensor x, tensor delta, tensor w,
-                                tensor b, tensor sum, tensor y, void *saved);
-void cuda_residual_norm_again(struct device *, const struct norm_spec *, tensor sum, tensor w,
-                                      tensor b, tensor y, const void *saved);
-void cuda_residual_norm_backward(struct device *, const struct norm_spec *, tensor dy, tensor sum,
-                                         tensor w, const void *saved, tensor dx, tensor dw, tensor db,
-                                         bool accumulate);
-PENDING void cuda_linear(struct device *, const struct linear_spec *, tensor x, tensor w, tensor bias,
-                         tensor y);
-PENDING void cuda_linear_backward(struct device *, const struct linear_spec *, tensor dy, tensor x, tensor w,
-                                  tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate);
+                int64_t first, tensor x);
+void cuda_embed_backward(struct device *, const struct embed_spec *, tensor tokens, tensor dx, tensor dw,
+                         tensor dpos);
+void cuda_residual_norm(struct device *, const struct norm_spec *, tensor x, tensor delta, tensor w, tensor b,
+                        tensor sum, tensor y, void *saved);
+void cuda_residual_norm_again(struct device *, const struct norm_spec *, tensor sum, tensor w, tensor b,
+                              tensor y, const void *saved);
+void cuda_residual_norm_backward(struct device *, const struct norm_spec *, tensor dy, tensor sum, tensor w,
+                                 const void *saved, tensor dx, tensor dw, tensor db, bool accumulate);
+void cuda_linear(struct device *, const struct linear_spec *, tensor x, tensor w, tensor bias, tensor y);
+void cuda_linear_backward(struct device *, const struct linear_spec *, tensor dy, tensor x, tensor w,
+                          tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate);
 void cuda_rope_table(struct device *, tensor table, double theta);
 PENDING void cuda_qkv_mix(struct device *, const struct mix_spec *, tensor qkv, tensor alpha_q,
                           tensor alpha_k, tensor alpha_v, tensor table, int64_t first, tensor q, tensor k,
@@ -190,8 +201,7 @@ void cuda_sumsq(struct device *, tensor g, struct step_state *);
 void cuda_step_decide(struct device *, struct step_state *, double grad_clip);
 void cuda_step_read(struct device *, const struct step_state *, struct step_state *host);
 void cuda_step_write(struct device *, struct step_state *, const struct step_state *host);
-void cuda_adamw(struct device *, const struct adamw_hyper *, const struct param_group *groups,
-                        int count, tensor master, tensor p, tensor g, tensor m, tensor v,
-                        const struct step_state *);
+void cuda_adamw(struct device *, const struct adamw_hyper *, const struct param_group *groups, int count,
+                tensor master, tensor p, tensor g, tensor m, tensor v, const struct step_state *);
 
 #endif

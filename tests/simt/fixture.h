@@ -232,7 +232,7 @@ static inline void expect_close_values(const char *op, const char *what, enum dt
         rounded[i] = round_to(t, plain[i]);
     struct deviation error = deviation(cuda, exact, n), allowed = deviation(rounded, exact, n);
     struct deviation size = deviation(exact, zero, n);
-    double ulp = t == DTYPE_BF16 ? 0x1p-9 : 0x1p-24, few = 4 * ulp;
+    double ulp = t == DTYPE_BF16 ? 0x1p-9 : 0x1p-24, few = (n < 16 ? 32 : 4) * ulp;
     free(rounded);
     free(zero);
     if (!(error.norm <= FACTOR * allowed.norm + few * size.norm) ||
