@@ -1,6 +1,6 @@
 # iha.c: build, test, measure. `make help` lists the targets.
 #
-#   make                 build ./train_iha
+#   make                 build ./train_iha, with CUDA where a toolkit is found (kernels/cuda/cuda.mk)
 #   make deps            install what is missing: distribution packages, and .venv
 #   make quickstart      from real text to a trained model in a few minutes; TEXT=FILE.txt for your own
 #   make test            every test; SANITIZE=1 runs them under ASan and UBSan
@@ -92,10 +92,10 @@ golden:
 help:
 	@sed -n 's/^#   //p' Makefile
 
-$(BINARY): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
+$(BINARY): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS) $(CUDA_LINKED) $(BUILD)/cuda/linked-with
 	@mkdir -p $(@D)
-	@echo "  LINK $@"
-	@$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
+	@echo "  LINK $@ $(CUDA_SAYS)"
+	@$(CC) $(CFLAGS) $(filter %.o,$^) -o $@ $(LIBS) $(CUDA_LINK)
 
 $(BUILD)/train_iha.o: train_iha.cu | build/headers-found
 	@mkdir -p $(@D)

@@ -267,7 +267,7 @@ struct kernels {
 };
 
 const struct kernels *kernels_cpu(void);
-const struct kernels *kernels_cuda(void);
+const struct kernels *kernels_cuda(void); /* NULL when built without CUDA */
 
 /* GPUs that can be used: 0 without a driver. */
 int cuda_devices(void);
