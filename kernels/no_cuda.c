@@ -1,5 +1,5 @@
-/* What a program without the CUDA backend has in its place. Where kernels/cuda/ is linked too, its own functions
- * of these names count. */
+/* What a program without the CUDA backend has in its place. Where kernels/cuda/ is linked too, its own
+ * functions of these names count. */
 #include "kernels/kernels.h"
 
 __attribute__((weak)) int cuda_devices(void) {

@@ -117,6 +117,7 @@ static struct device *open_device(const struct device_options *options, struct e
 
 static void close_device(struct device *dev) {
     cuda_check(cudaStreamSynchronize(dev->stream));
+    attention_plans_free(dev->attentions);
     staging_free(dev->staging);
     matmul_plans_free(dev->matmuls);
 

@@ -28,8 +28,9 @@
 
 typedef __nv_bfloat16 bf16;
 
-struct matmul_plan; /* matmul.cu */
-struct staging;     /* transfer.cu */
+struct matmul_plan;     /* matmul.cu */
+struct staging;         /* transfer.cu */
+struct attention_plans; /* attention.cu */
 
 struct device {
     cudaStream_t stream;
@@ -42,6 +43,7 @@ struct device {
     enum device_precision precision;
     bool deterministic;
     struct matmul_plan *matmuls; /* built so far */
+    struct attention_plans *attentions;
     struct staging *staging;
     char name[256], description[320];
 };
@@ -128,8 +130,8 @@ PENDING int cuda_classifier_plan(struct device *, const struct classifier_spec *
 PENDING int cuda_mix_plan(struct device *, const struct mix_spec *, struct op_cost *, struct error *);
 PENDING int cuda_collapse_plan(struct device *, const struct collapse_spec *, struct op_cost *,
                                struct error *);
-PENDING int cuda_attention_plan(struct device *, const struct attention_spec *, struct op_cost *,
-                                struct error *);
+int cuda_attention_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
+void attention_plans_free(struct attention_plans *);
 PENDING int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *,
                              struct error *);
 

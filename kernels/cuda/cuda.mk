@@ -24,7 +24,7 @@ CUDA_WARNINGS = -Wall -Wextra -Werror -Wno-missing-field-initializers
 # ---- what is there ----
 
 CUDA_FOLDERS := $(wildcard $(NVIDIA_WHEELS:%=%/*)) $(CUDA_HOME)
-CUDA_LIB_DIRS := $(CUDA_FOLDERS:%=%/lib64) $(CUDA_FOLDERS:%=%/lib) $(CUDA_HOME)/targets/x86_64-linux/lib \
+CUDA_LIB_DIRS := $(foreach dir,$(CUDA_FOLDERS),$(dir)/lib64 $(dir)/lib) $(CUDA_HOME)/targets/x86_64-linux/lib \
     /usr/lib/$(shell $(CC) -print-multiarch 2>/dev/null) /usr/local/lib /usr/lib64
 CUDA_INCLUDE_DIRS := $(CUDA_FOLDERS:%=%/include) $(CUDA_HOME)/targets/x86_64-linux/include
 
@@ -52,9 +52,7 @@ CUDNN_MISSING := $(strip $(if $(CUDNN),,no libcudnn) $(if $(CUDNN_HEADER),,no cu
 CUDA_OBJECTS = $(CUDA_SOURCES:%.cu=$(BUILD)/cuda/%.o)
 CUDNN_OBJECTS = $(if $(CUDNN_MISSING),,$(patsubst %.cpp,$(BUILD)/cuda/%.o,$(wildcard kernels/cuda/*.cpp)))
 CUDA_LIBS = $(CUDART) $(CUBLASLT) $(if $(CUDNN_MISSING),,$(CUDNN))
-# Wheels' libraries load each other: an RPATH, unlike the default RUNPATH, holds for those too.
-CUDA_RPATH = $(addprefix -Wl$(comma)-rpath$(comma),$(sort $(abspath $(dir $(CUDA_LIBS))))) \
-    $(if $(NVIDIA_WHEELS),-Wl$(comma)--disable-new-dtags)
+CUDA_RPATH = $(patsubst %,-Wl$(comma)-rpath$(comma)%,$(sort $(abspath $(dir $(CUDA_LIBS)))))
 comma := ,
 
 # What the binary links beside the CPU backend, and the line that says so.
@@ -88,7 +86,7 @@ $(BUILD)/cuda/%.o: %.cu $(BUILD)/cuda/compiled-with
 $(BUILD)/cuda/%.o: %.cpp $(BUILD)/cuda/compiled-with
 	@mkdir -p $(@D)
 	@echo "  CXX  $<"
-	@$(CXX) -std=c++17 -O0 -g1 -I. -isystem $(CUDNN_FRONTEND) -isystem $(dir $(CUDNN_HEADER)) $(CUDA_ISYSTEM) \
+	@$(CXX) -std=c++17 -O0 -I. -isystem $(CUDNN_FRONTEND) -isystem $(dir $(CUDNN_HEADER)) $(CUDA_ISYSTEM) \
 	    -DCUDNN_FRONTEND_SKIP_JSON_LIB $(CUDA_WARNINGS) -MMD -c $< -o $@
 
 .PHONY: cuda-objects
