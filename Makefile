@@ -1,16 +1,19 @@
 # iha.c: build, test, measure. `make help` lists the targets.
 #
-#   make                 build ./train_iha
+#   make                 build ./train_iha, with CUDA where a toolkit is found (kernels/cuda/cuda.mk)
 #   make deps            install what is missing: distribution packages, and .venv
 #   make quickstart      from real text to a trained model in a few minutes; TEXT=FILE.txt for your own
 #   make test            every test; SANITIZE=1 runs them under ASan and UBSan
 #   make faults          all the faults and kills that make test draws a sample of
 #   make leaks           every command under LeakSanitizer, AddressSanitizer and Valgrind
 #   make tsan            every command under ThreadSanitizer
+#   make simt            only the tests that run CUDA kernels on the CPU
 #   make bench           measure, and print the table that the README shows
 #   make fuzz            feed the file readers hostile files; FUZZ_SECONDS=600 for each target, FUZZ_ONLY=shards
 #   make golden          compute the reference cases in tests/golden again (needs jax)
 #   make clean           remove what was built
+
+.DEFAULT_GOAL = all
 
 CC ?= cc
 # The machine that runs is the machine that builds; ARCH=x86-64-v3 makes a binary for others.
@@ -51,13 +54,16 @@ OTHER_OBJECTS = $(MODEL:%.c=$(BUILD)/%.o) $(DATA:%.c=$(BUILD)/%.o)
 
 # Tests of gradients link the kernels built in double; the others link what training runs.
 DOUBLE_TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*_gradients.c tests/test_facts.c))
-C_TESTS = $(filter-out $(DOUBLE_TESTS),$(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c)))
+C_TESTS = $(filter-out $(DOUBLE_TESTS) $(BUILD)/tests/test_simt_%,$(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c)))
 
 ifeq ($(SANITIZE),1)
 BINARY = $(BUILD)/train_iha
 else
 BINARY = train_iha
 endif
+
+include kernels/cuda/cuda.mk
+include tests/simt/simt.mk
 
 .PHONY: all help deps test bench quickstart golden clean format
 .SECONDARY:
@@ -86,7 +92,7 @@ test: deps
 	@tests/run.sh $(BUILD) $(BINARY)
 
 .PHONY: tests-built
-tests-built: $(C_TESTS) $(DOUBLE_TESTS)
+tests-built: $(C_TESTS) $(DOUBLE_TESTS) $(SIMT_BUILT)
 
 include tests/fuzz/fuzz.mk
 
@@ -101,10 +107,10 @@ golden:
 help:
 	@sed -n 's/^#   //p' Makefile
 
-$(BINARY): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
+$(BINARY): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS) $(CUDA_LINKED) $(BUILD)/cuda/linked-with
 	@mkdir -p $(@D)
-	@echo "  LINK $@"
-	@$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
+	@echo "  LINK $@ $(CUDA_SAYS)"
+	@$(CC) $(CFLAGS) $(filter %.o,$^) -o $@ $(LIBS) $(CUDA_LINK)
 
 $(BUILD)/train_iha.o: train_iha.cu | build/headers-found
 	@mkdir -p $(@D)
@@ -136,7 +142,7 @@ clean:
 	rm -rf build train_iha
 
 format:
-	clang-format -i $$(git ls-files '*.c' '*.h' '*.cu')
+	clang-format -i $$(git ls-files '*.c' '*.h' '*.cc' '*.cu' '*.cuh')
 
 include tests/faults/faults.mk
 -include $(shell find build -name '*.d' 2>/dev/null)

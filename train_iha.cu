@@ -95,13 +95,15 @@ static bool alone(const struct run *r) {
 
 static int open_device(struct run *r, struct error *e) {
     const struct system_config *s = &r->config.system;
-    if (s->device == DEVICE_CUDA)
-        return fail_user(e, "system.device = cuda, but this program was built without CUDA; use auto or cpu");
+    bool cuda = s->device == DEVICE_CUDA || (s->device == DEVICE_AUTO && cuda_devices() > 0);
+    bool bf16 = s->precision == PRECISION_BF16 || (s->precision == PRECISION_AUTO && cuda);
     struct device_options options = {.threads = (int)s->threads,
-                                     .precision = s->precision == PRECISION_BF16 ? DEVICE_BF16 : DEVICE_FP32,
+                                     .precision = bf16 ? DEVICE_BF16 : DEVICE_FP32,
                                      .deterministic = s->deterministic,
                                      .comm = r->comm};
-    r->k = kernels_cpu();
+    r->k = cuda ? kernels_cuda() : kernels_cpu();
+    if (!r->k)
+        return fail_user(e, "system.device = cuda, but this program was built without CUDA; use auto or cpu");
     r->dev = r->k->open(&options, e);
     return r->dev ? 0 : -1;
 }

@@ -6,6 +6,10 @@
 #ifndef IHA_ERROR_H
 #define IHA_ERROR_H
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 enum { EXIT_OK = 0, EXIT_RUN = 1, EXIT_USER = 2 };
 
 struct error {
@@ -17,4 +21,7 @@ struct error {
 int fail_user(struct error *e, const char *format, ...) __attribute__((format(printf, 2, 3)));
 int fail_run(struct error *e, const char *format, ...) __attribute__((format(printf, 2, 3)));
 
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -26,6 +26,10 @@
 #include "kernels/step.h"
 #include "kernels/tensor.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* ---- operation specs ---------------------------------------------------------------------------- */
 
 struct embed_spec {
@@ -260,6 +264,10 @@ struct kernels {
 };
 
 const struct kernels *kernels_cpu(void);
+const struct kernels *kernels_cuda(void); /* NULL when built without CUDA */
+
+/* GPUs that can be used: 0 without a driver. */
+int cuda_devices(void);
 
 /* The keys [*begin, *end) that virtual query s sees among `length`. Never empty. */
 static inline void attention_keys(const struct attention_spec *a, int64_t s, int64_t length, int64_t *begin,
@@ -270,4 +278,7 @@ static inline void attention_keys(const struct attention_spec *a, int64_t s, int
     *begin = a->window > 0 && s - a->window + 1 > 0 ? s - a->window + 1 : 0;
 }
 
+#ifdef __cplusplus
+}
+#endif
 #endif

@@ -216,8 +216,9 @@ static void walk(struct model *m, struct layout *l) {
     tensor hidden = tensor_of(NULL, t, B * T, c->hidden_size, 0, 0, 0);
     m->tokens = take_tensor(l, tensor_of(NULL, DTYPE_I32, B, T, 0, 0, 0));
     m->targets = take_tensor(l, tensor_of(NULL, DTYPE_I32, B * T, 0, 0, 0, 0));
+    /* In the master type: an angle rounded to bf16 would turn every pair by a wrong amount. */
     m->rope = c->position_embedding == POSITION_ROPE
-                  ? take_tensor(l, tensor_of(NULL, t, T * P, 2, d / 2, 0, 0))
+                  ? take_tensor(l, tensor_of(NULL, m->dtypes.master, T * P, 2, d / 2, 0, 0))
                   : tensor_none();
     m->delta = take_tensor(l, hidden);
     m->x_final = take_tensor(l, hidden);

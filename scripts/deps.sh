@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(gcc make bc libc6-dev libdnnl-dev libcjson-dev libinih-dev libpcre2-dev libcmocka-dev
+packages=(gcc g++ make bc libc6-dev libdnnl-dev libcjson-dev libinih-dev libpcre2-dev libcmocka-dev
     libopenmpi-dev openmpi-bin iproute2 python3 python3-venv)
 [ "${1:-}" = --no-corpus ] || packages+=(bible-kjv bible-kjv-text)
 
@@ -44,10 +44,14 @@ if [ ${#missing[@]} -gt 0 ]; then
     DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
-    echo "deps: Python environment in .venv ($(grep -vc '^#' requirements.txt) packages)"
+requirements=(requirements.txt)
+if command -v nvcc >/dev/null || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
+    requirements+=(requirements-cuda.txt)
+fi
+if ! cat "${requirements[@]}" | cmp -s - .venv/installed-requirements.txt; then
+    echo "deps: Python environment in .venv ($(cat "${requirements[@]}" | grep -vc '^#') packages)"
     python3 -m venv .venv
-    .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-    cp requirements.txt .venv/installed-requirements.txt
+    .venv/bin/pip install --quiet --disable-pip-version-check "${requirements[@]/#/-r}"
+    cat "${requirements[@]}" >.venv/installed-requirements.txt
 fi
 echo "deps: everything is there"

@@ -1,0 +1,180 @@
+/* mlp_act: the activation between the two halves of the MLP.
+ *
+ *   gelu_tanh  f(u) = u sigma(2z), z = sqrt(2/pi) (u + 0.044715 u^3)      (Hendrycks & Gimpel 2016; since
+ *              (1 + tanh z) / 2 = sigma(2z), one exponential and one division do)
+ *   relu2      f(u) = max(u, 0)^2
+ *   swiglu     silu(gate) u, silu(g) = g sigma(g)
+ *
+ * All tensors are one run of n = N F elements. Bytes moved: forward 2 n (swiglu 3 n), backward 3 n (swiglu 5
+ * n), times the size of an element. */
+#include "kernels/cuda/cuda.cuh"
+
+enum { THREADS = 256, UNROLL = 2 /* vectors a thread has under way at once */ };
+
+/* For bf16 results the fast intrinsics' last bits do not matter, and the exact ones would cost as much time
+ * as the memory takes. */
+template <typename T> static __device__ __forceinline__ float sigmoid(float x) {
+    if constexpr (sizeof(T) == 2)
+        return __fdividef(1, 1 + __expf(-x));
+    else
+        return 1 / (1 + expf(-x));
+}
+
+static __device__ __forceinline__ float gelu_argument(float u) {
+    const float scale = 1.5957691216057308f /* 2 sqrt(2/pi) */, cube = 0.044715f;
+    return scale * (u + cube * u * u * u);
+}
+
+template <typename T, enum act_type TYPE> static __device__ __forceinline__ float value(float u, float gate) {
+    if constexpr (TYPE == ACT_GELU_TANH)
+        return u * sigmoid<T>(gelu_argument(u));
+    float r = u < 0 ? 0 : u; /* NaN stays */
+    if constexpr (TYPE == ACT_RELU2)
+        return r * r;
+    return gate * sigmoid<T>(gate) * u;
+}
+
+/* du from dout; for swiglu also dgate. */
+template <typename T, enum act_type TYPE>
+static __device__ __forceinline__ float gradient(float dout, float u, float gate, float *dgate) {
+    if constexpr (TYPE == ACT_GELU_TANH) {
+        const float scale = 1.5957691216057308f, cube = 0.044715f;
+        float s = sigmoid<T>(gelu_argument(u));
+        return dout * (s + u * s * (1 - s) * scale * (1 + 3 * cube * u * u));
+    }
+    if constexpr (TYPE == ACT_RELU2)
+        return dout * 2 * (u < 0 ? 0 : u);
+    float s = sigmoid<T>(gate);
+    *dgate = dout * u * s * (1 + gate * (1 - s));
+    return dout * gate * s;
+}
+
+/* Grid: n / (THREADS UNROLL V) blocks; V elements a thread at a time, and what n / V leaves over singly. */
+template <typename T, enum act_type TYPE, int V>
+static __global__ void __launch_bounds__(THREADS) act_forward(const T *u, const T *gate, T *out, int64_t n) {
+    int64_t first = ((int64_t)blockIdx.x * UNROLL * THREADS + threadIdx.x) * V;
+    float x[UNROLL][V], g[UNROLL][V];
+#pragma unroll
+    for (int k = 0; k < UNROLL; k++) {
+        int64_t i = first + k * THREADS * V;
+        if (i + V <= n) {
+            load(u + i, x[k]);
+            if (TYPE == ACT_SWIGLU)
+                load(gate + i, g[k]);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < UNROLL; k++) {
+        int64_t i = first + k * THREADS * V;
+        if (i + V <= n) {
+#pragma unroll
+            for (int j = 0; j < V; j++)
+                x[k][j] = value<T, TYPE>(x[k][j], TYPE == ACT_SWIGLU ? g[k][j] : 0);
+            store(out + i, x[k]);
+        } else {
+            for (; i < n && i < first + k * THREADS * V + V; i++)
+                out[i] =
+                    from_float<T>(value<T, TYPE>(to_float(u[i]), TYPE == ACT_SWIGLU ? to_float(gate[i]) : 0));
+        }
+    }
+}
+
+/* The same grid. du may be u or dout, dgate may be gate: a thread reads its elements before it writes them.
+ */
+template <typename T, enum act_type TYPE, int V>
+static __global__ void __launch_bounds__(THREADS)
+    act_backward(const T *dout, const T *u, const T *gate, T *du, T *dgate, int64_t n) {
+    int64_t first = ((int64_t)blockIdx.x * UNROLL * THREADS + threadIdx.x) * V;
+    float d[UNROLL][V], x[UNROLL][V], g[UNROLL][V];
+#pragma unroll
+    for (int k = 0; k < UNROLL; k++) {
+        int64_t i = first + k * THREADS * V;
+        if (i + V <= n) {
+            load(dout + i, d[k]);
+            load(u + i, x[k]);
+            if (TYPE == ACT_SWIGLU)
+                load(gate + i, g[k]);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < UNROLL; k++) {
+        int64_t i = first + k * THREADS * V;
+        if (i + V <= n) {
+#pragma unroll
+            for (int j = 0; j < V; j++)
+                x[k][j] = gradient<T, TYPE>(d[k][j], x[k][j], TYPE == ACT_SWIGLU ? g[k][j] : 0, &g[k][j]);
+            store(du + i, x[k]);
+            if (TYPE == ACT_SWIGLU)
+                store(dgate + i, g[k]);
+        } else {
+            for (; i < n && i < first + k * THREADS * V + V; i++) {
+                float gate_slope = 0, gate_value = TYPE == ACT_SWIGLU ? to_float(gate[i]) : 0;
+                float slope = gradient<T, TYPE>(to_float(dout[i]), to_float(u[i]), gate_value, &gate_slope);
+                du[i] = from_float<T>(slope);
+                if (TYPE == ACT_SWIGLU)
+                    dgate[i] = from_float<T>(gate_slope);
+            }
+        }
+    }
+}
+
+/* Call f with the activation as a constant, and the vector width that the addresses allow. */
+template <typename T, typename F> static void by_type(enum act_type type, bool aligned, F f) {
+    auto with = [&](auto type_constant) {
+        if (aligned)
+            f(type_constant, std::integral_constant<int, VECTOR<T>>());
+        else
+            f(type_constant, std::integral_constant<int, 1>());
+    };
+    if (type == ACT_GELU_TANH)
+        with(std::integral_constant<enum act_type, ACT_GELU_TANH>());
+    else if (type == ACT_RELU2)
+        with(std::integral_constant<enum act_type, ACT_RELU2>());
+    else
+        with(std::integral_constant<enum act_type, ACT_SWIGLU>());
+}
+
+static void check(struct device *dev, const struct act_spec *s, const char *op, const char *what, tensor t) {
+    check_shape(op, what, t, cuda_compute(dev), s->rows, s->hidden);
+    check_contiguous(op, what, t);
+}
+
+void cuda_mlp_act(struct device *dev, const struct act_spec *s, tensor u, tensor gate, tensor out) {
+    check(dev, s, "mlp_act", "u", u);
+    check(dev, s, "mlp_act", "out", out);
+    if (s->type == ACT_SWIGLU)
+        check(dev, s, "mlp_act", "gate", gate);
+    int64_t n = s->rows * s->hidden;
+    by_dtype(u.dtype, [&](auto number) {
+        using T = decltype(number);
+        by_type<T>(s->type, aligned16({u.data, gate.data, out.data}), [&](auto type, auto width) {
+            constexpr enum act_type TYPE = decltype(type)::value;
+            constexpr int V = decltype(width)::value;
+            launch<act_forward<T, TYPE, V>>(dev, ceil_div(n, THREADS * UNROLL * V), THREADS, 0,
+                                            (const T *)u.data, (const T *)gate.data, (T *)out.data, n);
+        });
+    });
+}
+
+void cuda_mlp_act_backward(struct device *dev, const struct act_spec *s, tensor dout, tensor u, tensor gate,
+                           tensor du, tensor dgate) {
+    check(dev, s, "mlp_act_backward", "dout", dout);
+    check(dev, s, "mlp_act_backward", "u", u);
+    check(dev, s, "mlp_act_backward", "du", du);
+    if (s->type == ACT_SWIGLU) {
+        check(dev, s, "mlp_act_backward", "gate", gate);
+        check(dev, s, "mlp_act_backward", "dgate", dgate);
+    }
+    int64_t n = s->rows * s->hidden;
+    bool aligned = aligned16({dout.data, u.data, gate.data, du.data, dgate.data});
+    by_dtype(u.dtype, [&](auto number) {
+        using T = decltype(number);
+        by_type<T>(s->type, aligned, [&](auto type, auto width) {
+            constexpr enum act_type TYPE = decltype(type)::value;
+            constexpr int V = decltype(width)::value;
+            launch<act_backward<T, TYPE, V>>(dev, ceil_div(n, THREADS * UNROLL * V), THREADS, 0,
+                                             (const T *)dout.data, (const T *)u.data, (const T *)gate.data,
+                                             (T *)du.data, (T *)dgate.data, n);
+        });
+    });
+}

@@ -1,0 +1,280 @@
+/* The CUDA backend's device: opening, memory, plans, checks, and the table of operations. */
+#include "kernels/cuda/cuda.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---- checks ----------------------------------------------------------------------------------------------
+ */
+
+static const char *hint_for(cudaError_t status) {
+    switch (status) {
+    case cudaErrorMemoryAllocation:
+        return "lower train.micro_batch or set system.recompute = full";
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+        return "the binary was not built for this GPU; rebuild it here with make";
+    case cudaErrorIllegalAddress:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorLaunchFailure:
+        return "a kernel failed, this one or one before it; CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer "
+               "tells which";
+    default:
+        return "nvidia-smi shows whether the GPU is well";
+    }
+}
+
+void cuda_check_status(cudaError_t status, const char *call, const char *file, int line) {
+    if (status == cudaSuccess)
+        return;
+    fprintf(stderr, "%s:%d: CUDA: %s (%s) in %s; %s\n", file, line, cudaGetErrorString(status),
+            cudaGetErrorName(status), call, hint_for(status));
+    abort();
+}
+
+void cublas_check_status(cublasStatus_t status, const char *call, const char *file, int line) {
+    if (status == CUBLAS_STATUS_SUCCESS)
+        return;
+    fprintf(stderr, "%s:%d: cuBLASLt: status %d in %s; CUBLASLT_LOG_LEVEL=2 shows why\n", file, line,
+            (int)status, call);
+    abort();
+}
+
+static void shape_bug(const char *op, const char *what, tensor t) {
+    fprintf(stderr, "%s: wrong shape, strides, alignment or type for %s: dtype %d, at %p, [", op, what,
+            (int)t.dtype, t.data);
+    for (int i = 0; i < t.ndim; i++)
+        fprintf(stderr, "%s%lld (stride %lld)", i ? ", " : "", (long long)t.shape[i], (long long)t.stride[i]);
+    fprintf(stderr, "]\n");
+    abort();
+}
+
+void check_shape(const char *op, const char *what, tensor t, enum dtype dtype, int64_t s0, int64_t s1,
+                 int64_t s2, int64_t s3, int64_t s4) {
+    const int64_t want[TENSOR_MAX_DIMS] = {s0, s1, s2, s3, s4};
+    int ndim = 0;
+    while (ndim < TENSOR_MAX_DIMS && want[ndim] > 0)
+        ndim++;
+    bool ok =
+        t.data && t.dtype == dtype && t.ndim == ndim && (t.stride[ndim - 1] == 1 || t.shape[ndim - 1] == 1);
+    for (int i = 0; ok && i < ndim; i++)
+        ok = t.shape[i] == want[i];
+    if (!ok)
+        shape_bug(op, what, t);
+}
+
+void check_contiguous(const char *op, const char *what, tensor t) {
+    if (!t.data || !tensor_contiguous(t) || (uintptr_t)t.data % dtype_bytes(t.dtype) != 0)
+        shape_bug(op, what, t);
+}
+
+/* ---- the device ------------------------------------------------------------------------------------------
+ */
+
+int cuda_devices(void) {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess) {
+        cudaGetLastError(); /* forget it: having no driver is no error */
+        return 0;
+    }
+    return count;
+}
+
+static struct device *open_device(const struct device_options *options, struct error *e) {
+    if (cuda_devices() == 0) {
+        fail_user(e,
+                  "system.device = cuda: no GPU, or no driver for it, was found; nvidia-smi should list one");
+        return NULL;
+    }
+    int device;
+    struct cudaDeviceProp p;
+    cuda_check(cudaGetDevice(&device));
+    cuda_check(cudaGetDeviceProperties(&p, device));
+    if (p.major < 8) {
+        fail_user(e, "system.device = cuda: %s has compute capability %d.%d; 8.0 (Ampere) or later is needed",
+                  p.name, p.major, p.minor);
+        return NULL;
+    }
+    struct device *dev = (struct device *)calloc(1, sizeof *dev);
+    if (!dev) {
+        fail_user(e, "out of memory opening the GPU");
+        return NULL;
+    }
+    dev->sm_count = p.multiProcessorCount;
+    dev->shared_limit = p.sharedMemPerBlockOptin;
+    dev->precision = options->precision;
+    dev->deterministic = options->deterministic;
+    snprintf(dev->name, sizeof dev->name, "%s", p.name);
+    snprintf(dev->description, sizeof dev->description, "cuda: %s, sm_%d%d, %d SMs, %.0f GiB", p.name,
+             p.major, p.minor, p.multiProcessorCount, (double)p.totalGlobalMem / (1 << 30));
+    cuda_check(cudaStreamCreateWithFlags(&dev->stream, cudaStreamNonBlocking));
+    cublas_check(cublasLtCreate(&dev->blas));
+    cuda_check(cudaMalloc((void **)&dev->scratch, SCRATCH_BYTES));
+    dev->staging = staging_create();
+    return dev;
+}
+
+static void close_device(struct device *dev) {
+    cuda_check(cudaStreamSynchronize(dev->stream));
+    attention_plans_free(dev->attentions);
+    staging_free(dev->staging);
+    matmul_plans_free(dev->matmuls);
+
+    cuda_check(cudaFree(dev->scratch));
+    cublas_check(cublasLtDestroy(dev->blas));
+    cuda_check(cudaStreamDestroy(dev->stream));
+    free(dev);
+}
+
+static const char *describe(struct device *dev) {
+    return dev->description;
+}
+
+/* Gradients are kept in fp32 also where activations are bf16: many micro-batches are summed into them. */
+static struct device_dtypes dtypes(struct device *dev) {
+    return (struct device_dtypes){cuda_compute(dev), DTYPE_F32, DTYPE_F32};
+}
+
+static double peak_flops(struct device *dev) {
+    /* Dense bf16 with fp32 accumulation, from the vendor's datasheets; the first name that fits counts. */
+    static const struct {
+        const char *name;
+        double peak;
+    } table[] = {
+        {"H200", 989e12},       {"GH200", 989e12},   {"H100 PCIe", 756e12},    {"H100 NVL", 835e12},
+        {"H100", 989e12},       {"H800", 989e12},    {"B200", 2250e12},        {"A100", 312e12},
+        {"A800", 312e12},       {"A40", 149.7e12},   {"A10", 125e12},          {"L40S", 362e12},
+        {"L40", 181e12},        {"L4", 121e12},      {"RTX 6000 Ada", 364e12}, {"RTX A6000", 154.8e12},
+        {"RTX 4090", 165.2e12}, {"RTX 3090", 71e12},
+    };
+    if (dev->precision != DEVICE_BF16)
+        return 0;
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++)
+        if (strstr(dev->name, table[i].name))
+            return table[i].peak;
+    return 0;
+}
+
+/* ---- memory ----------------------------------------------------------------------------------------------
+ */
+
+static void *alloc_zeroed(struct device *dev, size_t bytes, struct error *e) {
+    void *data = NULL;
+    if (bytes == 0)
+        bytes = 1;
+    cudaError_t status = cudaMalloc(&data, bytes);
+    if (status == cudaErrorMemoryAllocation) {
+        cudaGetLastError();
+        fail_user(e,
+                  "cannot allocate %.2f GB on the GPU; make train.micro_batch, train.seq_len or the model "
+                  "smaller, or set system.recompute = full",
+                  (double)bytes / 1e9);
+        return NULL;
+    }
+    cuda_check(status);
+    cuda_check(cudaMemsetAsync(data, 0, bytes, dev->stream));
+    return data;
+}
+
+static void release(struct device *dev, void *data) {
+    (void)dev;
+    cuda_check(cudaFree(data));
+}
+
+static size_t memory_available(struct device *dev) {
+    (void)dev;
+    size_t available, total;
+    cuda_check(cudaMemGetInfo(&available, &total));
+    return available;
+}
+
+static void zero(struct device *dev, void *data, size_t bytes) {
+    cuda_check(cudaMemsetAsync(data, 0, bytes, dev->stream));
+}
+
+/* ---- plans -----------------------------------------------------------------------------------------------
+ */
+
+static int plan(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e) {
+    *cost = (struct op_cost){0, 0};
+    switch (spec->kind) {
+    case OP_EMBED:
+        return cuda_embed_plan(dev, &spec->embed, cost, e);
+    case OP_NORM:
+        return cuda_norm_plan(dev, &spec->norm, cost, e);
+    case OP_LINEAR:
+        return cuda_linear_plan(dev, &spec->linear, cost, e);
+    case OP_MIX:
+        return cuda_mix_plan(dev, &spec->mix, cost, e);
+    case OP_ATTENTION:
+        return cuda_attention_plan(dev, &spec->attention, cost, e);
+    case OP_COLLAPSE:
+        return cuda_collapse_plan(dev, &spec->collapse, cost, e);
+    case OP_CLASSIFIER:
+        return cuda_classifier_plan(dev, &spec->classifier, cost, e);
+    case OP_DECODE:
+        return cuda_decode_plan(dev, &spec->attention, cost, e);
+    case OP_ACT:
+        break;
+    }
+    return 0;
+}
+
+static void set_workspace(struct device *dev, void *data, size_t bytes) {
+    dev->workspace = (char *)data;
+    dev->workspace_bytes = bytes;
+}
+
+void *cuda_workspace(struct device *dev, size_t bytes, const char *op) {
+    if (bytes > dev->workspace_bytes) {
+        fprintf(stderr, "%s: needs %zu bytes of workspace, has %zu: it was not planned\n", op, bytes,
+                dev->workspace_bytes);
+        abort();
+    }
+    return dev->workspace;
+}
+
+const struct kernels *kernels_cuda(void) {
+    static const struct kernels table = {
+        .name = "cuda",
+        .open = open_device,
+        .close = close_device,
+        .describe = describe,
+        .dtypes = dtypes,
+        .peak_flops = peak_flops,
+        .alloc = alloc_zeroed,
+        .release = release,
+        .memory_available = memory_available,
+        .zero = zero,
+        .upload = cuda_upload,
+        .download = cuda_download,
+        .plan = plan,
+        .set_workspace = set_workspace,
+        .embed = cuda_embed,
+        .embed_backward = cuda_embed_backward,
+        .residual_norm = cuda_residual_norm,
+        .residual_norm_again = cuda_residual_norm_again,
+        .residual_norm_backward = cuda_residual_norm_backward,
+        .linear = cuda_linear,
+        .linear_backward = cuda_linear_backward,
+        .rope_table = cuda_rope_table,
+        .qkv_mix = cuda_qkv_mix,
+        .qkv_mix_backward = cuda_qkv_mix_backward,
+        .attention = cuda_attention,
+        .attention_backward = cuda_attention_backward,
+        .attention_decode = cuda_attention_decode,
+        .collapse = cuda_collapse,
+        .collapse_backward = cuda_collapse_backward,
+        .mlp_act = cuda_mlp_act,
+        .mlp_act_backward = cuda_mlp_act_backward,
+        .classifier = cuda_classifier,
+        .step_begin = cuda_step_begin,
+        .sumsq = cuda_sumsq,
+        .step_decide = cuda_step_decide,
+        .step_read = cuda_step_read,
+        .step_write = cuda_step_write,
+        .adamw = cuda_adamw,
+    };
+    return &table;
+}

@@ -1,0 +1,209 @@
+/* What the files of the CUDA backend share on the host: the device, error checks, launches, shape checks, and
+ * the operations that cuda.cu gathers into the table. Public contracts are in kernels/kernels.h; what kernels
+ * themselves share is in cuda.cuh.
+ *
+ * To write a kernel: a file of its own, whose functions are declared below. The kernel is a static __global__
+ * template over the type of its tensors (float or bf16), loads and stores 16 bytes a thread with
+ * load()/store() of cuda.cuh, computes in fp32, and has a comment with shapes, equation and bytes moved. The
+ * operation checks shapes, picks the type with by_dtype(), and calls
+ *
+ *     launch<kernel<T>>(dev, grid, threads, shared_bytes, arguments...);
+ *
+ * which queues it on dev->stream. Dynamic shared memory is reached with dynamic_shared<T>(). Tensor cores and
+ * cp.async only through mma.cuh. Nothing here allocates, reads back, or waits; scratch comes from
+ * cuda_workspace() and is announced by the operation's plan. Results must not depend on the order in which
+ * blocks run: no float atomics. Sources must also compile with g++ for tests/simt/, which runs them on a CPU:
+ * threads of a block may not leave before its last barrier, and no <<<>>>. */
+#ifndef IHA_CUDA_H
+#define IHA_CUDA_H
+
+#include <cublasLt.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include <initializer_list>
+#include <type_traits>
+
+#include "kernels/kernels.h"
+
+typedef __nv_bfloat16 bf16;
+
+struct matmul_plan;     /* matmul.cu */
+struct staging;         /* transfer.cu */
+struct attention_plans; /* attention.cu */
+
+struct device {
+    cudaStream_t stream;
+    cublasLtHandle_t blas;
+    char *workspace;
+    size_t workspace_bytes;
+    char *scratch; /* SCRATCH_BYTES of the device's own, for the optimizer, which has no plan */
+    int sm_count;
+    size_t shared_limit; /* bytes of dynamic shared memory a block may have */
+    enum device_precision precision;
+    bool deterministic;
+    struct matmul_plan *matmuls; /* built so far */
+    struct attention_plans *attentions;
+    struct staging *staging;
+    char name[256], description[320];
+};
+
+enum { SCRATCH_BYTES = 64 << 10 };
+
+/* Print what failed, where, and what to do, and abort. */
+#define cuda_check(call) cuda_check_status((call), #call, __FILE__, __LINE__)
+#define cublas_check(call) cublas_check_status((call), #call, __FILE__, __LINE__)
+void cuda_check_status(cudaError_t status, const char *call, const char *file, int line);
+void cublas_check_status(cublasStatus_t status, const char *call, const char *file, int line);
+
+/* The type of the device's activations and parameters. */
+static inline enum dtype cuda_compute(const struct device *dev) {
+    return dev->precision == DEVICE_BF16 ? DTYPE_BF16 : DTYPE_F32;
+}
+
+/* The workspace's first bytes, for the running operation. */
+void *cuda_workspace(struct device *dev, size_t bytes, const char *op);
+
+/* Abort with the operation's name and the tensor's shape unless t is of that type, [s0, s1, ...] (0 ends the
+ * list), with contiguous rows. `check_contiguous`: no gaps at all, and aligned for vector access. */
+void check_shape(const char *op, const char *what, tensor t, enum dtype dtype, int64_t s0, int64_t s1 = 0,
+                 int64_t s2 = 0, int64_t s3 = 0, int64_t s4 = 0);
+void check_contiguous(const char *op, const char *what, tensor t);
+
+static __host__ __device__ inline int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+static inline int64_t ceil_div(int64_t n, int64_t by) {
+    return (n + by - 1) / by;
+}
+
+static inline int64_t round_up(int64_t n, int64_t to) {
+    return ceil_div(n, to) * to;
+}
+
+/* Do all these addresses allow 16-byte accesses? */
+static inline bool aligned16(std::initializer_list<const void *> addresses) {
+    for (const void *p : addresses)
+        if ((uintptr_t)p % 16 != 0)
+            return false;
+    return true;
+}
+
+/* Queue a kernel. More dynamic shared memory than a block has by default is asked for on the first use. */
+template <auto kernel, typename... A>
+void launch(struct device *dev, dim3 grid, dim3 block, size_t shared, A... args) {
+    static size_t allowed = 48 << 10;
+    if (shared > allowed) {
+        cuda_check(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        (int)shared));
+        allowed = shared;
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = block;
+    config.dynamicSmemBytes = shared;
+    config.stream = dev->stream;
+#ifdef SIMT
+    simt_kernel_name = __PRETTY_FUNCTION__;
+#endif
+    cuda_check_status(cudaLaunchKernelEx(&config, kernel, args...), __PRETTY_FUNCTION__, __FILE__, __LINE__);
+}
+
+/* Call f with a value of the C++ type that `dtype` names. */
+template <typename F> void by_dtype(enum dtype dtype, F f) {
+    if (dtype == DTYPE_BF16)
+        f(bf16());
+    else
+        f(float());
+}
+
+/* Not all files of the backend are there yet; the table has NULL for what is missing. */
+#define PENDING __attribute__((weak))
+
+/* What each operation's plan says; see kernels.h. */
+int cuda_embed_plan(struct device *, const struct embed_spec *, struct op_cost *, struct error *);
+int cuda_norm_plan(struct device *, const struct norm_spec *, struct op_cost *, struct error *);
+int cuda_linear_plan(struct device *, const struct linear_spec *, struct op_cost *, struct error *);
+PENDING int cuda_classifier_plan(struct device *, const struct classifier_spec *, struct op_cost *,
+                                 struct error *);
+PENDING int cuda_mix_plan(struct device *, const struct mix_spec *, struct op_cost *, struct error *);
+PENDING int cuda_collapse_plan(struct device *, const struct collapse_spec *, struct op_cost *,
+                               struct error *);
+int cuda_attention_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
+void attention_plans_free(struct attention_plans *);
+PENDING int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *,
+                             struct error *);
+
+/* C[m,n] = op(A) op(B) (+ C) (+ bias [n]), row-major; transposed operands are stored [k,m] and [n,k]. A and B
+ * are of type `in`, C and bias of type `out`. Scratch is the workspace's first MATMUL_WORKSPACE bytes. */
+struct matmul {
+    bool transpose_a, transpose_b;
+    int64_t m, n, k, lda, ldb, ldc;
+    enum dtype in, out;
+    bool bias;
+};
+constexpr size_t MATMUL_WORKSPACE = 32 << 20;
+/* Choose the algorithm; without it, the first product of that shape takes the library's first choice. */
+void plan_matmul(struct device *, struct matmul);
+void run_matmul(struct device *, struct matmul, const void *a, const void *b, const void *bias,
+                bool accumulate, void *c);
+void matmul_plans_free(struct matmul_plan *);
+
+/* out[i] (+)= the sum over p < parts of shares[p n + i], in a fixed order: how blocks' shares of a gradient
+ * meet. out F32 [n]. */
+void sum_parts(struct device *, const float *shares, int parts, int64_t n, float *out, bool accumulate);
+
+void cuda_upload(struct device *, tensor dst, const void *host, enum dtype host_dtype);
+void cuda_download(struct device *, tensor src, void *host, enum dtype host_dtype);
+/* A small piece of device memory as it is, when the queue has come so far. */
+void cuda_read(struct device *, const void *src, void *host, size_t bytes);
+struct staging *staging_create(void);
+void staging_free(struct staging *);
+
+void cuda_embed(struct device *, const struct embed_spec *, tensor tokens, tensor w, tensor pos,
+                int64_t first, tensor x);
+void cuda_embed_backward(struct device *, const struct embed_spec *, tensor tokens, tensor dx, tensor dw,
+                         tensor dpos);
+void cuda_residual_norm(struct device *, const struct norm_spec *, tensor x, tensor delta, tensor w, tensor b,
+                        tensor sum, tensor y, void *saved);
+void cuda_residual_norm_again(struct device *, const struct norm_spec *, tensor sum, tensor w, tensor b,
+                              tensor y, const void *saved);
+void cuda_residual_norm_backward(struct device *, const struct norm_spec *, tensor dy, tensor sum, tensor w,
+                                 const void *saved, tensor dx, tensor dw, tensor db, bool accumulate);
+void cuda_linear(struct device *, const struct linear_spec *, tensor x, tensor w, tensor bias, tensor y);
+void cuda_linear_backward(struct device *, const struct linear_spec *, tensor dy, tensor x, tensor w,
+                          tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate);
+void cuda_rope_table(struct device *, tensor table, double theta);
+PENDING void cuda_qkv_mix(struct device *, const struct mix_spec *, tensor qkv, tensor alpha_q,
+                          tensor alpha_k, tensor alpha_v, tensor table, int64_t first, tensor q, tensor k,
+                          tensor v);
+PENDING void cuda_qkv_mix_backward(struct device *, const struct mix_spec *, tensor dq, tensor dk, tensor dv,
+                                   tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
+                                   tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
+                                   bool accumulate);
+PENDING void cuda_attention(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v,
+                            tensor o, void *saved);
+PENDING void cuda_attention_backward(struct device *, const struct attention_spec *, tensor q, tensor k,
+                                     tensor v, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
+                                     tensor dv);
+PENDING void cuda_attention_decode(struct device *, const struct attention_spec *, tensor q, tensor k,
+                                   tensor v, tensor cache_k, tensor cache_v, int64_t first, tensor o);
+PENDING void cuda_collapse(struct device *, const struct collapse_spec *, tensor o, tensor r, tensor out);
+PENDING void cuda_collapse_backward(struct device *, const struct collapse_spec *, tensor dout, tensor o,
+                                    tensor r, tensor d_o, tensor dr, bool accumulate);
+void cuda_mlp_act(struct device *, const struct act_spec *, tensor u, tensor gate, tensor out);
+void cuda_mlp_act_backward(struct device *, const struct act_spec *, tensor dout, tensor u, tensor gate,
+                           tensor du, tensor dgate);
+PENDING void cuda_classifier(struct device *, const struct classifier_spec *, tensor h, tensor w,
+                             tensor targets, double scale, struct step_state *state, tensor dh, tensor dw,
+                             bool accumulate);
+void cuda_step_begin(struct device *, struct step_state *, int64_t step, double lr);
+void cuda_sumsq(struct device *, tensor g, struct step_state *);
+void cuda_step_decide(struct device *, struct step_state *, double grad_clip);
+void cuda_step_read(struct device *, const struct step_state *, struct step_state *host);
+void cuda_step_write(struct device *, struct step_state *, const struct step_state *host);
+void cuda_adamw(struct device *, const struct adamw_hyper *, const struct param_group *groups, int count,
+                tensor master, tensor p, tensor g, tensor m, tensor v, const struct step_state *);
+
+#endif

@@ -1,0 +1,133 @@
+/* linear: y = x W^T + bias, and its three gradients. */
+#include "kernels/cuda/cuda.cuh"
+
+enum { LANES = 8, ROWS_UNROLL = 4 };
+
+/* Each block's share of the column sums of x [rows, cols]: block (32 V columns, LANES rows), grid (columns,
+ * parts); part p takes rows p LANES + lane, then every parts LANES further on. shares [parts, cols]. Bytes
+ * moved: rows cols elements. */
+template <typename T, int V>
+static __global__ void __launch_bounds__(32 * LANES)
+    column_shares(const T *x, int64_t rows, int64_t cols, int64_t stride, float *shares) {
+    __shared__ float lanes[LANES][32][V + 1]; /* one more, so that lanes lie in different banks */
+    int64_t c = ((int64_t)blockIdx.x * 32 + threadIdx.x) * V;
+    int64_t row = (int64_t)blockIdx.y * LANES + threadIdx.y, step = (int64_t)gridDim.y * LANES;
+    float sum[V] = {};
+    if (c < cols)
+        for (; row < rows; row += ROWS_UNROLL * step) {
+            float values[ROWS_UNROLL][V]; /* under way at once */
+#pragma unroll
+            for (int k = 0; k < ROWS_UNROLL; k++)
+                if (row + k * step < rows)
+                    load(x + (row + k * step) * stride + c, values[k]);
+#pragma unroll
+            for (int k = 0; k < ROWS_UNROLL; k++)
+                if (row + k * step < rows)
+#pragma unroll
+                    for (int j = 0; j < V; j++)
+                        sum[j] += values[k][j];
+        }
+#pragma unroll
+    for (int j = 0; j < V; j++)
+        lanes[threadIdx.y][threadIdx.x][j] = sum[j];
+    __syncthreads();
+    for (int i = (int)(threadIdx.y * 32 + threadIdx.x); i < 32 * V; i += 32 * LANES) {
+        int64_t column = (int64_t)blockIdx.x * 32 * V + i;
+        float total = 0;
+        for (int lane = 0; lane < LANES; lane++)
+            total += lanes[lane][i / V][i % V];
+        if (column < cols)
+            shares[blockIdx.y * cols + column] = total;
+    }
+}
+
+/* Enough blocks to fill the GPU, but no more parts than rows to share. Wider vectors make fewer blocks
+ * across, and so more parts: the plan counts with the widest. */
+static int64_t column_parts(const struct device *dev, int64_t rows, int64_t cols, int width) {
+    int64_t across = ceil_div(cols, 32 * width), wanted = ceil_div((int64_t)dev->sm_count * 8, across);
+    return min64(wanted, ceil_div(rows, LANES * ROWS_UNROLL));
+}
+
+static size_t column_bytes(const struct device *dev, int64_t rows, int64_t cols) {
+    return (size_t)(column_parts(dev, rows, cols, VECTOR<bf16>) * cols) * sizeof(float);
+}
+
+/* out F32 [cols] (+)= column sums of x [rows, cols]. */
+static void column_sums(struct device *dev, tensor x, float *out, bool accumulate) {
+    int64_t rows = x.shape[0], cols = x.shape[1];
+    float *shares = (float *)cuda_workspace(dev, column_bytes(dev, rows, cols), "linear_backward");
+    by_dtype(x.dtype, [&](auto number) {
+        using T = decltype(number);
+        bool aligned = aligned16({x.data}) && x.stride[0] % VECTOR<T> == 0;
+        by_width<T>(cols, aligned, [&](auto width) {
+            constexpr int V = decltype(width)::value;
+            int parts =
+                (int)min64(column_parts(dev, rows, cols, V), column_parts(dev, rows, cols, VECTOR<bf16>));
+            dim3 grid((unsigned)ceil_div(cols, 32 * V), (unsigned)parts);
+            launch<column_shares<T, V>>(dev, grid, dim3(32, LANES), 0, (const T *)x.data, rows, cols,
+                                        x.stride[0], shares);
+            sum_parts(dev, shares, parts, cols, out, accumulate);
+        });
+    });
+}
+
+/* ---- the operation ---------------------------------------------------------------------------------------
+ */
+
+static struct matmul forward_shape(const struct linear_spec *s, enum dtype t, int64_t ldx, int64_t ldw,
+                                   int64_t ldy, bool bias) {
+    return (struct matmul){false, true, s->rows, s->out, s->in, ldx, ldw, ldy, t, t, bias};
+}
+
+static struct matmul dx_shape(const struct linear_spec *s, enum dtype t, int64_t ldy, int64_t ldw,
+                              int64_t ldx) {
+    return (struct matmul){false, false, s->rows, s->in, s->out, ldy, ldw, ldx, t, t, false};
+}
+
+static struct matmul dw_shape(const struct linear_spec *s, enum dtype t, int64_t ldy, int64_t ldx,
+                              int64_t ldw) {
+    return (struct matmul){true, false, s->out, s->in, s->rows, ldy, ldx, ldw, t, DTYPE_F32, false};
+}
+
+int cuda_linear_plan(struct device *dev, const struct linear_spec *s, struct op_cost *cost, struct error *e) {
+    (void)e;
+    enum dtype t = cuda_compute(dev);
+    plan_matmul(dev, forward_shape(s, t, s->in, s->in, s->out, false));
+    plan_matmul(dev, forward_shape(s, t, s->in, s->in, s->out, true));
+    plan_matmul(dev, dx_shape(s, t, s->out, s->in, s->in));
+    plan_matmul(dev, dw_shape(s, t, s->out, s->in, s->in));
+    size_t sums = column_bytes(dev, s->rows, s->out);
+    cost->workspace = sums > MATMUL_WORKSPACE ? sums : MATMUL_WORKSPACE;
+    return 0;
+}
+
+void cuda_linear(struct device *dev, const struct linear_spec *s, tensor x, tensor w, tensor bias, tensor y) {
+    enum dtype t = cuda_compute(dev);
+    check_shape("linear", "x", x, t, s->rows, s->in);
+    check_shape("linear", "W", w, t, s->out, s->in);
+    check_shape("linear", "y", y, t, s->rows, s->out);
+    if (bias.data)
+        check_shape("linear", "bias", bias, t, s->out);
+    run_matmul(dev, forward_shape(s, t, x.stride[0], w.stride[0], y.stride[0], bias.data != NULL), x.data,
+               w.data, bias.data, false, y.data);
+}
+
+void cuda_linear_backward(struct device *dev, const struct linear_spec *s, tensor dy, tensor x, tensor w,
+                          tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate) {
+    enum dtype t = cuda_compute(dev);
+    check_shape("linear_backward", "dy", dy, t, s->rows, s->out);
+    check_shape("linear_backward", "x", x, t, s->rows, s->in);
+    check_shape("linear_backward", "dW", dw, DTYPE_F32, s->out, s->in);
+    run_matmul(dev, dw_shape(s, t, dy.stride[0], x.stride[0], dw.stride[0]), dy.data, x.data, NULL,
+               accumulate, dw.data);
+    if (dbias.data) {
+        check_shape("linear_backward", "dbias", dbias, DTYPE_F32, s->out);
+        column_sums(dev, dy, (float *)dbias.data, accumulate);
+    }
+    if (dx.data) {
+        check_shape("linear_backward", "W", w, t, s->out, s->in);
+        check_shape("linear_backward", "dx", dx, t, s->rows, s->in);
+        run_matmul(dev, dx_shape(s, t, dy.stride[0], w.stride[0], dx.stride[0]), dy.data, w.data, NULL,
+                   add_dx, dx.data);
+    }
+}

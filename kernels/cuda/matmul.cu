@@ -1,0 +1,234 @@
+/* Matrix products by cuBLASLt, row-major, with fp32 accumulation.
+ *
+ * Everything that a product needs (descriptor, layouts, algorithm) is built once for each distinct shape and
+ * kept in a list. When an operation is planned, the library's candidates are timed and the fastest one is
+ * kept; with system.deterministic, and where no memory is left to time them in, it is the library's first
+ * choice, which is the same in every run. */
+#include "kernels/cuda/cuda.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { CANDIDATES = 8, TIMED_RUNS = 3 };
+
+struct matmul_plan {
+    struct matmul_plan *next;
+    struct matmul shape;
+    cublasLtMatmulDesc_t desc;
+    cublasLtMatrixLayout_t a, b, c; /* of our A, B and C */
+    cublasLtMatmulAlgo_t algorithm;
+    size_t workspace_bytes;
+};
+
+static bool same(const struct matmul *x, const struct matmul *y) {
+    return x->transpose_a == y->transpose_a && x->transpose_b == y->transpose_b && x->m == y->m &&
+           x->n == y->n && x->k == y->k && x->lda == y->lda && x->ldb == y->ldb && x->ldc == y->ldc &&
+           x->in == y->in && x->out == y->out && x->bias == y->bias;
+}
+
+static cudaDataType_t library_type(enum dtype t) {
+    return t == DTYPE_BF16 ? CUDA_R_16BF : CUDA_R_32F;
+}
+
+/* A row-major matrix is the column-major one of its transpose. */
+static cublasLtMatrixLayout_t layout_of(enum dtype t, int64_t rows, int64_t cols, int64_t ld) {
+    cublasLtMatrixLayout_t layout;
+    cublas_check(cublasLtMatrixLayoutCreate(&layout, library_type(t), (uint64_t)cols, (uint64_t)rows, ld));
+    return layout;
+}
+
+/* What addresses of such rows are sure to be multiples of: tensors start at multiples of 128 bytes. */
+static uint32_t alignment(enum dtype t, int64_t ld) {
+    uint32_t bytes = (uint32_t)(ld * (int64_t)dtype_bytes(t)), lowest = bytes & -bytes;
+    return lowest < 128 ? lowest : 128;
+}
+
+static void describe(struct matmul_plan *p) {
+    const struct matmul *s = &p->shape;
+    /* C^T = op(B)^T op(A)^T: the library's first operand is our B. */
+    cublasOperation_t first = s->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t second = s->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublas_check(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
+    cublas_check(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
+    cublas_check(
+        cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
+    if (s->bias) {
+        cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+        cudaDataType_t type = library_type(s->out);
+        cublas_check(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
+                                                    sizeof epilogue));
+        cublas_check(
+            cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &type, sizeof type));
+    }
+    p->a = s->transpose_a ? layout_of(s->in, s->k, s->m, s->lda) : layout_of(s->in, s->m, s->k, s->lda);
+    p->b = s->transpose_b ? layout_of(s->in, s->n, s->k, s->ldb) : layout_of(s->in, s->k, s->n, s->ldb);
+    p->c = layout_of(s->out, s->m, s->n, s->ldc);
+}
+
+static int candidates(struct device *dev, const struct matmul_plan *p,
+                      cublasLtMatmulHeuristicResult_t *results) {
+    const struct matmul *s = &p->shape;
+    size_t most = MATMUL_WORKSPACE;
+    uint32_t a = alignment(s->in, s->lda), b = alignment(s->in, s->ldb), c = alignment(s->out, s->ldc);
+    const struct {
+        cublasLtMatmulPreferenceAttributes_t attribute;
+        const void *value;
+        size_t bytes;
+    } preferences[] = {
+        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most, sizeof most},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &b, sizeof b},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &a, sizeof a},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &c, sizeof c},
+        {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, &c, sizeof c},
+    };
+    cublasLtMatmulPreference_t preference;
+    cublas_check(cublasLtMatmulPreferenceCreate(&preference));
+    for (size_t i = 0; i < sizeof preferences / sizeof *preferences; i++)
+        cublas_check(cublasLtMatmulPreferenceSetAttribute(preference, preferences[i].attribute,
+                                                          preferences[i].value, preferences[i].bytes));
+    int found = 0;
+    cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(dev->blas, p->desc, p->b, p->a, p->c, p->c,
+                                                           preference, CANDIDATES, results, &found);
+    cublas_check(cublasLtMatmulPreferenceDestroy(preference));
+    if (status != CUBLAS_STATUS_SUCCESS || found == 0) {
+        fprintf(stderr, "matmul: cuBLASLt has no algorithm for %lld x %lld x %lld (status %d)\n",
+                (long long)s->m, (long long)s->n, (long long)s->k, (int)status);
+        abort();
+    }
+    return found;
+}
+
+static cublasStatus_t multiply(struct device *dev, const struct matmul_plan *p,
+                               const cublasLtMatmulAlgo_t *algorithm, const void *a, const void *b,
+                               float beta, void *c, void *workspace, size_t workspace_bytes) {
+    float one = 1;
+    return cublasLtMatmul(dev->blas, p->desc, &one, b, p->b, a, p->a, &beta, c, p->c, c, p->c, algorithm,
+                          workspace, workspace_bytes, dev->stream);
+}
+
+/* ---- timing ----------------------------------------------------------------------------------------------
+ */
+
+/* Memory to time a product in: A, B, C, a bias and the workspace, one after another. */
+struct trial {
+    char *memory, *a, *b, *c, *bias, *workspace;
+};
+
+static bool allocate_trial(const struct matmul *s, struct trial *t) {
+    size_t a = (size_t)((s->transpose_a ? s->k : s->m) * s->lda) * dtype_bytes(s->in);
+    size_t b = (size_t)((s->transpose_b ? s->n : s->k) * s->ldb) * dtype_bytes(s->in);
+    size_t c = (size_t)(s->m * s->ldc) * dtype_bytes(s->out), bias = (size_t)s->n * dtype_bytes(s->out);
+    a = (size_t)round_up((int64_t)a, 256);
+    b = (size_t)round_up((int64_t)b, 256);
+    c = (size_t)round_up((int64_t)c, 256);
+    bias = (size_t)round_up((int64_t)bias, 256);
+    if (cudaMalloc((void **)&t->memory, a + b + c + bias + MATMUL_WORKSPACE) != cudaSuccess) {
+        cudaGetLastError();
+        return false;
+    }
+    t->a = t->memory;
+    t->b = t->a + a;
+    t->c = t->b + b;
+    t->bias = t->c + c;
+    t->workspace = t->bias + bias;
+    return true;
+}
+
+/* Milliseconds of TIMED_RUNS products, or a negative number if the library refuses. */
+static float time_candidate(struct device *dev, const struct matmul_plan *p,
+                            const cublasLtMatmulHeuristicResult_t *candidate, const struct trial *t,
+                            cudaEvent_t begin, cudaEvent_t end) {
+    float ms = -1;
+    for (int i = 0; i < 1 + TIMED_RUNS; i++) {
+        if (i == 1)
+            cuda_check(cudaEventRecord(begin, dev->stream)); /* the first run warms up */
+        if (multiply(dev, p, &candidate->algo, t->a, t->b, 0, t->c, t->workspace, candidate->workspaceSize) !=
+            CUBLAS_STATUS_SUCCESS)
+            return ms;
+    }
+    cuda_check(cudaEventRecord(end, dev->stream));
+    cuda_check(cudaEventSynchronize(end));
+    cuda_check(cudaEventElapsedTime(&ms, begin, end));
+    return ms;
+}
+
+static void set_bias(const struct matmul_plan *p, const void *bias) {
+    cublas_check(
+        cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+}
+
+/* The index of the fastest candidate. */
+static int fastest(struct device *dev, const struct matmul_plan *p,
+                   const cublasLtMatmulHeuristicResult_t *results, int count) {
+    struct trial t;
+    if (count == 1 || !allocate_trial(&p->shape, &t))
+        return 0;
+    cudaEvent_t begin, end;
+    cuda_check(cudaEventCreate(&begin));
+    cuda_check(cudaEventCreate(&end));
+    cuda_check(
+        cudaMemsetAsync(t.memory, 0x3c, (size_t)(t.workspace - t.memory), dev->stream)); /* small numbers */
+    if (p->shape.bias)
+        set_bias(p, t.bias);
+    int best = 0;
+    float least = -1;
+    for (int i = 0; i < count; i++) {
+        float ms = time_candidate(dev, p, &results[i], &t, begin, end);
+        if (ms >= 0 && (least < 0 || ms < least)) {
+            least = ms;
+            best = i;
+        }
+    }
+    cuda_check(cudaEventDestroy(begin));
+    cuda_check(cudaEventDestroy(end));
+    cuda_check(cudaFree(t.memory));
+    return best;
+}
+
+/* ---- plans -----------------------------------------------------------------------------------------------
+ */
+
+static struct matmul_plan *find_or_build(struct device *dev, const struct matmul *shape, bool timed) {
+    for (struct matmul_plan *p = dev->matmuls; p; p = p->next)
+        if (same(&p->shape, shape))
+            return p;
+    struct matmul_plan *p = (struct matmul_plan *)calloc(1, sizeof *p);
+    if (!p)
+        abort();
+    p->shape = *shape;
+    describe(p);
+    cublasLtMatmulHeuristicResult_t results[CANDIDATES];
+    int count = candidates(dev, p, results);
+    int chosen = timed && !dev->deterministic ? fastest(dev, p, results, count) : 0;
+    p->algorithm = results[chosen].algo;
+    p->workspace_bytes = results[chosen].workspaceSize;
+    p->next = dev->matmuls;
+    dev->matmuls = p;
+    return p;
+}
+
+void plan_matmul(struct device *dev, struct matmul shape) {
+    find_or_build(dev, &shape, true);
+}
+
+void run_matmul(struct device *dev, struct matmul shape, const void *a, const void *b, const void *bias,
+                bool accumulate, void *c) {
+    struct matmul_plan *p = find_or_build(dev, &shape, false);
+    void *workspace = cuda_workspace(dev, p->workspace_bytes, "matmul");
+    if (shape.bias)
+        set_bias(p, bias);
+    cublas_check(multiply(dev, p, &p->algorithm, a, b, accumulate, c, workspace, p->workspace_bytes));
+}
+
+void matmul_plans_free(struct matmul_plan *p) {
+    while (p) {
+        struct matmul_plan *next = p->next;
+        cublas_check(cublasLtMatrixLayoutDestroy(p->a));
+        cublas_check(cublasLtMatrixLayoutDestroy(p->b));
+        cublas_check(cublasLtMatrixLayoutDestroy(p->c));
+        cublas_check(cublasLtMatmulDescDestroy(p->desc));
+        free(p);
+        p = next;
+    }
+}

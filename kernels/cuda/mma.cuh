@@ -1,0 +1,123 @@
+/* Tensor cores and asynchronous copies: the few instructions that CUDA C++ has no words for.
+ *
+ * mma_m16n8k16: D[16,8] += A[16,16] B[16,8] over one warp, bf16 products summed in fp32. With
+ * g = lane / 4 and c = 2 (lane % 4), a lane holds pairs of neighbours, the first in the low half:
+ *
+ *   a[0] = A[g][c..c+1]      a[1] = A[g+8][c..c+1]      a[2] = A[g][c+8..c+9]    a[3] = A[g+8][c+8..c+9]
+ *   b[0] = B[c..c+1][g]      b[1] = B[c+8..c+9][g]
+ *   d[0], d[1] = D[g][c..c+1]                           d[2], d[3] = D[g+8][c..c+1]
+ *
+ * ldmatrix<COUNT, TRANSPOSE>: COUNT (1, 2, 4) matrices of 8x8 bf16 from shared memory. Lane 8i + r passes the
+ * address of row r of matrix i, 16 bytes and aligned to 16; other lanes' addresses are ignored. Register i of
+ * a lane then holds M_i[g][c..c+1], or transposed M_i[c..c+1][g]. So A, stored by rows, loads with COUNT = 4
+ * (rows 0-7 and 8-15 of its left half, then of its right half), and B loads as it is when stored by columns
+ * ([n][k]), transposed when stored by rows ([k][n]).
+ *
+ * cp_async<BYTES> (4, 8, 16): copies from global to shared memory behind the thread's back; zeros where not
+ * `valid` (the address must still be a proper one). cp_async_commit closes a group; cp_async_wait<N> waits
+ * until at most the N newest groups are under way. It waits for the calling thread's copies only: a barrier
+ * comes after it before other threads read. */
+#ifndef IHA_CUDA_MMA_CUH
+#define IHA_CUDA_MMA_CUH
+
+#include <stdint.h>
+
+#ifdef SIMT
+
+void simt_mma_m16n8k16(float *d, const uint32_t *a, const uint32_t *b);
+void simt_ldmatrix(uint32_t *r, int count, bool transpose, const void *row);
+
+static inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    simt_mma_m16n8k16(d, a, b);
+}
+
+template <int COUNT, bool TRANSPOSE> static inline void ldmatrix(uint32_t (&r)[COUNT], const void *row) {
+    simt_ldmatrix(r, COUNT, TRANSPOSE, row);
+}
+
+template <int BYTES> static inline void cp_async(void *shared, const void *global, bool valid = true) {
+    simt_copy(shared, global, BYTES, valid ? BYTES : 0);
+}
+
+static inline void cp_async_commit() {
+    simt_copy_commit();
+}
+
+template <int N> static inline void cp_async_wait() {
+    simt_copy_wait(N);
+}
+
+#else
+
+static __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
+                                                    const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+static __device__ __forceinline__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+template <int COUNT, bool TRANSPOSE>
+static __device__ __forceinline__ void ldmatrix(uint32_t (&r)[COUNT], const void *row) {
+    static_assert(COUNT == 1 || COUNT == 2 || COUNT == 4, "ldmatrix loads 1, 2 or 4 matrices");
+    uint32_t at = shared_address(row);
+    if constexpr (COUNT == 4 && TRANSPOSE)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(at)
+                     : "memory");
+    else if constexpr (COUNT == 4)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                     : "r"(at)
+                     : "memory");
+    else if constexpr (COUNT == 2 && TRANSPOSE)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(r[0]), "=r"(r[1])
+                     : "r"(at)
+                     : "memory");
+    else if constexpr (COUNT == 2)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(r[0]), "=r"(r[1])
+                     : "r"(at)
+                     : "memory");
+    else if constexpr (TRANSPOSE)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];"
+                     : "=r"(r[0])
+                     : "r"(at)
+                     : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];"
+                     : "=r"(r[0])
+                     : "r"(at)
+                     : "memory");
+}
+
+template <int BYTES>
+static __device__ __forceinline__ void cp_async(void *shared, const void *global, bool valid = true) {
+    static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+    int bytes = valid ? BYTES : 0;
+    if constexpr (BYTES == 16) /* past the L1, which this copy does not need */
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+                     "l"(global), "r"(bytes)
+                     : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)),
+                     "l"(global), "n"(BYTES), "r"(bytes)
+                     : "memory");
+}
+
+static __device__ __forceinline__ void cp_async_commit() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+template <int N> static __device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+#endif
+#endif

@@ -1,0 +1,344 @@
+/* residual_norm: the residual addition and the norm that follows it, a row at a time in registers.
+ *
+ * A row of C elements belongs to one warp (eight rows to a block) or, when it is longer, to a whole block;
+ * each thread keeps up to K words of V elements of it. What is normalized is the sum as it is stored,
+ * rounded, so that residual_norm_again can repeat it bit for bit. saved: mean (0 for rmsnorm) and rstd of
+ * each row. */
+#include "kernels/cuda/cuda.cuh"
+
+enum { MAX_FORWARD = 1024, MAX_BACKWARD = 512 /* threads: backward's sums need 128 registers each */ };
+enum { ROWS = 8 }; /* of a block whose rows take a warp each */
+
+/* Words of V elements that a thread keeps: 64 bytes of bf16, or 16 elements. */
+template <int V> constexpr int WORDS = V == 1 ? 16 : 4;
+
+/* The sum over the threads of a row, blockDim.x of them, the same bits in each. All threads of the block call
+ * it. */
+static __device__ __forceinline__ float2 row_sums(float2 x) {
+    x.x = warp_sum(x.x);
+    x.y = warp_sum(x.y);
+    if (blockDim.x > 32) {
+        __shared__ float2 part[32];
+        __syncthreads(); /* the last call's readers are done */
+        if (threadIdx.x % 32 == 0)
+            part[threadIdx.x / 32] = x;
+        __syncthreads();
+        x = part[0];
+        for (unsigned i = 1; i < blockDim.x / 32; i++) {
+            x.x += part[i].x;
+            x.y += part[i].y;
+        }
+    }
+    return x;
+}
+
+static __device__ __forceinline__ float row_sum(float x) {
+    return row_sums(float2{x, 0}).x;
+}
+
+/* y = (x - mean) rstd w (+ b) of V elements from column c. */
+template <typename T, int V>
+static __device__ __forceinline__ void normalize(const float (&x)[V], float2 stats, const T *w, const T *b,
+                                                 int c, T *y) {
+    float weight[V], bias[V], out[V];
+    load(w + c, weight);
+    if (b)
+        load(b + c, bias);
+#pragma unroll
+    for (int j = 0; j < V; j++) {
+        out[j] = (x[j] - stats.x) * stats.y * weight[j];
+        if (b)
+            out[j] += bias[j];
+    }
+    store(y + c, out);
+}
+
+/* x, delta, sum, y [rows, C]. Bytes moved: 4 rows C elements with delta, 2 rows C without. */
+template <typename T, int V>
+static __global__ void __launch_bounds__(MAX_FORWARD)
+    norm_forward(const T *x, const T *delta, const T *w, const T *b, T *sum, T *y, float2 *stats,
+                 int64_t rows, int C, float eps, bool layer) {
+    constexpr int K = WORDS<V>;
+    int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    int end = row < rows ? C : 0; /* threads without a row come along for the barriers */
+    int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
+    x += row * C;
+    word_of<V, T> kept[K];
+#pragma unroll
+    for (int k = 0; k < K; k++)
+        if (first + k * step < end)
+            kept[k] = load_word<V>(x + first + k * step);
+    float total = 0, squares = 0, values[V];
+    if (delta) {
+        delta += row * C;
+        sum += row * C;
+        word_of<V, T> more[K];
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (first + k * step < end)
+                more[k] = load_word<V>(delta + first + k * step);
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (first + k * step < end) {
+                float other[V];
+                unpack<V, T>(kept[k], values);
+                unpack<V, T>(more[k], other);
+#pragma unroll
+                for (int j = 0; j < V; j++)
+                    values[j] += other[j];
+                kept[k] = pack<V, T>(values);
+                store_word<V>(sum + first + k * step, kept[k]);
+            }
+    }
+    float mean = 0;
+    if (layer) {
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (first + k * step < end) {
+                unpack<V, T>(kept[k], values);
+#pragma unroll
+                for (int j = 0; j < V; j++)
+                    total += values[j];
+            }
+        mean = row_sum(total) / (float)C;
+    }
+#pragma unroll
+    for (int k = 0; k < K; k++)
+        if (first + k * step < end) {
+            unpack<V, T>(kept[k], values);
+#pragma unroll
+            for (int j = 0; j < V; j++)
+                squares += (values[j] - mean) * (values[j] - mean);
+        }
+    float2 st = {mean, 1 / sqrtf(row_sum(squares) / (float)C + eps)};
+    if (threadIdx.x == 0 && end > 0)
+        stats[row] = st;
+    y += row * C;
+#pragma unroll
+    for (int k = 0; k < K; k++)
+        if (first + k * step < end) {
+            unpack<V, T>(kept[k], values);
+            normalize<T, V>(values, st, w, b, first + k * step, y);
+        }
+}
+
+/* Bytes moved: 2 rows C elements. */
+template <typename T, int V>
+static __global__ void __launch_bounds__(MAX_FORWARD)
+    norm_again(const T *sum, const T *w, const T *b, T *y, const float2 *stats, int64_t rows, int C) {
+    int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
+    if (row >= rows)
+        return;
+    float2 st = stats[row];
+    float values[V];
+#pragma unroll 4
+    for (int c = (int)threadIdx.x * V; c < C; c += (int)blockDim.x * V) {
+        load(sum + row * C + c, values);
+        normalize<T, V>(values, st, w, b, c, y + row * C);
+    }
+}
+
+/* The block's share of a gradient [C]: what its rows' threads accumulated, one row's after another. */
+template <int V>
+static __device__ __forceinline__ void store_share(const float (&sums)[WORDS<V>][V], int C, float *share) {
+    float *met = dynamic_shared<float>();
+    int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
+    for (unsigned y = 0; y < blockDim.y; y++) {
+        if (threadIdx.y == y) {
+#pragma unroll
+            for (int k = 0; k < WORDS<V>; k++)
+                if (first + k * step < C)
+#pragma unroll
+                    for (int j = 0; j < V; j++) {
+                        int c = first + k * step + j;
+                        met[c] = y > 0 ? met[c] + sums[k][j] : sums[k][j];
+                    }
+        }
+        __syncthreads();
+    }
+    for (int c = (int)(threadIdx.y * blockDim.x + threadIdx.x); c < C; c += (int)(blockDim.x * blockDim.y))
+        share[c] = met[c];
+    __syncthreads(); /* before `met` is used again */
+}
+
+/* With g = dy w and xhat = (x - mean) rstd:  dx += rstd (g - mean(g) - xhat mean(g xhat)), where rmsnorm has
+ * no mean(g); shares of dw = sum over rows of dy xhat, db = sum of dy, [gridDim.x, C] each. Bytes moved: 4
+ * rows C elements. */
+template <typename T, int V, bool BIAS>
+static __global__ void __launch_bounds__(MAX_BACKWARD)
+    norm_backward(const T *dy, const T *x, const T *w, const float2 *stats, T *dx, float *dw_shares,
+                  float *db_shares, int64_t rows, int C, bool layer) {
+    constexpr int K = WORDS<V>;
+    int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
+    float dw[K][V] = {}, db[BIAS ? K : 1][V] = {};
+    for (int64_t base = (int64_t)blockIdx.x * blockDim.y; base < rows;
+         base += (int64_t)gridDim.x * blockDim.y) {
+        int64_t row = base + threadIdx.y, at = row * C + first;
+        int end = row < rows ? C : 0;
+        float2 st = row < rows ? stats[row] : float2{0, 0};
+        word_of<V, T> kept_dy[K], kept_x[K];
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (first + k * step < end) {
+                kept_dy[k] = load_word<V>(dy + at + k * step);
+                kept_x[k] = load_word<V>(x + at + k * step);
+            }
+        float2 sums = {0, 0};
+        float d[V], values[V], weight[V];
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (first + k * step < end) {
+                unpack<V, T>(kept_dy[k], d);
+                unpack<V, T>(kept_x[k], values);
+                load(w + first + k * step, weight);
+#pragma unroll
+                for (int j = 0; j < V; j++) {
+                    float xhat = (values[j] - st.x) * st.y, g = d[j] * weight[j];
+                    sums.x += g;
+                    sums.y += g * xhat;
+                    dw[k][j] += d[j] * xhat;
+                    if (BIAS)
+                        db[BIAS ? k : 0][j] += d[j];
+                }
+            }
+        sums = row_sums(sums);
+        float mean_g = layer ? sums.x / (float)C : 0, mean_gx = sums.y / (float)C;
+#pragma unroll
+        for (int k = 0; k < K; k++)
+            if (first + k * step < end) {
+                float out[V];
+                load(dx + at + k * step, out);
+                unpack<V, T>(kept_dy[k], d);
+                unpack<V, T>(kept_x[k], values);
+                load(w + first + k * step, weight);
+#pragma unroll
+                for (int j = 0; j < V; j++) {
+                    float xhat = (values[j] - st.x) * st.y;
+                    out[j] += st.y * (d[j] * weight[j] - mean_g - xhat * mean_gx);
+                }
+                store(dx + at + k * step, out);
+            }
+    }
+    store_share<V>(dw, C, dw_shares + (int64_t)blockIdx.x * C);
+    if constexpr (BIAS)
+        store_share<V>(db, C, db_shares + (int64_t)blockIdx.x * C);
+}
+
+/* ---- launches --------------------------------------------------------------------------------------------
+ */
+
+/* Threads (x along a row, y rows) when a thread keeps `elements` of a row. */
+static dim3 block_of(int64_t C, int elements) {
+    unsigned threads = 32;
+    while (threads * elements < C)
+        threads *= 2;
+    return threads == 32 ? dim3(32, ROWS) : dim3(threads, 1);
+}
+
+/* Blocks of backward: as many as run at once, since each leaves a share to be added. */
+static int64_t backward_blocks(const struct device *dev, const struct norm_spec *s, dim3 block) {
+    int64_t resident = (int64_t)dev->sm_count * (MAX_BACKWARD / (block.x * block.y));
+    return min64(ceil_div(s->rows, block.y), resident);
+}
+
+static size_t shares_bytes(const struct device *dev, const struct norm_spec *s, int elements) {
+    return (size_t)(2 * backward_blocks(dev, s, block_of(s->hidden, elements)) * s->hidden) * sizeof(float);
+}
+
+int cuda_norm_plan(struct device *dev, const struct norm_spec *s, struct op_cost *cost, struct error *e) {
+    bool wide = dev->precision == DEVICE_BF16 && s->hidden % VECTOR<bf16> == 0;
+    int elements = wide ? 32 : 16;
+    if (s->hidden > MAX_BACKWARD * elements)
+        return fail_user(
+            e, "model.hidden_size = %lld: norms on the GPU go up to %d (bf16, a multiple of 8) or %d",
+            (long long)s->hidden, MAX_BACKWARD * 32, MAX_BACKWARD * 16);
+    cost->saved = (size_t)s->rows * sizeof(float2);
+    /* An address that is not aligned makes the call fall back to 16 elements a thread. */
+    size_t bytes = shares_bytes(dev, s, 16), wide_bytes = shares_bytes(dev, s, 32);
+    cost->workspace = wide_bytes > bytes ? wide_bytes : bytes;
+    return 0;
+}
+
+static void check(struct device *dev, const struct norm_spec *s, const char *op, const char *what, tensor t) {
+    check_shape(op, what, t, cuda_compute(dev), s->rows, s->hidden);
+    check_contiguous(op, what, t);
+}
+
+void cuda_residual_norm(struct device *dev, const struct norm_spec *s, tensor x, tensor delta, tensor w,
+                        tensor b, tensor sum, tensor y, void *saved) {
+    int64_t C = s->hidden;
+    check(dev, s, "residual_norm", "x", x);
+    check(dev, s, "residual_norm", "y", y);
+    check_shape("residual_norm", "w", w, cuda_compute(dev), C);
+    if (b.data)
+        check_shape("residual_norm", "b", b, cuda_compute(dev), C);
+    if (delta.data) {
+        check(dev, s, "residual_norm", "delta", delta);
+        check(dev, s, "residual_norm", "sum", sum);
+    }
+    by_dtype(x.dtype, [&](auto number) {
+        using T = decltype(number);
+        bool aligned = aligned16({x.data, delta.data, w.data, b.data, sum.data, y.data});
+        by_width<T>(C, aligned, [&](auto width) {
+            constexpr int V = decltype(width)::value;
+            dim3 block = block_of(C, V * WORDS<V>);
+            launch<norm_forward<T, V>>(dev, ceil_div(s->rows, block.y), block, 0, (const T *)x.data,
+                                       (const T *)delta.data, (const T *)w.data, (const T *)b.data,
+                                       (T *)sum.data, (T *)y.data, (float2 *)saved, s->rows, (int)C,
+                                       (float)s->eps, s->type == NORM_TYPE_LAYER);
+        });
+    });
+}
+
+void cuda_residual_norm_again(struct device *dev, const struct norm_spec *s, tensor sum, tensor w, tensor b,
+                              tensor y, const void *saved) {
+    check(dev, s, "residual_norm_again", "sum", sum);
+    check(dev, s, "residual_norm_again", "y", y);
+    by_dtype(y.dtype, [&](auto number) {
+        using T = decltype(number);
+        by_width<T>(s->hidden, aligned16({sum.data, w.data, b.data, y.data}), [&](auto width) {
+            constexpr int V = decltype(width)::value;
+            dim3 block = block_of(s->hidden, V * WORDS<V>);
+            launch<norm_again<T, V>>(dev, ceil_div(s->rows, block.y), block, 0, (const T *)sum.data,
+                                     (const T *)w.data, (const T *)b.data, (T *)y.data, (const float2 *)saved,
+                                     s->rows, (int)s->hidden);
+        });
+    });
+}
+
+void cuda_residual_norm_backward(struct device *dev, const struct norm_spec *s, tensor dy, tensor sum,
+                                 tensor w, const void *saved, tensor dx, tensor dw, tensor db,
+                                 bool accumulate) {
+    int64_t C = s->hidden;
+    check(dev, s, "residual_norm_backward", "dy", dy);
+    check(dev, s, "residual_norm_backward", "sum", sum);
+    check(dev, s, "residual_norm_backward", "dx", dx);
+    check_shape("residual_norm_backward", "w", w, cuda_compute(dev), C);
+    check_shape("residual_norm_backward", "dw", dw, DTYPE_F32, C);
+    if (db.data)
+        check_shape("residual_norm_backward", "db", db, DTYPE_F32, C);
+    by_dtype(dx.dtype, [&](auto number) {
+        using T = decltype(number);
+        by_width<T>(C, aligned16({dy.data, sum.data, w.data, dx.data}), [&](auto width) {
+            constexpr int V = decltype(width)::value;
+            dim3 block = block_of(C, V * WORDS<V>);
+            int64_t blocks = backward_blocks(dev, s, block);
+            size_t bytes = shares_bytes(dev, s, V * WORDS<V>);
+            float *dw_shares = (float *)cuda_workspace(dev, bytes, "residual_norm_backward");
+            float *db_shares = dw_shares + blocks * C;
+            auto run = [&](auto bias) {
+                launch<norm_backward<T, V, decltype(bias)::value>>(
+                    dev, blocks, block, (size_t)C * sizeof(float), (const T *)dy.data, (const T *)sum.data,
+                    (const T *)w.data, (const float2 *)saved, (T *)dx.data, dw_shares, db_shares, s->rows,
+                    (int)C, s->type == NORM_TYPE_LAYER);
+            };
+            if (db.data)
+                run(std::true_type());
+            else
+                run(std::false_type());
+            sum_parts(dev, dw_shares, (int)blocks, C, (float *)dw.data, accumulate);
+            if (db.data)
+                sum_parts(dev, db_shares, (int)blocks, C, (float *)db.data, accumulate);
+        });
+    });
+}

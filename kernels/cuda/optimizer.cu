@@ -1,0 +1,233 @@
+/* The step state, the gradient norm, and AdamW over flat ranges. */
+#include "kernels/cuda/cuda.cuh"
+
+/* ---- the step state: one thread -------------------------------------------------------------------------
+ */
+
+static __global__ void begin_step(struct step_state *state, int64_t step, double lr) {
+    state->step = step;
+    state->lr = lr;
+    state->loss = 0;
+    state->sumsq = 0;
+    state->skip = 0;
+}
+
+static __global__ void decide_step(struct step_state *state, double grad_clip) {
+    state->grad_norm = sqrt(state->sumsq);
+    state->clip = grad_clip > 0 && state->grad_norm > grad_clip ? grad_clip / state->grad_norm : 1;
+    state->skip = !isfinite(state->loss) || !isfinite(state->grad_norm);
+    state->skips_run = state->skip ? state->skips_run + 1 : 0;
+    state->updates += !state->skip;
+}
+
+static __global__ void write_step(struct step_state *state, struct step_state value) {
+    *state = value;
+}
+
+void cuda_step_begin(struct device *dev, struct step_state *state, int64_t step, double lr) {
+    launch<begin_step>(dev, 1, 1, 0, state, step, lr);
+}
+
+void cuda_step_decide(struct device *dev, struct step_state *state, double grad_clip) {
+    launch<decide_step>(dev, 1, 1, 0, state, grad_clip);
+}
+
+void cuda_step_read(struct device *dev, const struct step_state *state, struct step_state *host) {
+    cuda_read(dev, state, host, sizeof *host);
+}
+
+void cuda_step_write(struct device *dev, struct step_state *state, const struct step_state *host) {
+    launch<write_step>(dev, 1, 1, 0, state, *host);
+}
+
+/* ---- the norm --------------------------------------------------------------------------------------------
+ */
+
+enum { SUM_THREADS = 256, SUM_UNROLL = 4, MAX_SUM_BLOCKS = 4096 };
+static_assert(MAX_SUM_BLOCKS * sizeof(double) <= SCRATCH_BYTES / 2,
+              "half the scratch holds the blocks' sums");
+
+template <int V> static __device__ __forceinline__ double squares(const float (&x)[V]) {
+    float sum = 0;
+#pragma unroll
+    for (int j = 0; j < V; j++)
+        sum += x[j] * x[j];
+    return (double)sum;
+}
+
+/* part[block] = the sum of its elements' squares: V elements in fp32, these sums in double. Bytes: 4 n. */
+template <int V>
+static __global__ void __launch_bounds__(SUM_THREADS) square_parts(const float *x, int64_t n, double *part) {
+    double sum = 0;
+    int64_t step = (int64_t)gridDim.x * SUM_THREADS * V;
+    int64_t i = ((int64_t)blockIdx.x * SUM_THREADS + threadIdx.x) * V;
+    for (; i + (SUM_UNROLL - 1) * step + V <= n; i += SUM_UNROLL * step) {
+        float values[SUM_UNROLL][V]; /* under way at once */
+#pragma unroll
+        for (int k = 0; k < SUM_UNROLL; k++)
+            load(x + i + k * step, values[k]);
+#pragma unroll
+        for (int k = 0; k < SUM_UNROLL; k++)
+            sum += squares(values[k]);
+    }
+    for (; i + V <= n; i += step) {
+        float values[V];
+        load(x + i, values);
+        sum += squares(values);
+    }
+    for (; i < n && i + V > n; i++)
+        sum += (double)(x[i] * x[i]);
+    sum = block_sum<SUM_THREADS>(sum);
+    if (threadIdx.x == 0)
+        part[blockIdx.x] = sum;
+}
+
+static __global__ void __launch_bounds__(SUM_THREADS)
+    add_parts(const double *part, int parts, struct step_state *state) {
+    double sum = 0;
+    for (int i = (int)threadIdx.x; i < parts; i += SUM_THREADS)
+        sum += part[i];
+    sum = block_sum<SUM_THREADS>(sum);
+    if (threadIdx.x == 0)
+        state->sumsq += sum;
+}
+
+void cuda_sumsq(struct device *dev, tensor g, struct step_state *state) {
+    check_contiguous("sumsq", "g", g);
+    check_shape("sumsq", "g", g, DTYPE_F32, g.shape[0], g.shape[1], g.shape[2], g.shape[3], g.shape[4]);
+    int64_t n = tensor_count(g);
+    int64_t blocks = min64(ceil_div(n, SUM_THREADS * 4), min64((int64_t)dev->sm_count * 8, MAX_SUM_BLOCKS));
+    double *part = (double *)dev->scratch;
+    if (aligned16({g.data}))
+        launch<square_parts<4>>(dev, blocks, SUM_THREADS, 0, (const float *)g.data, n, part);
+    else
+        launch<square_parts<1>>(dev, blocks, SUM_THREADS, 0, (const float *)g.data, n, part);
+    launch<add_parts>(dev, 1, SUM_THREADS, 0, part, (int)blocks, state);
+}
+
+/* ---- AdamW -----------------------------------------------------------------------------------------------
+ */
+
+enum { ADAM_THREADS = 256, ADAM_UNROLL = 4, ADAM_TILE = ADAM_THREADS * ADAM_UNROLL * 4, MAX_GROUPS = 96 };
+
+/* Groups travel as an argument, so that nothing is copied; more of them take several launches. */
+struct group_table {
+    int count;
+    struct {
+        int64_t begin, end, first_tile;
+        float lr_scale, weight_decay;
+    } group[MAX_GROUPS];
+};
+
+/* What a step's elements have in common. */
+struct adam_factors {
+    float b1, b2, one_b1, one_b2, unbias1, unbias2, eps, clip, lr;
+    int skip;
+};
+
+static __global__ void prepare_adamw(struct adamw_hyper hyper, const struct step_state *state,
+                                     struct adam_factors *f) {
+    double t = (double)state->updates;
+    f->b1 = (float)hyper.beta1;
+    f->b2 = (float)hyper.beta2;
+    f->one_b1 = (float)(1 - hyper.beta1);
+    f->one_b2 = (float)(1 - hyper.beta2);
+    f->unbias1 = (float)(1 / (1 - pow(hyper.beta1, t)));
+    f->unbias2 = (float)(1 / (1 - pow(hyper.beta2, t)));
+    f->eps = (float)hyper.eps;
+    f->clip = (float)state->clip;
+    f->lr = (float)state->lr;
+    f->skip = state->skip;
+}
+
+/* One element, in place. */
+static __device__ __forceinline__ void update(const struct adam_factors &f, float lr, float decay, float g,
+                                              float *param, float *m, float *v) {
+    g *= f.clip;
+    *m = f.b1 * *m + f.one_b1 * g;
+    *v = f.b2 * *v + f.one_b2 * g * g;
+    *param -= lr * (*m * f.unbias1) / (sqrtf(*v * f.unbias2) + f.eps) + decay * *param;
+}
+
+/* One block a tile of one group. p is rounded to nearest: it is a function of the master alone, so that a run
+ * that resumes from masters has the same bits as one that never stopped (stochastic rounding would not, and
+ * with fp32 masters nothing is accumulated in p).
+ * Bytes: 28 n, and 2 n for bf16 values. V = 4 when all groups' bounds and addresses are aligned. */
+template <typename T, int V>
+static __global__ void __launch_bounds__(ADAM_THREADS)
+    adamw(const __grid_constant__ struct group_table groups, const struct adam_factors *factors,
+          float *master, T *p, const float *g, float *m, float *v) {
+    struct adam_factors f = *factors;
+    if (f.skip)
+        return;
+    int low = 0, high = groups.count - 1; /* the last group whose first tile is not after this block */
+    while (low < high) {
+        int middle = (low + high + 1) / 2;
+        if (groups.group[middle].first_tile <= blockIdx.x)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    float lr = f.lr * groups.group[low].lr_scale, decay = lr * groups.group[low].weight_decay;
+    int64_t begin = groups.group[low].begin + (blockIdx.x - groups.group[low].first_tile) * ADAM_TILE;
+    int64_t end = min64(groups.group[low].end, begin + ADAM_TILE);
+#pragma unroll 2
+    for (int64_t i = begin + threadIdx.x * V; i < end; i += ADAM_THREADS * V) {
+        float param[V], first[V], second[V], gradient[V];
+        load(master + i, param);
+        load(g + i, gradient);
+        load(m + i, first);
+        load(v + i, second);
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            update(f, lr, decay, gradient[j], &param[j], &first[j], &second[j]);
+        store(master + i, param);
+        store(m + i, first);
+        store(v + i, second);
+        if (p)
+            store(p + i, param);
+    }
+}
+
+void cuda_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct param_group *groups,
+                int count, tensor master, tensor p, tensor g, tensor m, tensor v,
+                const struct step_state *state) {
+    int64_t n = tensor_count(master);
+    check_shape("adamw", "master", master, DTYPE_F32, n);
+    check_shape("adamw", "g", g, DTYPE_F32, n);
+    check_shape("adamw", "m", m, DTYPE_F32, n);
+    check_shape("adamw", "v", v, DTYPE_F32, n);
+    if (p.data)
+        check_shape("adamw", "p", p, cuda_compute(dev), n);
+    struct adam_factors *factors = (struct adam_factors *)(dev->scratch + SCRATCH_BYTES / 2);
+    launch<prepare_adamw>(dev, 1, 1, 0, *hyper, state, factors);
+    bool aligned = aligned16({master.data, p.data, g.data, m.data, v.data});
+    for (int i = 0; i < count; i++)
+        aligned &= groups[i].begin % 4 == 0 && groups[i].end % 4 == 0;
+    for (int from = 0; from < count; from += MAX_GROUPS) {
+        struct group_table table = {};
+        int64_t tiles = 0;
+        for (int i = from; i < count && i < from + MAX_GROUPS; i++) {
+            if (groups[i].end <= groups[i].begin)
+                continue;
+            auto *to = &table.group[table.count++];
+            to->begin = groups[i].begin;
+            to->end = groups[i].end;
+            to->first_tile = tiles;
+            to->lr_scale = groups[i].lr_scale;
+            to->weight_decay = groups[i].weight_decay;
+            tiles += ceil_div(groups[i].end - groups[i].begin, ADAM_TILE);
+        }
+        if (tiles == 0)
+            continue;
+        by_dtype(p.data ? p.dtype : DTYPE_F32, [&](auto number) {
+            using T = decltype(number);
+            if (aligned)
+                launch<adamw<T, 4>>(dev, tiles, ADAM_THREADS, 0, table, factors, (float *)master.data,
+                                    (T *)p.data, (const float *)g.data, (float *)m.data, (float *)v.data);
+            else
+                launch<adamw<T, 1>>(dev, tiles, ADAM_THREADS, 0, table, factors, (float *)master.data,
+                                    (T *)p.data, (const float *)g.data, (float *)m.data, (float *)v.data);
+        });
+    }
+}

@@ -1,0 +1,340 @@
+/* Runs the CUDA backend's kernels on a CPU, to test them where there is no GPU.
+ *
+ * The .cu files compile with g++ against the toolkit's own headers and this one (-include tests/simt/simt.h,
+ * which defines SIMT). A block's threads are fibers: each runs until it meets a barrier, a warp operation or
+ * an atomic, then the scheduler picks the next one by the seed (0: in order, 1: backwards, others: at
+ * random). Blocks run one after another in an order of the same kind. What is an error, reported with the
+ * kernel's name:
+ *  - a barrier or warp operation that not all its threads reach, or reach at different places;
+ *  - a store beside an allocation (every allocation of device and shared memory lies between sentinels; under
+ *    AddressSanitizer, in builds with SANITIZE=1, loads are caught too, where they happen);
+ *  - the host touching device memory: outside kernels and copies it is protected, so that is a fault;
+ *  - shared memory beyond what cudaFuncSetAttribute allowed, or a launch the device would refuse.
+ * Fresh device memory and every block's shared memory are filled with NaN (0xff). Launches, copies and
+ * library calls only join a queue, and happen at the next synchronization: as late as a GPU may do them.
+ * cp.async copies when it is waited for.
+ *
+ * To write a test: make tests/test_simt_NAME.c, with cmocka as everywhere, including tests/simt/fixture.h. It
+ * gives the same inputs to three backends, cuda (in this harness), cpu in float and cpu in double, and
+ * compares by one rule. For a kernel that is not an operation, add a .cu file to tests/simt/ with a function
+ * that launches it. `make simt` builds and runs these tests alone.
+ *
+ * Known limits: one block at a time, so blocks must not wait for each other; static shared memory has no
+ * sentinels; a data race between two synchronizations shows only if the order of threads changes the result.
+ */
+#ifndef IHA_SIMT_H
+#define IHA_SIMT_H
+
+#define SIMT 1
+
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <functional>
+#include <tuple>
+#include <type_traits>
+
+#include "tests/simt/control.h"
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __shared__
+#undef __constant__
+#undef __forceinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#define __global__
+#define __device__
+#define __host__
+#define __constant__ static
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+/* Blocks run one at a time, so static memory can be a block's. Thread-local, because the thread-local segment
+ * is the one range that holds these variables and nothing else: it is poisoned as a whole. */
+#define __shared__ static thread_local
+
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+/* ---- the scheduler's side (simt.cc) ----------------------------------------------------------------------
+ */
+
+[[noreturn]] void simt_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
+
+/* Let other threads go first. */
+void simt_yield();
+
+/* Wait for the whole block; returns how many threads came with a true predicate. */
+int simt_barrier(bool predicate, const char *file, int line);
+
+/* Wait for the lanes of `mask`; the last to arrive calls complete() with every lane's payload, in which it
+ * leaves the results. */
+typedef void simt_complete(void *const *lanes, uint32_t mask);
+void simt_warp(uint32_t mask, const char *operation, void *payload, simt_complete *complete);
+
+int simt_lane();
+
+/* The block's dynamic shared memory. */
+void *simt_dynamic_shared();
+
+/* Asynchronous copies of the calling thread: zero-filled from `valid` to `bytes`. */
+void simt_copy(void *shared, const void *global, int bytes, int valid);
+void simt_copy_commit();
+void simt_copy_wait(int groups_left);
+
+/* ---- launches --------------------------------------------------------------------------------------------
+ */
+
+/* What the next launch is called in messages. */
+extern const char *simt_kernel_name;
+
+cudaError_t simt_launch(const cudaLaunchConfig_t *config, const void *kernel, std::function<void()> thread);
+
+template <typename... P, typename... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(P...), A &&...args) {
+    std::tuple<std::decay_t<P>...> kept(std::forward<A>(args)...);
+    return simt_launch(config, (const void *)kernel, [=] { std::apply(kernel, kept); });
+}
+
+/* ---- what CUDA C++ offers a kernel ------------------------------------------------------------------------
+ */
+
+inline void __syncthreads(const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+    simt_barrier(false, file, line);
+}
+
+inline int __syncthreads_count(int predicate, const char *file = __builtin_FILE(),
+                               int line = __builtin_LINE()) {
+    return simt_barrier(predicate != 0, file, line);
+}
+
+inline int __syncthreads_or(int predicate, const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return simt_barrier(predicate != 0, file, line) > 0;
+}
+
+inline int __syncthreads_and(int predicate, const char *file = __builtin_FILE(),
+                             int line = __builtin_LINE()) {
+    return simt_barrier(predicate == 0, file, line) == 0;
+}
+
+struct simt_exchange {
+    uint64_t value, result;
+    int from; /* the lane that is read */
+};
+
+void simt_complete_exchange(void *const *lanes, uint32_t mask);
+void simt_complete_ballot(void *const *lanes, uint32_t mask);
+void simt_complete_nothing(void *const *lanes, uint32_t mask);
+
+inline void __syncwarp(uint32_t mask = 0xffffffff) {
+    simt_warp(mask, "__syncwarp", nullptr, simt_complete_nothing);
+}
+
+/* A lane outside the mask gives NaN: its value is undefined. */
+template <typename T> T simt_exchange_lanes(uint32_t mask, const char *operation, T value, int from) {
+    static_assert(std::is_arithmetic_v<T> || std::is_same_v<T, __nv_bfloat16> ||
+                      std::is_same_v<T, __nv_bfloat162>,
+                  "CUDA shuffles numbers of up to 8 bytes");
+    simt_exchange e = {0, ~(uint64_t)0, from};
+    memcpy(&e.value, &value, sizeof value);
+    simt_warp(mask, operation, &e, simt_complete_exchange);
+    memcpy(&value, &e.result, sizeof value);
+    return value;
+}
+
+template <typename T> T __shfl_sync(uint32_t mask, T value, int from, int width = 32) {
+    int lane = simt_lane();
+    return simt_exchange_lanes(mask, "__shfl_sync", value, (lane & ~(width - 1)) | (from & (width - 1)));
+}
+
+template <typename T> T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
+    int lane = simt_lane(), from = lane - (int)delta;
+    return simt_exchange_lanes(mask, "__shfl_up_sync", value, from < (lane & ~(width - 1)) ? lane : from);
+}
+
+template <typename T> T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
+    int lane = simt_lane(), from = lane + (int)delta;
+    return simt_exchange_lanes(mask, "__shfl_down_sync", value, from > (lane | (width - 1)) ? lane : from);
+}
+
+template <typename T> T __shfl_xor_sync(uint32_t mask, T value, int with, int width = 32) {
+    int lane = simt_lane(), from = lane ^ with;
+    return simt_exchange_lanes(mask, "__shfl_xor_sync", value, from > (lane | (width - 1)) ? lane : from);
+}
+
+inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
+    simt_exchange e = {predicate != 0, 0, 0};
+    simt_warp(mask, "__ballot_sync", &e, simt_complete_ballot);
+    return (uint32_t)e.result;
+}
+
+inline int __any_sync(uint32_t mask, int predicate) {
+    return __ballot_sync(mask, predicate) != 0;
+}
+
+inline int __all_sync(uint32_t mask, int predicate) {
+    return __ballot_sync(mask, predicate) == mask;
+}
+
+template <typename T, typename F> T simt_reduce(uint32_t mask, const char *operation, T value, F combine) {
+    static_assert(sizeof(T) == 4 && std::is_integral_v<T>);
+    T result = value;
+    for (int lane = 0; lane < 32; lane++) { /* every lane reads all; the order does not matter for integers */
+        T other = simt_exchange_lanes(mask, operation, value, lane);
+        if ((mask >> lane & 1) && lane != simt_lane())
+            result = combine(result, other);
+    }
+    return result;
+}
+
+template <typename T> T __reduce_add_sync(uint32_t mask, T value) {
+    return simt_reduce(mask, "__reduce_add_sync", value, [](T a, T b) { return a + b; });
+}
+
+template <typename T> T __reduce_max_sync(uint32_t mask, T value) {
+    return simt_reduce(mask, "__reduce_max_sync", value, [](T a, T b) { return a > b ? a : b; });
+}
+
+template <typename T> T __reduce_min_sync(uint32_t mask, T value) {
+    return simt_reduce(mask, "__reduce_min_sync", value, [](T a, T b) { return a < b ? a : b; });
+}
+
+template <typename T> uint32_t __match_any_sync(uint32_t mask, T value) {
+    uint32_t same = 0;
+    for (int lane = 0; lane < 32; lane++)
+        if (simt_exchange_lanes(mask, "__match_any_sync", value, lane) == value && (mask >> lane & 1))
+            same |= 1u << lane;
+    return same;
+}
+
+template <typename T> T atomicAdd(T *at, std::common_type_t<T> value) {
+    simt_yield();
+    T old = *at;
+    *at = old + value;
+    return old;
+}
+
+template <typename T> T atomicMax(T *at, std::common_type_t<T> value) {
+    simt_yield();
+    T old = *at;
+    *at = old > value ? old : value;
+    return old;
+}
+
+template <typename T> T atomicMin(T *at, std::common_type_t<T> value) {
+    simt_yield();
+    T old = *at;
+    *at = old < value ? old : value;
+    return old;
+}
+
+template <typename T> T atomicExch(T *at, std::common_type_t<T> value) {
+    simt_yield();
+    T old = *at;
+    *at = value;
+    return old;
+}
+
+template <typename T> T atomicCAS(T *at, std::common_type_t<T> compare, std::common_type_t<T> value) {
+    simt_yield();
+    T old = *at;
+    if (old == compare)
+        *at = value;
+    return old;
+}
+
+inline void __threadfence() {}
+
+inline void __threadfence_block() {}
+
+template <typename T> T __ldg(const T *p) {
+    return *p;
+}
+
+template <typename T> T __ldcs(const T *p) {
+    return *p;
+}
+
+template <typename T> T __ldcg(const T *p) {
+    return *p;
+}
+
+template <typename T> void __stcs(T *p, std::common_type_t<T> value) {
+    *p = value;
+}
+
+template <typename T> void __stcg(T *p, std::common_type_t<T> value) {
+    *p = value;
+}
+
+template <typename To, typename From> To simt_bits(From from) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline uint32_t __float_as_uint(float x) {
+    return simt_bits<uint32_t>(x);
+}
+
+inline int __float_as_int(float x) {
+    return simt_bits<int>(x);
+}
+
+inline float __uint_as_float(uint32_t x) {
+    return simt_bits<float>(x);
+}
+
+inline float __int_as_float(int x) {
+    return simt_bits<float>(x);
+}
+
+inline int __popc(uint32_t x) {
+    return __builtin_popcount(x);
+}
+
+inline int __ffs(uint32_t x) {
+    return __builtin_ffs((int)x);
+}
+
+inline int __clz(int x) {
+    return x ? __builtin_clz((unsigned)x) : 32;
+}
+
+inline float rsqrtf(float x) {
+    return 1 / sqrtf(x);
+}
+
+inline float __expf(float x) {
+    return expf(x);
+}
+
+inline float __logf(float x) {
+    return logf(x);
+}
+
+inline float __fdividef(float x, float y) {
+    return x / y;
+}
+
+inline float __frcp_rn(float x) {
+    return 1 / x;
+}
+
+template <typename A, typename B> constexpr std::common_type_t<A, B> min(A a, B b) {
+    return b < a ? b : a;
+}
+
+template <typename A, typename B> constexpr std::common_type_t<A, B> max(A a, B b) {
+    return a < b ? b : a;
+}
+
+#endif

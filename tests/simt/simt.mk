@@ -1,0 +1,44 @@
+# Tests of the CUDA kernels on a CPU (tests/simt/simt.h). They need the toolkit's headers, but neither nvcc nor a
+# GPU. Included by the Makefile.
+
+CXX ?= g++
+SIMT_INCLUDE := $(firstword $(wildcard $(addsuffix /cuda_runtime_api.h,$(CUDA_HOME)/include \
+    .venv/lib/python3*/site-packages/nvidia/cu13/include)))
+
+SIMT_TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_simt_*.c))
+ifneq ($(SIMT_INCLUDE),)
+SIMT_BUILT = $(SIMT_TESTS)
+else
+SIMT_BUILT =
+endif
+
+SIMT_FLAGS = $(filter-out -std=% -O%,$(CFLAGS)) -O2 -Wno-missing-field-initializers -Wno-unknown-pragmas \
+    -fno-strict-aliasing -isystem $(patsubst %/cuda_runtime_api.h,%,$(SIMT_INCLUDE))
+SIMT_HARNESS = $(patsubst %.cc,$(BUILD)/%.o,$(wildcard tests/simt/*.cc))
+SIMT_KERNELS = $(patsubst %.cu,$(BUILD)/simt/%.o,$(CUDA_SOURCES) $(wildcard tests/simt/*.cu))
+
+$(BUILD)/tests/simt/%.o: tests/simt/%.cc
+	@mkdir -p $(@D)
+	@echo "  CXX  $<"
+	@$(CXX) -std=gnu++17 $(SIMT_FLAGS) -MMD -c $< -o $@
+
+$(BUILD)/simt/%.o: %.cu
+	@mkdir -p $(@D)
+	@echo "  SIMT $<"
+	@$(CXX) -std=gnu++17 $(SIMT_FLAGS) -x c++ -include tests/simt/simt.h -MMD -c $< -o $@
+
+# The CPU backend in double beside the one in float: one object, with one name to the outside.
+$(BUILD)/simt/cpu_double.o: $(DOUBLE_OBJECTS)
+	@mkdir -p $(@D)
+	@$(LD) -r $^ -o $@
+	@objcopy --redefine-sym kernels_cpu=kernels_cpu_double --keep-global-symbol=kernels_cpu_double $@
+
+$(SIMT_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(SIMT_HARNESS) $(SIMT_KERNELS) \
+    $(BUILD)/simt/cpu_double.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	@$(CXX) $(CFLAGS:-std=%=) $^ -o $@ -lcmocka $(LIBS)
+
+.PHONY: simt
+simt: $(SIMT_BUILT)
+	@for test in $^; do $$test || exit 1; done
