@@ -69,16 +69,16 @@ static __global__ void __launch_bounds__(THREADS)
     row_loss(T *logits, int64_t stride, int vocab, const int32_t *targets, float scale, double *losses) {
     T *x = logits + (int64_t)blockIdx.x * stride;
     int target = targets[blockIdx.x];
-    float2 row = {0, 1}, picked = {0, 0};
+    float2 row = {0, 1};
+    float picked = 0;
     if (target >= 0) {
-        if (threadIdx.x == 0)
-            picked.x = to_float(x[target]);
+        if (threadIdx.x == 0) /* before anyone writes: barriers follow */
+            picked = to_float(x[target]);
         row = maximum_and_sum<T, V>(x, vocab);
     }
     if (threadIdx.x == 0)
-        losses[blockIdx.x] = target >= 0 ? log((double)row.y) + (double)row.x - (double)picked.x : 0;
+        losses[blockIdx.x] = target >= 0 ? log((double)row.y) + (double)row.x - (double)picked : 0;
     if constexpr (GRADIENT) {
-        __syncthreads(); /* the first thread has read the target's logit */
         float factor = target >= 0 ? scale / row.y : 0;
 #pragma unroll 4
         for (int i = (int)threadIdx.x * V; i < vocab; i += THREADS * V) {
