@@ -102,6 +102,7 @@ static struct device *open_device(const struct device_options *options, struct e
         return NULL;
     }
     dev->sm_count = p.multiProcessorCount;
+    dev->memory = p.totalGlobalMem;
     dev->shared_limit = p.sharedMemPerBlockOptin;
     dev->precision = options->precision;
     dev->deterministic = options->deterministic;

@@ -39,6 +39,7 @@ struct device {
     size_t workspace_bytes;
     char *scratch; /* SCRATCH_BYTES of the device's own, for the optimizer, which has no plan */
     int sm_count;
+    size_t memory;       /* bytes the GPU has */
     size_t shared_limit; /* bytes of dynamic shared memory a block may have */
     enum device_precision precision;
     bool deterministic;
@@ -125,8 +126,7 @@ template <typename F> void by_dtype(enum dtype dtype, F f) {
 int cuda_embed_plan(struct device *, const struct embed_spec *, struct op_cost *, struct error *);
 int cuda_norm_plan(struct device *, const struct norm_spec *, struct op_cost *, struct error *);
 int cuda_linear_plan(struct device *, const struct linear_spec *, struct op_cost *, struct error *);
-PENDING int cuda_classifier_plan(struct device *, const struct classifier_spec *, struct op_cost *,
-                                 struct error *);
+int cuda_classifier_plan(struct device *, const struct classifier_spec *, struct op_cost *, struct error *);
 PENDING int cuda_mix_plan(struct device *, const struct mix_spec *, struct op_cost *, struct error *);
 PENDING int cuda_collapse_plan(struct device *, const struct collapse_spec *, struct op_cost *,
                                struct error *);
@@ -195,9 +195,8 @@ PENDING void cuda_collapse_backward(struct device *, const struct collapse_spec 
 void cuda_mlp_act(struct device *, const struct act_spec *, tensor u, tensor gate, tensor out);
 void cuda_mlp_act_backward(struct device *, const struct act_spec *, tensor dout, tensor u, tensor gate,
                            tensor du, tensor dgate);
-PENDING void cuda_classifier(struct device *, const struct classifier_spec *, tensor h, tensor w,
-                             tensor targets, double scale, struct step_state *state, tensor dh, tensor dw,
-                             bool accumulate);
+void cuda_classifier(struct device *, const struct classifier_spec *, tensor h, tensor w, tensor targets,
+                     double scale, struct step_state *state, tensor dh, tensor dw, bool accumulate);
 void cuda_step_begin(struct device *, struct step_state *, int64_t step, double lr);
 void cuda_sumsq(struct device *, tensor g, struct step_state *);
 void cuda_step_decide(struct device *, struct step_state *, double grad_clip);

@@ -1,0 +1,207 @@
+/* classifier: the vocabulary projection, softmax, loss and all gradients, in chunks of rows, so that the
+ * logits of a whole batch never exist at once.
+ *
+ * A chunk's logits are written by a matrix product, in the type of the activations; one kernel then turns
+ * each row into its loss and, in place, its gradient; two products make dh and add to dW, in fp32. The losses
+ * of all rows wait in the workspace and are added up at the end, in double and in a fixed order. */
+#include "kernels/cuda/cuda.cuh"
+
+/* For each chunk dW is read and written once more, so chunks should be long: at 4096 rows that is some 5% of
+ * the product's time. A chunk's logits may take 1/128 of the GPU's memory, up to MOST_BYTES. */
+constexpr int64_t MOST_BYTES = (int64_t)512 << 20, MIN_ROWS = 128, ROW_STEP = 128;
+enum { THREADS = 512, SUM_THREADS = 1024 };
+
+template <typename T> static __device__ __forceinline__ float exponential(float x) {
+    if constexpr (sizeof(T) == 2)
+        return __expf(x);
+    else
+        return expf(x);
+}
+
+/* The larger maximum, and both sums of exponentials relative to it. */
+static __device__ __forceinline__ float2 merge(float2 a, float2 b) {
+    float max = fmaxf(a.x, b.x);
+    /* -inf on both sides would make NaN of nothing. */
+    return {max, (a.x == max ? a.y : a.y * expf(a.x - max)) + (b.x == max ? b.y : b.y * expf(b.x - max))};
+}
+
+/* One row of logits x [vocab] a block: its maximum and the sum of exp(x - max), the same bits in each thread.
+ */
+template <typename T, int V> static __device__ __forceinline__ float2 maximum_and_sum(const T *x, int vocab) {
+    float2 mine = {-INFINITY, 0};
+#pragma unroll 4
+    for (int i = (int)threadIdx.x * V; i < vocab; i += THREADS * V) {
+        float values[V], max = mine.x;
+        load(x + i, values);
+#pragma unroll
+        for (int j = 0; j < V; j++) {
+            values[j] = i + j < vocab ? values[j] : -INFINITY; /* the row is padded to whole vectors */
+            max = fmaxf(max, values[j]);
+        }
+        if (max > mine.x) {
+            mine.y *= exponential<T>(mine.x - max);
+            mine.x = max;
+        }
+#pragma unroll
+        for (int j = 0; j < V; j++)
+            mine.y += exponential<T>(values[j] - mine.x);
+    }
+    __shared__ float2 warps[THREADS / 32];
+#pragma unroll
+    for (int with = 16; with > 0; with /= 2) {
+        float2 other = {__shfl_xor_sync(0xffffffff, mine.x, with), __shfl_xor_sync(0xffffffff, mine.y, with)};
+        mine = merge(mine, other);
+    }
+    if (threadIdx.x % 32 == 0)
+        warps[threadIdx.x / 32] = mine;
+    __syncthreads();
+    mine = warps[0];
+    for (int i = 1; i < THREADS / 32; i++)
+        mine = merge(mine, warps[i]);
+    return mine;
+}
+
+/* Block n: loss[n] = -log softmax(x[n])[target], and x[n] becomes scale (softmax - onehot) if GRADIENT. Rows
+ * without a target (< 0) have no loss and no gradient.
+ * Bytes moved: rows vocab elements to read, and as many to write; the second reading comes from the L2. */
+template <typename T, int V, bool GRADIENT>
+static __global__ void __launch_bounds__(THREADS)
+    row_loss(T *logits, int64_t stride, int vocab, const int32_t *targets, float scale, double *losses) {
+    T *x = logits + (int64_t)blockIdx.x * stride;
+    int target = targets[blockIdx.x];
+    float2 row = {0, 1};
+    float picked = 0;
+    if (target >= 0) {
+        if (threadIdx.x == 0) /* before anyone writes: barriers follow */
+            picked = to_float(x[target]);
+        row = maximum_and_sum<T, V>(x, vocab);
+    }
+    if (threadIdx.x == 0)
+        losses[blockIdx.x] = target >= 0 ? log((double)row.y) + (double)row.x - (double)picked : 0;
+    if constexpr (GRADIENT) {
+        float factor = target >= 0 ? scale / row.y : 0;
+#pragma unroll 4
+        for (int i = (int)threadIdx.x * V; i < vocab; i += THREADS * V) {
+            float values[V];
+            load(x + i, values);
+#pragma unroll
+            for (int j = 0; j < V; j++) {
+                float gradient = factor * exponential<T>(values[j] - row.x);
+                values[j] = target < 0 ? 0 : i + j == target ? gradient - scale : gradient;
+            }
+            store(x + i, values);
+        }
+    }
+}
+
+/* state->loss += scale * sum of losses [rows]. One block. */
+static __global__ void __launch_bounds__(SUM_THREADS)
+    add_losses(const double *losses, int64_t rows, double scale, struct step_state *state) {
+    double sum = 0;
+    for (int64_t n = threadIdx.x; n < rows; n += SUM_THREADS)
+        sum += losses[n];
+    sum = block_sum<SUM_THREADS>(sum);
+    if (threadIdx.x == 0)
+        state->loss += scale * sum;
+}
+
+/* ---- the operation ---------------------------------------------------------------------------------------
+ */
+
+/* The workspace: scratch of the products, losses, logits. */
+struct layout {
+    int64_t chunk, stride; /* rows, and elements of a row of logits: whole cache lines */
+    size_t losses_at, logits_at, bytes;
+};
+
+static struct layout lay_out(const struct device *dev, const struct classifier_spec *s) {
+    struct layout l;
+    int64_t element = (int64_t)dtype_bytes(cuda_compute(dev));
+    l.stride = round_up(s->vocab, 64);
+    int64_t most = min64(MOST_BYTES, (int64_t)dev->memory / 128) / (l.stride * element);
+    most = most < MIN_ROWS ? MIN_ROWS : most;
+    /* Chunks of about one size, so that the last is not a remnant. */
+    l.chunk = min64(s->rows, round_up(ceil_div(s->rows, ceil_div(s->rows, most)), ROW_STEP));
+    l.losses_at = MATMUL_WORKSPACE;
+    l.logits_at = l.losses_at + (size_t)round_up(s->rows * (int64_t)sizeof(double), 256);
+    l.bytes = l.logits_at + (size_t)(l.chunk * l.stride * element);
+    return l;
+}
+
+static struct matmul logits_shape(const struct classifier_spec *s, enum dtype t, int64_t rows, int64_t ldh,
+                                  int64_t stride) {
+    return (struct matmul){false, true, rows, s->vocab, s->hidden, ldh, s->hidden, stride, t, t, false};
+}
+
+static struct matmul dh_shape(const struct classifier_spec *s, enum dtype t, int64_t rows, int64_t stride,
+                              int64_t ldh) {
+    return (struct matmul){false, false, rows, s->hidden, s->vocab, stride, s->hidden, ldh, t, t, false};
+}
+
+static struct matmul dw_shape(const struct classifier_spec *s, enum dtype t, int64_t rows, int64_t stride,
+                              int64_t ldh) {
+    return (struct matmul){true, false,     s->vocab, s->hidden, rows, stride,
+                           ldh,  s->hidden, t,        DTYPE_F32, false};
+}
+
+int cuda_classifier_plan(struct device *dev, const struct classifier_spec *s, struct op_cost *cost,
+                         struct error *e) {
+    (void)e;
+    struct layout l = lay_out(dev, s);
+    enum dtype t = cuda_compute(dev);
+    const int64_t sizes[] = {l.chunk, s->rows % l.chunk};
+    for (int i = 0; i < 2 && sizes[i] > 0; i++) {
+        plan_matmul(dev, logits_shape(s, t, sizes[i], s->hidden, l.stride));
+        plan_matmul(dev, dh_shape(s, t, sizes[i], l.stride, s->hidden));
+        plan_matmul(dev, dw_shape(s, t, sizes[i], l.stride, s->hidden));
+    }
+    cost->workspace = l.bytes;
+    return 0;
+}
+
+static void run_rows(struct device *dev, const struct classifier_spec *s, enum dtype t, void *logits,
+                     int64_t stride, int64_t rows, const int32_t *targets, double scale, bool gradient,
+                     double *losses) {
+    by_dtype(t, [&](auto number) {
+        using T = decltype(number);
+        constexpr int V = VECTOR<T>; /* rows are padded and aligned */
+        if (gradient)
+            launch<row_loss<T, V, true>>(dev, rows, THREADS, 0, (T *)logits, stride, (int)s->vocab, targets,
+                                         (float)scale, losses);
+        else
+            launch<row_loss<T, V, false>>(dev, rows, THREADS, 0, (T *)logits, stride, (int)s->vocab, targets,
+                                          (float)scale, losses);
+    });
+}
+
+void cuda_classifier(struct device *dev, const struct classifier_spec *s, tensor h, tensor w, tensor targets,
+                     double scale, struct step_state *state, tensor dh, tensor dw, bool accumulate) {
+    enum dtype t = cuda_compute(dev);
+    check_shape("classifier", "h", h, t, s->rows, s->hidden);
+    check_shape("classifier", "W", w, t, s->vocab, s->hidden);
+    check_contiguous("classifier", "W", w);
+    check_shape("classifier", "targets", targets, DTYPE_I32, s->rows);
+    if (dh.data) {
+        check_shape("classifier", "dh", dh, t, s->rows, s->hidden);
+        check_shape("classifier", "dW", dw, DTYPE_F32, s->vocab, s->hidden);
+        check_contiguous("classifier", "dW", dw);
+    }
+    struct layout l = lay_out(dev, s);
+    char *workspace = (char *)cuda_workspace(dev, l.bytes, "classifier");
+    double *losses = (double *)(workspace + l.losses_at);
+    void *logits = workspace + l.logits_at;
+    for (int64_t begin = 0; begin < s->rows; begin += l.chunk) {
+        int64_t rows = min64(l.chunk, s->rows - begin);
+        void *x = tensor_rows(h, begin, rows).data;
+        run_matmul(dev, logits_shape(s, t, rows, h.stride[0], l.stride), x, w.data, NULL, false, logits);
+        run_rows(dev, s, t, logits, l.stride, rows, (const int32_t *)targets.data + begin, scale,
+                 dh.data != NULL, losses + begin);
+        if (!dh.data)
+            continue;
+        run_matmul(dev, dh_shape(s, t, rows, l.stride, dh.stride[0]), logits, w.data, NULL, false,
+                   tensor_rows(dh, begin, rows).data);
+        run_matmul(dev, dw_shape(s, t, rows, l.stride, h.stride[0]), logits, x, NULL, accumulate || begin > 0,
+                   dw.data);
+    }
+    launch<add_losses>(dev, 1, SUM_THREADS, 0, losses, s->rows, scale, state);
+}
