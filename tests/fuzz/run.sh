@@ -9,7 +9,7 @@
 # What has been found so far stays in BUILD_DIR/work/TARGET, where the next long run starts from.
 set -uo pipefail
 shopt -s nullglob
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit
 mode=$1 build=$2
 
 # Inputs of a short run: about three seconds each.
