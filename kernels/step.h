@@ -45,15 +45,17 @@ STEP_DECISION void step_decision(struct step_state *s, double grad_clip, double 
     s->grad_norm = norm;
     s->clip = grad_clip > 0 && norm > grad_clip ? grad_clip / norm : 1;
     s->zscore = known && isfinite(norm) ? d / deviation : 0;
-    s->skip = !isfinite(s->loss) || !isfinite(norm)        ? STEP_NOT_FINITE
-              : skip_zscore > 0 && s->zscore > skip_zscore ? STEP_OUTLIER
-                                                           : STEP_APPLIED;
+    s->skip = STEP_APPLIED;
+    if (!isfinite(s->loss) || !isfinite(norm))
+        s->skip = STEP_NOT_FINITE;
+    else if (skip_zscore > 0 && s->zscore > skip_zscore)
+        s->skip = STEP_OUTLIER;
     s->skips_run = s->skip ? s->skips_run + 1 : 0;
     if (s->skip)
         return;
-    double w = 1.0 / (double)(s->norm_count + 1 < NORM_MEMORY ? s->norm_count + 1 : NORM_MEMORY);
     s->updates++;
     s->norm_count++;
+    double w = 1.0 / (s->norm_count < NORM_MEMORY ? (double)s->norm_count : (double)NORM_MEMORY);
     s->norm_mean += w * d;
     s->norm_variance = (1 - w) * (s->norm_variance + w * d * d);
 }

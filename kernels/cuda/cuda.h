@@ -32,7 +32,15 @@ struct matmul_plan;     /* matmul.cu */
 struct staging;         /* transfer.cu */
 struct attention_plans; /* attention.cu */
 
+/* A step's state on its way to the host, in pinned memory. */
+enum { RUN_AHEAD = 1, POSTED_STEPS = RUN_AHEAD + 1 };
+struct posted_step {
+    struct step_state *state;
+    cudaEvent_t done;
+};
+
 struct device {
+    int index; /* among the GPUs of this machine */
     cudaStream_t stream;
     cublasLtHandle_t blas;
     char *workspace;
@@ -46,6 +54,8 @@ struct device {
     struct matmul_plan *matmuls; /* built so far */
     struct attention_plans *attentions;
     struct staging *staging;
+    struct posted_step posted[POSTED_STEPS];
+    int64_t posts, collects;
     char name[256], description[320];
 };
 
@@ -199,7 +209,9 @@ void cuda_classifier(struct device *, const struct classifier_spec *, tensor h, 
                      double scale, struct step_state *state, tensor dh, tensor dw, bool accumulate);
 void cuda_step_begin(struct device *, struct step_state *, int64_t step, double lr);
 void cuda_sumsq(struct device *, tensor g, struct step_state *);
-void cuda_step_decide(struct device *, struct step_state *, double grad_clip);
+void cuda_step_decide(struct device *, struct step_state *, double grad_clip, double skip_zscore);
+void cuda_step_post(struct device *, const struct step_state *);
+void cuda_step_collect(struct device *, struct step_state *host);
 void cuda_step_read(struct device *, const struct step_state *, struct step_state *host);
 void cuda_step_write(struct device *, struct step_state *, const struct step_state *host);
 void cuda_adamw(struct device *, const struct adamw_hyper *, const struct param_group *groups, int count,
