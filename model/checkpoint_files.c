@@ -21,32 +21,27 @@ static void describe_param(struct safetensors_entry *s, struct param *p) {
     memcpy(s->shape, p->shape, sizeof p->shape);
 }
 
-static int append_weights(struct safetensors_writer *w, struct model *m, struct error *e) {
-    for (int i = 0; i < m->params.count; i++) {
-        size_t bytes = (size_t)m->params.list[i].count * sizeof(float);
-        float *values = malloc(bytes);
-        if (!values)
-            return fail_run(e, "out of memory saving %s (%zu bytes)", m->params.list[i].name, bytes);
-        model_get_param(m, i, values);
-        int status = safetensors_append(w, values, bytes, e);
-        free(values);
-        if (status != 0)
-            return -1;
-    }
-    return 0;
-}
-
 int weights_write(const char *path, struct model *m, struct error *e) {
+    size_t largest = 0;
     struct safetensors_entry *entries = calloc((size_t)m->params.count, sizeof *entries);
-    if (!entries)
-        return fail_run(e, "out of memory saving %s", path);
-    for (int i = 0; i < m->params.count; i++)
+    for (int i = 0; entries && i < m->params.count; i++) {
+        size_t bytes = (size_t)m->params.list[i].count * sizeof(float);
+        largest = bytes > largest ? bytes : largest;
         describe_param(&entries[i], &m->params.list[i]);
-    struct safetensors_writer *w = safetensors_create(path, entries, m->params.count, e);
+    }
+    float *values = malloc(largest); /* before the file: once it is open, only the writer may fail */
+    struct safetensors_writer *w =
+        entries && values ? safetensors_create(path, entries, m->params.count, e) : NULL;
+    int status = w ? 0 : -1;
+    if (!entries || !values)
+        fail_run(e, "out of memory saving %s", path);
+    for (int i = 0; i < m->params.count && status == 0; i++) {
+        model_get_param(m, i, values);
+        status = safetensors_append(w, values, (size_t)m->params.list[i].count * sizeof(float), e);
+    }
+    free(values);
     free(entries);
-    if (!w || append_weights(w, m, e) != 0)
-        return -1;
-    return safetensors_finish(w, e);
+    return status == 0 ? safetensors_finish(w, e) : -1;
 }
 
 static int check_weight(const struct safetensors_entry *s, const struct param *p, const char *path,
