@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(gcc make bc libc6-dev libdnnl-dev libcjson-dev libinih-dev libpcre2-dev libcmocka-dev python3 python3-venv)
+packages=(gcc g++ make bc libc6-dev libdnnl-dev libcjson-dev libinih-dev libpcre2-dev libcmocka-dev python3 python3-venv)
 [ "${1:-}" = --no-corpus ] || packages+=(bible-kjv bible-kjv-text)
 
 missing=()
@@ -31,5 +31,12 @@ if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
     python3 -m venv .venv
     .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
     cp requirements.txt .venv/installed-requirements.txt
+fi
+# Tests of CUDA kernels run on the CPU with the toolkit's headers, or with these.
+if ! command -v nvcc >/dev/null && [ ! -e "${CUDA_HOME:-/usr/local/cuda}/include/cuda_bf16.h" ] &&
+    ! cmp -s tests/simt/requirements.txt .venv/installed-simt-requirements.txt; then
+    echo "deps: headers of the CUDA runtime in .venv"
+    .venv/bin/pip install --quiet --disable-pip-version-check -r tests/simt/requirements.txt
+    cp tests/simt/requirements.txt .venv/installed-simt-requirements.txt
 fi
 echo "deps: everything is there"
