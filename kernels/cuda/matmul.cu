@@ -44,7 +44,12 @@ static uint32_t alignment(enum dtype t, int64_t ld) {
     return lowest < 128 ? lowest : 128;
 }
 
-static void describe(struct matmul_plan *p) {
+static void set_bias(const struct matmul_plan *p, const void *bias) {
+    cublas_check(
+        cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+}
+
+static void describe(const struct device *dev, struct matmul_plan *p) {
     const struct matmul *s = &p->shape;
     /* C^T = op(B)^T op(A)^T: the library's first operand is our B. */
     cublasOperation_t first = s->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
@@ -60,6 +65,7 @@ static void describe(struct matmul_plan *p) {
                                                     sizeof epilogue));
         cublas_check(
             cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &type, sizeof type));
+        set_bias(p, dev->scratch); /* the choice of algorithms looks at its alignment */
     }
     p->a = s->transpose_a ? layout_of(s->in, s->k, s->m, s->lda) : layout_of(s->in, s->m, s->k, s->lda);
     p->b = s->transpose_b ? layout_of(s->in, s->n, s->k, s->ldb) : layout_of(s->in, s->k, s->n, s->ldb);
@@ -153,11 +159,6 @@ static float time_candidate(struct device *dev, const struct matmul_plan *p,
     return ms;
 }
 
-static void set_bias(const struct matmul_plan *p, const void *bias) {
-    cublas_check(
-        cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
-}
-
 /* The index of the fastest candidate. */
 static int fastest(struct device *dev, const struct matmul_plan *p,
                    const cublasLtMatmulHeuristicResult_t *results, int count) {
@@ -197,7 +198,7 @@ static struct matmul_plan *find_or_build(struct device *dev, const struct matmul
     if (!p)
         abort();
     p->shape = *shape;
-    describe(p);
+    describe(dev, p);
     cublasLtMatmulHeuristicResult_t results[CANDIDATES];
     int count = candidates(dev, p, results);
     int chosen = timed && !dev->deterministic ? fastest(dev, p, results, count) : 0;

@@ -1,9 +1,9 @@
-# Tests of the CUDA kernels on a CPU (tests/simt/simt.h). They need the toolkit's headers, but neither nvcc nor a
-# GPU. Included by the Makefile.
+# Tests of the CUDA kernels on a CPU (tests/simt/simt.h). They need the CUDA runtime's headers, of the toolkit or of
+# the wheels that `make deps` installs without one, but neither nvcc nor a GPU. Included by the Makefile.
 
 CXX ?= g++
-SIMT_INCLUDE := $(firstword $(wildcard $(addsuffix /cuda_runtime_api.h,$(CUDA_HOME)/include \
-    .venv/lib/python3*/site-packages/nvidia/cu13/include)))
+SIMT_INCLUDE := $(patsubst %/cuda_bf16.h,%,$(firstword $(wildcard $(CUDA_HOME)/include/cuda_bf16.h \
+    .venv/lib/python3*/site-packages/nvidia/cu13/include/cuda_bf16.h)))
 
 SIMT_TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_simt_*.c))
 ifneq ($(SIMT_INCLUDE),)
@@ -13,7 +13,8 @@ SIMT_BUILT =
 endif
 
 SIMT_FLAGS = $(filter-out -std=% -O%,$(CFLAGS)) -O2 -Wno-missing-field-initializers -Wno-unknown-pragmas \
-    -fno-strict-aliasing -isystem $(patsubst %/cuda_runtime_api.h,%,$(SIMT_INCLUDE))
+    -fno-strict-aliasing -isystem $(SIMT_INCLUDE) \
+    $(if $(wildcard $(SIMT_INCLUDE)/cublasLt.h),,-isystem tests/simt/stand_in)
 SIMT_HARNESS = $(patsubst %.cc,$(BUILD)/%.o,$(wildcard tests/simt/*.cc))
 SIMT_KERNELS = $(patsubst %.cu,$(BUILD)/simt/%.o,$(CUDA_SOURCES) $(wildcard tests/simt/*.cu))
 
