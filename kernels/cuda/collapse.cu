@@ -13,9 +13,7 @@
  * -----------------------------------------------------------------------------------------------
  */
 
-/* AHEAD: tiles of rows that a warp has under way at once. HEAD_TILES: of 16 heads that a warp sums; with more
- * than 32 heads two blocks take two each, and both read o. */
-enum { COLLAPSE_WARPS = 8, COLLAPSE_BLOCKS_PER_SM = 2, AHEAD = 2 };
+enum { COLLAPSE_WARPS = 8, COLLAPSE_BLOCKS_PER_SM = 2 };
 
 struct collapse_job {
     const bf16 *o, *r;
@@ -24,38 +22,58 @@ struct collapse_job {
     int count, d;
 };
 
-/* Grid: (blocks that share the tokens, parts of the heads). A warp takes a group of columns of one token,
- * loads its pseudo-heads across, 32 at a time, and sums. Shared memory: R as [16 tiles][16 KT + 8]. */
-template <int KT, int HEAD_TILES>
+/* Grid: (blocks that share the tokens, parts of the heads: with more than 32 heads two blocks sum half of
+ * them each, and both read o). A warp takes a group of columns of one token, loads its pseudo-heads across
+ * and sums; AHEAD tiles of 16 are always under way, also from one token to the next. Shared memory: R as [16
+ * tiles][16 KT + 8]. */
+template <int KT, int HEAD_TILES, int AHEAD>
 static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(struct collapse_job job) {
     const struct head_rows &o = job.rows;
     int d = job.d, half = d / 2, groups = (half + GROUP - 1) / GROUP, H = o.heads, I = H * o.pseudo;
-    int head_tile = blockIdx.y * HEAD_TILES;
+    int head_tile = blockIdx.y * HEAD_TILES, items = job.count * groups;
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     bf16 *r = dynamic_shared<bf16>();
     stage_matrix<KT>(r, job.r, o, 0, o.tiles);
     __syncthreads();
-    for (int item = blockIdx.x * COLLAPSE_WARPS + threadIdx.x / 32; item < job.count * groups;
-         item += gridDim.x * COLLAPSE_WARPS) {
-        int n = item / groups, group = item % groups * GROUP;
-        int in_column = group + g / 2 * 8, column = group + t * 8;
-        const bf16 *in = job.o + (int64_t)n * I * d + g % 2 * half + in_column;
+    auto load_tile = [&](uint4(&x)[4], int item, int tile) {
+        int column = item % groups * GROUP + g / 2 * 8;
+        const bf16 *in =
+            job.o + ((int64_t)(item / groups) * I + tile * 16 + 2 * t) * d + g % 2 * half + column;
+        int left = item < items && column < half ? I - tile * 16 - 2 * t : 0;
+        x[0] = load_vector(in, 0 < left);
+        x[1] = load_vector(in + d, 1 < left);
+        x[2] = load_vector(in + 8 * d, 8 < left);
+        x[3] = load_vector(in + 9 * d, 9 < left);
+    };
+
+    int item = blockIdx.x * COLLAPSE_WARPS + threadIdx.x / 32, stride = gridDim.x * COLLAPSE_WARPS;
+    uint4 next[AHEAD][4];
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++)
+        load_tile(next[k], item, k);
+    for (; item < items; item += stride) {
         float sum[HEAD_TILES][8][4] = {};
-        for (int tile = 0; tile < o.tiles; tile += AHEAD) {
-            uint32_t b[AHEAD][8][2];
-            load_across(b, in + (int64_t)tile * 16 * d, I - tile * 16, d, in_column < half);
+        for (int first = 0; first < o.tiles; first += AHEAD)
 #pragma unroll
-            for (int k = 0; k < AHEAD; k++)
-                if (tile + k < o.tiles)
+            for (int k = 0; k < AHEAD; k++) {
+                int tile = first + k;
+                uint32_t b[8][2];
+                interleave_rows(b, 0, next[k][0], next[k][1]);
+                interleave_rows(b, 1, next[k][2], next[k][3]);
+                bool last = first + AHEAD >= o.tiles;
+                load_tile(next[k], last ? item + stride : item, last ? k : tile + AHEAD);
+                if (tile >= o.tiles)
+                    continue;
 #pragma unroll
-                    for (int m = 0; m < HEAD_TILES; m++) {
-                        uint32_t a[4];
-                        load_matrix_transposed<KT>(a, r, tile + k, head_tile + m);
+                for (int m = 0; m < HEAD_TILES; m++) {
+                    uint32_t a[4];
+                    load_matrix_transposed<KT>(a, r, tile, head_tile + m);
 #pragma unroll
-                        for (int j = 0; j < 8; j++)
-                            mma_m16n8k16(sum[m][j], a, b[k][j]);
-                    }
-        }
+                    for (int j = 0; j < 8; j++)
+                        mma_m16n8k16(sum[m][j], a, b[j]);
+                }
+            }
+        int column = item % groups * GROUP + t * 8;
 #pragma unroll
         for (int m = 0; m < HEAD_TILES; m++)
 #pragma unroll
@@ -63,7 +81,7 @@ static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(
                 int h = (head_tile + m) * 16 + g + 8 * row;
                 if (h >= H || column >= half)
                     continue;
-                bf16 *to = job.out + ((int64_t)n * H + h) * d + column;
+                bf16 *to = job.out + ((int64_t)(item / groups) * H + h) * d + column;
                 store_across(sum[m], row, to, to + half);
             }
     }
@@ -80,8 +98,9 @@ template <int KT> static bool launch_collapse(struct device *dev, struct collaps
         return false;
     int64_t blocks = ceil_div((int64_t)job.count * column_groups(job.d), COLLAPSE_WARPS);
     int64_t most = ceil_div((int64_t)dev->sm_count * COLLAPSE_BLOCKS_PER_SM, PARTS);
-    launch<collapse_tiles<KT, HEAD_TILES>>(dev, dim3((unsigned)(blocks < most ? blocks : most), PARTS),
-                                           32 * COLLAPSE_WARPS, staged_bytes<KT>(job.rows), job);
+    launch<collapse_tiles<KT, HEAD_TILES, KT == 1 ? 2 : 1>>(
+        dev, dim3((unsigned)(blocks < most ? blocks : most), PARTS), 32 * COLLAPSE_WARPS,
+        staged_bytes<KT>(job.rows), job);
     return true;
 }
 
@@ -118,6 +137,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int team = warp / job.team_warps, first_tile = warp % job.team_warps * TILES;
     int tiles = min(TILES, o.tiles - first_tile);
+    int left = I - first_tile * 16 - g; /* rows from the lane's first on */
     bf16 *r = dynamic_shared<bf16>();
     stage_matrix<KT>(r, job.r, o, 0, o.tiles);
     __syncthreads();
@@ -128,8 +148,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
         int across = group + g / 2 * 8, column = group + t * 8;
         bool there = column < half;
         const bf16 *dout = job.dout + (int64_t)n * H * d;
-        int64_t rows_at = ((int64_t)n * I + first_tile * 16 + g) * d + column;
-        int left = I - first_tile * 16 - g; /* rows from the lane's first on */
+        const bf16 *rows = job.o + ((int64_t)n * I + first_tile * 16 + g) * d + column;
         {
             uint32_t heads_along[NT][4][2];
             load_heads_along(heads_along, dout + column, H, d, there);
@@ -139,7 +158,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
                     const int at[2] = {k * 16 < left ? k * 16 * d : -1,
                                        k * 16 + 8 < left ? (k * 16 + 8) * d : -1};
                     along_rows x;
-                    load_along(x, job.o + rows_at, at, half, there);
+                    load_along(x, rows, at, half, there);
                     add_outer(outer_sum[k], x, heads_along, H);
                 }
         }
@@ -159,7 +178,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
 #pragma unroll
             for (int row = 0; row < 2; row++)
                 if (there && k * 16 + 8 * row < left) {
-                    bf16 *to = job.d_o + rows_at + (k * 16 + 8 * row) * d;
+                    bf16 *to = job.d_o + (rows - job.o) + (k * 16 + 8 * row) * d;
                     store_across(sum, row, to, to + half);
                 }
         }

@@ -11,11 +11,12 @@ enum { PLAIN_THREADS = 256, PLAIN_BLOCKS_PER_SM = 4 };
 /* Where the angles of token n = b T + t are. */
 struct rope_rows {
     const float *table; /* NULL: nothing is rotated */
-    int64_t tokens, first;
+    int tokens;
+    int64_t first;
     bool by_pseudo; /* a row for each pseudo-head */
 };
 
-static __device__ __forceinline__ const float *rope_row(const struct rope_rows &rope, int64_t n, int pseudo,
+static __device__ __forceinline__ const float *rope_row(const struct rope_rows &rope, int n, int pseudo,
                                                         int p, int d) {
     int64_t position = rope.first + n % rope.tokens;
     return rope.table + (rope.by_pseudo ? position * pseudo + p : position) * d;
@@ -46,7 +47,7 @@ static __global__ void __launch_bounds__(PLAIN_THREADS)
             b += two ? w * to_float(x[half]) : 0;
         }
         if (rope.table) {
-            const float *row = rope_row(rope, n, o.pseudo, i / o.heads, d);
+            const float *row = rope_row(rope, (int)n, o.pseudo, i / o.heads, d);
             float x = a, y = b;
             a = x * row[c] - y * row[half + c];
             b = y * row[c] + x * row[half + c];
@@ -113,7 +114,7 @@ static __global__ void __launch_bounds__(PLAIN_THREADS) plain_backward(struct pl
                     i < I ? it.big + (n * I + i) * d + c : it.small + n * job.stride + (i - I) * d + c;
                 float a = to_float(x[0]), b = c + half < d ? to_float(x[half]) : 0;
                 if (i < I && it.rope.table) {
-                    const float *at = rope_row(it.rope, n, o.pseudo, i / H, d);
+                    const float *at = rope_row(it.rope, (int)n, o.pseudo, i / H, d);
                     float cosine = at[c], sine = at[half + c], a0 = a;
                     a = a0 * cosine + b * sine;
                     b = b * cosine - a0 * sine;

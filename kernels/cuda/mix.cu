@@ -46,7 +46,7 @@ static __global__ void __launch_bounds__(ROTATE_THREADS) rotate_heads(struct rot
     if (two)
         load(from + half, y);
     if (job.rope.table && w < 2) {
-        const float *row = rope_row(job.rope, n, 1, 0, d) + c;
+        const float *row = rope_row(job.rope, (int)n, 1, 0, d) + c;
         load(row, cosine);
         load(row + half, sine);
 #pragma unroll
@@ -99,7 +99,8 @@ struct mix_job {
  * one token, loads its heads across, and lets one tile of 16 pseudo-heads after another out. Nothing is
  * staged but alpha, so warps never wait for each other; 16 of them on an SM hide what each waits for. Shared
  * memory: 16 rows a tile of alpha, 16 KT + 8 numbers each. */
-template <int KT> static __global__ void __launch_bounds__(32 * MIX_WARPS, 2) mix_tiles(struct mix_job job) {
+template <int KT>
+static __global__ void __launch_bounds__(32 * MIX_WARPS, KT == 4 ? 1 : 2) mix_tiles(struct mix_job job) {
     const struct head_rows &o = job.o;
     int w = blockIdx.y, d = job.d, half = d / 2, groups = (half + GROUP - 1) / GROUP;
     int begin = blockIdx.z * job.chunks, end = min(begin + job.chunks, o.chunks);
@@ -184,15 +185,20 @@ struct mix_backward_job {
     int team_warps, teams;
 };
 
-/* Bytes of shared memory: alpha, each warp's rows, and where a team has more than one warp its partial sums
- * of dq, 16 rows of all heads at a time; all of it but alpha also serves to sum dalpha. */
+/* Where a row of dout is in its token, i d, or negative in the padding, and its pseudo-head. */
+struct row_place {
+    int at, pseudo;
+};
+
+/* Bytes of shared memory: where the rows are, alpha, each warp's rows, and where a team has more than one
+ * warp its partial sums of dq, 16 rows of all heads at a time; rows and sums also serve to sum dalpha. */
 template <int KT> static size_t mix_backward_shared(const struct head_rows &o, int team_warps, int teams) {
     size_t warps = (size_t)team_warps * teams;
     size_t rows = warps * outer_size<KT>::TILES * 16 * STAGED * sizeof(bf16);
     size_t sums = team_warps > 1 ? warps * 16 * 2 * GROUP * sizeof(float) : 0;
-    size_t last = warps * outer_size<KT>::SUMS * sizeof(float);
-    size_t alpha = (size_t)o.tiles * o.chunks * 16 * (KT * 16 + 8) * sizeof(bf16);
-    return alpha + (rows + sums > last ? rows + sums : last);
+    size_t last = teams > 1 ? warps * outer_size<KT>::SUMS * sizeof(float) : 0;
+    size_t row = sizeof(struct row_place) + (KT * 16 + 8) * sizeof(bf16);
+    return (size_t)o.tiles * o.chunks * 16 * row + (rows + sums > last ? rows + sums : last);
 }
 
 /* Grid: (blocks, 3 tensors). A warp of a team owns up to TILES tiles of pseudo-heads: loads their rows of a
@@ -210,60 +216,50 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int team = warp / job.team_warps, member = warp % job.team_warps;
     int tiles = min(TILES, all_tiles - member * TILES);
-    bf16 *alpha = dynamic_shared<bf16>(), *rows = alpha + all_tiles * 16 * (KT * 16 + 8);
+    struct row_place *place = dynamic_shared<struct row_place>();
+    bf16 *alpha = (bf16 *)(place + all_tiles * 16), *rows = alpha + all_tiles * 16 * (KT * 16 + 8);
     float2 *sums = (float2 *)(rows + job.team_warps * job.teams * TILES * 16 * STAGED);
     bf16 *mine = rows + warp * TILES * 16 * STAGED;
     stage_matrix<KT>(alpha, w == 0 ? job.alpha[0] : w == 1 ? job.alpha[1] : job.alpha[2], o, 0, all_tiles);
+    for (int row = threadIdx.x; row < all_tiles * 16; row += blockDim.x) {
+        int i = row_index(o, row / 16, row % 16);
+        place[row] = {i >= 0 ? i * d : -1, i >= 0 ? i / H : 0};
+    }
     __syncthreads();
 
+    place += member * TILES * 16 + g;
     const bf16 *dout = w == 0 ? job.dout[0] : w == 1 ? job.dout[1] : job.dout[2];
     bool rotate = job.rope.table && w < 2;
-    int at[TILES][2], pseudo[TILES];
-#pragma unroll
-    for (int k = 0; k < TILES; k++) {
-        int tile = min(member * TILES + k, all_tiles - 1);
-        pseudo[k] = min(row_pseudo(o, tile / o.tiles, g), o.pseudo - 1);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            int i = k < tiles ? row_index(o, tile, g + 8 * r) : -1;
-            at[k][r] = i >= 0 ? i * d : -1;
-        }
-    }
-    auto load_rows = [&](along_rows &x, int item, const int(&where)[2]) {
+    auto load_rows = [&](along_rows &x, int item, int k) {
         int column = item % groups * GROUP + t * 8;
-        load_along(x, dout + (int64_t)(item / groups) * o.pseudo * H * d + column, where, half,
+        const int at[2] = {place[k * 16].at, place[k * 16 + 8].at};
+        load_along(x, dout + (int64_t)(item / groups) * o.pseudo * H * d + column, at, half,
                    item < items && column < half);
     };
 
     float outer_sum[TILES][NT][4] = {};
     int first = blockIdx.x * job.teams, stride = gridDim.x * job.teams;
     along_rows next;
-    load_rows(next, first + team, at[0]);
+    load_rows(next, first + team, 0);
     for (; first < items; first += stride) { /* the same number of times in all warps */
         int item = first + team, n = item / groups, column = item % groups * GROUP + t * 8;
         bool there = item < items && column < half;
         int64_t heads_at = ((int64_t)n * 3 + w) * H * d + column;
         uint32_t heads_along[NT][4][2];
         load_heads_along(heads_along, job.qkv + heads_at, H, d, there);
-        struct rotation angle;
 #pragma unroll
         for (int k = 0; k < TILES; k++) {
             if (k >= tiles)
                 break;
-            if (rotate && there && (k == 0 || pseudo[k] != pseudo[k - 1]))
-                load_rotation(angle, rope_row(job.rope, n, o.pseudo, pseudo[k], d) + column, half);
-            along_rows x;
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                x[r][0] = next[r][0];
-                x[r][1] = next[r][1];
-                if (rotate && there)
-                    unrotate(x[r][0], x[r][1], angle);
+            along_rows x = {{next[0][0], next[0][1]}, {next[1][0], next[1][1]}};
+            if (rotate && there) {
+                struct rotation angle; /* from L1 for each tile: no registers to keep it */
+                load_rotation(angle, rope_row(job.rope, n, o.pseudo, place[k * 16].pseudo, d) + column, half);
+                unrotate(x[0][0], x[0][1], angle);
+                unrotate(x[1][0], x[1][1], angle);
             }
-            if (k + 1 < TILES && k + 1 < tiles)
-                load_rows(next, item, at[k + 1 < TILES ? k + 1 : 0]);
-            else
-                load_rows(next, item + stride, at[0]);
+            bool more = k + 1 < tiles;
+            load_rows(next, more ? item : item + stride, more ? k + 1 : 0);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 uint32_t *row = (uint32_t *)(mine + (k * 16 + g + 8 * r) * STAGED) + t;
@@ -409,7 +405,7 @@ static struct rope_rows check_mix(const struct device *dev, const char *op, cons
             check_contiguous(op, alpha_names[i], alphas[i]);
         }
     }
-    struct rope_rows rope = {NULL, s->tokens, first, s->rope_virtual};
+    struct rope_rows rope = {NULL, (int)s->tokens, first, s->rope_virtual};
     if (s->rope) {
         check_shape(op, "table", table, DTYPE_F32, table.shape[0], 2, d / 2);
         check_contiguous(op, "table", table);
