@@ -1,11 +1,15 @@
 # iha.c: build, test, measure. `make help` lists the targets.
 #
-#   make                 build ./train_iha
+#   make                 build ./train_iha, with CUDA where a toolkit is found (kernels/cuda/cuda.mk)
 #   make deps            install what is missing: distribution packages, and .venv
 #   make quickstart      from real text to a trained model in a few minutes; TEXT=FILE.txt for your own
 #   make test            every test; SANITIZE=1 runs them under ASan and UBSan
+#   make faults          all the faults and kills that make test draws a sample of
+#   make leaks           every command under LeakSanitizer, AddressSanitizer and Valgrind
+#   make tsan            every command under ThreadSanitizer
 #   make simt            only the tests that run CUDA kernels on the CPU
 #   make bench           measure, and print the table that the README shows
+#   make fuzz            feed the file readers hostile files; FUZZ_SECONDS=600 for each target, FUZZ_ONLY=shards
 #   make golden          compute the reference cases in tests/golden again (needs jax)
 #   make clean           remove what was built
 
@@ -32,6 +36,15 @@ endif
 LIBS = -ldnnl -lcjson -linih -lpcre2-8 -lm
 
 KERNELS = $(wildcard kernels/*.c kernels/cpu/*.c)
+# Several ranks need MPI; without it the program runs as one process.
+MPI_CFLAGS := $(shell pkg-config --cflags ompi-c 2>/dev/null || mpicc --showme:compile 2>/dev/null)
+MPI_LIBS := $(shell pkg-config --libs ompi-c 2>/dev/null || mpicc --showme:link 2>/dev/null)
+ifeq ($(MPI_LIBS),)
+KERNELS := $(filter-out kernels/cpu/comm_mpi.c,$(KERNELS))
+else
+COMMON += -DWITH_MPI $(patsubst -I%,-isystem %,$(MPI_CFLAGS))
+LIBS += $(MPI_LIBS)
+endif
 MODEL = $(wildcard model/*.c)
 DATA = $(wildcard data/*.c)
 
@@ -75,11 +88,13 @@ quickstart: deps
 	@scripts/quickstart.sh "$(TEXT)"
 
 test: deps
-	@$(MAKE) --no-print-directory -j2 $(BINARY) tests-built
+	@$(MAKE) --no-print-directory -j2 $(BINARY) tests-built fuzz-built
 	@tests/run.sh $(BUILD) $(BINARY)
 
 .PHONY: tests-built
 tests-built: $(C_TESTS) $(DOUBLE_TESTS) $(SIMT_BUILT)
+
+include tests/fuzz/fuzz.mk
 
 bench: deps
 	@$(MAKE) --no-print-directory $(BUILD)/tests/bench
@@ -92,10 +107,10 @@ golden:
 help:
 	@sed -n 's/^#   //p' Makefile
 
-$(BINARY): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
+$(BINARY): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS) $(CUDA_LINKED) $(BUILD)/cuda/linked-with
 	@mkdir -p $(@D)
-	@echo "  LINK $@"
-	@$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
+	@echo "  LINK $@ $(CUDA_SAYS)"
+	@$(CC) $(CFLAGS) $(filter %.o,$^) -o $@ $(LIBS) $(CUDA_LINK)
 
 $(BUILD)/train_iha.o: train_iha.cu | build/headers-found
 	@mkdir -p $(@D)
@@ -129,4 +144,5 @@ clean:
 format:
 	clang-format -i $$(git ls-files '*.c' '*.h' '*.cc' '*.cu' '*.cuh')
 
+include tests/faults/faults.mk
 -include $(shell find build -name '*.d' 2>/dev/null)

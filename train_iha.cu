@@ -5,8 +5,6 @@
  * then step by step train, evaluate, sample and save. The other commands read a checkpoint. */
 #include <errno.h>
 #include <math.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -16,6 +14,7 @@
 
 #include "data/shards.h"
 #include "data/tokenizer.h"
+#include "kernels/comm.h"
 #include "kernels/kernels.h"
 #include "model/checkpoint.h"
 #include "model/config.h"
@@ -26,13 +25,18 @@
 #include "model/info.h"
 #include "model/metrics.h"
 #include "model/model.h"
+#include "model/saver.h"
 #include "model/schedule.h"
+#include "model/signals.h"
 
 static const char VERSION[] = "0.1.0";
+
+enum { DEFAULT_TIMEOUT = 300 }; /* seconds to wait for a rank until the configuration says */
 
 /* All that a command holds. Whatever is not NULL is released at the end. */
 struct run {
     struct config config;
+    struct comm *comm; /* NULL in commands that run on one rank */
     const struct kernels *k;
     struct device *dev;
     struct model model;
@@ -42,49 +46,16 @@ struct run {
     struct decoder decoder;
     struct metrics *metrics;
     struct progress progress;
+    struct saver *saver;
+    bool saves_behind;            /* saving goes on while the next steps run */
+    struct checkpoint_job saving; /* what the saver is at, or was last */
+    int posted;                   /* steps whose state has not been collected yet */
+    double clock;                 /* when the last was, or training went on after something else */
+    int64_t first_skip;           /* of the steps skipped in a row */
     int lock;
     int32_t *tokens, *targets; /* one pass, [micro_batch, seq_len] */
     double flops_per_token;
 };
-
-static volatile sig_atomic_t stop_asked;
-
-/* The signals that ask a run to save and end: those a user sends, and what schedulers send before a time
- * limit. */
-static sigset_t stop_signals(void) {
-    sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGINT);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGUSR1);
-    return set;
-}
-
-/* The first signal asks for a checkpoint and an end; a second one ends at once. */
-static void *wait_for_signals(void *unused) {
-    sigset_t set = stop_signals();
-    int number;
-    sigwait(&set, &number);
-    stop_asked = number;
-    sigwait(&set, &number);
-    signal(number, SIG_DFL);
-    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
-    raise(number);
-    return unused;
-}
-
-/* No handler may run on a thread that computes: oneDNN's matrix products keep their stack pointer inside heap
- * memory at times, where a signal's frame would overwrite what lies below. So all threads block these
- * signals, and one that does nothing else waits for them. To be called before any other thread exists. */
-static int watch_signals(struct error *e) {
-    sigset_t set = stop_signals();
-    pthread_t thread;
-    pthread_sigmask(SIG_BLOCK, &set, NULL);
-    if (pthread_create(&thread, NULL, wait_for_signals, NULL) != 0)
-        return fail_run(e, "cannot start the thread that waits for signals");
-    pthread_detach(thread);
-    return 0;
-}
 
 static double now(void) {
     struct timespec t;
@@ -93,6 +64,7 @@ static double now(void) {
 }
 
 static void release(struct run *r) {
+    saver_close(r->saver);
     metrics_close(r->metrics);
     if (r->decoder.m)
         decoder_free(&r->decoder);
@@ -106,18 +78,32 @@ static void release(struct run *r) {
         r->k->close(r->dev);
     if (r->lock > 0)
         close(r->lock);
+    if (r->comm)
+        r->comm->ops->close(r->comm);
+}
+
+/* Rank 0 speaks for all, and writes what exists once. */
+static bool leads(const struct run *r) {
+    return !r->comm || r->comm->rank == 0;
+}
+
+static bool alone(const struct run *r) {
+    return !r->comm || r->comm->ranks == 1;
 }
 
 /* ---- phases shared by the commands ------------------------------------------------------------------ */
 
 static int open_device(struct run *r, struct error *e) {
     const struct system_config *s = &r->config.system;
-    if (s->device == DEVICE_CUDA)
-        return fail_user(e, "system.device = cuda, but this program was built without CUDA; use auto or cpu");
+    bool cuda = s->device == DEVICE_CUDA || (s->device == DEVICE_AUTO && cuda_devices() > 0);
+    bool bf16 = s->precision == PRECISION_BF16 || (s->precision == PRECISION_AUTO && cuda);
     struct device_options options = {.threads = (int)s->threads,
-                                     .precision = s->precision == PRECISION_BF16 ? DEVICE_BF16 : DEVICE_FP32,
-                                     .deterministic = s->deterministic};
-    r->k = kernels_cpu();
+                                     .precision = bf16 ? DEVICE_BF16 : DEVICE_FP32,
+                                     .deterministic = s->deterministic,
+                                     .comm = r->comm};
+    r->k = cuda ? kernels_cuda() : kernels_cpu();
+    if (!r->k)
+        return fail_user(e, "system.device = cuda, but this program was built without CUDA; use auto or cpu");
     r->dev = r->k->open(&options, e);
     return r->dev ? 0 : -1;
 }
@@ -125,7 +111,11 @@ static int open_device(struct run *r, struct error *e) {
 static int build_model(struct run *r, bool training, struct error *e) {
     const struct train_config *t = &r->config.train;
     struct model_options options = {
-        {t->micro_batch, t->seq_len, r->config.system.recompute, training}, t->weight_decay, t->mix_lr_scale};
+        .shape = {t->micro_batch, t->seq_len, r->config.system.recompute, training},
+        .weight_decay = t->weight_decay,
+        .mix_lr_scale = t->mix_lr_scale,
+        .comm = r->comm,
+        .zero_stage = (int)r->config.system.zero_stage};
     if (model_create(&r->model, &r->config.model, r->k, r->dev, &options, e) != 0)
         return -1;
     size_t bytes = (size_t)(t->micro_batch * t->seq_len) * sizeof(int32_t);
@@ -147,7 +137,8 @@ static int open_tokenizer(struct run *r, const char *name, struct error *e) {
     return r->tokenizer ? 0 : -1;
 }
 
-/* Mean loss in nats over the first `batches` batches of the validation set (0: all of it). */
+/* Mean loss in nats over the first `batches` batches of the validation set (0: all of it). Ranks take turns;
+ * the batches are the same however many there are. */
 static double evaluate(struct run *r, int64_t batches, int64_t *tokens) {
     const struct train_config *t = &r->config.train;
     int64_t B = t->micro_batch, T = t->seq_len, sequences = shards_sequences(r->val);
@@ -156,7 +147,7 @@ static double evaluate(struct run *r, int64_t batches, int64_t *tokens) {
     struct step_state before, after;
     r->k->step_read(r->dev, r->model.state, &before);
     r->k->step_begin(r->dev, r->model.state, before.step, before.lr);
-    for (int64_t i = 0; i < sequences; i += B) {
+    for (int64_t i = r->model.comm->rank * B; i < sequences; i += r->model.comm->ranks * B) {
         for (int64_t b = 0; b < B; b++) {
             int32_t *targets = r->targets + b * T;
             shards_read(r->val, i + b < sequences ? i + b : i, r->tokens + b * T, targets);
@@ -165,6 +156,7 @@ static double evaluate(struct run *r, int64_t batches, int64_t *tokens) {
         }
         model_evaluate(&r->model, r->tokens, r->targets, 1);
     }
+    r->model.comm->ops->all_reduce(r->model.comm, &r->model.state->loss, 1);
     r->k->step_read(r->dev, r->model.state, &after);
     r->k->step_write(r->dev, r->model.state, &before);
     *tokens = sequences * T;
@@ -223,20 +215,15 @@ static int print_sample(struct run *r, struct error *e) {
     printf("\n----\n");
     fflush(stdout);
     fprintf(file, "\n");
-    fclose(file);
+    int err = files_sync_stream(file);
+    if (fclose(file) != 0 && !err)
+        err = errno;
+    if (status == 0 && err)
+        return fail_run(e, "%s: cannot write: %s; %s", path, strerror(err), files_advice(err));
     return status;
 }
 
 /* ---- train ------------------------------------------------------------------------------------------- */
-
-/* Ranks come with MPI; until this build has it, several processes would train the same model side by side. */
-static int check_single_process(struct error *e) {
-    const char *ranks = getenv("OMPI_COMM_WORLD_SIZE");
-    if (ranks && atoi(ranks) > 1)
-        return fail_user(
-            e, "started as %s ranks, but this build runs as one process; start it without mpirun", ranks);
-    return 0;
-}
 
 static int open_data(struct run *r, struct error *e) {
     const struct config *c = &r->config;
@@ -254,10 +241,12 @@ static int open_data(struct run *r, struct error *e) {
     return open_tokenizer(r, c->data.tokenizer, e);
 }
 
-/* The run's directory, for this process alone. */
+/* The run's directory, for this run alone. */
 static int open_run_dir(struct run *r, struct error *e) {
     char path[MAX_TEXT + 32];
     const char *dir = r->config.run.dir;
+    if (!leads(r))
+        return 0;
     if (files_make_dirs(dir, e) != 0)
         return -1;
     snprintf(path, sizeof path, "%s/lock", dir);
@@ -269,7 +258,9 @@ static int open_run_dir(struct run *r, struct error *e) {
 }
 
 static int check_disk(const struct run *r, struct error *e) {
-    double need = 4.0 * (double)r->model.params.learned + 8.0 * (double)r->model.params.elements;
+    if (!leads(r))
+        return 0;
+    double need = 4.0 * (double)r->model.params.learned + 8.0 * (double)r->model.params.learned;
     int64_t have = files_free_bytes(r->config.run.dir);
     if (have >= 0 && (double)have < need)
         return fail_user(
@@ -282,7 +273,8 @@ static int start_from(struct run *r, const char *path, struct error *e) {
     char dir[MAX_TEXT];
     if (checkpoint_find(path, dir, e) != 0 || checkpoint_load_weights(dir, &r->model, e) != 0)
         return -1;
-    fprintf(stderr, "weights from %s\n", dir);
+    if (leads(r))
+        fprintf(stderr, "weights from %s\n", dir);
     if (r->config.train.init_optimizer != OPTIMIZER_KEEP)
         return 0;
     struct progress from;
@@ -292,26 +284,51 @@ static int start_from(struct run *r, const char *path, struct error *e) {
     return checkpoint_load_optimizer(dir, &r->model, e);
 }
 
+/* Rank 0 finds the newest checkpoint that loads; the others load the same. 1: resumed, 0: there is none. */
+static int resume(struct run *r, struct error *e) {
+    struct found {
+        int status;
+        char dir[MAX_TEXT];
+    } mine = {0}, *all = calloc((size_t)r->comm->ranks, sizeof *all);
+    if (!all)
+        return fail_run(e, "out of memory looking for a checkpoint");
+    if (leads(r))
+        mine.status = checkpoint_resume(r->config.run.dir, &r->model, &r->config, &r->progress, mine.dir, e);
+    r->comm->ops->exchange(r->comm, &mine, all, sizeof mine);
+    int status = all[0].status;
+    if (status == 1 && leads(r)) {
+        fprintf(stderr, "resuming from %s\n", all[0].dir);
+        status = checkpoint_settle(r->config.run.dir, &r->config, &r->progress, e) == 0 ? 1 : -1;
+    } else if (status == 1)
+        status = checkpoint_load(all[0].dir, &r->model, &r->progress, e) == 0 ? 1 : -1;
+    if (comm_agree(r->comm, status < 0 ? -1 : 0, e) != 0)
+        status = -1;
+    free(all);
+    return status;
+}
+
 /* Continue the newest checkpoint, or begin. */
 static int resume_or_initialize(struct run *r, struct error *e) {
     struct config *c = &r->config;
-    char dir[MAX_TEXT];
-    int status = checkpoint_resume(c->run.dir, &r->model, c, &r->progress, dir, e);
+    struct progress *p = &r->progress;
+    int status = resume(r, e);
     if (status < 0)
         return -1;
-    if (status == 1)
-        fprintf(stderr, "resuming from %s\n", dir);
-    else if (model_initialize(&r->model, (uint64_t)c->train.seed, e) != 0)
+    if (status == 0 && model_initialize(&r->model, (uint64_t)c->train.seed, e) != 0)
         return -1;
-    else if (c->train.init_from[0] && start_from(r, c->train.init_from, e) != 0)
+    if (status == 0 && c->train.init_from[0] && start_from(r, c->train.init_from, e) != 0)
         return -1;
-    struct step_state state = {.updates = r->progress.updates, .skips_run = r->progress.skips_run};
+    struct step_state state = {.updates = p->updates,
+                               .skips_run = p->skips_run,
+                               .norm_count = p->norm_count,
+                               .norm_mean = p->norm_mean,
+                               .norm_variance = p->norm_variance};
     r->k->step_write(r->dev, r->model.state, &state);
     return 0;
 }
 
 static int open_sampler(struct run *r, struct error *e) {
-    if (r->config.run.sample_every == 0)
+    if (r->config.run.sample_every == 0 || !leads(r))
         return 0;
     int64_t capacity = r->config.model.max_position_embeddings;
     return decoder_create(&r->decoder, &r->model, capacity < SAMPLE_TOKENS ? capacity : SAMPLE_TOKENS,
@@ -320,31 +337,43 @@ static int open_sampler(struct run *r, struct error *e) {
 
 static void announce(struct run *r) {
     const struct config *c = &r->config;
+    if (!leads(r))
+        return;
+    if (!alone(r))
+        fprintf(stderr, "%d ranks over %s, zero_stage %d; each ", r->comm->ranks, r->comm->ops->name,
+                r->model.partition.zero_stage);
     fprintf(stderr, "%s\n", r->k->describe(r->dev));
     fprintf(stderr,
             "model: %.2fM parameters, %lld layers; data: %lld tokens in %d file%s; %lld tokens a step\n",
             (double)r->model.params.learned / 1e6, (long long)c->model.num_hidden_layers,
             (long long)shards_tokens(r->train), shards_files(r->train),
             shards_files(r->train) == 1 ? "" : "s", (long long)c->train.batch_tokens);
+    if (!r->saves_behind)
+        fprintf(stderr, "saving: no memory for a copy of %.2f GB, so training waits while it saves\n",
+                (double)saver_copy_bytes(&r->model) / 1e9);
 }
 
 /* Forward and backward over the step's sequences, then the update. */
 static void train_step(struct run *r) {
     const struct config *c = &r->config;
     const struct train_config *t = &c->train;
-    int64_t B = t->micro_batch, T = t->seq_len, passes = t->batch_tokens / (B * T);
+    int64_t B = t->micro_batch, T = t->seq_len, ranks = r->comm->ranks;
+    int64_t passes = t->batch_tokens / (ranks * B * T);
     r->k->step_begin(r->dev, r->model.state, r->progress.step, schedule_lr(t, r->progress.step));
     for (int64_t pass = 0; pass < passes; pass++) {
         for (int64_t b = 0; b < B; b++) {
-            int64_t draw = r->progress.sequences + pass * B + b;
+            int64_t draw = r->progress.sequences + (pass * ranks + r->comm->rank) * B + b;
             int64_t i = shards_draw(r->train, draw, c->data.shuffle, (uint64_t)t->seed);
             shards_read(r->train, i, r->tokens + b * T, r->targets + b * T);
         }
-        model_forward_backward(&r->model, r->tokens, r->targets, 1.0 / (double)t->batch_tokens, pass > 0,
-                               NULL, NULL);
+        model_train_pass(&r->model, r->tokens, r->targets, 1.0 / (double)t->batch_tokens, (int)pass,
+                         (int)passes);
     }
-    model_update(&r->model, t->beta1, t->beta2, t->eps, t->grad_clip);
-    r->progress.sequences += passes * B;
+    struct update_hyper hyper = {t->beta1, t->beta2, t->eps, t->grad_clip, t->skip_zscore};
+    model_update(&r->model, &hyper);
+    r->k->step_post(r->dev, r->model.state);
+    r->posted++;
+    r->progress.sequences += passes * ranks * B;
     r->progress.tokens += t->batch_tokens;
     r->progress.step++;
 }
@@ -353,113 +382,282 @@ static bool due(int64_t every, int64_t step) {
     return every > 0 && step % every == 0;
 }
 
-/* Read the step's state back, record it, and stop a run whose numbers have gone wrong for good. */
-static int record_step(struct run *r, double seconds, struct error *e) {
+/* Too many steps in a row were skipped: say which, and whose gradient it was. */
+static int stop_skipping(struct run *r, const struct step_state *state, struct error *e) {
+    long long last = (long long)state->step + 1;
+    bool finite;
+    const struct param *worst = &r->model.params.list[model_worst_gradient(&r->model, &finite)];
+    if (state->skip == STEP_OUTLIER)
+        return fail_run(
+            e,
+            "the gradient norm was an outlier (train.skip_zscore = %g) in %d steps in a row, step %lld to "
+            "step %lld; in the last it was %.4g, %.1f deviations above its recent mean, the largest part "
+            "in %s; lower train.lr, or look at the data of these steps",
+            r->config.train.skip_zscore, state->skips_run, (long long)r->first_skip,
+            (long long)r->progress.step, state->grad_norm, state->zscore, worst->name);
+    return fail_run(
+        e,
+        "the %s was not finite in %d steps in a row, step %lld to step %lld; %s%s; lower train.lr, look at "
+        "the data of these steps, or go back to an earlier checkpoint",
+        isfinite(state->loss) ? "gradient" : "loss", state->skips_run, (long long)r->first_skip, last,
+        finite ? "every parameter's own gradient is finite, the largest " : "backward met it first in ",
+        worst->name);
+}
+
+/* Collect the oldest posted step, record it, and stop a run whose numbers have gone wrong for good. Every
+ * rank has the same state; rank 0 writes it down. */
+static int record_step(struct run *r, struct error *e) {
     const struct config *c = &r->config;
     struct progress *p = &r->progress;
     struct step_state state;
-    r->k->step_read(r->dev, r->model.state, &state);
+    r->k->step_collect(r->dev, &state);
+    r->posted--;
+    double seconds = now() - r->clock;
+    r->clock += seconds;
     p->updates = state.updates;
     p->skips_run = state.skips_run;
+    p->norm_count = state.norm_count;
+    p->norm_mean = state.norm_mean;
+    p->norm_variance = state.norm_variance;
     p->seconds += seconds;
-    double rate = (double)c->train.batch_tokens / seconds, peak = r->k->peak_flops(r->dev);
-    struct step_record record = {.step = p->step,
+    if (state.skips_run == 1)
+        r->first_skip = state.step + 1;
+    double rate = (double)c->train.batch_tokens / seconds, peak = r->k->peak_flops(r->dev) * r->comm->ranks;
+    struct step_record record = {.step = state.step + 1,
                                  .steps = c->train.steps,
-                                 .tokens = p->tokens,
+                                 .tokens = p->tokens - r->posted * c->train.batch_tokens,
                                  .loss = state.loss,
                                  .lr = state.lr,
                                  .grad_norm = state.grad_norm,
                                  .seconds = seconds,
                                  .tokens_per_second = rate,
                                  .mfu = peak > 0 ? rate * r->flops_per_token / peak : 0,
-                                 .skipped = state.skip};
-    if (metrics_step(r->metrics, &record, e) != 0)
+                                 .skipped = state.skip != STEP_APPLIED};
+    if (leads(r) && metrics_step(r->metrics, &record, e) != 0)
         return -1;
-    if (due(c->run.log_every, p->step))
+    if (leads(r) && due(c->run.log_every, record.step))
         status_step(r->metrics, &record);
-    if (state.skips_run > c->train.max_skips)
-        return fail_run(
-            e,
-            "the loss or its gradient was not finite in %d steps in a row, the last being step %lld; "
-            "lower train.lr, or look at the data of these steps",
-            state.skips_run, (long long)p->step);
+    return state.skips_run > c->train.max_skips ? stop_skipping(r, &state, e) : 0;
+}
+
+/* Until so many steps at most are under way. */
+static int record_steps(struct run *r, int ahead, struct error *e) {
+    int status = 0;
+    while (status == 0 && r->posted > ahead)
+        status = record_step(r, e);
+    return status;
+}
+
+/* ---- saving -------------------------------------------------------------------------------------------- */
+
+/* What ranks tell each other after every step. */
+struct pulse {
+    int stop;   /* the signal that asks for an end */
+    int failed; /* the step, or what came with it */
+    enum saver_state saver;
+};
+
+/* Of all ranks: any signal, any failure, and the saver's state that is furthest from done. */
+static int share_pulse(struct run *r, struct pulse *p, struct error *e) {
+    struct pulse *all = calloc((size_t)r->comm->ranks, sizeof *all);
+    if (!all)
+        return fail_run(e, "out of memory");
+    p->saver = saver_state(r->saver);
+    r->comm->ops->exchange(r->comm, p, all, sizeof *p);
+    *p = all[0];
+    for (int i = 1; i < r->comm->ranks; i++) {
+        p->stop = p->stop ? p->stop : all[i].stop;
+        p->failed |= all[i].failed;
+        if (all[i].saver == SAVER_WRITING || (all[i].saver != SAVER_IDLE && p->saver != SAVER_WRITING))
+            p->saver = all[i].saver;
+    }
+    free(all);
     return 0;
 }
 
-/* What happens between steps: evaluate, save, sample. */
-static int between_steps(struct run *r, bool last, struct error *e) {
-    struct config *c = &r->config;
-    struct progress *p = &r->progress;
-    bool save = last || due(c->run.save_every, p->step);
-    bool evaluates = due(c->run.eval_every, p->step) || (c->run.eval_every > 0 && p->step == c->train.steps);
-    if (r->val && evaluates) {
-        int64_t tokens;
-        double loss = evaluate(r, c->run.eval_batches, &tokens);
-        status_break(r->metrics);
-        fprintf(stderr, "step %lld: val_loss %.4f over %lld tokens\n", (long long)p->step, loss,
-                (long long)tokens);
-        if (metrics_eval(r->metrics, p->step, loss, e) != 0)
+/* All ranks have written their files. */
+static int publish(struct run *r, struct error *e) {
+    if (comm_agree(r->comm, saver_collect(r->saver, e), e) == 0 &&
+        comm_agree(r->comm, leads(r) ? checkpoint_publish(&r->saving, e) : 0, e) == 0)
+        return 0;
+    if (leads(r))
+        checkpoint_clean(r->config.run.dir);
+    e->exit_code = EXIT_RUN;
+    return -1;
+}
+
+/* Wait for the checkpoint that is being written, if there is one, and make it appear. */
+static int finish_save(struct run *r, struct error *e) {
+    for (;;) {
+        struct pulse pulse = {0};
+        if (share_pulse(r, &pulse, e) != 0)
             return -1;
-        if (save && isfinite(loss) && !(loss >= p->best_val_loss)) {
-            p->best_val_loss = loss;
-            p->best_step = p->step;
-        }
+        if (pulse.saver == SAVER_IDLE)
+            return 0;
+        if (pulse.saver != SAVER_WRITING)
+            return publish(r, e);
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
     }
-    if (save &&
-        checkpoint_save(c->run.dir, &r->model, c, p, r->tokenizer_file[0] ? r->tokenizer_file : NULL, e) != 0)
+}
+
+/* What led up to a checkpoint is on the disk before it. */
+static int begin_save(struct run *r, struct error *e) {
+    return metrics_sync(r->metrics, e) != 0 ? -1 : checkpoint_begin(r->config.run.dir, r->progress.step, e);
+}
+
+static int save(struct run *r, bool wait, struct error *e) {
+    const struct config *c = &r->config;
+    wait = wait || !r->saves_behind;
+    if (finish_save(r, e) != 0 || comm_agree(r->comm, leads(r) ? begin_save(r, e) : 0, e) != 0)
         return -1;
-    if (due(c->run.sample_every, p->step) && print_sample(r, e) != 0)
+    r->saving = (struct checkpoint_job){.run_dir = c->run.dir,
+                                        .config = c,
+                                        .tokenizer = r->tokenizer_file[0] ? r->tokenizer_file : NULL,
+                                        .progress = r->progress,
+                                        .from = {.model = &r->model}};
+    if (comm_agree(r->comm, saver_start(r->saver, &r->saving, !wait, e), e) != 0)
         return -1;
+    return wait ? finish_save(r, e) : 0;
+}
+
+/* ---- between steps ------------------------------------------------------------------------------------- */
+
+static int evaluate_now(struct run *r, bool saves, struct error *e) {
+    struct progress *p = &r->progress;
+    int64_t tokens;
+    double loss = evaluate(r, r->config.run.eval_batches, &tokens);
+    if (saves && isfinite(loss) && !(loss >= p->best_val_loss)) {
+        p->best_val_loss = loss;
+        p->best_step = p->step;
+    }
+    if (!leads(r))
+        return 0;
+    status_break(r->metrics);
+    fprintf(stderr, "step %lld: val_loss %.4f over %lld tokens\n", (long long)p->step, loss,
+            (long long)tokens);
+    return metrics_eval(r->metrics, p->step, loss, e);
+}
+
+/* What comes after a step: the last one, or one on which a signal came, saves. */
+struct pause {
+    bool evaluates, saves, samples;
+};
+
+static struct pause pause_after(const struct run *r, bool stop) {
+    const struct run_config *c = &r->config.run;
+    int64_t step = r->progress.step;
+    bool last = step == r->config.train.steps;
+    return (struct pause){.evaluates = r->val && c->eval_every > 0 && (last || due(c->eval_every, step)),
+                          .saves = last || stop || due(c->save_every, step),
+                          .samples = due(c->sample_every, step)};
+}
+
+/* Evaluate, sample, save. */
+static int between_steps(struct run *r, bool stop, struct error *e) {
+    struct pause now_due = pause_after(r, stop);
+    if (!now_due.evaluates && !now_due.saves && !now_due.samples)
+        return 0;
+    bool ends = stop || r->progress.step == r->config.train.steps;
+    if (comm_agree(r->comm, record_steps(r, 0, e), e) != 0)
+        return -1;
+    if (now_due.evaluates && comm_agree(r->comm, evaluate_now(r, now_due.saves, e), e) != 0)
+        return -1;
+    if (now_due.samples && comm_agree(r->comm, leads(r) ? print_sample(r, e) : 0, e) != 0)
+        return -1;
+    /* The checkpoint comes last: a run that is resumed from it does nothing of this step again. */
+    if (now_due.saves && save(r, ends, e) != 0)
+        return -1;
+    r->clock = now();
+    return 0;
+}
+
+static int finish_run(struct run *r, int stop) {
+    if (!leads(r))
+        return 0;
+    status_break(r->metrics);
+    if (stop)
+        fprintf(stderr, "stopped by signal %d after step %lld; the same command continues\n", stop,
+                (long long)r->progress.step);
+    else
+        fprintf(stderr, "done: %lld steps, %lld tokens in %.1f s of training; %s\n",
+                (long long)r->progress.step, (long long)r->progress.tokens, r->progress.seconds,
+                r->config.run.dir);
     return 0;
 }
 
 static int train_loop(struct run *r, struct error *e) {
     const int64_t steps = r->config.train.steps;
-    while (r->progress.step < steps) {
-        double start = now();
+    struct pulse pulse = {0};
+    r->clock = now();
+    while (r->progress.step < steps && !pulse.stop) {
         train_step(r);
-        if (record_step(r, now() - start, e) != 0)
+        int status = record_steps(r, r->k->run_ahead, e);
+        /* A signal is looked for once a step: one that comes while saving ends the next step. */
+        pulse = (struct pulse){.stop = signals_asked(), .failed = status != 0};
+        if (share_pulse(r, &pulse, e) != 0 || (pulse.failed && comm_agree(r->comm, status, e) != 0))
             return -1;
-        int stop = stop_asked; /* read once: a signal that comes while saving ends the next step */
-        if (between_steps(r, r->progress.step == steps || stop, e) != 0)
+        if ((pulse.saver == SAVER_WRITTEN || pulse.saver == SAVER_FAILED) && publish(r, e) != 0)
             return -1;
-        if (stop) {
-            status_break(r->metrics);
-            fprintf(stderr, "stopped by signal %d after step %lld; the same command continues\n", stop,
-                    (long long)r->progress.step);
-            return 0;
-        }
+        if (between_steps(r, pulse.stop, e) != 0)
+            return -1;
     }
-    status_break(r->metrics);
-    fprintf(stderr, "done: %lld steps, %lld tokens in %.1f s of training; %s\n", (long long)steps,
-            (long long)r->progress.tokens, r->progress.seconds, r->config.run.dir);
-    return 0;
+    return finish_run(r, pulse.stop);
+}
+
+static void let_messages_move(void *comm) {
+    ((struct comm *)comm)->ops->progress(comm);
+}
+
+/* What each rank does for itself, and on which all must agree before any memory is shared. */
+static int prepare_alone(struct run *r, int argc, char **argv, struct error *e) {
+    if (config_load(&r->config, argv[0], argc - 1, argv + 1, r->comm->ranks, e) != 0)
+        return -1;
+    comm_set_timeout(r->comm, r->config.system.peer_timeout);
+    return open_data(r, e) != 0 || open_run_dir(r, e) != 0 ? -1 : 0;
 }
 
 static int prepare_training(struct run *r, int argc, char **argv, struct error *e) {
-    if (check_single_process(e) != 0 || config_load(&r->config, argv[0], argc - 1, argv + 1, 1, e) != 0 ||
-        open_device(r, e) != 0 || open_data(r, e) != 0 || open_run_dir(r, e) != 0 ||
-        build_model(r, true, e) != 0 || resume_or_initialize(r, e) != 0)
+    if (comm_agree(r->comm, prepare_alone(r, argc, argv, e), e) != 0 ||
+        comm_agree(r->comm, open_device(r, e), e) != 0 ||
+        comm_agree(r->comm, build_model(r, true, e), e) != 0 ||
+        comm_agree(r->comm, resume_or_initialize(r, e), e) != 0)
+        return -1;
+    if (!alone(r))
+        r->k->set_idle_call(r->dev, let_messages_move, r->comm);
+    return 0;
+}
+
+/* What only a run that has steps to do needs. */
+static int prepare_loop(struct run *r, struct error *e) {
+    if (check_disk(r, e) != 0 || open_sampler(r, e) != 0)
+        return -1;
+    if (leads(r) && !(r->metrics = metrics_open(r->config.run.dir, r->progress.step, e)))
         return -1;
     return 0;
 }
 
 static int train(struct run *r, int argc, char **argv, struct error *e) {
     r->progress.best_val_loss = (double)NAN;
-    if (watch_signals(e) != 0 || prepare_training(r, argc, argv, e) != 0)
+    if (signals_watch(e) != 0 || !(r->saver = saver_open(e)) || !(r->comm = comm_open(DEFAULT_TIMEOUT, e)) ||
+        prepare_training(r, argc, argv, e) != 0)
         return -1;
     if (r->progress.step >= r->config.train.steps) {
-        printf("%s: already finished, at step %lld of %lld; raise train.steps to go on\n", r->config.run.dir,
-               (long long)r->progress.step, (long long)r->config.train.steps);
+        if (leads(r))
+            printf("%s: already finished: it is at step %lld, and train.steps is %lld; raise it to go on\n",
+                   r->config.run.dir, (long long)r->progress.step, (long long)r->config.train.steps);
         return 0;
     }
-    if (check_disk(r, e) != 0 || open_sampler(r, e) != 0)
+    if (comm_agree(r->comm, prepare_loop(r, e), e) != 0)
         return -1;
-    r->metrics = metrics_open(r->config.run.dir, r->progress.step, e);
-    if (!r->metrics)
-        return -1;
+    r->saves_behind =
+        saver_reserve(r->saver, &r->model, r->k->memory_available(r->dev) / (size_t)r->comm->local_ranks);
+    r->saves_behind = comm_agree(r->comm, r->saves_behind ? 0 : -1, &(struct error){0}) == 0;
     announce(r);
-    return train_loop(r, e);
+    int status = train_loop(r, e);
+    struct error ignored; /* a checkpoint under way is worth finishing whatever ended the run */
+    if (status != 0)
+        finish_save(r, &ignored);
+    return status;
 }
 
 /* ---- commands on a checkpoint ------------------------------------------------------------------------- */
@@ -485,24 +683,32 @@ static int read_checkpoint(struct run *r, const char *path, char dir[MAX_TEXT], 
     return config_override(c, argc, argv, e);
 }
 
-static int eval(struct run *r, int argc, char **argv, struct error *e) {
-    char dir[MAX_TEXT];
+static int prepare_eval(struct run *r, char dir[MAX_TEXT], int argc, char **argv, struct error *e) {
     if (read_checkpoint(r, argv[0], dir, argc - 1, argv + 1, e) != 0)
         return -1;
     const struct config *c = &r->config;
     if (!c->data.val[0] || strcmp(c->data.val, "none") == 0)
         return fail_user(e, "eval needs data: add data.val=GLOB");
-    if (open_device(r, e) != 0)
-        return -1;
+    comm_set_timeout(r->comm, c->system.peer_timeout);
     r->val = shards_open(c->data.val, c->train.seq_len, c->model.vocab_size, e);
-    if (!r->val || build_model(r, false, e) != 0 || checkpoint_load_weights(dir, &r->model, e) != 0)
+    return r->val ? 0 : -1;
+}
+
+static int eval(struct run *r, int argc, char **argv, struct error *e) {
+    char dir[MAX_TEXT];
+    if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)) ||
+        comm_agree(r->comm, prepare_eval(r, dir, argc, argv, e), e) != 0 ||
+        comm_agree(r->comm, open_device(r, e), e) != 0 ||
+        comm_agree(r->comm, build_model(r, false, e), e) != 0 ||
+        comm_agree(r->comm, checkpoint_load_weights(dir, &r->model, e), e) != 0)
         return -1;
     int64_t tokens;
-    double loss = evaluate(r, c->run.eval_batches, &tokens);
+    double loss = evaluate(r, r->config.run.eval_batches, &tokens);
     if (!isfinite(loss))
         return fail_run(
             e, "%s: the loss is not finite: the weights have diverged; take an earlier checkpoint", dir);
-    printf("val_loss %.7f %lld\n", loss, (long long)tokens);
+    if (leads(r))
+        printf("val_loss %.7f %lld\n", loss, (long long)tokens);
     return 0;
 }
 
@@ -519,7 +725,8 @@ static int parse_number(const char *option, const char *text, bool whole, double
     char *end;
     *out = strtod(text, &end);
     if (end == text || *end || !(*out >= 0 && *out <= most) || (whole && *out != floor(*out)))
-        return fail_user(e, "%s %s: not a %snumber from 0 to %g", option, text, whole ? "whole " : "", most);
+        return fail_user(e, "%s %s: not a %snumber from 0 to %.0f", option, text, whole ? "whole " : "",
+                         most);
     return 0;
 }
 
@@ -593,7 +800,7 @@ static int find_tokenizer(struct run *r, const char *dir, struct error *e) {
     snprintf(path, sizeof path, "%s/tokenizer.json", dir);
     if (strcmp(r->config.data.tokenizer, "none") != 0)
         return open_tokenizer(r, r->config.data.tokenizer, e);
-    if (access(path, R_OK) == 0)
+    if (access(path, R_OK) == 0 || errno != ENOENT)
         return open_tokenizer(r, path, e);
     if (checkpoint_setting(dir, "data.tokenizer", recorded, e) != 0)
         return -1;
@@ -738,17 +945,24 @@ static int run_command(struct run *r, int argc, char **argv, struct error *e) {
     return command->run(r, argc - 1, argv + 1, e);
 }
 
+/* Ranks have agreed on an error, and processes that are no ranks yet find the same wrong with what was given.
+ */
+static bool speaks(const struct run *r, const struct error *e) {
+    return r->comm ? leads(r) : e->exit_code != EXIT_USER || comm_first_started();
+}
+
 int main(int argc, char **argv) {
     static struct run r;
     struct error e = {0};
     int status = run_command(&r, argc - 1, argv + 1, &e);
-    if (status != 0 && r.metrics)
-        status_break(r.metrics);
-    release(&r);
     if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))
         status = fail_run(&e, "cannot write to the standard output: %s", strerror(errno));
+    if (status != 0 && r.metrics)
+        status_break(r.metrics);
+    if (status != 0 && speaks(&r, &e))
+        fprintf(stderr, "train_iha: %s\n", e.text);
+    release(&r); /* only now: as soon as one rank has ended with an error, mpirun ends the others */
     if (status == 0)
         return EXIT_OK;
-    fprintf(stderr, "train_iha: %s\n", e.text);
     return e.exit_code ? e.exit_code : EXIT_RUN;
 }

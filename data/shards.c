@@ -194,7 +194,7 @@ static int find_files(const char *pattern, glob_t *paths, struct error *e) {
     case 0:
         return 0;
     case GLOB_NOMATCH:
-        return fail_user(e, "no file matches '%s': check the path, or prepare the data first", pattern);
+        return fail_user(e, "no file matches '%s': check the path, or make shards of a text with data/prepare.py", pattern);
     default:
         return fail_user(e, "the files of '%s' could not be listed: %s", pattern, strerror(errno));
     }
@@ -214,7 +214,7 @@ struct shards *shards_open(const char *pattern, int64_t seq_len, int64_t vocab_s
     }
     s = calloc(1, sizeof *s);
     if (!s) {
-        fail_run(e, "out of memory");
+        fail_run(e, "out of memory opening the shards of '%s'", pattern);
     } else {
         s->seq_len = seq_len;
         if (open_all(s, &paths, vocab_size, e)) {

@@ -79,9 +79,10 @@ static size_t step_back(const char *text, size_t end) {
     return i;
 }
 
-static size_t start_of_spaces_before(const char *text, size_t end) {
+/* From `end` back, and no further than `limit`. */
+static size_t start_of_spaces_before(const char *text, size_t limit, size_t end) {
     int used;
-    while (end > 0) {
+    while (end > limit) {
         size_t start = step_back(text, end);
         if (!is_space(utf8_next(text + start, end - start, &used)))
             break;
@@ -113,6 +114,7 @@ static int split_at_added(struct encoding *x, int k, struct slice text) {
         return run_stage(x, 0, text);
     const struct added_set *set = &x->t->added[k];
     size_t done = 0, at = set->count ? 0 : text.length, matched = 0;
+    size_t spaces_end = 0; /* of those last looked at: tokens that are spaces may stand among them */
     while (at < text.length) {
         const struct added_token *token = longest_at(set, text.bytes + at, text.length - at, &matched);
         if (!token) {
@@ -123,10 +125,13 @@ static int split_at_added(struct encoding *x, int k, struct slice text) {
         at = end;
         if (token->single_word && !stands_alone(x, text, start, end))
             continue;
-        if (token->lstrip)
-            start = start_of_spaces_before(text.clean, start); /* the token before may have taken some */
-        if (token->rstrip)
-            end += spaces_after(text.clean + end, text.length - end);
+        if (token->lstrip) /* what the token before has not taken */
+            start = start_of_spaces_before(text.clean, done, start);
+        if (token->rstrip) {
+            if (end >= spaces_end)
+                spaces_end = end + spaces_after(text.clean + end, text.length - end);
+            end = spaces_end;
+        }
         if (start > done && split_at_added(x, k + 1, cut(text, done, start)))
             return -1;
         if (push_id(x, token->id))

@@ -3,10 +3,22 @@
 #include <stdarg.h>
 #include <stdio.h>
 
+/* One line that a terminal shows as it is, whatever a file or a path put into it: control characters become
+ * question marks, those that Unicode has at U+0080 to U+009F too. */
+static void make_printable(char *text) {
+    for (unsigned char *c = (unsigned char *)text; *c; c++) {
+        if (*c < ' ' || *c == 0x7f)
+            *c = '?';
+        else if (*c == 0xc2 && c[1] >= 0x80 && c[1] <= 0x9f)
+            c[0] = c[1] = '?';
+    }
+}
+
 static int fill(struct error *e, int exit_code, const char *format, va_list args) {
     if (e) {
         e->exit_code = exit_code;
         vsnprintf(e->text, sizeof e->text, format, args);
+        make_printable(e->text);
     }
     return -1;
 }

@@ -21,7 +21,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kernels/comm.h"
 #include "kernels/error.h"
+#include "kernels/step.h"
 #include "kernels/tensor.h"
 
 #ifdef __cplusplus
@@ -122,20 +124,6 @@ struct adamw_hyper {
     double beta1, beta2, eps;
 };
 
-/* One optimizer step's decisions, kept on the device and read back when the host likes.
- * step_begin sets the first two; the rest is computed on the device. */
-struct step_state {
-    double lr;
-    int64_t step;
-    double loss;       /* sum over the step of scale * (nats of every counted token) */
-    double sumsq;      /* of all gradients so far */
-    double grad_norm;  /* sqrt(sumsq) */
-    double clip;       /* factor on the gradients */
-    int64_t updates;   /* steps applied so far: AdamW's t; carried from step to step */
-    int32_t skip;      /* this step is not applied */
-    int32_t skips_run; /* skipped in a row, this one included */
-};
-
 /* ---- the table ------------------------------------------------------------------------------------ */
 
 struct device; /* opaque: a processor, its queue and its library handles */
@@ -145,6 +133,7 @@ struct device_options {
     int threads; /* 0: all the process may use */
     enum device_precision precision;
     bool deterministic;
+    struct comm *comm; /* NULL: alone; otherwise ranks on one machine share its processors */
 };
 
 /* The types a device works in. Parameters are read in `compute`; where `master` is finer, the optimizer keeps
@@ -166,6 +155,10 @@ struct kernels {
     struct device_dtypes (*dtypes)(struct device *dev);
     /* Dense peak of the compute precision in FLOP/s, 0 when the device is not known. */
     double (*peak_flops)(struct device *dev);
+
+    /* Something to call now and then while the host itself computes, such as letting messages move; a device
+     * with a queue of its own ignores it. NULL: nothing. */
+    void (*set_idle_call)(struct device *dev, void (*call)(void *context), void *context);
 
     /* Zeroed device memory, or NULL and an EXIT_USER error with the size. */
     void *(*alloc)(struct device *dev, size_t bytes, struct error *e);
@@ -250,14 +243,18 @@ struct kernels {
     void (*classifier)(struct device *, const struct classifier_spec *, tensor h, tensor w, tensor targets,
                        double scale, struct step_state *state, tensor dh, tensor dw, bool accumulate);
 
-    /* The step state. begin: set lr and step, clear what is summed. decide: norm, clip factor (grad_clip 0:
-     * none), and skip when the loss or the norm is not finite. read: a copy, when the queue has come so far.
-     */
+    /* The step state. begin: set lr and step, clear what is summed. decide: step_decision above. read: a
+     * copy, when the queue has come so far. */
     void (*step_begin)(struct device *, struct step_state *, int64_t step, double lr);
     void (*sumsq)(struct device *, tensor g, struct step_state *);
-    void (*step_decide)(struct device *, struct step_state *, double grad_clip);
+    void (*step_decide)(struct device *, struct step_state *, double grad_clip, double skip_zscore);
     void (*step_read)(struct device *, const struct step_state *, struct step_state *host);
     void (*step_write)(struct device *, struct step_state *, const struct step_state *host);
+    /* The same without stopping the queue: post a copy as of now; collect it later, oldest first, which waits
+     * until the queue has come so far. The host may run so many steps ahead of what it has collected: */
+    void (*step_post)(struct device *, const struct step_state *);
+    void (*step_collect)(struct device *, struct step_state *host);
+    int run_ahead;
 
     /* AdamW over flat ranges (Loshchilov & Hutter 2019, eq. 12): with g' = clip g, t = updates,
      * m = b1 m + (1-b1) g',  v = b2 v + (1-b2) g'^2,  p -= lr_g (m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps) + wd_g
@@ -267,7 +264,7 @@ struct kernels {
 };
 
 const struct kernels *kernels_cpu(void);
-const struct kernels *kernels_cuda(void);
+const struct kernels *kernels_cuda(void); /* NULL when built without CUDA */
 
 /* GPUs that can be used: 0 without a driver. */
 int cuda_devices(void);

@@ -15,8 +15,6 @@
 
 enum { PATH_BYTES = MAX_TEXT + 128, MAX_TOKENIZER = 256 << 20 };
 
-static const char OPTIMIZER_FILE[] = "optimizer-00000-of-00001.safetensors";
-
 static void join(char out[PATH_BYTES], const char *dir, const char *name) {
     snprintf(out, PATH_BYTES, "%s/%s", dir, name);
 }
@@ -25,10 +23,11 @@ static void step_name(char out[32], int64_t step) {
     snprintf(out, 32, "step_%08lld", (long long)step);
 }
 
+/* What cannot be looked at counts as there: whoever opens it will say why it cannot be. */
 static bool exists(const char *dir, const char *name) {
     char path[PATH_BYTES];
     join(path, dir, name);
-    return access(path, F_OK) == 0;
+    return access(path, F_OK) == 0 || (errno != ENOENT && errno != ENOTDIR);
 }
 
 /* ---- which checkpoints there are -------------------------------------------------------------------- */
@@ -46,27 +45,44 @@ static int descending(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-/* Steps of the checkpoints in run_dir, newest first: a malloc'd array and its length. */
-static int list_steps(const char *run_dir, int64_t **steps) {
-    int count = 0, capacity = 0;
-    *steps = NULL;
-    DIR *dir = opendir(run_dir);
-    struct dirent *item;
-    while (dir && (item = readdir(dir))) {
+/* The steps in an open directory, in its order. 0, or the errno. */
+static int read_steps(DIR *dir, int64_t **steps, int *count) {
+    for (int capacity = 0;;) {
+        errno = 0;
+        struct dirent *item = readdir(dir);
+        if (!item)
+            return errno;
         int64_t step = step_of(item->d_name);
         if (step < 0)
             continue;
-        if (count == capacity) {
+        if (*count == capacity) {
             capacity = capacity ? 2 * capacity : 16;
             int64_t *grown = realloc(*steps, (size_t)capacity * sizeof **steps);
             if (!grown)
-                break;
+                return ENOMEM;
             *steps = grown;
         }
-        (*steps)[count++] = step;
+        (*steps)[(*count)++] = step;
     }
+}
+
+/* Steps of the checkpoints in run_dir, newest first: a malloc'd array and its length. A part of them is an
+ * error, -1: a run that overlooks its newest checkpoint, or all, would begin again and write over them. */
+static int list_steps(const char *run_dir, int64_t **steps, struct error *e) {
+    int count = 0;
+    *steps = NULL;
+    DIR *dir = opendir(run_dir);
+    if (!dir && (errno == ENOENT || errno == ENOTDIR))
+        return 0;
+    int err = dir ? read_steps(dir, steps, &count) : errno;
     if (dir)
         closedir(dir);
+    if (err) {
+        free(*steps);
+        *steps = NULL;
+        return fail_run(e, "%s: cannot list its checkpoints: %s; %s", run_dir, strerror(err),
+                        files_advice(err));
+    }
     if (count > 0)
         qsort(*steps, (size_t)count, sizeof **steps, descending);
     return count;
@@ -74,7 +90,7 @@ static int list_steps(const char *run_dir, int64_t **steps) {
 
 int64_t checkpoint_newest_step(const char *run_dir) {
     int64_t *steps;
-    int64_t newest = list_steps(run_dir, &steps) > 0 ? steps[0] : -1;
+    int64_t newest = list_steps(run_dir, &steps, NULL) > 0 ? steps[0] : -1;
     free(steps);
     return newest;
 }
@@ -93,7 +109,7 @@ static int check_opens(const char *dir, struct error *e) {
 
 static int newest_that_opens(const char *run_dir, char dir[MAX_TEXT], struct error *e) {
     int64_t *steps;
-    int count = list_steps(run_dir, &steps), status = -1;
+    int count = list_steps(run_dir, &steps, e), status = -1;
     if (count == 0)
         fail_user(e, "%s: neither a checkpoint (no config.json) nor a run directory with one", run_dir);
     for (int i = 0; i < count && status != 0; i++) {
@@ -125,10 +141,12 @@ int checkpoint_find(const char *path, char dir[MAX_TEXT], struct error *e) {
 
 int checkpoint_read_config(const char *dir, struct model_config *config, struct error *e) {
     char path[PATH_BYTES], *text;
+    size_t length;
     join(path, dir, "config.json");
-    if (files_read_all(path, 1 << 20, &text, NULL, e) != 0)
+    if (files_read_all(path, 1 << 20, &text, &length, e) != 0)
         return -1;
-    int status = config_model_from_json(config, text, path, e);
+    int status = strlen(text) == length ? config_model_from_json(config, text, path, e)
+                                        : fail_user(e, "%s: a zero byte: the file is damaged", path);
     free(text);
     return status;
 }
@@ -140,9 +158,7 @@ int checkpoint_load_weights(const char *dir, struct model *m, struct error *e) {
 }
 
 int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e) {
-    char path[PATH_BYTES];
-    join(path, dir, OPTIMIZER_FILE);
-    return optimizer_read(path, m, e);
+    return optimizer_read(dir, m, e);
 }
 
 int checkpoint_read_progress(const char *dir, struct progress *p, struct error *e) {
@@ -176,13 +192,16 @@ int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], s
 
 struct difference {
     const char *key, *recorded;
-    bool found;
+    bool known, found;
     char text[512];
 };
 
 static void compare_setting(void *context, const char *key, const char *value) {
     struct difference *d = context;
-    if (strcmp(key, d->key) == 0 && strcmp(value, d->recorded) != 0 && !d->found) {
+    if (strcmp(key, d->key) != 0)
+        return;
+    d->known = true;
+    if (strcmp(value, d->recorded) != 0 && !d->found) {
         d->found = true;
         snprintf(d->text, sizeof d->text, "%s was %s and is now %s", key, d->recorded, value);
     }
@@ -201,10 +220,11 @@ static void check_recorded(void *context, const char *key, const char *value) {
         strcmp(key, "data.train") == 0 || strcmp(key, "data.val") == 0 || strcmp(key, "data.tokenizer") == 0;
     if (r->first.found || path || config_may_change_on_resume(key))
         return;
-    r->compared++;
     r->first.key = key;
     r->first.recorded = value;
+    r->first.known = false;
     config_visit(r->asked, compare_setting, &r->first);
+    r->compared += r->first.known;
 }
 
 static int check_same_run(const char *dir, const struct config *c, const struct progress *asked,
@@ -242,7 +262,7 @@ static int check_same_run(const char *dir, const struct config *c, const struct 
 int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct progress *p,
                       char dir[MAX_TEXT], struct error *e) {
     int64_t *steps;
-    int count = list_steps(run_dir, &steps), status = count > 0 ? -1 : 0;
+    int count = list_steps(run_dir, &steps, e), status = count == 0 ? 0 : -1;
     struct progress asked = *p;
     for (int i = 0; i < count && status < 0; i++) {
         char name[32];
@@ -252,7 +272,9 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
             /* Before the weights: those of another model would look damaged. */
             if (check_same_run(dir, c, &asked, p, e) != 0)
                 break;
-            if (checkpoint_load_weights(dir, m, e) == 0 && checkpoint_load_optimizer(dir, m, e) == 0) {
+            if (p->step != steps[i])
+                fail_user(e, "trainer.json is of step %lld", (long long)p->step);
+            else if (checkpoint_load_weights(dir, m, e) == 0 && checkpoint_load_optimizer(dir, m, e) == 0) {
                 status = 1;
                 break;
             }
@@ -268,6 +290,13 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
     if (status == 1)
         snprintf(p->val_fingerprint, sizeof p->val_fingerprint, "%s", asked.val_fingerprint);
     return status;
+}
+
+int checkpoint_load(const char *dir, struct model *m, struct progress *p, struct error *e) {
+    return checkpoint_read_progress(dir, p, e) != 0 || checkpoint_load_weights(dir, m, e) != 0 ||
+                   checkpoint_load_optimizer(dir, m, e) != 0
+               ? -1
+               : 0;
 }
 
 /* ---- saving ------------------------------------------------------------------------------------------- */
@@ -294,19 +323,32 @@ static int write_config(const char *dir, const struct model_config *config, stru
     return status;
 }
 
-static int write_all(const char *dir, struct model *m, const struct config *c, const struct progress *p,
-                     const char *tokenizer, struct error *e) {
-    char path[PATH_BYTES];
-    join(path, dir, "model.safetensors");
-    if (weights_write(path, m, e) != 0)
-        return -1;
-    join(path, dir, OPTIMIZER_FILE);
-    if (optimizer_write(path, m, e) != 0 || write_config(dir, &c->model, e) != 0)
-        return -1;
-    if (tokenizer && copy_tokenizer(tokenizer, dir, e) != 0)
-        return -1;
-    join(path, dir, "trainer.json");
-    return progress_write(path, p, c, e);
+/* ---- names that come and go as a whole ---------------------------------------------------------------- */
+
+static void tmp_path(char out[PATH_BYTES], const char *run_dir, int64_t step) {
+    char name[32];
+    step_name(name, step);
+    snprintf(out, PATH_BYTES, "%s/%s.tmp", run_dir, name);
+}
+
+static void final_path(char out[PATH_BYTES], const char *run_dir, int64_t step) {
+    char name[32];
+    step_name(name, step);
+    join(out, run_dir, name);
+}
+
+/* A checkpoint goes as it comes, whole or not at all: by a name that the next start clears away first. */
+static int remove_checkpoint(const char *run_dir, int64_t step, struct error *e) {
+    char name[32], old_name[48], path[PATH_BYTES], old[PATH_BYTES];
+    step_name(name, step);
+    snprintf(old_name, sizeof old_name, "%s.old.tmp", name);
+    join(path, run_dir, name);
+    join(old, run_dir, old_name);
+    if (rename(path, old) != 0)
+        return errno == ENOENT
+                   ? 0
+                   : fail_run(e, "cannot remove \"%s\": %s; %s", path, strerror(errno), files_advice(errno));
+    return files_remove_tree(old, e);
 }
 
 /* All but the newest `keep` (0: none is removed) and the best. Checkpoints past `step` are those that did not
@@ -315,65 +357,115 @@ static void remove_old(const char *run_dir, int64_t step, int64_t keep, int64_t 
     int64_t *steps, kept = 0;
     if (keep == 0)
         return;
-    int count = list_steps(run_dir, &steps);
+    struct error e;
+    int count = list_steps(run_dir, &steps, &e);
+    if (count < 0)
+        fprintf(stderr, "warning: %s\n", e.text);
     for (int i = 0; i < count; i++) {
-        char name[32], path[PATH_BYTES];
         if (steps[i] > step || kept++ < keep || steps[i] == best_step)
             continue;
-        step_name(name, steps[i]);
-        join(path, run_dir, name);
-        struct error e;
-        if (files_remove_tree(path, &e) != 0)
+        if (remove_checkpoint(run_dir, steps[i], &e) != 0)
             fprintf(stderr, "warning: %s\n", e.text);
     }
     free(steps);
 }
 
-/* Point run_dir/best at the checkpoint of p->best_step. */
+/* Point run_dir/best at the checkpoint of p->best_step, if it is there and the link leads elsewhere. */
 static int mark_best(const char *run_dir, const struct progress *p, struct error *e) {
-    char name[32], link[PATH_BYTES];
+    char name[32], link[PATH_BYTES], now[32] = "";
     step_name(name, p->best_step);
     join(link, run_dir, "best");
+    if (!isfinite(p->best_val_loss) || !exists(run_dir, name))
+        return 0;
+    if (readlink(link, now, sizeof now - 1) > 0 && strcmp(now, name) == 0)
+        return 0;
     return files_link_replace(name, link, e);
 }
 
-int checkpoint_save(const char *run_dir, struct model *m, const struct config *c, const struct progress *p,
-                    const char *tokenizer, struct error *e) {
-    char name[32], tmp[PATH_BYTES], final[PATH_BYTES], tmp_name[40];
-    step_name(name, p->step);
-    snprintf(tmp_name, sizeof tmp_name, "%s.tmp", name);
-    join(tmp, run_dir, tmp_name);
-    join(final, run_dir, name);
-    struct error ignored;
-    if (files_remove_tree(tmp, e) != 0)
-        return -1;
-    if (mkdir(tmp, 0777) != 0)
-        return fail_run(e, "%s: cannot create the directory: %s; %s", tmp, strerror(errno),
-                        files_advice(errno));
-    if (write_all(tmp, m, c, p, tokenizer, e) != 0 || files_remove_tree(final, e) != 0 ||
-        files_publish_dir(tmp, final, e) != 0) {
-        files_remove_tree(tmp, &ignored);
-        e->exit_code = EXIT_RUN;
-        return -1;
-    }
-    if (isfinite(p->best_val_loss) && p->best_step == p->step && mark_best(run_dir, p, e) != 0)
+int checkpoint_settle(const char *run_dir, const struct config *c, const struct progress *p,
+                      struct error *e) {
+    if (mark_best(run_dir, p, e) != 0)
         return -1;
     remove_old(run_dir, p->step, c->run.keep, p->best_step);
     return 0;
 }
 
+int checkpoint_begin(const char *run_dir, int64_t step, struct error *e) {
+    char tmp[PATH_BYTES];
+    tmp_path(tmp, run_dir, step);
+    if (files_remove_tree(tmp, e) != 0)
+        return -1;
+    if (mkdir(tmp, 0777) != 0)
+        return fail_run(e, "%s: cannot create the directory: %s; %s", tmp, strerror(errno),
+                        files_advice(errno));
+    return 0;
+}
+
+int checkpoint_write(const struct checkpoint_job *job, struct error *e) {
+    const struct partition *p = &job->from.model->partition;
+    char dir[PATH_BYTES], path[PATH_BYTES + 64], name[OPTIMIZER_NAME];
+    tmp_path(dir, job->run_dir, job->progress.step);
+    optimizer_name(name, p->rank, p->ranks);
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    if (optimizer_write(path, &job->from, e) != 0)
+        return -1;
+    if (p->rank > 0)
+        return 0;
+    snprintf(path, sizeof path, "%s/model.safetensors", dir);
+    if (weights_write(path, &job->from, e) != 0 || write_config(dir, &job->config->model, e) != 0)
+        return -1;
+    if (job->tokenizer && copy_tokenizer(job->tokenizer, dir, e) != 0)
+        return -1;
+    snprintf(path, sizeof path, "%s/trainer.json", dir);
+    return progress_write(path, &job->progress, job->config, e);
+}
+
+int checkpoint_publish(const struct checkpoint_job *job, struct error *e) {
+    const struct progress *p = &job->progress;
+    char tmp[PATH_BYTES], final[PATH_BYTES];
+    tmp_path(tmp, job->run_dir, p->step);
+    final_path(final, job->run_dir, p->step);
+    /* What stands at its place did not load, or this run would not have passed here again. */
+    if (remove_checkpoint(job->run_dir, p->step, e) != 0 || files_publish_dir(tmp, final, e) != 0)
+        return -1;
+    return checkpoint_settle(job->run_dir, job->config, p, e);
+}
+
+int checkpoint_save(const char *run_dir, struct model *m, const struct config *c, const struct progress *p,
+                    const char *tokenizer, struct error *e) {
+    struct checkpoint_job job = {run_dir, c, tokenizer, *p, {.model = m}};
+    if (checkpoint_begin(run_dir, p->step, e) == 0 && checkpoint_write(&job, e) == 0 &&
+        checkpoint_publish(&job, e) == 0)
+        return 0;
+    checkpoint_clean(run_dir);
+    e->exit_code = EXIT_RUN;
+    return -1;
+}
+
+/* A checkpoint half written or half removed, or one of the files that replace others by a rename. */
+static bool is_left_over(const char *name) {
+    const char *end = strstr(name, ".tmp");
+    if (!end || end[4] != '\0')
+        return false;
+    return strncmp(name, "step_", 5) == 0 || strcmp(name, "best.tmp") == 0 ||
+           strcmp(name, "metrics.jsonl.tmp") == 0 || strcmp(name, "samples.txt.tmp") == 0;
+}
+
 void checkpoint_clean(const char *run_dir) {
     DIR *dir = opendir(run_dir);
     struct dirent *item;
-    while (dir && (item = readdir(dir))) {
-        const char *end = strstr(item->d_name, ".tmp");
-        if (strncmp(item->d_name, "step_", 5) != 0 || !end || end[4] != '\0')
+    while (dir && (errno = 0, item = readdir(dir))) {
+        if (!is_left_over(item->d_name))
             continue;
         char path[PATH_BYTES];
-        struct error ignored;
+        struct error e;
         join(path, run_dir, item->d_name);
-        files_remove_tree(path, &ignored);
+        if (files_remove_tree(path, &e) != 0)
+            fprintf(stderr, "warning: %s\n", e.text);
     }
+    if (!dir || errno != 0)
+        fprintf(stderr, "warning: %s: cannot look for what a killed run left: %s\n", run_dir,
+                strerror(errno));
     if (dir)
         closedir(dir);
 }

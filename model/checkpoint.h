@@ -2,29 +2,31 @@
  *
  *   model.safetensors                        weights, fp32
  *   config.json                              the model, as other tools read it
- *   optimizer-00000-of-00001.safetensors     moments of one rank's range of the flat buffer
+ *   optimizer-RRRRR-of-WWWWW.safetensors     moments of what rank R of W owns
  *   trainer.json                             everything else a resumed run needs
  *   tokenizer.json                           when the run has a tokenizer file */
 #ifndef IHA_CHECKPOINT_H
 #define IHA_CHECKPOINT_H
 
+#include "model/checkpoint_files.h"
 #include "model/model.h"
 
-/* What trainer.json holds beside the configuration. */
-struct progress {
-    int64_t step;         /* optimizer steps done */
-    int64_t tokens;       /* trained on */
-    int64_t sequences;    /* drawn from the training data: the data position */
-    int64_t updates;      /* steps that were not skipped */
-    int32_t skips_run;    /* skipped in a row */
-    double seconds;       /* of training, without evaluation and saving */
-    double best_val_loss; /* NAN: none yet */
-    int64_t best_step;
-    char train_fingerprint[17], val_fingerprint[17];
+/* Saving comes in parts, so that ranks write together and training goes on meanwhile: rank 0 begins (an empty
+ * step_N.tmp), every rank writes its files, and when all have, rank 0 publishes: renames the directory, marks
+ * the best, and removes all but the newest `keep` and the best (keep = 0: none). EXIT_RUN errors leave
+ * earlier checkpoints as they were. */
+struct checkpoint_job {
+    const char *run_dir;
+    const struct config *config;
+    const char *tokenizer; /* a file to copy, or NULL */
+    struct progress progress;
+    struct checkpoint_source from;
 };
+int checkpoint_begin(const char *run_dir, int64_t step, struct error *e);
+int checkpoint_write(const struct checkpoint_job *job, struct error *e);
+int checkpoint_publish(const struct checkpoint_job *job, struct error *e);
 
-/* Write a checkpoint of *m into run_dir, then remove all but the newest `keep` and the best (keep = 0: remove
- * none). tokenizer: a path to copy, or NULL. EXIT_RUN errors leave earlier checkpoints as they were. */
+/* All of it, on one rank. */
 int checkpoint_save(const char *run_dir, struct model *m, const struct config *c, const struct progress *p,
                     const char *tokenizer, struct error *e);
 
@@ -33,6 +35,9 @@ int checkpoint_save(const char *run_dir, struct model *m, const struct config *c
  * when the checkpoint belongs to another model or other data: *c is what the run was asked for. */
 int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct progress *p,
                       char dir[MAX_TEXT], struct error *e);
+
+/* A checkpoint that rank 0 has resumed from, on another rank. */
+int checkpoint_load(const char *dir, struct model *m, struct progress *p, struct error *e);
 
 /* Step of the newest checkpoint directory in run_dir, without looking inside; -1: none. */
 int64_t checkpoint_newest_step(const char *run_dir);
@@ -50,7 +55,11 @@ int checkpoint_read_progress(const char *dir, struct progress *p, struct error *
 /* The value of "section.key" in the checkpoint's trainer.json, or an empty string. */
 int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], struct error *e);
 
-/* Remove half-written checkpoints that a killed run left behind. */
+/* What saving does after the checkpoint is there: point `best` at the best one, remove those past `keep`. To
+ * be done on resuming too, since the run may have been killed before it came to that. */
+int checkpoint_settle(const char *run_dir, const struct config *c, const struct progress *p, struct error *e);
+
+/* Remove what a killed run left half-written or half-removed. */
 void checkpoint_clean(const char *run_dir);
 
 #endif

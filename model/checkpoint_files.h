@@ -2,12 +2,43 @@
 #ifndef IHA_CHECKPOINT_FILES_H
 #define IHA_CHECKPOINT_FILES_H
 
-#include "model/checkpoint.h"
+#include "model/model.h"
 
-int weights_write(const char *path, struct model *m, struct error *e);
+/* What trainer.json holds beside the configuration. */
+struct progress {
+    int64_t step;       /* optimizer steps done */
+    int64_t tokens;     /* trained on */
+    int64_t sequences;  /* drawn from the training data: the data position */
+    int64_t updates;    /* steps that were not skipped */
+    int32_t skips_run;  /* skipped in a row */
+    int64_t norm_count; /* history of gradient norms: see kernels/step.h */
+    double norm_mean, norm_variance;
+    double seconds;       /* of training, without evaluation and saving */
+    double best_val_loss; /* NAN: none yet */
+    int64_t best_step;
+    char train_fingerprint[17], val_fingerprint[17];
+};
+
+/* Where the numbers come from: the model itself, or a copy taken earlier, so that training can go on. */
+struct checkpoint_source {
+    struct model *model;
+    float *weights; /* NULL, or [params.learned] */
+    float *moments; /* NULL, or [2 * optimizer_elements]: first, then second */
+};
+
+int weights_write(const char *path, const struct checkpoint_source *from, struct error *e);
 int weights_read(const char *path, struct model *m, struct error *e);
-int optimizer_write(const char *path, struct model *m, struct error *e);
-int optimizer_read(const char *path, struct model *m, struct error *e);
+
+/* Optimizer state. A rank's file holds `ranges` [n,2], the parameters whose moments it has, counted through
+ * model.safetensors' order without padding, and exp_avg, exp_avg_sq: their moments end to end. So any number
+ * of ranks reads what any other wrote. read: what this rank owns, from all files of `dir`. */
+enum { OPTIMIZER_NAME = 48 };
+void optimizer_name(char out[OPTIMIZER_NAME], int rank, int ranks);
+int64_t optimizer_elements(const struct model *m); /* that this rank owns */
+int optimizer_copy(struct model *m, float *moments, struct error *e);
+int optimizer_write(const char *path, const struct checkpoint_source *from, struct error *e);
+int optimizer_read(const char *dir, struct model *m, struct error *e);
+
 int progress_write(const char *path, const struct progress *p, const struct config *c, struct error *e);
 int progress_read(const char *path, struct progress *p, struct error *e);
 

@@ -26,7 +26,7 @@ enum schedule { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_CONSTANT, SCHEDULE_WS
 enum init_optimizer { OPTIMIZER_FRESH, OPTIMIZER_KEEP };
 enum device_kind { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA };
 enum precision { PRECISION_AUTO, PRECISION_FP32, PRECISION_BF16 };
-enum comm { COMM_AUTO, COMM_MPI, COMM_NCCL };
+enum comm_kind { COMM_AUTO, COMM_MPI, COMM_NCCL };
 enum recompute { RECOMPUTE_NONE, RECOMPUTE_LIGHT, RECOMPUTE_FULL };
 
 struct model_config {
@@ -76,7 +76,7 @@ struct train_config {
 struct system_config {
     enum device_kind device;
     enum precision precision;
-    enum comm comm;
+    enum comm_kind comm;
     int64_t zero_stage;
     enum recompute recompute;
     bool deterministic;

@@ -157,11 +157,5 @@ int finish_train(struct draft *d, int ranks) {
         return fail_at(d, find_row("train", "warmup_steps"),
                        "warmup_steps = %lld is above steps = %lld; lower it or train longer",
                        (long long)t->warmup_steps, (long long)t->steps);
-    if (t->skip_zscore > 0)
-        return fail_at(
-            d, find_row("train", "skip_zscore"),
-            "skip_zscore = %g: skipping outliers is not built yet, only non-finite steps are skipped; "
-            "set it to 0",
-            t->skip_zscore);
     return check_widths(d);
 }

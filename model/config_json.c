@@ -43,9 +43,14 @@ char *config_model_to_json(const struct model_config *m) {
     bool ok = c && root && cJSON_AddStringToObject(root, "model_type", "iha");
     if (ok)
         c->model = *m;
-    for (int i = 0; i < config_row_count && ok; i++)
-        if (is_in_json(&config_rows[i]))
-            ok = cJSON_AddItemToObject(root, json_name(&config_rows[i]), row_to_json(c, &config_rows[i]));
+    for (int i = 0; i < config_row_count && ok; i++) {
+        if (!is_in_json(&config_rows[i]))
+            continue;
+        cJSON *item = row_to_json(c, &config_rows[i]);
+        ok = cJSON_AddItemToObject(root, json_name(&config_rows[i]), item);
+        if (!ok)
+            cJSON_Delete(item);
+    }
     char *printed = ok ? cJSON_Print(root) : NULL;
     size_t length = printed ? strlen(printed) : 0;
     char *text = printed ? malloc(length + 2) : NULL;

@@ -143,7 +143,7 @@ static char *read_line(char *out, int room, void *stream) {
     errno = 0;
     ssize_t n = getline(&r->buffer, &r->capacity, r->file);
     if (n < 0) {
-        if (ferror(r->file)) {
+        if (!feof(r->file)) { /* not ferror(), which out of memory does not set everywhere */
             fail_at(r->draft, NULL, "%s", strerror(errno));
             r->failed = true;
         }
@@ -204,7 +204,8 @@ static int read_file(struct draft *d) {
     /* The stream and the handler share one reader: the handler needs the line's number. */
     int status = ini_parse_stream(read_line, &r, take_key, &r);
     if (status && !r.failed)
-        status > 0 ? fail_line(&r, "not a line of an INI file") : fail_run(d->error, "out of memory");
+        status > 0 ? fail_line(&r, "not a line of an INI file")
+                   : fail_run(d->error, "%s: out of memory", d->file);
     fclose(r.file);
     free(r.buffer);
     return status || r.failed ? -1 : 0;

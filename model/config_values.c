@@ -137,8 +137,9 @@ static int set_integer(void *target, const struct config_row *row, const char *t
             return because(why, "not a whole number; %s takes %s", row->name, range);
         }
         long long parsed = strtoll(text, NULL, 10);
-        /* Beyond 2^63 strtoll gives the largest it can, which every bound excludes. */
-        if (check_range(row, (double)parsed, why))
+        /* Beyond 2^63 strtoll gives the largest it can, which every bound excludes. As a double, 2^53 + 1
+         * would be 2^53. */
+        if (check_range(row, parsed > (long long)row->max ? (double)INFINITY : (double)parsed, why))
             return -1;
         value = parsed;
     }

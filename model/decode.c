@@ -137,7 +137,11 @@ int decoder_create(struct decoder *d, struct model *m, int64_t capacity, int64_t
         return -1;
     d->cache_k = calloc(layers, sizeof *d->cache_k);
     d->cache_v = calloc(layers, sizeof *d->cache_v);
-    if (!d->cache_k || !d->cache_v || plan(d, 1, &saved_one, e) != 0 || plan(d, d->chunk, &saved, e) != 0)
+    if (!d->cache_k || !d->cache_v) {
+        fail_run(e, "out of memory for the caches of %zu layers", layers);
+        goto failed;
+    }
+    if (plan(d, 1, &saved_one, e) != 0 || plan(d, d->chunk, &saved, e) != 0)
         goto failed;
     walk(d, saved);
     if (!(d->memory = m->k->alloc(m->dev, d->bytes, e)))

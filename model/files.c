@@ -152,6 +152,14 @@ int files_write_fd(int fd, const void *data, size_t length) {
     return 0;
 }
 
+int files_sync_stream(FILE *stream) {
+    if (fflush(stream) != 0)
+        return errno;
+    if (ferror(stream))
+        return EIO; /* what it was is long forgotten */
+    return fsync(fileno(stream)) && errno != EINVAL ? errno : 0;
+}
+
 int files_write_synced(const char *path, const void *data, size_t length, struct error *e) {
     int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
     if (fd < 0)

@@ -11,6 +11,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <stdio.h>
 
 #include "kernels/error.h"
 
@@ -50,6 +51,10 @@ int64_t files_free_bytes(const char *path);
 
 /* Write all bytes to a descriptor, whatever signals and short writes come between. 0, or the errno. */
 int files_write_fd(int fd, const void *data, size_t length);
+
+/* Return once what was printed to a stream is on the disk; to a pipe, once it is in the pipe. 0, or the
+ * errno, also of an earlier write that failed. */
+int files_sync_stream(FILE *stream);
 
 /* What to do about an errno from a file operation, to end an error line with. */
 const char *files_advice(int error_number);

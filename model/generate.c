@@ -24,11 +24,28 @@ static int descending(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-/* The k-th largest logit: what is smaller is never drawn. Without memory for the sort, all may be drawn. */
+/* The same as threshold(), slowly: from the largest value down, one after the other. */
+static float threshold_in_place(const float *logits, int64_t vocab, int64_t k) {
+    float value = INFINITY;
+    for (int64_t found = 0; found < k && value > -INFINITY;) {
+        float next = -INFINITY;
+        for (int64_t i = 0; i < vocab; i++)
+            if (logits[i] < value && logits[i] > next)
+                next = logits[i];
+        value = next;
+        for (int64_t i = 0; i < vocab; i++)
+            found += logits[i] == value;
+    }
+    return value;
+}
+
+/* The k-th largest logit: what is smaller is never drawn. */
 static float threshold(const float *logits, int64_t vocab, int64_t k) {
-    float *sorted = k > 0 && k < vocab ? malloc((size_t)vocab * sizeof *sorted) : NULL;
-    if (!sorted)
+    if (k <= 0 || k >= vocab)
         return -INFINITY;
+    float *sorted = malloc((size_t)vocab * sizeof *sorted);
+    if (!sorted)
+        return threshold_in_place(logits, vocab, k);
     for (int64_t i = 0; i < vocab; i++)
         sorted[i] = logits[i];
     qsort(sorted, (size_t)vocab, sizeof *sorted, descending);

@@ -13,6 +13,12 @@ static const char *human(double n, char out[32]) {
     return out;
 }
 
+static const char *human_bytes(size_t bytes, char out[32]) {
+    bool large = bytes >= (size_t)10e9;
+    snprintf(out, 32, "%.1f %s", (double)bytes / (large ? 1e9 : 1e6), large ? "GB" : "MB");
+    return out;
+}
+
 static void print_model(FILE *out, const struct model_config *m) {
     const char *positions[] = {"rope", "learned", "none"}, *norms[] = {"rmsnorm", "layernorm"};
     const char *activations[] = {"gelu_tanh", "relu2", "swiglu"};
@@ -103,7 +109,8 @@ static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len
 
 static void print_memory(FILE *out, const struct config *c, const struct memory_plan *p) {
     const char *modes[] = {"none", "light", "full"};
-    size_t total = p->parameters + p->gradients + p->optimizer + p->activations + p->workspace;
+    size_t total = memory_total(p);
+    char text[32];
     struct {
         const char *name;
         size_t bytes;
@@ -112,11 +119,32 @@ static void print_memory(FILE *out, const struct config *c, const struct memory_
                 {"optimizer", p->optimizer},
                 {"activations", p->activations},
                 {"workspace", p->workspace}};
-    fprintf(out, "Memory for training in fp32, micro_batch %lld x %lld tokens, recompute %s: %.1f MB\n",
+    fprintf(out, "Memory for training in fp32, micro_batch %lld x %lld tokens, recompute %s: %s\n",
             (long long)c->train.micro_batch, (long long)c->train.seq_len, modes[c->system.recompute],
-            (double)total / 1e6);
+            human_bytes(total, text));
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
-        fprintf(out, "  %-12s %12.1f MB\n", rows[i].name, (double)rows[i].bytes / 1e6);
+        fprintf(out, "  %-12s %12s\n", rows[i].name, human_bytes(rows[i].bytes, text));
+    fprintf(out, "  and %s to save while training goes on, where there is room\n",
+            human_bytes(p->saving, text));
+}
+
+/* What sharing leaves to each rank, stage by stage. */
+static int print_ranks(FILE *out, const struct config *c, const struct kernels *k, struct device *dev,
+                       const struct pass_shape *shape, struct error *e) {
+    fprintf(out,
+            "\nMemory of one rank among several, MB (system.zero_stage is %lld):\n  ranks  %10s %10s %10s\n",
+            (long long)c->system.zero_stage, "stage 0", "stage 1", "stage 2");
+    for (int ranks = 2; ranks <= 64; ranks *= 2) {
+        fprintf(out, "  %5d ", ranks);
+        for (int stage = 0; stage <= 2; stage++) {
+            struct memory_plan plan;
+            if (model_memory(&c->model, k, dev, shape, ranks, stage, &plan, e) != 0)
+                return -1;
+            fprintf(out, " %10.1f", (double)memory_total(&plan) / 1e6);
+        }
+        fprintf(out, "\n");
+    }
+    return 0;
 }
 
 int info_print(FILE *out, const struct config *c, const struct kernels *k, struct device *dev,
@@ -124,7 +152,8 @@ int info_print(FILE *out, const struct config *c, const struct kernels *k, struc
     struct pass_shape shape = {c->train.micro_batch, c->train.seq_len, c->system.recompute, true};
     struct memory_plan memory;
     struct params params;
-    if (model_memory(&c->model, k, dev, &shape, &memory, e) != 0 || params_create(&params, &c->model, e) != 0)
+    if (model_memory(&c->model, k, dev, &shape, 1, 0, &memory, e) != 0 ||
+        params_create(&params, &c->model, 1, e) != 0)
         return -1;
     print_model(out, &c->model);
     print_parameters(out, &params);
@@ -132,5 +161,5 @@ int info_print(FILE *out, const struct config *c, const struct kernels *k, struc
     print_flops(out, &c->model, c->train.seq_len);
     print_memory(out, c, &memory);
     params_free(&params);
-    return 0;
+    return print_ranks(out, c, k, dev, &shape, e);
 }

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -36,7 +37,11 @@ static size_t keep_lines(char *text, size_t length, int64_t step) {
             break;
         size_t bytes = (size_t)(end - line) + 1;
         long long number;
-        if (sscanf(line, "{\"step\": %lld,", &number) == 1 && number <= step) {
+        int past = 0; /* stays so when the comma is missing */
+        *end = '\0';  /* or sscanf would measure the whole rest, line by line, and read on into it */
+        bool keep = sscanf(line, "{\"step\": %lld,%n", &number, &past) == 1 && past > 0 && number <= step;
+        *end = '\n';
+        if (keep) {
             memmove(text + out, line, bytes);
             out += bytes;
         }
@@ -45,19 +50,36 @@ static size_t keep_lines(char *text, size_t length, int64_t step) {
     return out;
 }
 
-static int drop_later_lines(const char *path, int64_t step, struct error *e) {
+/* Samples up to `step`: each begins with a line "---- step N". Their order is that of the steps, so the first
+ * one past `step` ends what is kept; if there is none, a last line cut short is the beginning of one. */
+static size_t keep_samples(char *text, size_t length, int64_t step) {
+    for (size_t at = 0; at < length;) {
+        char *line = text + at, *end = memchr(line, '\n', length - at);
+        long long number;
+        if (!end || (sscanf(line, "---- step %lld\n", &number) == 1 && number > step))
+            return at;
+        at += (size_t)(end - line) + 1;
+    }
+    return length;
+}
+
+/* Rewrite a file of the run's with what `keep` keeps of it. A pipe in its place has no past. */
+static int drop_later(const char *path, size_t (*keep)(char *, size_t, int64_t), int64_t step,
+                      struct error *e) {
     char *text, tmp[MAX_TEXT + 64];
     size_t length;
-    if (access(path, F_OK) != 0)
+    struct stat st;
+    int absent = stat(path, &st) == 0 ? 0 : errno;
+    if (absent == ENOENT || (!absent && !S_ISREG(st.st_mode)))
         return 0;
     if (files_read_all(path, (size_t)1 << 40, &text, &length, e) != 0)
         return -1;
-    size_t kept = keep_lines(text, length, step);
+    size_t kept = keep(text, length, step);
     snprintf(tmp, sizeof tmp, "%s.tmp", path);
     int status = kept == length ? 0 : files_write_synced(tmp, text, kept, e);
     free(text);
     if (status == 0 && kept != length && rename(tmp, path) != 0)
-        status = fail_run(e, "%s: cannot replace: %s", path, strerror(errno));
+        status = fail_run(e, "%s: cannot replace: %s; %s", path, strerror(errno), files_advice(errno));
     return status;
 }
 
@@ -67,9 +89,11 @@ struct metrics *metrics_open(const char *run_dir, int64_t step, struct error *e)
         fail_run(e, "out of memory opening metrics.jsonl");
         return NULL;
     }
+    char samples[MAX_TEXT + 32];
+    snprintf(samples, sizeof samples, "%s/samples.txt", run_dir);
     snprintf(m->path, sizeof m->path, "%s/metrics.jsonl", run_dir);
     m->terminal = isatty(STDERR_FILENO);
-    if (drop_later_lines(m->path, step, e) != 0) {
+    if (drop_later(m->path, keep_lines, step, e) != 0 || drop_later(samples, keep_samples, step, e) != 0) {
         free(m);
         return NULL;
     }
@@ -122,6 +146,11 @@ int metrics_eval(struct metrics *m, int64_t step, double val_loss, struct error 
     put_number(m->file, "val_loss", val_loss, "%.9g");
     fputs("}\n", m->file);
     return finish_line(m, e);
+}
+
+int metrics_sync(struct metrics *m, struct error *e) {
+    int err = files_sync_stream(m->file);
+    return err ? fail_run(e, "%s: cannot write: %s; %s", m->path, strerror(err), files_advice(err)) : 0;
 }
 
 static void format_duration(double seconds, char out[32]) {

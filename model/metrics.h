@@ -19,13 +19,16 @@ struct step_record {
 
 struct metrics;
 
-/* Open run_dir/metrics.jsonl for appending, after dropping lines past `step` (a resumed run writes them
- * again). */
+/* Open run_dir/metrics.jsonl for appending, after dropping what lies past `step` from it and from
+ * run_dir/samples.txt (a resumed run writes it again). */
 struct metrics *metrics_open(const char *run_dir, int64_t step, struct error *e);
 void metrics_close(struct metrics *m);
 
 int metrics_step(struct metrics *m, const struct step_record *r, struct error *e);
 int metrics_eval(struct metrics *m, int64_t step, double val_loss, struct error *e);
+
+/* Return once all lines are on the disk: to be called before a checkpoint that they lead up to is saved. */
+int metrics_sync(struct metrics *m, struct error *e);
 
 /* On a terminal, one line rewritten in place; elsewhere a line now and then. Goes to stderr. */
 void status_step(struct metrics *m, const struct step_record *r);

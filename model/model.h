@@ -1,14 +1,17 @@
 /* A GPT with MHA and IHA layers: parameters, activations, forward, backward, one optimizer step.
  *
  * The block is  x += attn(norm(x)); x += mlp(norm(x)).  The model asks kernels/ for everything it computes
- * and knows no device. All memory is laid out before the first step, one allocation a family (parameters,
- * gradients, optimizer, activations); addresses never change. */
+ * and knows no device; where several ranks train it, parallel.c joins them through kernels/comm.h. All memory
+ * is laid out before the first step, one allocation a family (parameters, gradients, optimizer, activations);
+ * addresses never change. */
 #ifndef IHA_MODEL_H
 #define IHA_MODEL_H
 
+#include "kernels/comm.h"
 #include "kernels/kernels.h"
 #include "model/config.h"
 #include "model/params.h"
+#include "model/partition.h"
 
 /* What a training or evaluation pass holds at once. */
 struct pass_shape {
@@ -20,7 +23,8 @@ struct pass_shape {
 
 /* Bytes by family, as `info` announces and create allocates them. */
 struct memory_plan {
-    size_t parameters, gradients, optimizer, activations, workspace;
+    size_t parameters, gradients, optimizer, activations, workspace, messages;
+    size_t saving; /* of host memory, when there is room: a copy that is saved while training goes on */
 };
 
 /* One layer's activations, kept from forward to backward unless recomputed. */
@@ -64,11 +68,14 @@ struct model {
     struct params params;
     void *values;             /* parameters in the compute type, params.elements */
     void *masters;            /* the same in the master type; the same memory where the types agree */
-    void *gradients;          /* NULL unless training */
-    void *moments;            /* first, then second */
+    void *gradients;          /* NULL unless training; partition.h tells what lies where */
+    void *moments;            /* first, then second, each partition.moment_elements */
     struct step_state *state; /* on the device */
     struct param_group *groups;
     int group_count;
+    struct comm *comm;
+    struct partition partition;
+    comm_event *reduced; /* [bucket_count] the last collective on each bucket */
 
     /* of the planned pass */
     struct pass_shape shape;
@@ -91,14 +98,18 @@ struct model {
 struct model_options {
     struct pass_shape shape;
     double weight_decay, mix_lr_scale;
+    struct comm *comm; /* NULL: one rank */
+    int zero_stage;
 };
 int model_create(struct model *m, const struct model_config *config, const struct kernels *k,
                  struct device *dev, const struct model_options *options, struct error *e);
 void model_free(struct model *m);
 
-/* What model_create would allocate, without allocating it. */
+/* What model_create would allocate on one of `ranks` ranks, without allocating it. */
 int model_memory(const struct model_config *config, const struct kernels *k, struct device *dev,
-                 const struct pass_shape *shape, struct memory_plan *plan, struct error *e);
+                 const struct pass_shape *shape, int ranks, int zero_stage, struct memory_plan *plan,
+                 struct error *e);
+size_t memory_total(const struct memory_plan *plan);
 
 /* Initial values by seed. */
 int model_initialize(struct model *m, uint64_t seed, struct error *e);
@@ -129,7 +140,23 @@ void model_evaluate(struct model *m, const int32_t *tokens, const int32_t *targe
 void model_forward(struct model *m, const int32_t *tokens, const int32_t *targets);
 void layer_recompute(struct model *m, int layer);
 
-/* Norm, clip, skip, AdamW: after all passes of step `step` (lr was given to step_begin). */
-void model_update(struct model *m, double beta1, double beta2, double eps, double grad_clip);
+/* One of a step's passes on every rank: as model_forward_backward, and what is complete is summed over ranks
+ * while backward goes on. `scale` is that of one rank's pass: 1 / tokens of the whole step. */
+void model_train_pass(struct model *m, const int32_t *tokens, const int32_t *targets, double scale, int pass,
+                      int passes);
+
+struct update_hyper {
+    double beta1, beta2, eps;
+    double grad_clip;   /* 0: off */
+    double skip_zscore; /* 0: off */
+};
+
+/* After all passes of a step (lr was given to step_begin): norm, clip, skip, AdamW on what this rank owns,
+ * and the new parameters to every rank. */
+void model_update(struct model *m, const struct update_hyper *h);
+
+/* Which parameter's gradient spoiled the step just done: the first in backward order that is not finite, or,
+ * where all are, the largest. An index into params.list. To be called on every rank. */
+int model_worst_gradient(struct model *m, bool *finite);
 
 #endif

@@ -14,6 +14,11 @@ struct builder {
     bool failed;
 };
 
+static void align(struct params *p, int ranks) {
+    int64_t grain = (int64_t)ALIGN_ELEMENTS * ranks;
+    p->elements = (p->elements + grain - 1) / grain * grain;
+}
+
 /* Append one tensor; trailing zero dimensions end the shape. Returns its index. */
 static int add(struct builder *b, const char *name, int64_t s0, int64_t s1, int64_t s2,
                enum param_class class, enum param_init init) {
@@ -38,7 +43,9 @@ static int add(struct builder *b, const char *name, int64_t s0, int64_t s1, int6
     while (t->ndim < 3 && t->shape[t->ndim] > 0)
         t->count *= t->shape[t->ndim++];
     t->offset = p->elements;
-    p->elements = (p->elements + t->count + ALIGN_ELEMENTS - 1) / ALIGN_ELEMENTS * ALIGN_ELEMENTS;
+    t->place = p->learned;
+    p->elements += t->count;
+    align(p, 1);
     p->learned += t->count;
     return p->count++;
 }
@@ -74,9 +81,9 @@ static void add_layer(struct builder *b, const struct model_config *m, int layer
     l->down_bias = add_bias(b, m->bias, "mlp.down.bias", C);
 }
 
-int params_create(struct params *p, const struct model_config *m, struct error *e) {
-    *p = (struct params){0};
+int params_create(struct params *p, const struct model_config *m, int ranks, struct error *e) {
     int L = (int)m->num_hidden_layers;
+    *p = (struct params){.layers_count = L};
     p->layers = calloc((size_t)L, sizeof *p->layers);
     p->layer_at = calloc((size_t)L + 1, sizeof *p->layer_at);
     struct builder b = {.p = p, .layer = -1, .failed = !p->layers || !p->layer_at};
@@ -86,9 +93,11 @@ int params_create(struct params *p, const struct model_config *m, struct error *
         p->pos_embed = add(&b, "pos_embed.weight", m->max_position_embeddings, m->hidden_size, 0,
                            PARAM_MATRIX, INIT_NORMAL);
     for (int layer = 0; layer < L && !b.failed; layer++) {
+        align(p, ranks);
         p->layer_at[layer] = p->elements;
         add_layer(&b, m, layer, &p->layers[layer]);
     }
+    align(p, ranks);
     if (!b.failed)
         p->layer_at[L] = p->elements;
     b.layer = -1;
@@ -98,6 +107,7 @@ int params_create(struct params *p, const struct model_config *m, struct error *
     p->lm_head = m->tie_word_embeddings
                      ? p->embed
                      : add(&b, "lm_head.weight", m->vocab_size, m->hidden_size, 0, PARAM_MATRIX, INIT_NORMAL);
+    align(p, ranks);
     if (b.failed) {
         params_free(p);
         return fail_run(e, "out of memory listing the model's parameters");

@@ -29,6 +29,7 @@ struct param {
     int ndim;
     int64_t shape[3];
     int64_t offset, count; /* elements of the flat buffer */
+    int64_t place;         /* the same without padding: parameters before this one */
     int layer;             /* -1: not of a layer */
     enum param_class class;
     enum param_init init;
@@ -45,12 +46,15 @@ struct params {
     int count;
     int64_t elements;  /* of the flat buffer, with the padding that aligns tensors */
     int64_t learned;   /* parameters proper */
+    int layers_count;  /* L */
     int64_t *layer_at; /* [L + 1]: layer l is elements [layer_at[l], layer_at[l+1]) */
     struct layer_params *layers;
     int embed, pos_embed, final_norm, final_norm_bias, lm_head; /* lm_head = embed when tied */
 };
 
-int params_create(struct params *p, const struct model_config *m, struct error *e);
+/* Layers begin, and the buffer ends, at multiples of 64 * ranks elements, so that ranks can share them evenly
+ * (see partition.h). */
+int params_create(struct params *p, const struct model_config *m, int ranks, struct error *e);
 void params_free(struct params *p);
 
 /* Initial values of one tensor, a function of (seed, name, index) alone: values [count]. */

@@ -542,6 +542,10 @@ int safetensors_append(struct safetensors_writer *w, const void *data, size_t by
     return 0;
 }
 
+void safetensors_abandon(struct safetensors_writer *w) {
+    writer_free(w);
+}
+
 int safetensors_finish(struct safetensors_writer *w, struct error *e) {
     int result = 0;
     if (w->expected > 0) {

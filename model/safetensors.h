@@ -50,5 +50,7 @@ struct safetensors_writer *safetensors_create(const char *path, const struct saf
                                               int count, struct error *e);
 int safetensors_append(struct safetensors_writer *w, const void *data, size_t bytes, struct error *e);
 int safetensors_finish(struct safetensors_writer *w, struct error *e);
+/* Give up between two pieces. */
+void safetensors_abandon(struct safetensors_writer *w);
 
 #endif

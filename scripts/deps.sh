@@ -7,13 +7,27 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(gcc g++ make bc libc6-dev libdnnl-dev libcjson-dev libinih-dev libpcre2-dev libcmocka-dev python3 python3-venv)
+packages=(gcc g++ make bc libc6-dev libdnnl-dev libcjson-dev libinih-dev libpcre2-dev libcmocka-dev
+    libopenmpi-dev openmpi-bin iproute2 python3 python3-venv)
 [ "${1:-}" = --no-corpus ] || packages+=(bible-kjv bible-kjv-text)
 
 missing=()
 for package in "${packages[@]}"; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing+=("$package")
 done
+# clang with its sanitizers and libFuzzer, for the fuzz targets. Tried and not asked for by name: their package is
+# called after the compiler's version.
+can_fuzz() {
+    local probe status
+    probe=$(mktemp)
+    echo 'int LLVMFuzzerTestOneInput(const char *d, unsigned long n) { return d && n ? 0 : 0; }' |
+        clang -fsanitize=fuzzer,address,undefined -x c - -o "$probe" 2>/dev/null
+    status=$?
+    rm -f "$probe"
+    return $status
+}
+can_fuzz || missing+=(clang)
+
 if [ ${#missing[@]} -gt 0 ]; then
     if ! command -v apt-get >/dev/null; then
         echo "deps: this is neither Debian nor Ubuntu; install these by hand: ${missing[*]}" >&2
@@ -23,14 +37,22 @@ if [ ${#missing[@]} -gt 0 ]; then
     [ "$(id -u)" = 0 ] || sudo=sudo
     echo "deps: installing ${missing[*]}${sudo:+ (with sudo)}"
     $sudo apt-get update -qq
+    # What goes with the distribution's clang; on Ubuntu 22.04 clang brings it along and there is no such package.
+    if [[ " ${missing[*]} " == *" clang "* ]] && apt-cache show libclang-rt-dev >/dev/null 2>&1; then
+        missing+=(libclang-rt-dev)
+    fi
     DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 fi
 
-if ! cmp -s requirements.txt .venv/installed-requirements.txt; then
-    echo "deps: Python environment in .venv ($(grep -vc '^#' requirements.txt) packages)"
+requirements=(requirements.txt)
+if command -v nvcc >/dev/null || [ -x "${CUDA_HOME:-/usr/local/cuda}/bin/nvcc" ]; then
+    requirements+=(requirements-cuda.txt)
+fi
+if ! cat "${requirements[@]}" | cmp -s - .venv/installed-requirements.txt; then
+    echo "deps: Python environment in .venv ($(cat "${requirements[@]}" | grep -vc '^#') packages)"
     python3 -m venv .venv
-    .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt
-    cp requirements.txt .venv/installed-requirements.txt
+    .venv/bin/pip install --quiet --disable-pip-version-check "${requirements[@]/#/-r}"
+    cat "${requirements[@]}" >.venv/installed-requirements.txt
 fi
 # Tests of CUDA kernels run on the CPU with the toolkit's headers, or with these.
 if ! command -v nvcc >/dev/null && [ ! -e "${CUDA_HOME:-/usr/local/cuda}/include/cuda_bf16.h" ] &&

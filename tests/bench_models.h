@@ -39,7 +39,7 @@ static inline struct pass_shape pass_shape_of(const struct config *c) {
 /* Build and initialise the model of t->config. */
 static inline void training_open(struct training *t, const struct kernels *k, struct device *dev) {
     const struct config *c = &t->config;
-    struct model_options options = {pass_shape_of(c), c->train.weight_decay, c->train.mix_lr_scale};
+    struct model_options options = {.shape = pass_shape_of(c), .weight_decay = c->train.weight_decay, .mix_lr_scale = c->train.mix_lr_scale};
     struct error e = {0};
     if (model_create(&t->model, &c->model, k, dev, &options, &e) != 0 ||
         model_initialize(&t->model, (uint64_t)c->train.seed, &e) != 0)
@@ -71,7 +71,7 @@ static inline void training_step(void *context) {
     m->k->step_begin(m->dev, m->state, t->step++, c->lr);
     for (int64_t pass = 0; pass < passes; pass++)
         model_forward_backward(m, t->tokens, t->targets, 1.0 / (double)c->batch_tokens, pass > 0, NULL, NULL);
-    model_update(m, c->beta1, c->beta2, c->eps, c->grad_clip);
+    model_update(m, &(struct update_hyper){c->beta1, c->beta2, c->eps, c->grad_clip, 0});
     m->k->step_read(m->dev, m->state, &state);
 }
 

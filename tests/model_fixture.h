@@ -32,7 +32,7 @@ static struct device *fixture_device(void) {
 static inline void fixture_model(struct model *m, const struct model_config *config,
                                  struct pass_shape shape) {
     struct error e = {0};
-    struct model_options options = {shape, 0.1, 1};
+    struct model_options options = {.shape = shape, .weight_decay = 0.1, .mix_lr_scale = 1};
     if (model_create(m, config, kernels_cpu(), fixture_device(), &options, &e) != 0)
         fail_msg("%s", e.text);
 }

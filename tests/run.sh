@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Run every test program and every Python test file, and close with the counts.
+# Run every test program, every Python test file and a short run of every fuzz target, and close with the counts.
 #
 #   tests/run.sh BUILD_DIR BINARY
 set -uo pipefail
 cd "$(dirname "$0")/.."
 build=$1
 export TRAIN_IHA=$2
+export CUDA_VISIBLE_DEVICES= # the CPU is what these test; make check-gpu tests the GPU beside it
 passed=0 failed=0
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
@@ -46,6 +47,14 @@ run_python() {
     report "$1" "${count:-0}" "$bad" "$(bc <<<"$EPOCHREALTIME - $start")"
 }
 
+# A target is one test: it passes when none of its inputs fails.
+run_fuzz() {
+    local start=$EPOCHREALTIME status
+    tests/fuzz/run.sh short build/fuzz "${1#fuzz_}" >"$log" 2>&1
+    status=$?
+    report "$1" 1 "$((status != 0))" "$(bc <<<"$EPOCHREALTIME - $start")"
+}
+
 for source in tests/test_*.c; do
     program=$build/tests/$(basename "$source" .c)
     if [[ $source = tests/test_simt_* && ! -x $program ]]; then
@@ -56,6 +65,9 @@ for source in tests/test_*.c; do
 done
 for source in tests/test_*.py; do
     run_python "$(basename "$source" .py)"
+done
+for source in tests/fuzz/fuzz_*.c; do
+    run_fuzz "$(basename "$source" .c)"
 done
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ] && [ "$passed" -gt 0 ]

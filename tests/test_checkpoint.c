@@ -92,7 +92,7 @@ static void train_step(struct run *r) {
     fixture_tokens(targets, 12, 30, (uint64_t)r->progress.step * 2 + 2);
     m->k->step_begin(m->dev, m->state, r->progress.step, 1e-2);
     model_forward_backward(m, tokens, targets, 1.0 / 12, false, NULL, NULL);
-    model_update(m, 0.9, 0.95, 1e-8, 1);
+    model_update(m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0});
     r->progress.step++;
     r->progress.tokens += 12;
     r->progress.updates++;
@@ -469,6 +469,74 @@ static void a_damaged_newest_is_passed_over(void **state) {
             check_passed_over(files[i], (enum damage)how);
 }
 
+/* Replace a checkpoint's file. */
+static void put_file(const struct run *r, const char *file, const char *text, size_t length) {
+    char path[256];
+    struct error e = {0};
+    path_in(path, r, r->progress.step, file);
+    assert_int_equal(files_write_synced(path, text, length, &e), 0);
+}
+
+/* trainer.json of `r` with the text of one of its lines replaced. */
+static void edit_trainer(const struct run *r, const char *from, const char *to) {
+    char path[256], *text, edited[8192];
+    path_in(path, r, r->progress.step, "trainer.json");
+    assert_int_equal(files_read_all(path, sizeof edited / 2, &text, NULL, NULL), 0);
+    char *at = strstr(text, from);
+    assert_non_null(at);
+    int length = snprintf(edited, sizeof edited, "%.*s%s%s", (int)(at - text), text, to, at + strlen(from));
+    put_file(r, "trainer.json", edited, (size_t)length);
+    free(text);
+}
+
+/* Numbers that JSON can say and a run cannot have: as if there were none. */
+static void numbers_beyond_sense_are_left_out(void **state) {
+    (void)state;
+    struct run r;
+    struct progress p;
+    open_run(&r, "beyond", NULL, 1);
+    step_and_save(&r);
+    edit_trainer(&r, "\"best_val_loss\":\tnull", "\"best_val_loss\": -1e999");
+    edit_trainer(&r, "\"seconds\":\t0", "\"seconds\": -5");
+    assert_int_equal(checkpoint_read_progress("beyond/step_00000001", &p, NULL), 0);
+    assert_true(isnan(p.best_val_loss));
+    assert_true(p.seconds == 0);
+    close_run(&r);
+}
+
+static void text_after_the_json_is_damage(void **state) {
+    (void)state;
+    struct run r;
+    struct progress p;
+    struct model_config m;
+    struct error e = {0};
+    open_run(&r, "after", NULL, 1);
+    step_and_save(&r);
+    put_file(&r, "trainer.json", "{\"format_version\": 1} x", 23);
+    assert_int_equal(checkpoint_read_progress("after/step_00000001", &p, &e), -1);
+    check_error(&e, EXIT_USER, "damaged");
+    char *json = config_model_to_json(&r.config.model);
+    put_file(&r, "config.json", json, strlen(json) + 1);
+    assert_int_equal(checkpoint_read_config("after/step_00000001", &m, &e), -1);
+    check_error(&e, EXIT_USER, "a zero byte");
+    free(json);
+    close_run(&r);
+}
+
+/* A recorded setting may be any text; the terminal sees one line of it, and nothing that it would obey. */
+static void a_file_cannot_write_to_the_terminal(void **state) {
+    (void)state;
+    struct run r;
+    struct error e = {0};
+    char dir[MAX_TEXT];
+    open_run(&r, "terminal", NULL, 1);
+    step_and_save(&r);
+    edit_trainer(&r, "\"train.seed\":\t\"1\"", "\"train.seed\": \"2\\n\\u001b[31m\\u009b1m\\u00fc\"");
+    assert_int_equal(resume(&r, dir, &e), -1);
+    check_error(&e, EXIT_USER, "train.seed was 2??[31m??1m\xc3\xbc and is now 1");
+    close_run(&r);
+}
+
 static void none_that_loads_is_an_error(void **state) {
     (void)state;
     struct run r;
@@ -520,6 +588,9 @@ static void another_run_is_refused(void **state) {
     check_refused("other", "model.layer_pattern=mha_global", same, "model.layer_pattern");
     check_refused("other", "train.seed=5", same, "train.seed");
     check_refused("other", NULL, "fedcba9876543210", "data");
+    edit_trainer(&r, "\"config\":", "\"config\": {\"another program's\": \"key\"}, \"was\":");
+    check_refused("other", NULL, same, "records no configuration");
+    edit_trainer(&r, "\"config\": {\"another program's\": \"key\"}, \"was\":", "\"config\":");
     check_resumes(&r, "train.steps=200", 1);
     check_resumes(&r, "run.keep=7", 1);
     check_resumes(&r, "system.recompute=full", 1);
@@ -679,6 +750,9 @@ int main(void) {
         cmocka_unit_test(saving_a_step_again_replaces_it),
         cmocka_unit_test(leftovers_are_cleaned),
         cmocka_unit_test(a_damaged_newest_is_passed_over),
+        cmocka_unit_test(numbers_beyond_sense_are_left_out),
+        cmocka_unit_test(text_after_the_json_is_damage),
+        cmocka_unit_test(a_file_cannot_write_to_the_terminal),
         cmocka_unit_test(none_that_loads_is_an_error),
         cmocka_unit_test(another_run_is_refused),
         cmocka_unit_test(weights_of_another_model_name_the_tensor),

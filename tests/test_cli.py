@@ -884,9 +884,53 @@ class Refusals(Case):
         done = self.run_cli("train", self.config, f"run.dir={run_dir}", "train.steps=30", "train.max_skips=3", code=1)
         last = done.stderr.decode().splitlines()[-1]
         self.assertTrue(last.startswith("train_iha: "))
-        self.assertIn("step 8", last)
+        self.assertIn("step 5 to step 8", last)
+        self.assertIn("not finite", last)
+        self.assertIn("final_norm.weight", last)
         self.assertEqual([r["skipped"] for r in lines_of(run_dir / "metrics.jsonl") if r["step"] > 4], [True] * 4)
         self.assertEqual(steps_in(run_dir), [4])
+
+
+class Skipping(Case):
+    STEPS = ["train.steps=60", "train.skip_zscore=0.8", "train.max_skips=60"]
+
+    def test_outliers_are_skipped_by_their_zscore(self):
+        """The decisions, made again from the norms in metrics.jsonl."""
+        run_dir = self.train(*self.STEPS, "train.lr=1e-3")
+        count, mean, variance, skips = 0, 0.0, 0.0, 0
+        for r in lines_of(run_dir / "metrics.jsonl"):
+            d = r["grad_norm"] - mean
+            z = d / math.sqrt(variance) if count >= 16 and variance > 0 else 0
+            self.assertEqual(r["skipped"], z > 0.8, r)
+            skips += r["skipped"]
+            if not r["skipped"]:
+                w = 1 / min(count + 1, 128)
+                count += 1
+                mean += w * d
+                variance = (1 - w) * (variance + w * d * d)
+        self.assertGreater(skips, 3)
+        self.assertLess(skips, 40)
+        trainer = json.loads((step_dir(run_dir, 60) / "trainer.json").read_text())
+        self.assertEqual(trainer["updates"], 60 - skips)
+        self.assertAlmostEqual(trainer["norm_mean"], mean, places=6)
+
+    def test_the_history_survives_a_resume(self):
+        parts = self.new_dir()
+        for steps in (21, 37, 60):
+            self.train(*self.STEPS, f"train.steps={steps}", "train.schedule=constant", run_dir=parts)
+        whole = self.train(*self.STEPS, "train.schedule=constant")
+        self.assertEqual(without_timings(lines_of(parts / "metrics.jsonl")),
+                         without_timings(lines_of(whole / "metrics.jsonl")))
+        self.assertEqual((step_dir(parts, 60) / "model.safetensors").read_bytes(),
+                         (step_dir(whole, 60) / "model.safetensors").read_bytes())
+
+    def test_too_many_outliers_end_the_run(self):
+        run_dir = self.new_dir()
+        done = self.run_cli("train", self.config, f"run.dir={run_dir}", *self.STEPS, "train.skip_zscore=1e-6",
+                            "train.max_skips=2", "train.lr=0", code=1)
+        last = done.stderr.decode().splitlines()[-1]
+        self.assertRegex(last, r"outlier \(train.skip_zscore = 1e-06\) in 3 steps in a row, step \d+ to step \d+")
+        self.assertRegex(last, r"largest part in [a-z0-9_.]+\.(weight|alpha_[qkv]|collapse)")
 
 
 # ---- generate and info ---------------------------------------------------------------------------------------------

@@ -389,6 +389,7 @@ static void test_values_refused(void **state) {
         {"train.eps=0", "out of range"},
         {"train.schedule=cosin", "did you mean 'cosine'?"},
         {"train.seed=-1", "out of range"},
+        {"train.seed=9007199254740993", "out of range"}, /* as a double it would be the largest seed */
         {"train.steps=0", "out of range"},
         {"system.zero_stage=3", "out of range; zero_stage takes a whole number from 0 to 2"},
         {"system.threads=0", "out of range; threads takes a whole number from 1 to 4096, or all"},

@@ -13,7 +13,7 @@
 static struct params list_params(const struct model_config *c) {
     struct params p;
     struct error e = {0};
-    assert_int_equal(params_create(&p, c, &e), 0);
+    assert_int_equal(params_create(&p, c, 1, &e), 0);
     return p;
 }
 
@@ -337,20 +337,20 @@ static struct memory_plan check_memory(const struct model_config *c, struct pass
     struct error e = {0};
     struct model m;
     struct kernels counting = *kernels_cpu();
-    struct model_options options = {shape, 0.1, 1};
+    struct model_options options = {.shape = shape, .weight_decay = 0.1, .mix_lr_scale = 1};
     int32_t tokens[ROWS], targets[ROWS];
     counting.alloc = counting_alloc;
     counting.release = counting_release;
     fixture_tokens(tokens, ROWS, VOCAB, 1);
     fixture_tokens(targets, ROWS, VOCAB, 2);
     reservations = 0;
-    assert_int_equal(model_memory(c, &counting, fixture_device(), &shape, &plan, &e), 0);
+    assert_int_equal(model_memory(c, &counting, fixture_device(), &shape, 1, 0, &plan, &e), 0);
     assert_int_equal(reservations, 0);
     assert_int_equal(model_create(&m, c, &counting, fixture_device(), &options, &e), 0);
     model_initialize(&m, 1, &e);
     if (shape.training) {
         fixture_loss(&m, tokens, targets, 0.01);
-        model_update(&m, 0.9, 0.95, 1e-8, 1);
+        model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0});
     } else
         fixture_eval(&m, tokens, targets, 0.01);
     size_t planned[] = {plan.parameters,  plan.gradients, plan.optimizer,
@@ -393,7 +393,7 @@ static void memory_of_a_small_model(void **state) {
     struct error e = {0};
     c.rope_theta = 100;
     c.max_position_embeddings = 4;
-    assert_int_equal(model_memory(&c, kernels_cpu(), fixture_device(), &shape, &plan, &e), 0);
+    assert_int_equal(model_memory(&c, kernels_cpu(), fixture_device(), &shape, 1, 0, &plan, &e), 0);
     assert_int_equal(plan.parameters, 4 * elements);
     assert_int_equal(plan.gradients, 4 * elements);
     assert_int_equal(plan.optimizer, 8 * elements);

@@ -65,7 +65,7 @@ static void decide(void **unused) {
             s.loss = cases[i].loss;
             s.sumsq = cases[i].sumsq;
             b->k->step_write(b->dev, on(state, b).data, &s);
-            b->k->step_decide(b->dev, on(state, b).data, cases[i].grad_clip);
+            b->k->step_decide(b->dev, on(state, b).data, cases[i].grad_clip, 0);
             after[b->which] = read_state(b, state);
         }
         struct step_state c = after[CUDA], p = after[PLAIN];
@@ -99,7 +99,7 @@ static void check_adamw(enum device_precision precision, int count, int64_t star
         for (int step = 0; step < steps; step++) {
             b->k->step_begin(b->dev, on(state, b).data, step, 0.01);
             b->k->sumsq(b->dev, on(g, b), on(state, b).data);
-            b->k->step_decide(b->dev, on(state, b).data, 2);
+            b->k->step_decide(b->dev, on(state, b).data, 2, 0);
             b->k->adamw(b->dev, &hyper, groups, count, on(master, b),
                         b->which == CUDA ? on(p, b) : tensor_none(), on(g, b), on(m, b), on(v, b),
                         on(state, b).data);
@@ -154,7 +154,7 @@ static void skipped(void **unused) {
     struct step_state s = read_state(b, state);
     s.loss = NAN;
     b->k->step_write(b->dev, on(state, b).data, &s);
-    b->k->step_decide(b->dev, on(state, b).data, 1);
+    b->k->step_decide(b->dev, on(state, b).data, 1, 0);
     b->k->adamw(b->dev, &hyper, &group, 1, on(x[0], b), tensor_none(), on(x[1], b), on(x[2], b), on(x[3], b),
                 on(state, b).data);
     for (int i = 0; i < 4; i++) {

@@ -2,6 +2,8 @@
  * hostile, does worse than an error that says what is wrong with it. */
 #include "tests/tokenizer_fixture.h"
 
+#include <time.h>
+
 /* ---- variants of a small byte-level file ---- */
 
 /* %s: normalizer, pre-tokenizer, what the model says besides type, vocabulary, merges, added tokens. */
@@ -125,6 +127,25 @@ static void exploding_patterns_give_up(void **state) {
     text[64] = 0;
     assert_int_equal(tokenizer_encode(t, text, 64, &ids, &e), -1);
     is_user_error(&e, "split pattern");
+    tokenizer_close(t);
+}
+
+/* A token of the file that is a space and takes the spaces around it: each looks at all, but not anew. */
+static void spaces_are_looked_at_once(void **state) {
+    (void)state;
+    enum { LENGTH = 1 << 20 };
+    struct tokenizer *t = open_text("{\"pre_tokenizer\":{\"type\":\"ByteLevel\"},\"model\":{\"type\":\"BPE\","
+                                    "\"vocab\":{\"a\":0},\"merges\":[]},\"added_tokens\":["
+                                    "{\"id\":1,\"content\":\" \",\"lstrip\":true,\"rstrip\":true}]}");
+    char *text = malloc(LENGTH);
+    int32_t *ids = NULL;
+    struct error e = {0};
+    memset(text, ' ', LENGTH);
+    clock_t start = clock();
+    assert_int_equal(tokenizer_encode(t, text, LENGTH, &ids, &e), LENGTH);
+    assert_true(clock() - start < 20 * CLOCKS_PER_SEC); /* and not half an hour */
+    free(ids);
+    free(text);
     tokenizer_close(t);
 }
 
@@ -352,6 +373,7 @@ int main(void) {
         IN_DIR(normalizers_are_not_ignored),
         IN_DIR(refuses_to_encode_what_it_would_get_wrong),
         IN_DIR(exploding_patterns_give_up),
+        IN_DIR(spaces_are_looked_at_once),
         IN_DIR(refuses_what_is_no_tokenizer),
         IN_DIR(refuses_bad_ids),
         cmocka_unit_test(refuses_another_models_tokenizer),

@@ -184,7 +184,7 @@ static void kernel_step(struct adamw_test *t, double lr, double clip, double los
     k->step_begin(dev, &t->state, 0, lr);
     t->state.loss = loss;
     k->sumsq(dev, flat(t->g), &t->state);
-    k->step_decide(dev, &t->state, clip);
+    k->step_decide(dev, &t->state, clip, 0);
     k->adamw(dev, &HYPER, GROUPS, COUNT(GROUPS), flat(t->p), tensor_none(), flat(t->g), flat(t->m),
              flat(t->v), &t->state);
 }
@@ -315,7 +315,8 @@ static void groups_follow_the_classes(void **state) {
     struct model_config c = other_config();
     struct model m;
     struct error e = {0};
-    struct model_options options = {{1, TOKENS, RECOMPUTE_NONE, true}, 0.25, 3};
+    struct model_options options = {
+        .shape = {1, TOKENS, RECOMPUTE_NONE, true}, .weight_decay = 0.25, .mix_lr_scale = 3};
     assert_int_equal(model_create(&m, &c, kernels_cpu(), fixture_device(), &options, &e), 0);
     int64_t at = 0;
     for (int i = 0; i < m.group_count; at = m.groups[i++].end)
@@ -336,7 +337,7 @@ static void groups_follow_the_classes(void **state) {
 static void step(struct model *m, const int32_t *tokens, const int32_t *targets, double scale, double lr) {
     m->k->step_begin(m->dev, m->state, 0, lr);
     model_forward_backward(m, tokens, targets, scale, false, NULL, NULL);
-    model_update(m, HYPER.beta1, HYPER.beta2, HYPER.eps, 1);
+    model_update(m, &(struct update_hyper){HYPER.beta1, HYPER.beta2, HYPER.eps, 1, 0});
 }
 
 static void a_nan_never_reaches_the_parameters(void **state) {
@@ -419,8 +420,32 @@ static void learning_rates_at_known_points(void **state) {
     check_lr(SCHEDULE_WSD, 10, 109, 0.1 + 0.9 / 22);
 }
 
+/* Which tensor spoiled a step: the one nearest to the loss with a bad number, else the largest. */
+static void the_worst_gradient_is_named(void **state) {
+    (void)state;
+    struct model_config c = plain_config();
+    struct model m;
+    bool finite;
+    open_model(&m, &c, BATCH, RECOMPUTE_NONE);
+    for (int i = 0; i < m.params.count; i++) {
+        tensor g = model_gradient(&m, i);
+        for (int64_t j = 0; j < tensor_count(g); j++)
+            ((float *)g.data)[j] = 0.001f;
+    }
+    int early = m.params.layers[0].up, late = m.params.layers[2].alpha_k;
+    ((float *)model_gradient(&m, early).data)[3] = 9;
+    assert_int_equal(model_worst_gradient(&m, &finite), early);
+    assert_true(finite);
+    ((float *)model_gradient(&m, early).data)[3] = NAN;
+    ((float *)model_gradient(&m, late).data)[1] = INFINITY;
+    assert_int_equal(model_worst_gradient(&m, &finite), late);
+    assert_false(finite);
+    model_free(&m);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(the_worst_gradient_is_named),
         cmocka_unit_test(recompute_changes_no_bit),
         cmocka_unit_test(halves_accumulate_to_the_whole),
         cmocka_unit_test(gradients_are_announced_once),

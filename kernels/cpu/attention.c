@@ -46,7 +46,7 @@ static size_t layout_scratch(const struct attention_spec *s, char *base, struct 
                  {&out->dv, TILE * D}, {&out->p, TILE * TILE}, {&out->ds, TILE * TILE}, {&out->row_max, S},
                  {&out->row_sum, S},   {&out->delta, S}};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        *parts[i].where = (real *)(base + at);
+        *parts[i].where = base ? (real *)(base + at) : NULL;
         at += (size_t)round_up(parts[i].count * (int64_t)sizeof(real), 64) + 64;
     }
     return (size_t)round_up((int64_t)at, 4096);
@@ -236,6 +236,7 @@ static void check_attention(const char *op, const struct attention_spec *s, tens
 
 void cpu_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v, tensor o,
                    void *saved) {
+    give_way(dev);
     check_attention("attention", s, q, k, v, o);
     char *base = cpu_workspace(dev, attention_plan(dev, s).workspace, "attention");
     struct scratch unused;
@@ -334,6 +335,7 @@ static void backward_head(const struct attention_spec *s, const struct scratch *
 
 void cpu_attention_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                             tensor o, tensor d_o, const void *saved, tensor dq, tensor dk, tensor dv) {
+    give_way(dev);
     check_attention("attention_backward", s, q, k, v, o);
     check_attention("attention_backward (gradients)", s, dq, dk, dv, d_o);
     char *base = cpu_workspace(dev, attention_plan(dev, s).workspace, "attention_backward");

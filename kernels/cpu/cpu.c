@@ -34,10 +34,7 @@ static struct device *cpu_open(const struct device_options *options, struct erro
         fail_user(e, "out of memory opening the CPU device");
         return NULL;
     }
-    if (options->threads > 0)
-        omp_set_num_threads(options->threads);
-    dev->threads = omp_get_max_threads();
-    cpu_pin_threads(dev->threads);
+    dev->threads = cpu_place_threads(options->threads, options->comm);
     char name[128];
     read_processor_name(name, sizeof name);
     snprintf(dev->description, sizeof dev->description, "cpu: %s, %d thread%s, %d-bit vectors", name,
@@ -61,6 +58,11 @@ static struct device_dtypes cpu_dtypes(struct device *dev) {
 static double cpu_peak_flops(struct device *dev) {
     (void)dev;
     return 0; /* no published dense peak to hold a CPU to: mfu is left out */
+}
+
+static void cpu_set_idle_call(struct device *dev, void (*call)(void *context), void *context) {
+    dev->idle_call = call;
+    dev->idle_context = context;
 }
 
 /* Page-aligned and fresh from the kernel, so zeroed, and placed by the thread that touches it first. */
@@ -240,6 +242,7 @@ const struct kernels *kernels_cpu(void) {
         .describe = cpu_describe,
         .dtypes = cpu_dtypes,
         .peak_flops = cpu_peak_flops,
+        .set_idle_call = cpu_set_idle_call,
         .alloc = cpu_alloc,
         .release = cpu_release,
         .memory_available = cpu_memory_available,
@@ -271,6 +274,9 @@ const struct kernels *kernels_cpu(void) {
         .step_decide = cpu_step_decide,
         .step_read = cpu_step_read,
         .step_write = cpu_step_write,
+        .step_post = cpu_step_post,
+        .step_collect = cpu_step_collect,
+        .run_ahead = 0,
         .adamw = cpu_adamw,
     };
     return &table;

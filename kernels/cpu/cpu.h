@@ -13,10 +13,19 @@ struct device {
     char *workspace;
     size_t workspace_bytes;
     char description[256];
+    void (*idle_call)(void *context);
+    void *idle_context;
+    struct step_state posted; /* nothing is queued here, so one is enough */
 };
 
-/* Keep thread i on the i-th processor, where there are as many of one as of the other. */
-void cpu_pin_threads(int threads);
+/* To be called where an operation begins that may take long. */
+static inline void give_way(const struct device *dev) {
+    if (dev->idle_call)
+        dev->idle_call(dev->idle_context);
+}
+
+/* Choose the number of threads (0: this rank's part of the processors) and where they run. */
+int cpu_place_threads(int threads, struct comm *comm);
 
 /* The workspace's first bytes, which the running operation may use until it returns. */
 void *cpu_workspace(struct device *dev, size_t bytes, const char *op);
@@ -82,9 +91,11 @@ void cpu_classifier(struct device *, const struct classifier_spec *, tensor h, t
                     double scale, struct step_state *state, tensor dh, tensor dw, bool accumulate);
 void cpu_step_begin(struct device *, struct step_state *, int64_t step, double lr);
 void cpu_sumsq(struct device *, tensor g, struct step_state *);
-void cpu_step_decide(struct device *, struct step_state *, double grad_clip);
+void cpu_step_decide(struct device *, struct step_state *, double grad_clip, double skip_zscore);
 void cpu_step_read(struct device *, const struct step_state *, struct step_state *host);
 void cpu_step_write(struct device *, struct step_state *, const struct step_state *host);
+void cpu_step_post(struct device *, const struct step_state *);
+void cpu_step_collect(struct device *, struct step_state *host);
 void cpu_adamw(struct device *, const struct adamw_hyper *, const struct param_group *groups, int count,
                tensor master, tensor p, tensor g, tensor m, tensor v, const struct step_state *);
 

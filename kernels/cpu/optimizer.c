@@ -33,13 +33,9 @@ void cpu_sumsq(struct device *dev, tensor g, struct step_state *state) {
         state->sumsq += part[p];
 }
 
-void cpu_step_decide(struct device *dev, struct step_state *state, double grad_clip) {
+void cpu_step_decide(struct device *dev, struct step_state *state, double grad_clip, double skip_zscore) {
     (void)dev;
-    state->grad_norm = sqrt(state->sumsq);
-    state->clip = grad_clip > 0 && state->grad_norm > grad_clip ? grad_clip / state->grad_norm : 1;
-    state->skip = !isfinite(state->loss) || !isfinite(state->grad_norm);
-    state->skips_run = state->skip ? state->skips_run + 1 : 0;
-    state->updates += !state->skip;
+    step_decision(state, grad_clip, skip_zscore);
 }
 
 void cpu_step_read(struct device *dev, const struct step_state *state, struct step_state *host) {
@@ -50,6 +46,14 @@ void cpu_step_read(struct device *dev, const struct step_state *state, struct st
 void cpu_step_write(struct device *dev, struct step_state *state, const struct step_state *host) {
     (void)dev;
     *state = *host;
+}
+
+void cpu_step_post(struct device *dev, const struct step_state *state) {
+    dev->posted = *state;
+}
+
+void cpu_step_collect(struct device *dev, struct step_state *host) {
+    *host = dev->posted;
 }
 
 void cpu_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct param_group *groups,

@@ -89,7 +89,9 @@ static struct device *open_device(const struct device_options *options, struct e
     }
     int device;
     struct cudaDeviceProp p;
-    cuda_check(cudaGetDevice(&device));
+    /* One rank a GPU; more ranks than GPUs take turns. */
+    device = options->comm ? options->comm->local_rank % cuda_devices() : 0;
+    cuda_check(cudaSetDevice(device));
     cuda_check(cudaGetDeviceProperties(&p, device));
     if (p.major < 8) {
         fail_user(e, "system.device = cuda: %s has compute capability %d.%d; 8.0 (Ampere) or later is needed",
@@ -101,6 +103,7 @@ static struct device *open_device(const struct device_options *options, struct e
         fail_user(e, "out of memory opening the GPU");
         return NULL;
     }
+    dev->index = device;
     dev->sm_count = p.multiProcessorCount;
     dev->memory = p.totalGlobalMem;
     dev->shared_limit = p.sharedMemPerBlockOptin;
@@ -113,14 +116,22 @@ static struct device *open_device(const struct device_options *options, struct e
     cublas_check(cublasLtCreate(&dev->blas));
     cuda_check(cudaMalloc((void **)&dev->scratch, SCRATCH_BYTES));
     dev->staging = staging_create();
+    for (struct posted_step &step : dev->posted) {
+        cuda_check(cudaMallocHost((void **)&step.state, sizeof *step.state));
+        cuda_check(cudaEventCreateWithFlags(&step.done, cudaEventDisableTiming));
+    }
     return dev;
 }
 
 static void close_device(struct device *dev) {
     cuda_check(cudaStreamSynchronize(dev->stream));
+    attention_plans_free(dev->attentions);
     staging_free(dev->staging);
     matmul_plans_free(dev->matmuls);
-
+    for (struct posted_step &step : dev->posted) {
+        cuda_check(cudaEventDestroy(step.done));
+        cuda_check(cudaFreeHost(step.state));
+    }
     cuda_check(cudaFree(dev->scratch));
     cublas_check(cublasLtDestroy(dev->blas));
     cuda_check(cudaStreamDestroy(dev->stream));
@@ -154,6 +165,11 @@ static double peak_flops(struct device *dev) {
         if (strstr(dev->name, table[i].name))
             return table[i].peak;
     return 0;
+}
+
+/* The queue runs by itself: the host has nothing to do meanwhile. */
+static void set_idle_call(struct device *dev, void (*call)(void *), void *context) {
+    (void)dev, (void)call, (void)context;
 }
 
 /* ---- memory ----------------------------------------------------------------------------------------------
@@ -243,6 +259,7 @@ const struct kernels *kernels_cuda(void) {
         .describe = describe,
         .dtypes = dtypes,
         .peak_flops = peak_flops,
+        .set_idle_call = set_idle_call,
         .alloc = alloc_zeroed,
         .release = release,
         .memory_available = memory_available,
@@ -274,6 +291,9 @@ const struct kernels *kernels_cuda(void) {
         .step_decide = cuda_step_decide,
         .step_read = cuda_step_read,
         .step_write = cuda_step_write,
+        .step_post = cuda_step_post,
+        .step_collect = cuda_step_collect,
+        .run_ahead = RUN_AHEAD,
         .adamw = cuda_adamw,
     };
     return &table;

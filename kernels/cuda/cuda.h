@@ -28,10 +28,19 @@
 
 typedef __nv_bfloat16 bf16;
 
-struct matmul_plan; /* matmul.cu */
-struct staging;     /* transfer.cu */
+struct matmul_plan;     /* matmul.cu */
+struct staging;         /* transfer.cu */
+struct attention_plans; /* attention.cu */
+
+/* A step's state on its way to the host, in pinned memory. */
+enum { RUN_AHEAD = 1, POSTED_STEPS = RUN_AHEAD + 1 };
+struct posted_step {
+    struct step_state *state;
+    cudaEvent_t done;
+};
 
 struct device {
+    int index; /* among the GPUs of this machine */
     cudaStream_t stream;
     cublasLtHandle_t blas;
     char *workspace;
@@ -43,7 +52,10 @@ struct device {
     enum device_precision precision;
     bool deterministic;
     struct matmul_plan *matmuls; /* built so far */
+    struct attention_plans *attentions;
     struct staging *staging;
+    struct posted_step posted[POSTED_STEPS];
+    int64_t posts, collects;
     char name[256], description[320];
 };
 
@@ -128,8 +140,8 @@ int cuda_classifier_plan(struct device *, const struct classifier_spec *, struct
 PENDING int cuda_mix_plan(struct device *, const struct mix_spec *, struct op_cost *, struct error *);
 PENDING int cuda_collapse_plan(struct device *, const struct collapse_spec *, struct op_cost *,
                                struct error *);
-PENDING int cuda_attention_plan(struct device *, const struct attention_spec *, struct op_cost *,
-                                struct error *);
+int cuda_attention_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
+void attention_plans_free(struct attention_plans *);
 PENDING int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *,
                              struct error *);
 
@@ -197,7 +209,9 @@ void cuda_classifier(struct device *, const struct classifier_spec *, tensor h, 
                      double scale, struct step_state *state, tensor dh, tensor dw, bool accumulate);
 void cuda_step_begin(struct device *, struct step_state *, int64_t step, double lr);
 void cuda_sumsq(struct device *, tensor g, struct step_state *);
-void cuda_step_decide(struct device *, struct step_state *, double grad_clip);
+void cuda_step_decide(struct device *, struct step_state *, double grad_clip, double skip_zscore);
+void cuda_step_post(struct device *, const struct step_state *);
+void cuda_step_collect(struct device *, struct step_state *host);
 void cuda_step_read(struct device *, const struct step_state *, struct step_state *host);
 void cuda_step_write(struct device *, struct step_state *, const struct step_state *host);
 void cuda_adamw(struct device *, const struct adamw_hyper *, const struct param_group *groups, int count,

@@ -1,6 +1,18 @@
-# The CUDA backend: its sources, the toolkit's headers, and how nvcc compiles. Included by the Makefile.
+# The CUDA backend: where the toolkit and cuDNN are, how they compile, what the binary links. Included by the Makefile.
+#
+#   CUDA=0               build the CPU backend alone, as where no toolkit is found
+#   CUDA_HOME=DIR        the toolkit; otherwise where the nvcc on the PATH lies, or /usr/local/cuda
+#   NVIDIA_WHEELS=DIR    .../site-packages/nvidia: what the toolkit lacks is taken from Python wheels
+#   CUDNN_FRONTEND=DIR   the folder of cudnn_frontend.h; otherwise where `make deps` put it
+#
+# Lines of these in local.mk hold for every make. The libraries are linked dynamically, by the folder they were found
+# in; none of them needs the driver to load, so the binary also runs where there is no GPU.
 
+-include local.mk
+
+CUDA ?= 1
 CUDA_HOME ?= $(or $(patsubst %/bin/nvcc,%,$(shell command -v nvcc 2>/dev/null)),/usr/local/cuda)
+NVCC ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(NVIDIA_WHEELS:%=%/cu*/bin/nvcc)))
 CUDA_SOURCES = $(wildcard kernels/cuda/*.cu)
 
 # Ampere and Hopper, and code that later GPUs compile for themselves.
@@ -9,13 +21,73 @@ CUDA_ARCHS ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=
 # In C++ the shared headers' designated initializers would each need every member.
 CUDA_WARNINGS = -Wall -Wextra -Werror -Wno-missing-field-initializers
 
-$(BUILD)/cuda/%.o: %.cu
-	@mkdir -p $(@D)
-	@echo "  NVCC $<"
-	@$(CUDA_HOME)/bin/nvcc -std=c++17 -O3 -lineinfo -I. $(CUDA_ARCHS) -Werror all-warnings \
-	    $(addprefix -Xcompiler ,$(CUDA_WARNINGS)) -MMD -c $< -o $@
+# ---- what is there ----
+
+CUDA_FOLDERS := $(wildcard $(NVIDIA_WHEELS:%=%/*)) $(CUDA_HOME)
+CUDA_LIB_DIRS := $(foreach dir,$(CUDA_FOLDERS),$(dir)/lib64 $(dir)/lib) $(CUDA_HOME)/targets/x86_64-linux/lib \
+    /usr/lib/$(shell $(CC) -print-multiarch 2>/dev/null) /usr/local/lib /usr/lib64
+CUDA_INCLUDE_DIRS := $(CUDA_FOLDERS:%=%/include) $(CUDA_HOME)/targets/x86_64-linux/include
+
+# The path of lib$(1).so, or of a version of it (wheels have no other), in the first folder that has one.
+cuda_lib = $(firstword $(wildcard $(foreach dir,$(CUDA_LIB_DIRS),$(dir)/lib$(1).so $(dir)/lib$(1).so.[0-9]*)))
+
+CUDART := $(call cuda_lib,cudart)
+CUBLASLT := $(call cuda_lib,cublasLt)
+CUDNN := $(call cuda_lib,cudnn)
+CUDNN_HEADER := $(firstword $(wildcard $(CUDA_INCLUDE_DIRS:%=%/cudnn.h) /usr/include/cudnn.h \
+    /usr/include/*/cudnn.h))
+CUDNN_FRONTEND ?= $(patsubst %/cudnn_frontend.h,%,$(firstword $(wildcard \
+    .venv/lib/python3*/site-packages/include/cudnn_frontend.h $(CUDA_INCLUDE_DIRS:%=%/cudnn_frontend.h))))
+
+CUDA_ISYSTEM = $(addprefix -isystem ,$(wildcard $(CUDA_INCLUDE_DIRS)))
+
+# Why there is no CUDA, in a few words; empty: there is.
+CUDA_MISSING := $(strip $(if $(filter 0,$(CUDA)),CUDA=0, $(if $(filter 1,$(SANITIZE)),SANITIZE=1, \
+    $(if $(NVCC),,no nvcc) $(if $(CUDART),,no libcudart) $(if $(CUBLASLT),,no libcublasLt))))
+CUDNN_MISSING := $(strip $(if $(CUDNN),,no libcudnn) $(if $(CUDNN_HEADER),,no cudnn.h) \
+    $(if $(wildcard $(CUDNN_FRONTEND)/cudnn_frontend.h),,no cudnn_frontend.h: run make deps))
+
+# ---- what is built ----
 
 CUDA_OBJECTS = $(CUDA_SOURCES:%.cu=$(BUILD)/cuda/%.o)
+CUDNN_OBJECTS = $(if $(CUDNN_MISSING),,$(patsubst %.cpp,$(BUILD)/cuda/%.o,$(wildcard kernels/cuda/*.cpp)))
+CUDA_LIBS = $(CUDART) $(CUBLASLT) $(if $(CUDNN_MISSING),,$(CUDNN))
+CUDA_RPATH = $(patsubst %,-Wl$(comma)-rpath$(comma)%,$(sort $(abspath $(dir $(CUDA_LIBS)))))
+comma := ,
+
+# What the binary links beside the CPU backend, and the line that says so.
+ifeq ($(CUDA_MISSING),)
+CUDA_LINKED = $(CUDA_OBJECTS) $(CUDNN_OBJECTS)
+CUDA_LINK = $(CUDA_LIBS) $(CUDA_RPATH) -lstdc++
+CUDA_SAYS = with CUDA ($(NVCC)), attention \
+    $(if $(CUDNN_MISSING),by own kernels alone ($(CUDNN_MISSING)),also by cuDNN ($(CUDNN)))
+else
+CUDA_LINKED =
+CUDA_LINK =
+CUDA_SAYS = without CUDA ($(CUDA_MISSING)): the CPU backend alone
+endif
+
+# Files that change when what they name does; what depends on them is then built again.
+$(BUILD)/cuda/compiled-with: WITH = $(NVCC) $(CUDA_ARCHS) $(CUDA_ISYSTEM) $(CUDNN_HEADER) $(CUDNN_FRONTEND)
+$(BUILD)/cuda/linked-with: WITH = $(CUDA_SAYS) $(CUDA_LINK)
+$(BUILD)/cuda/compiled-with $(BUILD)/cuda/linked-with: FORCE
+	@mkdir -p $(@D)
+	@echo '$(WITH)' | cmp -s - $@ || echo '$(WITH)' >$@
+.PHONY: FORCE
+FORCE:
+
+$(BUILD)/cuda/%.o: %.cu $(BUILD)/cuda/compiled-with
+	@mkdir -p $(@D)
+	@echo "  NVCC $<"
+	@$(NVCC) -std=c++17 -O3 -lineinfo -I. $(CUDA_ISYSTEM) $(CUDA_ARCHS) -Werror all-warnings \
+	    $(addprefix -Xcompiler ,$(CUDA_WARNINGS)) -MMD -c $< -o $@
+
+# The frontend is headers alone, large ones: optimizing them would take four times as long and gain microseconds.
+$(BUILD)/cuda/%.o: %.cpp $(BUILD)/cuda/compiled-with
+	@mkdir -p $(@D)
+	@echo "  CXX  $<"
+	@$(CXX) -std=c++17 -O0 -I. -isystem $(CUDNN_FRONTEND) -isystem $(dir $(CUDNN_HEADER)) $(CUDA_ISYSTEM) \
+	    -DCUDNN_FRONTEND_SKIP_JSON_LIB $(CUDA_WARNINGS) -MMD -c $< -o $@
 
 .PHONY: cuda-objects
-cuda-objects: $(CUDA_OBJECTS)
+cuda-objects: $(CUDA_OBJECTS) $(CUDNN_OBJECTS)

@@ -16,13 +16,20 @@
  * cp_async<BYTES> (4, 8, 16): copies from global to shared memory behind the thread's back; zeros where not
  * `valid` (the address must still be a proper one). cp_async_commit closes a group; cp_async_wait<N> waits
  * until at most the N newest groups are under way. It waits for the calling thread's copies only: a barrier
- * comes after it before other threads read. */
+ * comes after it before other threads read.
+ *
+ * exp2_fast: 2^x by the special function unit alone, to 2 units in the last place, results below 2^-126
+ * flushed to zero. exp2f() spends three more instructions on those. */
 #ifndef IHA_CUDA_MMA_CUH
 #define IHA_CUDA_MMA_CUH
 
 #include <stdint.h>
 
 #ifdef SIMT
+
+static inline float exp2_fast(float x) {
+    return exp2f(x);
+}
 
 void simt_mma_m16n8k16(float *d, const uint32_t *a, const uint32_t *b);
 void simt_ldmatrix(uint32_t *r, int count, bool transpose, const void *row);
@@ -48,6 +55,12 @@ template <int N> static inline void cp_async_wait() {
 }
 
 #else
+
+static __device__ __forceinline__ float exp2_fast(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 static __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4],
                                                     const uint32_t (&b)[2]) {

@@ -12,12 +12,8 @@ static __global__ void begin_step(struct step_state *state, int64_t step, double
     state->skip = 0;
 }
 
-static __global__ void decide_step(struct step_state *state, double grad_clip) {
-    state->grad_norm = sqrt(state->sumsq);
-    state->clip = grad_clip > 0 && state->grad_norm > grad_clip ? grad_clip / state->grad_norm : 1;
-    state->skip = !isfinite(state->loss) || !isfinite(state->grad_norm);
-    state->skips_run = state->skip ? state->skips_run + 1 : 0;
-    state->updates += !state->skip;
+static __global__ void decide_step(struct step_state *state, double grad_clip, double skip_zscore) {
+    step_decision(state, grad_clip, skip_zscore);
 }
 
 static __global__ void write_step(struct step_state *state, struct step_state value) {
@@ -28,8 +24,8 @@ void cuda_step_begin(struct device *dev, struct step_state *state, int64_t step,
     launch<begin_step>(dev, 1, 1, 0, state, step, lr);
 }
 
-void cuda_step_decide(struct device *dev, struct step_state *state, double grad_clip) {
-    launch<decide_step>(dev, 1, 1, 0, state, grad_clip);
+void cuda_step_decide(struct device *dev, struct step_state *state, double grad_clip, double skip_zscore) {
+    launch<decide_step>(dev, 1, 1, 0, state, grad_clip, skip_zscore);
 }
 
 void cuda_step_read(struct device *dev, const struct step_state *state, struct step_state *host) {
@@ -38,6 +34,18 @@ void cuda_step_read(struct device *dev, const struct step_state *state, struct s
 
 void cuda_step_write(struct device *dev, struct step_state *state, const struct step_state *host) {
     launch<write_step>(dev, 1, 1, 0, state, *host);
+}
+
+void cuda_step_post(struct device *dev, const struct step_state *state) {
+    struct posted_step *p = &dev->posted[dev->posts++ % POSTED_STEPS];
+    cuda_check(cudaMemcpyAsync(p->state, state, sizeof *state, cudaMemcpyDeviceToHost, dev->stream));
+    cuda_check(cudaEventRecord(p->done, dev->stream));
+}
+
+void cuda_step_collect(struct device *dev, struct step_state *host) {
+    struct posted_step *p = &dev->posted[dev->collects++ % POSTED_STEPS];
+    cuda_check(cudaEventSynchronize(p->done));
+    *host = *p->state;
 }
 
 /* ---- the norm --------------------------------------------------------------------------------------------

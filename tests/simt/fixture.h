@@ -97,7 +97,7 @@ static inline struct backends *backends(enum device_precision precision) {
     EACH(k, b) {
         b->which = (enum which)(b - k->each);
         struct error e = {0};
-        struct device_options options = {1, b->which == CUDA ? precision : DEVICE_FP32, true};
+        struct device_options options = {1, b->which == CUDA ? precision : DEVICE_FP32, true, NULL};
         b->k = kernels[b->which];
         b->dev = b->k->open(&options, &e);
         if (!b->dev)

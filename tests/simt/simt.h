@@ -297,6 +297,15 @@ inline float __int_as_float(int x) {
     return simt_bits<float>(x);
 }
 
+/* Four bytes of {y, x}, picked by the low three bits of the selector's four digits. */
+inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+    uint64_t both = (uint64_t)y << 32 | x;
+    uint32_t picked = 0;
+    for (int i = 0; i < 4; i++)
+        picked |= (uint32_t)(both >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return picked;
+}
+
 inline int __popc(uint32_t x) {
     return __builtin_popcount(x);
 }

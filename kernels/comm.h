@@ -1,0 +1,74 @@
+/* Collectives between ranks, once, with their manners; behind them MPI (kernels/cpu/comm_mpi.c) and, for one
+ * process, nothing at all.
+ *
+ * A rank is one process with one device. Every rank calls the same collectives in the same order. Those on
+ * tensors are asynchronous: they return an event, and the memory they were given is theirs until a wait on
+ * that event returns. Sums are taken in rank order, so every rank, and every run on the same number of ranks,
+ * gets the same bits.
+ *
+ * A rank that dies or hangs must not leave the others waiting: whoever waits longer than peer_timeout for a
+ * rank ends the whole run, exit code 1, with a line that names that rank. So collectives return no errors. */
+#ifndef IHA_COMM_H
+#define IHA_COMM_H
+
+#include "kernels/error.h"
+#include "kernels/tensor.h"
+
+/* This process's place. */
+struct comm {
+    const struct comm_ops *ops;
+    int rank, ranks;
+    int local_rank, local_ranks; /* among those on this machine */
+};
+
+typedef int64_t comm_event; /* 0: nothing to wait for */
+
+struct comm_ops {
+    const char *name;
+
+    void (*close)(struct comm *);
+
+    /* Staging memory for reduce_scatter, before its first use: comm_staging_bytes of the longest buffer. */
+    int (*reserve)(struct comm *, int64_t elements, enum dtype dtype, struct error *e);
+
+    /* piece (+)= this rank's share of the sum over ranks of `buffer`. buffer [ranks*n]: rank r's share is
+     * elements [r*n, (r+1)*n). piece [n] may be this rank's share of buffer itself. */
+    comm_event (*reduce_scatter)(struct comm *, tensor buffer, tensor piece, bool accumulate);
+
+    /* buffer [ranks*n]: each rank gives its own share and gets the others'. */
+    comm_event (*all_gather)(struct comm *, tensor buffer);
+
+    /* A few doubles on the device, summed in place; returns when they are (or will be, on a queue). */
+    void (*all_reduce)(struct comm *, double *values, int count);
+
+    /* Until the event's collective is done; later operations on the device's queue see its result. */
+    void (*wait)(struct comm *, comm_event event);
+
+    /* Let messages move. To be called now and then while the host computes. */
+    void (*progress)(struct comm *);
+
+    /* Host memory: all[r*bytes ...] = what rank r gave. Blocks. */
+    void (*exchange)(struct comm *, const void *mine, void *all, size_t bytes);
+};
+
+/* The ranks this process was started among by mpirun or srun, or itself alone. peer_timeout in seconds.
+ * NULL and *e: started among several, and this program was built without MPI, or MPI does not start. */
+struct comm *comm_open(double peer_timeout, struct error *e);
+
+/* Before ranks know of each other: is this the first of the processes that mpirun or srun started? */
+bool comm_first_started(void);
+
+/* One rank: no collective does anything. */
+struct comm *comm_single(void);
+
+/* Host memory that several ranks reserve, each. */
+size_t comm_staging_bytes(int64_t elements, enum dtype dtype);
+
+/* peer_timeout is known only once the configuration has been read. */
+void comm_set_timeout(struct comm *comm, double seconds);
+
+/* Ranks agree on how a phase ended: 0 where `status` is 0 on all; otherwise -1 on all, and *e is that of the
+ * first rank that failed, prefixed with its number where not all failed alike. */
+int comm_agree(struct comm *comm, int status, struct error *e);
+
+#endif

@@ -1,0 +1,165 @@
+/* Products of tiles on tensor cores, for the bf16 kernels of the backend's own attention.
+ *
+ * A warp works on M tiles of 16 rows. A product X [16 M, N] is held as float x[M][N / 8][4], in the layout of
+ * mma_m16n8k16's D (mma.cuh): a lane has columns 8 n + c and c + 1 of rows 16 m + g (x[m][n][0..1]) and
+ * 16 m + g + 8 (x[m][n][2..3]). Two neighbouring n are, rounded to bf16, an A of the next product, so
+ * probabilities never go through memory. Two row tiles a warp (M = 2) halve what a product reads from shared
+ * memory, which is what bounds it; registers allow that where d is not too wide. */
+#ifndef IHA_CUDA_ATTENTION_MMA_CUH
+#define IHA_CUDA_ATTENTION_MMA_CUH
+
+#include "kernels/cuda/attention_band.cuh"
+
+static __device__ __forceinline__ int lane_of() {
+    return (int)threadIdx.x % 32;
+}
+
+static __device__ __forceinline__ int warp_of() {
+    return (int)threadIdx.x / 32;
+}
+
+template <int M, int N> static __device__ __forceinline__ void clear(float (&x)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                x[m][n][r] = 0;
+}
+
+/* x[m][2n], x[m][2n+1] += a b, where b holds two neighbouring fragments of B. */
+template <int M, int N>
+static __device__ __forceinline__ void mma_pair(float (&x)[M][N][4], int n, const uint32_t (&a)[M][4],
+                                                const uint32_t (&b)[4]) {
+    const uint32_t low[2] = {b[0], b[1]}, high[2] = {b[2], b[3]};
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+        mma_m16n8k16(x[m][2 * n], a[m], low);
+        mma_m16n8k16(x[m][2 * n + 1], a[m], high);
+    }
+}
+
+/* x += A B^T for A [16 M, D] and B [8 N, D], both tiles in shared memory with rows PITCH apart. */
+template <int D, int M, int N>
+static __device__ __forceinline__ void multiply_rows(float (&x)[M][N][4], const bf16 *a, const bf16 *b) {
+    constexpr int LD = PITCH<bf16, D>;
+    const int lane = lane_of();
+    a += lane % 16 * LD + lane / 16 * 8;
+    b += (lane % 8 + lane / 16 * 8) * LD + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int k = 0; k < D; k += 16) {
+        uint32_t fa[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+            ldmatrix<4, false>(fa[m], a + m * 16 * LD + k);
+#pragma unroll
+        for (int n = 0; n < N / 2; n++) {
+            uint32_t fb[4];
+            ldmatrix<4, false>(fb, b + n * 16 * LD + k);
+            mma_pair(x, n, fa, fb);
+        }
+    }
+}
+
+static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    union {
+        __nv_bfloat162 pair;
+        uint32_t word;
+    } u = {__floats2bfloat162_rn(low, high)};
+    return u.word;
+}
+
+/* Round x to bf16: A of the next product, in half the registers. */
+template <int M, int N>
+static __device__ __forceinline__ void round_fragments(uint32_t (&p)[M][N / 2][4],
+                                                       const float (&x)[M][N][4]) {
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int n = 0; n < N; n++)
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                p[m][n / 2][n % 2 * 2 + half] = pack(x[m][n][half * 2], x[m][n][half * 2 + 1]);
+}
+
+/* x += P B for P [16 M, 16 K] and B [16 K, 8 N], columns of a tile of rows LD apart. */
+template <int LD, int M, int K, int N>
+static __device__ __forceinline__ void multiply_columns(float (&x)[M][N][4], const uint32_t (&p)[M][K][4],
+                                                        const bf16 *b) {
+    const int lane = lane_of();
+    b += lane % 16 * LD + lane / 16 * 8;
+#pragma unroll
+    for (int k = 0; k < K; k++) {
+        uint32_t fa[M][4];
+#pragma unroll
+        for (int m = 0; m < M; m++)
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                fa[m][r] = p[m][k][r];
+#pragma unroll
+        for (int n = 0; n < N / 2; n++) {
+            uint32_t fb[4];
+            ldmatrix<4, true>(fb, b + k * 16 * LD + n * 16);
+            mma_pair(x, n, fa, fb);
+        }
+    }
+}
+
+/* What a lane's row m, half of x sees: half 0 is row 16 m + g, half 1 row 16 m + g + 8 of the warp's.
+ * Elements that their row, counted from `first`, does not see become `hidden`; columns are counted from
+ * `column`. */
+template <interval (*SEEN)(const struct band &, int), int M, int N>
+static __device__ __forceinline__ void hide(float (&x)[M][N][4], const struct band &band, int first,
+                                            int column, float hidden) {
+    const int lane = lane_of();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            interval seen = SEEN(band, first + m * 16 + half * 8 + lane / 4);
+#pragma unroll
+            for (int n = 0; n < N; n++)
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    int at = column + n * 8 + lane % 4 * 2 + r;
+                    if (at < seen.begin || at >= seen.end)
+                        x[m][n][half * 2 + r] = hidden;
+                }
+        }
+}
+
+/* Columns [column, column + 8 N) of a head's rows from `first`, times a factor a row, by way of the warp's
+ * own rows of a tile, which nobody reads any more. */
+template <int LD, int M, int N>
+static __device__ __forceinline__ void store_rows(bf16 *tile, const float (&x)[M][N][4],
+                                                  const float (&factor)[M][2], bf16 *head, int64_t stride,
+                                                  int first, int length, int column, int d, bool aligned) {
+    const int lane = lane_of();
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < M; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+#pragma unroll
+            for (int n = 0; n < N; n++)
+                *(uint32_t *)(tile + (m * 16 + half * 8 + lane / 4) * LD + n * 8 + lane % 4 * 2) =
+                    pack(x[m][n][half * 2] * factor[m][half], x[m][n][half * 2 + 1] * factor[m][half]);
+    __syncwarp();
+#pragma unroll
+    for (int i = lane; i < 16 * M * N; i += 32) {
+        int row = i / N, at = column + i % N * 8;
+        if (first + row >= length || at >= d)
+            continue;
+        const bf16 *from = tile + row * LD + i % N * 8;
+        bf16 *to = head + (first + row) * stride + at;
+        if (aligned) {
+            *(uint4 *)to = *(const uint4 *)from;
+        } else {
+            for (int j = 0; j < 8 && at + j < d; j++)
+                to[j] = from[j];
+        }
+    }
+}
+
+#endif

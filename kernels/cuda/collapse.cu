@@ -1,0 +1,313 @@
+/* collapse: pseudo-heads back to heads (paper: step 6), full (R [H,P,H]) or per head (R [H,P]).
+ *
+ *   forward   out[n,h,:] = sum_{p,g} R[h,p,g] o[n,p,g,:]           per head: g = h only
+ *   backward  do[n,p,g,:] = sum_h R[h,p,g] dout[n,h,:];  dR[h,p,g] (+)= sum_n <dout[n,h,:], o[n,p,g,:]>
+ *
+ * o [N,P,H,d], out [N,H,d], N = B T tokens. Forward is the contract of head_mix.cuh, backward expand and
+ * outer in one pass and a small launch that sums the blocks' dR. R per head is the full one with zeros:
+ * memory bounds all of this, and a zero costs none. Bytes: forward (P + 1) H d numbers a token, backward (2 P
+ * + 1) H d (dout is read twice, the second time from a cache). */
+#include "kernels/cuda/head_mix_plain.cuh"
+
+/* ---- forward
+ * -----------------------------------------------------------------------------------------------
+ */
+
+enum { COLLAPSE_WARPS = 8, COLLAPSE_BLOCKS_PER_SM = 2 };
+
+struct collapse_job {
+    const bf16 *o, *r;
+    bf16 *out;
+    struct head_rows rows;
+    int count, d;
+};
+
+/* Grid: (blocks that share the tokens, parts of the heads: with more than 32 heads two blocks sum half of
+ * them each, and both read o). A warp takes a group of columns of one token, loads its pseudo-heads across
+ * and sums; AHEAD tiles of 16 are always under way, also from one token to the next. Shared memory: R as [16
+ * tiles][16 KT + 8]. */
+template <int KT, int HEAD_TILES, int AHEAD>
+static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(struct collapse_job job) {
+    const struct head_rows &o = job.rows;
+    int d = job.d, half = d / 2, groups = (half + GROUP - 1) / GROUP, H = o.heads, I = H * o.pseudo;
+    int head_tile = blockIdx.y * HEAD_TILES, items = job.count * groups;
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    bf16 *r = dynamic_shared<bf16>();
+    stage_matrix<KT>(r, job.r, o, 0, o.tiles);
+    __syncthreads();
+    auto load_tile = [&](uint4(&x)[4], int item, int tile) {
+        int column = item % groups * GROUP + g / 2 * 8;
+        const bf16 *in =
+            job.o + ((int64_t)(item / groups) * I + tile * 16 + 2 * t) * d + g % 2 * half + column;
+        int left = item < items && column < half ? I - tile * 16 - 2 * t : 0;
+        x[0] = load_vector(in, 0 < left);
+        x[1] = load_vector(in + d, 1 < left);
+        x[2] = load_vector(in + 8 * d, 8 < left);
+        x[3] = load_vector(in + 9 * d, 9 < left);
+    };
+
+    int item = blockIdx.x * COLLAPSE_WARPS + threadIdx.x / 32, stride = gridDim.x * COLLAPSE_WARPS;
+    uint4 next[AHEAD][4];
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++)
+        load_tile(next[k], item, k);
+    for (; item < items; item += stride) {
+        float sum[HEAD_TILES][8][4] = {};
+        for (int first = 0; first < o.tiles; first += AHEAD)
+#pragma unroll
+            for (int k = 0; k < AHEAD; k++) {
+                int tile = first + k;
+                uint32_t b[8][2];
+                interleave_rows(b, 0, next[k][0], next[k][1]);
+                interleave_rows(b, 1, next[k][2], next[k][3]);
+                bool last = first + AHEAD >= o.tiles;
+                load_tile(next[k], last ? item + stride : item, last ? k : tile + AHEAD);
+                if (tile >= o.tiles)
+                    continue;
+#pragma unroll
+                for (int m = 0; m < HEAD_TILES; m++) {
+                    uint32_t a[4];
+                    load_matrix_transposed<KT>(a, r, tile, head_tile + m);
+#pragma unroll
+                    for (int j = 0; j < 8; j++)
+                        mma_m16n8k16(sum[m][j], a, b[j]);
+                }
+            }
+        int column = item % groups * GROUP + t * 8;
+#pragma unroll
+        for (int m = 0; m < HEAD_TILES; m++)
+#pragma unroll
+            for (int row = 0; row < 2; row++) {
+                int h = (head_tile + m) * 16 + g + 8 * row;
+                if (h >= H || column >= half)
+                    continue;
+                bf16 *to = job.out + ((int64_t)(item / groups) * H + h) * d + column;
+                store_across(sum[m], row, to, to + half);
+            }
+    }
+}
+
+template <int KT> static size_t staged_bytes(const struct head_rows &o) {
+    return (size_t)o.tiles * 16 * (KT * 16 + 8) * sizeof(bf16);
+}
+
+/* False where R does not fit the device. */
+template <int KT> static bool launch_collapse(struct device *dev, struct collapse_job job) {
+    constexpr int HEAD_TILES = KT == 1 ? 1 : 2, PARTS = KT / HEAD_TILES;
+    if (staged_bytes<KT>(job.rows) > dev->shared_limit)
+        return false;
+    int64_t blocks = ceil_div((int64_t)job.count * column_groups(job.d), COLLAPSE_WARPS);
+    int64_t most = ceil_div((int64_t)dev->sm_count * COLLAPSE_BLOCKS_PER_SM, PARTS);
+    launch<collapse_tiles<KT, HEAD_TILES, KT == 1 ? 2 : 1>>(
+        dev, dim3((unsigned)(blocks < most ? blocks : most), PARTS), 32 * COLLAPSE_WARPS,
+        staged_bytes<KT>(job.rows), job);
+    return true;
+}
+
+/* ---- backward
+ * ----------------------------------------------------------------------------------------------
+ */
+
+struct collapse_backward_job {
+    const bf16 *dout, *o, *r;
+    bf16 *d_o;
+    float *partial; /* [blocks][team_warps][SUMS] */
+    struct head_rows rows;
+    int count, d;
+    int team_warps, teams;
+};
+
+/* Bytes of shared memory: R, in which the block's sums meet afterwards. */
+template <int KT> static size_t collapse_backward_shared(const struct head_rows &o, struct outer_grid grid) {
+    size_t sums = grid.teams > 1 ? (size_t)grid.teams * grid.elements * sizeof(float) : 0;
+    return staged_bytes<KT>(o) > sums ? staged_bytes<KT>(o) : sums;
+}
+
+/* Grid: blocks that share the tokens. A warp of a team owns up to TILES tiles of pseudo-heads: it adds the
+ * outer product of their rows of o and of dout's heads, both loaded along, then loads dout's heads across and
+ * lets one tile of do after another out. Warps never wait for each other. */
+template <int KT>
+static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
+    collapse_backward_tiles(struct collapse_backward_job job) {
+    typedef outer_size<KT> size;
+    constexpr int TILES = size::TILES, NT = size::HEAD_TILES;
+    const struct head_rows &o = job.rows;
+    int d = job.d, half = d / 2, groups = (half + GROUP - 1) / GROUP, H = o.heads, I = H * o.pseudo;
+    int items = job.count * groups;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int team = warp / job.team_warps, first_tile = warp % job.team_warps * TILES;
+    int tiles = min(TILES, o.tiles - first_tile);
+    int left = I - first_tile * 16 - g; /* rows from the lane's first on */
+    bf16 *r = dynamic_shared<bf16>();
+    stage_matrix<KT>(r, job.r, o, 0, o.tiles);
+    __syncthreads();
+
+    float outer_sum[TILES][NT][4] = {};
+    for (int item = blockIdx.x * job.teams + team; item < items; item += gridDim.x * job.teams) {
+        int n = item / groups, group = item % groups * GROUP;
+        int across = group + g / 2 * 8, column = group + t * 8;
+        bool there = column < half;
+        const bf16 *dout = job.dout + (int64_t)n * H * d;
+        const bf16 *rows = job.o + ((int64_t)n * I + first_tile * 16 + g) * d + column;
+        {
+            uint32_t heads_along[NT][4][2];
+            load_heads_along(heads_along, dout + column, H, d, there);
+#pragma unroll
+            for (int k = 0; k < TILES; k++)
+                if (k < tiles) {
+                    const int at[2] = {k * 16 < left ? k * 16 * d : -1,
+                                       k * 16 + 8 < left ? (k * 16 + 8) * d : -1};
+                    along_rows x;
+                    load_along(x, rows, at, half, there);
+                    add_outer(outer_sum[k], x, heads_along, H);
+                }
+        }
+        uint32_t b[KT][8][2];
+        load_across(b, dout + g % 2 * half + across, H, d, across < half);
+#pragma unroll 1
+        for (int k = 0; k < tiles; k++) {
+            float sum[8][4] = {};
+#pragma unroll
+            for (int m = 0; m < KT; m++) {
+                uint32_t a[4];
+                load_matrix<KT>(a, r, first_tile + k, m);
+#pragma unroll
+                for (int j = 0; j < 8; j++)
+                    mma_m16n8k16(sum[j], a, b[m][j]);
+            }
+#pragma unroll
+            for (int row = 0; row < 2; row++)
+                if (there && k * 16 + 8 * row < left) {
+                    bf16 *to = job.d_o + (rows - job.o) + (k * 16 + 8 * row) * d;
+                    store_across(sum, row, to, to + half);
+                }
+        }
+    }
+    store_outer(outer_sum, (float *)r, job.partial + (int64_t)blockIdx.x * job.team_warps * size::SUMS,
+                job.teams, job.team_warps);
+}
+
+/* False where it does not fit the device. */
+template <int KT>
+static bool collapse_backward_grid(const struct device *dev, const struct head_rows &o, int64_t count,
+                                   int64_t d, struct outer_grid *grid) {
+    return outer_grid<KT>(dev, o, count * column_groups(d), 1, grid) &&
+           collapse_backward_shared<KT>(o, *grid) <= dev->shared_limit;
+}
+
+template <int KT>
+static void launch_collapse_backward(struct device *dev, struct collapse_backward_job job,
+                                     struct outer_grid grid, struct head_gradients to, bool accumulate) {
+    typedef outer_size<KT> size;
+    job.partial =
+        (float *)cuda_workspace(dev, grid.blocks * grid.elements * sizeof(float), "collapse_backward");
+    job.team_warps = grid.team_warps;
+    job.teams = grid.teams;
+    launch<collapse_backward_tiles<KT>>(dev, grid.blocks, grid.threads(),
+                                        collapse_backward_shared<KT>(job.rows, grid), job);
+    launch<sum_outer<size::TILES, size::HEAD_TILES>>(dev, (unsigned)(grid.elements / 32), 32 * SUM_SLICES, 0,
+                                                     job.partial, grid.blocks, (int)grid.elements, job.rows,
+                                                     to, accumulate);
+}
+
+/* ---- operations
+ * --------------------------------------------------------------------------------------------
+ */
+
+static int64_t tokens_of(const struct collapse_spec *s) {
+    return s->batch * s->tokens;
+}
+
+static struct head_rows rows_of(const struct collapse_spec *s) {
+    return memory_order(s->per_head ? DIAGONAL : BY_HEAD, s->heads, s->pseudo);
+}
+
+int cuda_collapse_plan(struct device *dev, const struct collapse_spec *s, struct op_cost *cost,
+                       struct error *e) {
+    (void)e;
+    struct head_rows o = rows_of(s);
+    size_t bytes = plain_workspace(dev, o, tokens_of(s), 1);
+    if (tensor_core_shape(cuda_compute(dev), s->heads, s->head_dim))
+        by_head_tiles(s->heads, [&](auto kt) {
+            struct outer_grid grid;
+            if (collapse_backward_grid<decltype(kt)::value>(dev, o, tokens_of(s), s->head_dim, &grid) &&
+                grid.blocks * grid.elements * sizeof(float) > bytes)
+                bytes = grid.blocks * grid.elements * sizeof(float);
+        });
+    cost->workspace = bytes;
+    return 0;
+}
+
+static void check_collapse(const struct device *dev, const char *op, const struct collapse_spec *s, tensor o,
+                           tensor r, enum dtype r_type, tensor out) {
+    int64_t B = s->batch, T = s->tokens, H = s->heads, P = s->pseudo, d = s->head_dim;
+    check_shape(op, "o", o, cuda_compute(dev), B, T * P, H, d);
+    check_shape(op, "R", r, r_type, H, P, s->per_head ? 0 : H);
+    check_shape(op, "out", out, cuda_compute(dev), B, T, H, d);
+    check_contiguous(op, "o", o);
+    check_contiguous(op, "R", r);
+    check_contiguous(op, "out", out);
+}
+
+void cuda_collapse(struct device *dev, const struct collapse_spec *s, tensor o, tensor r, tensor out) {
+    check_collapse(dev, "collapse", s, o, r, cuda_compute(dev), out);
+    struct head_rows rows = rows_of(s);
+    int64_t n = tokens_of(s), H = s->heads, d = s->head_dim;
+    bool done = false;
+    if (tensor_core_shape(o.dtype, H, d) && aligned16({o.data, out.data})) {
+        struct collapse_job job = {
+            (const bf16 *)o.data, (const bf16 *)r.data, (bf16 *)out.data, rows, (int)n, (int)d};
+        by_head_tiles(H, [&](auto kt) { done = launch_collapse<decltype(kt)::value>(dev, job); });
+    }
+    if (done)
+        return;
+    by_dtype(o.dtype, [&](auto number) {
+        using T = decltype(number);
+        launch<plain_contract<T>>(dev, plain_blocks(dev, ceil_div(n * H * d, PLAIN_THREADS)), PLAIN_THREADS,
+                                  0, (const T *)o.data, (const T *)r.data, rows, (T *)out.data, n, (int)d);
+    });
+}
+
+void cuda_collapse_backward(struct device *dev, const struct collapse_spec *s, tensor dout, tensor o,
+                            tensor r, tensor d_o, tensor dr, bool accumulate) {
+    const char *op = "collapse_backward";
+    check_collapse(dev, op, s, o, r, cuda_compute(dev), dout);
+    check_collapse(dev, op, s, d_o, dr, DTYPE_F32, dout);
+    struct head_rows rows = rows_of(s);
+    struct head_gradients to = {{(float *)dr.data, NULL, NULL}};
+    int64_t n = tokens_of(s), H = s->heads, d = s->head_dim;
+    bool done = false;
+    if (tensor_core_shape(o.dtype, H, d) && aligned16({o.data, dout.data, d_o.data})) {
+        struct collapse_backward_job job = {(const bf16 *)dout.data,
+                                            (const bf16 *)o.data,
+                                            (const bf16 *)r.data,
+                                            (bf16 *)d_o.data,
+                                            NULL,
+                                            rows,
+                                            (int)n,
+                                            (int)d,
+                                            0,
+                                            0};
+        by_head_tiles(H, [&](auto kt) {
+            constexpr int KT = decltype(kt)::value;
+            struct outer_grid grid;
+            if ((done = collapse_backward_grid<KT>(dev, rows, n, d, &grid)))
+                launch_collapse_backward<KT>(dev, job, grid, to, accumulate);
+        });
+    }
+    if (done)
+        return;
+    by_dtype(o.dtype, [&](auto number) {
+        using T = decltype(number);
+        launch<plain_expand<T>>(dev, plain_blocks(dev, ceil_div(n * s->pseudo * H * d, PLAIN_THREADS)),
+                                PLAIN_THREADS, 0, (const T *)dout.data, H * d, (const T *)r.data, rows,
+                                rope_rows(), (T *)d_o.data, n, (int)d);
+        struct plain_backward_job<T> job = {};
+        job.of[0] = {(const T *)o.data, (const T *)dout.data, (const T *)r.data, NULL, rope_rows()};
+        job.o = rows;
+        job.count = n;
+        job.stride = H * d;
+        job.d = (int)d;
+        launch_plain_backward(dev, job, 1, to, accumulate, op);
+    });
+}

@@ -1,0 +1,198 @@
+/* attention_decode: a few new virtual tokens against a ring of cached keys and values.
+ *
+ * One kernel appends, one attends. A query and head is one block; a key is LANES lanes of a warp, each with 8
+ * elements of its row, so that a warp reads whole rows. Every group of lanes keeps a running softmax of the
+ * keys that are its own (Milakov & Gimelshein 2018), several keys at a time to have their loads under way
+ * together; the groups' results are merged in a fixed order at the end. Scores are in base 2.
+ *
+ * Bytes moved: the visible rows of both caches once a query, which is all the time there is: 4 d FLOPs for 2
+ * d elements read. */
+#include "kernels/cuda/attention_band.cuh"
+
+enum { WARPS = 8, THREADS = 32 * WARPS, EACH = 8 /* elements of a row a lane has */, UNROLL = 4 };
+
+template <typename T> struct decode_args {
+    struct band band; /* its length: all keys there are, those of this pass included */
+    int d, first, capacity;
+    bool aligned;
+    float scale; /* times log2 e */
+    struct rows<const T> q, k, v;
+    struct rows<T> cache_k, cache_v, o;
+};
+
+/* Elements [column, column + 8) of a row, zeros beyond d. */
+template <typename T>
+static __device__ __forceinline__ void load_part(const T *row, int column, int d, bool aligned,
+                                                 float (&x)[EACH]) {
+    if (aligned && column + EACH <= d) {
+        load(row + column, x);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        x[i] = column + i < d ? to_float(row[column + i]) : 0;
+}
+
+/* cache[b,(first + i) mod capacity,h,:] = x[b,i,h,:] for k and v. Grid: (n H rows, 8 warps a block; k or v;
+ * B).
+ */
+template <typename T>
+static __global__ void __launch_bounds__(THREADS) append(struct decode_args<T> a, int n, int heads) {
+    int row = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32, i = row / heads, h = row % heads;
+    int b = (int)blockIdx.z, slot = (a.first + i) % a.capacity;
+    if (i >= n)
+        return;
+    const rows<const T> &x = blockIdx.y ? a.v : a.k;
+    const rows<T> &cache = blockIdx.y ? a.cache_v : a.cache_k;
+    const T *from = x.of(b, h) + i * x.row;
+    T *to = cache.of(b, h) + slot * cache.row;
+    constexpr int V = VECTOR<T>;
+    if (a.aligned) {
+        for (int c = (int)threadIdx.x % 32 * V; c < a.d; c += 32 * V)
+            *(uint4 *)(to + c) = *(const uint4 *)(from + c);
+    } else {
+        for (int c = (int)threadIdx.x % 32; c < a.d; c += 32)
+            to[c] = from[c];
+    }
+}
+
+/* What some of the keys give: the sum of their weights, relative to 2^top, and of their weighted values. */
+struct partial {
+    float top, sum, acc[EACH];
+};
+
+/* A maximum of -inf: no keys yet. */
+static __device__ __forceinline__ float weight_of(float score, float top) {
+    return exp2f(score - (top == -INFINITY ? 0 : top));
+}
+
+/* Add what the lane `with` away has; both get the same. */
+static __device__ __forceinline__ void merge(partial &p, int with) {
+    float top = fmaxf(p.top, __shfl_xor_sync(0xffffffff, p.top, with)), factor = weight_of(p.top, top);
+    p.top = top;
+    p.sum *= factor;
+    p.sum += __shfl_xor_sync(0xffffffff, p.sum, with);
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        p.acc[i] *= factor;
+        p.acc[i] += __shfl_xor_sync(0xffffffff, p.acc[i], with);
+    }
+}
+
+/* Grid: (n, H, B). */
+template <typename T, int LANES>
+static __global__ void __launch_bounds__(THREADS) attend(struct decode_args<T> a) {
+    constexpr int GROUPS = 32 / LANES, STEP = GROUPS * UNROLL;
+    __shared__ float tops[WARPS], sums[WARPS], accs[WARPS][LANES * EACH];
+    const int b = (int)blockIdx.z, h = (int)blockIdx.y, i = (int)blockIdx.x;
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    const int column = lane % LANES * EACH, group = lane / LANES;
+    const interval keys = keys_of(a.band, a.first + i);
+    const T *cache_k = a.cache_k.of(b, h), *cache_v = a.cache_v.of(b, h);
+    float q[EACH];
+    load_part(a.q.of(b, h) + i * a.q.row, column, a.d, a.aligned, q);
+    partial p = {-INFINITY, 0, {}};
+#pragma unroll
+    for (int e = 0; e < EACH; e++)
+        q[e] *= a.scale;
+
+    for (int key0 = keys.begin + warp * STEP; key0 < keys.end; key0 += WARPS * STEP) {
+        float scores[UNROLL], values[UNROLL][EACH], top = p.top;
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            int key = key0 + u * GROUPS + group;
+            float k[EACH], dot = 0;
+#pragma unroll
+            for (int e = 0; e < EACH; e++)
+                values[u][e] = k[e] = 0;
+            if (key < keys.end) {
+                int slot = key % a.capacity;
+                load_part(cache_k + slot * a.cache_k.row, column, a.d, a.aligned, k);
+                load_part(cache_v + slot * a.cache_v.row, column, a.d, a.aligned, values[u]);
+            }
+#pragma unroll
+            for (int e = 0; e < EACH; e++)
+                dot += q[e] * k[e];
+#pragma unroll
+            for (int with = LANES / 2; with > 0; with /= 2)
+                dot += __shfl_xor_sync(0xffffffff, dot, with);
+            scores[u] = key < keys.end ? dot : -INFINITY;
+            top = fmaxf(top, scores[u]);
+        }
+        float factor = weight_of(p.top, top);
+        p.top = top;
+        p.sum *= factor;
+#pragma unroll
+        for (int e = 0; e < EACH; e++)
+            p.acc[e] *= factor;
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            float weight = weight_of(scores[u], top);
+            p.sum += weight;
+#pragma unroll
+            for (int e = 0; e < EACH; e++)
+                p.acc[e] += weight * values[u][e];
+        }
+    }
+
+#pragma unroll
+    for (int with = LANES; with < 32; with *= 2)
+        merge(p, with);
+    if (lane < LANES) {
+#pragma unroll
+        for (int e = 0; e < EACH; e++)
+            accs[warp][column + e] = p.acc[e];
+        tops[warp] = p.top;
+        sums[warp] = p.sum;
+    }
+    __syncthreads();
+    T *o = a.o.of(b, h) + i * a.o.row;
+    float top = tops[0], sum = 0;
+    for (int w = 1; w < WARPS; w++)
+        top = fmaxf(top, tops[w]);
+    for (int w = 0; w < WARPS; w++)
+        sum += sums[w] * weight_of(tops[w], top);
+    for (int c = (int)threadIdx.x; c < a.d; c += THREADS) {
+        float x = 0;
+        for (int w = 0; w < WARPS; w++)
+            x += accs[w][c] * weight_of(tops[w], top);
+        o[c] = from_float<T>(x / sum);
+    }
+}
+
+int cuda_decode_plan(struct device *dev, const struct attention_spec *s, struct op_cost *cost,
+                     struct error *e) {
+    int status = own_attention_plan(dev, s, cost, e); /* the same widths */
+    *cost = {0, 0};
+    return status;
+}
+
+void cuda_attention_decode(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
+                           tensor cache_k, tensor cache_v, int64_t first, tensor o) {
+    int64_t B = s->batch, n = s->length, H = s->heads, d = s->head_dim, capacity = cache_k.shape[1];
+    for (const tensor &t : {q, k, v, o})
+        check_shape("attention_decode", "q, k, v or o", t, cuda_compute(dev), B, n, H, d);
+    for (const tensor &t : {cache_k, cache_v})
+        check_shape("attention_decode", "cache", t, cuda_compute(dev), B, capacity, H, d);
+    struct attention_spec all = *s;
+    all.length = first + n;
+    by_dtype(q.dtype, [&](auto number) {
+        using T = decltype(number);
+        struct decode_args<T> a = {
+            band_of(&all), (int)d, (int)first, (int)capacity, rows_aligned({q, k, v, o, cache_k, cache_v}),
+                (float)(s->scale * 1.4426950408889634), rows_of<const T>(q), rows_of<const T>(k),
+                rows_of<const T>(v), rows_of<T>(cache_k), rows_of<T>(cache_v), rows_of<T>(o)
+        };
+        launch<append<T>>(dev, dim3((unsigned)ceil_div(n * H, WARPS), 2, (unsigned)B), THREADS, 0, a, (int)n,
+                          (int)H);
+        dim3 grid((unsigned)n, (unsigned)H, (unsigned)B);
+        if (d <= 32)
+            launch<attend<T, 4>>(dev, grid, THREADS, 0, a);
+        else if (d <= 64)
+            launch<attend<T, 8>>(dev, grid, THREADS, 0, a);
+        else if (d <= 128)
+            launch<attend<T, 16>>(dev, grid, THREADS, 0, a);
+        else
+            launch<attend<T, 32>>(dev, grid, THREADS, 0, a);
+    });
+}

@@ -1,0 +1,428 @@
+/* Mixing along the head axis, the one primitive behind IHA: per token, a small matrix between the H heads and
+ * the P H pseudo-heads. With I = P H, i = p H + h a pseudo-head, j a head, and M [I, H]:
+ *
+ *   expand    big[n,i,:] = sum_j M[i,j] small[n,j,:]          qkv_mix; the input gradient of collapse
+ *   contract  small[n,j,:] = sum_i M[i,j] big[n,i,:]          collapse; the input gradient of qkv_mix
+ *   outer     dM[i,j] = sum_n <big[n,i,:], small[n,j,:]>      the weight gradient of both
+ *
+ * All three are bound by memory: a number of big is read or written once and meets H multiplications in each,
+ * 2 P H^2 d FLOPs for (1 + P) H d numbers. On an H200 that is beyond fp32 FMA (67 TFLOP/s) from about H = 16,
+ * so bf16 runs on tensor cores (m16n8k16, fp32 sums), with heads padded to 16 inside the warp; padding costs
+ * no bytes. What a pass moves and computes per token and tensor, for d = 64 (d = 128: twice), and the rate at
+ * which the matrix units must work to keep up with 4.3 TB/s (as executed, padding included; mma.sync peaks
+ * at about 600 TFLOP/s there):
+ *
+ *                        bytes                      FLOPs, useful (executed)          TFLOP/s at 4.3 TB/s
+ *   expand (P+1) H d 2:   H=12 P=2    4,608           36,864    (65,536)               61
+ *                         H=16 P=4   10,240          131,072   (131,072)               55
+ *                         H=20 P=20  53,760        1,024,000 (1,638,400)              131
+ *   contract: the same bytes; executed 65,536, 131,072, 1,638,400
+ *   mix backward, contract + outer, (P+2) H d 2:
+ *                         H=12 P=2    6,144           73,728   (131,072)               92
+ *                         H=16 P=4   12,288          262,144   (262,144)               92
+ *                         H=20 P=20  56,320        2,048,000 (2,867,200)              219
+ *   collapse backward, expand + outer, (2P+1) H d 2:
+ *                         H=12 P=2    7,680           73,728   (131,072)               73
+ *                         H=16 P=4   18,432          262,144   (262,144)               61
+ *                         H=20 P=20 104,960        2,048,000 (2,867,200)              117
+ *
+ * Tiling. A warp takes 64 columns of one token at a time: 32 of the first half of d and the 32 that RoPE
+ * pairs them with (fewer where d/2 has no 32 left). Which column is which index of a tensor-core tile is
+ * ours to choose, as long as operands agree, and three choices make all accesses to global memory 16 bytes a
+ * thread, and 64 in a row, without a detour. With g = lane / 4, t = lane % 4, columns counted within a half:
+ *
+ *   across  rows are contracted. The lane loads 8 columns of rows 2t, 2t+1, 2t+8, 2t+9, at 8 (g/2) in half
+ *           g % 2; column 8 (g/2) + j is column g of tile j (0..7), the operand B. So results lie as
+ *           d[tile j][2 r + e] = row g + 8 r, half e, column 8 t + j: 8 neighbours in 8 tiles, and a RoPE
+ *           pair in two registers of a tile.
+ *   along   columns are contracted (outer). The lane loads 8 columns of row g at 8 t in either half: again
+ *           both of a RoPE pair. Step s (0..3) contracts the four columns 8 t + 4 (s%2) .. of half s / 2 of
+ *           every lane, for A and B alike.
+ *   staged  what was loaded along, to be contracted over rows, goes through shared memory: tile 4 e + w takes
+ *           word w of the lanes' 16 bytes in half e, so a row of the tile is 16 bytes, ldmatrix transposes
+ *           it to B, and d[tile 4 e + w][2 r ..] = row g + 8 r, half e, columns 8 t + 2 w and + 1.
+ *
+ * Rows of M are taken in an order (struct head_rows) in which a lane's pseudo-head stays the same over many
+ * tiles: RoPE's cosines and sines are loaded once for all heads of it. */
+#ifndef IHA_CUDA_HEAD_MIX_CUH
+#define IHA_CUDA_HEAD_MIX_CUH
+
+#include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/mma.cuh"
+
+/* ---- the matrix and the order of its rows ------------------------------------------------------------- */
+
+enum head_storage {
+    BY_PSEUDO_HEAD, /* alpha [P,H,H]: M[i,j] at i H + j */
+    BY_HEAD,        /* R [H,P,H]: M[i,j] at j P H + i */
+    DIAGONAL        /* R [H,P], one head each: M[p H + h, h] at h P + p, and 0 elsewhere */
+};
+
+struct head_rows {
+    enum head_storage storage;
+    int heads, pseudo;
+    /* Eight rows are 2^shift pseudo-heads of 8 / 2^shift heads; `tiles` of 16 rows hold all heads of these
+     * pseudo-heads, a chunk; `chunks` hold them all. */
+    int shift, tiles, chunks;
+};
+
+/* The order in which pseudo-heads stay in their lanes: the one with the fewest tiles, and among those with
+ * the fewest chunks. */
+template <typename = void>
+struct head_rows pseudo_order(enum head_storage storage, int64_t heads, int64_t pseudo) {
+    struct head_rows best = {storage, (int)heads, (int)pseudo, 0, 0, 0};
+    for (int shift = 0; shift <= 3; shift++) {
+        int chunks = (int)ceil_div(pseudo, 1 << shift);
+        int tiles = (int)ceil_div(ceil_div(heads, 8 >> shift), 2);
+        if (shift == 0 || chunks * tiles <= best.chunks * best.tiles) {
+            best.shift = shift;
+            best.chunks = chunks;
+            best.tiles = tiles;
+        }
+    }
+    return best;
+}
+
+/* Row i as it is in memory, where nothing is rotated: one chunk. */
+enum { IN_MEMORY = -1 };
+template <typename = void>
+struct head_rows memory_order(enum head_storage storage, int64_t heads, int64_t pseudo) {
+    return {storage, (int)heads, (int)pseudo, IN_MEMORY, (int)ceil_div(heads * pseudo, 16), 1};
+}
+
+/* The pseudo-head in row r of a tile in `chunk`, which may be beyond the last. */
+static __device__ __forceinline__ int row_pseudo(const struct head_rows &o, int chunk, int r) {
+    return (chunk << o.shift) + (r & ((1 << o.shift) - 1));
+}
+
+/* The head in row r of the chunk's tile `tile`, which may be beyond the last. */
+static __device__ __forceinline__ int row_head(const struct head_rows &o, int tile, int r) {
+    return ((2 * tile + r / 8) << (3 - o.shift)) + ((r & 7) >> o.shift);
+}
+
+/* i = p H + h of row r of tile `tile`, counted over all chunks; -1 in the padding. */
+static __device__ __forceinline__ int row_index(const struct head_rows &o, int tile, int r) {
+    if (o.shift == IN_MEMORY)
+        return tile * 16 + r < o.heads * o.pseudo ? tile * 16 + r : -1;
+    int p = row_pseudo(o, tile / o.tiles, r), h = row_head(o, tile % o.tiles, r);
+    return p < o.pseudo && h < o.heads ? p * o.heads + h : -1;
+}
+
+/* Where M[i,j] is; -1: it is 0. */
+static __device__ __forceinline__ int64_t weight_at(const struct head_rows &o, int i, int j) {
+    if (o.storage == BY_PSEUDO_HEAD)
+        return (int64_t)i * o.heads + j;
+    if (o.storage == BY_HEAD)
+        return (int64_t)j * o.heads * o.pseudo + i;
+    return i % o.heads == j ? (int64_t)j * o.pseudo + i / o.heads : -1;
+}
+
+/* ---- columns ------------------------------------------------------------------------------------------- */
+
+enum {
+    GROUP = 32,             /* columns of either half that a warp takes at a time */
+    STAGED = 2 * GROUP + 8, /* distance of staged rows: 8 more, so that 8 rows lie in different banks */
+};
+
+template <typename = void> int64_t column_groups(int64_t head_dim) {
+    return ceil_div(head_dim, 2 * GROUP);
+}
+
+/* Vectors of 16 bytes need both halves of a row to be whole ones. */
+template <typename = void> bool tensor_core_shape(enum dtype type, int64_t heads, int64_t head_dim) {
+    return type == DTYPE_BF16 && heads <= 64 && head_dim % 16 == 0;
+}
+
+/* ---- tensor-core tiles -----------------------------------------------------------------------------------
+ */
+
+static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    union {
+        __nv_bfloat162 pair;
+        uint32_t bits;
+    } u = {__floats2bfloat162_rn(low, high)};
+    return u.bits;
+}
+
+static __device__ __forceinline__ float low_half(uint32_t pair) {
+    return __uint_as_float(pair << 16);
+}
+
+static __device__ __forceinline__ float high_half(uint32_t pair) {
+    return __uint_as_float(pair & 0xffff0000);
+}
+
+static __device__ __forceinline__ uint4 load_vector(const bf16 *p, bool valid) {
+    return valid ? __ldg((const uint4 *)p) : uint4{0, 0, 0, 0};
+}
+
+/* M's rows of tiles [first, first + tiles), as [16 tiles][16 KT + 8], zeros where there is none. */
+template <int KT>
+__device__ __forceinline__ void stage_matrix(bf16 *shared, const bf16 *m, const struct head_rows &o,
+                                             int first, int tiles) {
+    constexpr int WIDTH = KT * 16;
+#pragma unroll 4
+    for (int e = threadIdx.x; e < tiles * 16 * WIDTH; e += blockDim.x) {
+        int row = e / WIDTH, j = e % WIDTH, i = row_index(o, first + row / 16, row % 16);
+        int64_t at = i >= 0 && j < o.heads ? weight_at(o, i, j) : -1;
+        shared[row * (WIDTH + 8) + j] = at >= 0 ? m[at] : from_float<bf16>(0);
+    }
+}
+
+/* A of tile [16 rows, 16 heads]: by rows as staged, or transposed, [16 heads, 16 rows]. */
+template <int KT>
+__device__ __forceinline__ void load_matrix(uint32_t (&a)[4], const bf16 *shared, int tile, int heads) {
+    int lane = threadIdx.x % 32;
+    ldmatrix<4, false>(a, shared + (tile * 16 + lane % 16) * (KT * 16 + 8) + heads * 16 + lane / 16 * 8);
+}
+
+template <int KT>
+__device__ __forceinline__ void load_matrix_transposed(uint32_t (&a)[4], const bf16 *shared, int tile,
+                                                       int heads) {
+    int lane = threadIdx.x % 32;
+    ldmatrix<4, true>(a, shared + (tile * 16 + lane / 16 * 8 + lane % 8) * (KT * 16 + 8) + heads * 16 +
+                             lane / 8 % 2 * 8);
+}
+
+/* Two rows of 8 columns, loaded across, as the halves of B's registers in 8 tiles. */
+static __device__ __forceinline__ void interleave_rows(uint32_t (&b)[8][2], int half, uint4 x, uint4 y) {
+    const uint32_t low[4] = {x.x, x.y, x.z, x.w}, high[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+        b[2 * w][half] = __byte_perm(low[w], high[w], 0x5410);
+        b[2 * w + 1][half] = __byte_perm(low[w], high[w], 0x7632);
+    }
+}
+
+/* Heads, loaded across: in [H, d] at the lane's columns. */
+template <int KT>
+__device__ __forceinline__ void load_across(uint32_t (&b)[KT][8][2], const bf16 *in, int heads, int d,
+                                            bool valid) {
+    int t = threadIdx.x % 4;
+    uint4 raw[KT][4];
+#pragma unroll
+    for (int k = 0; k < KT; k++)
+#pragma unroll
+        for (int q = 0; q < 4; q++) {
+            int row = k * 16 + 2 * t + q / 2 * 8 + q % 2;
+            raw[k][q] = load_vector(in + row * d, valid && row < heads);
+        }
+#pragma unroll
+    for (int k = 0; k < KT; k++) {
+        interleave_rows(b[k], 0, raw[k][0], raw[k][1]);
+        interleave_rows(b[k], 1, raw[k][2], raw[k][3]);
+    }
+}
+
+/* Row g + 8 r of a result that was contracted across, 8 neighbouring columns of each half. */
+static __device__ __forceinline__ void store_across(const float (&sum)[8][4], int r, bf16 *first,
+                                                    bf16 *second) {
+    *(uint4 *)first = {pack(sum[0][2 * r], sum[1][2 * r]), pack(sum[2][2 * r], sum[3][2 * r]),
+                       pack(sum[4][2 * r], sum[5][2 * r]), pack(sum[6][2 * r], sum[7][2 * r])};
+    *(uint4 *)second = {
+        pack(sum[0][2 * r + 1], sum[1][2 * r + 1]), pack(sum[2][2 * r + 1], sum[3][2 * r + 1]),
+        pack(sum[4][2 * r + 1], sum[5][2 * r + 1]), pack(sum[6][2 * r + 1], sum[7][2 * r + 1])};
+}
+
+/* Rows g and g + 8 of a tile, loaded along: [row][half]. */
+typedef uint4 along_rows[2][2];
+
+/* From big [I,d] of one token, at the lane's columns; at: the rows' distances, negative in the padding. */
+static __device__ __forceinline__ void load_along(along_rows &x, const bf16 *big, const int (&at)[2],
+                                                  int half, bool valid) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        x[r][0] = load_vector(big + at[r], valid && at[r] >= 0);
+        x[r][1] = load_vector(big + at[r] + half, valid && at[r] >= 0);
+    }
+}
+
+/* As the operand A of step s: words 2 (s % 2) and the next, of half s / 2. */
+static __device__ __forceinline__ void along_operand(uint32_t (&a)[4], const along_rows &x, int s) {
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        uint4 v = x[r][s / 2];
+        a[r] = s % 2 ? v.z : v.x;
+        a[2 + r] = s % 2 ? v.w : v.y;
+    }
+}
+
+/* small [H,d] of one token, loaded along, as the operand B of every step: head 8 n + g in tile n. */
+template <int NT>
+__device__ __forceinline__ void load_heads_along(uint32_t (&b)[NT][4][2], const bf16 *small, int heads, int d,
+                                                 bool valid) {
+    int g = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        bool there = valid && n * 8 + g < heads;
+        const bf16 *row = small + (n * 8 + g) * d;
+        uint4 first = load_vector(row, there), second = load_vector(row + d / 2, there);
+        b[n][0][0] = first.x, b[n][0][1] = first.y, b[n][1][0] = first.z, b[n][1][1] = first.w;
+        b[n][2][0] = second.x, b[n][2][1] = second.y, b[n][3][0] = second.z, b[n][3][1] = second.w;
+    }
+}
+
+/* ---- the outer product ----------------------------------------------------------------------------------
+ *
+ * A warp keeps the sums of its TILES tiles of rows in registers over all tokens it meets. A team of warps has
+ * all rows; a block has one team or more, on different tokens, whose sums meet in shared memory; the blocks'
+ * sums meet in a second kernel. All in a fixed order. */
+template <int KT> struct outer_size {
+    /* As many as registers allow: 128 a thread, or with 64 heads 255. */
+    static constexpr int TILES = KT == 1 ? 4 : 2, HEAD_TILES = 2 * KT, MAX_WARPS = KT == 4 ? 8 : 16;
+    static constexpr int SUMS = TILES * HEAD_TILES * 4 * 32; /* of a warp, as registers by lanes */
+};
+
+template <int NT>
+__device__ __forceinline__ void add_outer(float (&sum)[NT][4], const along_rows &x,
+                                          const uint32_t (&heads_along)[NT][4][2], int heads) {
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+        uint32_t a[4];
+        along_operand(a, x, s);
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+            if (n * 8 < heads)
+                mma_m16n8k16(sum[n], a, heads_along[n][s]);
+    }
+}
+
+/* The block's sums over its teams: partial [team_warps][SUMS]. `shared` has room for all warps' sums where
+ * there is more than one team. All threads call it. */
+template <int TILES, int NT>
+__device__ __forceinline__ void store_outer(const float (&sum)[TILES][NT][4], float *shared, float *partial,
+                                            int teams, int team_warps) {
+    constexpr int SUMS = TILES * NT * 4 * 32;
+    float *mine = (teams > 1 ? shared : partial) + (threadIdx.x / 32) * SUMS + threadIdx.x % 32;
+    __syncthreads(); /* whatever was in `shared` has been read */
+#pragma unroll
+    for (int k = 0; k < TILES; k++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                mine[((k * NT + n) * 4 + r) * 32] = sum[k][n][r];
+    if (teams == 1)
+        return;
+    __syncthreads();
+    for (int e = threadIdx.x; e < team_warps * SUMS; e += blockDim.x) {
+        float total = shared[e];
+        for (int team = 1; team < teams; team++)
+            total += shared[team * team_warps * SUMS + e];
+        partial[e] = total;
+    }
+}
+
+/* The last step: dm (+)= the sum of `parts` partial sums [parts][gridDim.y][elements] in their order, first
+ * those of every eighth part, then these eight. TILES, NT: how store_outer() left them; TILES = 0: plainly,
+ * [I,H]. Bytes: parts elements gridDim.y 4. Grid: (elements / 32, tensors). */
+enum { SUM_SLICES = 8 };
+struct head_gradients {
+    float *dm[3];
+};
+
+template <int TILES, int NT>
+static __global__ void __launch_bounds__(32 * SUM_SLICES)
+    sum_outer(const float *partial, int parts, int elements, struct head_rows o, struct head_gradients to,
+              bool accumulate) {
+    __shared__ float slices[SUM_SLICES][32];
+    int lane = threadIdx.x % 32, slice = threadIdx.x / 32, e = blockIdx.x * 32 + lane;
+    int i, j;
+    if constexpr (TILES == 0) {
+        i = e / o.heads;
+        j = e % o.heads;
+    } else {
+        int r = e / 32 % 4, n = e / 128 % NT, tile = e / (128 * NT);
+        i = tile < o.tiles * o.chunks ? row_index(o, tile, lane / 4 + r / 2 * 8) : -1;
+        j = n * 8 + lane % 4 * 2 + r % 2;
+    }
+    int64_t at = e < elements && i >= 0 && j < o.heads ? weight_at(o, i, j) : -1;
+    float sum = 0;
+    if (at >= 0)
+#pragma unroll 4
+        for (int part = slice; part < parts; part += SUM_SLICES)
+            sum += partial[((int64_t)part * gridDim.y + blockIdx.y) * elements + e];
+    slices[slice][lane] = sum;
+    __syncthreads();
+    if (slice > 0 || at < 0)
+        return;
+#pragma unroll
+    for (int s = 1; s < SUM_SLICES; s++)
+        sum += slices[s][lane];
+    float *out = (blockIdx.y == 0 ? to.dm[0] : blockIdx.y == 1 ? to.dm[1] : to.dm[2]) + at;
+    *out = accumulate ? *out + sum : sum;
+}
+
+/* How many blocks, of how many teams. */
+struct outer_grid {
+    int team_warps, teams, blocks;
+    int64_t elements;
+    int threads() const {
+        return teams * team_warps * 32;
+    }
+};
+
+/* False: more rows than a block's registers can hold. */
+template <int KT>
+bool outer_grid(const struct device *dev, const struct head_rows &o, int64_t items, int tensors,
+                struct outer_grid *grid) {
+    typedef outer_size<KT> size;
+    grid->team_warps = (int)ceil_div(o.tiles * o.chunks, size::TILES);
+    if (grid->team_warps > size::MAX_WARPS)
+        return false;
+    grid->teams = grid->team_warps < 8 ? 8 / grid->team_warps : 1;
+    grid->elements = (int64_t)grid->team_warps * size::SUMS;
+    int per_sm = size::MAX_WARPS * 32 / grid->threads();
+    int64_t most = (int64_t)dev->sm_count * (per_sm > 1 ? per_sm : 1) / tensors;
+    int64_t blocks = ceil_div(items, grid->teams);
+    grid->blocks = (int)(blocks < most ? blocks : most > 0 ? most : 1);
+    return true;
+}
+
+/* Call f with KT, the number of tiles of 16 heads, as a constant. */
+template <typename F> void by_head_tiles(int64_t heads, F f) {
+    if (heads <= 16)
+        f(std::integral_constant<int, 1>());
+    else if (heads <= 32)
+        f(std::integral_constant<int, 2>());
+    else
+        f(std::integral_constant<int, 4>());
+}
+
+/* ---- RoPE -------------------------------------------------------------------------------------------------
+ */
+
+/* Cosines and sines of 8 columns. */
+struct rotation {
+    float cosine[8], sine[8];
+};
+
+/* From a row [2, d/2] of the table, at the lane's columns. */
+static __device__ __forceinline__ void load_rotation(struct rotation &at, const float *row, int half) {
+    load(row, at.cosine);
+    load(row + half, at.sine);
+}
+
+/* Row g + 8 r of a result that was contracted across. */
+static __device__ __forceinline__ void rotate_across(float (&sum)[8][4], int r, const struct rotation &at) {
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        float a = sum[j][2 * r], b = sum[j][2 * r + 1];
+        sum[j][2 * r] = a * at.cosine[j] - b * at.sine[j];
+        sum[j][2 * r + 1] = b * at.cosine[j] + a * at.sine[j];
+    }
+}
+
+/* Rotate a row's 8 columns of either half back; the results are rounded to bf16, to be multiplied again. */
+static __device__ __forceinline__ void unrotate(uint4 &first, uint4 &second, const struct rotation &at) {
+    uint32_t *x = &first.x, *y = &second.x;
+#pragma unroll
+    for (int w = 0; w < 4; w++) {
+        float a0 = low_half(x[w]), a1 = high_half(x[w]), b0 = low_half(y[w]), b1 = high_half(y[w]);
+        float c0 = at.cosine[2 * w], c1 = at.cosine[2 * w + 1], s0 = at.sine[2 * w], s1 = at.sine[2 * w + 1];
+        x[w] = pack(a0 * c0 + b0 * s0, a1 * c1 + b1 * s1);
+        y[w] = pack(b0 * c0 - a0 * s0, b1 * c1 - a1 * s1);
+    }
+}
+
+#endif

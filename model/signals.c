@@ -1,0 +1,43 @@
+#include "model/signals.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stddef.h>
+
+static atomic_int asked;
+
+static sigset_t stop_signals(void) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGUSR1);
+    return set;
+}
+
+static void *wait_for_signals(void *unused) {
+    sigset_t set = stop_signals();
+    int number;
+    sigwait(&set, &number);
+    atomic_store(&asked, number);
+    sigwait(&set, &number);
+    signal(number, SIG_DFL);
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    raise(number);
+    return unused;
+}
+
+int signals_watch(struct error *e) {
+    sigset_t set = stop_signals();
+    pthread_t thread;
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    if (pthread_create(&thread, NULL, wait_for_signals, NULL) != 0)
+        return fail_run(e, "cannot start the thread that waits for signals");
+    pthread_detach(thread);
+    return 0;
+}
+
+int signals_asked(void) {
+    return atomic_load(&asked);
+}

@@ -1,0 +1,16 @@
+/* The signals that ask a run to save and end: SIGINT and SIGTERM, which users send, and SIGUSR1, which
+ * schedulers send before a time limit and mpirun passes on. The first asks; a second one ends at once. */
+#ifndef IHA_SIGNALS_H
+#define IHA_SIGNALS_H
+
+#include "kernels/error.h"
+
+/* No handler may run on a thread that computes: oneDNN's matrix products keep their stack pointer inside heap
+ * memory at times, where a signal's frame would overwrite what lies below. So all threads block these
+ * signals, and one that does nothing else waits for them. To be called before any other thread exists. */
+int signals_watch(struct error *e);
+
+/* The signal that has asked, or 0. */
+int signals_asked(void);
+
+#endif

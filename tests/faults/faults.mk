@@ -1,0 +1,41 @@
+# Faults made to happen, and what finds leaks and races. Included by the Makefile.
+
+INJECT = build/faults/inject.so
+LEAKS = build/leaks/train_iha
+WHOLE_RUNS = .venv/bin/python -m tests.faults.whole_runs
+tests-built: $(INJECT)
+ifneq ($(SANITIZE),1)
+tests-built: $(LEAKS)
+endif
+
+.PHONY: faults leaks tsan
+
+faults: deps
+	@$(MAKE) --no-print-directory $(BINARY) $(INJECT)
+	@FAULTS=all TRAIN_IHA=$(BINARY) .venv/bin/python -m unittest -v tests.test_faults
+
+# Valgrind knows no AVX-512, so its binary is one for older machines.
+WATCHED = -std=gnu17 -g -O1 -march=x86-64-v3 -fopenmp -I. $(WARNINGS)
+leaks: deps
+	@command -v valgrind >/dev/null || { echo "make: valgrind is not installed: apt-get install valgrind" >&2; exit 2; }
+	@$(MAKE) --no-print-directory $(LEAKS)
+	@$(MAKE) --no-print-directory SANITIZE=1
+	@$(MAKE) --no-print-directory BUILD=build/valgrind CFLAGS="$(WATCHED)" BINARY=build/valgrind/train_iha
+	$(WHOLE_RUNS) lsan $(LEAKS)
+	$(WHOLE_RUNS) lsan build/sanitize/train_iha
+	$(WHOLE_RUNS) valgrind build/valgrind/train_iha
+
+tsan: deps
+	@$(MAKE) --no-print-directory BUILD=build/tsan CFLAGS="$(WATCHED) -fsanitize=thread" BINARY=build/tsan/train_iha
+	$(WHOLE_RUNS) tsan build/tsan/train_iha
+
+$(INJECT): $(wildcard tests/faults/*.c tests/faults/*.h)
+	@mkdir -p $(@D)
+	@echo "  CC   $@"
+	@$(CC) -std=gnu17 -D_GNU_SOURCE -O1 -g -fPIC -shared -fno-builtin $(WARNINGS) $(filter %.c,$^) -o $@ -ldl
+
+# LeakSanitizer alone needs no other objects than the program's.
+$(LEAKS): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	@$(CC) $(CFLAGS) -fsanitize=leak $^ -o $@ $(LIBS)

@@ -1,0 +1,279 @@
+"""Runs of train_iha in which one call fails or the process dies, and what must be true afterwards.
+
+A Scenario is a command, the state it starts from and the reference: what the same command leaves when nothing goes
+wrong. Scenario.fault() runs it once with a fault, checks what the run left, runs the same command again without one and
+checks that it ends as the reference did, byte for byte. Faults are described in inject.c.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import traceback
+from collections import Counter, namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
+LIBRARY = ROOT / "build" / "faults" / "inject.so"
+EVERYTHING = os.environ.get("FAULTS") == "all"  # every call, not a sample
+SANITIZED = "sanitize" in BINARY
+TIMEOUT = 60  # seconds; runs here take a few hundredths of one
+SANITIZER_EXIT = 86
+SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # nothing here has to survive a power cut
+
+ENVIRONMENT = {k: x for k, x in os.environ.items() if not k.startswith("IHA_FAULT")}
+ENVIRONMENT["GOMP_SPINCOUNT"] = "100"
+# The library has to come before the sanitizer's runtime, whose allocator it calls.
+ENVIRONMENT["ASAN_OPTIONS"] = f"verify_asan_link_order=0:exitcode={SANITIZER_EXIT}"
+ENVIRONMENT["UBSAN_OPTIONS"] = "print_stacktrace=1"
+
+Event = namedtuple("Event", "kind number call path path2")
+Done = namedtuple("Done", "code out err trace")
+
+# What takes effect on the disk: where a run can be killed with a different state left behind.
+DISK = {"open_write", "write", "sync", "rename", "mkdir", "remove", "link", "truncate"}
+# A failure of these means that something was not saved; a run that goes on as if it had been would be lying.
+MUST_FAIL = {"write", "close", "sync", "open_write", "mkdir", "link"}
+EACCES = 13
+
+
+def read_trace(path):
+    if not path.exists():
+        return []
+    events = []
+    for line in path.read_text(errors="replace").splitlines():
+        kind, number, call, first, second = (line.split("\t") + [""] * 5)[:5]
+        events.append(Event(kind, int(number or 0), call, first, second))
+    return events
+
+
+def run(args, cwd, fault=None, trace=None, binary=BINARY):
+    env = dict(ENVIRONMENT)
+    if fault or trace:
+        env["LD_PRELOAD"] = str(LIBRARY)
+        env["IHA_FAULT"] = fault or ""
+    if trace:
+        env["IHA_FAULT_TRACE"] = str(trace)
+    done = subprocess.run([binary, *map(str, args)], cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True,
+                          timeout=TIMEOUT)
+    return Done(done.returncode, done.stdout, done.stderr.decode(errors="replace"), read_trace(trace) if trace else [])
+
+
+def tree(folder):
+    """{path: bytes, or where a link leads} of everything below a folder; directories are None."""
+    return {str(p.relative_to(folder)): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
+            for p in Path(folder).rglob("*")}
+
+
+def checkpoint(folder):
+    """{name: content} of a checkpoint, without what differs from run to run."""
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    if "trainer.json" in files:
+        trainer = json.loads(files["trainer.json"])
+        trainer.pop("seconds", None)
+        trainer["config"].pop("run.keep", None)
+        files["trainer.json"] = trainer
+    return files
+
+
+def checkpoints(run_dir):
+    """{step: folder}"""
+    return {int(p.name[5:]): p for p in Path(run_dir).glob("step_*") if re.fullmatch(r"step_\d+", p.name)}
+
+
+def metrics(run_dir):
+    """Its lines without timings; a last one that was cut short is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [{k: x for k, x in json.loads(line).items() if k not in ("tokens_per_second", "mfu")} for line in lines]
+
+
+class Wrong(AssertionError):
+    pass
+
+
+def brief(content):
+    text = repr(content)
+    return text if len(text) < 1000 else f"{text[:300]} ... {text[-600:]}"
+
+
+def need(condition, *what):
+    if not condition:
+        raise Wrong(" ".join(map(str, what)))
+
+
+def check_ending(done, started, what):
+    """The contract of exit codes: 0 done, 1 failed while running, 2 refused before the first step, which one line on
+    stderr explains. Never a signal, never a sanitizer's report."""
+    need(done.code in (0, 1, 2), what, "exit code", done.code, done.err[-3000:])
+    need("Sanitizer" not in done.err and "runtime error" not in done.err, what, done.err[-3000:])
+    lines = [line for line in done.err.splitlines() if line.startswith("train_iha: ")]
+    need(len(lines) == (done.code != 0), what, "exit code", done.code, "with", lines)
+    if done.code:
+        need(done.err.splitlines()[-1] == lines[0] and len(lines[0]) > 20, what, "stderr ends", done.err[-500:])
+    need(not (started and done.code == 2), what, "exit code 2 after the first step:", lines)
+
+
+class Scenario:
+    """A command that trains in ./run below a folder of its own, from a copy of the folder `template`."""
+
+    def __init__(self, name, args, scratch, template=None, damaged=()):
+        self.name, self.args, self.scratch, self.template = name, args, Path(scratch), template
+        self.damaged = {step: checkpoint_bytes(template / "run", step) for step in damaged}
+        whole = self.folder()
+        done = run([*args, "run.keep=0"], whole)
+        need(done.code == 0, name, done.err)
+        self.steps = {step: checkpoint(path) for step, path in checkpoints(whole / "run").items()}
+        plain = self.folder()
+        done = run(args, plain, trace=plain / "trace")
+        need(done.code == 0, name, done.err)
+        self.out, self.trace = done.out, done.trace
+        self.left = self.describe(plain / "run")
+        self.metrics = metrics(plain / "run")
+        shutil.rmtree(whole)
+        shutil.rmtree(plain)
+        self.tried = Counter()
+
+    def folder(self):
+        folder = Path(tempfile.mkdtemp(dir=self.scratch))
+        if self.template:
+            shutil.copytree(self.template, folder, symlinks=True, dirs_exist_ok=True)
+        return folder
+
+    @staticmethod
+    def describe(run_dir):
+        """All that a run leaves, without what differs from run to run."""
+        left = {k: x for k, x in tree(run_dir).items() if not k.endswith("trainer.json")}
+        left["lock"] = None  # a process id
+        left["metrics.jsonl"] = metrics(run_dir)
+        left.update({f"{p.name}/trainer.json": checkpoint(p).get("trainer.json") for p in checkpoints(run_dir).values()})
+        return left
+
+    def counts(self):
+        """How many calls of each kind the run makes; "disk": those that change the disk."""
+        counts = Counter(e.kind for e in self.trace)
+        counts["disk"] = sum(counts[kind] for kind in DISK)
+        return counts
+
+    def disk_events(self):
+        return [e for e in self.trace if e.kind in DISK]
+
+    # ---- what must be true ----
+
+    def check_left(self, run_dir, events, what):
+        """Every checkpoint is whole and right, the newest published one is there, the metrics lead up to it."""
+        found = checkpoints(run_dir)
+        for step, folder in found.items():
+            content = checkpoint_bytes(run_dir, step)
+            if content == self.damaged.get(step):
+                continue
+            need(step in self.steps and set(content) == set(self.steps[step]),
+                 what, f"{folder.name} is not whole:", sorted(content))
+            content = checkpoint(folder)
+            for name, bytes_ in self.steps[step].items():
+                need(content[name] == bytes_, what, f"{folder.name}/{name} differs")
+        newest = max((s for s in found if checkpoint_bytes(run_dir, s) != self.damaged.get(s)), default=0)
+        need(newest >= self.newest_before(events), what, "lost a checkpoint; left:", sorted(found))
+        if (run_dir / "best").is_symlink():
+            need((run_dir / "best").resolve().is_dir(), what, "best leads nowhere")
+        lines = [x for x in metrics(run_dir) if x["step"] <= newest]
+        need(lines == [x for x in self.metrics if x["step"] <= newest], what, "metrics up to", newest, "are", lines)
+
+    def newest_before(self, events):
+        """Of the checkpoints the run began with and those whose directory is known to be synced."""
+        newest = max((s for s in checkpoints(self.template / "run") if s not in self.damaged),
+                     default=0) if self.template else 0
+        renamed = 0
+        for e in events:
+            if e.kind == "rename" and re.search(r"step_\d+$", e.path2) and e.path.endswith(".tmp"):
+                renamed = int(e.path2[-8:])
+            elif e.kind == "sync" and e.path.endswith("/run"):
+                newest = max(newest, renamed)
+        return newest
+
+    def check_end(self, folder, what):
+        left = self.describe(folder / "run")
+        need(set(left) == set(self.left), what, "left behind:", sorted(set(left) - set(self.left)), "missing:",
+             sorted(set(self.left) - set(left)))
+        for name, content in self.left.items():
+            need(left[name] == content, what, name, "differs:", brief(left[name]), "instead of", brief(content))
+
+    def again(self, folder, what):
+        done = run(self.args, folder)
+        need(done.code == 0, what, "then without a fault: exit code", done.code, done.err[-2000:])
+        self.check_end(folder, what + ", then without a fault:")
+
+    def fault(self, spec):
+        """One fault. Raises Wrong, and leaves the folder for a look at it, when a promise is broken."""
+        folder = self.folder()
+        kind, number, option = (spec.split(":") + [""])[:3]
+        done = run(self.args, folder, spec, folder / "trace")
+        failed = next((e for e in done.trace if e.kind == kind and e.number == int(number.rstrip("+"))), None)
+        what = f"{self.name}: IHA_FAULT={spec} ({failed.call} {failed.path} {failed.path2})" if failed else \
+            f"{self.name}: IHA_FAULT={spec}"
+        what += f" in {folder}"
+        run_dir = folder / "run"
+        self.tried[kind if kind != "crash" else f"crash {option}"] += 1
+        if kind == "crash":
+            need(done.code == -9, what, "was not killed:", done.code, done.err[-500:])
+            self.check_left(run_dir, done.trace[:-1], what)
+        else:
+            started = any(e.kind == "write" and e.path.endswith("/metrics.jsonl") for e in done.trace)
+            check_ending(done, started, what)
+            if option in ("short", "eintr"):
+                need(done.code == 0, what, "is no fault:", done.err[-500:])
+            elif failed:
+                self.check_reported(done, failed, kind, number, option, started, what)
+            self.check_left(run_dir, done.trace if failed != done.trace[-1] else done.trace[:-1], what)
+            if done.code == 0 and "warning: " not in done.err:
+                self.check_end(folder, what)
+        self.again(folder, what)
+        shutil.rmtree(folder)
+
+    def check_reported(self, done, failed, kind, number, option, started, what):
+        if kind in MUST_FAIL and not self.safe_anyway(done.trace, failed):
+            need(done.code != 0, what, "went unnoticed")
+        if option == str(EACCES) and not started and not failed.path.endswith(".tmp") and done.code:
+            need(done.code == 2, what, "is the user's to correct, but the exit code is", done.code)
+
+    @staticmethod
+    def safe_anyway(trace, failed):
+        """A close that fails after a sync, or of the lock, loses nothing; nor does making a directory again."""
+        before = trace[:trace.index(failed)]
+        touched = [e for e in before if e.path == failed.path and e.kind in ("write", "sync")]
+        made = any(e.kind == "open_write" and e.path.startswith("run/") for e in before)
+        if failed.kind == "mkdir" and failed.path == "run":
+            return not made  # it was there, or what comes next would have failed
+        return failed.kind == "close" and "/step_" not in failed.path and (failed.path.endswith("/lock") or (touched and touched[-1].kind == "sync"))
+
+
+def checkpoint_bytes(run_dir, step):
+    folder = Path(run_dir) / f"step_{step:08d}"
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def every(count, stride):
+    """1..count, or when only a sample is wanted every stride-th, the last ones always."""
+    if EVERYTHING:
+        stride = 1
+    if SANITIZED and not EVERYTHING:
+        stride *= 4
+    return sorted(set(range(1, count + 1, stride)) | set(range(max(1, count - 2), count + 1))) if count else []
+
+
+def try_all(tasks):
+    """Run functions side by side; what they raise, at most ten."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        wrong = []
+        for future in [pool.submit(task) for task in tasks]:
+            try:
+                future.result()
+            except Wrong as e:
+                wrong.append(str(e))
+            except Exception as e:  # a file that cannot be parsed, most often
+                wrong.append("".join(traceback.format_exception(e)))
+    return wrong

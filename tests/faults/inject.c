@@ -1,0 +1,298 @@
+/* A library for LD_PRELOAD that makes the N-th call of a kind fail, or end the process there.
+ *
+ *   IHA_FAULT=CLASS:N          the N-th call of the class fails (N from 1) with the class's usual errno
+ *   IHA_FAULT=CLASS:N:ERRNO    ... with this errno, a number
+ *   IHA_FAULT=CLASS:N+[:ERRNO] ... and so does every later one: a disk that stays full
+ *   IHA_FAULT=CLASS:N:short    reads or writes half (N = 0: every time); no fault, and must not be one
+ *   IHA_FAULT=CLASS:N:eintr    answers EINTR once (N = 0: every second call); no fault either
+ *   IHA_FAULT=crash:N:before   SIGKILL before the N-th call that changes the disk
+ *   IHA_FAULT=crash:N:after    ... after it
+ *   IHA_FAULT=crash:N:torn     ... in it: a write has written half
+ *   IHA_FAULT=crash:N:cut      ... before it, and the power fails: what was not synced is cut from the files
+ *   IHA_FAULT_TRACE=FILE       every counted call, one a line: class, its number, call, path[, path]
+ *   IHA_FAULT_RANK=R           only in the process whose OMPI_COMM_WORLD_RANK is R
+ *
+ * Only calls from the program's own text count, so a library's inner life cannot make a fault of ours; but
+ * class `library` is the allocations of those libraries that hand their out-of-memory on to us.
+ *
+ * Calls are told apart by their return address. The C library's stdio calls write() where no one can step
+ * in between, so streams opened by the program are made over write() anew: see inject_stream.c. The
+ * functions themselves are in inject_calls.c. */
+#include "inject.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <link.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static const struct {
+    const char *name;
+    int err;
+    bool changes_disk;
+} classes[CLASS_COUNT] = {
+    [ALLOC] = {"alloc", ENOMEM, false},
+    [LIBRARY] = {"library", ENOMEM, false},
+    [MAP] = {"map", ENOMEM, false},
+    [OPEN_READ] = {"open_read", EIO, false},
+    [OPEN_WRITE] = {"open_write", ENOSPC, true},
+    [READ] = {"read", EIO, false},
+    [WRITE] = {"write", ENOSPC, true},
+    [CLOSE] = {"close", ENOSPC, false},
+    [SYNC] = {"sync", EIO, true},
+    [RENAME] = {"rename", EIO, true},
+    [MAKE_DIR] = {"mkdir", ENOSPC, true},
+    [REMOVE] = {"remove", EIO, true},
+    [LINK] = {"link", ENOSPC, true},
+    [TRUNCATE] = {"truncate", EIO, true},
+    [LOCK] = {"lock", ENOLCK, false},
+    [SPACE] = {"space", EIO, false},
+    [STAT] = {"stat", EIO, false},
+    [LIST] = {"list", EIO, false},
+    [THREAD] = {"thread", EAGAIN, false},
+    [MPI] = {"mpi", EIO, false},
+};
+
+/* Libraries that return our callers NULL when they have no memory. */
+static const char *const LIBRARIES[] = {"libcjson", "libinih", "libpcre2"};
+
+enum moment { BEFORE, AFTER, TORN, CUT };
+
+static struct {
+    bool crash, sticky;
+    int which; /* enum fault_class */
+    long number;
+    int err;
+    enum verdict verdict;
+    enum moment moment;
+} plan = {.which = -1};
+
+static struct {
+    uintptr_t begin, end;
+    bool library;
+} texts[16];
+static int text_count;
+static int trace = -1;
+static atomic_long counts[CLASS_COUNT], disk_changes;
+static _Thread_local bool die_after, die_within;
+
+/* ---- whose call it is ------------------------------------------------------------------------------ */
+
+static bool in_text(const void *address, bool library) {
+    for (int i = 0; i < text_count; i++)
+        if (texts[i].library == library && (uintptr_t)address >= texts[i].begin &&
+            (uintptr_t)address < texts[i].end)
+            return true;
+    return false;
+}
+
+bool is_ours(const void *address) {
+    return in_text(address, false);
+}
+
+bool is_library(const void *address) {
+    return in_text(address, true);
+}
+
+/* The program itself comes first, without a name. */
+static int note_object(struct dl_phdr_info *object, size_t size, void *count) {
+    bool program = (*(int *)count)++ == 0, library = false;
+    (void)size;
+    for (size_t i = 0; i < sizeof LIBRARIES / sizeof *LIBRARIES && !program; i++)
+        library |= strstr(object->dlpi_name, LIBRARIES[i]) != NULL;
+    for (int i = 0; i < object->dlpi_phnum && (program || library); i++) {
+        const ElfW(Phdr) *h = &object->dlpi_phdr[i];
+        if (h->p_type != PT_LOAD || !(h->p_flags & PF_X) || text_count == sizeof texts / sizeof *texts)
+            continue;
+        texts[text_count].begin = object->dlpi_addr + h->p_vaddr;
+        texts[text_count].end = texts[text_count].begin + h->p_memsz;
+        texts[text_count++].library = library;
+    }
+    return 0;
+}
+
+/* ---- what was asked for ---------------------------------------------------------------------------- */
+
+__attribute__((noreturn)) static void misuse(const char *text) {
+    dprintf(2, "inject: IHA_FAULT=%s: not understood; see tests/faults/inject.c\n", text);
+    _exit(99);
+}
+
+static void read_option(const char *option, const char *text) {
+    static const char *const moments[] = {"before", "after", "torn", "cut"};
+    if (plan.crash) {
+        for (int i = 0; i < 4; i++)
+            if (strcmp(option, moments[i]) == 0) {
+                plan.moment = (enum moment)i;
+                return;
+            }
+        misuse(text);
+    }
+    if (strcmp(option, "short") == 0)
+        plan.verdict = SHORT;
+    else if (strcmp(option, "eintr") == 0)
+        plan.verdict = INTERRUPT;
+    else if ((plan.err = atoi(option)) <= 0)
+        misuse(text);
+}
+
+static void read_plan(const char *text) {
+    char name[32] = "", option[32] = "";
+    const char *colon = strchr(text, ':');
+    if (!colon || colon - text >= (long)sizeof name)
+        misuse(text);
+    memcpy(name, text, (size_t)(colon - text));
+    plan.crash = strcmp(name, "crash") == 0;
+    for (int c = 0; c < CLASS_COUNT; c++)
+        if (strcmp(name, classes[c].name) == 0)
+            plan.which = c;
+    if (!plan.crash && plan.which < 0)
+        misuse(text);
+    char *rest;
+    plan.number = strtol(colon + 1, &rest, 10);
+    if (*rest == '+') {
+        plan.sticky = true;
+        rest++;
+    }
+    plan.verdict = FAIL;
+    plan.err = plan.crash ? 0 : classes[plan.which].err;
+    if (*rest == ':') {
+        snprintf(option, sizeof option, "%s", rest + 1);
+        read_option(option, text);
+    } else if (*rest) {
+        misuse(text);
+    }
+}
+
+__attribute__((constructor)) static void start(void) {
+    const char *text = getenv("IHA_FAULT"), *path = getenv("IHA_FAULT_TRACE");
+    const char *armed = getenv("IHA_FAULT_RANK"), *rank = getenv("OMPI_COMM_WORLD_RANK");
+    int count = 0;
+    if (armed && strcmp(armed, rank ? rank : "0") != 0)
+        return;
+    if (text && *text)
+        read_plan(text);
+    if (path) {
+        int fd = (int)syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+        trace = fcntl(fd, F_DUPFD_CLOEXEC, 700); /* out of the way of the numbers the program sees */
+        syscall(SYS_close, fd);
+        if (trace < 0)
+            misuse(path);
+    }
+    dl_iterate_phdr(note_object, &count);
+}
+
+/* ---- a power cut ----------------------------------------------------------------------------------- */
+
+/* Files open for writing so far: a descriptor of our own, and how much of each is on the disk. */
+static struct {
+    int fd;
+    dev_t dev;
+    ino_t ino;
+    off_t safe;
+} files[512];
+static atomic_int file_count;
+
+static int find_file(int fd, struct stat *st) {
+    if (NEXT(fstat)(fd, st) != 0 || !S_ISREG(st->st_mode))
+        return -1;
+    for (int i = 0; i < file_count; i++)
+        if (files[i].dev == st->st_dev && files[i].ino == st->st_ino)
+            return i;
+    return file_count;
+}
+
+void opened(int fd) {
+    struct stat st;
+    if (!plan.crash || plan.moment != CUT)
+        return;
+    int i = find_file(fd, &st);
+    if (i < 0 || i == sizeof files / sizeof *files)
+        return;
+    if (i == file_count) {
+        files[i].fd = fcntl(fd, F_DUPFD_CLOEXEC, 100);
+        files[i].dev = st.st_dev;
+        files[i].ino = st.st_ino;
+        files[i].safe = st.st_size;
+        file_count++;
+    } else if (st.st_size < files[i].safe) {
+        files[i].safe = st.st_size; /* opened with O_TRUNC */
+    }
+}
+
+void synced(int fd) {
+    struct stat st;
+    if (!plan.crash || plan.moment != CUT)
+        return;
+    int i = find_file(fd, &st);
+    if (i >= 0 && i < file_count)
+        files[i].safe = st.st_size;
+}
+
+__attribute__((noreturn)) static void die(void) {
+    for (int i = 0; plan.moment == CUT && i < file_count; i++) {
+        struct stat st;
+        if (NEXT(fstat)(files[i].fd, &st) == 0 && st.st_size > files[i].safe)
+            syscall(SYS_ftruncate, files[i].fd, files[i].safe);
+    }
+    syscall(SYS_kill, getpid(), SIGKILL);
+    for (;;)
+        syscall(SYS_pause);
+}
+
+/* ---- counting, deciding ---------------------------------------------------------------------------- */
+
+static void write_trace(enum fault_class c, long number, const char *call, const char *path,
+                        const char *path2, int fd) {
+    char line[2048], link[64], from[512] = "";
+    if (trace < 0)
+        return;
+    if (fd >= 0) {
+        snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+        ssize_t n = readlink(link, from, sizeof from - 1);
+        from[n > 0 ? n : 0] = '\0';
+        path2 = path; /* openat, unlinkat */
+        path = from;
+    }
+    int length = snprintf(line, sizeof line, "%s\t%ld\t%s\t%s\t%s\n", classes[c].name, number, call,
+                          path ? path : "", path2 ? path2 : "");
+    syscall(SYS_write, trace, line, (size_t)length);
+}
+
+static enum verdict decide(enum fault_class c, long number) {
+    if (plan.crash && classes[c].changes_disk) {
+        bool now = atomic_fetch_add(&disk_changes, 1) + 1 == plan.number;
+        if (now && (plan.moment == BEFORE || plan.moment == CUT))
+            die();
+        die_after = now;
+        die_within = now && plan.moment == TORN;
+        return PASS;
+    }
+    if ((int)c != plan.which)
+        return PASS;
+    bool every = plan.number == 0 && (plan.verdict == SHORT || (plan.verdict == INTERRUPT && number % 2));
+    return every || number == plan.number || (plan.sticky && number > plan.number) ? plan.verdict : PASS;
+}
+
+enum verdict enter(enum fault_class c, const char *call, const char *path, const char *path2, int fd) {
+    int saved = errno;
+    long number = atomic_fetch_add(&counts[c], 1) + 1;
+    write_trace(c, number, call, path, path2, fd);
+    enum verdict v = decide(c, number);
+    errno = v == FAIL ? plan.err : v == INTERRUPT ? EINTR : saved;
+    return v;
+}
+
+void leave(void) {
+    if (die_after)
+        die();
+}
+
+bool torn(void) {
+    return die_within;
+}

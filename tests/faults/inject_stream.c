@@ -1,0 +1,108 @@
+/* Streams of the program, made over calls that can fail: see inject.c. */
+#include "inject.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static struct stream {
+    FILE *file;
+    int fd; /* -1: memory */
+    char *data, **data_out;
+    size_t length, *length_out;
+} streams[64];
+
+static struct stream *free_stream(void) {
+    for (int i = 0; i < 64; i++)
+        if (!streams[i].file)
+            return &streams[i];
+    abort();
+}
+
+/* The C library writes on after a short write and takes EINTR for an error; no signal handler of ours
+ * interrupts a write to a file. */
+static ssize_t put(void *cookie, const char *data, size_t bytes) {
+    struct stream *s = cookie;
+    enum verdict v = enter(WRITE, "stream write", NULL, NULL, s->fd);
+    if (v == FAIL)
+        return 0;
+    ssize_t n = syscall(SYS_write, s->fd, data, torn() ? bytes / 2 : bytes);
+    leave();
+    return n < 0 ? 0 : n;
+}
+
+static int shut(void *cookie) {
+    struct stream *s = cookie;
+    bool fail = enter(CLOSE, "stream close", NULL, NULL, s->fd) == FAIL;
+    int err = errno, result = (int)syscall(SYS_close, s->fd);
+    s->file = NULL;
+    if (fail)
+        errno = err;
+    return fail ? -1 : result;
+}
+
+FILE *stream_open(const char *path, const char *mode) {
+    int flags = (strchr(mode, '+') ? O_RDWR : O_WRONLY) | (mode[0] == 'r'   ? 0
+                                                           : mode[0] == 'a' ? O_CREAT | O_APPEND
+                                                                            : O_CREAT | O_TRUNC);
+    struct stream *s = free_stream();
+    s->fd = (int)syscall(SYS_openat, AT_FDCWD, path, flags | (strchr(mode, 'e') ? O_CLOEXEC : 0), 0666);
+    if (s->fd < 0)
+        return NULL;
+    opened(s->fd);
+    s->file = fopencookie(s, "w", (cookie_io_functions_t){.write = put, .close = shut});
+    return s->file;
+}
+
+/* A stream over a cookie has no descriptor that the C library would know of. */
+int fileno(FILE *f) {
+    for (int i = 0; i < 64; i++)
+        if (streams[i].file == f && streams[i].fd >= 0)
+            return streams[i].fd;
+    return NEXT(fileno)(f);
+}
+
+/* ---- into memory ------------------------------------------------------------------------------------ */
+
+static ssize_t put_memory(void *cookie, const char *data, size_t bytes) {
+    struct stream *s = cookie;
+    if (enter(ALLOC, "open_memstream grows", NULL, NULL, -1) == FAIL)
+        return 0;
+    char *more = realloc(s->data, s->length + bytes + 1);
+    if (!more)
+        return 0;
+    memcpy(more + s->length, data, bytes);
+    s->data = more;
+    s->length += bytes;
+    s->data[s->length] = '\0';
+    *s->data_out = s->data;
+    *s->length_out = s->length;
+    return (ssize_t)bytes;
+}
+
+static int seek_memory(void *cookie, off64_t *at, int whence) {
+    struct stream *s = cookie;
+    if (*at != 0 || whence == SEEK_SET)
+        return -1; /* only asked where it is */
+    *at = (off64_t)s->length;
+    return 0;
+}
+
+static int shut_memory(void *cookie) {
+    struct stream *s = cookie;
+    s->file = NULL;
+    return 0;
+}
+
+FILE *stream_memory(char **data, size_t *length) {
+    struct stream *s = free_stream();
+    *s = (struct stream){.fd = -1, .data_out = data, .length_out = length};
+    *length = 0;
+    *data = s->data = calloc(1, 1);
+    s->file = fopencookie(
+        s, "w", (cookie_io_functions_t){.write = put_memory, .seek = seek_memory, .close = shut_memory});
+    return s->file;
+}

@@ -1,0 +1,53 @@
+/* trainer.json: counts are counts, and progress comes back the same when it is written. */
+#include "tests/fuzz/fuzz.h"
+
+#include <math.h>
+
+#include "model/checkpoint_files.h"
+
+static void check_setting(void *context, const char *key, const char *value) {
+    *(size_t *)context += strlen(key) + strlen(value);
+}
+
+static void check_progress(const struct progress *p) {
+    static const int64_t most = INT64_C(1) << 53;
+    CHECK(p->step >= 0 && p->step < most && p->tokens >= 0 && p->tokens < most);
+    CHECK(p->sequences >= 0 && p->sequences < most && p->updates >= 0 && p->updates < most);
+    CHECK(p->skips_run >= 0 && p->best_step >= -1 && p->best_step < most);
+    CHECK(isfinite(p->seconds) && p->seconds >= 0);
+    CHECK(isnan(p->best_val_loss) || isfinite(p->best_val_loss));
+    CHECK(strnlen(p->train_fingerprint, 17) < 17 && strnlen(p->val_fingerprint, 17) < 17);
+}
+
+static void check_again(const struct progress *p) {
+    static struct config c;
+    struct progress q;
+    struct error e = {0};
+    const char *path = fuzz_file(1, NULL, 0);
+    config_defaults(&c);
+    CHECK(progress_write(path, p, &c, &e) == 0 && progress_read(path, &q, &e) == 0);
+    CHECK(p->step == q.step && p->tokens == q.tokens && p->sequences == q.sequences);
+    CHECK(p->updates == q.updates && p->skips_run == q.skips_run && p->best_step == q.best_step);
+    CHECK(p->seconds == q.seconds);
+    CHECK(p->best_val_loss == q.best_val_loss || (isnan(p->best_val_loss) && isnan(q.best_val_loss)));
+    CHECK(strcmp(p->train_fingerprint, q.train_fingerprint) == 0);
+    CHECK(strcmp(p->val_fingerprint, q.val_fingerprint) == 0);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    struct progress p;
+    struct error e = {0};
+    size_t letters = 0;
+    const char *path = fuzz_file(0, data, size);
+    if (progress_read(path, &p, &e) == 0) {
+        check_progress(&p);
+        check_again(&p);
+    } else {
+        check_user_error(&e);
+    }
+    if (settings_visit(path, check_setting, &letters, &e) == 0)
+        CHECK(letters <= size);
+    else
+        check_user_error(&e);
+    return 0;
+}
