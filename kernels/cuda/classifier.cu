@@ -25,14 +25,31 @@ static __device__ __forceinline__ float2 merge(float2 a, float2 b) {
     return {max, (a.x == max ? a.y : a.y * expf(a.x - max)) + (b.x == max ? b.y : b.y * expf(b.x - max))};
 }
 
+/* Call use(i, word) for each of the thread's words of V elements, with the next one's load under way. */
+template <typename T, int V, typename F>
+static __device__ __forceinline__ void each_word(const T *x, int vocab, F use) {
+    int i = (int)threadIdx.x * V, step = THREADS * V;
+    word_of<V, T> next[2] = {};
+#pragma unroll
+    for (int k = 0; k < 2; k++)
+        if (i + k * step < vocab)
+            next[k] = load_word<V>(x + i + k * step);
+    for (; i < vocab; i += step) {
+        word_of<V, T> now = next[0];
+        next[0] = next[1];
+        if (i + 2 * step < vocab)
+            next[1] = load_word<V>(x + i + 2 * step);
+        use(i, now);
+    }
+}
+
 /* One row of logits x [vocab] a block: its maximum and the sum of exp(x - max), the same bits in each thread.
  */
 template <typename T, int V> static __device__ __forceinline__ float2 maximum_and_sum(const T *x, int vocab) {
     float2 mine = {-INFINITY, 0};
-#pragma unroll 4
-    for (int i = (int)threadIdx.x * V; i < vocab; i += THREADS * V) {
+    each_word<T, V>(x, vocab, [&](int i, word_of<V, T> word) {
         float values[V], max = mine.x;
-        load(x + i, values);
+        unpack<V, T>(word, values);
 #pragma unroll
         for (int j = 0; j < V; j++) {
             values[j] = i + j < vocab ? values[j] : -INFINITY; /* the row is padded to whole vectors */
@@ -45,7 +62,7 @@ template <typename T, int V> static __device__ __forceinline__ float2 maximum_an
 #pragma unroll
         for (int j = 0; j < V; j++)
             mine.y += exponential<T>(values[j] - mine.x);
-    }
+    });
     __shared__ float2 warps[THREADS / 32];
 #pragma unroll
     for (int with = 16; with > 0; with /= 2) {
@@ -80,17 +97,16 @@ static __global__ void __launch_bounds__(THREADS)
         losses[blockIdx.x] = target >= 0 ? log((double)row.y) + (double)row.x - (double)picked : 0;
     if constexpr (GRADIENT) {
         float factor = target >= 0 ? scale / row.y : 0;
-#pragma unroll 4
-        for (int i = (int)threadIdx.x * V; i < vocab; i += THREADS * V) {
+        each_word<T, V>(x, vocab, [&](int i, word_of<V, T> word) {
             float values[V];
-            load(x + i, values);
+            unpack<V, T>(word, values);
 #pragma unroll
             for (int j = 0; j < V; j++) {
                 float gradient = factor * exponential<T>(values[j] - row.x);
                 values[j] = target < 0 ? 0 : i + j == target ? gradient - scale : gradient;
             }
             store(x + i, values);
-        }
+        });
     }
 }
 
