@@ -104,6 +104,11 @@ static int open_device(struct run *r, struct error *e) {
     r->k = cuda ? kernels_cuda() : kernels_cpu();
     if (!r->k)
         return fail_user(e, "system.device = cuda, but this program was built without CUDA; use auto or cpu");
+    if (cuda && !alone(r))
+        return fail_user(
+            e, "several ranks on GPUs are not there yet; set system.device = cpu, or start one rank");
+    if (s->comm == COMM_NCCL)
+        return fail_user(e, "system.comm = nccl is not there yet; use auto or mpi");
     r->dev = r->k->open(&options, e);
     return r->dev ? 0 : -1;
 }

@@ -107,7 +107,7 @@ static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len
             human(f.mixing, text), 100 * f.mixing / total, m->iha_collapse == COLLAPSE_FULL ? "H^2" : "H");
 }
 
-static void print_memory(FILE *out, const struct config *c, const struct memory_plan *p) {
+static void print_memory(FILE *out, const struct config *c, enum dtype compute, const struct memory_plan *p) {
     const char *modes[] = {"none", "light", "full"};
     size_t total = memory_total(p);
     char text[32];
@@ -119,9 +119,9 @@ static void print_memory(FILE *out, const struct config *c, const struct memory_
                 {"optimizer", p->optimizer},
                 {"activations", p->activations},
                 {"workspace", p->workspace}};
-    fprintf(out, "Memory for training in fp32, micro_batch %lld x %lld tokens, recompute %s: %s\n",
-            (long long)c->train.micro_batch, (long long)c->train.seq_len, modes[c->system.recompute],
-            human_bytes(total, text));
+    fprintf(out, "Memory for training in %s, micro_batch %lld x %lld tokens, recompute %s: %s\n",
+            compute == DTYPE_BF16 ? "bf16" : "fp32", (long long)c->train.micro_batch,
+            (long long)c->train.seq_len, modes[c->system.recompute], human_bytes(total, text));
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         fprintf(out, "  %-12s %12s\n", rows[i].name, human_bytes(rows[i].bytes, text));
     fprintf(out, "  and %s to save while training goes on, where there is room\n",
@@ -159,7 +159,7 @@ int info_print(FILE *out, const struct config *c, const struct kernels *k, struc
     print_parameters(out, &params);
     print_schedule(out, &c->model, c->train.seq_len);
     print_flops(out, &c->model, c->train.seq_len);
-    print_memory(out, c, &memory);
+    print_memory(out, c, k->dtypes(dev).compute, &memory);
     params_free(&params);
     return print_ranks(out, c, k, dev, &shape, e);
 }
