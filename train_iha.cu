@@ -271,7 +271,7 @@ static int check_disk(const struct run *r, struct error *e) {
 
 static int start_from(struct run *r, const char *path, struct error *e) {
     char dir[MAX_TEXT];
-    if (checkpoint_find(path, dir, e) != 0 || checkpoint_load_weights(dir, &r->model, e) != 0)
+    if (checkpoint_find(path, dir, e) != 0 || checkpoint_load_weights(dir, &r->model, 0, e) != 0)
         return -1;
     if (leads(r))
         fprintf(stderr, "weights from %s\n", dir);
@@ -700,7 +700,7 @@ static int eval(struct run *r, int argc, char **argv, struct error *e) {
         comm_agree(r->comm, prepare_eval(r, dir, argc, argv, e), e) != 0 ||
         comm_agree(r->comm, open_device(r, e), e) != 0 ||
         comm_agree(r->comm, build_model(r, false, e), e) != 0 ||
-        comm_agree(r->comm, checkpoint_load_weights(dir, &r->model, e), e) != 0)
+        comm_agree(r->comm, checkpoint_load_weights(dir, &r->model, 0, e), e) != 0)
         return -1;
     int64_t tokens;
     double loss = evaluate(r, r->config.run.eval_batches, &tokens);
@@ -844,7 +844,7 @@ static int generate_command(struct run *r, int argc, char **argv, struct error *
         return -1;
     r->config.train.micro_batch = r->config.train.seq_len = 1; /* decoding has buffers of its own */
     if (open_device(r, e) != 0 || find_tokenizer(r, dir, e) != 0 || build_model(r, false, e) != 0 ||
-        checkpoint_load_weights(dir, &r->model, e) != 0)
+        checkpoint_load_weights(dir, &r->model, 0, e) != 0)
         return -1;
     return generate_text(r, &o, e);
 }

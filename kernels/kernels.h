@@ -258,9 +258,12 @@ struct kernels {
 
     /* AdamW over flat ranges (Loshchilov & Hutter 2019, eq. 12): with g' = clip g, t = updates,
      * m = b1 m + (1-b1) g',  v = b2 v + (1-b2) g'^2,  p -= lr_g (m/(1-b1^t) / (sqrt(v/(1-b2^t)) + eps) + wd_g
-     * p). p, g, m, v [n]; does nothing when the state says skip. */
+     * p). master, p, g, m, v [n]; does nothing when the state says skip. p, absent where the master is what
+     * is read, is the master rounded as rounding.h has it; `first` is the flat buffer's index of element 0.
+     */
     void (*adamw)(struct device *, const struct adamw_hyper *, const struct param_group *groups, int count,
-                  tensor master, tensor p, tensor g, tensor m, tensor v, const struct step_state *);
+                  int64_t first, tensor master, tensor p, tensor g, tensor m, tensor v,
+                  const struct step_state *);
 };
 
 const struct kernels *kernels_cpu(void);

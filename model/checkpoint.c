@@ -151,10 +151,10 @@ int checkpoint_read_config(const char *dir, struct model_config *config, struct 
     return status;
 }
 
-int checkpoint_load_weights(const char *dir, struct model *m, struct error *e) {
+int checkpoint_load_weights(const char *dir, struct model *m, int64_t updates, struct error *e) {
     char path[PATH_BYTES];
     join(path, dir, "model.safetensors");
-    return weights_read(path, m, e);
+    return weights_read(path, m, updates, e);
 }
 
 int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e) {
@@ -274,7 +274,8 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
                 break;
             if (p->step != steps[i])
                 fail_user(e, "trainer.json is of step %lld", (long long)p->step);
-            else if (checkpoint_load_weights(dir, m, e) == 0 && checkpoint_load_optimizer(dir, m, e) == 0) {
+            else if (checkpoint_load_weights(dir, m, p->updates, e) == 0 &&
+                     checkpoint_load_optimizer(dir, m, e) == 0) {
                 status = 1;
                 break;
             }
@@ -293,7 +294,7 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
 }
 
 int checkpoint_load(const char *dir, struct model *m, struct progress *p, struct error *e) {
-    return checkpoint_read_progress(dir, p, e) != 0 || checkpoint_load_weights(dir, m, e) != 0 ||
+    return checkpoint_read_progress(dir, p, e) != 0 || checkpoint_load_weights(dir, m, p->updates, e) != 0 ||
                    checkpoint_load_optimizer(dir, m, e) != 0
                ? -1
                : 0;

@@ -46,9 +46,10 @@ int64_t checkpoint_newest_step(const char *run_dir);
  * opens; one that does not is reported on stderr and passed over. */
 int checkpoint_find(const char *path, char dir[MAX_TEXT], struct error *e);
 
-/* Pieces, for eval, generate, info and init_from. The model's shape must be the checkpoint's. */
+/* Pieces, for eval, generate, info and init_from. The model's shape must be the checkpoint's. updates: see
+ * model_set_param. */
 int checkpoint_read_config(const char *dir, struct model_config *config, struct error *e);
-int checkpoint_load_weights(const char *dir, struct model *m, struct error *e);
+int checkpoint_load_weights(const char *dir, struct model *m, int64_t updates, struct error *e);
 int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e);
 int checkpoint_read_progress(const char *dir, struct progress *p, struct error *e);
 

@@ -77,7 +77,7 @@ static int check_weight(const struct safetensors_entry *s, const struct param *p
     return 0;
 }
 
-int weights_read(const char *path, struct model *m, struct error *e) {
+int weights_read(const char *path, struct model *m, int64_t updates, struct error *e) {
     struct safetensors file;
     if (safetensors_open(&file, path, e) != 0)
         return -1;
@@ -88,7 +88,7 @@ int weights_read(const char *path, struct model *m, struct error *e) {
     for (int i = 0; status == 0 && i < m->params.count; i++)
         status = check_weight(safetensors_find(&file, m->params.list[i].name), &m->params.list[i], path, e);
     for (int i = 0; status == 0 && i < m->params.count; i++)
-        model_set_param(m, i, safetensors_find(&file, m->params.list[i].name)->data);
+        model_set_param(m, i, safetensors_find(&file, m->params.list[i].name)->data, updates);
     safetensors_close(&file);
     return status;
 }

@@ -27,7 +27,7 @@ struct checkpoint_source {
 };
 
 int weights_write(const char *path, const struct checkpoint_source *from, struct error *e);
-int weights_read(const char *path, struct model *m, struct error *e);
+int weights_read(const char *path, struct model *m, int64_t updates, struct error *e);
 
 /* Optimizer state. A rank's file holds `ranges` [n,2], the parameters whose moments it has, counted through
  * model.safetensors' order without padding, and exp_avg, exp_avg_sq: their moments end to end. So any number

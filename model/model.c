@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/rounding.h"
 #include "model/buffers.h"
 
 tensor model_param(const struct model *m, int index) {
@@ -176,7 +177,7 @@ int model_initialize(struct model *m, uint64_t seed, struct error *e) {
         if (!values)
             return fail_run(e, "out of memory initialising %s", p->name);
         params_initial(p, &m->config, seed, values);
-        model_set_param(m, i, values);
+        model_set_param(m, i, values, 0);
         free(values);
     }
     return 0;
@@ -188,8 +189,26 @@ static tensor master_of(const struct model *m, int index) {
     return tensor_of(at, m->dtypes.master, p->count, 0, 0, 0, 0);
 }
 
-void model_set_param(struct model *m, int index, const float *values) {
-    m->k->upload(m->dev, model_param(m, index), values, DTYPE_F32);
+/* As the optimizer rounds what it has updated so often. */
+static void upload_rounded(struct model *m, int index, const float *values, int64_t updates) {
+    enum { PIECE = 4096 };
+    const struct param *p = &m->params.list[index];
+    uint16_t bits[PIECE];
+    for (int64_t begin = 0; begin < p->count; begin += PIECE) {
+        int64_t count = p->count - begin < PIECE ? p->count - begin : PIECE;
+        for (int64_t i = 0; i < count; i++)
+            bits[i] =
+                round_stochastic(values[begin + i], (uint32_t)updates, (uint64_t)(p->offset + begin + i));
+        char *at = (char *)m->values + (size_t)(p->offset + begin) * dtype_bytes(DTYPE_BF16);
+        m->k->upload(m->dev, tensor_of(at, DTYPE_BF16, count, 0, 0, 0, 0), bits, DTYPE_BF16);
+    }
+}
+
+void model_set_param(struct model *m, int index, const float *values, int64_t updates) {
+    if (m->dtypes.compute == DTYPE_BF16 && updates > 0)
+        upload_rounded(m, index, values, updates);
+    else
+        m->k->upload(m->dev, model_param(m, index), values, DTYPE_F32);
     if (m->masters != m->values)
         m->k->upload(m->dev, master_of(m, index), values, DTYPE_F32);
 }

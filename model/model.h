@@ -114,8 +114,9 @@ size_t memory_total(const struct memory_plan *plan);
 /* Initial values by seed. */
 int model_initialize(struct model *m, uint64_t seed, struct error *e);
 
-/* One parameter's master values, to and from host memory. */
-void model_set_param(struct model *m, int index, const float *values);
+/* One parameter's master values, to and from host memory. updates: how many the optimizer has made of them,
+ * on which the rounding of bf16 parameters depends; 0 rounds to the nearest. */
+void model_set_param(struct model *m, int index, const float *values, int64_t updates);
 void model_get_param(const struct model *m, int index, float *values);
 
 /* Views of one parameter, and of its gradient; absent for index -1. */

@@ -113,7 +113,7 @@ static void update_share(struct model *m, const struct share *s, tensor g, const
     tensor values = tensor_of(value, m->dtypes.compute, n, 0, 0, 0, 0);
     bool apart = m->masters != m->values;
     struct adamw_hyper hyper = {h->beta1, h->beta2, h->eps};
-    m->k->adamw(m->dev, &hyper, s->groups, s->group_count,
+    m->k->adamw(m->dev, &hyper, s->groups, s->group_count, s->begin,
                 apart ? master_range(m, m->masters, s->shard, n) : values, apart ? values : tensor_none(), g,
                 master_range(m, m->moments, s->shard, n),
                 master_range(m, m->moments, m->partition.moment_elements + s->shard, n), m->state);

@@ -601,7 +601,7 @@ static void check_weights_refused(const char *extra, const char *tensor) {
     struct run r;
     struct error e = {0};
     open_run(&r, "tensors", extra, 1);
-    assert_int_equal(checkpoint_load_weights("tensors/step_00000001", &r.model, &e), -1);
+    assert_int_equal(checkpoint_load_weights("tensors/step_00000001", &r.model, 0, &e), -1);
     check_error(&e, EXIT_USER, tensor);
     check_error(&e, EXIT_USER, "another model");
     close_run(&r);

@@ -38,7 +38,7 @@ static void fill_params(struct model *m, uint64_t seed) {
         bool norm = strstr(p->name, "norm.weight") != NULL;
         for (int64_t j = 0; j < p->count; j++)
             values[j] = (float)((norm ? 1 : 0) + 0.4 * fixture_noise(&seed));
-        model_set_param(m, i, values);
+        model_set_param(m, i, values, 0);
         free(values);
     }
 }

@@ -50,7 +50,7 @@ static void load_params(struct model *m, const struct golden *g) {
         snprintf(name, sizeof name, "param.%s", m->params.list[i].name);
         const struct safetensors_entry *s = entry(g, name);
         assert_int_equal(s->bytes, (size_t)m->params.list[i].count * sizeof(float));
-        model_set_param(m, i, s->data);
+        model_set_param(m, i, s->data, 0);
     }
 }
 

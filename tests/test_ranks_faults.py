@@ -190,7 +190,7 @@ class Peers(Case):
         run = self.mpirun(3, *ENDLESS, "system.peer_timeout=3").reach(8)
         begin = time.monotonic()
         os.kill(run.rank(1), signal.SIGSTOP)
-        code, text = run.wait(3 + 5)
+        code, text = run.wait(3 + 10)
         self.assertGreater(time.monotonic() - begin, 2.9)
         self.assertEqual(code, 1, text)
         self.assert_names(text, (1, HOST))

@@ -5,6 +5,8 @@
 #include "tests/model_configs.h"
 #include "tests/model_fixture.h"
 
+#include "kernels/rounding.h"
+
 #include "model/schedule.h"
 
 #define COUNT(a) (sizeof(a) / sizeof *(a))
@@ -185,7 +187,7 @@ static void kernel_step(struct adamw_test *t, double lr, double clip, double los
     t->state.loss = loss;
     k->sumsq(dev, flat(t->g), &t->state);
     k->step_decide(dev, &t->state, clip, 0);
-    k->adamw(dev, &HYPER, GROUPS, COUNT(GROUPS), flat(t->p), tensor_none(), flat(t->g), flat(t->m),
+    k->adamw(dev, &HYPER, GROUPS, COUNT(GROUPS), 0, flat(t->p), tensor_none(), flat(t->g), flat(t->m),
              flat(t->v), &t->state);
 }
 
@@ -420,6 +422,41 @@ static void learning_rates_at_known_points(void **state) {
     check_lr(SCHEDULE_WSD, 10, 109, 0.1 + 0.9 / 22);
 }
 
+static float bf16_value(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float x;
+    memcpy(&x, &wide, sizeof x);
+    return x;
+}
+
+/* Between two neighbours, the nearer the more often; what bf16 holds exactly stays, and so does what is none.
+ */
+static void stochastic_rounding_is_exact_on_average(void **state) {
+    (void)state;
+    enum { DRAWS = 200000 };
+    const float numbers[] = {1.001f, -0.3337f, 3e-30f};
+    for (size_t k = 0; k < COUNT(numbers); k++) {
+        float x = numbers[k], low = bf16_value(round_stochastic(x, 1, 0)), gap = fabsf(x) / 128;
+        double sum = 0;
+        for (int i = 0; i < DRAWS; i++) {
+            float y = bf16_value(round_stochastic(x, 7, (uint64_t)i * 3));
+            assert_true(fabsf(y - x) < gap && fabsf(y - low) <= gap);
+            sum += (double)y - (double)x;
+        }
+        /* The mean of draws that are off by half a gap at most: four deviations. */
+        assert_true(fabs(sum / DRAWS) < 4 * 0.5 * (double)gap / sqrt(DRAWS));
+    }
+    for (uint64_t i = 0; i < 100; i++) {
+        assert_true(bf16_value(round_stochastic(-1.5f, 3, i)) == -1.5f);
+        assert_true(isinf(bf16_value(round_stochastic(INFINITY, 3, i))));
+        assert_true(isnan(bf16_value(round_stochastic(NAN, 3, i))));
+    }
+    int same = 0;
+    for (uint64_t i = 0; i < 1000; i++)
+        same += round_stochastic(1.004f, 1, i) == round_stochastic(1.004f, 2, i);
+    assert_true(same > 300 && same < 700); /* each step draws anew */
+}
+
 /* Which tensor spoiled a step: the one nearest to the loss with a bad number, else the largest. */
 static void the_worst_gradient_is_named(void **state) {
     (void)state;
@@ -446,6 +483,7 @@ static void the_worst_gradient_is_named(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_worst_gradient_is_named),
+        cmocka_unit_test(stochastic_rounding_is_exact_on_average),
         cmocka_unit_test(recompute_changes_no_bit),
         cmocka_unit_test(halves_accumulate_to_the_whole),
         cmocka_unit_test(gradients_are_announced_once),

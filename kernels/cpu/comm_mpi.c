@@ -8,6 +8,7 @@
  * Messages move only while some MPI function runs, so progress() is called between operations. */
 #include <mpi.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -56,6 +57,17 @@ static double now(void) {
 /* ---- the end of a run -----------------------------------------------------------------------------------
  */
 
+/* Where MPI itself waits, an alarm ends the wait. No rank computes there, so a handler is safe. */
+static volatile sig_atomic_t said_why;
+static void give_up(int number) {
+    static const char text[] =
+        "\ntrain_iha: MPI does not come back: a rank has not started, or is dead, stuck or "
+        "cut off; start again to go on from the last checkpoint\n";
+    ssize_t written = said_why ? 0 : write(STDERR_FILENO, text, sizeof text - 1);
+    (void)number, (void)written;
+    _exit(EXIT_RUN);
+}
+
 /* Say why and take every rank down. */
 static void die(const struct mpi_comm *m, const char *format, ...)
     __attribute__((format(printf, 2, 3), noreturn));
@@ -66,6 +78,7 @@ static void die(const struct mpi_comm *m, const char *format, ...) {
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
     fprintf(stderr, "\ntrain_iha: rank %d (%s): %s\n", m->base.rank, m->hosts[m->base.rank], text);
+    said_why = 1;
     alarm(DIE_SECONDS); /* the way to the others may be what is broken */
     MPI_Abort(MPI_COMM_WORLD, EXIT_RUN);
     _exit(EXIT_RUN);
@@ -341,6 +354,7 @@ struct comm *comm_mpi_open(double peer_timeout, struct error *e) {
     }
     m->base.ops = &ops;
     m->timeout = peer_timeout;
+    signal(SIGALRM, give_up);
     alarm((unsigned)m->timeout + DIE_SECONDS); /* a rank that never comes here must not hold us */
     if (MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &given) != MPI_SUCCESS) {
         fail_run(e, "MPI does not start; look at what it printed");

@@ -97,6 +97,7 @@ void cpu_step_write(struct device *, struct step_state *, const struct step_stat
 void cpu_step_post(struct device *, const struct step_state *);
 void cpu_step_collect(struct device *, struct step_state *host);
 void cpu_adamw(struct device *, const struct adamw_hyper *, const struct param_group *groups, int count,
-               tensor master, tensor p, tensor g, tensor m, tensor v, const struct step_state *);
+               int64_t first, tensor master, tensor p, tensor g, tensor m, tensor v,
+               const struct step_state *);
 
 #endif

@@ -57,9 +57,10 @@ void cpu_step_collect(struct device *dev, struct step_state *host) {
 }
 
 void cpu_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct param_group *groups,
-               int count, tensor master, tensor p, tensor g, tensor m, tensor v,
+               int count, int64_t place, tensor master, tensor p, tensor g, tensor m, tensor v,
                const struct step_state *state) {
     (void)dev;
+    (void)place;
     (void)p; /* the compute type is the master's */
     if (state->skip)
         return;

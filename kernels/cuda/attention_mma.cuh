@@ -40,27 +40,63 @@ static __device__ __forceinline__ void mma_pair(float (&x)[M][N][4], int n, cons
     }
 }
 
-/* x += A B^T for A [16 M, D] and B [8 N, D], both tiles in shared memory with rows PITCH apart. */
-template <int D, int M, int N>
-static __device__ __forceinline__ void multiply_rows(float (&x)[M][N][4], const bf16 *a, const bf16 *b) {
+/* Columns k to k + 15 of A [16 M, D], a tile in shared memory. */
+template <int D, int M>
+static __device__ __forceinline__ void load_fragments(uint32_t (&fragments)[M][4], const bf16 *a, int k) {
     constexpr int LD = PITCH<bf16, D>;
     const int lane = lane_of();
-    a += lane % 16 * LD + lane / 16 * 8;
-    b += (lane % 8 + lane / 16 * 8) * LD + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int k = 0; k < D; k += 16) {
-        uint32_t fa[M][4];
+    for (int m = 0; m < M; m++)
+        ldmatrix<4, false>(fragments[m], a + (m * 16 + lane % 16) * LD + lane / 16 * 8 + k);
+}
+
+/* x += A B^T for these columns of both; B [8 N, D] is a tile. */
+template <int D, int M, int N>
+static __device__ __forceinline__ void multiply_step(float (&x)[M][N][4], const uint32_t (&a)[M][4],
+                                                     const bf16 *b, int k) {
+    constexpr int LD = PITCH<bf16, D>;
+    const int lane = lane_of();
+    b += (lane % 8 + lane / 16 * 8) * LD + lane / 8 % 2 * 8 + k;
 #pragma unroll
-        for (int m = 0; m < M; m++)
-            ldmatrix<4, false>(fa[m], a + m * 16 * LD + k);
-#pragma unroll
-        for (int n = 0; n < N / 2; n++) {
-            uint32_t fb[4];
-            ldmatrix<4, false>(fb, b + n * 16 * LD + k);
-            mma_pair(x, n, fa, fb);
-        }
+    for (int n = 0; n < N / 2; n++) {
+        uint32_t fb[4];
+        ldmatrix<4, false>(fb, b + n * 16 * LD);
+        mma_pair(x, n, a, fb);
     }
 }
+
+/* x += A B^T, both tiles in shared memory. A smaller UNROLL takes fewer registers. */
+template <int D, int UNROLL = D / 16, int M, int N>
+static __device__ __forceinline__ void multiply_rows(float (&x)[M][N][4], const bf16 *a, const bf16 *b) {
+#pragma unroll UNROLL
+    for (int k = 0; k < D; k += 16) {
+        uint32_t fragments[M][4];
+        load_fragments<D>(fragments, a, k);
+        multiply_step<D>(x, fragments, b, k);
+    }
+}
+
+/* A [16 M, D], held in registers where there are enough, and otherwise read again for every product. */
+template <int D, int M, bool REGISTERS> struct left_operand {
+    const bf16 *tile;
+    uint32_t fragments[REGISTERS ? D / 16 : 1][M][4];
+
+    __device__ __forceinline__ void load() {
+        if constexpr (REGISTERS)
+#pragma unroll
+            for (int k = 0; k < D; k += 16)
+                load_fragments<D>(fragments[k / 16], tile, k);
+    }
+
+    template <int N> __device__ __forceinline__ void multiply(float (&x)[M][N][4], const bf16 *b) const {
+        if constexpr (REGISTERS)
+#pragma unroll
+            for (int k = 0; k < D; k += 16)
+                multiply_step<D>(x, fragments[k / 16], b, k);
+        else
+            multiply_rows<D>(x, tile, b);
+    }
+};
 
 static __device__ __forceinline__ uint32_t pack(float low, float high) {
     union {

@@ -23,9 +23,11 @@ template <int D> struct backward_shape {
     static constexpr int M = D <= 64 ? 2 : 1; /* tiles of 16 rows a warp */
     static constexpr int WARP_ROWS = 16 * M;
     static constexpr int ROWS = WARPS * WARP_ROWS;
-    static constexpr int COLUMNS = D <= 128 ? 32 : 16; /* rows of the tiles that stream by */
-    static constexpr int OUT = D <= 128 ? D : 128;     /* columns of dK and dV that a block sums */
-    static constexpr int BLOCKS = D <= 128 ? 2 : 1;    /* a multiprocessor; bounds the registers */
+    static constexpr int COLUMNS = D <= 128 ? 32 : 16;  /* rows of the tiles that stream by */
+    static constexpr int OUT = D <= 128 ? D : 128;      /* columns of dK and dV that a block sums */
+    static constexpr int UNROLL = D == 64 ? 2 : D / 16; /* for `keys`, which would need a register too many */
+    static constexpr bool REGISTERS = D == 128;         /* `queries` has enough to keep Q and dO in */
+    static constexpr int BLOCKS = D <= 128 ? 2 : 1;     /* a multiprocessor; bounds the registers */
     static constexpr int SHARED = (2 * ROWS + 4 * COLUMNS) * PITCH<bf16, D> * (int)sizeof(bf16);
     static_assert(SHARED <= 99 << 10, "what every GPU since sm_80 gives a block");
 };
@@ -120,7 +122,7 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS) key
         float p[M][COLUMNS / 8][4], ds[M][COLUMNS / 8][4]; /* transposed: rows are keys */
         uint32_t fragments[M][COLUMNS / 16][4];
         clear(p);
-        multiply_rows<D>(p, own_k, tile_q);
+        multiply_rows<D, shape::UNROLL>(p, own_k, tile_q);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll
@@ -137,7 +139,7 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS) key
         round_fragments(fragments, p);
         multiply_columns<LD>(dv, fragments, tile_do + out0);
         clear(ds);
-        multiply_rows<D>(ds, own_v, tile_do);
+        multiply_rows<D, shape::UNROLL>(ds, own_v, tile_do);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll
@@ -189,6 +191,7 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS) que
             delta[m][half] = row < length ? a.delta[head + row] : 0;
             scale[m][half] = a.scale;
         }
+    left_operand<D, M, shape::REGISTERS> left_q = {own_q, {}}, left_do = {own_do, {}};
     int k0 = keys.begin / COLUMNS * COLUMNS;
     load_tile<shape::ROWS, D, THREADS>(tile_q, a.q.of(b, h), a.q.row, q0, length, a.d, a.aligned);
     load_tile<shape::ROWS, D, THREADS>(tile_do, a.d_o.of(b, h), a.d_o.row, q0, length, a.d, a.aligned);
@@ -201,6 +204,10 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS) que
         if (k0 + COLUMNS < keys.end)
             in.load(a, turn + 1, k0 + COLUMNS);
         cp_async_commit();
+        if (turn == 0) {
+            left_q.load();
+            left_do.load();
+        }
         if (!overlaps(own.any, k0, COLUMNS))
             continue;
         const bf16 *tile_k = in.tile_x(turn), *tile_v = in.tile_y(turn);
@@ -208,8 +215,8 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS) que
         uint32_t fragments[M][COLUMNS / 16][4];
         clear(p);
         clear(ds);
-        multiply_rows<D>(p, own_q, tile_k);
-        multiply_rows<D>(ds, own_do, tile_v);
+        left_q.multiply(p, tile_k);
+        left_do.multiply(ds, tile_v);
 #pragma unroll
         for (int m = 0; m < M; m++)
 #pragma unroll

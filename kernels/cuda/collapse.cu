@@ -29,39 +29,50 @@ struct collapse_job {
 template <int KT, int HEAD_TILES, int AHEAD>
 static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(struct collapse_job job) {
     const struct head_rows &o = job.rows;
-    int d = job.d, half = d / 2, groups = (half + GROUP - 1) / GROUP, H = o.heads, I = H * o.pseudo;
-    int head_tile = blockIdx.y * HEAD_TILES, items = job.count * groups;
+    int d = job.d, half = d / 2, H = o.heads, I = H * o.pseudo, head_tile = blockIdx.y * HEAD_TILES;
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     bf16 *r = dynamic_shared<bf16>();
     stage_matrix<KT>(r, job.r, o, 0, o.tiles);
     __syncthreads();
-    auto load_tile = [&](uint4(&x)[4], int item, int tile) {
-        int column = item % groups * GROUP + g / 2 * 8;
-        const bf16 *in =
-            job.o + ((int64_t)(item / groups) * I + tile * 16 + 2 * t) * d + g % 2 * half + column;
-        int left = item < items && column < half ? I - tile * 16 - 2 * t : 0;
+    int64_t token = (int64_t)I * d;
+    auto load_tile = [&](uint4(&x)[4], const bf16 *rows, int tile, bool valid) {
+        const bf16 *in = rows + tile * 16 * d;
+        int left = valid ? I - tile * 16 - 2 * t : 0;
         x[0] = load_vector(in, 0 < left);
         x[1] = load_vector(in + d, 1 < left);
         x[2] = load_vector(in + 8 * d, 8 < left);
         x[3] = load_vector(in + 9 * d, 9 < left);
     };
 
-    int item = blockIdx.x * COLLAPSE_WARPS + threadIdx.x / 32, stride = gridDim.x * COLLAPSE_WARPS;
+    int n = blockIdx.x * COLLAPSE_WARPS + warp_number(), stride = gridDim.x * COLLAPSE_WARPS, group = 0;
+    const bf16 *in = job.o + 2 * t * d + g % 2 * half + g / 2 * 8, *rows = in + n * token;
+    bool there = n < job.count && g / 2 * 8 < half;
     uint4 next[AHEAD][4];
 #pragma unroll
     for (int k = 0; k < AHEAD; k++)
-        load_tile(next[k], item, k);
-    for (; item < items; item += stride) {
+        load_tile(next[k], rows, k, there);
+    while (n < job.count) {
+        int column = group + t * 8;
+        bf16 *out = job.out + (int64_t)n * H * d + column;
+        /* What comes after this. */
+        group += GROUP;
+        if (group >= half) {
+            group = 0;
+            n += stride;
+        }
+        const bf16 *next_rows = in + n * token + group;
+        bool next_there = n < job.count && group + g / 2 * 8 < half;
         float sum[HEAD_TILES][8][4] = {};
         for (int first = 0; first < o.tiles; first += AHEAD)
 #pragma unroll
             for (int k = 0; k < AHEAD; k++) {
                 int tile = first + k;
+                bool more = first + AHEAD < o.tiles;
                 uint32_t b[8][2];
                 interleave_rows(b, 0, next[k][0], next[k][1]);
                 interleave_rows(b, 1, next[k][2], next[k][3]);
-                bool last = first + AHEAD >= o.tiles;
-                load_tile(next[k], last ? item + stride : item, last ? k : tile + AHEAD);
+                load_tile(next[k], more ? rows : next_rows, more ? tile + AHEAD : k,
+                          more ? there : next_there);
                 if (tile >= o.tiles)
                     continue;
 #pragma unroll
@@ -73,17 +84,16 @@ static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(
                         mma_m16n8k16(sum[m][j], a, b[j]);
                 }
             }
-        int column = item % groups * GROUP + t * 8;
 #pragma unroll
         for (int m = 0; m < HEAD_TILES; m++)
 #pragma unroll
             for (int row = 0; row < 2; row++) {
                 int h = (head_tile + m) * 16 + g + 8 * row;
-                if (h >= H || column >= half)
-                    continue;
-                bf16 *to = job.out + ((int64_t)(item / groups) * H + h) * d + column;
-                store_across(sum[m], row, to, to + half);
+                if (h < H && column < half)
+                    store_across(sum[m], row, out + h * d, half);
             }
+        rows = next_rows;
+        there = next_there;
     }
 }
 
@@ -96,7 +106,7 @@ template <int KT> static bool launch_collapse(struct device *dev, struct collaps
     constexpr int HEAD_TILES = KT == 1 ? 1 : 2, PARTS = KT / HEAD_TILES;
     if (staged_bytes<KT>(job.rows) > dev->shared_limit)
         return false;
-    int64_t blocks = ceil_div((int64_t)job.count * column_groups(job.d), COLLAPSE_WARPS);
+    int64_t blocks = ceil_div(job.count, COLLAPSE_WARPS);
     int64_t most = ceil_div((int64_t)dev->sm_count * COLLAPSE_BLOCKS_PER_SM, PARTS);
     launch<collapse_tiles<KT, HEAD_TILES, KT == 1 ? 2 : 1>>(
         dev, dim3((unsigned)(blocks < most ? blocks : most), PARTS), 32 * COLLAPSE_WARPS,
@@ -132,9 +142,8 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     typedef outer_size<KT> size;
     constexpr int TILES = size::TILES, NT = size::HEAD_TILES;
     const struct head_rows &o = job.rows;
-    int d = job.d, half = d / 2, groups = (half + GROUP - 1) / GROUP, H = o.heads, I = H * o.pseudo;
-    int items = job.count * groups;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int d = job.d, half = d / 2, H = o.heads, I = H * o.pseudo;
+    int warp = warp_number(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int team = warp / job.team_warps, first_tile = warp % job.team_warps * TILES;
     int tiles = min(TILES, o.tiles - first_tile);
     int left = I - first_tile * 16 - g; /* rows from the lane's first on */
@@ -143,46 +152,45 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     __syncthreads();
 
     float outer_sum[TILES][NT][4] = {};
-    for (int item = blockIdx.x * job.teams + team; item < items; item += gridDim.x * job.teams) {
-        int n = item / groups, group = item % groups * GROUP;
-        int across = group + g / 2 * 8, column = group + t * 8;
-        bool there = column < half;
-        const bf16 *dout = job.dout + (int64_t)n * H * d;
-        const bf16 *rows = job.o + ((int64_t)n * I + first_tile * 16 + g) * d + column;
-        {
-            uint32_t heads_along[NT][4][2];
-            load_heads_along(heads_along, dout + column, H, d, there);
+    for (int n = blockIdx.x * job.teams + team; n < job.count; n += gridDim.x * job.teams)
+        for (int group = 0; group < half; group += GROUP) {
+            int across = group + g / 2 * 8, column = group + t * 8;
+            bool there = column < half;
+            const bf16 *dout = job.dout + (int64_t)n * H * d;
+            int64_t rows = ((int64_t)n * I + first_tile * 16 + g) * d + column;
+            {
+                uint32_t heads_along[NT][4][2];
+                load_heads_along(heads_along, dout + column, H, d, there);
 #pragma unroll
-            for (int k = 0; k < TILES; k++)
-                if (k < tiles) {
-                    const int at[2] = {k * 16 < left ? k * 16 * d : -1,
-                                       k * 16 + 8 < left ? (k * 16 + 8) * d : -1};
-                    along_rows x;
-                    load_along(x, rows, at, half, there);
-                    add_outer(outer_sum[k], x, heads_along, H);
-                }
-        }
-        uint32_t b[KT][8][2];
-        load_across(b, dout + g % 2 * half + across, H, d, across < half);
-#pragma unroll 1
-        for (int k = 0; k < tiles; k++) {
-            float sum[8][4] = {};
-#pragma unroll
-            for (int m = 0; m < KT; m++) {
-                uint32_t a[4];
-                load_matrix<KT>(a, r, first_tile + k, m);
-#pragma unroll
-                for (int j = 0; j < 8; j++)
-                    mma_m16n8k16(sum[j], a, b[m][j]);
+                for (int k = 0; k < TILES; k++)
+                    if (k < tiles) {
+                        const int at[2] = {k * 16 < left ? k * 16 * d : -1,
+                                           k * 16 + 8 < left ? (k * 16 + 8) * d : -1};
+                        along_rows x;
+                        load_along(x, job.o + rows, at, half, there);
+                        add_outer(outer_sum[k], x, heads_along, H);
+                    }
             }
+            uint32_t b[KT][8][2];
+            load_across(b, dout + g % 2 * half + across, H, d, across < half);
+            bf16 *to = job.d_o + rows;
+#pragma unroll 1
+            for (int k = 0; k < tiles; k++) {
+                float sum[8][4] = {};
 #pragma unroll
-            for (int row = 0; row < 2; row++)
-                if (there && k * 16 + 8 * row < left) {
-                    bf16 *to = job.d_o + (rows - job.o) + (k * 16 + 8 * row) * d;
-                    store_across(sum, row, to, to + half);
+                for (int m = 0; m < KT; m++) {
+                    uint32_t a[4];
+                    load_matrix<KT>(a, r, first_tile + k, m);
+#pragma unroll
+                    for (int j = 0; j < 8; j++)
+                        mma_m16n8k16(sum[j], a, b[m][j]);
                 }
+#pragma unroll
+                for (int row = 0; row < 2; row++, to += 8 * d)
+                    if (there && k * 16 + 8 * row < left)
+                        store_across(sum, row, to, half);
+            }
         }
-    }
     store_outer(outer_sum, (float *)r, job.partial + (int64_t)blockIdx.x * job.team_warps * size::SUMS,
                 job.teams, job.team_warps);
 }
@@ -190,8 +198,8 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
 /* False where it does not fit the device. */
 template <int KT>
 static bool collapse_backward_grid(const struct device *dev, const struct head_rows &o, int64_t count,
-                                   int64_t d, struct outer_grid *grid) {
-    return outer_grid<KT>(dev, o, count * column_groups(d), 1, grid) &&
+                                   struct outer_grid *grid) {
+    return outer_grid<KT>(dev, o, count, 1, grid) &&
            collapse_backward_shared<KT>(o, *grid) <= dev->shared_limit;
 }
 
@@ -230,7 +238,7 @@ int cuda_collapse_plan(struct device *dev, const struct collapse_spec *s, struct
     if (tensor_core_shape(cuda_compute(dev), s->heads, s->head_dim))
         by_head_tiles(s->heads, [&](auto kt) {
             struct outer_grid grid;
-            if (collapse_backward_grid<decltype(kt)::value>(dev, o, tokens_of(s), s->head_dim, &grid) &&
+            if (collapse_backward_grid<decltype(kt)::value>(dev, o, tokens_of(s), &grid) &&
                 grid.blocks * grid.elements * sizeof(float) > bytes)
                 bytes = grid.blocks * grid.elements * sizeof(float);
         });
@@ -291,7 +299,7 @@ void cuda_collapse_backward(struct device *dev, const struct collapse_spec *s, t
         by_head_tiles(H, [&](auto kt) {
             constexpr int KT = decltype(kt)::value;
             struct outer_grid grid;
-            if ((done = collapse_backward_grid<KT>(dev, rows, n, d, &grid)))
+            if ((done = collapse_backward_grid<KT>(dev, rows, n, &grid)))
                 launch_collapse_backward<KT>(dev, job, grid, to, accumulate);
         });
     }

@@ -207,6 +207,7 @@ void cuda_step_collect(struct device *, struct step_state *host);
 void cuda_step_read(struct device *, const struct step_state *, struct step_state *host);
 void cuda_step_write(struct device *, struct step_state *, const struct step_state *host);
 void cuda_adamw(struct device *, const struct adamw_hyper *, const struct param_group *groups, int count,
-                tensor master, tensor p, tensor g, tensor m, tensor v, const struct step_state *);
+                int64_t first, tensor master, tensor p, tensor g, tensor m, tensor v,
+                const struct step_state *);
 
 #endif

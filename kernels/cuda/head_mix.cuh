@@ -117,16 +117,17 @@ static __device__ __forceinline__ int64_t weight_at(const struct head_rows &o, i
     return i % o.heads == j ? (int64_t)j * o.pseudo + i / o.heads : -1;
 }
 
+/* The warp's number in its block, which the compiler cannot know to be the same in all lanes. */
+static __device__ __forceinline__ int warp_number() {
+    return __shfl_sync(0xffffffff, (int)threadIdx.x / 32, 0);
+}
+
 /* ---- columns ------------------------------------------------------------------------------------------- */
 
 enum {
     GROUP = 32,             /* columns of either half that a warp takes at a time */
     STAGED = 2 * GROUP + 8, /* distance of staged rows: 8 more, so that 8 rows lie in different banks */
 };
-
-template <typename = void> int64_t column_groups(int64_t head_dim) {
-    return ceil_div(head_dim, 2 * GROUP);
-}
 
 /* Vectors of 16 bytes need both halves of a row to be whole ones. */
 template <typename = void> bool tensor_core_shape(enum dtype type, int64_t heads, int64_t head_dim) {
@@ -214,26 +215,31 @@ __device__ __forceinline__ void load_across(uint32_t (&b)[KT][8][2], const bf16 
     }
 }
 
+/* One store of 16 bytes: of an assignment the compiler makes four where it likes. */
+static __device__ __forceinline__ void store_vector(bf16 *p, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+    __stcg((uint4 *)p, uint4{x, y, z, w});
+}
+
 /* Row g + 8 r of a result that was contracted across, 8 neighbouring columns of each half. */
-static __device__ __forceinline__ void store_across(const float (&sum)[8][4], int r, bf16 *first,
-                                                    bf16 *second) {
-    *(uint4 *)first = {pack(sum[0][2 * r], sum[1][2 * r]), pack(sum[2][2 * r], sum[3][2 * r]),
-                       pack(sum[4][2 * r], sum[5][2 * r]), pack(sum[6][2 * r], sum[7][2 * r])};
-    *(uint4 *)second = {
-        pack(sum[0][2 * r + 1], sum[1][2 * r + 1]), pack(sum[2][2 * r + 1], sum[3][2 * r + 1]),
-        pack(sum[4][2 * r + 1], sum[5][2 * r + 1]), pack(sum[6][2 * r + 1], sum[7][2 * r + 1])};
+static __device__ __forceinline__ void store_across(const float (&sum)[8][4], int r, bf16 *p, int half) {
+#pragma unroll
+    for (int e = 0; e < 2; e++)
+        store_vector(p + e * half, pack(sum[0][2 * r + e], sum[1][2 * r + e]),
+                     pack(sum[2][2 * r + e], sum[3][2 * r + e]), pack(sum[4][2 * r + e], sum[5][2 * r + e]),
+                     pack(sum[6][2 * r + e], sum[7][2 * r + e]));
 }
 
 /* Rows g and g + 8 of a tile, loaded along: [row][half]. */
 typedef uint4 along_rows[2][2];
 
-/* From big [I,d] of one token, at the lane's columns; at: the rows' distances, negative in the padding. */
+/* From big [I,d] of one token, at the lane's columns; at: where the rows are, negative in the padding. */
 static __device__ __forceinline__ void load_along(along_rows &x, const bf16 *big, const int (&at)[2],
                                                   int half, bool valid) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        x[r][0] = load_vector(big + at[r], valid && at[r] >= 0);
-        x[r][1] = load_vector(big + at[r] + half, valid && at[r] >= 0);
+        const bf16 *row = big + at[r];
+        x[r][0] = load_vector(row, valid && at[r] >= 0);
+        x[r][1] = load_vector(row + half, valid && at[r] >= 0);
     }
 }
 
@@ -364,7 +370,7 @@ struct outer_grid {
 
 /* False: more rows than a block's registers can hold. */
 template <int KT>
-bool outer_grid(const struct device *dev, const struct head_rows &o, int64_t items, int tensors,
+bool outer_grid(const struct device *dev, const struct head_rows &o, int64_t count, int tensors,
                 struct outer_grid *grid) {
     typedef outer_size<KT> size;
     grid->team_warps = (int)ceil_div(o.tiles * o.chunks, size::TILES);
@@ -374,7 +380,7 @@ bool outer_grid(const struct device *dev, const struct head_rows &o, int64_t ite
     grid->elements = (int64_t)grid->team_warps * size::SUMS;
     int per_sm = size::MAX_WARPS * 32 / grid->threads();
     int64_t most = (int64_t)dev->sm_count * (per_sm > 1 ? per_sm : 1) / tensors;
-    int64_t blocks = ceil_div(items, grid->teams);
+    int64_t blocks = ceil_div(count, grid->teams);
     grid->blocks = (int)(blocks < most ? blocks : most > 0 ? most : 1);
     return true;
 }
@@ -391,6 +397,24 @@ template <typename F> void by_head_tiles(int64_t heads, F f) {
 
 /* ---- RoPE -------------------------------------------------------------------------------------------------
  */
+
+/* Where the angles of token n = b T + t are. */
+struct rope_rows {
+    const float *table; /* NULL: nothing is rotated */
+    int tokens;
+    int64_t first;
+    bool by_pseudo; /* a row for each pseudo-head */
+};
+
+/* The row of pseudo-head 0, and how far the next one's is. */
+static __device__ __forceinline__ const float *rope_token(const struct rope_rows &rope, int n, int pseudo,
+                                                          int d) {
+    return rope.table + (rope.first + n % rope.tokens) * (rope.by_pseudo ? pseudo : 1) * d;
+}
+
+static __device__ __forceinline__ int rope_step(const struct rope_rows &rope, int d) {
+    return rope.by_pseudo ? d : 0;
+}
 
 /* Cosines and sines of 8 columns. */
 struct rotation {

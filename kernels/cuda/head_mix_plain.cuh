@@ -8,20 +8,6 @@
 
 enum { PLAIN_THREADS = 256, PLAIN_BLOCKS_PER_SM = 4 };
 
-/* Where the angles of token n = b T + t are. */
-struct rope_rows {
-    const float *table; /* NULL: nothing is rotated */
-    int tokens;
-    int64_t first;
-    bool by_pseudo; /* a row for each pseudo-head */
-};
-
-static __device__ __forceinline__ const float *rope_row(const struct rope_rows &rope, int n, int pseudo,
-                                                        int p, int d) {
-    int64_t position = rope.first + n % rope.tokens;
-    return rope.table + (rope.by_pseudo ? position * pseudo + p : position) * d;
-}
-
 template <typename T>
 __device__ __forceinline__ float weight(const T *m, const struct head_rows &o, int i, int j) {
     int64_t at = weight_at(o, i, j);
@@ -47,7 +33,7 @@ static __global__ void __launch_bounds__(PLAIN_THREADS)
             b += two ? w * to_float(x[half]) : 0;
         }
         if (rope.table) {
-            const float *row = rope_row(rope, (int)n, o.pseudo, i / o.heads, d);
+            const float *row = rope_token(rope, (int)n, o.pseudo, d) + i / o.heads * rope_step(rope, d);
             float x = a, y = b;
             a = x * row[c] - y * row[half + c];
             b = y * row[c] + x * row[half + c];
@@ -114,7 +100,8 @@ static __global__ void __launch_bounds__(PLAIN_THREADS) plain_backward(struct pl
                     i < I ? it.big + (n * I + i) * d + c : it.small + n * job.stride + (i - I) * d + c;
                 float a = to_float(x[0]), b = c + half < d ? to_float(x[half]) : 0;
                 if (i < I && it.rope.table) {
-                    const float *at = rope_row(it.rope, (int)n, o.pseudo, i / H, d);
+                    const float *at =
+                        rope_token(it.rope, (int)n, o.pseudo, d) + i / H * rope_step(it.rope, d);
                     float cosine = at[c], sine = at[half + c], a0 = a;
                     a = a0 * cosine + b * sine;
                     b = b * cosine - a0 * sine;

@@ -46,7 +46,7 @@ static __global__ void __launch_bounds__(ROTATE_THREADS) rotate_heads(struct rot
     if (two)
         load(from + half, y);
     if (job.rope.table && w < 2) {
-        const float *row = rope_row(job.rope, (int)n, 1, 0, d) + c;
+        const float *row = rope_token(job.rope, (int)n, 1, d) + c;
         load(row, cosine);
         load(row + half, sine);
 #pragma unroll
@@ -102,7 +102,7 @@ struct mix_job {
 template <int KT>
 static __global__ void __launch_bounds__(32 * MIX_WARPS, KT == 4 ? 1 : 2) mix_tiles(struct mix_job job) {
     const struct head_rows &o = job.o;
-    int w = blockIdx.y, d = job.d, half = d / 2, groups = (half + GROUP - 1) / GROUP;
+    int w = blockIdx.y, d = job.d, half = d / 2;
     int begin = blockIdx.z * job.chunks, end = min(begin + job.chunks, o.chunks);
     bf16 *alpha = dynamic_shared<bf16>();
     stage_matrix<KT>(alpha,
@@ -113,39 +113,42 @@ static __global__ void __launch_bounds__(32 * MIX_WARPS, KT == 4 ? 1 : 2) mix_ti
     __syncthreads();
     bf16 *out = w == 0 ? job.out[0] : w == 1 ? job.out[1] : job.out[2];
     bool rotate = job.rope.table && w < 2;
-    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    for (int item = blockIdx.x * MIX_WARPS + threadIdx.x / 32; item < job.count * groups;
-         item += gridDim.x * MIX_WARPS) {
-        int n = item / groups, group = item % groups * GROUP;
-        int in_column = group + g / 2 * 8, column = group + t * 8;
-        uint32_t b[KT][8][2];
-        load_across(b, job.qkv + ((int64_t)n * 3 + w) * o.heads * d + g % 2 * half + in_column, o.heads, d,
-                    in_column < half);
-        for (int chunk = begin; chunk < end; chunk++) {
-            int p = row_pseudo(o, chunk, g);
-            bool there = p < o.pseudo && column < half;
-            struct rotation angle;
-            if (rotate && there)
-                load_rotation(angle, rope_row(job.rope, n, o.pseudo, p, d) + column, half);
-            for (int tile = 0; tile < o.tiles; tile++) {
-                float sum[8][4] = {};
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, step = rope_step(job.rope, d);
+    for (int n = blockIdx.x * MIX_WARPS + warp_number(); n < job.count; n += gridDim.x * MIX_WARPS) {
+        const bf16 *in = job.qkv + ((int64_t)n * 3 + w) * o.heads * d + g % 2 * half;
+        bf16 *out_token = out + (int64_t)n * o.pseudo * o.heads * d;
+        const float *angles = rotate ? rope_token(job.rope, n, o.pseudo, d) : NULL;
+        for (int group = 0; group < half; group += GROUP) {
+            int in_column = group + g / 2 * 8, column = group + t * 8;
+            uint32_t b[KT][8][2];
+            load_across(b, in + in_column, o.heads, d, in_column < half);
+            for (int chunk = begin; chunk < end; chunk++) {
+                int p = row_pseudo(o, chunk, g);
+                bool there = p < o.pseudo && column < half;
+                struct rotation angle;
+                if (rotate && there)
+                    load_rotation(angle, angles + p * step + column, half);
+                for (int tile = 0; tile < o.tiles; tile++) {
+                    float sum[8][4] = {};
 #pragma unroll
-                for (int k = 0; k < KT; k++) {
-                    uint32_t a[4];
-                    load_matrix<KT>(a, alpha, (chunk - begin) * o.tiles + tile, k);
+                    for (int k = 0; k < KT; k++) {
+                        uint32_t a[4];
+                        load_matrix<KT>(a, alpha, (chunk - begin) * o.tiles + tile, k);
 #pragma unroll
-                    for (int j = 0; j < 8; j++)
-                        mma_m16n8k16(sum[j], a, b[k][j]);
-                }
+                        for (int j = 0; j < 8; j++)
+                            mma_m16n8k16(sum[j], a, b[k][j]);
+                    }
+                    if (rotate && there) {
+                        rotate_across(sum, 0, angle);
+                        rotate_across(sum, 1, angle);
+                    }
 #pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    int h = row_head(o, tile, g + 8 * r);
-                    if (!there || h >= o.heads)
-                        continue;
-                    if (rotate)
-                        rotate_across(sum, r, angle);
-                    bf16 *to = out + (((int64_t)n * o.pseudo + p) * o.heads + h) * d + column;
-                    store_across(sum, r, to, to + half);
+                    for (int r = 0; r < 2; r++) {
+                        int h = row_head(o, tile, g + 8 * r);
+                        bf16 *to = out_token + (p * o.heads + h) * d + column;
+                        if (there && h < o.heads)
+                            store_across(sum, r, to, half);
+                    }
                 }
             }
         }
@@ -165,7 +168,7 @@ template <int KT> static void launch_mix_tiles(struct device *dev, struct mix_jo
     size_t row_bytes = (KT * 16 + 8) * sizeof(bf16);
     job.chunks = chunks_at_once(dev, job.o, row_bytes);
     int parts = (int)ceil_div(job.o.chunks, job.chunks);
-    int64_t blocks = ceil_div((int64_t)job.count * column_groups(job.d), MIX_WARPS);
+    int64_t blocks = ceil_div(job.count, MIX_WARPS);
     int64_t most = ceil_div((int64_t)dev->sm_count * MIX_BLOCKS_PER_SM, 3 * parts);
     launch<mix_tiles<KT>>(dev, dim3((unsigned)(blocks < most ? blocks : most), 3, parts), 32 * MIX_WARPS,
                           job.chunks * job.o.tiles * 16 * row_bytes, job);
@@ -211,9 +214,8 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     typedef outer_size<KT> size;
     constexpr int TILES = size::TILES, NT = size::HEAD_TILES;
     const struct head_rows &o = job.o;
-    int w = blockIdx.y, d = job.d, half = d / 2, groups = (half + GROUP - 1) / GROUP, H = o.heads;
-    int items = job.count * groups, all_tiles = o.tiles * o.chunks;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int w = blockIdx.y, d = job.d, half = d / 2, H = o.heads, all_tiles = o.tiles * o.chunks;
+    int warp = warp_number(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int team = warp / job.team_warps, member = warp % job.team_warps;
     int tiles = min(TILES, all_tiles - member * TILES);
     struct row_place *place = dynamic_shared<struct row_place>();
@@ -230,23 +232,29 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     place += member * TILES * 16 + g;
     const bf16 *dout = w == 0 ? job.dout[0] : w == 1 ? job.dout[1] : job.dout[2];
     bool rotate = job.rope.table && w < 2;
-    auto load_rows = [&](along_rows &x, int item, int k) {
-        int column = item % groups * GROUP + t * 8;
+    auto load_rows = [&](along_rows &x, int n, int group, int k) {
+        const bf16 *big = dout + (int64_t)n * o.pseudo * H * d + group + t * 8;
         const int at[2] = {place[k * 16].at, place[k * 16 + 8].at};
-        load_along(x, dout + (int64_t)(item / groups) * o.pseudo * H * d + column, at, half,
-                   item < items && column < half);
+        load_along(x, big, at, half, n < job.count && group + t * 8 < half);
     };
 
     float outer_sum[TILES][NT][4] = {};
-    int first = blockIdx.x * job.teams, stride = gridDim.x * job.teams;
+    int step = rope_step(job.rope, d), stride = gridDim.x * job.teams, first = blockIdx.x * job.teams,
+        group = 0;
     along_rows next;
-    load_rows(next, first + team, 0);
-    for (; first < items; first += stride) { /* the same number of times in all warps */
-        int item = first + team, n = item / groups, column = item % groups * GROUP + t * 8;
-        bool there = item < items && column < half;
+    load_rows(next, first + team, group, 0);
+    while (first < job.count) { /* as many times in all warps */
+        int n = first + team, column = group + t * 8, this_group = group;
+        bool there = n < job.count && column < half;
         int64_t heads_at = ((int64_t)n * 3 + w) * H * d + column;
         uint32_t heads_along[NT][4][2];
         load_heads_along(heads_along, job.qkv + heads_at, H, d, there);
+        const float *angles = rotate ? rope_token(job.rope, n, o.pseudo, d) + column : NULL;
+        group += GROUP;
+        if (group >= half) {
+            group = 0;
+            first += stride;
+        }
 #pragma unroll
         for (int k = 0; k < TILES; k++) {
             if (k >= tiles)
@@ -254,12 +262,12 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
             along_rows x = {{next[0][0], next[0][1]}, {next[1][0], next[1][1]}};
             if (rotate && there) {
                 struct rotation angle; /* from L1 for each tile: no registers to keep it */
-                load_rotation(angle, rope_row(job.rope, n, o.pseudo, place[k * 16].pseudo, d) + column, half);
+                load_rotation(angle, angles + place[k * 16].pseudo * step, half);
                 unrotate(x[0][0], x[0][1], angle);
                 unrotate(x[1][0], x[1][1], angle);
             }
             bool more = k + 1 < tiles;
-            load_rows(next, more ? item : item + stride, more ? k + 1 : 0);
+            load_rows(next, more ? n : first + team, more ? this_group : group, more ? k + 1 : 0);
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 uint32_t *row = (uint32_t *)(mine + (k * 16 + g + 8 * r) * STAGED) + t;
@@ -299,10 +307,10 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
                     bf16 *to = job.dqkv + heads_at + h * d;
 #pragma unroll
                     for (int e = 0; e < 2; e++)
-                        *(uint4 *)(to + e * half) = {pack(sum[4 * e][2 * r], sum[4 * e][2 * r + 1]),
-                                                     pack(sum[4 * e + 1][2 * r], sum[4 * e + 1][2 * r + 1]),
-                                                     pack(sum[4 * e + 2][2 * r], sum[4 * e + 2][2 * r + 1]),
-                                                     pack(sum[4 * e + 3][2 * r], sum[4 * e + 3][2 * r + 1])};
+                        store_vector(to + e * half, pack(sum[4 * e][2 * r], sum[4 * e][2 * r + 1]),
+                                     pack(sum[4 * e + 1][2 * r], sum[4 * e + 1][2 * r + 1]),
+                                     pack(sum[4 * e + 2][2 * r], sum[4 * e + 2][2 * r + 1]),
+                                     pack(sum[4 * e + 3][2 * r], sum[4 * e + 3][2 * r + 1]));
                 }
             } else if (m * 16 < H) {
                 /* [warp][row r, half e, word][lane]: a lane's four words are a store of 16 bytes. */
@@ -325,9 +333,9 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
                             total[j].x += part.x;
                             total[j].y += part.y;
                         }
-                    *(uint4 *)(job.dqkv + heads_at + h * d +
-                               e * half) = {pack(total[0].x, total[0].y), pack(total[1].x, total[1].y),
-                                            pack(total[2].x, total[2].y), pack(total[3].x, total[3].y)};
+                    store_vector(job.dqkv + heads_at + h * d + e * half, pack(total[0].x, total[0].y),
+                                 pack(total[1].x, total[1].y), pack(total[2].x, total[2].y),
+                                 pack(total[3].x, total[3].y));
                 }
                 __syncthreads();
             }
@@ -341,9 +349,9 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
 
 /* False where it does not fit the device. */
 template <int KT>
-static bool mix_backward_grid(const struct device *dev, const struct head_rows &o, int64_t count, int64_t d,
+static bool mix_backward_grid(const struct device *dev, const struct head_rows &o, int64_t count,
                               struct outer_grid *grid) {
-    return outer_grid<KT>(dev, o, count * column_groups(d), 3, grid) &&
+    return outer_grid<KT>(dev, o, count, 3, grid) &&
            mix_backward_shared<KT>(o, grid->team_warps, grid->teams) <= dev->shared_limit;
 }
 
@@ -379,7 +387,7 @@ int cuda_mix_plan(struct device *dev, const struct mix_spec *s, struct op_cost *
     if (tensor_core_shape(cuda_compute(dev), s->heads, s->head_dim))
         by_head_tiles(s->heads, [&](auto kt) {
             struct outer_grid grid;
-            if (mix_backward_grid<decltype(kt)::value>(dev, o, tokens_of(s), s->head_dim, &grid) &&
+            if (mix_backward_grid<decltype(kt)::value>(dev, o, tokens_of(s), &grid) &&
                 grid.blocks * 3 * grid.elements * sizeof(float) > bytes)
                 bytes = grid.blocks * 3 * grid.elements * sizeof(float);
         });
@@ -490,7 +498,7 @@ void cuda_qkv_mix_backward(struct device *dev, const struct mix_spec *s, tensor 
         by_head_tiles(H, [&](auto kt) {
             constexpr int KT = decltype(kt)::value;
             struct outer_grid grid;
-            if ((done = mix_backward_grid<KT>(dev, o, n, d, &grid)))
+            if ((done = mix_backward_grid<KT>(dev, o, n, &grid)))
                 launch_mix_backward<KT>(dev, job, grid, to, accumulate);
         });
     }

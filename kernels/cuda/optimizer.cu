@@ -1,5 +1,6 @@
 /* The step state, the gradient norm, and AdamW over flat ranges. */
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/rounding.h"
 
 /* ---- the step state: one thread -------------------------------------------------------------------------
  */
@@ -131,6 +132,7 @@ struct group_table {
 struct adam_factors {
     float b1, b2, one_b1, one_b2, unbias1, unbias2, eps, clip, lr;
     int skip;
+    uint32_t updates;
 };
 
 static __global__ void prepare_adamw(struct adamw_hyper hyper, const struct step_state *state,
@@ -146,6 +148,7 @@ static __global__ void prepare_adamw(struct adamw_hyper hyper, const struct step
     f->clip = (float)state->clip;
     f->lr = (float)state->lr;
     f->skip = state->skip;
+    f->updates = (uint32_t)state->updates;
 }
 
 /* One element, in place. */
@@ -157,14 +160,33 @@ static __device__ __forceinline__ void update(const struct adam_factors &f, floa
     *param -= lr * (*m * f.unbias1) / (sqrtf(*v * f.unbias2) + f.eps) + decay * *param;
 }
 
-/* One block a tile of one group. p is rounded to nearest: it is a function of the master alone, so that a run
- * that resumes from masters has the same bits as one that never stopped (stochastic rounding would not, and
- * with fp32 masters nothing is accumulated in p).
+/* The masters as parameters: bf16 by chance, fp32 as they are. */
+template <int V>
+static __device__ __forceinline__ void store_rounded(bf16 *p, const float (&x)[V], uint32_t step,
+                                                     int64_t index) {
+    typedef typename word<V * 2>::type W;
+    union U {
+        W whole;
+        uint16_t part[V];
+        __device__ U() : whole() {}
+    } u;
+#pragma unroll
+    for (int j = 0; j < V; j++)
+        u.part[j] = round_stochastic(x[j], step, (uint64_t)(index + j));
+    *reinterpret_cast<W *>(p) = u.whole;
+}
+
+template <int V>
+static __device__ __forceinline__ void store_rounded(float *p, const float (&x)[V], uint32_t, int64_t) {
+    store(p, x);
+}
+
+/* One block a tile of one group.
  * Bytes: 28 n, and 2 n for bf16 values. V = 4 when all groups' bounds and addresses are aligned. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(ADAM_THREADS)
     adamw(const __grid_constant__ struct group_table groups, const struct adam_factors *factors,
-          float *master, T *p, const float *g, float *m, float *v) {
+          int64_t place, float *master, T *p, const float *g, float *m, float *v) {
     struct adam_factors f = *factors;
     if (f.skip)
         return;
@@ -193,12 +215,12 @@ static __global__ void __launch_bounds__(ADAM_THREADS)
         store(m + i, first);
         store(v + i, second);
         if (p)
-            store(p + i, param);
+            store_rounded(p + i, param, f.updates, place + i);
     }
 }
 
 void cuda_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct param_group *groups,
-                int count, tensor master, tensor p, tensor g, tensor m, tensor v,
+                int count, int64_t first, tensor master, tensor p, tensor g, tensor m, tensor v,
                 const struct step_state *state) {
     int64_t n = tensor_count(master);
     check_shape("adamw", "master", master, DTYPE_F32, n);
@@ -231,10 +253,10 @@ void cuda_adamw(struct device *dev, const struct adamw_hyper *hyper, const struc
         by_dtype(p.data ? p.dtype : DTYPE_F32, [&](auto number) {
             using T = decltype(number);
             if (aligned)
-                launch<adamw<T, 4>>(dev, tiles, ADAM_THREADS, 0, table, factors, (float *)master.data,
+                launch<adamw<T, 4>>(dev, tiles, ADAM_THREADS, 0, table, factors, first, (float *)master.data,
                                     (T *)p.data, (const float *)g.data, (float *)m.data, (float *)v.data);
             else
-                launch<adamw<T, 1>>(dev, tiles, ADAM_THREADS, 0, table, factors, (float *)master.data,
+                launch<adamw<T, 1>>(dev, tiles, ADAM_THREADS, 0, table, factors, first, (float *)master.data,
                                     (T *)p.data, (const float *)g.data, (float *)m.data, (float *)v.data);
         });
     }

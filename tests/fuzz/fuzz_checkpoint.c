@@ -141,7 +141,7 @@ static void check_tensors(enum file f) {
     int64_t count;
     float *before = snapshot(f, &count);
     int status =
-        f == WEIGHTS ? checkpoint_load_weights(dir, &model, &e) : checkpoint_load_optimizer(dir, &model, &e);
+        f == WEIGHTS ? checkpoint_load_weights(dir, &model, 0, &e) : checkpoint_load_optimizer(dir, &model, &e);
     if (status == 0) {
         struct safetensors s;
         CHECK(safetensors_open(&s, paths[f], &e) == 0);

@@ -251,6 +251,16 @@ static inline void expect_close(const char *op, const char *what, struct backend
         free(values[i]);
 }
 
+/* What the cuda backend left in x is `before`, bit for bit; frees `before`. */
+static inline void expect_same(const char *op, const char *what, struct backends *k, struct operand x,
+                               double *before) {
+    double *now = values_on(&k->each[CUDA], x);
+    if (memcmp(now, before, (size_t)tensor_count(x.on[CUDA]) * sizeof *now) != 0)
+        fail_msg("%s: %s depends on the order of threads or blocks", op, what);
+    free(now);
+    free(before);
+}
+
 /* Make plain what a computation that keeps an intermediate result in the type under test would have: round
  * the plain backend's copy of x. */
 static inline void round_plain(struct backends *k, struct operand x) {

@@ -1,0 +1,32 @@
+/* Stochastic rounding from fp32 to bf16: up or down with the odds that make the result exact on average. The
+ * odds are drawn from a hash of (step, index), not from a generator with a state: so a parameter's value is a
+ * function of its master, its place and the updates so far, and a run that resumes from masters has the same
+ * values as one that never stopped. */
+#ifndef IHA_ROUNDING_H
+#define IHA_ROUNDING_H
+
+#include <stdint.h>
+#include <string.h>
+
+#ifdef __CUDACC__
+#define ROUNDING static inline __host__ __device__
+#else
+#define ROUNDING static inline
+#endif
+
+/* The bits of x rounded to bf16. index: of the parameter in the flat buffer; step: AdamW's t, at least 1. */
+ROUNDING uint16_t round_stochastic(float x, uint32_t step, uint64_t index) {
+    uint32_t bits,
+        h = (uint32_t)index * 0x9e3779b1u ^ (uint32_t)(index >> 32) * 0x85ebca6bu ^ step * 0xc2b2ae35u;
+    memcpy(&bits, &x, sizeof bits);
+    h ^= h >> 16; /* two rounds of a 32-bit mixer, as in MurmurHash3's end */
+    h *= 0x85ebca6bu;
+    h ^= h >> 13;
+    h *= 0xc2b2ae35u;
+    h ^= h >> 16;
+    if ((bits & 0x7f800000u) != 0x7f800000u)
+        bits += h & 0xffffu;
+    return (uint16_t)(bits >> 16);
+}
+
+#endif
