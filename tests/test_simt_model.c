@@ -29,7 +29,7 @@ static void make(struct model *m, struct backends *k, struct backend *b, struct 
         model_get_param(m, i, values);
         for (int64_t j = 0; j < m->params.list[i].count; j++)
             values[j] = (float)round_to(k->compute, (double)values[j]);
-        model_set_param(m, i, values);
+        model_set_param(m, i, values, 0);
         free(values);
     }
 }
