@@ -56,7 +56,7 @@ static void orders_agree(void **state) {
             assert_true(rotated[i] == (float)((i + 3) % 64));
         sample_atomics(sums);
         for (int i = 0; i < 4; i++)
-            assert_true(sums[i] == 128 * 10000 + 127 * 64);
+            assert_true(sums[i] == 128 * 10000 + 127 * 64 * 128);
     }
 }
 

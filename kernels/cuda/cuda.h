@@ -129,21 +129,16 @@ template <typename F> void by_dtype(enum dtype dtype, F f) {
         f(float());
 }
 
-/* Not all files of the backend are there yet; the table has NULL for what is missing. */
-#define PENDING __attribute__((weak))
-
 /* What each operation's plan says; see kernels.h. */
 int cuda_embed_plan(struct device *, const struct embed_spec *, struct op_cost *, struct error *);
 int cuda_norm_plan(struct device *, const struct norm_spec *, struct op_cost *, struct error *);
 int cuda_linear_plan(struct device *, const struct linear_spec *, struct op_cost *, struct error *);
 int cuda_classifier_plan(struct device *, const struct classifier_spec *, struct op_cost *, struct error *);
-PENDING int cuda_mix_plan(struct device *, const struct mix_spec *, struct op_cost *, struct error *);
-PENDING int cuda_collapse_plan(struct device *, const struct collapse_spec *, struct op_cost *,
-                               struct error *);
+int cuda_mix_plan(struct device *, const struct mix_spec *, struct op_cost *, struct error *);
+int cuda_collapse_plan(struct device *, const struct collapse_spec *, struct op_cost *, struct error *);
 int cuda_attention_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
 void attention_plans_free(struct attention_plans *);
-PENDING int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *,
-                             struct error *);
+int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
 
 /* C[m,n] = op(A) op(B) (+ C) (+ bias [n]), row-major; transposed operands are stored [k,m] and [n,k]. A and B
  * are of type `in`, C and bias of type `out`. Scratch is the workspace's first MATMUL_WORKSPACE bytes. */
@@ -185,23 +180,20 @@ void cuda_linear(struct device *, const struct linear_spec *, tensor x, tensor w
 void cuda_linear_backward(struct device *, const struct linear_spec *, tensor dy, tensor x, tensor w,
                           tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate);
 void cuda_rope_table(struct device *, tensor table, double theta);
-PENDING void cuda_qkv_mix(struct device *, const struct mix_spec *, tensor qkv, tensor alpha_q,
-                          tensor alpha_k, tensor alpha_v, tensor table, int64_t first, tensor q, tensor k,
-                          tensor v);
-PENDING void cuda_qkv_mix_backward(struct device *, const struct mix_spec *, tensor dq, tensor dk, tensor dv,
-                                   tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
-                                   tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
-                                   bool accumulate);
-PENDING void cuda_attention(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v,
-                            tensor o, void *saved);
-PENDING void cuda_attention_backward(struct device *, const struct attention_spec *, tensor q, tensor k,
-                                     tensor v, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
-                                     tensor dv);
-PENDING void cuda_attention_decode(struct device *, const struct attention_spec *, tensor q, tensor k,
-                                   tensor v, tensor cache_k, tensor cache_v, int64_t first, tensor o);
-PENDING void cuda_collapse(struct device *, const struct collapse_spec *, tensor o, tensor r, tensor out);
-PENDING void cuda_collapse_backward(struct device *, const struct collapse_spec *, tensor dout, tensor o,
-                                    tensor r, tensor d_o, tensor dr, bool accumulate);
+void cuda_qkv_mix(struct device *, const struct mix_spec *, tensor qkv, tensor alpha_q, tensor alpha_k,
+                  tensor alpha_v, tensor table, int64_t first, tensor q, tensor k, tensor v);
+void cuda_qkv_mix_backward(struct device *, const struct mix_spec *, tensor dq, tensor dk, tensor dv,
+                           tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
+                           tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v, bool accumulate);
+void cuda_attention(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v, tensor o,
+                    void *saved);
+void cuda_attention_backward(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v,
+                             tensor o, tensor d_o, const void *saved, tensor dq, tensor dk, tensor dv);
+void cuda_attention_decode(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v,
+                           tensor cache_k, tensor cache_v, int64_t first, tensor o);
+void cuda_collapse(struct device *, const struct collapse_spec *, tensor o, tensor r, tensor out);
+void cuda_collapse_backward(struct device *, const struct collapse_spec *, tensor dout, tensor o, tensor r,
+                            tensor d_o, tensor dr, bool accumulate);
 void cuda_mlp_act(struct device *, const struct act_spec *, tensor u, tensor gate, tensor out);
 void cuda_mlp_act_backward(struct device *, const struct act_spec *, tensor dout, tensor u, tensor gate,
                            tensor du, tensor dgate);

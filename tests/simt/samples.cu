@@ -143,9 +143,12 @@ static __global__ void atomics(float *out, int n) {
         count = 0;
     __syncthreads();
     atomicAdd(&count, 1);
-    float sum = block_sum<128>((float)threadIdx.x);
+    float sum = block_sum<128>((float)threadIdx.x), threads = block_sum<128>(1.0f);
+    float total = (float)count * (float)n + sum * threads;
+    if (threads != 128 || __syncthreads_count(total == (float)count * (float)n + 127 * 64 * 128) != 128)
+        total = -1;
     if (threadIdx.x == 0)
-        out[blockIdx.x] = (float)count * (float)n + sum;
+        out[blockIdx.x] = total;
 }
 
 void sample_atomics(float *out) {

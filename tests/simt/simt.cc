@@ -55,9 +55,9 @@ static struct {
     size_t main_stack_bytes;
     const std::function<void()> *thread;
     int threads, returned, at_barrier;
-    int predicates, counted[2], barrier_turn; /* of __syncthreads_count and its like */
-    std::vector<int> runnable;
-    int last; /* picked */
+    int predicates, counted[2], barrier_turn;      /* of __syncthreads_count and its like */
+    uint32_t ready_warps, ready[MAX_THREADS / 32]; /* bits of the warps, and of their lanes, that can run */
+    int last;                                      /* the warp that ran last */
     std::vector<struct rendezvous> warps[MAX_THREADS / 32];
     char *dynamic_shared;
     uint64_t seed, random;
@@ -247,26 +247,31 @@ std::vector<int64_t> simt_order(int64_t n) {
 
 static void make_runnable(int number) {
     S.fibers[number].waiting = RUNNABLE;
-    S.runnable.push_back(number);
+    S.ready[number / 32] |= 1u << number % 32;
+    S.ready_warps |= 1u << number / 32;
 }
 
-/* Even seeds take any thread (0: the one that has waited longest), which meets missing barriers between a store
- * and a load. Odd seeds let one warp go on as far as it can, so that it overtakes the others and stores what
- * they have yet to load. */
+/* One of the set bits: the lowest for seed 0, the highest for seed 1. */
+static int pick_bit(uint32_t bits) {
+    if (S.seed == 0)
+        return __builtin_ctz(bits);
+    if (S.seed == 1)
+        return 31 - __builtin_clz(bits);
+    unsigned by = (unsigned)next_random(32);
+    uint32_t turned = bits >> by | bits << (32 - by) % 32;
+    return (int)(((unsigned)__builtin_ctz(turned) + by) % 32);
+}
+
+/* Even seeds take any thread, which meets missing barriers between a store and a load. Odd seeds let one warp
+ * go on as far as it can, so that it overtakes the others and stores what they have yet to load. */
 static int pick() {
-    size_t n = S.runnable.size(), at = S.seed == 0 ? 0 : S.seed == 1 ? n - 1 : next_random(n);
-    if (S.seed % 2 == 1 && S.seed > 1) {
-        for (size_t i = 0; i < n; i++) {
-            size_t j = (at + i) % n;
-            if (S.runnable[j] / 32 == S.last / 32) {
-                at = j;
-                break;
-            }
-        }
-    }
-    S.last = S.runnable[at];
-    S.runnable.erase(S.runnable.begin() + (long)at);
-    return S.last;
+    bool go_on = S.seed % 2 == 1 && (S.ready_warps >> S.last & 1);
+    int warp = go_on ? S.last : pick_bit(S.ready_warps), lane = pick_bit(S.ready[warp]);
+    S.ready[warp] &= ~(1u << lane);
+    if (S.ready[warp] == 0)
+        S.ready_warps &= ~(1u << warp);
+    S.last = warp;
+    return warp * 32 + lane;
 }
 
 /* ---- blocks ----------------------------------------------------------------------------------------------
@@ -285,15 +290,14 @@ static void release_barrier() {
             simt_fail("threads wait at different barriers, %s:%d and %s:%d", S.fibers[0].file,
                       S.fibers[0].line, S.fibers[i].file, S.fibers[i].line);
     S.at_barrier = 0;
-    for (int64_t i : simt_order(S.threads))
-        make_runnable((int)i);
+    for (int i = 0; i < S.threads; i++)
+        make_runnable(i);
 }
 
 static void run_block(size_t shared_bytes) {
     dl_iterate_phdr(poison_thread_local, nullptr);
     memset(S.dynamic_shared, 0xff, shared_bytes);
     S.returned = S.at_barrier = S.predicates = 0;
-    S.runnable.clear();
     for (int i = 0; i < S.threads; i++) {
         unsigned n = (unsigned)i;
         struct fiber *f = &S.fibers[i];
@@ -303,9 +307,9 @@ static void run_block(size_t shared_bytes) {
         make_runnable(i);
     }
     while (S.returned < S.threads) {
-        if (S.runnable.empty() && S.at_barrier == S.threads)
+        if (S.ready_warps == 0 && S.at_barrier == S.threads)
             release_barrier();
-        if (S.runnable.empty())
+        if (S.ready_warps == 0)
             fail_deadlock();
         switch_to(&S.fibers[pick()]);
     }
@@ -386,7 +390,7 @@ void simt_warp(uint32_t mask, const char *operation, void *payload, simt_complet
     if (at == open.size())
         open.push_back({mask, 0, operation, {}});
     struct rendezvous *r = &open[at];
-    if (strcmp(r->operation, operation) != 0)
+    if (r->operation != operation && strcmp(r->operation, operation) != 0)
         simt_fail("lanes of one mask, %08x, meet at %s and at %s", mask, r->operation, operation);
     r->arrived |= 1u << lane;
     r->payload[lane] = payload;
@@ -394,9 +398,9 @@ void simt_warp(uint32_t mask, const char *operation, void *payload, simt_complet
     if (r->arrived == mask) {
         complete(r->payload, mask);
         open.erase(open.begin() + (long)at);
-        for (int64_t i : simt_order(32))
+        for (int i = 0; i < 32; i++)
             if (mask >> i & 1)
-                make_runnable(warp * 32 + (int)i);
+                make_runnable(warp * 32 + i);
     }
     switch_to_scheduler();
 }

@@ -2,9 +2,9 @@
  *
  * The .cu files compile with g++ against the toolkit's own headers and this one (-include tests/simt/simt.h,
  * which defines SIMT). A block's threads are fibers: each runs until it meets a barrier, a warp operation or
- * an atomic, then the scheduler picks the next one by the seed (0: in order, 1: backwards, others: at
- * random). Blocks run one after another in an order of the same kind. What is an error, reported with the
- * kernel's name:
+ * an atomic, then the scheduler picks the next one by the seed (0: the first, 1: the last, others: at random;
+ * odd ones let a warp overtake the others as far as it can). Blocks run one after another in an order of the
+ * same kind. What is an error, reported with the kernel's name:
  *  - a barrier or warp operation that not all its threads reach, or reach at different places;
  *  - a store beside an allocation (every allocation of device and shared memory lies between sentinels; under
  *    AddressSanitizer, in builds with SANITIZE=1, loads are caught too, where they happen);
