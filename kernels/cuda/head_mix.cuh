@@ -274,8 +274,8 @@ __device__ __forceinline__ void load_heads_along(uint32_t (&b)[NT][4][2], const 
  * all rows; a block has one team or more, on different tokens, whose sums meet in shared memory; the blocks'
  * sums meet in a second kernel. All in a fixed order. */
 template <int KT> struct outer_size {
-    /* As many as registers allow: 128 a thread, or with 64 heads 255. */
-    static constexpr int TILES = KT == 1 ? 4 : 2, HEAD_TILES = 2 * KT, MAX_WARPS = KT == 4 ? 8 : 16;
+    /* With 16 heads 128 registers a thread do, and 16 warps share an SM; beyond, 8 warps have 255 each. */
+    static constexpr int TILES = KT == 4 ? 2 : 4, HEAD_TILES = 2 * KT, MAX_WARPS = KT == 1 ? 16 : 8;
     static constexpr int SUMS = TILES * HEAD_TILES * 4 * 32; /* of a warp, as registers by lanes */
 };
 

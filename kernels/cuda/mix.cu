@@ -212,12 +212,13 @@ template <int KT>
 static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     mix_backward_tiles(struct mix_backward_job job) {
     typedef outer_size<KT> size;
-    constexpr int TILES = size::TILES, NT = size::HEAD_TILES;
+    /* AHEAD: tiles that a warp has under way, with fewer warps two. */
+    constexpr int TILES = size::TILES, NT = size::HEAD_TILES, AHEAD = KT == 2 ? 2 : 1;
     const struct head_rows &o = job.o;
     int w = blockIdx.y, d = job.d, half = d / 2, H = o.heads, all_tiles = o.tiles * o.chunks;
     int warp = warp_number(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int team = warp / job.team_warps, member = warp % job.team_warps;
-    int tiles = min(TILES, all_tiles - member * TILES);
+    int tiles = min(TILES, all_tiles - member * TILES), rounds = (tiles + AHEAD - 1) / AHEAD * AHEAD;
     struct row_place *place = dynamic_shared<struct row_place>();
     bf16 *alpha = (bf16 *)(place + all_tiles * 16), *rows = alpha + all_tiles * 16 * (KT * 16 + 8);
     float2 *sums = (float2 *)(rows + job.team_warps * job.teams * TILES * 16 * STAGED);
@@ -234,15 +235,19 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     bool rotate = job.rope.table && w < 2;
     auto load_rows = [&](along_rows &x, int n, int group, int k) {
         const bf16 *big = dout + (int64_t)n * o.pseudo * H * d + group + t * 8;
-        const int at[2] = {place[k * 16].at, place[k * 16 + 8].at};
-        load_along(x, big, at, half, n < job.count && group + t * 8 < half);
+        bool padding = AHEAD > 1 && k >= tiles;
+        const struct row_place *row = place + (padding ? 0 : k * 16);
+        const int at[2] = {row[0].at, row[8].at};
+        load_along(x, big, at, half, n < job.count && group + t * 8 < half && !padding);
     };
 
     float outer_sum[TILES][NT][4] = {};
     int step = rope_step(job.rope, d), stride = gridDim.x * job.teams, first = blockIdx.x * job.teams,
         group = 0;
-    along_rows next;
-    load_rows(next, first + team, group, 0);
+    along_rows next[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++)
+        load_rows(next[k], first + team, group, k);
     while (first < job.count) { /* as many times in all warps */
         int n = first + team, column = group + t * 8, this_group = group;
         bool there = n < job.count && column < half;
@@ -257,17 +262,21 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
         }
 #pragma unroll
         for (int k = 0; k < TILES; k++) {
-            if (k >= tiles)
+            if (k >= rounds)
                 break;
-            along_rows x = {{next[0][0], next[0][1]}, {next[1][0], next[1][1]}};
-            if (rotate && there) {
+            along_rows &ahead = next[k % AHEAD];
+            along_rows x = {{ahead[0][0], ahead[0][1]}, {ahead[1][0], ahead[1][1]}};
+            if (rotate && there && k < tiles) {
                 struct rotation angle; /* from L1 for each tile: no registers to keep it */
                 load_rotation(angle, angles + place[k * 16].pseudo * step, half);
                 unrotate(x[0][0], x[0][1], angle);
                 unrotate(x[1][0], x[1][1], angle);
             }
-            bool more = k + 1 < tiles;
-            load_rows(next, more ? n : first + team, more ? this_group : group, more ? k + 1 : 0);
+            bool more = k + AHEAD < rounds;
+            load_rows(ahead, more ? n : first + team, more ? this_group : group,
+                      more ? k + AHEAD : k + AHEAD - rounds);
+            if (k >= tiles)
+                break;
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 uint32_t *row = (uint32_t *)(mine + (k * 16 + g + 8 * r) * STAGED) + t;
