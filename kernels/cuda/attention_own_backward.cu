@@ -154,7 +154,6 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS) key
         round_fragments(fragments, ds);
         multiply_columns<LD>(dk, fragments, tile_q + out0);
     }
-    /* A key that a warp has beyond the last is not stored. Without queries the copies are still under way. */
     cp_async_wait<0>();
     float scale[M][2], one[M][2];
 #pragma unroll
