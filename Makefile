@@ -10,6 +10,8 @@
 #   make simt            only the tests that run CUDA kernels on the CPU
 #   make bench           measure, and print the table that the README shows
 #   make fuzz            feed the file readers hostile files; FUZZ_SECONDS=600 for each target, FUZZ_ONLY=shards
+#   make check-gpu       every operation and whole models on the GPU, beside the CPU; full results in build/check-gpu.txt
+#   make bench-gpu       measure on the GPU
 #   make golden          compute the reference cases in tests/golden again (needs jax)
 #   make clean           remove what was built
 
@@ -64,6 +66,7 @@ endif
 
 include kernels/cuda/cuda.mk
 include tests/simt/simt.mk
+include tests/gpu/gpu.mk
 
 .PHONY: all help deps test bench quickstart golden clean format
 .SECONDARY:

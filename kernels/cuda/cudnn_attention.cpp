@@ -171,7 +171,7 @@ static fe::error_t build(struct cudnn_attention *a, const struct cudnn_attention
         describe_backward(*g, s, l);
     else
         describe_forward(*g, s, l);
-    fe::error_t status = g->build(a->handle, {fe::HeurMode_t::A});
+    fe::error_t status = g->build(a->handle, {fe::HeurMode_t::A, fe::HeurMode_t::FALLBACK});
     int64_t workspace = 0;
     if (status.is_good())
         status = g->get_workspace_size(workspace);

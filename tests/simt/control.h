@@ -2,6 +2,7 @@
 #ifndef IHA_SIMT_CONTROL_H
 #define IHA_SIMT_CONTROL_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -25,6 +26,9 @@ int simt_allocations(void);
 
 /* Kernels launched so far. */
 int64_t simt_launches(void);
+
+/* Linked with the real runtime instead of the harness (tests/gpu/)? Then the above neither steers nor counts. */
+bool simt_on_gpu(void);
 
 #ifdef __cplusplus
 }

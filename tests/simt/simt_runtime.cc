@@ -194,6 +194,10 @@ int64_t simt_launches(void) {
     return R.launches;
 }
 
+bool simt_on_gpu(void) {
+    return false;
+}
+
 cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value) {
     if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
         if ((size_t)value > SHARED_LIMIT)

@@ -1,0 +1,58 @@
+# What needs a GPU: `make check-gpu` and `make bench-gpu`. Included by the Makefile.
+#
+# The tests of tests/simt/ are linked once more, the same objects with nvcc's code and the real runtime in the place of
+# the harness. `make gpu-programs` builds everything and runs nothing, which works without a GPU.
+
+# test_simt_harness tests the harness itself.
+GPU_TESTS = $(patsubst tests/test_simt_%.c,$(BUILD)/gpu/test_%,$(filter-out %_harness.c,$(wildcard tests/test_simt_*.c)))
+GPU_LINKED = $(CUDA_LINKED) $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
+GPU_LINK = $(CC) $(CFLAGS) $(filter %.o,$^) -o $@ -lcmocka $(LIBS) $(CUDA_LINK)
+
+$(GPU_TESTS): $(BUILD)/gpu/test_%: $(BUILD)/tests/test_simt_%.o $(BUILD)/tests/gpu/control.o \
+    $(BUILD)/simt/cpu_double.o $(GPU_LINKED) $(BUILD)/cuda/linked-with
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	@$(GPU_LINK)
+
+$(BUILD)/gpu/check_gpu: $(BUILD)/tests/check_gpu.o $(BUILD)/simt/cpu_double.o $(GPU_LINKED) $(BUILD)/cuda/linked-with
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	@$(GPU_LINK)
+
+# Of the benchmark, the timing and the tracing are C++ for the sake of the toolkit's headers. CUPTI is optional.
+CUPTI := $(call cuda_lib,cupti)
+CUPTI_HEADER := $(firstword $(wildcard $(CUDA_INCLUDE_DIRS:%=%/cupti.h) $(CUDA_HOME)/extras/CUPTI/include/cupti.h))
+CUPTI_FLAGS = $(if $(and $(CUPTI),$(CUPTI_HEADER)),-DHAVE_CUPTI -isystem $(dir $(CUPTI_HEADER)))
+CUPTI_LINK = $(if $(CUPTI_FLAGS),$(CUPTI) -Wl$(comma)-rpath$(comma)$(abspath $(dir $(CUPTI))))
+$(BUILD)/cuda/tests/gpu/%.o: tests/gpu/%.cu $(BUILD)/cuda/compiled-with
+	@mkdir -p $(@D)
+	@echo "  NVCC $<"
+	@$(NVCC) -std=c++17 -O2 -I. $(CUDA_ISYSTEM) $(CUDA_ARCHS) $(CUPTI_FLAGS) -Werror all-warnings \
+	    $(addprefix -Xcompiler ,$(CUDA_WARNINGS)) -MMD -c $< -o $@
+
+$(BUILD)/gpu/bench_gpu: $(BUILD)/tests/bench_gpu.o $(BUILD)/cuda/tests/gpu/timing.o $(BUILD)/cuda/tests/gpu/trace.o \
+    $(GPU_LINKED) $(BUILD)/cuda/linked-with
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	@$(GPU_LINK) $(CUPTI_LINK)
+
+.PHONY: gpu-programs check-gpu bench-gpu gpu-found
+ifeq ($(CUDA_MISSING),)
+gpu-programs: $(GPU_TESTS) $(BUILD)/gpu/check_gpu $(BUILD)/gpu/bench_gpu
+
+# Before minutes of compilation.
+gpu-found:
+	@nvidia-smi -L >/dev/null 2>&1 || \
+	    { echo "make: no GPU, or no driver for it, was found (nvidia-smi -L lists none): not measured" >&2; exit 2; }
+else
+gpu-programs gpu-found:
+	@echo "make: built without CUDA ($(CUDA_MISSING)): there is nothing to run on a GPU" >&2; exit 2
+endif
+
+check-gpu: gpu-found deps
+	@$(MAKE) --no-print-directory $(BINARY) gpu-programs
+	@tests/check_gpu.sh $(BUILD)/gpu $(BINARY) $(CUDA_HOME)
+
+bench-gpu: gpu-found deps
+	@$(MAKE) --no-print-directory $(BUILD)/gpu/bench_gpu
+	@$(BUILD)/gpu/bench_gpu
