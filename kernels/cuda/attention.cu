@@ -6,24 +6,13 @@
  *
  * The environment variable IHA_ATTENTION decides otherwise, to compare the two: `own` leaves cuDNN out;
  * `cudnn` makes a shape that it does not serve an error. */
+#include "kernels/cuda/attention_own.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/cudnn_attention.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#if __has_include("kernels/cuda/attention_own.h")
-#include "kernels/cuda/attention_own.h"
-#else
-PENDING int own_attention_plan(struct device *, const struct attention_spec *, struct op_cost *,
-                               struct error *);
-PENDING void own_attention(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v,
-                           tensor o, void *saved);
-PENDING void own_attention_backward(struct device *, const struct attention_spec *, tensor q, tensor k,
-                                    tensor v, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
-                                    tensor dv);
-#endif
 
 /* One spec's choice. */
 struct attention_choice {
