@@ -19,9 +19,9 @@
 #include "kernels/comm_internal.h"
 
 enum {
-    TAGS = 1 << 15,    /* what every MPI has at least */
-    DIE_SECONDS = 5,   /* for MPI_Abort to tell the others, before we end anyway */
-    DEFER_SECONDS = 5, /* for the rank that speaks for all to end the run */
+    TAGS = 1 << 15,   /* what every MPI has at least */
+    DIE_SECONDS = 5,  /* for MPI_Abort to tell the others, before we end anyway */
+    TURN_SECONDS = 5, /* for a rank that knows better to end the run first */
 };
 
 struct transfer {
@@ -94,8 +94,9 @@ static void check(const struct mpi_comm *m, int code, const char *name) {
 }
 
 /* End the run, naming the peers whose part of a transfer has not come (or, when all have, has not been
- * taken); return when there are none. Of the others the first speaks: what a thousand ranks find at once is
- * one line. */
+ * taken); return when there are none. What a thousand ranks find at once is to be one line, by who knows
+ * best: a rank that waits for a single peer has found the culprit, while one that waits for several may be a
+ * collective further on, where those that wait for the culprit are late too. Of equals the first speaks. */
 static void die_waiting(struct mpi_comm *m, struct transfer *t, double waited) {
     char late[640] = "";
     int ranks = m->base.ranks, count = 0, first = -1;
@@ -113,8 +114,8 @@ static void die_waiting(struct mpi_comm *m, struct transfer *t, double waited) {
         }
     if (count == 0)
         return;
-    if (first != m->base.rank)
-        nanosleep(&(struct timespec){.tv_sec = DEFER_SECONDS}, NULL);
+    int turn = 2 * (count > 1) + (first != m->base.rank);
+    nanosleep(&(struct timespec){.tv_sec = turn * TURN_SECONDS}, NULL);
     die(m,
         "no answer from %s%s for %.0f s in %s: dead, stuck or cut off; the last checkpoint is good: start "
         "again to go on from it (system.peer_timeout = %.0f sets how long to wait)",
