@@ -948,7 +948,7 @@ static int run_command(struct run *r, int argc, char **argv, struct error *e) {
 /* Ranks have agreed on an error, and processes that are no ranks yet find the same wrong with what was given.
  */
 static bool speaks(const struct run *r, const struct error *e) {
-    return r->comm ? leads(r) : e->exit_code != EXIT_USER || comm_first_started();
+    return r->comm ? leads(r) : e->exit_code != EXIT_USER || comm_started_rank() == 0;
 }
 
 int main(int argc, char **argv) {

@@ -71,12 +71,12 @@ static int number_in(const char *variable) {
     return text ? atoi(text) : 0;
 }
 
-bool comm_first_started(void) {
+int comm_started_rank(void) {
     static const char *const variables[] = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"};
     for (size_t i = 0; i < sizeof variables / sizeof *variables; i++)
         if (number_in(variables[i]) > 0)
-            return false;
-    return true;
+            return number_in(variables[i]);
+    return 0;
 }
 
 /* Several processes that do not know of each other would train the same model side by side. */

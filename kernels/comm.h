@@ -55,8 +55,8 @@ struct comm_ops {
  * NULL and *e: started among several, and this program was built without MPI, or MPI does not start. */
 struct comm *comm_open(double peer_timeout, struct error *e);
 
-/* Before ranks know of each other: is this the first of the processes that mpirun or srun started? */
-bool comm_first_started(void);
+/* Before ranks know of each other: which of the processes that mpirun or srun started is this? */
+int comm_started_rank(void);
 
 /* One rank: no collective does anything. */
 struct comm *comm_single(void);
