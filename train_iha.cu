@@ -290,8 +290,10 @@ static int resume(struct run *r, struct error *e) {
         int status;
         char dir[MAX_TEXT];
     } mine = {0}, *all = calloc((size_t)r->comm->ranks, sizeof *all);
-    if (!all)
-        return fail_run(e, "out of memory looking for a checkpoint");
+    if (comm_agree(r->comm, all ? 0 : fail_run(e, "out of memory looking for a checkpoint"), e) != 0) {
+        free(all);
+        return -1;
+    }
     if (leads(r))
         mine.status = checkpoint_resume(r->config.run.dir, &r->model, &r->config, &r->progress, mine.dir, e);
     r->comm->ops->exchange(r->comm, &mine, all, sizeof mine);
@@ -458,12 +460,9 @@ struct pulse {
 };
 
 /* Of all ranks: any signal, any failure, and the saver's state that is furthest from done. */
-static int share_pulse(struct run *r, struct pulse *p, struct error *e) {
-    struct pulse *all = calloc((size_t)r->comm->ranks, sizeof *all);
-    if (!all)
-        return fail_run(e, "out of memory");
+static void share_pulse(struct run *r, struct pulse *p) {
     p->saver = saver_state(r->saver);
-    r->comm->ops->exchange(r->comm, p, all, sizeof *p);
+    const struct pulse *all = comm_tell(r->comm, p, sizeof *p);
     *p = all[0];
     for (int i = 1; i < r->comm->ranks; i++) {
         p->stop = p->stop ? p->stop : all[i].stop;
@@ -471,8 +470,6 @@ static int share_pulse(struct run *r, struct pulse *p, struct error *e) {
         if (all[i].saver == SAVER_WRITING || (all[i].saver != SAVER_IDLE && p->saver != SAVER_WRITING))
             p->saver = all[i].saver;
     }
-    free(all);
-    return 0;
 }
 
 /* All ranks have written their files. */
@@ -490,8 +487,7 @@ static int publish(struct run *r, struct error *e) {
 static int finish_save(struct run *r, struct error *e) {
     for (;;) {
         struct pulse pulse = {0};
-        if (share_pulse(r, &pulse, e) != 0)
-            return -1;
+        share_pulse(r, &pulse);
         if (pulse.saver == SAVER_IDLE)
             return 0;
         if (pulse.saver != SAVER_WRITING)
@@ -594,7 +590,8 @@ static int train_loop(struct run *r, struct error *e) {
         int status = record_steps(r, r->k->run_ahead, e);
         /* A signal is looked for once a step: one that comes while saving ends the next step. */
         pulse = (struct pulse){.stop = signals_asked(), .failed = status != 0};
-        if (share_pulse(r, &pulse, e) != 0 || (pulse.failed && comm_agree(r->comm, status, e) != 0))
+        share_pulse(r, &pulse);
+        if (pulse.failed && comm_agree(r->comm, status, e) != 0)
             return -1;
         if ((pulse.saver == SAVER_WRITTEN || pulse.saver == SAVER_FAILED) && publish(r, e) != 0)
             return -1;

@@ -19,7 +19,10 @@ struct comm {
     const struct comm_ops *ops;
     int rank, ranks;
     int local_rank, local_ranks; /* among those on this machine */
+    char *said;                  /* [ranks * COMM_SAID] for comm_tell */
 };
+
+enum { COMM_SAID = 1536 };
 
 typedef int64_t comm_event; /* 0: nothing to wait for */
 
@@ -66,6 +69,10 @@ size_t comm_staging_bytes(int64_t elements, enum dtype dtype);
 
 /* peer_timeout is known only once the configuration has been read. */
 void comm_set_timeout(struct comm *comm, double seconds);
+
+/* exchange() of at most COMM_SAID bytes into memory that is there already, so that a rank which has none left
+ * can still tell. What each rank said, one after the other, until the next call of this or of comm_agree. */
+const void *comm_tell(struct comm *comm, const void *mine, size_t bytes);
 
 /* Ranks agree on how a phase ended: 0 where `status` is 0 on all; otherwise -1 on all, and *e is that of the
  * first rank that failed, prefixed with its number where not all failed alike. */

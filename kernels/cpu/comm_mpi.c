@@ -284,6 +284,7 @@ static void release(struct mpi_comm *m) {
     }
     free(m->hosts);
     free(m->small);
+    free(m->base.said);
     free(m);
 }
 
@@ -315,7 +316,8 @@ static int place(struct mpi_comm *m, struct error *e) {
         return fail_run(e, "rank %d: MPI cannot tell which ranks share a machine", c->rank);
     m->hosts = calloc((size_t)c->ranks, sizeof *m->hosts);
     m->small = malloc((size_t)c->ranks * SMALL * sizeof *m->small);
-    bool complete = m->hosts && m->small;
+    c->said = malloc((size_t)c->ranks * COMM_SAID);
+    bool complete = m->hosts && m->small && c->said;
     for (int i = 0; i < COMM_IN_FLIGHT; i++) {
         m->transfers[i].requests = malloc(2 * (size_t)c->ranks * sizeof(MPI_Request));
         complete = complete && m->transfers[i].requests;
