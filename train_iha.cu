@@ -435,11 +435,11 @@ static int record_step(struct run *r, struct error *e) {
                                  .tokens_per_second = rate,
                                  .mfu = peak > 0 ? rate * r->flops_per_token / peak : 0,
                                  .skipped = state.skip != STEP_APPLIED};
-    if (leads(r) && metrics_step(r->metrics, &record, e) != 0)
-        return -1;
+    int status = leads(r) ? metrics_step(r->metrics, &record, e) : 0;
     if (leads(r) && due(c->run.log_every, record.step))
         status_step(r->metrics, &record);
-    return state.skips_run > c->train.max_skips ? stop_skipping(r, &state, e) : 0;
+    /* All ranks look for the worst gradient together, so one that could not write looks too. */
+    return state.skips_run > c->train.max_skips ? stop_skipping(r, &state, e) : status;
 }
 
 /* Until so many steps at most are under way. */
