@@ -633,10 +633,21 @@ static int prepare_loop(struct run *r, struct error *e) {
     return 0;
 }
 
+/* Threads of our own first: MPI's are to have the same signals blocked. What went wrong with them is said by
+ * a rank. */
+static int open_ranks(struct run *r, struct error *e) {
+    struct error own;
+    int status = signals_watch(&own) != 0 || !(r->saver = saver_open(&own)) ? -1 : 0;
+    if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)))
+        return -1;
+    if (status != 0)
+        *e = own;
+    return comm_agree(r->comm, status, e);
+}
+
 static int train(struct run *r, int argc, char **argv, struct error *e) {
     r->progress.best_val_loss = (double)NAN;
-    if (signals_watch(e) != 0 || !(r->saver = saver_open(e)) || !(r->comm = comm_open(DEFAULT_TIMEOUT, e)) ||
-        prepare_training(r, argc, argv, e) != 0)
+    if (open_ranks(r, e) != 0 || prepare_training(r, argc, argv, e) != 0)
         return -1;
     if (r->progress.step >= r->config.train.steps) {
         if (leads(r))
