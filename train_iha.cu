@@ -295,8 +295,10 @@ static int resume(struct run *r, struct error *e) {
         int status;
         char dir[MAX_TEXT];
     } mine = {0}, *all = calloc((size_t)r->comm->ranks, sizeof *all);
-    if (!all)
-        return fail_run(e, "out of memory looking for a checkpoint");
+    if (comm_agree(r->comm, all ? 0 : fail_run(e, "out of memory looking for a checkpoint"), e) != 0) {
+        free(all);
+        return -1;
+    }
     if (leads(r))
         mine.status = checkpoint_resume(r->config.run.dir, &r->model, &r->config, &r->progress, mine.dir, e);
     r->comm->ops->exchange(r->comm, &mine, all, sizeof mine);
@@ -438,11 +440,11 @@ static int record_step(struct run *r, struct error *e) {
                                  .tokens_per_second = rate,
                                  .mfu = peak > 0 ? rate * r->flops_per_token / peak : 0,
                                  .skipped = state.skip != STEP_APPLIED};
-    if (leads(r) && metrics_step(r->metrics, &record, e) != 0)
-        return -1;
+    int status = leads(r) ? metrics_step(r->metrics, &record, e) : 0;
     if (leads(r) && due(c->run.log_every, record.step))
         status_step(r->metrics, &record);
-    return state.skips_run > c->train.max_skips ? stop_skipping(r, &state, e) : 0;
+    /* All ranks look for the worst gradient together, so one that could not write looks too. */
+    return state.skips_run > c->train.max_skips ? stop_skipping(r, &state, e) : status;
 }
 
 /* Until so many steps at most are under way. */
@@ -463,12 +465,9 @@ struct pulse {
 };
 
 /* Of all ranks: any signal, any failure, and the saver's state that is furthest from done. */
-static int share_pulse(struct run *r, struct pulse *p, struct error *e) {
-    struct pulse *all = calloc((size_t)r->comm->ranks, sizeof *all);
-    if (!all)
-        return fail_run(e, "out of memory");
+static void share_pulse(struct run *r, struct pulse *p) {
     p->saver = saver_state(r->saver);
-    r->comm->ops->exchange(r->comm, p, all, sizeof *p);
+    const struct pulse *all = comm_tell(r->comm, p, sizeof *p);
     *p = all[0];
     for (int i = 1; i < r->comm->ranks; i++) {
         p->stop = p->stop ? p->stop : all[i].stop;
@@ -476,8 +475,6 @@ static int share_pulse(struct run *r, struct pulse *p, struct error *e) {
         if (all[i].saver == SAVER_WRITING || (all[i].saver != SAVER_IDLE && p->saver != SAVER_WRITING))
             p->saver = all[i].saver;
     }
-    free(all);
-    return 0;
 }
 
 /* All ranks have written their files. */
@@ -495,8 +492,7 @@ static int publish(struct run *r, struct error *e) {
 static int finish_save(struct run *r, struct error *e) {
     for (;;) {
         struct pulse pulse = {0};
-        if (share_pulse(r, &pulse, e) != 0)
-            return -1;
+        share_pulse(r, &pulse);
         if (pulse.saver == SAVER_IDLE)
             return 0;
         if (pulse.saver != SAVER_WRITING)
@@ -599,7 +595,8 @@ static int train_loop(struct run *r, struct error *e) {
         int status = record_steps(r, r->k->run_ahead, e);
         /* A signal is looked for once a step: one that comes while saving ends the next step. */
         pulse = (struct pulse){.stop = signals_asked(), .failed = status != 0};
-        if (share_pulse(r, &pulse, e) != 0 || (pulse.failed && comm_agree(r->comm, status, e) != 0))
+        share_pulse(r, &pulse);
+        if (pulse.failed && comm_agree(r->comm, status, e) != 0)
             return -1;
         if ((pulse.saver == SAVER_WRITTEN || pulse.saver == SAVER_FAILED) && publish(r, e) != 0)
             return -1;
@@ -641,10 +638,21 @@ static int prepare_loop(struct run *r, struct error *e) {
     return 0;
 }
 
+/* Threads of our own first: MPI's are to have the same signals blocked. What went wrong with them is said by
+ * a rank. */
+static int open_ranks(struct run *r, struct error *e) {
+    struct error own;
+    int status = signals_watch(&own) != 0 || !(r->saver = saver_open(&own)) ? -1 : 0;
+    if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)))
+        return -1;
+    if (status != 0)
+        *e = own;
+    return comm_agree(r->comm, status, e);
+}
+
 static int train(struct run *r, int argc, char **argv, struct error *e) {
     r->progress.best_val_loss = (double)NAN;
-    if (signals_watch(e) != 0 || !(r->saver = saver_open(e)) || !(r->comm = comm_open(DEFAULT_TIMEOUT, e)) ||
-        prepare_training(r, argc, argv, e) != 0)
+    if (open_ranks(r, e) != 0 || prepare_training(r, argc, argv, e) != 0)
         return -1;
     if (r->progress.step >= r->config.train.steps) {
         if (leads(r))
@@ -953,7 +961,7 @@ static int run_command(struct run *r, int argc, char **argv, struct error *e) {
 /* Ranks have agreed on an error, and processes that are no ranks yet find the same wrong with what was given.
  */
 static bool speaks(const struct run *r, const struct error *e) {
-    return r->comm ? leads(r) : e->exit_code != EXIT_USER || comm_first_started();
+    return r->comm ? leads(r) : e->exit_code != EXIT_USER || comm_started_rank() == 0;
 }
 
 int main(int argc, char **argv) {

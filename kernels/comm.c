@@ -60,7 +60,8 @@ struct comm *comm_single(void) {
         .progress = single_progress,
         .exchange = single_exchange,
     };
-    static struct comm single = {.ops = &ops, .ranks = 1, .local_ranks = 1};
+    static _Alignas(16) char said[COMM_SAID];
+    static struct comm single = {.ops = &ops, .ranks = 1, .local_ranks = 1, .said = said};
     return &single;
 }
 
@@ -71,12 +72,12 @@ static int number_in(const char *variable) {
     return text ? atoi(text) : 0;
 }
 
-bool comm_first_started(void) {
+int comm_started_rank(void) {
     static const char *const variables[] = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"};
     for (size_t i = 0; i < sizeof variables / sizeof *variables; i++)
         if (number_in(variables[i]) > 0)
-            return false;
-    return true;
+            return number_in(variables[i]);
+    return 0;
 }
 
 /* Several processes that do not know of each other would train the same model side by side. */
@@ -121,6 +122,13 @@ size_t comm_staging_bytes(int64_t elements, enum dtype dtype) {
 
 /* ---- agreeing ----------------------------------------------------------------------------------------- */
 
+const void *comm_tell(struct comm *c, const void *mine, size_t bytes) {
+    if (bytes > COMM_SAID)
+        abort();
+    c->ops->exchange(c, mine, c->said, bytes);
+    return c->said;
+}
+
 int comm_agree(struct comm *c, int status, struct error *e) {
     if (c->ranks == 1)
         return status;
@@ -128,14 +136,10 @@ int comm_agree(struct comm *c, int status, struct error *e) {
         int status;
         struct error error;
     };
-    struct report mine = {.status = status}, *all = calloc((size_t)c->ranks, sizeof *all);
+    struct report mine = {.status = status};
     if (status != 0)
         mine.error = *e;
-    if (!all) {
-        fprintf(stderr, "train_iha: rank %d: out of memory\n", c->rank);
-        abort();
-    }
-    c->ops->exchange(c, &mine, all, sizeof mine);
+    const struct report *all = comm_tell(c, &mine, sizeof mine);
     int first = 0, failed = 0;
     for (int r = c->ranks - 1; r >= 0; r--)
         if (all[r].status != 0) {
@@ -152,6 +156,5 @@ int comm_agree(struct comm *c, int status, struct error *e) {
         else
             snprintf(e->text, sizeof e->text, "rank %d: %.1000s", first, all[first].error.text);
     }
-    free(all);
     return failed ? -1 : 0;
 }

@@ -19,7 +19,10 @@ struct comm {
     const struct comm_ops *ops;
     int rank, ranks;
     int local_rank, local_ranks; /* among those on this machine */
+    char *said;                  /* [ranks * COMM_SAID] for comm_tell */
 };
+
+enum { COMM_SAID = 1536 };
 
 typedef int64_t comm_event; /* 0: nothing to wait for */
 
@@ -55,8 +58,8 @@ struct comm_ops {
  * NULL and *e: started among several, and this program was built without MPI, or MPI does not start. */
 struct comm *comm_open(double peer_timeout, struct error *e);
 
-/* Before ranks know of each other: is this the first of the processes that mpirun or srun started? */
-bool comm_first_started(void);
+/* Before ranks know of each other: which of the processes that mpirun or srun started is this? */
+int comm_started_rank(void);
 
 /* One rank: no collective does anything. */
 struct comm *comm_single(void);
@@ -66,6 +69,10 @@ size_t comm_staging_bytes(int64_t elements, enum dtype dtype);
 
 /* peer_timeout is known only once the configuration has been read. */
 void comm_set_timeout(struct comm *comm, double seconds);
+
+/* exchange() of at most COMM_SAID bytes into memory that is there already, so that a rank which has none left
+ * can still tell. What each rank said, one after the other, until the next call of this or of comm_agree. */
+const void *comm_tell(struct comm *comm, const void *mine, size_t bytes);
 
 /* Ranks agree on how a phase ended: 0 where `status` is 0 on all; otherwise -1 on all, and *e is that of the
  * first rank that failed, prefixed with its number where not all failed alike. */

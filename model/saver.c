@@ -99,8 +99,13 @@ int saver_start(struct saver *s, const struct checkpoint_job *job, bool copy, st
     if (copy && s->copies) {
         for (int i = 0; s->weights && i < m->params.count; i++)
             model_get_param(m, i, s->weights + m->params.list[i].place);
-        if (optimizer_copy(m, s->moments, e) != 0)
+        /* A failure is also the saver's: the others may be writing their parts of what will be no checkpoint.
+         */
+        if (optimizer_copy(m, s->moments, &s->error) != 0) {
+            *e = s->error;
+            change_state(s, SAVER_FAILED);
             return -1;
+        }
         s->job.from.weights = s->weights;
         s->job.from.moments = s->moments;
     }

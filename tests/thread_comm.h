@@ -32,6 +32,7 @@ struct thread_comm {
     struct thread_world *world;
     comm_event last;
     void (*on_start)(struct thread_comm *, enum collective); /* NULL, or what a test watches with */
+    _Alignas(16) char said[THREAD_RANKS * COMM_SAID];
 };
 
 static void meet(struct comm *c) {
@@ -128,7 +129,7 @@ static inline void thread_comm_open(struct thread_comm *t, struct thread_world *
         .progress = thread_nothing,
         .exchange = thread_exchange,
     };
-    *t = (struct thread_comm){.base = {&ops, rank, w->ranks, rank, w->ranks}, .world = w};
+    *t = (struct thread_comm){.base = {&ops, rank, w->ranks, rank, w->ranks, t->said}, .world = w};
 }
 
 static inline void thread_world_open(struct thread_world *w, int ranks) {

@@ -291,18 +291,24 @@ static int mpi_reserve(struct comm *c, int64_t elements, enum dtype dtype, struc
     return 0;
 }
 
-static void mpi_close(struct comm *c) {
-    struct mpi_comm *m = mpi_of(c);
-    alarm((unsigned)m->timeout + DIE_SECONDS); /* a rank that never comes here must not hold us */
-    MPI_Finalize();
-    alarm(0);
+static void release(struct mpi_comm *m) {
     for (int i = 0; i < COMM_IN_FLIGHT; i++) {
         free(m->transfers[i].staging);
         free(m->transfers[i].requests);
     }
     free(m->hosts);
     free(m->small);
+    free(m->base.said);
     free(m);
+}
+
+static void mpi_close(struct comm *c) {
+    struct mpi_comm *m = mpi_of(c);
+    alarm((unsigned)m->timeout + DIE_SECONDS); /* a rank that never comes here must not hold us */
+    if (MPI_Finalize() != MPI_SUCCESS)
+        die(m, "MPI_Finalize failed; what was saved is good");
+    alarm(0);
+    release(m);
 }
 
 void comm_mpi_set_timeout(struct comm *c, double seconds) {
@@ -314,15 +320,18 @@ static int place(struct mpi_comm *m, struct error *e) {
     MPI_Comm local;
     char host[MPI_MAX_PROCESSOR_NAME] = "";
     int length;
-    MPI_Comm_rank(MPI_COMM_WORLD, &c->rank);
-    MPI_Comm_size(MPI_COMM_WORLD, &c->ranks);
+    if (MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN) != MPI_SUCCESS ||
+        MPI_Comm_rank(MPI_COMM_WORLD, &c->rank) != MPI_SUCCESS ||
+        MPI_Comm_size(MPI_COMM_WORLD, &c->ranks) != MPI_SUCCESS)
+        return fail_run(e, "rank %d: MPI cannot tell how many ranks there are", comm_started_rank());
     if (MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &local) != MPI_SUCCESS ||
         MPI_Comm_rank(local, &c->local_rank) != MPI_SUCCESS ||
         MPI_Comm_size(local, &c->local_ranks) != MPI_SUCCESS || MPI_Comm_free(&local) != MPI_SUCCESS)
         return fail_run(e, "rank %d: MPI cannot tell which ranks share a machine", c->rank);
     m->hosts = calloc((size_t)c->ranks, sizeof *m->hosts);
     m->small = malloc((size_t)c->ranks * SMALL * sizeof *m->small);
-    bool complete = m->hosts && m->small;
+    c->said = malloc((size_t)c->ranks * COMM_SAID);
+    bool complete = m->hosts && m->small && c->said;
     for (int i = 0; i < COMM_IN_FLIGHT; i++) {
         m->transfers[i].requests = malloc(2 * (size_t)c->ranks * sizeof(MPI_Request));
         complete = complete && m->transfers[i].requests;
@@ -350,7 +359,7 @@ struct comm *comm_mpi_open(double peer_timeout, struct error *e) {
     struct mpi_comm *m = calloc(1, sizeof *m);
     int given;
     if (!m) {
-        fail_run(e, "out of memory opening MPI");
+        fail_run(e, "rank %d: out of memory opening MPI", comm_started_rank());
         return NULL;
     }
     m->base.ops = &ops;
@@ -358,13 +367,14 @@ struct comm *comm_mpi_open(double peer_timeout, struct error *e) {
     signal(SIGALRM, give_up);
     alarm((unsigned)m->timeout + DIE_SECONDS); /* a rank that never comes here must not hold us */
     if (MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &given) != MPI_SUCCESS) {
-        fail_run(e, "MPI does not start; look at what it printed");
+        fail_run(e, "rank %d: MPI does not start; look at what it printed", comm_started_rank());
         free(m);
         return NULL;
     }
-    MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN);
+    /* Not closed: that would wait for ranks which wait for this one. A process that ends without closing
+     * takes them along. */
     if (place(m, e) != 0) {
-        mpi_close(&m->base);
+        release(m);
         return NULL;
     }
     alarm(0);

@@ -24,6 +24,8 @@ static void read_processor_name(char *out, size_t bytes) {
 }
 
 static struct device *cpu_open(const struct device_options *options, struct error *e) {
+    int threads =
+        cpu_place_threads(options->threads, options->comm); /* all ranks together, so before any fails */
     if (options->precision != DEVICE_FP32) {
         fail_user(
             e, "system.precision = bf16 needs a GPU; on the CPU leave it out or set system.precision = fp32");
@@ -34,7 +36,7 @@ static struct device *cpu_open(const struct device_options *options, struct erro
         fail_user(e, "out of memory opening the CPU device");
         return NULL;
     }
-    dev->threads = cpu_place_threads(options->threads, options->comm);
+    dev->threads = threads;
     char name[128];
     read_processor_name(name, sizeof name);
     snprintf(dev->description, sizeof dev->description, "cpu: %s, %d thread%s, %d-bit vectors", name,

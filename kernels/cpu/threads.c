@@ -30,23 +30,19 @@ struct place {
 
 /* How many ranks have the same processors as this one, and which of them it is. */
 static void count_sharers(struct comm *comm, const cpu_set_t *allowed, int *sharers, int *index) {
-    struct place mine = {.allowed = *allowed}, *all = NULL;
+    struct place mine = {.allowed = *allowed};
     *sharers = 1;
     *index = 0;
     if (!comm || comm->ranks == 1)
         return;
     gethostname(mine.host, sizeof mine.host - 1);
-    all = calloc((size_t)comm->ranks, sizeof *all);
-    if (!all)
-        abort(); /* some hundred bytes a rank */
-    comm->ops->exchange(comm, &mine, all, sizeof mine);
+    const struct place *all = comm_tell(comm, &mine, sizeof mine);
     *sharers = 0;
     for (int r = 0; r < comm->ranks; r++)
         if (strcmp(all[r].host, mine.host) == 0 && CPU_EQUAL(&all[r].allowed, allowed)) {
             *index += r < comm->rank;
             ++*sharers;
         }
-    free(all);
 }
 
 static void pin(const cpu_set_t *allowed, int threads, bool each, int first) {
