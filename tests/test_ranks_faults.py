@@ -145,10 +145,12 @@ class Case(cli.Case):
         return Run(self, [LAUNCH, "-n", ranks, "train", self.config, f"run.dir={run_dir}", *overrides], run_dir,
                    **options)
 
-    def assert_names(self, text, *ranks):
-        """Once, and those ranks alone."""
+    def assert_names(self, text, rank, host, once=True):
+        """That rank alone."""
         said = re.findall(r"no answer from (.*) for \d+ s in ", text)
-        self.assertEqual(said, [", ".join(f"rank {rank} ({host})" for rank, host in ranks)], text)
+        self.assertEqual(said[:1], [f"rank {rank} ({host})"], text)
+        if once:
+            self.assertEqual(len(said), 1, text)
 
     def assert_goes_on(self, run_dir, ranks):
         """The newest checkpoint continues on as many ranks, and two steps later all is as if never stopped."""
@@ -193,7 +195,7 @@ class Peers(Case):
         code, text = run.wait(3 + 15)
         self.assertGreater(time.monotonic() - begin, 2.9)
         self.assertEqual(code, 1, text)
-        self.assert_names(text, (1, HOST))
+        self.assert_names(text, 1, HOST)
         run.nothing_left()
 
     def test_all_suspended(self):
@@ -439,7 +441,8 @@ class Machines(Case):
         until(lambda: not run.ranks(), 3 + 20, "ranks left")  # on either side of the cut
         code, text = run.wait(15)  # mpirun itself would wait for the lost machine for many minutes
         self.assertEqual(code, 1, text)
-        self.assert_names(text, (2, self.hosts[2]))
+        # With a daemon that does not answer, mpirun takes seconds to end the ranks it still reaches.
+        self.assert_names(text, 2, self.hosts[2], once=False)
         # Open MPI's daemon beyond the cut has words unsent, and lives until the system gives up sending them.
         self.assertLessEqual({name for name, _ in marked(run.mark).values()}, {"orted"})
         self.assertGreaterEqual(cli.steps_in(run.run_dir)[-1], last)
