@@ -43,7 +43,20 @@
  *           it to B, and d[tile 4 e + w][2 r ..] = row g + 8 r, half e, columns 8 t + 2 w and + 1.
  *
  * Rows of M are taken in an order (struct head_rows) in which a lane's pseudo-head stays the same over many
- * tiles: RoPE's cosines and sines are loaded once for all heads of it. */
+ * tiles: RoPE's cosines and sines are loaded once for all heads of it.
+ *
+ * What else could be the limit, from the machine code for sm_90 (a group of 64 columns, mean of q, k and v;
+ * 4.3 TB/s are 18.6 bytes a cycle and SM, which issues 4 instructions a cycle):
+ *
+ *                      registers  warps/SM  share of the issue slots at 4.3 TB/s
+ *                      H<=16 <=32           H=12 P=2   H=16 P=4   H=20 P=20
+ *   expand (mix)        110   126       16     46%        32%        33%
+ *   contract (collapse) 126   126       16     28%        19%        19%
+ *   mix backward        128   228     16, 8    55%        46%        80%
+ *   collapse backward   110   157     16, 8    29%        19%        27%
+ *
+ * Mix backward with P = 20 is the one that may not reach memory's speed: its seven warps must also meet twice
+ * a group to add up dq. */
 #ifndef IHA_CUDA_HEAD_MIX_CUH
 #define IHA_CUDA_HEAD_MIX_CUH
 

@@ -424,7 +424,10 @@ static struct rope_rows check_mix(const struct device *dev, const char *op, cons
     }
     struct rope_rows rope = {NULL, (int)s->tokens, first, s->rope_virtual};
     if (s->rope) {
-        check_shape(op, "table", table, DTYPE_F32, table.shape[0], 2, d / 2);
+        int64_t positions = (first + s->tokens) * (s->rope_virtual ? P : 1);
+        if (positions < table.shape[0])
+            positions = table.shape[0];
+        check_shape(op, "table", table, DTYPE_F32, positions, 2, (d + 1) / 2); /* no odd d */
         check_contiguous(op, "table", table);
         rope.table = (const float *)table.data;
     }
