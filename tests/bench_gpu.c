@@ -415,7 +415,7 @@ static void bench_optimizer(struct bench *b, struct table *t) {
     job_float(&j, (int64_t)(sizeof(struct step_state) / sizeof(float)) + 1, 0, 0);
     b->k->step_begin(b->dev, j.t[5].data, 0, 1e-4);
     bandwidth_row(t, &j, run_sumsq, 4.0 * (double)n, "sumsq: 124M gradients");
-    b->k->step_decide(b->dev, j.t[5].data, 1);
+    b->k->step_decide(b->dev, j.t[5].data, 1, 0);
     bandwidth_row(t, &j, run_adamw, 30.0 * (double)n,
                   "adamw: 124M parameters, 16 bytes read and 14 written each");
     job_close(&j);
@@ -436,10 +436,9 @@ static bool fits(struct bench *b, const struct config *c) {
     struct memory_plan p;
     struct error e = {0};
     struct pass_shape shape = pass_shape_of(c);
-    if (model_memory(&c->model, b->k, b->dev, &shape, &p, &e) != 0)
+    if (model_memory(&c->model, b->k, b->dev, &shape, 1, 0, &p, &e) != 0)
         bench_fail(&e);
-    double need = (double)(p.parameters + p.gradients + p.optimizer + p.activations + p.workspace);
-    return need < 0.95 * (double)b->k->memory_available(b->dev);
+    return (double)memory_total(&p) < 0.95 * (double)b->k->memory_available(b->dev);
 }
 
 /* A step of t->config: time, tokens per second, MFU, and for how much of it the GPU waits. */

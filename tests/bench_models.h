@@ -39,7 +39,9 @@ static inline struct pass_shape pass_shape_of(const struct config *c) {
 /* Build and initialise the model of t->config. */
 static inline void training_open(struct training *t, const struct kernels *k, struct device *dev) {
     const struct config *c = &t->config;
-    struct model_options options = {.shape = pass_shape_of(c), .weight_decay = c->train.weight_decay, .mix_lr_scale = c->train.mix_lr_scale};
+    struct model_options options = {.shape = pass_shape_of(c),
+                                    .weight_decay = c->train.weight_decay,
+                                    .mix_lr_scale = c->train.mix_lr_scale};
     struct error e = {0};
     if (model_create(&t->model, &c->model, k, dev, &options, &e) != 0 ||
         model_initialize(&t->model, (uint64_t)c->train.seed, &e) != 0)
@@ -163,7 +165,7 @@ static inline struct footprint train_and_look(int count, char *const *keys) {
     struct device *dev = k->open(&options, &e);
     read_config(&t.config, NULL, count, keys);
     struct pass_shape shape = pass_shape_of(&t.config);
-    if (!dev || model_memory(&t.config.model, k, dev, &shape, &p, &e) != 0)
+    if (!dev || model_memory(&t.config.model, k, dev, &shape, 1, 0, &p, &e) != 0)
         bench_fail(&e);
     training_open(&t, k, dev);
     double start = bench_now();

@@ -3,6 +3,8 @@
 
 struct simt_gpu simt_gpu = {.count = 1};
 
+int64_t cuda_attention_tiles; /* counted in the harness alone */
+
 void simt_seed(uint64_t seed) {
     (void)seed;
 }
