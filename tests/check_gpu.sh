@@ -24,7 +24,7 @@ fi
 # name, result, remark
 note() {
     local line
-    line=$(printf '%-44s %-8s %s' "$1" "$2" "$3")
+    line=$(printf '%-48s %-8s %s' "$1" "$2" "$3")
     summary+=("$line")
     echo "$line"
     [ "$2" != FAIL ] || failed=$((failed + 1))

@@ -68,9 +68,11 @@ CUDA_SAYS = without CUDA ($(CUDA_MISSING)): the CPU backend alone
 endif
 
 # Files that change when what they name does; what depends on them is then built again.
-$(BUILD)/cuda/compiled-with: WITH = $(NVCC) $(CUDA_ARCHS) $(CUDA_ISYSTEM) $(CUDNN_HEADER) $(CUDNN_FRONTEND)
+CUDA_STAMPS = $(addprefix $(BUILD)/cuda/,compiled-with cudnn-with linked-with)
+$(BUILD)/cuda/compiled-with: WITH = $(NVCC) $(CUDA_ARCHS) $(CUDA_ISYSTEM)
+$(BUILD)/cuda/cudnn-with: WITH = $(CUDNN_HEADER) $(CUDNN_FRONTEND) $(CUDA_ISYSTEM)
 $(BUILD)/cuda/linked-with: WITH = $(CUDA_SAYS) $(CUDA_LINK)
-$(BUILD)/cuda/compiled-with $(BUILD)/cuda/linked-with: FORCE
+$(CUDA_STAMPS): FORCE
 	@mkdir -p $(@D)
 	@echo '$(WITH)' | cmp -s - $@ || echo '$(WITH)' >$@
 .PHONY: FORCE
@@ -83,7 +85,7 @@ $(BUILD)/cuda/%.o: %.cu $(BUILD)/cuda/compiled-with
 	    $(addprefix -Xcompiler ,$(CUDA_WARNINGS)) -MMD -c $< -o $@
 
 # The frontend is headers alone, large ones: optimizing them would take four times as long and gain microseconds.
-$(BUILD)/cuda/%.o: %.cpp $(BUILD)/cuda/compiled-with
+$(BUILD)/cuda/%.o: %.cpp $(BUILD)/cuda/cudnn-with
 	@mkdir -p $(@D)
 	@echo "  CXX  $<"
 	@$(CXX) -std=c++17 -O0 -I. -isystem $(CUDNN_FRONTEND) -isystem $(dir $(CUDNN_HEADER)) $(CUDA_ISYSTEM) \
