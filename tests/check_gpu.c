@@ -73,7 +73,7 @@ static void round_weights(struct trio *t) {
         for (int64_t j = 0; j < n; j++)
             values[j] = bf16_of(values[j]);
         for (int side = 0; side < SIDES; side++)
-            model_set_param(&t->m[side], i, values);
+            model_set_param(&t->m[side], i, values, 0);
         free(values);
     }
 }
