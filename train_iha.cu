@@ -702,6 +702,8 @@ static int prepare_eval(struct run *r, char dir[MAX_TEXT], int argc, char **argv
     const struct config *c = &r->config;
     if (!c->data.val[0] || strcmp(c->data.val, "none") == 0)
         return fail_user(e, "eval needs data: add data.val=GLOB");
+    if (c->system.precision == PRECISION_AUTO)
+        r->config.system.precision = PRECISION_FP32; /* what eval promises, on a GPU as well */
     comm_set_timeout(r->comm, c->system.peer_timeout);
     r->val = shards_open(c->data.val, c->train.seq_len, c->model.vocab_size, e);
     return r->val ? 0 : -1;
