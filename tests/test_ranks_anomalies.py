@@ -228,6 +228,26 @@ class Faults(Case):
     def test_mpi_breaks(self):
         self.try_faults(*self.each(self.two(), ["mpi"], (0, 1), "+", stride=3, whole=7))
 
+    def test_hangs_in_mpi(self):
+        """The others wait for it as long as peer_timeout says; what they say names it, or that it was the end."""
+        two = self.two()
+        last = two.counts_of(1)["mpi"]
+
+        def one(number):
+            folder = two.folder()
+            done = two.run(folder, (1, f"mpi:{number}:stop"), folder / "trace")
+            lines = [line for line in done.err.splitlines() if "train_iha: " in line]
+            what = f"rank 1 stops in call {number} of MPI in {folder}"
+            need((done.code, len(lines)) == (1, 1), what, "exit code", done.code, done.err[-2000:])
+            need("no answer from rank 1 " in lines[0] if number < last else "rank 0: MPI_Finalize" in lines[0], what, lines)
+            two.check_left(folder / "run", done.trace, what)
+            two.again(folder, what)
+            shutil.rmtree(folder)
+
+        numbers = range(last // 8, last, last // 8) if EVERYTHING else (last // 3, 2 * last // 3)
+        wrong = try_all([lambda n=n: one(n) for n in (*numbers, last)], 4)
+        self.assertEqual(len(wrong), 0, "\n".join(wrong))
+
     def test_memory(self):
         self.try_faults(*self.each(self.two(), MEMORY, (0, 1)), *self.each(self.resumed(), MEMORY, (1, 0), stride=2))
 

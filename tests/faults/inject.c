@@ -6,6 +6,7 @@
  *   IHA_FAULT=CLASS:N:short    reads or writes half (N = 0: every time); no fault, and must not be one
  *   IHA_FAULT=CLASS:N:eintr    answers EINTR once (N = 0: every second call); no fault either
  *   IHA_FAULT=CLASS:N:late     fails after a third of a second, in which the others go on
+ *   IHA_FAULT=CLASS:N:stop     the process stops there, as if it hung
  *   IHA_FAULT=crash:N:before   SIGKILL before the N-th call that changes the disk
  *   IHA_FAULT=crash:N:after    ... after it
  *   IHA_FAULT=crash:N:torn     ... in it: a write has written half
@@ -68,7 +69,7 @@ static const char *const LIBRARIES[] = {"libcjson", "libinih", "libpcre2"};
 enum moment { BEFORE, AFTER, TORN, CUT };
 
 static struct {
-    bool crash, sticky, late;
+    bool crash, sticky, late, stop;
     int which; /* enum fault_class */
     long number;
     int err;
@@ -143,6 +144,8 @@ static void read_option(const char *option, const char *text) {
         plan.verdict = INTERRUPT;
     else if (strcmp(option, "late") == 0)
         plan.late = true;
+    else if (strcmp(option, "stop") == 0)
+        plan.stop = true;
     else if ((plan.err = atoi(option)) <= 0)
         misuse(text);
 }
@@ -290,6 +293,10 @@ enum verdict enter(enum fault_class c, const char *call, const char *path, const
     long number = atomic_fetch_add(&counts[c], 1) + 1;
     write_trace(c, number, call, path, path2, fd);
     enum verdict v = decide(c, number);
+    if (v == FAIL && plan.stop) {
+        syscall(SYS_kill, getpid(), SIGSTOP);
+        v = PASS; /* whoever ends it wakes it up first */
+    }
     if (v == FAIL && plan.late)
         nanosleep(&(struct timespec){.tv_nsec = 333000000}, NULL);
     errno = v == FAIL ? plan.err : v == INTERRUPT ? EINTR : saved;
