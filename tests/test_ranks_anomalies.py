@@ -31,8 +31,8 @@ RanksDone = namedtuple("RanksDone", (*Done._fields, "traces"))
 # Failures that nothing depends on: a name in a message, memory that the process will not use again.
 UNHEARD = {"MPI_Get_processor_name", "MPI_Error_string", "MPI_Abort"}
 # Kinds of calls, and of how many one is tried when only a sample is wanted.
-STRIDES = {"mpi": 40, "poll": 500, "alloc": 45, "library": 60, "map": 3, "thread": 1, "open_read": 6, "read": 15,
-           "stat": 4, "list": 40, "space": 1, "lock": 1, "open_write": 4, "write": 4, "close": 4, "sync": 4, "rename": 2,
+STRIDES = {"mpi": 70, "poll": 500, "alloc": 70, "library": 200, "map": 3, "thread": 1, "open_read": 6, "read": 15,
+           "stat": 4, "list": 40, "space": 1, "lock": 1, "open_write": 9, "write": 9, "close": 9, "sync": 9, "rename": 2,
            "mkdir": 2, "remove": 3, "link": 2, "truncate": 1}
 CHANGES = ("open_write", "write", "close", "sync", "rename", "mkdir", "remove", "link", "truncate")
 READS = ("open_read", "read", "stat", "list", "space", "lock")
@@ -92,13 +92,16 @@ class Job:
             wait_until_gone(mark, 0)
             err = process.communicate()[1]
             raise harness.Wrong(f"{self.name}: {fault} in {folder}: still running after {LIMIT} s: {err}") from None
-        left = wait_until_gone(mark, 5)
+        left = wait_until_gone(mark, 20)
         need(not left, f"{self.name}: {fault} in {folder}: left behind:", left)
         traces = [harness.read_trace(Path(f"{trace}.{r}")) for r in range(self.ranks)] if trace else []
         if trace and not self.runs:
             self.traces = traces  # the first is the one without a fault
         self.runs += bool(trace)
-        return RanksDone(process.returncode, out, err.decode(errors="replace"), traces[0] if trace else [], traces)
+        code = process.returncode
+        if code < 0 and b"PMIx_server_finalize" in err:  # Open MPI's own end; the ranks' came before
+            code = int(b"train_iha: " in err)
+        return RanksDone(code, out, err.decode(errors="replace"), traces[0] if trace else [], traces)
 
     def check_ending(self, done, rank, what):
         """As harness.check_ending; in one line, whichever rank it is of."""
@@ -218,7 +221,7 @@ class Faults(Case):
         for scenario, ranks in ((self.two(), (0, 1)), (self.three(), (2,))):
             first = next(e.number for e in scenario.traces[1] if e.call == "MPI_Isend")
             last = scenario.counts_of(1)["mpi"]
-            self.try_faults(*[(scenario, (r, f"mpi:{n}")) for r in ranks for n in (*range(1, first + 1), last)])
+            self.try_faults(*[(scenario, (r, f"mpi:{n}")) for r in ranks for n in (*range(1, first + 1, 1 if r == 1 or EVERYTHING else 3), last)])
 
     def test_mpi_while_training(self):
         two, three = self.two(), self.three()
@@ -271,8 +274,8 @@ class Faults(Case):
 
     def test_dies_at_a_change_of_the_disk(self):
         two, resumed = self.two(), self.resumed()
-        self.try_faults(*self.crash(two, 0, "before", 12), *self.crash(two, 1, "before", 3), *self.crash(two, 1, "after", 4),
-                        *self.crash(two, 0, "cut", 25), *self.crash(two, 1, "cut", 6), *self.crash(resumed, 1, "before", 6))
+        self.try_faults(*self.crash(two, 0, "before", 25), *self.crash(two, 1, "before", 4), *self.crash(two, 1, "after", 6),
+                        *self.crash(two, 0, "cut", 35), *self.crash(two, 1, "cut", 9), *self.crash(resumed, 1, "before", 6))
 
     def test_cannot_copy_what_it_saves(self):
         """What a rank allocates between a step and the first file of a checkpoint."""
@@ -281,7 +284,7 @@ class Faults(Case):
             trace = self.two().traces[rank]
             file = next(i for i, e in enumerate(trace) if e.kind == "open_write" and ".tmp/" in e.path)
             specs += [(self.two(), (rank, f"alloc:{e.number}")) for e in
-                      [e for e in trace[:file] if e.kind == "alloc"][-20 if EVERYTHING else -9:]]
+                      [e for e in trace[:file] if e.kind == "alloc"][-20 if EVERYTHING else -13:]]
         self.try_faults(*specs)
 
     def test_writer_fails_while_all_train_on(self):
@@ -326,7 +329,7 @@ class Faults(Case):
 class Kills(Case):
     """kill -9 of a rank or of mpirun at any moment, again and again, until the run is through."""
 
-    KILLS = int(os.environ.get("KILLS", 200 if EVERYTHING else 24))
+    KILLS = int(os.environ.get("KILLS", 200 if EVERYTHING else 32))
     SEED = int(os.environ.get("SEED", 0)) or random.SystemRandom().randrange(1, 1 << 30)
 
     @staticmethod
@@ -353,6 +356,8 @@ class Kills(Case):
         until = time.monotonic() + delay
         while process.poll() is None and time.monotonic() < until:
             time.sleep(0.0002)
+        while victim and process.poll() is None and len(self.children(process.pid)) < 2:
+            time.sleep(0.001)
         seen = max(checkpoints(run_dir), default=0)
         ranks = self.children(process.pid)
         through = process.poll() is not None
