@@ -179,7 +179,7 @@ static int64_t owned_total(const struct owned *list, int count) {
 int64_t optimizer_elements(const struct model *m) {
     struct owned *list;
     int count = list_owned(m, &list);
-    int64_t total = owned_total(list, count > 0 ? count : 0);
+    int64_t total = count < 0 ? -1 : owned_total(list, count);
     free(list);
     return total;
 }

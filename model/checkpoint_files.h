@@ -34,7 +34,7 @@ int weights_read(const char *path, struct model *m, int64_t updates, struct erro
  * of ranks reads what any other wrote. read: what this rank owns, from all files of `dir`. */
 enum { OPTIMIZER_NAME = 48 };
 void optimizer_name(char out[OPTIMIZER_NAME], int rank, int ranks);
-int64_t optimizer_elements(const struct model *m); /* that this rank owns */
+int64_t optimizer_elements(const struct model *m); /* that this rank owns; -1: no memory to count them */
 int optimizer_copy(struct model *m, float *moments, struct error *e);
 int optimizer_write(const char *path, const struct checkpoint_source *from, struct error *e);
 int optimizer_read(const char *dir, struct model *m, struct error *e);

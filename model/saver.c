@@ -75,12 +75,13 @@ static size_t weight_bytes(const struct model *m) {
 }
 
 size_t saver_copy_bytes(const struct model *m) {
-    return weight_bytes(m) + 2 * (size_t)optimizer_elements(m) * sizeof(float);
+    int64_t elements = optimizer_elements(m);
+    return elements < 0 ? 0 : weight_bytes(m) + 2 * (size_t)elements * sizeof(float);
 }
 
 bool saver_reserve(struct saver *s, const struct model *m, size_t memory_free) {
     size_t bytes = saver_copy_bytes(m);
-    if (memory_free > 0 && bytes > memory_free / 2)
+    if (bytes == 0 || (memory_free > 0 && bytes > memory_free / 2))
         return false;
     s->weights = m->partition.rank == 0 ? malloc(weight_bytes(m)) : NULL;
     s->moments = malloc(bytes - weight_bytes(m));

@@ -20,7 +20,7 @@ enum saver_state {
 struct saver *saver_open(struct error *e);
 void saver_close(struct saver *s); /* waits for what it is writing */
 
-/* Bytes a copy of this rank's numbers takes, on the host. */
+/* Bytes a copy of this rank's numbers takes, on the host; 0: no memory to count them. */
 size_t saver_copy_bytes(const struct model *m);
 
 /* Keep memory for a copy, if it leaves half of what is free. Does saving go on in the background? */

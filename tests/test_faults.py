@@ -97,6 +97,8 @@ def byte_level_tokenizer():
 
 
 class Case(unittest.TestCase):
+    at_once = os.cpu_count()
+
     @classmethod
     def setUpClass(cls):
         if not harness.LIBRARY.exists():
@@ -173,7 +175,7 @@ class Case(unittest.TestCase):
         begin, before = time.monotonic(), Counter()
         for scenario in {id(s): s for s, _ in specs}.values():
             before += scenario.tried
-        wrong = try_all([lambda s=scenario, f=fault: s.fault(f) for scenario, fault in specs])
+        wrong = try_all([lambda s=scenario, f=fault: s.fault(f) for scenario, fault in specs], self.at_once)
         tried = sum((s.tried for s in {id(s): s for s, _ in specs}.values()), Counter()) - before
         self.say(f"{sum(tried.values())} faults in {time.monotonic() - begin:.1f} s:",
                  ", ".join(f"{kind} {n}" for kind, n in sorted(tried.items())))

@@ -57,15 +57,26 @@ static double now(void) {
 /* ---- the end of a run -----------------------------------------------------------------------------------
  */
 
-/* Where MPI itself waits, an alarm ends the wait. No rank computes there, so a handler is safe. */
-static volatile sig_atomic_t said_why;
+/* MPI itself waits for ranks where it opens and closes, and knows no timeout: an alarm ends the process. */
+static char overdue[256]; /* what is said then */
+
 static void give_up(int number) {
-    static const char text[] =
-        "\ntrain_iha: MPI does not come back: a rank has not started, or is dead, stuck or "
-        "cut off; start again to go on from the last checkpoint\n";
-    ssize_t written = said_why ? 0 : write(STDERR_FILENO, text, sizeof text - 1);
-    (void)number, (void)written;
+    (void)number;
+    ssize_t written = write(STDERR_FILENO, overdue, strlen(overdue));
+    (void)written;
     _exit(EXIT_RUN);
+}
+
+/* Of the ranks that wait the first speaks. */
+static void set_alarm(const struct mpi_comm *m, int rank, const char *call) {
+    double seconds = m->timeout + DIE_SECONDS + (rank > 0 ? DEFER_SECONDS : 0);
+    snprintf(
+        overdue, sizeof overdue,
+        "\ntrain_iha: rank %d: %s has not returned for %.0f s: another rank is dead, stuck or cut off; the "
+        "last checkpoint is good: start again to go on from it\n",
+        rank, call, seconds);
+    signal(SIGALRM, give_up);
+    alarm((unsigned)seconds);
 }
 
 /* Say why and take every rank down. */
@@ -78,7 +89,7 @@ static void die(const struct mpi_comm *m, const char *format, ...) {
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
     fprintf(stderr, "\ntrain_iha: rank %d (%s): %s\n", m->base.rank, m->hosts[m->base.rank], text);
-    said_why = 1;
+    overdue[0] = '\0';
     alarm(DIE_SECONDS); /* the way to the others may be what is broken */
     MPI_Abort(MPI_COMM_WORLD, EXIT_RUN);
     _exit(EXIT_RUN);
@@ -304,7 +315,7 @@ static void release(struct mpi_comm *m) {
 
 static void mpi_close(struct comm *c) {
     struct mpi_comm *m = mpi_of(c);
-    alarm((unsigned)m->timeout + DIE_SECONDS); /* a rank that never comes here must not hold us */
+    set_alarm(m, c->rank, "MPI_Finalize");
     if (MPI_Finalize() != MPI_SUCCESS)
         die(m, "MPI_Finalize failed; what was saved is good");
     alarm(0);
@@ -364,8 +375,7 @@ struct comm *comm_mpi_open(double peer_timeout, struct error *e) {
     }
     m->base.ops = &ops;
     m->timeout = peer_timeout;
-    signal(SIGALRM, give_up);
-    alarm((unsigned)m->timeout + DIE_SECONDS); /* a rank that never comes here must not hold us */
+    set_alarm(m, comm_started_rank(), "MPI_Init");
     if (MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &given) != MPI_SUCCESS) {
         fail_run(e, "rank %d: MPI does not start; look at what it printed", comm_started_rank());
         free(m);

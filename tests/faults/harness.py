@@ -125,11 +125,11 @@ class Scenario:
         self.name, self.args, self.scratch, self.template = name, args, Path(scratch), template
         self.damaged = {step: checkpoint_bytes(template / "run", step) for step in damaged}
         whole = self.folder()
-        done = run([*args, "run.keep=0"], whole)
+        done = self.run(whole, more=["run.keep=0"])
         need(done.code == 0, name, done.err)
         self.steps = {step: checkpoint(path) for step, path in checkpoints(whole / "run").items()}
         plain = self.folder()
-        done = run(args, plain, trace=plain / "trace")
+        done = self.run(plain, trace=plain / "trace")
         need(done.code == 0, name, done.err)
         self.out, self.trace = done.out, done.trace
         self.left = self.describe(plain / "run")
@@ -137,6 +137,9 @@ class Scenario:
         shutil.rmtree(whole)
         shutil.rmtree(plain)
         self.tried = Counter()
+
+    def run(self, folder, fault=None, trace=None, more=()):
+        return run([*self.args, *more], folder, fault, trace)
 
     def folder(self):
         folder = Path(tempfile.mkdtemp(dir=self.scratch))
@@ -153,11 +156,15 @@ class Scenario:
         left.update({f"{p.name}/trainer.json": checkpoint(p).get("trainer.json") for p in checkpoints(run_dir).values()})
         return left
 
-    def counts(self):
-        """How many calls of each kind the run makes; "disk": those that change the disk."""
-        counts = Counter(e.kind for e in self.trace)
+    @staticmethod
+    def counts_in(trace):
+        """How many calls of each kind there are; "disk": those that change the disk."""
+        counts = Counter(e.kind for e in trace)
         counts["disk"] = sum(counts[kind] for kind in DISK)
         return counts
+
+    def counts(self):
+        return self.counts_in(self.trace)
 
     def disk_events(self):
         return [e for e in self.trace if e.kind in DISK]
@@ -183,6 +190,10 @@ class Scenario:
         lines = [x for x in metrics(run_dir) if x["step"] <= newest]
         need(lines == [x for x in self.metrics if x["step"] <= newest], what, "metrics up to", newest, "are", lines)
 
+    @staticmethod
+    def has_started(trace):
+        return any(e.kind == "write" and e.path.endswith("/metrics.jsonl") for e in trace)
+
     def newest_before(self, events):
         """Of the checkpoints the run began with and those whose directory is known to be synced."""
         newest = max((s for s in checkpoints(self.template / "run") if s not in self.damaged),
@@ -203,7 +214,7 @@ class Scenario:
             need(left[name] == content, what, name, "differs:", brief(left[name]), "instead of", brief(content))
 
     def again(self, folder, what):
-        done = run(self.args, folder)
+        done = self.run(folder)
         need(done.code == 0, what, "then without a fault: exit code", done.code, done.err[-2000:])
         self.check_end(folder, what + ", then without a fault:")
 
@@ -211,7 +222,7 @@ class Scenario:
         """One fault. Raises Wrong, and leaves the folder for a look at it, when a promise is broken."""
         folder = self.folder()
         kind, number, option = (spec.split(":") + [""])[:3]
-        done = run(self.args, folder, spec, folder / "trace")
+        done = self.run(folder, spec, folder / "trace")
         failed = next((e for e in done.trace if e.kind == kind and e.number == int(number.rstrip("+"))), None)
         what = f"{self.name}: IHA_FAULT={spec} ({failed.call} {failed.path} {failed.path2})" if failed else \
             f"{self.name}: IHA_FAULT={spec}"
@@ -222,7 +233,7 @@ class Scenario:
             need(done.code == -9, what, "was not killed:", done.code, done.err[-500:])
             self.check_left(run_dir, done.trace[:-1], what)
         else:
-            started = any(e.kind == "write" and e.path.endswith("/metrics.jsonl") for e in done.trace)
+            started = self.has_started(done.trace)
             check_ending(done, started, what)
             if option in ("short", "eintr"):
                 need(done.code == 0, what, "is no fault:", done.err[-500:])
@@ -265,9 +276,9 @@ def every(count, stride):
     return sorted(set(range(1, count + 1, stride)) | set(range(max(1, count - 2), count + 1))) if count else []
 
 
-def try_all(tasks):
-    """Run functions side by side; what they raise, at most ten."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+def try_all(tasks, at_once=os.cpu_count()):
+    """Run functions side by side; what they raise."""
+    with ThreadPoolExecutor(at_once) as pool:
         wrong = []
         for future in [pool.submit(task) for task in tasks]:
             try:

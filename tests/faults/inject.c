@@ -5,12 +5,15 @@
  *   IHA_FAULT=CLASS:N+[:ERRNO] ... and so does every later one: a disk that stays full
  *   IHA_FAULT=CLASS:N:short    reads or writes half (N = 0: every time); no fault, and must not be one
  *   IHA_FAULT=CLASS:N:eintr    answers EINTR once (N = 0: every second call); no fault either
+ *   IHA_FAULT=CLASS:N:late     fails after a third of a second, in which the others go on
+ *   IHA_FAULT=CLASS:N:stop     the process stops there, as if it hung
  *   IHA_FAULT=crash:N:before   SIGKILL before the N-th call that changes the disk
  *   IHA_FAULT=crash:N:after    ... after it
  *   IHA_FAULT=crash:N:torn     ... in it: a write has written half
  *   IHA_FAULT=crash:N:cut      ... before it, and the power fails: what was not synced is cut from the files
  *   IHA_FAULT_TRACE=FILE       every counted call, one a line: class, its number, call, path[, path]
- *   IHA_FAULT_RANK=R           only in the process whose OMPI_COMM_WORLD_RANK is R
+ *   IHA_FAULT_RANK=R           the fault is in the process whose OMPI_COMM_WORLD_RANK is R alone; the trace
+ * is of every rank, in FILE.RANK
  *
  * Only calls from the program's own text count, so a library's inner life cannot make a fault of ours; but
  * class `library` is the allocations of those libraries that hand their out-of-memory on to us.
@@ -29,6 +32,7 @@
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 static const struct {
@@ -56,6 +60,7 @@ static const struct {
     [LIST] = {"list", EIO, false},
     [THREAD] = {"thread", EAGAIN, false},
     [MPI] = {"mpi", EIO, false},
+    [POLL] = {"poll", EIO, false},
 };
 
 /* Libraries that return our callers NULL when they have no memory. */
@@ -64,7 +69,7 @@ static const char *const LIBRARIES[] = {"libcjson", "libinih", "libpcre2"};
 enum moment { BEFORE, AFTER, TORN, CUT };
 
 static struct {
-    bool crash, sticky;
+    bool crash, sticky, late, stop;
     int which; /* enum fault_class */
     long number;
     int err;
@@ -137,6 +142,10 @@ static void read_option(const char *option, const char *text) {
         plan.verdict = SHORT;
     else if (strcmp(option, "eintr") == 0)
         plan.verdict = INTERRUPT;
+    else if (strcmp(option, "late") == 0)
+        plan.late = true;
+    else if (strcmp(option, "stop") == 0)
+        plan.stop = true;
     else if ((plan.err = atoi(option)) <= 0)
         misuse(text);
 }
@@ -172,13 +181,13 @@ static void read_plan(const char *text) {
 __attribute__((constructor)) static void start(void) {
     const char *text = getenv("IHA_FAULT"), *path = getenv("IHA_FAULT_TRACE");
     const char *armed = getenv("IHA_FAULT_RANK"), *rank = getenv("OMPI_COMM_WORLD_RANK");
+    char own[1024];
     int count = 0;
-    if (armed && strcmp(armed, rank ? rank : "0") != 0)
-        return;
-    if (text && *text)
+    if (text && *text && (!armed || strcmp(armed, rank ? rank : "0") == 0))
         read_plan(text);
     if (path) {
-        int fd = (int)syscall(SYS_openat, AT_FDCWD, path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+        snprintf(own, sizeof own, "%s%s%s", path, rank ? "." : "", rank ? rank : "");
+        int fd = (int)syscall(SYS_openat, AT_FDCWD, own, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
         trace = fcntl(fd, F_DUPFD_CLOEXEC, 700); /* out of the way of the numbers the program sees */
         syscall(SYS_close, fd);
         if (trace < 0)
@@ -284,6 +293,12 @@ enum verdict enter(enum fault_class c, const char *call, const char *path, const
     long number = atomic_fetch_add(&counts[c], 1) + 1;
     write_trace(c, number, call, path, path2, fd);
     enum verdict v = decide(c, number);
+    if (v == FAIL && plan.stop) {
+        syscall(SYS_kill, getpid(), SIGSTOP);
+        v = PASS; /* whoever ends it wakes it up first */
+    }
+    if (v == FAIL && plan.late)
+        nanosleep(&(struct timespec){.tv_nsec = 333000000}, NULL);
     errno = v == FAIL ? plan.err : v == INTERRUPT ? EINTR : saved;
     return v;
 }
