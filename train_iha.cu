@@ -39,10 +39,12 @@ struct run {
     struct comm *comm; /* NULL in commands that run on one rank */
     const struct kernels *k;
     struct device *dev;
+    size_t host_memory; /* free before the model was there */
     struct model model;
     struct shards *train, *val;
     struct tokenizer *tokenizer;
-    char tokenizer_file[MAX_TEXT]; /* empty: none to copy into checkpoints */
+    char *tokenizer_text; /* of tokenizer.json, for checkpoints; NULL: none */
+    size_t tokenizer_bytes;
     struct decoder decoder;
     struct metrics *metrics;
     struct progress progress;
@@ -51,7 +53,6 @@ struct run {
     struct checkpoint_job saving; /* what the saver is at, or was last */
     int posted;                   /* steps whose state has not been collected yet */
     double clock;                 /* when the last was, or training went on after something else */
-    int64_t first_skip;           /* of the steps skipped in a row */
     int lock;
     int32_t *tokens, *targets; /* one pass, [micro_batch, seq_len] */
     double flops_per_token;
@@ -72,6 +73,7 @@ static void release(struct run *r) {
     shards_close(r->train);
     shards_close(r->val);
     tokenizer_close(r->tokenizer);
+    free(r->tokenizer_text);
     free(r->tokens);
     free(r->targets);
     if (r->dev)
@@ -121,6 +123,7 @@ static int build_model(struct run *r, bool training, struct error *e) {
         .mix_lr_scale = t->mix_lr_scale,
         .comm = r->comm,
         .zero_stage = (int)r->config.system.zero_stage};
+    r->host_memory = kernels_cpu()->memory_available(NULL);
     if (model_create(&r->model, &r->config.model, r->k, r->dev, &options, e) != 0)
         return -1;
     size_t bytes = (size_t)(t->micro_batch * t->seq_len) * sizeof(int32_t);
@@ -136,8 +139,9 @@ static int build_model(struct run *r, bool training, struct error *e) {
 static int open_tokenizer(struct run *r, const char *name, struct error *e) {
     if (strcmp(name, "none") == 0 || name[0] == '\0')
         return 0;
-    if (strcmp(name, "bytes") != 0)
-        snprintf(r->tokenizer_file, sizeof r->tokenizer_file, "%s", name);
+    if (strcmp(name, "bytes") != 0 &&
+        checkpoint_tokenizer(name, &r->tokenizer_text, &r->tokenizer_bytes, e) != 0)
+        return -1;
     r->tokenizer = tokenizer_open(name, r->config.model.vocab_size, e);
     return r->tokenizer ? 0 : -1;
 }
@@ -203,16 +207,24 @@ static bool emit(void *context, int32_t token) {
 
 enum { SAMPLE_TOKENS = 256, DECODE_CHUNK = 64 };
 
+/* A sample that nobody reads: the other ranks make it too, rather than wait for rank 0 past their deadline.
+ */
+static bool ignore(void *context, int32_t token) {
+    return token != *(const int32_t *)context;
+}
+
 /* A sample from the start of a document, onto the terminal and into run.dir/samples.txt. */
 static int print_sample(struct run *r, struct error *e) {
     char path[MAX_TEXT + 32];
     snprintf(path, sizeof path, "%s/samples.txt", r->config.run.dir);
+    int32_t end = r->tokenizer ? tokenizer_end_of_text(r->tokenizer) : -1, start = end >= 0 ? end : 0;
+    struct sampling how = {0.8, 0, (uint64_t)(r->config.train.seed + r->progress.step)};
+    if (!leads(r))
+        return generate(&r->decoder, &start, 1, r->decoder.capacity - 1, &how, ignore, &end, e);
     FILE *file = fopen(path, "a");
     if (!file)
         return fail_run(e, "%s: cannot write: %s; %s", path, strerror(errno), files_advice(errno));
-    int32_t end = r->tokenizer ? tokenizer_end_of_text(r->tokenizer) : -1, start = end >= 0 ? end : 0;
     struct printer p = {r->tokenizer, stdout, file, end};
-    struct sampling how = {0.8, 0, (uint64_t)(r->config.train.seed + r->progress.step)};
     status_break(r->metrics);
     printf("---- sample at step %lld\n", (long long)r->progress.step);
     fprintf(file, "---- step %lld\n", (long long)r->progress.step);
@@ -269,14 +281,44 @@ static int check_disk(const struct run *r, struct error *e) {
     int64_t have = files_free_bytes(r->config.run.dir);
     if (have >= 0 && (double)have < need)
         return fail_user(
-            e, "%s: a checkpoint takes %.2f GB and %.2f GB is free; free some, or set another run.dir",
-            r->config.run.dir, need / 1e9, (double)have / 1e9);
+            e, "%s: a checkpoint takes %.1f MB and %.1f MB is free; free some, or set another run.dir",
+            r->config.run.dir, need / 1e6, (double)have / 1e6);
     return 0;
 }
 
-static int start_from(struct run *r, const char *path, struct error *e) {
-    char dir[MAX_TEXT];
-    if (checkpoint_find(path, dir, e) != 0 || checkpoint_load_weights(dir, &r->model, 0, e) != 0)
+/* The checkpoint that `path` names: where it is a run that goes on, ranks must not choose each for itself. */
+static int find_together(struct run *r, const char *path, char dir[MAX_TEXT], struct error *e) {
+    memset(dir, 0, MAX_TEXT);
+    if (comm_agree(r->comm, leads(r) ? checkpoint_find(path, dir, e) : 0, e) != 0)
+        return -1;
+    memmove(dir, comm_tell(r->comm, dir, MAX_TEXT), MAX_TEXT); /* rank 0's */
+    return 0;
+}
+
+/* Weights of another geometry may fit by their shapes and mean nothing. */
+static int check_geometry(const char *dir, const struct model_config *now, struct error *e) {
+    struct model_config then;
+    if (checkpoint_read_config(dir, &then, e) != 0)
+        return -1;
+    const char *differs = then.num_attention_heads != now->num_attention_heads ? "num_attention_heads"
+                          : then.head_dim != now->head_dim                     ? "head_dim"
+                          : then.activation != now->activation                 ? "activation"
+                          : then.norm != now->norm                             ? "norm"
+                          : then.num_pseudo_heads != now->num_pseudo_heads     ? "num_pseudo_heads"
+                          : then.iha_collapse != now->iha_collapse             ? "iha_collapse"
+                          : then.position_embedding != now->position_embedding ? "position_embedding"
+                                                                               : NULL;
+    if (!differs)
+        return 0;
+    return fail_user(e,
+                     "train.init_from: %s is of another model: its %s (in config.json) is not model.%s; make "
+                     "them the same",
+                     dir, differs, differs);
+}
+
+/* Weights, and where asked for the optimizer's state, of another run. */
+static int load_from(struct run *r, const char *dir, struct error *e) {
+    if (check_geometry(dir, &r->config.model, e) != 0 || checkpoint_load_weights(dir, &r->model, 0, e) != 0)
         return -1;
     if (leads(r))
         fprintf(stderr, "weights from %s\n", dir);
@@ -289,29 +331,29 @@ static int start_from(struct run *r, const char *path, struct error *e) {
     return checkpoint_load_optimizer(dir, &r->model, e);
 }
 
-/* Rank 0 finds the newest checkpoint that loads; the others load the same. 1: resumed, 0: there is none. */
+static int start_from(struct run *r, const char *path, struct error *e) {
+    char dir[MAX_TEXT];
+    return find_together(r, path, dir, e) != 0 || comm_agree(r->comm, load_from(r, dir, e), e) != 0 ? -1 : 0;
+}
+
+/* Every rank loads the newest checkpoint that loads; all must have found the same. 1: resumed, 0: there is
+ * none. */
 static int resume(struct run *r, struct error *e) {
-    struct found {
-        int status;
-        char dir[MAX_TEXT];
-    } mine = {0}, *all = calloc((size_t)r->comm->ranks, sizeof *all);
-    if (comm_agree(r->comm, all ? 0 : fail_run(e, "out of memory looking for a checkpoint"), e) != 0) {
-        free(all);
-        return -1;
-    }
-    if (leads(r))
-        mine.status = checkpoint_resume(r->config.run.dir, &r->model, &r->config, &r->progress, mine.dir, e);
-    r->comm->ops->exchange(r->comm, &mine, all, sizeof mine);
-    int status = all[0].status;
-    if (status == 1 && leads(r)) {
-        fprintf(stderr, "resuming from %s\n", all[0].dir);
-        status = checkpoint_settle(r->config.run.dir, &r->config, &r->progress, e) == 0 ? 1 : -1;
-    } else if (status == 1)
-        status = checkpoint_load(all[0].dir, &r->model, &r->progress, e) == 0 ? 1 : -1;
+    char dir[MAX_TEXT] = "";
+    int status = checkpoint_resume(r->config.run.dir, &r->model, &r->config, &r->progress, dir, leads(r), e);
     if (comm_agree(r->comm, status < 0 ? -1 : 0, e) != 0)
-        status = -1;
-    free(all);
-    return status;
+        return -1;
+    const char *first = comm_tell(r->comm, dir, MAX_TEXT);
+    if (strcmp(first, dir) != 0)
+        status = fail_user(e,
+                           "finds \"%s\" where rank 0 finds \"%s\"; run.dir must be the same for all ranks: "
+                           "start again",
+                           dir, first);
+    if (status == 1 && leads(r)) {
+        fprintf(stderr, "resuming from %s\n", dir);
+        status = checkpoint_settle(r->config.run.dir, &r->config, &r->progress, e) == 0 ? 1 : -1;
+    }
+    return comm_agree(r->comm, status < 0 ? -1 : 0, e) == 0 ? status : -1;
 }
 
 /* Continue the newest checkpoint, or begin. */
@@ -321,7 +363,7 @@ static int resume_or_initialize(struct run *r, struct error *e) {
     int status = resume(r, e);
     if (status < 0)
         return -1;
-    if (status == 0 && model_initialize(&r->model, (uint64_t)c->train.seed, e) != 0)
+    if (status == 0 && comm_agree(r->comm, model_initialize(&r->model, (uint64_t)c->train.seed, e), e) != 0)
         return -1;
     if (status == 0 && c->train.init_from[0] && start_from(r, c->train.init_from, e) != 0)
         return -1;
@@ -335,7 +377,7 @@ static int resume_or_initialize(struct run *r, struct error *e) {
 }
 
 static int open_sampler(struct run *r, struct error *e) {
-    if (r->config.run.sample_every == 0 || !leads(r))
+    if (r->config.run.sample_every == 0)
         return 0;
     int64_t capacity = r->config.model.max_position_embeddings;
     return decoder_create(&r->decoder, &r->model, capacity < SAMPLE_TOKENS ? capacity : SAMPLE_TOKENS,
@@ -400,13 +442,13 @@ static int stop_skipping(struct run *r, const struct step_state *state, struct e
             "the gradient norm was an outlier (train.skip_zscore = %g) in %d steps in a row, step %lld to "
             "step %lld; in the last it was %.4g, %.1f deviations above its recent mean, the largest part "
             "in %s; lower train.lr, or look at the data of these steps",
-            r->config.train.skip_zscore, state->skips_run, (long long)r->first_skip,
+            r->config.train.skip_zscore, state->skips_run, last + 1 - state->skips_run,
             (long long)r->progress.step, state->grad_norm, state->zscore, worst->name);
     return fail_run(
         e,
         "the %s was not finite in %d steps in a row, step %lld to step %lld; %s%s; lower train.lr, look at "
-        "the data of these steps, or go back to an earlier checkpoint",
-        isfinite(state->loss) ? "gradient" : "loss", state->skips_run, (long long)r->first_skip, last,
+        "the data of these steps, or go back: remove the newest step_... directories of the run",
+        isfinite(state->loss) ? "gradient" : "loss", state->skips_run, last + 1 - state->skips_run, last,
         finite ? "every parameter's own gradient is finite, the largest " : "backward met it first in ",
         worst->name);
 }
@@ -427,8 +469,6 @@ static int record_step(struct run *r, struct error *e) {
     p->norm_mean = state.norm_mean;
     p->norm_variance = state.norm_variance;
     p->seconds += seconds;
-    if (state.skips_run == 1)
-        r->first_skip = state.step + 1;
     double rate = (double)c->train.batch_tokens / seconds, peak = r->k->peak_flops(r->dev) * r->comm->ranks;
     struct step_record record = {.step = state.step + 1,
                                  .steps = c->train.steps,
@@ -513,7 +553,8 @@ static int save(struct run *r, bool wait, struct error *e) {
         return -1;
     r->saving = (struct checkpoint_job){.run_dir = c->run.dir,
                                         .config = c,
-                                        .tokenizer = r->tokenizer_file[0] ? r->tokenizer_file : NULL,
+                                        .tokenizer = r->tokenizer_text,
+                                        .tokenizer_bytes = r->tokenizer_bytes,
                                         .progress = r->progress,
                                         .from = {.model = &r->model}};
     if (comm_agree(r->comm, saver_start(r->saver, &r->saving, !wait, e), e) != 0)
@@ -549,7 +590,7 @@ static struct pause pause_after(const struct run *r, bool stop) {
     int64_t step = r->progress.step;
     bool last = step == r->config.train.steps;
     return (struct pause){.evaluates = r->val && c->eval_every > 0 && (last || due(c->eval_every, step)),
-                          .saves = last || stop || due(c->save_every, step),
+                          .saves = last || stop || (due(c->save_every, step) && r->progress.skips_run == 0),
                           .samples = due(c->sample_every, step)};
 }
 
@@ -563,7 +604,7 @@ static int between_steps(struct run *r, bool stop, struct error *e) {
         return -1;
     if (now_due.evaluates && comm_agree(r->comm, evaluate_now(r, now_due.saves, e), e) != 0)
         return -1;
-    if (now_due.samples && comm_agree(r->comm, leads(r) ? print_sample(r, e) : 0, e) != 0)
+    if (now_due.samples && comm_agree(r->comm, print_sample(r, e), e) != 0)
         return -1;
     /* The checkpoint comes last: a run that is resumed from it does nothing of this step again. */
     if (now_due.saves && save(r, ends, e) != 0)
@@ -610,6 +651,62 @@ static void let_messages_move(void *comm) {
     ((struct comm *)comm)->ops->progress(comm);
 }
 
+/* A run.dir that only some hosts see would cost the first checkpoint: all must find what rank 0 has just
+ * written into it, and be able to write themselves. */
+static int check_run_dir(struct run *r, struct error *e) {
+    char path[MAX_TEXT + 64], text[64] = "", mine[64];
+    snprintf(path, sizeof path, "%s/ranks", r->config.run.dir);
+    snprintf(mine, sizeof mine, "%lld %.9f", (long long)getpid(), now());
+    if (comm_agree(r->comm, leads(r) ? files_write_synced(path, mine, strlen(mine), e) : 0, e) != 0)
+        return -1;
+    memmove(mine, comm_tell(r->comm, mine, sizeof mine), sizeof mine); /* rank 0's */
+    FILE *f = fopen(path, "r");
+    bool same = f && fgets(text, sizeof text, f) && strcmp(text, mine) == 0;
+    if (f)
+        fclose(f);
+    int status =
+        same && access(r->config.run.dir, W_OK) == 0
+            ? 0
+            : fail_user(e,
+                        "%s: not the directory that rank 0 writes to, or not writable; run.dir must be "
+                        "on a file system that all hosts share",
+                        r->config.run.dir);
+    status = comm_agree(r->comm, status, e);
+    if (leads(r))
+        unlink(path);
+    return status;
+}
+
+struct digest {
+    uint64_t settings, data;
+};
+
+static void add_text(uint64_t *hash, const char *text) { /* FNV-1a */
+    for (; *text; text++)
+        *hash = (*hash ^ (unsigned char)*text) * 0x100000001b3u;
+}
+
+static void add_setting(void *context, const char *key, const char *value) {
+    add_text(context, key);
+    add_text(context, value);
+}
+
+/* Ranks that were started with different files would train nobody's model. */
+static int check_alike(struct run *r, struct error *e) {
+    struct digest mine = {1, 1}, first;
+    config_visit(&r->config, add_setting, &mine.settings);
+    add_text(&mine.data, r->progress.train_fingerprint);
+    add_text(&mine.data, r->progress.val_fingerprint);
+    memcpy(&first, comm_tell(r->comm, &mine, sizeof mine), sizeof first);
+    int status = 0;
+    if (first.settings != mine.settings)
+        status = fail_user(e, "has another configuration than rank 0; give all the same file and overrides");
+    else if (first.data != mine.data)
+        status = fail_user(e, "finds other training or validation data than rank 0 under the same names; all "
+                              "hosts must have the same shards");
+    return comm_agree(r->comm, status, e);
+}
+
 /* What each rank does for itself, and on which all must agree before any memory is shared. */
 static int prepare_alone(struct run *r, int argc, char **argv, struct error *e) {
     if (config_load(&r->config, argv[0], argc - 1, argv + 1, r->comm->ranks, e) != 0)
@@ -620,9 +717,9 @@ static int prepare_alone(struct run *r, int argc, char **argv, struct error *e) 
 
 static int prepare_training(struct run *r, int argc, char **argv, struct error *e) {
     if (comm_agree(r->comm, prepare_alone(r, argc, argv, e), e) != 0 ||
+        (!alone(r) && (check_alike(r, e) != 0 || check_run_dir(r, e) != 0)) ||
         comm_agree(r->comm, open_device(r, e), e) != 0 ||
-        comm_agree(r->comm, build_model(r, true, e), e) != 0 ||
-        comm_agree(r->comm, resume_or_initialize(r, e), e) != 0)
+        comm_agree(r->comm, build_model(r, true, e), e) != 0 || resume_or_initialize(r, e) != 0)
         return -1;
     if (!alone(r))
         r->k->set_idle_call(r->dev, let_messages_move, r->comm);
@@ -650,6 +747,14 @@ static int open_ranks(struct run *r, struct error *e) {
     return comm_agree(r->comm, status, e);
 }
 
+/* What the run leaves of the host's memory, for a copy to save from. Not what the system says is free now:
+ * pages that no step has touched yet still count as free. */
+static size_t host_memory_left(const struct run *r) {
+    size_t have = r->host_memory / (size_t)r->comm->local_ranks;
+    size_t need = r->k == kernels_cpu() ? memory_total(&r->model.plan) : 0;
+    return have > need ? have - need : 0;
+}
+
 static int train(struct run *r, int argc, char **argv, struct error *e) {
     r->progress.best_val_loss = (double)NAN;
     if (open_ranks(r, e) != 0 || prepare_training(r, argc, argv, e) != 0)
@@ -662,8 +767,7 @@ static int train(struct run *r, int argc, char **argv, struct error *e) {
     }
     if (comm_agree(r->comm, prepare_loop(r, e), e) != 0)
         return -1;
-    r->saves_behind =
-        saver_reserve(r->saver, &r->model, r->k->memory_available(r->dev) / (size_t)r->comm->local_ranks);
+    r->saves_behind = saver_reserve(r->saver, &r->model, host_memory_left(r));
     r->saves_behind = comm_agree(r->comm, r->saves_behind ? 0 : -1, &(struct error){0}) == 0;
     announce(r);
     int status = train_loop(r, e);
@@ -676,11 +780,10 @@ static int train(struct run *r, int argc, char **argv, struct error *e) {
 /* ---- commands on a checkpoint ------------------------------------------------------------------------- */
 
 /* The model of a checkpoint and the settings it was trained with; overrides come on top. */
-static int read_checkpoint(struct run *r, const char *path, char dir[MAX_TEXT], int argc, char **argv,
-                           struct error *e) {
+static int read_checkpoint(struct run *r, const char *dir, int argc, char **argv, struct error *e) {
     struct config *c = &r->config;
     config_defaults(c);
-    if (checkpoint_find(path, dir, e) != 0 || checkpoint_read_config(dir, &c->model, e) != 0)
+    if (checkpoint_read_config(dir, &c->model, e) != 0)
         return -1;
     c->train.seq_len = c->model.max_position_embeddings;
     c->train.micro_batch = 1;
@@ -696,8 +799,8 @@ static int read_checkpoint(struct run *r, const char *path, char dir[MAX_TEXT], 
     return config_override(c, argc, argv, e);
 }
 
-static int prepare_eval(struct run *r, char dir[MAX_TEXT], int argc, char **argv, struct error *e) {
-    if (read_checkpoint(r, argv[0], dir, argc - 1, argv + 1, e) != 0)
+static int prepare_eval(struct run *r, const char *dir, int argc, char **argv, struct error *e) {
+    if (read_checkpoint(r, dir, argc - 1, argv + 1, e) != 0)
         return -1;
     const struct config *c = &r->config;
     if (!c->data.val[0] || strcmp(c->data.val, "none") == 0)
@@ -711,7 +814,7 @@ static int prepare_eval(struct run *r, char dir[MAX_TEXT], int argc, char **argv
 
 static int eval(struct run *r, int argc, char **argv, struct error *e) {
     char dir[MAX_TEXT];
-    if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)) ||
+    if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)) || find_together(r, argv[0], dir, e) != 0 ||
         comm_agree(r->comm, prepare_eval(r, dir, argc, argv, e), e) != 0 ||
         comm_agree(r->comm, open_device(r, e), e) != 0 ||
         comm_agree(r->comm, build_model(r, false, e), e) != 0 ||
@@ -852,10 +955,12 @@ static int generate_text(struct run *r, const struct generate_options *o, struct
 }
 
 static int generate_command(struct run *r, int argc, char **argv, struct error *e) {
+    if (comm_started_rank() > 0)
+        return 0; /* one rank's work: the first does it */
     char dir[MAX_TEXT];
     struct generate_options o;
-    if (parse_generate(argc - 1, argv + 1, &o, e) != 0 ||
-        read_checkpoint(r, argv[0], dir, o.override_count, o.overrides, e) != 0)
+    if (parse_generate(argc - 1, argv + 1, &o, e) != 0 || checkpoint_find(argv[0], dir, e) != 0 ||
+        read_checkpoint(r, dir, o.override_count, o.overrides, e) != 0)
         return -1;
     r->config.train.micro_batch = r->config.train.seq_len = 1; /* decoding has buffers of its own */
     if (open_device(r, e) != 0 || find_tokenizer(r, dir, e) != 0 || build_model(r, false, e) != 0 ||
@@ -865,11 +970,15 @@ static int generate_command(struct run *r, int argc, char **argv, struct error *
 }
 
 static int info(struct run *r, int argc, char **argv, struct error *e) {
+    if (comm_started_rank() > 0)
+        return 0;
     char dir[MAX_TEXT];
     struct stat st;
     bool directory = stat(argv[0], &st) == 0 && S_ISDIR(st.st_mode);
-    int status = directory ? read_checkpoint(r, argv[0], dir, argc - 1, argv + 1, e)
-                           : config_load(&r->config, argv[0], argc - 1, argv + 1, 1, e);
+    int status =
+        directory
+            ? checkpoint_find(argv[0], dir, e) != 0 ? -1 : read_checkpoint(r, dir, argc - 1, argv + 1, e)
+            : config_load(&r->config, argv[0], argc - 1, argv + 1, 1, e);
     /* The question is asked before the machine is there: count for the device at hand, in its precision. */
     r->config.system.device = DEVICE_AUTO;
     r->config.system.precision = PRECISION_AUTO;

@@ -260,7 +260,7 @@ static int check_same_run(const char *dir, const struct config *c, const struct 
 }
 
 int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct progress *p,
-                      char dir[MAX_TEXT], struct error *e) {
+                      char dir[MAX_TEXT], bool warns, struct error *e) {
     int64_t *steps;
     int count = list_steps(run_dir, &steps, e), status = count == 0 ? 0 : -1;
     struct progress asked = *p;
@@ -280,8 +280,9 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
                 break;
             }
         }
-        fprintf(stderr, "warning: %s does not load (%s)%s\n", dir, e->text,
-                i + 1 < count ? "; trying the one before" : "");
+        if (warns)
+            fprintf(stderr, "warning: %s does not load (%s)%s\n", dir, e->text,
+                    i + 1 < count ? "; trying the one before" : "");
         if (i + 1 == count)
             fail_user(
                 e, "%s: none of its %d checkpoints loads; set another run.dir, or remove them to start anew",
@@ -293,26 +294,7 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
     return status;
 }
 
-int checkpoint_load(const char *dir, struct model *m, struct progress *p, struct error *e) {
-    return checkpoint_read_progress(dir, p, e) != 0 || checkpoint_load_weights(dir, m, p->updates, e) != 0 ||
-                   checkpoint_load_optimizer(dir, m, e) != 0
-               ? -1
-               : 0;
-}
-
 /* ---- saving ------------------------------------------------------------------------------------------- */
-
-static int copy_tokenizer(const char *from, const char *dir, struct error *e) {
-    char path[PATH_BYTES], *data;
-    size_t length;
-    if (files_read_all(from, MAX_TOKENIZER, &data, &length, e) != 0)
-        return fail_run(e, "%s: the tokenizer can no longer be read, and belongs into every checkpoint",
-                        from);
-    join(path, dir, "tokenizer.json");
-    int status = files_write_synced(path, data, length, e);
-    free(data);
-    return status;
-}
 
 static int write_config(const char *dir, const struct model_config *config, struct error *e) {
     char path[PATH_BYTES], *text = config_model_to_json(config);
@@ -391,6 +373,10 @@ int checkpoint_settle(const char *run_dir, const struct config *c, const struct 
     return 0;
 }
 
+int checkpoint_tokenizer(const char *path, char **text, size_t *bytes, struct error *e) {
+    return files_read_all(path, MAX_TOKENIZER, text, bytes, e);
+}
+
 int checkpoint_begin(const char *run_dir, int64_t step, struct error *e) {
     char tmp[PATH_BYTES];
     tmp_path(tmp, run_dir, step);
@@ -415,7 +401,8 @@ int checkpoint_write(const struct checkpoint_job *job, struct error *e) {
     snprintf(path, sizeof path, "%s/model.safetensors", dir);
     if (weights_write(path, &job->from, e) != 0 || write_config(dir, &job->config->model, e) != 0)
         return -1;
-    if (job->tokenizer && copy_tokenizer(job->tokenizer, dir, e) != 0)
+    snprintf(path, sizeof path, "%s/tokenizer.json", dir);
+    if (job->tokenizer && files_write_synced(path, job->tokenizer, job->tokenizer_bytes, e) != 0)
         return -1;
     snprintf(path, sizeof path, "%s/trainer.json", dir);
     return progress_write(path, &job->progress, job->config, e);
@@ -434,9 +421,17 @@ int checkpoint_publish(const struct checkpoint_job *job, struct error *e) {
 
 int checkpoint_save(const char *run_dir, struct model *m, const struct config *c, const struct progress *p,
                     const char *tokenizer, struct error *e) {
-    struct checkpoint_job job = {run_dir, c, tokenizer, *p, {.model = m}};
-    if (checkpoint_begin(run_dir, p->step, e) == 0 && checkpoint_write(&job, e) == 0 &&
-        checkpoint_publish(&job, e) == 0)
+    struct checkpoint_job job = {.run_dir = run_dir, .config = c, .progress = *p, .from = {.model = m}};
+    char *text = NULL;
+    int status = tokenizer ? checkpoint_tokenizer(tokenizer, &text, &job.tokenizer_bytes, e) : 0;
+    job.tokenizer = text;
+    if (status == 0)
+        status = checkpoint_begin(run_dir, p->step, e) == 0 && checkpoint_write(&job, e) == 0 &&
+                         checkpoint_publish(&job, e) == 0
+                     ? 0
+                     : -1;
+    free(text);
+    if (status == 0)
         return 0;
     checkpoint_clean(run_dir);
     e->exit_code = EXIT_RUN;

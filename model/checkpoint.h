@@ -18,10 +18,15 @@
 struct checkpoint_job {
     const char *run_dir;
     const struct config *config;
-    const char *tokenizer; /* a file to copy, or NULL */
+    const char *tokenizer; /* the text of tokenizer.json, or NULL */
+    size_t tokenizer_bytes;
     struct progress progress;
     struct checkpoint_source from;
 };
+/* The tokenizer's file, read once: it may be gone or another when a later checkpoint is saved. Freed by the
+ * caller. */
+int checkpoint_tokenizer(const char *path, char **text, size_t *bytes, struct error *e);
+
 int checkpoint_begin(const char *run_dir, int64_t step, struct error *e);
 int checkpoint_write(const struct checkpoint_job *job, struct error *e);
 int checkpoint_publish(const struct checkpoint_job *job, struct error *e);
@@ -34,10 +39,7 @@ int checkpoint_save(const char *run_dir, struct model *m, const struct config *c
  * and passed over. 1: loaded, its directory in `dir`; 0: run_dir holds none; -1: an error (EXIT_USER), also
  * when the checkpoint belongs to another model or other data: *c is what the run was asked for. */
 int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct progress *p,
-                      char dir[MAX_TEXT], struct error *e);
-
-/* A checkpoint that rank 0 has resumed from, on another rank. */
-int checkpoint_load(const char *dir, struct model *m, struct progress *p, struct error *e);
+                      char dir[MAX_TEXT], bool warns, struct error *e);
 
 /* Step of the newest checkpoint directory in run_dir, without looking inside; -1: none. */
 int64_t checkpoint_newest_step(const char *run_dir);

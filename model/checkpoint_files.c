@@ -109,15 +109,16 @@ static int64_t min64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-/* A malloc'd list, in the order of the flat buffer, and its length; -1 when out of memory. */
-static int list_owned(const struct model *m, struct owned **list) {
-    const struct partition *p = &m->partition;
+/* Of `shares`: those a rank owns and writes, or all that it updates and so must read (in stage 0,
+ * everything). A malloc'd list, in the order of the flat buffer, and its length; -1 when out of memory. */
+static int list_owned(const struct model *m, const struct share *shares, int share_count,
+                      struct owned **list) {
     int count = 0, tensor = 0;
-    *list = malloc(((size_t)p->own_count + (size_t)m->params.count) * sizeof **list);
+    *list = malloc(((size_t)share_count + (size_t)m->params.count) * sizeof **list);
     if (!*list)
         return -1;
-    for (int s = 0; s < p->own_count; s++)
-        for (const struct share *own = &p->own[s]; tensor < m->params.count; tensor++) {
+    for (int s = 0; s < share_count; s++)
+        for (const struct share *own = &shares[s]; tensor < m->params.count; tensor++) {
             const struct param *t = &m->params.list[tensor];
             int64_t begin = max64(own->begin, t->offset), end = min64(own->end, t->offset + t->count);
             if (begin < end)
@@ -177,8 +178,9 @@ static int64_t owned_total(const struct owned *list, int count) {
 }
 
 int64_t optimizer_elements(const struct model *m) {
+    const struct partition *p = &m->partition;
     struct owned *list;
-    int count = list_owned(m, &list);
+    int count = list_owned(m, p->own, p->own_count, &list);
     int64_t total = count < 0 ? -1 : owned_total(list, count);
     free(list);
     return total;
@@ -186,7 +188,7 @@ int64_t optimizer_elements(const struct model *m) {
 
 int optimizer_copy(struct model *m, float *moments, struct error *e) {
     struct owned *list;
-    int count = list_owned(m, &list);
+    int count = list_owned(m, m->partition.own, m->partition.own_count, &list);
     struct moments_copy copy = {m, moments, NULL};
     int status = count < 0 ? fail_run(e, "out of memory saving the optimizer")
                            : visit_moments(m, list, count, copy_piece, &copy, e);
@@ -216,7 +218,7 @@ static int write_moments(struct safetensors_writer *w, const struct checkpoint_s
 
 int optimizer_write(const char *path, const struct checkpoint_source *from, struct error *e) {
     struct owned *list;
-    int count = list_owned(from->model, &list);
+    int count = list_owned(from->model, from->model->partition.own, from->model->partition.own_count, &list);
     if (count < 0)
         return fail_run(e, "out of memory saving %s", path);
     int64_t total = owned_total(list, count);
@@ -373,7 +375,7 @@ int optimizer_read(const char *dir, struct model *m, struct error *e) {
     struct owned *list = NULL;
     int status = open_optimizer(&o, dir, m->params.learned, e);
     if (status == 0) {
-        int count = list_owned(m, &list);
+        int count = list_owned(m, m->partition.updated, m->partition.updated_count, &list);
         status = count < 0 ? fail_run(e, "out of memory reading %s", dir) : 0;
         if (status == 0)
             upload_moments(m, &o, list, count);

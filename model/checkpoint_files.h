@@ -31,7 +31,7 @@ int weights_read(const char *path, struct model *m, int64_t updates, struct erro
 
 /* Optimizer state. A rank's file holds `ranges` [n,2], the parameters whose moments it has, counted through
  * model.safetensors' order without padding, and exp_avg, exp_avg_sq: their moments end to end. So any number
- * of ranks reads what any other wrote. read: what this rank owns, from all files of `dir`. */
+ * of ranks reads what any other wrote. read: all that this rank updates, from all files of `dir`. */
 enum { OPTIMIZER_NAME = 48 };
 void optimizer_name(char out[OPTIMIZER_NAME], int rank, int ranks);
 int64_t optimizer_elements(const struct model *m); /* that this rank owns; -1: no memory to count them */

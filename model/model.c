@@ -79,6 +79,8 @@ static int measure(struct model *m, struct memory_plan *plan, struct error *e) {
     if (buffers_measure(m, &plan->activations, e) != 0)
         return -1;
     plan->workspace = m->workspace_bytes;
+    if (m->shape.training && m->partition.ranks > 1)
+        plan->messages = comm_staging_bytes(m->partition.bucket_elements, m->dtypes.gradient);
     plan->saving = (size_t)(m->params.learned + 2 * m->params.learned / m->partition.ranks) * sizeof(float);
     return 0;
 }
@@ -96,24 +98,38 @@ int model_memory(const struct model_config *config, const struct kernels *k, str
     int status = describe(&m, config, k, dev, &options, 0, ranks, e);
     if (status == 0)
         status = measure(&m, plan, e);
-    if (status == 0 && ranks > 1)
-        plan->messages = comm_staging_bytes(m.partition.bucket_elements, m.dtypes.gradient);
     model_free(&m);
     return status;
 }
 
+/* What to change when it does not fit: less at once helps only where the model itself fits. */
+static const char *memory_advice(const struct model *m, const struct memory_plan *p, size_t have) {
+    if (p->parameters + p->gradients + p->optimizer + p->workspace > have)
+        return m->shape.training
+                   ? "the model alone does not fit: use more ranks with system.zero_stage = 2, or "
+                     "make it smaller"
+                   : "the model alone does not fit: make it smaller";
+    return m->shape.training && m->shape.recompute != RECOMPUTE_FULL
+               ? "lower train.micro_batch or set system.recompute = full"
+               : "lower train.micro_batch";
+}
+
 static int check_memory(struct model *m, const struct memory_plan *p, struct error *e) {
     size_t need = memory_total(p), have = m->k->memory_available(m->dev);
-    if (have == 0 || need <= have / (size_t)m->comm->local_ranks)
+    if (have == 0)
+        return 0;
+    have /= (size_t)m->comm->local_ranks;
+    if (need <= have)
         return 0;
     return fail_user(
         e,
         "not enough memory: the run needs %.2f GB%s (parameters %.2f, gradients %.2f, optimizer %.2f, "
-        "activations %.2f, workspace %.2f) and %.2f GB is free; lower train.micro_batch (now %lld)%s",
-        (double)need / 1e9, m->comm->local_ranks > 1 ? " per rank" : "", (double)p->parameters / 1e9,
+        "activations %.2f for train.micro_batch = %lld, workspace %.2f, messages %.2f) and %.2f GB is free; "
+        "%s",
+        (double)need / 1e9, m->comm->ranks > 1 ? " per rank" : "", (double)p->parameters / 1e9,
         (double)p->gradients / 1e9, (double)p->optimizer / 1e9, (double)p->activations / 1e9,
-        (double)p->workspace / 1e9, (double)have / 1e9 / m->comm->local_ranks, (long long)m->shape.batch,
-        m->shape.training && m->shape.recompute != RECOMPUTE_FULL ? " or set system.recompute = full" : "");
+        (long long)m->shape.batch, (double)p->workspace / 1e9, (double)p->messages / 1e9, (double)have / 1e9,
+        memory_advice(m, p, have));
 }
 
 static int allocate(struct model *m, const struct memory_plan *p, struct error *e) {
@@ -141,10 +157,9 @@ static int allocate(struct model *m, const struct memory_plan *p, struct error *
 
 int model_create(struct model *m, const struct model_config *config, const struct kernels *k,
                  struct device *dev, const struct model_options *options, struct error *e) {
-    struct memory_plan plan;
     struct comm *comm = options->comm ? options->comm : comm_single();
-    if (describe(m, config, k, dev, options, comm->rank, comm->ranks, e) != 0 || measure(m, &plan, e) != 0 ||
-        check_memory(m, &plan, e) != 0 || allocate(m, &plan, e) != 0) {
+    if (describe(m, config, k, dev, options, comm->rank, comm->ranks, e) != 0 ||
+        measure(m, &m->plan, e) != 0 || check_memory(m, &m->plan, e) != 0 || allocate(m, &m->plan, e) != 0) {
         model_free(m);
         return -1;
     }

@@ -73,6 +73,7 @@ struct model {
     struct step_state *state; /* on the device */
     struct param_group *groups;
     int group_count;
+    struct memory_plan plan;
     struct comm *comm;
     struct partition partition;
     comm_event *reduced; /* [bucket_count] the last collective on each bucket */

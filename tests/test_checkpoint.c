@@ -111,7 +111,7 @@ static void step_and_save(struct run *r) {
 
 /* As the trainer does it: AdamW's count goes back to the device. */
 static int resume(struct run *r, char dir[MAX_TEXT], struct error *e) {
-    int status = checkpoint_resume(r->dir, &r->model, &r->config, &r->progress, dir, e);
+    int status = checkpoint_resume(r->dir, &r->model, &r->config, &r->progress, dir, true, e);
     struct step_state state = {.updates = r->progress.updates, .skips_run = r->progress.skips_run};
     r->model.k->step_write(r->model.dev, r->model.state, &state);
     return status;

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import unittest
+from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -94,7 +95,7 @@ class Ranks(Case):
         """4 steps on two ranks, then 4 on so many: as if it had been those two all along."""
         whole = self.tmp / "whole"
         self.on(2, whole, *COMMON, *OTHER)
-        for ranks, stage in ((1, 1), (2, 1), (2, 2), (3, 0), (4, 2)):
+        for ranks, stage in ((1, 1), (2, 0), (2, 1), (2, 2), (3, 0), (4, 0), (4, 2)):
             with self.subTest(ranks=ranks, stage=stage):
                 run = self.tmp / f"resumed_{ranks}_{stage}"
                 shutil.copytree(whole, run, symlinks=True)
@@ -108,11 +109,38 @@ class Ranks(Case):
                 p = self.on(ranks, run, *COMMON, *OTHER, *batch, f"system.zero_stage={stage}")
                 self.assertIn("resuming from", p.stderr)
                 self.assertSameCurve(whole, run)
-                if (ranks, stage) == (2, 1):
+                if (ranks, stage) in ((2, 0), (2, 1)):
                     self.assertEqual((step_dir(run, 8) / "model.safetensors").read_bytes(),
                                      (step_dir(whole, 8) / "model.safetensors").read_bytes())
                     self.assertEqual(without_timings(lines_of(run / "metrics.jsonl")),
                                      without_timings(lines_of(whole / "metrics.jsonl")))
+
+    def test_stage_0_resumes_to_the_bit(self):
+        """Every rank updates everything, so every rank must get everything back."""
+        for ranks in (2, 4):
+            parts = self.tmp / f"replicas_parts_{ranks}"
+            for steps in (3, 8):
+                self.on(ranks, parts, *COMMON, "system.zero_stage=0", "train.schedule=constant", f"train.steps={steps}")
+            self.on(ranks, self.tmp / f"replicas_constant_{ranks}", *COMMON, "system.zero_stage=0", "train.schedule=constant")
+            for name in ["model.safetensors"] + [f"optimizer-{r:05d}-of-{ranks:05d}.safetensors" for r in range(ranks)]:
+                self.assertEqual((step_dir(parts, 8) / name).read_bytes(),
+                                 (step_dir(self.tmp / f"replicas_constant_{ranks}", 8) / name).read_bytes(), name)
+
+    def test_ranks_with_other_files(self):
+        """Another configuration, other data, or no shared run.dir on one rank: refused before the first step."""
+        other = self.tmp / "other.ini"
+        other.write_text(Path(self.config).read_text().replace("lr = 1e-2", "lr = 1e-3"))
+        data = self.tmp / "otherdata.ini"
+        data.write_text(Path(self.config).read_text().replace("train_*.bin", "val_*.bin"))
+        for config, message in ((other, "rank 1: has another configuration than rank 0"),
+                                (data, "rank 1: ")):
+            p = subprocess.run(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "1", BINARY, "train",
+                                str(self.config), f"run.dir={self.tmp}/alike", *COMMON, ":", "-np", "1", BINARY, "train",
+                                str(config), f"run.dir={self.tmp}/alike", *COMMON], env=MPI, text=True,
+                               capture_output=True, timeout=TIMEOUT, cwd=self.tmp)
+            self.assertEqual(p.returncode, 2, p.stderr)
+            self.assertIn(message, p.stderr)
+        self.assertFalse((self.tmp / "alike" / "metrics.jsonl").exists())
 
     def test_a_rank_s_optimizer_file_is_missing(self):
         run = self.tmp / "missing"

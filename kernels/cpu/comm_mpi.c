@@ -69,7 +69,7 @@ static void give_up(int number) {
 
 /* Of the ranks that wait the first speaks. */
 static void set_alarm(const struct mpi_comm *m, int rank, const char *call) {
-    double seconds = m->timeout + DIE_SECONDS + (rank > 0 ? DEFER_SECONDS : 0);
+    double seconds = m->timeout + DIE_SECONDS + (rank > 0 ? TURN_SECONDS : 0);
     snprintf(
         overdue, sizeof overdue,
         "\ntrain_iha: rank %d: %s has not returned for %.0f s: another rank is dead, stuck or cut off; the "

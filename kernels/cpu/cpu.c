@@ -93,34 +93,6 @@ static void cpu_release(struct device *dev, void *data) {
     munmap(head, *head);
 }
 
-/* The number in a file of the system's, or SIZE_MAX when there is none ("max"). */
-static size_t read_bytes(const char *path) {
-    size_t bytes = SIZE_MAX;
-    FILE *f = fopen(path, "r");
-    if (f && fscanf(f, "%zu", &bytes) != 1)
-        bytes = SIZE_MAX;
-    if (f)
-        fclose(f);
-    return bytes;
-}
-
-/* What the machine has left, or the container we run in, where that is less. */
-static size_t cpu_memory_available(struct device *dev) {
-    (void)dev;
-    FILE *f = fopen("/proc/meminfo", "r");
-    char line[256];
-    size_t kb = 0;
-    while (f && fgets(line, sizeof line, f))
-        if (sscanf(line, "MemAvailable: %zu kB", &kb) == 1)
-            break;
-    if (f)
-        fclose(f);
-    size_t limit = read_bytes("/sys/fs/cgroup/memory.max"),
-           used = read_bytes("/sys/fs/cgroup/memory.current");
-    size_t contained = limit == SIZE_MAX || used == SIZE_MAX ? SIZE_MAX : limit > used ? limit - used : 1;
-    return kb * 1024 < contained ? kb * 1024 : contained;
-}
-
 static void cpu_zero(struct device *dev, void *data, size_t bytes) {
     (void)dev;
     memset(data, 0, bytes);

@@ -24,6 +24,9 @@ static inline void give_way(const struct device *dev) {
         dev->idle_call(dev->idle_context);
 }
 
+/* Bytes the machine, and the containers around this process, still have. */
+size_t cpu_memory_available(struct device *dev);
+
 /* Choose the number of threads (0: this rank's part of the processors) and where they run. */
 int cpu_place_threads(int threads, struct comm *comm);
 

@@ -162,7 +162,7 @@ static void check_trainer(void) {
     struct error e = {0};
     struct progress p = progress;
     char found[MAX_TEXT], value[MAX_TEXT], text[MAX_TEXT + 64], *setting = text;
-    if (checkpoint_resume(run_dir, &model, &config, &p, found, &e) == 1) {
+    if (checkpoint_resume(run_dir, &model, &config, &p, found, true, &e) == 1) {
         CHECK(p.step >= 0 && p.tokens >= 0 && p.sequences >= 0 && p.updates >= 0 && p.skips_run >= 0);
         CHECK(isfinite(p.seconds) && p.seconds >= 0);
         CHECK(strcmp(p.train_fingerprint, progress.train_fingerprint) == 0);
