@@ -174,14 +174,17 @@ class Ranks(Case):
         # The measuring shell runs in the rank's place and asks the system about its child.
         measure = ("import resource, subprocess, sys; status = subprocess.run(sys.argv[1:]).returncode; "
                    "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, flush=True); sys.exit(status)")
+        # What the libraries take by being loaded; those of CUDA 200 MB.
+        p = subprocess.run(["python3", "-c", measure, BINARY, "--version"], capture_output=True, text=True, env=MPI)
+        loaded = int(re.search(r"peak (\d+)", p.stdout)[1]) / 1e3 * 1.024
         for stage in (0, 1, 2):
             run = self.tmp / f"memory_{stage}"
             p = subprocess.run(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "2", "python3", "-c", measure, BINARY,
                                 "train", self.config, f"run.dir={run}", *COMMON, *large, f"system.zero_stage={stage}"], capture_output=True, text=True, env=MPI, cwd=self.tmp, timeout=TIMEOUT)
             self.assertEqual(p.returncode, 0, p.stderr)
             for peak in map(int, re.findall(r"peak (\d+)", p.stdout)):
-                self.assertLess(peak / 1e3 * 1.024, 1.1 * announced[stage] + 60, f"stage {stage}")
-                self.assertGreater(peak / 1e3 * 1.024, 0.8 * announced[stage], f"stage {stage}")
+                self.assertLess(peak / 1e3 * 1.024, 1.1 * announced[stage] + loaded + 40, f"stage {stage}")
+                self.assertGreater(peak / 1e3 * 1.024, 0.8 * announced[stage] + loaded / 2, f"stage {stage}")
 
 
 del Case  # its tests are test_cli's
