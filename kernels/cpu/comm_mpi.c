@@ -315,8 +315,7 @@ static void release(struct mpi_comm *m) {
 static void mpi_close(struct comm *c) {
     struct mpi_comm *m = mpi_of(c);
     set_alarm(m, c->rank, "MPI_Finalize");
-    if (MPI_Finalize() !=
-        MPI_SUCCESS) { /* MPI_Abort is no longer MPI's to answer; the launcher ends the others */
+    if (MPI_Finalize() != MPI_SUCCESS) { /* past that there is no MPI_Abort; the launcher ends the others */
         fprintf(stderr, "\ntrain_iha: rank %d: MPI_Finalize failed; what was saved is good\n", c->rank);
         _exit(EXIT_RUN);
     }
