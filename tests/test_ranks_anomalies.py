@@ -145,7 +145,8 @@ class RanksScenario(Job, Scenario):
         self.check_left(folder / "run", known, what)
         if done.code == 0 and "warning: " not in done.err:
             self.check_end(folder, what)
-        self.again(folder, what)
+        if EVERYTHING or sum(self.tried.values()) % 2:  # of a sample every second one: starting ranks takes its time
+            self.again(folder, what)
         shutil.rmtree(folder)
         return done
 
@@ -220,11 +221,13 @@ class Faults(Case):
         for scenario, ranks in ((self.two(), (0, 1)), (self.three(), (2,))):
             first = next(e.number for e in scenario.traces[1] if e.call == "MPI_Isend")
             last = scenario.counts_of(1)["mpi"]
-            self.try_faults(*[(scenario, (r, f"mpi:{n}")) for r in ranks for n in (*range(1, first + 1, 1 if r == 1 or EVERYTHING else 3), last)])
+            self.try_faults(*[(scenario, (r, f"mpi:{n}")) for r in ranks
+                              for n in (*range(1, first + 1, 1 if r == 1 or EVERYTHING else 3), last)])
 
     def test_mpi_while_training(self):
         two, three = self.two(), self.three()
-        self.try_faults(*self.each(two, ["mpi"], (0, 1)), *self.polls(two, (0, 1)), *self.each(three, ["mpi"], (1, 2), stride=6, whole=7),
+        self.try_faults(*self.each(two, ["mpi"], (0, 1)), *self.polls(two, (0, 1)),
+                        *self.each(three, ["mpi"], (1, 2), stride=6, whole=7),
                         *self.each(self.resumed(), ["mpi"], (0, 1), stride=4, whole=7))
 
     def test_mpi_breaks(self):
@@ -241,7 +244,8 @@ class Faults(Case):
             lines = [line for line in done.err.splitlines() if "train_iha: " in line]
             what = f"rank 1 stops in call {number} of MPI in {folder}"
             need((done.code, len(lines)) == (1, 1), what, "exit code", done.code, done.err[-2000:])
-            need("no answer from rank 1 " in lines[0] if number < last else "rank 0: MPI_Finalize" in lines[0], what, lines)
+            need("no answer from rank 1 " in lines[0] or (number == last and "rank 0: MPI_Finalize" in lines[0]), what,
+                 lines)  # its last message may be on its way still
             two.check_left(folder / "run", done.trace, what)
             two.again(folder, what)
             shutil.rmtree(folder)
@@ -251,7 +255,8 @@ class Faults(Case):
         self.assertEqual(len(wrong), 0, "\n".join(wrong))
 
     def test_memory(self):
-        self.try_faults(*self.each(self.two(), MEMORY, (0, 1)), *self.each(self.resumed(), MEMORY, (1, 0), stride=2))
+        self.try_faults(*self.each(self.two(), MEMORY, (0, 1)),
+                        *self.each(self.resumed(), MEMORY if EVERYTHING else ["alloc", "library"], (1, 0), stride=2))
 
     def test_memory_is_gone_for_good(self):
         self.try_faults(*self.each(self.two(), ["alloc"], (1, 0), "+", stride=2, whole=5))
@@ -261,7 +266,7 @@ class Faults(Case):
 
     def test_writing(self):
         self.try_faults(*self.each(self.two(), CHANGES, (1,)), *self.each(self.two(), CHANGES, (0,), stride=2),
-                        *self.each(self.resumed(), CHANGES, (0, 1), stride=4))
+                        *self.each(self.resumed(), CHANGES if EVERYTHING else ["rename", "remove"], (0, 1), stride=2))
 
     def test_disk_stays_full(self):
         kinds = ("write",)
@@ -328,7 +333,7 @@ class Faults(Case):
 class Kills(Case):
     """kill -9 of a rank or of mpirun at any moment, again and again, until the run is through."""
 
-    KILLS = int(os.environ.get("KILLS", 200 if EVERYTHING else 32))
+    KILLS = int(os.environ.get("KILLS", 200 if EVERYTHING else 24))
     SEED = int(os.environ.get("SEED", 0)) or random.SystemRandom().randrange(1, 1 << 30)
 
     @staticmethod
