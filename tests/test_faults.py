@@ -125,6 +125,19 @@ class Case(unittest.TestCase):
         return cls.scenarios["fresh"]
 
     @classmethod
+    def killed(cls, name, args, at, wanted):
+        """A folder whose run was killed at about its `at`-th change of the disk, such that `wanted` is true of it. A
+        checkpoint is written on a thread of its own, so the changes do not always come in the same order."""
+        folder = cls.scratch / name
+        for attempt in range(60):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            offset = (attempt + 1) // 2 * (1 if attempt % 2 else -1) // 2
+            if run(args, folder, f"crash:{max(1, at + offset)}:before").code == -9 and wanted(folder / "run"):
+                return folder
+        raise AssertionError(f"{name}: never killed at the right moment")
+
+    @classmethod
     def resumed(cls):
         """The rest of a run that was killed just before its third checkpoint became one, and left everything about
         that a run can leave; with a tokenizer file, and a learning rate that makes the first checkpoint the best."""
@@ -134,10 +147,8 @@ class Case(unittest.TestCase):
             plain = Scenario("plain", args, cls.scratch)
             at = next(i for i, e in enumerate(plain.disk_events())
                       if e.kind == "rename" and e.path2.endswith("step_00000006"))
-            template = cls.scratch / "killed"
-            template.mkdir()
-            killed = run(args, template, f"crash:{at + 1}:before")
-            need(killed.code == -9, killed.code, killed.err)
+            template = cls.killed("killed", args, at + 1, lambda at: (at / "step_00000006.tmp/trainer.json").exists()
+                                  and (at / "step_00000004").exists())
             run_dir = template / "run"
             with open(run_dir / "metrics.jsonl", "a") as f:
                 f.write('{"step": 7, "loss": 4.')
@@ -158,11 +169,10 @@ class Case(unittest.TestCase):
         """A run whose newest checkpoint does not load: it goes back to the one before and saves the step again."""
         if "damaged" not in cls.scenarios:
             plain = Scenario("plain", ["train", cls.config], cls.scratch)
-            template = cls.scratch / "damaged"
-            template.mkdir()
             at = next(i for i, e in enumerate(plain.disk_events())
                       if e.kind == "mkdir" and e.path.endswith("step_00000006.tmp"))
-            need(run(plain.args, template, f"crash:{at + 1}:before").code == -9)
+            template = cls.killed("damaged", plain.args, at + 1, lambda at: (at / "step_00000004").exists()
+                                  and not (at / "step_00000006").exists())
             model = template / "run" / "step_00000004" / "model.safetensors"
             model.write_bytes(model.read_bytes()[:1000])
             scenario = Scenario("damaged", plain.args, cls.scratch, template, damaged=[4])
