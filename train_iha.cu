@@ -651,17 +651,15 @@ static void let_messages_move(void *comm) {
     ((struct comm *)comm)->ops->progress(comm);
 }
 
-/* A run.dir that only some hosts see would cost the first checkpoint: all must find what rank 0 has just
- * written into it, and be able to write themselves. */
+/* A run.dir that only some hosts see would cost the first checkpoint: all must find rank 0's lock there, and
+ * be able to write. */
 static int check_run_dir(struct run *r, struct error *e) {
-    char path[MAX_TEXT + 64], text[64] = "", mine[64];
-    snprintf(path, sizeof path, "%s/ranks", r->config.run.dir);
-    snprintf(mine, sizeof mine, "%lld %.9f", (long long)getpid(), now());
-    if (comm_agree(r->comm, leads(r) ? files_write_synced(path, mine, strlen(mine), e) : 0, e) != 0)
-        return -1;
-    memmove(mine, comm_tell(r->comm, mine, sizeof mine), sizeof mine); /* rank 0's */
+    char path[MAX_TEXT + 64];
+    long pid = (long)getpid(), found = -1;
+    snprintf(path, sizeof path, "%s/lock", r->config.run.dir);
+    memcpy(&pid, comm_tell(r->comm, &pid, sizeof pid), sizeof pid); /* rank 0's */
     FILE *f = fopen(path, "r");
-    bool same = f && fgets(text, sizeof text, f) && strcmp(text, mine) == 0;
+    bool same = f && fscanf(f, "%ld", &found) == 1 && found == pid;
     if (f)
         fclose(f);
     int status =
@@ -671,10 +669,7 @@ static int check_run_dir(struct run *r, struct error *e) {
                         "%s: not the directory that rank 0 writes to, or not writable; run.dir must be "
                         "on a file system that all hosts share",
                         r->config.run.dir);
-    status = comm_agree(r->comm, status, e);
-    if (leads(r))
-        unlink(path);
-    return status;
+    return comm_agree(r->comm, status, e);
 }
 
 struct digest {

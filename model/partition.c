@@ -41,10 +41,11 @@ static int clip_groups(struct share *s, const struct param_group *groups, int co
 }
 
 static void cut(struct partition *p) {
-    int64_t grain = 64 * p->ranks;
+    int64_t grain = 64 * p->ranks, most = p->unit_at[p->units] / MAX_BUCKETS;
+    most = most > BUCKET_ELEMENTS ? most : BUCKET_ELEMENTS;
     for (int u = 0; u < p->units; u++) {
         int64_t begin = p->unit_at[u], end = p->unit_at[u + 1];
-        int64_t parts = (end - begin + BUCKET_ELEMENTS - 1) / BUCKET_ELEMENTS;
+        int64_t parts = (end - begin + most - 1) / most;
         int64_t each = parts ? ((end - begin + parts - 1) / parts + grain - 1) / grain * grain : 0;
         for (; begin < end; begin += each) {
             int64_t stop = begin + each < end ? begin + each : end;

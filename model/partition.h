@@ -17,7 +17,7 @@
 #include "kernels/kernels.h"
 #include "model/params.h"
 
-enum { BUCKET_ELEMENTS = 4 << 20 };
+enum { BUCKET_ELEMENTS = 4 << 20, MAX_BUCKETS = 1 << 16 /* about: beyond, they are larger */ };
 
 struct bucket {
     int64_t begin, end; /* elements of the flat buffer */
