@@ -60,6 +60,7 @@ static const struct {
     [LIST] = {"list", EIO, false},
     [THREAD] = {"thread", EAGAIN, false},
     [MPI] = {"mpi", EIO, false},
+    [FINALIZE] = {"finalize", EIO, false},
     [POLL] = {"poll", EIO, false},
 };
 

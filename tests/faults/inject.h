@@ -30,6 +30,7 @@ enum fault_class {
     LIST, /* the names in a directory */
     THREAD,
     MPI,
+    FINALIZE,
     POLL, /* MPI_Test and the like: how often they are called depends on the moment */
     CLASS_COUNT
 };

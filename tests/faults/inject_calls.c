@@ -297,7 +297,7 @@ PLAIN(int, pthread_create, (pthread_t * thread, const pthread_attr_t *a, void *(
     PLAIN(int, name, (WORDS), (a, b, c, d, e, f, g, h, i, j, k, l), class, NULL, NULL, -1, 15)
 RANKS(MPI, MPI_Init)
 RANKS(MPI, MPI_Init_thread)
-RANKS(MPI, MPI_Finalize)
+RANKS(FINALIZE, MPI_Finalize)
 RANKS(MPI, MPI_Abort)
 RANKS(MPI, MPI_Error_string)
 RANKS(MPI, MPI_Get_processor_name)
