@@ -195,7 +195,7 @@ class Peers(Case):
         code, text = run.wait(3 + 15)
         self.assertGreater(time.monotonic() - begin, 2.9)
         self.assertEqual(code, 1, text)
-        self.assert_names(text, 1, HOST)
+        self.assert_names(text, 1, HOST, once=False)  # a second may speak before mpirun has ended it
         run.nothing_left()
 
     def test_all_suspended(self):
