@@ -44,7 +44,8 @@ MPI_LIBS := $(shell pkg-config --libs ompi-c 2>/dev/null || mpicc --showme:link 
 ifeq ($(MPI_LIBS),)
 KERNELS := $(filter-out kernels/cpu/comm_mpi.c,$(KERNELS))
 else
-COMMON += -DWITH_MPI $(patsubst -I%,-isystem %,$(MPI_CFLAGS))
+MPI_FLAGS = -DWITH_MPI $(patsubst -I%,-isystem %,$(MPI_CFLAGS))
+COMMON += $(MPI_FLAGS)
 LIBS += $(MPI_LIBS)
 endif
 MODEL = $(wildcard model/*.c)

@@ -15,18 +15,18 @@ faults: deps
 	@FAULTS=all TRAIN_IHA=$(BINARY) .venv/bin/python -m unittest -v tests.test_faults tests.test_ranks_anomalies
 
 # Valgrind knows no AVX-512, so its binary is one for older machines.
-WATCHED = -std=gnu17 -g -O1 -march=x86-64-v3 -fopenmp -I. $(WARNINGS)
+WATCHED = -std=gnu17 -g -O1 -march=x86-64-v3 -fopenmp -I. $(MPI_FLAGS) $(WARNINGS)
 leaks: deps
 	@command -v valgrind >/dev/null || { echo "make: valgrind is not installed: apt-get install valgrind" >&2; exit 2; }
 	@$(MAKE) --no-print-directory $(LEAKS)
 	@$(MAKE) --no-print-directory SANITIZE=1
-	@$(MAKE) --no-print-directory BUILD=build/valgrind CFLAGS="$(WATCHED)" BINARY=build/valgrind/train_iha
+	@$(MAKE) --no-print-directory CUDA=0 BUILD=build/valgrind CFLAGS="$(WATCHED)" BINARY=build/valgrind/train_iha
 	$(WHOLE_RUNS) lsan $(LEAKS)
 	$(WHOLE_RUNS) lsan build/sanitize/train_iha
 	$(WHOLE_RUNS) valgrind build/valgrind/train_iha
 
 tsan: deps
-	@$(MAKE) --no-print-directory BUILD=build/tsan CFLAGS="$(WATCHED) -fsanitize=thread" BINARY=build/tsan/train_iha
+	@$(MAKE) --no-print-directory CUDA=0 BUILD=build/tsan CFLAGS="$(WATCHED) -fsanitize=thread" BINARY=build/tsan/train_iha
 	$(WHOLE_RUNS) tsan build/tsan/train_iha
 
 $(INJECT): $(wildcard tests/faults/*.c tests/faults/*.h)
