@@ -3,12 +3,14 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 static struct stream {
+    atomic_bool taken; /* by a thread: a checkpoint is written on one of its own */
     FILE *file;
     int fd; /* -1: memory */
     char *data, **data_out;
@@ -17,7 +19,7 @@ static struct stream {
 
 static struct stream *free_stream(void) {
     for (int i = 0; i < 64; i++)
-        if (!streams[i].file)
+        if (!atomic_exchange(&streams[i].taken, true))
             return &streams[i];
     abort();
 }
@@ -39,6 +41,7 @@ static int shut(void *cookie) {
     bool fail = enter(CLOSE, "stream close", NULL, NULL, s->fd) == FAIL;
     int err = errno, result = (int)syscall(SYS_close, s->fd);
     s->file = NULL;
+    atomic_store(&s->taken, false);
     if (fail)
         errno = err;
     return fail ? -1 : result;
@@ -50,8 +53,10 @@ FILE *stream_open(const char *path, const char *mode) {
                                                                             : O_CREAT | O_TRUNC);
     struct stream *s = free_stream();
     s->fd = (int)syscall(SYS_openat, AT_FDCWD, path, flags | (strchr(mode, 'e') ? O_CLOEXEC : 0), 0666);
-    if (s->fd < 0)
+    if (s->fd < 0) {
+        atomic_store(&s->taken, false);
         return NULL;
+    }
     opened(s->fd);
     s->file = fopencookie(s, "w", (cookie_io_functions_t){.write = put, .close = shut});
     return s->file;
@@ -94,12 +99,16 @@ static int seek_memory(void *cookie, off64_t *at, int whence) {
 static int shut_memory(void *cookie) {
     struct stream *s = cookie;
     s->file = NULL;
+    atomic_store(&s->taken, false);
     return 0;
 }
 
 FILE *stream_memory(char **data, size_t *length) {
     struct stream *s = free_stream();
-    *s = (struct stream){.fd = -1, .data_out = data, .length_out = length};
+    s->fd = -1;
+    s->data_out = data;
+    s->length_out = length;
+    s->length = 0;
     *length = 0;
     *data = s->data = calloc(1, 1);
     s->file = fopencookie(
