@@ -49,10 +49,8 @@ struct run {
     struct metrics *metrics;
     struct progress progress;
     struct saver *saver;
-    bool saves_behind;            /* saving goes on while the next steps run */
-    struct checkpoint_job saving; /* what the saver is at, or was last */
-    int posted;                   /* steps whose state has not been collected yet */
-    double clock;                 /* when the last was, or training went on after something else */
+    int posted;   /* steps whose state has not been collected yet */
+    double clock; /* when the last was, or training went on after something else */
     int lock;
     int32_t *tokens, *targets; /* one pass, [micro_batch, seq_len] */
     double flops_per_token;
@@ -384,7 +382,7 @@ static int open_sampler(struct run *r, struct error *e) {
                           DECODE_CHUNK, e);
 }
 
-static void announce(struct run *r) {
+static void announce(struct run *r, bool saves_behind) {
     const struct config *c = &r->config;
     if (!leads(r))
         return;
@@ -397,7 +395,7 @@ static void announce(struct run *r) {
             (double)r->model.params.learned / 1e6, (long long)c->model.num_hidden_layers,
             (long long)shards_tokens(r->train), shards_files(r->train),
             shards_files(r->train) == 1 ? "" : "s", (long long)c->train.batch_tokens);
-    if (!r->saves_behind)
+    if (!saves_behind)
         fprintf(stderr, "saving: no memory for a copy of %.2f GB, so training waits while it saves\n",
                 (double)saver_copy_bytes(&r->model) / 1e9);
 }
@@ -495,74 +493,20 @@ static int record_steps(struct run *r, int ahead, struct error *e) {
     return status;
 }
 
-/* ---- saving -------------------------------------------------------------------------------------------- */
-
-/* What ranks tell each other after every step. */
-struct pulse {
-    int stop;   /* the signal that asks for an end */
-    int failed; /* the step, or what came with it */
-    enum saver_state saver;
-};
-
-/* Of all ranks: any signal, any failure, and the saver's state that is furthest from done. */
-static void share_pulse(struct run *r, struct pulse *p) {
-    p->saver = saver_state(r->saver);
-    const struct pulse *all = comm_tell(r->comm, p, sizeof *p);
-    *p = all[0];
-    for (int i = 1; i < r->comm->ranks; i++) {
-        p->stop = p->stop ? p->stop : all[i].stop;
-        p->failed |= all[i].failed;
-        if (all[i].saver == SAVER_WRITING || (all[i].saver != SAVER_IDLE && p->saver != SAVER_WRITING))
-            p->saver = all[i].saver;
-    }
-}
-
-/* All ranks have written their files. */
-static int publish(struct run *r, struct error *e) {
-    if (comm_agree(r->comm, saver_collect(r->saver, e), e) == 0 &&
-        comm_agree(r->comm, leads(r) ? checkpoint_publish(&r->saving, e) : 0, e) == 0)
-        return 0;
-    if (leads(r))
-        checkpoint_clean(r->config.run.dir);
-    e->exit_code = EXIT_RUN;
-    return -1;
-}
-
-/* Wait for the checkpoint that is being written, if there is one, and make it appear. */
-static int finish_save(struct run *r, struct error *e) {
-    for (;;) {
-        struct pulse pulse = {0};
-        share_pulse(r, &pulse);
-        if (pulse.saver == SAVER_IDLE)
-            return 0;
-        if (pulse.saver != SAVER_WRITING)
-            return publish(r, e);
-        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
-    }
-}
+/* ---- between steps ------------------------------------------------------------------------------------- */
 
 /* What led up to a checkpoint is on the disk before it. */
-static int begin_save(struct run *r, struct error *e) {
-    return metrics_sync(r->metrics, e) != 0 ? -1 : checkpoint_begin(r->config.run.dir, r->progress.step, e);
-}
-
 static int save(struct run *r, bool wait, struct error *e) {
-    const struct config *c = &r->config;
-    wait = wait || !r->saves_behind;
-    if (finish_save(r, e) != 0 || comm_agree(r->comm, leads(r) ? begin_save(r, e) : 0, e) != 0)
+    const struct checkpoint_job job = {.run_dir = r->config.run.dir,
+                                       .config = &r->config,
+                                       .tokenizer = r->tokenizer_text,
+                                       .tokenizer_bytes = r->tokenizer_bytes,
+                                       .progress = r->progress,
+                                       .from = {.model = &r->model}};
+    if (comm_agree(r->comm, leads(r) ? metrics_sync(r->metrics, e) : 0, e) != 0)
         return -1;
-    r->saving = (struct checkpoint_job){.run_dir = c->run.dir,
-                                        .config = c,
-                                        .tokenizer = r->tokenizer_text,
-                                        .tokenizer_bytes = r->tokenizer_bytes,
-                                        .progress = r->progress,
-                                        .from = {.model = &r->model}};
-    if (comm_agree(r->comm, saver_start(r->saver, &r->saving, !wait, e), e) != 0)
-        return -1;
-    return wait ? finish_save(r, e) : 0;
+    return saver_save(r->saver, &job, wait, e);
 }
-
-/* ---- between steps ------------------------------------------------------------------------------------- */
 
 static int evaluate_now(struct run *r, bool saves, struct error *e) {
     struct progress *p = &r->progress;
@@ -627,6 +571,25 @@ static int finish_run(struct run *r, int stop) {
     return 0;
 }
 
+/* What ranks tell each other after every step. */
+struct pulse {
+    int stop;   /* the signal that asks for an end */
+    int failed; /* the step, or what came with it */
+    enum saver_state saver;
+};
+
+/* Of all ranks: any signal, any failure, and how far the checkpoint under way is. */
+static struct pulse share_pulse(struct run *r, struct pulse mine) {
+    const struct pulse *told = comm_tell(r->comm, &mine, sizeof mine);
+    struct pulse all = told[0];
+    for (int i = 1; i < r->comm->ranks; i++) {
+        all.stop = all.stop ? all.stop : told[i].stop;
+        all.failed |= told[i].failed;
+        all.saver = saver_together(all.saver, told[i].saver);
+    }
+    return all;
+}
+
 static int train_loop(struct run *r, struct error *e) {
     const int64_t steps = r->config.train.steps;
     struct pulse pulse = {0};
@@ -635,13 +598,10 @@ static int train_loop(struct run *r, struct error *e) {
         train_step(r);
         int status = record_steps(r, r->k->run_ahead, e);
         /* A signal is looked for once a step: one that comes while saving ends the next step. */
-        pulse = (struct pulse){.stop = signals_asked(), .failed = status != 0};
-        share_pulse(r, &pulse);
+        pulse = share_pulse(r, (struct pulse){signals_asked(), status != 0, saver_state(r->saver)});
         if (pulse.failed && comm_agree(r->comm, status, e) != 0)
             return -1;
-        if ((pulse.saver == SAVER_WRITTEN || pulse.saver == SAVER_FAILED) && publish(r, e) != 0)
-            return -1;
-        if (between_steps(r, pulse.stop, e) != 0)
+        if (saver_advance(r->saver, pulse.saver, e) != 0 || between_steps(r, pulse.stop, e) != 0)
             return -1;
     }
     return finish_run(r, pulse.stop);
@@ -762,13 +722,11 @@ static int train(struct run *r, int argc, char **argv, struct error *e) {
     }
     if (comm_agree(r->comm, prepare_loop(r, e), e) != 0)
         return -1;
-    r->saves_behind = saver_reserve(r->saver, &r->model, host_memory_left(r));
-    r->saves_behind = comm_agree(r->comm, r->saves_behind ? 0 : -1, &(struct error){0}) == 0;
-    announce(r);
+    announce(r, saver_reserve(r->saver, &r->model, host_memory_left(r)));
     int status = train_loop(r, e);
     struct error ignored; /* a checkpoint under way is worth finishing whatever ended the run */
     if (status != 0)
-        finish_save(r, &ignored);
+        saver_finish(r->saver, &ignored);
     return status;
 }
 
