@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "data/shards.h"
+#include "data/text.h"
 #include "data/tokenizer.h"
 #include "kernels/comm.h"
 #include "kernels/kernels.h"
@@ -22,12 +23,15 @@
 #include "model/files.h"
 #include "model/flops.h"
 #include "model/generate.h"
+#include "model/generate_options.h"
 #include "model/info.h"
 #include "model/metrics.h"
 #include "model/model.h"
+#include "model/ranks.h"
 #include "model/saver.h"
 #include "model/schedule.h"
 #include "model/signals.h"
+#include "model/start.h"
 
 static const char VERSION[] = "0.1.0";
 
@@ -172,37 +176,6 @@ static double evaluate(struct run *r, int64_t batches, int64_t *tokens) {
 
 /* ---- printing samples -------------------------------------------------------------------------------- */
 
-struct printer {
-    const struct tokenizer *tokenizer;
-    FILE *out, *copy; /* copy: NULL, or a second place */
-    int32_t end_of_text;
-};
-
-static void print_to(FILE *out, const struct tokenizer *tokenizer, int32_t token) {
-    size_t length;
-    if (!tokenizer) {
-        fprintf(out, "%d ", token);
-        return;
-    }
-    const char *text = tokenizer_decode(tokenizer, token, &length);
-    fwrite(text, 1, length, out);
-}
-
-static void print_token(const struct printer *p, int32_t token) {
-    print_to(p->out, p->tokenizer, token);
-    if (p->copy)
-        print_to(p->copy, p->tokenizer, token);
-}
-
-static bool emit(void *context, int32_t token) {
-    struct printer *p = context;
-    if (token == p->end_of_text)
-        return false;
-    print_token(p, token);
-    fflush(p->out);
-    return true;
-}
-
 enum { SAMPLE_TOKENS = 256, DECODE_CHUNK = 64 };
 
 /* A sample that nobody reads: the other ranks make it too, rather than wait for rank 0 past their deadline.
@@ -222,11 +195,11 @@ static int print_sample(struct run *r, struct error *e) {
     FILE *file = fopen(path, "a");
     if (!file)
         return fail_run(e, "%s: cannot write: %s; %s", path, strerror(errno), files_advice(errno));
-    struct printer p = {r->tokenizer, stdout, file, end};
+    struct text_writer w = {r->tokenizer, stdout, file, end};
     status_break(r->metrics);
     printf("---- sample at step %lld\n", (long long)r->progress.step);
     fprintf(file, "---- step %lld\n", (long long)r->progress.step);
-    int status = generate(&r->decoder, &start, 1, r->decoder.capacity - 1, &how, emit, &p, e);
+    int status = generate(&r->decoder, &start, 1, r->decoder.capacity - 1, &how, text_emit, &w, e);
     printf("\n----\n");
     fflush(stdout);
     fprintf(file, "\n");
@@ -281,96 +254,6 @@ static int check_disk(const struct run *r, struct error *e) {
         return fail_user(
             e, "%s: a checkpoint takes %.1f MB and %.1f MB is free; free some, or set another run.dir",
             r->config.run.dir, need / 1e6, (double)have / 1e6);
-    return 0;
-}
-
-/* The checkpoint that `path` names: where it is a run that goes on, ranks must not choose each for itself. */
-static int find_together(struct run *r, const char *path, char dir[MAX_TEXT], struct error *e) {
-    memset(dir, 0, MAX_TEXT);
-    if (comm_agree(r->comm, leads(r) ? checkpoint_find(path, dir, e) : 0, e) != 0)
-        return -1;
-    memmove(dir, comm_tell(r->comm, dir, MAX_TEXT), MAX_TEXT); /* rank 0's */
-    return 0;
-}
-
-/* Weights of another geometry may fit by their shapes and mean nothing. */
-static int check_geometry(const char *dir, const struct model_config *now, struct error *e) {
-    struct model_config then;
-    if (checkpoint_read_config(dir, &then, e) != 0)
-        return -1;
-    const char *differs = then.num_attention_heads != now->num_attention_heads ? "num_attention_heads"
-                          : then.head_dim != now->head_dim                     ? "head_dim"
-                          : then.activation != now->activation                 ? "activation"
-                          : then.norm != now->norm                             ? "norm"
-                          : then.num_pseudo_heads != now->num_pseudo_heads     ? "num_pseudo_heads"
-                          : then.iha_collapse != now->iha_collapse             ? "iha_collapse"
-                          : then.position_embedding != now->position_embedding ? "position_embedding"
-                                                                               : NULL;
-    if (!differs)
-        return 0;
-    return fail_user(e,
-                     "train.init_from: %s is of another model: its %s (in config.json) is not model.%s; make "
-                     "them the same",
-                     dir, differs, differs);
-}
-
-/* Weights, and where asked for the optimizer's state, of another run. */
-static int load_from(struct run *r, const char *dir, struct error *e) {
-    if (check_geometry(dir, &r->config.model, e) != 0 || checkpoint_load_weights(dir, &r->model, 0, e) != 0)
-        return -1;
-    if (leads(r))
-        fprintf(stderr, "weights from %s\n", dir);
-    if (r->config.train.init_optimizer != OPTIMIZER_KEEP)
-        return 0;
-    struct progress from;
-    if (checkpoint_read_progress(dir, &from, e) != 0)
-        return -1;
-    r->progress.updates = from.updates; /* the moments' age, for their bias correction */
-    return checkpoint_load_optimizer(dir, &r->model, e);
-}
-
-static int start_from(struct run *r, const char *path, struct error *e) {
-    char dir[MAX_TEXT];
-    return find_together(r, path, dir, e) != 0 || comm_agree(r->comm, load_from(r, dir, e), e) != 0 ? -1 : 0;
-}
-
-/* Every rank loads the newest checkpoint that loads; all must have found the same. 1: resumed, 0: there is
- * none. */
-static int resume(struct run *r, struct error *e) {
-    char dir[MAX_TEXT] = "";
-    int status = checkpoint_resume(r->config.run.dir, &r->model, &r->config, &r->progress, dir, leads(r), e);
-    if (comm_agree(r->comm, status < 0 ? -1 : 0, e) != 0)
-        return -1;
-    const char *first = comm_tell(r->comm, dir, MAX_TEXT);
-    if (strcmp(first, dir) != 0)
-        status = fail_user(e,
-                           "finds \"%s\" where rank 0 finds \"%s\"; run.dir must be the same for all ranks: "
-                           "start again",
-                           dir, first);
-    if (status == 1 && leads(r)) {
-        fprintf(stderr, "resuming from %s\n", dir);
-        status = checkpoint_settle(r->config.run.dir, &r->config, &r->progress, e) == 0 ? 1 : -1;
-    }
-    return comm_agree(r->comm, status < 0 ? -1 : 0, e) == 0 ? status : -1;
-}
-
-/* Continue the newest checkpoint, or begin. */
-static int resume_or_initialize(struct run *r, struct error *e) {
-    struct config *c = &r->config;
-    struct progress *p = &r->progress;
-    int status = resume(r, e);
-    if (status < 0)
-        return -1;
-    if (status == 0 && comm_agree(r->comm, model_initialize(&r->model, (uint64_t)c->train.seed, e), e) != 0)
-        return -1;
-    if (status == 0 && c->train.init_from[0] && start_from(r, c->train.init_from, e) != 0)
-        return -1;
-    struct step_state state = {.updates = p->updates,
-                               .skips_run = p->skips_run,
-                               .norm_count = p->norm_count,
-                               .norm_mean = p->norm_mean,
-                               .norm_variance = p->norm_variance};
-    r->k->step_write(r->dev, r->model.state, &state);
     return 0;
 }
 
@@ -611,57 +494,6 @@ static void let_messages_move(void *comm) {
     ((struct comm *)comm)->ops->progress(comm);
 }
 
-/* A run.dir that only some hosts see would cost the first checkpoint: all must find rank 0's lock there, and
- * be able to write. */
-static int check_run_dir(struct run *r, struct error *e) {
-    char path[MAX_TEXT + 64];
-    long pid = (long)getpid(), found = -1;
-    snprintf(path, sizeof path, "%s/lock", r->config.run.dir);
-    memcpy(&pid, comm_tell(r->comm, &pid, sizeof pid), sizeof pid); /* rank 0's */
-    FILE *f = fopen(path, "r");
-    bool same = f && fscanf(f, "%ld", &found) == 1 && found == pid;
-    if (f)
-        fclose(f);
-    int status =
-        same && access(r->config.run.dir, W_OK) == 0
-            ? 0
-            : fail_user(e,
-                        "%s: not the directory that rank 0 writes to, or not writable; run.dir must be "
-                        "on a file system that all hosts share",
-                        r->config.run.dir);
-    return comm_agree(r->comm, status, e);
-}
-
-struct digest {
-    uint64_t settings, data;
-};
-
-static void add_text(uint64_t *hash, const char *text) { /* FNV-1a */
-    for (; *text; text++)
-        *hash = (*hash ^ (unsigned char)*text) * 0x100000001b3u;
-}
-
-static void add_setting(void *context, const char *key, const char *value) {
-    add_text(context, key);
-    add_text(context, value);
-}
-
-/* Ranks that were started with different files would train nobody's model. */
-static int check_alike(struct run *r, struct error *e) {
-    struct digest mine = {1, 1}, first;
-    config_visit(&r->config, add_setting, &mine.settings);
-    add_text(&mine.data, r->progress.train_fingerprint);
-    add_text(&mine.data, r->progress.val_fingerprint);
-    memcpy(&first, comm_tell(r->comm, &mine, sizeof mine), sizeof first);
-    int status = 0;
-    if (first.settings != mine.settings)
-        status = fail_user(e, "has another configuration than rank 0; give all the same file and overrides");
-    else if (first.data != mine.data)
-        status = fail_user(e, "finds other training or validation data than rank 0 under the same names; all "
-                              "hosts must have the same shards");
-    return comm_agree(r->comm, status, e);
-}
-
 /* What each rank does for itself, and on which all must agree before any memory is shared. */
 static int prepare_alone(struct run *r, int argc, char **argv, struct error *e) {
     if (config_load(&r->config, argv[0], argc - 1, argv + 1, r->comm->ranks, e) != 0)
@@ -672,9 +504,11 @@ static int prepare_alone(struct run *r, int argc, char **argv, struct error *e) 
 
 static int prepare_training(struct run *r, int argc, char **argv, struct error *e) {
     if (comm_agree(r->comm, prepare_alone(r, argc, argv, e), e) != 0 ||
-        (!alone(r) && (check_alike(r, e) != 0 || check_run_dir(r, e) != 0)) ||
+        (!alone(r) && (ranks_check_alike(r->comm, &r->config, &r->progress, e) != 0 ||
+                       ranks_check_run_dir(r->comm, r->config.run.dir, e) != 0)) ||
         comm_agree(r->comm, open_device(r, e), e) != 0 ||
-        comm_agree(r->comm, build_model(r, true, e), e) != 0 || resume_or_initialize(r, e) != 0)
+        comm_agree(r->comm, build_model(r, true, e), e) != 0 ||
+        start_run(&r->model, &r->config, &r->progress, e) != 0)
         return -1;
     if (!alone(r))
         r->k->set_idle_call(r->dev, let_messages_move, r->comm);
@@ -767,7 +601,7 @@ static int prepare_eval(struct run *r, const char *dir, int argc, char **argv, s
 
 static int eval(struct run *r, int argc, char **argv, struct error *e) {
     char dir[MAX_TEXT];
-    if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)) || find_together(r, argv[0], dir, e) != 0 ||
+    if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)) || ranks_find_checkpoint(r->comm, argv[0], dir, e) != 0 ||
         comm_agree(r->comm, prepare_eval(r, dir, argc, argv, e), e) != 0 ||
         comm_agree(r->comm, open_device(r, e), e) != 0 ||
         comm_agree(r->comm, build_model(r, false, e), e) != 0 ||
@@ -781,88 +615,6 @@ static int eval(struct run *r, int argc, char **argv, struct error *e) {
     if (leads(r))
         printf("val_loss %.7f %lld\n", loss, (long long)tokens);
     return 0;
-}
-
-struct generate_options {
-    const char *prompt;
-    int64_t tokens;
-    struct sampling sampling;
-    int override_count;
-    char **overrides;
-};
-
-static int parse_number(const char *option, const char *text, bool whole, double most, double *out,
-                        struct error *e) {
-    char *end;
-    *out = strtod(text, &end);
-    if (end == text || *end || !(*out >= 0 && *out <= most) || (whole && *out != floor(*out)))
-        return fail_user(e, "%s %s: not a %snumber from 0 to %.0f", option, text, whole ? "whole " : "",
-                         most);
-    return 0;
-}
-
-static int parse_generate(int argc, char **argv, struct generate_options *o, struct error *e) {
-    static const char *const known[] = {"--prompt", "--tokens", "--temperature", "--top-k", "--seed", NULL};
-    *o = (struct generate_options){.prompt = "", .tokens = 256, .sampling = {0.8, 0, 1}, .overrides = argv};
-    for (int i = 0; i < argc; i++) {
-        double number = 0;
-        if (argv[i][0] != '-') {
-            o->overrides[o->override_count++] = argv[i];
-            continue;
-        }
-        int which = 0;
-        while (known[which] && strcmp(argv[i], known[which]) != 0)
-            which++;
-        const char *near = nearest_name(argv[i], known);
-        if (!known[which])
-            return fail_user(e, "generate: unknown option %s%s%s; see train_iha generate --help", argv[i],
-                             near ? "; did you mean " : "", near ? near : "");
-        if (i + 1 == argc)
-            return fail_user(e, "generate: %s needs a value", argv[i]);
-        const char *value = argv[i + 1];
-        double most = which == 1 ? 1e7 : which == 2 ? 100 : 9e15;
-        if (which > 0 && parse_number(argv[i], value, which != 2, most, &number, e) != 0)
-            return -1;
-        i++;
-        switch (which) {
-        case 0:
-            o->prompt = value;
-            break;
-        case 1:
-            o->tokens = (int64_t)number;
-            break;
-        case 2:
-            o->sampling.temperature = number;
-            break;
-        case 3:
-            o->sampling.top_k = (int64_t)number;
-            break;
-        default:
-            o->sampling.seed = (uint64_t)number;
-        }
-    }
-    return 0;
-}
-
-/* Without a tokenizer a prompt is token ids. */
-static int64_t parse_ids(const char *text, int64_t vocab, int32_t **ids, struct error *e) {
-    int64_t count = 0;
-    *ids = malloc((strlen(text) + 1) * sizeof **ids);
-    if (!*ids)
-        return fail_run(e, "out of memory for the prompt");
-    for (char *end; *text; text = end) {
-        long id = strtol(text, &end, 10);
-        if (end == text && strspn(text, " ") == strlen(text))
-            break;
-        if (end == text || id < 0 || id >= vocab)
-            return fail_user(
-                e,
-                "--prompt: the checkpoint has no tokenizer, so the prompt must be token ids below "
-                "%lld; '%.20s' is not one (or name one: data.tokenizer=FILE)",
-                (long long)vocab, text);
-        (*ids)[count++] = (int32_t)id;
-    }
-    return count;
 }
 
 /* The tokenizer that travelled with the checkpoint, unless the user names one. */
@@ -882,8 +634,8 @@ static int generate_text(struct run *r, const struct generate_options *o, struct
     int32_t *ids = NULL, end = r->tokenizer ? tokenizer_end_of_text(r->tokenizer) : -1;
     int64_t vocab = r->config.model.vocab_size;
     int64_t length = r->tokenizer ? tokenizer_encode(r->tokenizer, o->prompt, strlen(o->prompt), &ids, e)
-                                  : parse_ids(o->prompt, vocab, &ids, e);
-    struct printer p = {r->tokenizer, stdout, NULL, end};
+                                  : text_parse_ids(o->prompt, vocab, &ids, e);
+    struct text_writer w = {r->tokenizer, stdout, NULL, end};
     int status = length < 0 ? -1 : 0;
     if (status == 0 && length == 0) { /* no prompt: begin a document */
         free(ids);
@@ -897,10 +649,10 @@ static int generate_text(struct run *r, const struct generate_options *o, struct
         status = decoder_create(&r->decoder, &r->model, length + o->tokens, DECODE_CHUNK, e);
     for (int64_t i = 0; status == 0 && i < length; i++)
         if (ids[i] != end)
-            print_token(&p, ids[i]);
+            text_write(&w, ids[i]);
     fflush(stdout);
     if (status == 0)
-        status = generate(&r->decoder, ids, length, o->tokens, &o->sampling, emit, &p, e);
+        status = generate(&r->decoder, ids, length, o->tokens, &o->sampling, text_emit, &w, e);
     if (status == 0)
         printf("\n");
     free(ids);
@@ -912,7 +664,7 @@ static int generate_command(struct run *r, int argc, char **argv, struct error *
         return 0; /* one rank's work: the first does it */
     char dir[MAX_TEXT];
     struct generate_options o;
-    if (parse_generate(argc - 1, argv + 1, &o, e) != 0 || checkpoint_find(argv[0], dir, e) != 0 ||
+    if (generate_options_parse(argc - 1, argv + 1, &o, e) != 0 || checkpoint_find(argv[0], dir, e) != 0 ||
         read_checkpoint(r, dir, o.override_count, o.overrides, e) != 0)
         return -1;
     r->config.train.micro_batch = r->config.train.seq_len = 1; /* decoding has buffers of its own */

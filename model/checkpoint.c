@@ -259,6 +259,26 @@ static int check_same_run(const char *dir, const struct config *c, const struct 
     return 0;
 }
 
+int checkpoint_check_geometry(const char *dir, const struct model_config *now, struct error *e) {
+    struct model_config then;
+    if (checkpoint_read_config(dir, &then, e) != 0)
+        return -1;
+    const char *differs = then.num_attention_heads != now->num_attention_heads ? "num_attention_heads"
+                          : then.head_dim != now->head_dim                     ? "head_dim"
+                          : then.activation != now->activation                 ? "activation"
+                          : then.norm != now->norm                             ? "norm"
+                          : then.num_pseudo_heads != now->num_pseudo_heads     ? "num_pseudo_heads"
+                          : then.iha_collapse != now->iha_collapse             ? "iha_collapse"
+                          : then.position_embedding != now->position_embedding ? "position_embedding"
+                                                                               : NULL;
+    if (!differs)
+        return 0;
+    return fail_user(e,
+                     "train.init_from: %s is of another model: its %s (in config.json) is not model.%s; make "
+                     "them the same",
+                     dir, differs, differs);
+}
+
 int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct progress *p,
                       char dir[MAX_TEXT], bool warns, struct error *e) {
     int64_t *steps;

@@ -55,6 +55,10 @@ int checkpoint_load_weights(const char *dir, struct model *m, int64_t updates, s
 int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e);
 int checkpoint_read_progress(const char *dir, struct progress *p, struct error *e);
 
+/* Is the checkpoint's model the one of *now? Weights of another geometry may fit by their shapes and mean
+ * nothing. */
+int checkpoint_check_geometry(const char *dir, const struct model_config *now, struct error *e);
+
 /* The value of "section.key" in the checkpoint's trainer.json, or an empty string. */
 int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], struct error *e);
 
