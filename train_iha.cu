@@ -9,12 +9,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "data/shards.h"
 #include "data/text.h"
 #include "data/tokenizer.h"
+#include "kernels/clock.h"
 #include "kernels/comm.h"
 #include "kernels/kernels.h"
 #include "model/checkpoint.h"
@@ -59,12 +59,6 @@ struct run {
     int32_t *tokens, *targets; /* one pass, [micro_batch, seq_len] */
     double flops_per_token;
 };
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static void release(struct run *r) {
     saver_close(r->saver);
@@ -342,7 +336,7 @@ static int record_step(struct run *r, struct error *e) {
     struct step_state state;
     r->k->step_collect(r->dev, &state);
     r->posted--;
-    double seconds = now() - r->clock;
+    double seconds = clock_seconds() - r->clock;
     r->clock += seconds;
     p->updates = state.updates;
     p->skips_run = state.skips_run;
@@ -436,7 +430,7 @@ static int between_steps(struct run *r, bool stop, struct error *e) {
     /* The checkpoint comes last: a run that is resumed from it does nothing of this step again. */
     if (now_due.saves && save(r, ends, e) != 0)
         return -1;
-    r->clock = now();
+    r->clock = clock_seconds();
     return 0;
 }
 
@@ -476,7 +470,7 @@ static struct pulse share_pulse(struct run *r, struct pulse mine) {
 static int train_loop(struct run *r, struct error *e) {
     const int64_t steps = r->config.train.steps;
     struct pulse pulse = {0};
-    r->clock = now();
+    r->clock = clock_seconds();
     while (r->progress.step < steps && !pulse.stop) {
         train_step(r);
         int status = record_steps(r, r->k->run_ahead, e);
