@@ -242,7 +242,7 @@ static int open_run_dir(struct run *r, struct error *e) {
 static int check_disk(const struct run *r, struct error *e) {
     if (!leads(r))
         return 0;
-    double need = 4.0 * (double)r->model.params.learned + 8.0 * (double)r->model.params.learned;
+    double need = (double)CHECKPOINT_PARAM_BYTES * (double)r->model.params.learned;
     int64_t have = files_free_bytes(r->config.run.dir);
     if (have >= 0 && (double)have < need)
         return fail_user(
@@ -317,13 +317,14 @@ static int stop_skipping(struct run *r, const struct step_state *state, struct e
             "the gradient norm was an outlier (train.skip_zscore = %g) in %d steps in a row, step %lld to "
             "step %lld; in the last it was %.4g, %.1f deviations above its recent mean, the largest part "
             "in %s; lower train.lr, or look at the data of these steps",
-            r->config.train.skip_zscore, state->skips_run, last + 1 - state->skips_run,
-            (long long)r->progress.step, state->grad_norm, state->zscore, worst->name);
+            r->config.train.skip_zscore, state->history.skips_run, last + 1 - state->history.skips_run, last,
+            state->grad_norm, state->zscore, worst->name);
     return fail_run(
         e,
         "the %s was not finite in %d steps in a row, step %lld to step %lld; %s%s; lower train.lr, look at "
         "the data of these steps, or go back: remove the newest step_... directories of the run",
-        isfinite(state->loss) ? "gradient" : "loss", state->skips_run, last + 1 - state->skips_run, last,
+        isfinite(state->loss) ? "gradient" : "loss", state->history.skips_run,
+        last + 1 - state->history.skips_run, last,
         finite ? "every parameter's own gradient is finite, the largest " : "backward met it first in ",
         worst->name);
 }
@@ -338,11 +339,7 @@ static int record_step(struct run *r, struct error *e) {
     r->posted--;
     double seconds = clock_seconds() - r->clock;
     r->clock += seconds;
-    p->updates = state.updates;
-    p->skips_run = state.skips_run;
-    p->norm_count = state.norm_count;
-    p->norm_mean = state.norm_mean;
-    p->norm_variance = state.norm_variance;
+    p->history = state.history;
     p->seconds += seconds;
     double rate = (double)c->train.batch_tokens / seconds, peak = r->k->peak_flops(r->dev) * r->comm->ranks;
     struct step_record record = {.step = state.step + 1,
@@ -359,7 +356,7 @@ static int record_step(struct run *r, struct error *e) {
     if (leads(r) && due(c->run.log_every, record.step))
         status_step(r->metrics, &record);
     /* All ranks look for the worst gradient together, so one that could not write looks too. */
-    return state.skips_run > c->train.max_skips ? stop_skipping(r, &state, e) : status;
+    return state.history.skips_run > c->train.max_skips ? stop_skipping(r, &state, e) : status;
 }
 
 /* Until so many steps at most are under way. */
@@ -403,15 +400,16 @@ static int evaluate_now(struct run *r, bool saves, struct error *e) {
 
 /* What comes after a step: the last one, or one on which a signal came, saves. */
 struct pause {
-    bool evaluates, saves, samples;
+    bool ends, evaluates, saves, samples;
 };
 
 static struct pause pause_after(const struct run *r, bool stop) {
     const struct run_config *c = &r->config.run;
     int64_t step = r->progress.step;
-    bool last = step == r->config.train.steps;
-    return (struct pause){.evaluates = r->val && c->eval_every > 0 && (last || due(c->eval_every, step)),
-                          .saves = last || stop || (due(c->save_every, step) && r->progress.skips_run == 0),
+    bool last = step == r->config.train.steps, ends = last || stop;
+    return (struct pause){.ends = ends,
+                          .evaluates = r->val && c->eval_every > 0 && (last || due(c->eval_every, step)),
+                          .saves = ends || (due(c->save_every, step) && r->progress.history.skips_run == 0),
                           .samples = due(c->sample_every, step)};
 }
 
@@ -420,7 +418,6 @@ static int between_steps(struct run *r, bool stop, struct error *e) {
     struct pause now_due = pause_after(r, stop);
     if (!now_due.evaluates && !now_due.saves && !now_due.samples)
         return 0;
-    bool ends = stop || r->progress.step == r->config.train.steps;
     if (comm_agree(r->comm, record_steps(r, 0, e), e) != 0)
         return -1;
     if (now_due.evaluates && comm_agree(r->comm, evaluate_now(r, now_due.saves, e), e) != 0)
@@ -428,7 +425,7 @@ static int between_steps(struct run *r, bool stop, struct error *e) {
     if (now_due.samples && comm_agree(r->comm, print_sample(r, e), e) != 0)
         return -1;
     /* The checkpoint comes last: a run that is resumed from it does nothing of this step again. */
-    if (now_due.saves && save(r, ends, e) != 0)
+    if (now_due.saves && save(r, now_due.ends, e) != 0)
         return -1;
     r->clock = clock_seconds();
     return 0;

@@ -294,7 +294,7 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
                 break;
             if (p->step != steps[i])
                 fail_user(e, "trainer.json is of step %lld", (long long)p->step);
-            else if (checkpoint_load_weights(dir, m, p->updates, e) == 0 &&
+            else if (checkpoint_load_weights(dir, m, p->history.updates, e) == 0 &&
                      checkpoint_load_optimizer(dir, m, e) == 0) {
                 status = 1;
                 break;

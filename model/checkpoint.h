@@ -11,6 +11,9 @@
 #include "model/checkpoint_files.h"
 #include "model/model.h"
 
+/* What a parameter takes in a checkpoint: the weight and its two moments. */
+enum { CHECKPOINT_PARAM_BYTES = 3 * sizeof(float) };
+
 /* Saving comes in parts, so that ranks write together and training goes on meanwhile: rank 0 begins (an empty
  * step_N.tmp), every rank writes its files, and when all have, rank 0 publishes: renames the directory, marks
  * the best, and removes all but the newest `keep` and the best (keep = 0: none). EXIT_RUN errors leave

@@ -21,7 +21,7 @@ static int load_from(struct model *m, const struct config *c, struct progress *p
     struct progress from;
     if (checkpoint_read_progress(dir, &from, e) != 0)
         return -1;
-    p->updates = from.updates; /* the moments' age, for their bias correction */
+    p->history.updates = from.history.updates; /* the moments' age, for their bias correction */
     return checkpoint_load_optimizer(dir, m, e);
 }
 
@@ -62,11 +62,7 @@ int start_run(struct model *m, const struct config *c, struct progress *p, struc
         return -1;
     if (status == 0 && c->train.init_from[0] && start_from(m, c, p, c->train.init_from, e) != 0)
         return -1;
-    struct step_state state = {.updates = p->updates,
-                               .skips_run = p->skips_run,
-                               .norm_count = p->norm_count,
-                               .norm_mean = p->norm_mean,
-                               .norm_variance = p->norm_variance};
+    struct step_state state = {.history = p->history};
     m->k->step_write(m->dev, m->state, &state);
     return 0;
 }

@@ -95,7 +95,7 @@ static void train_step(struct run *r) {
     model_update(m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0});
     r->progress.step++;
     r->progress.tokens += 12;
-    r->progress.updates++;
+    r->progress.history.updates++;
 }
 
 static int save(struct run *r, struct error *e) {
@@ -112,7 +112,7 @@ static void step_and_save(struct run *r) {
 /* As the trainer does it: AdamW's count goes back to the device. */
 static int resume(struct run *r, char dir[MAX_TEXT], struct error *e) {
     int status = checkpoint_resume(r->dir, &r->model, &r->config, &r->progress, dir, true, e);
-    struct step_state state = {.updates = r->progress.updates, .skips_run = r->progress.skips_run};
+    struct step_state state = {.history = r->progress.history};
     r->model.k->step_write(r->model.dev, r->model.state, &state);
     return status;
 }
@@ -188,7 +188,7 @@ static void what_is_saved_comes_back(void **state) {
     for (int i = 0; i < 3; i++)
         train_step(&r);
     r.progress.sequences = (1LL << 52) + 1;
-    r.progress.skips_run = 2;
+    r.progress.history.skips_run = 2;
     r.progress.seconds = 0.1 + 0.2;
     r.progress.best_val_loss = 1.0 / 3;
     r.progress.best_step = 2;

@@ -221,7 +221,7 @@ static void compare_adamw(const struct adamw_test *t) {
     compare_one("parameters", t->p, t->rp);
     compare_one("first moments", t->m, t->rm);
     compare_one("second moments", t->v, t->rv);
-    assert_int_equal(t->state.updates, t->updates);
+    assert_int_equal(t->state.history.updates, t->updates);
 }
 
 /* Gradients above and below the clip, and no clip; learning rates that change. */
@@ -270,7 +270,7 @@ static void bad_steps_are_skipped(void **state) {
         reference_step(t, 1e-2, 1);
         compare_adamw(t);
         assert_int_equal(t->state.skip, 0);
-        assert_int_equal(t->state.skips_run, 0);
+        assert_int_equal(t->state.history.skips_run, 0);
         for (int i = 0; i < (int)COUNT(bad); i++) {
             draw_gradients(t, 1);
             t->g[i * 60] = (float)bad[i].gradient;
@@ -280,8 +280,8 @@ static void bad_steps_are_skipped(void **state) {
             assert_memory_equal(t->m, kept->m, sizeof t->m);
             assert_memory_equal(t->v, kept->v, sizeof t->v);
             assert_int_equal(t->state.skip, 1);
-            assert_int_equal(t->state.skips_run, i + 1);
-            assert_int_equal(t->state.updates, round + 1);
+            assert_int_equal(t->state.history.skips_run, i + 1);
+            assert_int_equal(t->state.history.updates, round + 1);
         }
     }
     free(kept);
@@ -292,7 +292,7 @@ static void bad_steps_are_skipped(void **state) {
 static void updates_survive_step_write(void **state) {
     (void)state;
     struct adamw_test *t = adamw_open();
-    struct step_state resumed = {.updates = 41, .skips_run = 2};
+    struct step_state resumed = {.history = {.updates = 41, .skips_run = 2}};
     kernels_cpu()->step_write(fixture_device(), &t->state, &resumed);
     t->updates = 41;
     draw_gradients(t, 1);
@@ -355,12 +355,12 @@ static void a_nan_never_reaches_the_parameters(void **state) {
     memcpy(values, m.values, bytes);
     memcpy(moments, m.moments, 2 * bytes);
     step(&m, tokens, targets, NAN, 1e-2); /* every gradient is NaN */
-    assert_int_equal(read_state(&m).skips_run, 1);
+    assert_int_equal(read_state(&m).history.skips_run, 1);
     assert_memory_equal(values, m.values, bytes);
     assert_memory_equal(moments, m.moments, 2 * bytes);
     step(&m, tokens, targets, 0.01, 1e-2);
-    assert_int_equal(read_state(&m).skips_run, 0);
-    assert_int_equal(read_state(&m).updates, 2);
+    assert_int_equal(read_state(&m).history.skips_run, 0);
+    assert_int_equal(read_state(&m).history.updates, 2);
     assert_memory_not_equal(values, m.values, bytes);
     free(values);
     free(moments);
