@@ -4,15 +4,15 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "kernels/hash.h"
 #include "model/checkpoint.h"
 
 struct digest {
     uint64_t settings, data;
 };
 
-static void add_text(uint64_t *hash, const char *text) { /* FNV-1a */
-    for (; *text; text++)
-        *hash = (*hash ^ (unsigned char)*text) * 0x100000001b3u;
+static void add_text(uint64_t *hash, const char *text) {
+    *hash = hash_bytes(*hash, text, strlen(text) + 1);
 }
 
 static void add_setting(void *context, const char *key, const char *value) {
@@ -22,7 +22,7 @@ static void add_setting(void *context, const char *key, const char *value) {
 
 int ranks_check_alike(struct comm *comm, const struct config *config, const struct progress *progress,
                       struct error *e) {
-    struct digest mine = {1, 1}, first;
+    struct digest mine = {HASH_START, HASH_START}, first;
     config_visit(config, add_setting, &mine.settings);
     add_text(&mine.data, progress->train_fingerprint);
     add_text(&mine.data, progress->val_fingerprint);
