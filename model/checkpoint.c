@@ -88,13 +88,6 @@ static int list_steps(const char *run_dir, int64_t **steps, struct error *e) {
     return count;
 }
 
-int64_t checkpoint_newest_step(const char *run_dir) {
-    int64_t *steps;
-    int64_t newest = list_steps(run_dir, &steps, NULL) > 0 ? steps[0] : -1;
-    free(steps);
-    return newest;
-}
-
 /* Does the directory hold a model that can be read? Its headers are checked, its numbers are not. */
 static int check_opens(const char *dir, struct error *e) {
     char path[PATH_BYTES];

@@ -44,9 +44,6 @@ int checkpoint_save(const char *run_dir, struct model *m, const struct config *c
 int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct progress *p,
                       char dir[MAX_TEXT], bool warns, struct error *e);
 
-/* Step of the newest checkpoint directory in run_dir, without looking inside; -1: none. */
-int64_t checkpoint_newest_step(const char *run_dir);
-
 /* `path` itself when it is a checkpoint, or the newest checkpoint of the run directory `path` whose model
  * opens; one that does not is reported on stderr and passed over. */
 int checkpoint_find(const char *path, char dir[MAX_TEXT], struct error *e);
