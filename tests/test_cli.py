@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from tests.tiny import tiny_config, write_shard
+
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
 CHECK = ROOT / "tests" / "reference" / "export_check.py"
@@ -37,45 +39,10 @@ END = 256  # the byte tokenizer's end of a document
 T = 32
 CPU = ["system.device=cpu", "system.precision=fp32", "system.threads=2"]
 
-TINY = """\
-# A model of 8,000 parameters with one interleaved layer.
-[model]
-vocab_size = 257
-hidden_size = 16
-num_hidden_layers = 2
-num_attention_heads = 2
-intermediate_size = 32
-layer_pattern = iha_local mha_global
 
-[train]
-seq_len = 32
-micro_batch = 2
-batch_tokens = 128
-steps = 20
-lr = 1e-2
-
-[system]
-device = cpu
-precision = fp32
-threads = 2
-
-[data]
-train = {data}/train_*.bin
-val = {data}/val_*.bin
-tokenizer = bytes
-
-[run]
-dir = runs/default
-"""
-
-
-def write_shard(path, tokens, wide=False, magic=None, version=None, count=None):
-    """An llm.c shard; magic, version and count can be made to lie."""
-    header = np.zeros(256, "<i4")
-    header[0] = magic if magic is not None else 20240801 if wide else 20240520
-    header[1] = version if version is not None else 7 if wide else 1
-    header[2] = count if count is not None else len(tokens)
-    Path(path).write_bytes(header.tobytes() + np.asarray(tokens, "<u4" if wide else "<u2").tobytes())
+def tiny(data):
+    return tiny_config(data, seq_len=T, batch_tokens=128, steps=20, system="precision = fp32\nthreads = 2",
+                       run="dir = runs/default")
 
 
 def sentences(count, seed):
@@ -145,7 +112,7 @@ class Case(unittest.TestCase):
             write_shard(folder / "val_0.bin", documents(40, 9), wide)
         cls.val = cls.data / "val_0.bin"
         cls.config = cls.tmp / "tiny.ini"
-        cls.config.write_text(TINY.format(data=cls.data))
+        cls.config.write_text(tiny(cls.data))
 
     @classmethod
     def tearDownClass(cls):
@@ -797,7 +764,7 @@ class Refusals(Case):
 
         self.refuse_train(config=self.tmp / "no.ini", names=["no.ini"])
         self.refuse_train(config=self.tmp, names=[self.tmp])
-        good = TINY.format(data=self.data)
+        good = tiny(self.data)
         self.refuse_train(config=ini(good.replace("lr = 1e-2", "lrr = 1e-2")), names=["bad.ini:15", "lrr"])
         self.refuse_train(config=ini(good.replace("[train]", "[trian]")), names=["bad.ini:10", "train"])
         self.refuse_train(config=ini(good.replace("steps = 20\n", "")), names=["train.steps"])
