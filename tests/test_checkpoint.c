@@ -18,10 +18,10 @@
 
 #include "model/checkpoint.h"
 #include "model/files.h"
+#include "tests/temporary_directory.h"
 
 #define COUNT(a) (sizeof(a) / sizeof *(a))
 
-static char directory[] = "/tmp/test_checkpoint_XXXXXX";
 static const char WEIGHTS[] = "model.safetensors", OPTIMIZER[] = "optimizer-00000-of-00001.safetensors";
 
 /* In the place of the C library's fsync: from the call `sync_fails_at` on (counted from 1), no space. */
@@ -726,19 +726,6 @@ static void any_failing_sync_leaves_a_whole_checkpoint(void **state) {
     check_steps(&r, "2");
     close_run(&r);
     close_run(&before);
-}
-
-/* ---- the directory ---------------------------------------------------------------------------------------
- */
-
-static int enter_directory(void **state) {
-    (void)state;
-    return mkdtemp(directory) && chdir(directory) == 0 ? 0 : -1;
-}
-
-static int leave_directory(void **state) {
-    (void)state;
-    return chdir("/") == 0 ? files_remove_tree(directory, NULL) : -1;
 }
 
 int main(void) {
