@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -625,6 +626,38 @@ class Keep(Case):
             run_dir = self.train("run.save_every=2", f"run.keep={keep}", "data.val=none")
             self.assertEqual(steps_in(run_dir), expected)
             self.assertFalse((run_dir / "best").is_symlink())
+
+    def test_appears_while_training_goes_on(self):
+        """Not only when the next is saved: step 8's is there by step 14, of which nothing is saved."""
+        run_dir = self.new_dir()
+        run_dir.mkdir()
+        samples, half = run_dir / "samples.txt", run_dir / "step_00000008.tmp" / "trainer.json"
+        os.mkfifo(samples)
+        process = start("train", self.config, f"run.dir={run_dir}", "run.save_every=8", "run.sample_every=1",
+                        "train.steps=15", "data.val=none")
+        self.addCleanup(self.end, process)
+        deadline = time.monotonic() + TIMEOUT
+        for step in range(1, 15):
+            while step == 9 and not (half.exists() or steps_in(run_dir)):  # the last file that is written
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0.005)
+            with open(samples, "rb") as pipe:  # once the run comes to the sample
+                self.assertEqual(steps_in(run_dir), [8] if step == 14 else steps_in(run_dir))
+                pipe.read()
+        self.assertEqual(self.free(process, run_dir)[0], 0)
+        self.assertEqual(steps_in(run_dir), [8, 15])
+
+    def test_what_cannot_be_finished_is_removed(self):
+        def small_files():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, 16 << 10))
+
+        run_dir = self.new_dir()
+        process = start("train", self.config, f"run.dir={run_dir}", "run.save_every=2", preexec_fn=small_files)
+        _, err = process.communicate(timeout=TIMEOUT)
+        self.assertEqual(process.returncode, 1)
+        self.assertIn(b"File too large", err)
+        self.assertEqual(list(run_dir.glob("step_*")), [])
 
     def test_last_step_is_always_saved(self):
         self.assertEqual(steps_in(self.train("run.save_every=0")), [20])
