@@ -31,6 +31,7 @@
 #include "model/saver.h"
 #include "model/schedule.h"
 #include "model/signals.h"
+#include "model/skips.h"
 #include "model/start.h"
 
 static const char VERSION[] = "0.1.0";
@@ -306,29 +307,6 @@ static bool due(int64_t every, int64_t step) {
     return every > 0 && step % every == 0;
 }
 
-/* Too many steps in a row were skipped: say which, and whose gradient it was. */
-static int stop_skipping(struct run *r, const struct step_state *state, struct error *e) {
-    long long last = (long long)state->step + 1;
-    bool finite;
-    const struct param *worst = &r->model.params.list[model_worst_gradient(&r->model, &finite)];
-    if (state->skip == STEP_OUTLIER)
-        return fail_run(
-            e,
-            "the gradient norm was an outlier (train.skip_zscore = %g) in %d steps in a row, step %lld to "
-            "step %lld; in the last it was %.4g, %.1f deviations above its recent mean, the largest part "
-            "in %s; lower train.lr, or look at the data of these steps",
-            r->config.train.skip_zscore, state->history.skips_run, last + 1 - state->history.skips_run, last,
-            state->grad_norm, state->zscore, worst->name);
-    return fail_run(
-        e,
-        "the %s was not finite in %d steps in a row, step %lld to step %lld; %s%s; lower train.lr, look at "
-        "the data of these steps, or go back: remove the newest step_... directories of the run",
-        isfinite(state->loss) ? "gradient" : "loss", state->history.skips_run,
-        last + 1 - state->history.skips_run, last,
-        finite ? "every parameter's own gradient is finite, the largest " : "backward met it first in ",
-        worst->name);
-}
-
 /* Collect the oldest posted step, record it, and stop a run whose numbers have gone wrong for good. Every
  * rank has the same state; rank 0 writes it down. */
 static int record_step(struct run *r, struct error *e) {
@@ -356,7 +334,9 @@ static int record_step(struct run *r, struct error *e) {
     if (leads(r) && due(c->run.log_every, record.step))
         status_step(r->metrics, &record);
     /* All ranks look for the worst gradient together, so one that could not write looks too. */
-    return state.history.skips_run > c->train.max_skips ? stop_skipping(r, &state, e) : status;
+    return state.history.skips_run > c->train.max_skips
+               ? skips_fail(&r->model, &state, c->train.skip_zscore, e)
+               : status;
 }
 
 /* Until so many steps at most are under way. */

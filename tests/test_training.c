@@ -8,6 +8,7 @@
 #include "kernels/rounding.h"
 
 #include "model/schedule.h"
+#include "model/skips.h"
 
 #define COUNT(a) (sizeof(a) / sizeof *(a))
 
@@ -480,9 +481,32 @@ static void the_worst_gradient_is_named(void **state) {
     model_free(&m);
 }
 
+/* The state is that of the step that gives up, which need not be the last that was begun. */
+static void giving_up_names_the_steps(void **state) {
+    (void)state;
+    struct model_config c = plain_config();
+    struct step_state seen = {.step = 6, .loss = 3, .skip = STEP_OUTLIER, .grad_norm = 41.5, .zscore = 9.25};
+    struct error e = {0};
+    struct model m;
+    seen.history.skips_run = 3;
+    open_model(&m, &c, BATCH, RECOMPUTE_NONE);
+    assert_int_equal(skips_fail(&m, &seen, 4.5, &e), -1);
+    assert_int_equal(e.exit_code, EXIT_RUN);
+    assert_non_null(strstr(e.text, "skip_zscore = 4.5) in 3 steps in a row, step 5 to step 7; "));
+    assert_non_null(strstr(e.text, "it was 41.5, 9.2 deviations"));
+    seen.skip = STEP_NOT_FINITE;
+    assert_int_equal(skips_fail(&m, &seen, 0, &e), -1);
+    assert_non_null(strstr(e.text, "the gradient was not finite in 3 steps in a row, step 5 to step 7; "));
+    seen.loss = (double)NAN;
+    assert_int_equal(skips_fail(&m, &seen, 0, &e), -1);
+    assert_non_null(strstr(e.text, "the loss was not finite in 3 steps"));
+    model_free(&m);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_worst_gradient_is_named),
+        cmocka_unit_test(giving_up_names_the_steps),
         cmocka_unit_test(stochastic_rounding_is_exact_on_average),
         cmocka_unit_test(recompute_changes_no_bit),
         cmocka_unit_test(halves_accumulate_to_the_whole),
