@@ -933,6 +933,16 @@ class Skipping(Case):
         self.assertRegex(last, r"outlier \(train.skip_zscore = 1e-06\) in 3 steps in a row, step \d+ to step \d+")
         self.assertRegex(last, r"largest part in [a-z0-9_.]+\.(weight|alpha_[qkv]|collapse)")
 
+    def test_a_checkpoint_under_way_is_finished_when_the_run_gives_up(self):
+        """The step after a save fails, so that nothing else comes to see that it was written."""
+        giving_up = ["train.steps=60", "train.skip_zscore=1e-6", "train.max_skips=0", "train.lr=0", "data.val=none"]
+        first, second = self.new_dir(), self.new_dir()
+        self.train(*giving_up, "run.save_every=0", run_dir=first, code=1)
+        last = lines_of(first / "metrics.jsonl")[-1]["step"]
+        self.train(*giving_up, f"run.save_every={last - 1}", run_dir=second, code=1)
+        self.assertEqual(steps_in(first), [])
+        self.assertEqual([p.name for p in second.glob("step_*")], [f"step_{last - 1:08d}"])
+
 
 # ---- generate and info ---------------------------------------------------------------------------------------------
 
