@@ -736,7 +736,10 @@ class InitFrom(Case):
         self.assertLess(losses(run_dir)[0], losses(self.source)[0] - 1)
 
     def test_refused(self):
-        for override, names in (("model.hidden_size=32", ["another model"]), ("model.bias=true", ["bias"])):
+        for override, names in (("model.hidden_size=32", ["another model"]), ("model.bias=true", ["bias"]),
+                                # These fit by their shapes.
+                                ("model.activation=relu2", ["model.activation"]), ("model.norm=layernorm", ["model.norm"]),
+                                ("model.position_embedding=none", ["model.position_embedding"])):
             self.refused("train", self.config, f"run.dir={self.new_dir()}", f"train.init_from={self.source}", override,
                          names=names)
         missing = self.tmp / "nowhere"
