@@ -9,11 +9,12 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "data/shards.h"
+#include "data/text.h"
 #include "data/tokenizer.h"
+#include "kernels/clock.h"
 #include "kernels/comm.h"
 #include "kernels/kernels.h"
 #include "model/checkpoint.h"
@@ -22,12 +23,16 @@
 #include "model/files.h"
 #include "model/flops.h"
 #include "model/generate.h"
+#include "model/generate_options.h"
 #include "model/info.h"
 #include "model/metrics.h"
 #include "model/model.h"
+#include "model/ranks.h"
 #include "model/saver.h"
 #include "model/schedule.h"
 #include "model/signals.h"
+#include "model/skips.h"
+#include "model/start.h"
 
 static const char VERSION[] = "0.1.0";
 
@@ -49,20 +54,12 @@ struct run {
     struct metrics *metrics;
     struct progress progress;
     struct saver *saver;
-    bool saves_behind;            /* saving goes on while the next steps run */
-    struct checkpoint_job saving; /* what the saver is at, or was last */
-    int posted;                   /* steps whose state has not been collected yet */
-    double clock;                 /* when the last was, or training went on after something else */
+    int posted;   /* steps whose state has not been collected yet */
+    double clock; /* when the last was, or training went on after something else */
     int lock;
     int32_t *tokens, *targets; /* one pass, [micro_batch, seq_len] */
     double flops_per_token;
 };
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static void release(struct run *r) {
     saver_close(r->saver);
@@ -174,37 +171,6 @@ static double evaluate(struct run *r, int64_t batches, int64_t *tokens) {
 
 /* ---- printing samples -------------------------------------------------------------------------------- */
 
-struct printer {
-    const struct tokenizer *tokenizer;
-    FILE *out, *copy; /* copy: NULL, or a second place */
-    int32_t end_of_text;
-};
-
-static void print_to(FILE *out, const struct tokenizer *tokenizer, int32_t token) {
-    size_t length;
-    if (!tokenizer) {
-        fprintf(out, "%d ", token);
-        return;
-    }
-    const char *text = tokenizer_decode(tokenizer, token, &length);
-    fwrite(text, 1, length, out);
-}
-
-static void print_token(const struct printer *p, int32_t token) {
-    print_to(p->out, p->tokenizer, token);
-    if (p->copy)
-        print_to(p->copy, p->tokenizer, token);
-}
-
-static bool emit(void *context, int32_t token) {
-    struct printer *p = context;
-    if (token == p->end_of_text)
-        return false;
-    print_token(p, token);
-    fflush(p->out);
-    return true;
-}
-
 enum { SAMPLE_TOKENS = 256, DECODE_CHUNK = 64 };
 
 /* A sample that nobody reads: the other ranks make it too, rather than wait for rank 0 past their deadline.
@@ -224,11 +190,11 @@ static int print_sample(struct run *r, struct error *e) {
     FILE *file = fopen(path, "a");
     if (!file)
         return fail_run(e, "%s: cannot write: %s; %s", path, strerror(errno), files_advice(errno));
-    struct printer p = {r->tokenizer, stdout, file, end};
+    struct text_writer w = {r->tokenizer, stdout, file, end};
     status_break(r->metrics);
     printf("---- sample at step %lld\n", (long long)r->progress.step);
     fprintf(file, "---- step %lld\n", (long long)r->progress.step);
-    int status = generate(&r->decoder, &start, 1, r->decoder.capacity - 1, &how, emit, &p, e);
+    int status = generate(&r->decoder, &start, 1, r->decoder.capacity - 1, &how, text_emit, &w, e);
     printf("\n----\n");
     fflush(stdout);
     fprintf(file, "\n");
@@ -277,102 +243,12 @@ static int open_run_dir(struct run *r, struct error *e) {
 static int check_disk(const struct run *r, struct error *e) {
     if (!leads(r))
         return 0;
-    double need = 4.0 * (double)r->model.params.learned + 8.0 * (double)r->model.params.learned;
+    double need = (double)CHECKPOINT_PARAM_BYTES * (double)r->model.params.learned;
     int64_t have = files_free_bytes(r->config.run.dir);
     if (have >= 0 && (double)have < need)
         return fail_user(
             e, "%s: a checkpoint takes %.1f MB and %.1f MB is free; free some, or set another run.dir",
             r->config.run.dir, need / 1e6, (double)have / 1e6);
-    return 0;
-}
-
-/* The checkpoint that `path` names: where it is a run that goes on, ranks must not choose each for itself. */
-static int find_together(struct run *r, const char *path, char dir[MAX_TEXT], struct error *e) {
-    memset(dir, 0, MAX_TEXT);
-    if (comm_agree(r->comm, leads(r) ? checkpoint_find(path, dir, e) : 0, e) != 0)
-        return -1;
-    memmove(dir, comm_tell(r->comm, dir, MAX_TEXT), MAX_TEXT); /* rank 0's */
-    return 0;
-}
-
-/* Weights of another geometry may fit by their shapes and mean nothing. */
-static int check_geometry(const char *dir, const struct model_config *now, struct error *e) {
-    struct model_config then;
-    if (checkpoint_read_config(dir, &then, e) != 0)
-        return -1;
-    const char *differs = then.num_attention_heads != now->num_attention_heads ? "num_attention_heads"
-                          : then.head_dim != now->head_dim                     ? "head_dim"
-                          : then.activation != now->activation                 ? "activation"
-                          : then.norm != now->norm                             ? "norm"
-                          : then.num_pseudo_heads != now->num_pseudo_heads     ? "num_pseudo_heads"
-                          : then.iha_collapse != now->iha_collapse             ? "iha_collapse"
-                          : then.position_embedding != now->position_embedding ? "position_embedding"
-                                                                               : NULL;
-    if (!differs)
-        return 0;
-    return fail_user(e,
-                     "train.init_from: %s is of another model: its %s (in config.json) is not model.%s; make "
-                     "them the same",
-                     dir, differs, differs);
-}
-
-/* Weights, and where asked for the optimizer's state, of another run. */
-static int load_from(struct run *r, const char *dir, struct error *e) {
-    if (check_geometry(dir, &r->config.model, e) != 0 || checkpoint_load_weights(dir, &r->model, 0, e) != 0)
-        return -1;
-    if (leads(r))
-        fprintf(stderr, "weights from %s\n", dir);
-    if (r->config.train.init_optimizer != OPTIMIZER_KEEP)
-        return 0;
-    struct progress from;
-    if (checkpoint_read_progress(dir, &from, e) != 0)
-        return -1;
-    r->progress.updates = from.updates; /* the moments' age, for their bias correction */
-    return checkpoint_load_optimizer(dir, &r->model, e);
-}
-
-static int start_from(struct run *r, const char *path, struct error *e) {
-    char dir[MAX_TEXT];
-    return find_together(r, path, dir, e) != 0 || comm_agree(r->comm, load_from(r, dir, e), e) != 0 ? -1 : 0;
-}
-
-/* Every rank loads the newest checkpoint that loads; all must have found the same. 1: resumed, 0: there is
- * none. */
-static int resume(struct run *r, struct error *e) {
-    char dir[MAX_TEXT] = "";
-    int status = checkpoint_resume(r->config.run.dir, &r->model, &r->config, &r->progress, dir, leads(r), e);
-    if (comm_agree(r->comm, status < 0 ? -1 : 0, e) != 0)
-        return -1;
-    const char *first = comm_tell(r->comm, dir, MAX_TEXT);
-    if (strcmp(first, dir) != 0)
-        status = fail_user(e,
-                           "finds \"%s\" where rank 0 finds \"%s\"; run.dir must be the same for all ranks: "
-                           "start again",
-                           dir, first);
-    if (status == 1 && leads(r)) {
-        fprintf(stderr, "resuming from %s\n", dir);
-        status = checkpoint_settle(r->config.run.dir, &r->config, &r->progress, e) == 0 ? 1 : -1;
-    }
-    return comm_agree(r->comm, status < 0 ? -1 : 0, e) == 0 ? status : -1;
-}
-
-/* Continue the newest checkpoint, or begin. */
-static int resume_or_initialize(struct run *r, struct error *e) {
-    struct config *c = &r->config;
-    struct progress *p = &r->progress;
-    int status = resume(r, e);
-    if (status < 0)
-        return -1;
-    if (status == 0 && comm_agree(r->comm, model_initialize(&r->model, (uint64_t)c->train.seed, e), e) != 0)
-        return -1;
-    if (status == 0 && c->train.init_from[0] && start_from(r, c->train.init_from, e) != 0)
-        return -1;
-    struct step_state state = {.updates = p->updates,
-                               .skips_run = p->skips_run,
-                               .norm_count = p->norm_count,
-                               .norm_mean = p->norm_mean,
-                               .norm_variance = p->norm_variance};
-    r->k->step_write(r->dev, r->model.state, &state);
     return 0;
 }
 
@@ -384,7 +260,7 @@ static int open_sampler(struct run *r, struct error *e) {
                           DECODE_CHUNK, e);
 }
 
-static void announce(struct run *r) {
+static void announce(struct run *r, bool saves_behind) {
     const struct config *c = &r->config;
     if (!leads(r))
         return;
@@ -397,7 +273,7 @@ static void announce(struct run *r) {
             (double)r->model.params.learned / 1e6, (long long)c->model.num_hidden_layers,
             (long long)shards_tokens(r->train), shards_files(r->train),
             shards_files(r->train) == 1 ? "" : "s", (long long)c->train.batch_tokens);
-    if (!r->saves_behind)
+    if (!saves_behind)
         fprintf(stderr, "saving: no memory for a copy of %.2f GB, so training waits while it saves\n",
                 (double)saver_copy_bytes(&r->model) / 1e9);
 }
@@ -431,28 +307,6 @@ static bool due(int64_t every, int64_t step) {
     return every > 0 && step % every == 0;
 }
 
-/* Too many steps in a row were skipped: say which, and whose gradient it was. */
-static int stop_skipping(struct run *r, const struct step_state *state, struct error *e) {
-    long long last = (long long)state->step + 1;
-    bool finite;
-    const struct param *worst = &r->model.params.list[model_worst_gradient(&r->model, &finite)];
-    if (state->skip == STEP_OUTLIER)
-        return fail_run(
-            e,
-            "the gradient norm was an outlier (train.skip_zscore = %g) in %d steps in a row, step %lld to "
-            "step %lld; in the last it was %.4g, %.1f deviations above its recent mean, the largest part "
-            "in %s; lower train.lr, or look at the data of these steps",
-            r->config.train.skip_zscore, state->skips_run, last + 1 - state->skips_run,
-            (long long)r->progress.step, state->grad_norm, state->zscore, worst->name);
-    return fail_run(
-        e,
-        "the %s was not finite in %d steps in a row, step %lld to step %lld; %s%s; lower train.lr, look at "
-        "the data of these steps, or go back: remove the newest step_... directories of the run",
-        isfinite(state->loss) ? "gradient" : "loss", state->skips_run, last + 1 - state->skips_run, last,
-        finite ? "every parameter's own gradient is finite, the largest " : "backward met it first in ",
-        worst->name);
-}
-
 /* Collect the oldest posted step, record it, and stop a run whose numbers have gone wrong for good. Every
  * rank has the same state; rank 0 writes it down. */
 static int record_step(struct run *r, struct error *e) {
@@ -461,13 +315,9 @@ static int record_step(struct run *r, struct error *e) {
     struct step_state state;
     r->k->step_collect(r->dev, &state);
     r->posted--;
-    double seconds = now() - r->clock;
+    double seconds = clock_seconds() - r->clock;
     r->clock += seconds;
-    p->updates = state.updates;
-    p->skips_run = state.skips_run;
-    p->norm_count = state.norm_count;
-    p->norm_mean = state.norm_mean;
-    p->norm_variance = state.norm_variance;
+    p->history = state.history;
     p->seconds += seconds;
     double rate = (double)c->train.batch_tokens / seconds, peak = r->k->peak_flops(r->dev) * r->comm->ranks;
     struct step_record record = {.step = state.step + 1,
@@ -484,7 +334,9 @@ static int record_step(struct run *r, struct error *e) {
     if (leads(r) && due(c->run.log_every, record.step))
         status_step(r->metrics, &record);
     /* All ranks look for the worst gradient together, so one that could not write looks too. */
-    return state.skips_run > c->train.max_skips ? stop_skipping(r, &state, e) : status;
+    return state.history.skips_run > c->train.max_skips
+               ? skips_fail(&r->model, &state, c->train.skip_zscore, e)
+               : status;
 }
 
 /* Until so many steps at most are under way. */
@@ -495,74 +347,20 @@ static int record_steps(struct run *r, int ahead, struct error *e) {
     return status;
 }
 
-/* ---- saving -------------------------------------------------------------------------------------------- */
-
-/* What ranks tell each other after every step. */
-struct pulse {
-    int stop;   /* the signal that asks for an end */
-    int failed; /* the step, or what came with it */
-    enum saver_state saver;
-};
-
-/* Of all ranks: any signal, any failure, and the saver's state that is furthest from done. */
-static void share_pulse(struct run *r, struct pulse *p) {
-    p->saver = saver_state(r->saver);
-    const struct pulse *all = comm_tell(r->comm, p, sizeof *p);
-    *p = all[0];
-    for (int i = 1; i < r->comm->ranks; i++) {
-        p->stop = p->stop ? p->stop : all[i].stop;
-        p->failed |= all[i].failed;
-        if (all[i].saver == SAVER_WRITING || (all[i].saver != SAVER_IDLE && p->saver != SAVER_WRITING))
-            p->saver = all[i].saver;
-    }
-}
-
-/* All ranks have written their files. */
-static int publish(struct run *r, struct error *e) {
-    if (comm_agree(r->comm, saver_collect(r->saver, e), e) == 0 &&
-        comm_agree(r->comm, leads(r) ? checkpoint_publish(&r->saving, e) : 0, e) == 0)
-        return 0;
-    if (leads(r))
-        checkpoint_clean(r->config.run.dir);
-    e->exit_code = EXIT_RUN;
-    return -1;
-}
-
-/* Wait for the checkpoint that is being written, if there is one, and make it appear. */
-static int finish_save(struct run *r, struct error *e) {
-    for (;;) {
-        struct pulse pulse = {0};
-        share_pulse(r, &pulse);
-        if (pulse.saver == SAVER_IDLE)
-            return 0;
-        if (pulse.saver != SAVER_WRITING)
-            return publish(r, e);
-        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
-    }
-}
+/* ---- between steps ------------------------------------------------------------------------------------- */
 
 /* What led up to a checkpoint is on the disk before it. */
-static int begin_save(struct run *r, struct error *e) {
-    return metrics_sync(r->metrics, e) != 0 ? -1 : checkpoint_begin(r->config.run.dir, r->progress.step, e);
-}
-
 static int save(struct run *r, bool wait, struct error *e) {
-    const struct config *c = &r->config;
-    wait = wait || !r->saves_behind;
-    if (finish_save(r, e) != 0 || comm_agree(r->comm, leads(r) ? begin_save(r, e) : 0, e) != 0)
+    const struct checkpoint_job job = {.run_dir = r->config.run.dir,
+                                       .config = &r->config,
+                                       .tokenizer = r->tokenizer_text,
+                                       .tokenizer_bytes = r->tokenizer_bytes,
+                                       .progress = r->progress,
+                                       .from = {.model = &r->model}};
+    if (comm_agree(r->comm, leads(r) ? metrics_sync(r->metrics, e) : 0, e) != 0)
         return -1;
-    r->saving = (struct checkpoint_job){.run_dir = c->run.dir,
-                                        .config = c,
-                                        .tokenizer = r->tokenizer_text,
-                                        .tokenizer_bytes = r->tokenizer_bytes,
-                                        .progress = r->progress,
-                                        .from = {.model = &r->model}};
-    if (comm_agree(r->comm, saver_start(r->saver, &r->saving, !wait, e), e) != 0)
-        return -1;
-    return wait ? finish_save(r, e) : 0;
+    return saver_save(r->saver, &job, wait, e);
 }
-
-/* ---- between steps ------------------------------------------------------------------------------------- */
 
 static int evaluate_now(struct run *r, bool saves, struct error *e) {
     struct progress *p = &r->progress;
@@ -582,15 +380,16 @@ static int evaluate_now(struct run *r, bool saves, struct error *e) {
 
 /* What comes after a step: the last one, or one on which a signal came, saves. */
 struct pause {
-    bool evaluates, saves, samples;
+    bool ends, evaluates, saves, samples;
 };
 
 static struct pause pause_after(const struct run *r, bool stop) {
     const struct run_config *c = &r->config.run;
     int64_t step = r->progress.step;
-    bool last = step == r->config.train.steps;
-    return (struct pause){.evaluates = r->val && c->eval_every > 0 && (last || due(c->eval_every, step)),
-                          .saves = last || stop || (due(c->save_every, step) && r->progress.skips_run == 0),
+    bool last = step == r->config.train.steps, ends = last || stop;
+    return (struct pause){.ends = ends,
+                          .evaluates = r->val && c->eval_every > 0 && (last || due(c->eval_every, step)),
+                          .saves = ends || (due(c->save_every, step) && r->progress.history.skips_run == 0),
                           .samples = due(c->sample_every, step)};
 }
 
@@ -599,7 +398,6 @@ static int between_steps(struct run *r, bool stop, struct error *e) {
     struct pause now_due = pause_after(r, stop);
     if (!now_due.evaluates && !now_due.saves && !now_due.samples)
         return 0;
-    bool ends = stop || r->progress.step == r->config.train.steps;
     if (comm_agree(r->comm, record_steps(r, 0, e), e) != 0)
         return -1;
     if (now_due.evaluates && comm_agree(r->comm, evaluate_now(r, now_due.saves, e), e) != 0)
@@ -607,9 +405,9 @@ static int between_steps(struct run *r, bool stop, struct error *e) {
     if (now_due.samples && comm_agree(r->comm, print_sample(r, e), e) != 0)
         return -1;
     /* The checkpoint comes last: a run that is resumed from it does nothing of this step again. */
-    if (now_due.saves && save(r, ends, e) != 0)
+    if (now_due.saves && save(r, now_due.ends, e) != 0)
         return -1;
-    r->clock = now();
+    r->clock = clock_seconds();
     return 0;
 }
 
@@ -627,21 +425,37 @@ static int finish_run(struct run *r, int stop) {
     return 0;
 }
 
+/* What ranks tell each other after every step. */
+struct pulse {
+    int stop;   /* the signal that asks for an end */
+    int failed; /* the step, or what came with it */
+    enum saver_state saver;
+};
+
+/* Of all ranks: any signal, any failure, and how far the checkpoint under way is. */
+static struct pulse share_pulse(struct run *r, struct pulse mine) {
+    const struct pulse *told = comm_tell(r->comm, &mine, sizeof mine);
+    struct pulse all = told[0];
+    for (int i = 1; i < r->comm->ranks; i++) {
+        all.stop = all.stop ? all.stop : told[i].stop;
+        all.failed |= told[i].failed;
+        all.saver = saver_together(all.saver, told[i].saver);
+    }
+    return all;
+}
+
 static int train_loop(struct run *r, struct error *e) {
     const int64_t steps = r->config.train.steps;
     struct pulse pulse = {0};
-    r->clock = now();
+    r->clock = clock_seconds();
     while (r->progress.step < steps && !pulse.stop) {
         train_step(r);
         int status = record_steps(r, r->k->run_ahead, e);
         /* A signal is looked for once a step: one that comes while saving ends the next step. */
-        pulse = (struct pulse){.stop = signals_asked(), .failed = status != 0};
-        share_pulse(r, &pulse);
+        pulse = share_pulse(r, (struct pulse){signals_asked(), status != 0, saver_state(r->saver)});
         if (pulse.failed && comm_agree(r->comm, status, e) != 0)
             return -1;
-        if ((pulse.saver == SAVER_WRITTEN || pulse.saver == SAVER_FAILED) && publish(r, e) != 0)
-            return -1;
-        if (between_steps(r, pulse.stop, e) != 0)
+        if (saver_advance(r->saver, pulse.saver, e) != 0 || between_steps(r, pulse.stop, e) != 0)
             return -1;
     }
     return finish_run(r, pulse.stop);
@@ -649,57 +463,6 @@ static int train_loop(struct run *r, struct error *e) {
 
 static void let_messages_move(void *comm) {
     ((struct comm *)comm)->ops->progress(comm);
-}
-
-/* A run.dir that only some hosts see would cost the first checkpoint: all must find rank 0's lock there, and
- * be able to write. */
-static int check_run_dir(struct run *r, struct error *e) {
-    char path[MAX_TEXT + 64];
-    long pid = (long)getpid(), found = -1;
-    snprintf(path, sizeof path, "%s/lock", r->config.run.dir);
-    memcpy(&pid, comm_tell(r->comm, &pid, sizeof pid), sizeof pid); /* rank 0's */
-    FILE *f = fopen(path, "r");
-    bool same = f && fscanf(f, "%ld", &found) == 1 && found == pid;
-    if (f)
-        fclose(f);
-    int status =
-        same && access(r->config.run.dir, W_OK) == 0
-            ? 0
-            : fail_user(e,
-                        "%s: not the directory that rank 0 writes to, or not writable; run.dir must be "
-                        "on a file system that all hosts share",
-                        r->config.run.dir);
-    return comm_agree(r->comm, status, e);
-}
-
-struct digest {
-    uint64_t settings, data;
-};
-
-static void add_text(uint64_t *hash, const char *text) { /* FNV-1a */
-    for (; *text; text++)
-        *hash = (*hash ^ (unsigned char)*text) * 0x100000001b3u;
-}
-
-static void add_setting(void *context, const char *key, const char *value) {
-    add_text(context, key);
-    add_text(context, value);
-}
-
-/* Ranks that were started with different files would train nobody's model. */
-static int check_alike(struct run *r, struct error *e) {
-    struct digest mine = {1, 1}, first;
-    config_visit(&r->config, add_setting, &mine.settings);
-    add_text(&mine.data, r->progress.train_fingerprint);
-    add_text(&mine.data, r->progress.val_fingerprint);
-    memcpy(&first, comm_tell(r->comm, &mine, sizeof mine), sizeof first);
-    int status = 0;
-    if (first.settings != mine.settings)
-        status = fail_user(e, "has another configuration than rank 0; give all the same file and overrides");
-    else if (first.data != mine.data)
-        status = fail_user(e, "finds other training or validation data than rank 0 under the same names; all "
-                              "hosts must have the same shards");
-    return comm_agree(r->comm, status, e);
 }
 
 /* What each rank does for itself, and on which all must agree before any memory is shared. */
@@ -712,9 +475,11 @@ static int prepare_alone(struct run *r, int argc, char **argv, struct error *e) 
 
 static int prepare_training(struct run *r, int argc, char **argv, struct error *e) {
     if (comm_agree(r->comm, prepare_alone(r, argc, argv, e), e) != 0 ||
-        (!alone(r) && (check_alike(r, e) != 0 || check_run_dir(r, e) != 0)) ||
+        (!alone(r) && (ranks_check_alike(r->comm, &r->config, &r->progress, e) != 0 ||
+                       ranks_check_run_dir(r->comm, r->config.run.dir, e) != 0)) ||
         comm_agree(r->comm, open_device(r, e), e) != 0 ||
-        comm_agree(r->comm, build_model(r, true, e), e) != 0 || resume_or_initialize(r, e) != 0)
+        comm_agree(r->comm, build_model(r, true, e), e) != 0 ||
+        start_run(&r->model, &r->config, &r->progress, e) != 0)
         return -1;
     if (!alone(r))
         r->k->set_idle_call(r->dev, let_messages_move, r->comm);
@@ -762,13 +527,11 @@ static int train(struct run *r, int argc, char **argv, struct error *e) {
     }
     if (comm_agree(r->comm, prepare_loop(r, e), e) != 0)
         return -1;
-    r->saves_behind = saver_reserve(r->saver, &r->model, host_memory_left(r));
-    r->saves_behind = comm_agree(r->comm, r->saves_behind ? 0 : -1, &(struct error){0}) == 0;
-    announce(r);
+    announce(r, saver_reserve(r->saver, &r->model, host_memory_left(r)));
     int status = train_loop(r, e);
     struct error ignored; /* a checkpoint under way is worth finishing whatever ended the run */
     if (status != 0)
-        finish_save(r, &ignored);
+        saver_finish(r->saver, &ignored);
     return status;
 }
 
@@ -809,7 +572,7 @@ static int prepare_eval(struct run *r, const char *dir, int argc, char **argv, s
 
 static int eval(struct run *r, int argc, char **argv, struct error *e) {
     char dir[MAX_TEXT];
-    if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)) || find_together(r, argv[0], dir, e) != 0 ||
+    if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)) || ranks_find_checkpoint(r->comm, argv[0], dir, e) != 0 ||
         comm_agree(r->comm, prepare_eval(r, dir, argc, argv, e), e) != 0 ||
         comm_agree(r->comm, open_device(r, e), e) != 0 ||
         comm_agree(r->comm, build_model(r, false, e), e) != 0 ||
@@ -823,88 +586,6 @@ static int eval(struct run *r, int argc, char **argv, struct error *e) {
     if (leads(r))
         printf("val_loss %.7f %lld\n", loss, (long long)tokens);
     return 0;
-}
-
-struct generate_options {
-    const char *prompt;
-    int64_t tokens;
-    struct sampling sampling;
-    int override_count;
-    char **overrides;
-};
-
-static int parse_number(const char *option, const char *text, bool whole, double most, double *out,
-                        struct error *e) {
-    char *end;
-    *out = strtod(text, &end);
-    if (end == text || *end || !(*out >= 0 && *out <= most) || (whole && *out != floor(*out)))
-        return fail_user(e, "%s %s: not a %snumber from 0 to %.0f", option, text, whole ? "whole " : "",
-                         most);
-    return 0;
-}
-
-static int parse_generate(int argc, char **argv, struct generate_options *o, struct error *e) {
-    static const char *const known[] = {"--prompt", "--tokens", "--temperature", "--top-k", "--seed", NULL};
-    *o = (struct generate_options){.prompt = "", .tokens = 256, .sampling = {0.8, 0, 1}, .overrides = argv};
-    for (int i = 0; i < argc; i++) {
-        double number = 0;
-        if (argv[i][0] != '-') {
-            o->overrides[o->override_count++] = argv[i];
-            continue;
-        }
-        int which = 0;
-        while (known[which] && strcmp(argv[i], known[which]) != 0)
-            which++;
-        const char *near = nearest_name(argv[i], known);
-        if (!known[which])
-            return fail_user(e, "generate: unknown option %s%s%s; see train_iha generate --help", argv[i],
-                             near ? "; did you mean " : "", near ? near : "");
-        if (i + 1 == argc)
-            return fail_user(e, "generate: %s needs a value", argv[i]);
-        const char *value = argv[i + 1];
-        double most = which == 1 ? 1e7 : which == 2 ? 100 : 9e15;
-        if (which > 0 && parse_number(argv[i], value, which != 2, most, &number, e) != 0)
-            return -1;
-        i++;
-        switch (which) {
-        case 0:
-            o->prompt = value;
-            break;
-        case 1:
-            o->tokens = (int64_t)number;
-            break;
-        case 2:
-            o->sampling.temperature = number;
-            break;
-        case 3:
-            o->sampling.top_k = (int64_t)number;
-            break;
-        default:
-            o->sampling.seed = (uint64_t)number;
-        }
-    }
-    return 0;
-}
-
-/* Without a tokenizer a prompt is token ids. */
-static int64_t parse_ids(const char *text, int64_t vocab, int32_t **ids, struct error *e) {
-    int64_t count = 0;
-    *ids = malloc((strlen(text) + 1) * sizeof **ids);
-    if (!*ids)
-        return fail_run(e, "out of memory for the prompt");
-    for (char *end; *text; text = end) {
-        long id = strtol(text, &end, 10);
-        if (end == text && strspn(text, " ") == strlen(text))
-            break;
-        if (end == text || id < 0 || id >= vocab)
-            return fail_user(
-                e,
-                "--prompt: the checkpoint has no tokenizer, so the prompt must be token ids below "
-                "%lld; '%.20s' is not one (or name one: data.tokenizer=FILE)",
-                (long long)vocab, text);
-        (*ids)[count++] = (int32_t)id;
-    }
-    return count;
 }
 
 /* The tokenizer that travelled with the checkpoint, unless the user names one. */
@@ -924,8 +605,8 @@ static int generate_text(struct run *r, const struct generate_options *o, struct
     int32_t *ids = NULL, end = r->tokenizer ? tokenizer_end_of_text(r->tokenizer) : -1;
     int64_t vocab = r->config.model.vocab_size;
     int64_t length = r->tokenizer ? tokenizer_encode(r->tokenizer, o->prompt, strlen(o->prompt), &ids, e)
-                                  : parse_ids(o->prompt, vocab, &ids, e);
-    struct printer p = {r->tokenizer, stdout, NULL, end};
+                                  : text_parse_ids(o->prompt, vocab, &ids, e);
+    struct text_writer w = {r->tokenizer, stdout, NULL, end};
     int status = length < 0 ? -1 : 0;
     if (status == 0 && length == 0) { /* no prompt: begin a document */
         free(ids);
@@ -939,10 +620,10 @@ static int generate_text(struct run *r, const struct generate_options *o, struct
         status = decoder_create(&r->decoder, &r->model, length + o->tokens, DECODE_CHUNK, e);
     for (int64_t i = 0; status == 0 && i < length; i++)
         if (ids[i] != end)
-            print_token(&p, ids[i]);
+            text_write(&w, ids[i]);
     fflush(stdout);
     if (status == 0)
-        status = generate(&r->decoder, ids, length, o->tokens, &o->sampling, emit, &p, e);
+        status = generate(&r->decoder, ids, length, o->tokens, &o->sampling, text_emit, &w, e);
     if (status == 0)
         printf("\n");
     free(ids);
@@ -954,7 +635,7 @@ static int generate_command(struct run *r, int argc, char **argv, struct error *
         return 0; /* one rank's work: the first does it */
     char dir[MAX_TEXT];
     struct generate_options o;
-    if (parse_generate(argc - 1, argv + 1, &o, e) != 0 || checkpoint_find(argv[0], dir, e) != 0 ||
+    if (generate_options_parse(argc - 1, argv + 1, &o, e) != 0 || checkpoint_find(argv[0], dir, e) != 0 ||
         read_checkpoint(r, dir, o.override_count, o.overrides, e) != 0)
         return -1;
     r->config.train.micro_batch = r->config.train.seq_len = 1; /* decoding has buffers of its own */

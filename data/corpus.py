@@ -17,11 +17,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from user_error import UserError
+
 GCIDE = Path("/usr/share/dictd/gcide.dict.dz")
-
-
-class UserError(Exception):
-    """Something the user can put right; its text is the one line they see."""
 
 
 # --------------------------------------------------------------------------------------------- bible

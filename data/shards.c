@@ -20,6 +20,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "kernels/hash.h"
+
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "shards are read in place, as little-endian");
 
 enum { HEADER_BYTES = 1024, MAGIC_U16 = 20240520, VERSION_U16 = 1, MAGIC_U32 = 20240801, VERSION_U32 = 7 };
@@ -194,7 +196,9 @@ static int find_files(const char *pattern, glob_t *paths, struct error *e) {
     case 0:
         return 0;
     case GLOB_NOMATCH:
-        return fail_user(e, "no file matches '%s': check the path, or make shards of a text with data/prepare.py", pattern);
+        return fail_user(
+            e, "no file matches '%s': check the path, or make shards of a text with data/prepare.py",
+            pattern);
     default:
         return fail_user(e, "the files of '%s' could not be listed: %s", pattern, strerror(errno));
     }
@@ -322,11 +326,9 @@ int64_t shards_draw(const struct shards *s, int64_t g, bool shuffle, uint64_t se
 
 /* ---- the fingerprint ---- */
 
-/* FNV-1a over the eight bytes of a value. */
+/* Eight bytes, whatever the width of the tokens. */
 static uint64_t absorb(uint64_t hash, uint64_t value) {
-    for (int byte = 0; byte < 8; byte++)
-        hash = (hash ^ (value >> (8 * byte) & 0xff)) * UINT64_C(0x100000001b3);
-    return hash;
+    return hash_bytes(hash, &value, sizeof value);
 }
 
 static uint64_t absorb_shard(uint64_t hash, const struct shard *f) {
@@ -340,7 +342,7 @@ static uint64_t absorb_shard(uint64_t hash, const struct shard *f) {
 }
 
 void shards_fingerprint(const struct shards *s, char out[17]) {
-    uint64_t hash = absorb(UINT64_C(0xcbf29ce484222325), (uint64_t)s->count);
+    uint64_t hash = absorb(HASH_START, (uint64_t)s->count);
     for (int i = 0; i < s->count; i++)
         hash = absorb_shard(hash, &s->files[i]);
     snprintf(out, 17, "%016" PRIx64, hash);

@@ -5,23 +5,28 @@
 #include <math.h>
 #include <stdint.h>
 
+/* What a step knows of the steps before it, carried from step to step and from run to run. */
+struct step_history {
+    int64_t updates;   /* steps applied so far: AdamW's t */
+    int32_t skips_run; /* skipped in a row, up to now */
+    /* grad_norm lately: mean and variance over the steps applied, each the plain one for NORM_MEMORY steps
+     * and exponentially forgetting after that. */
+    int64_t norm_count;
+    double norm_mean, norm_variance;
+};
+
 /* One optimizer step's decisions, kept on the device and read back when the host likes.
  * step_begin sets the first two; the rest is computed on the device. */
 struct step_state {
     double lr;
     int64_t step;
-    double loss;       /* sum over the step of scale * (nats of every counted token) */
-    double sumsq;      /* of all gradients so far; behind loss, so that ranks sum both at once */
-    double grad_norm;  /* sqrt(sumsq) */
-    double clip;       /* factor on the gradients */
-    int64_t updates;   /* steps applied so far: AdamW's t; carried from step to step */
-    int32_t skip;      /* enum step_skip: why this step is not applied */
-    int32_t skips_run; /* skipped in a row, this one included */
-    /* Recent history of grad_norm, carried from step to step: mean and variance over the steps applied, each
-     * the plain one for NORM_MEMORY steps and exponentially forgetting after that. */
-    int64_t norm_count;
-    double norm_mean, norm_variance;
-    double zscore; /* (grad_norm - mean) / deviation of this step; 0 while the history is short */
+    double loss;      /* sum over the step of scale * (nats of every counted token) */
+    double sumsq;     /* of all gradients so far; behind loss, so that ranks sum both at once */
+    double grad_norm; /* sqrt(sumsq) */
+    double clip;      /* factor on the gradients */
+    int32_t skip;     /* enum step_skip: why this step is not applied */
+    double zscore;    /* (grad_norm - mean) / deviation of this step; 0 while the history is short */
+    struct step_history history; /* this step included */
 };
 
 enum step_skip {
@@ -40,8 +45,9 @@ enum { NORM_MEMORY = 128, NORM_HISTORY = 16 /* steps before a z-score means anyt
 #define STEP_DECISION static inline
 #endif
 STEP_DECISION void step_decision(struct step_state *s, double grad_clip, double skip_zscore) {
-    double norm = sqrt(s->sumsq), d = norm - s->norm_mean, deviation = sqrt(s->norm_variance);
-    bool known = s->norm_count >= NORM_HISTORY && deviation > 0;
+    struct step_history *h = &s->history;
+    double norm = sqrt(s->sumsq), d = norm - h->norm_mean, deviation = sqrt(h->norm_variance);
+    bool known = h->norm_count >= NORM_HISTORY && deviation > 0;
     s->grad_norm = norm;
     s->clip = grad_clip > 0 && norm > grad_clip ? grad_clip / norm : 1;
     s->zscore = known && isfinite(norm) ? d / deviation : 0;
@@ -50,14 +56,14 @@ STEP_DECISION void step_decision(struct step_state *s, double grad_clip, double 
         s->skip = STEP_NOT_FINITE;
     else if (skip_zscore > 0 && s->zscore > skip_zscore)
         s->skip = STEP_OUTLIER;
-    s->skips_run = s->skip ? s->skips_run + 1 : 0;
+    h->skips_run = s->skip ? h->skips_run + 1 : 0;
     if (s->skip)
         return;
-    s->updates++;
-    s->norm_count++;
-    double w = 1.0 / (s->norm_count < NORM_MEMORY ? (double)s->norm_count : (double)NORM_MEMORY);
-    s->norm_mean += w * d;
-    s->norm_variance = (1 - w) * (s->norm_variance + w * d * d);
+    h->updates++;
+    h->norm_count++;
+    double w = 1.0 / (h->norm_count < NORM_MEMORY ? (double)h->norm_count : (double)NORM_MEMORY);
+    h->norm_mean += w * d;
+    h->norm_variance = (1 - w) * (h->norm_variance + w * d * d);
 }
 
 #endif

@@ -88,13 +88,6 @@ static int list_steps(const char *run_dir, int64_t **steps, struct error *e) {
     return count;
 }
 
-int64_t checkpoint_newest_step(const char *run_dir) {
-    int64_t *steps;
-    int64_t newest = list_steps(run_dir, &steps, NULL) > 0 ? steps[0] : -1;
-    free(steps);
-    return newest;
-}
-
 /* Does the directory hold a model that can be read? Its headers are checked, its numbers are not. */
 static int check_opens(const char *dir, struct error *e) {
     char path[PATH_BYTES];
@@ -259,6 +252,26 @@ static int check_same_run(const char *dir, const struct config *c, const struct 
     return 0;
 }
 
+int checkpoint_check_geometry(const char *dir, const struct model_config *now, struct error *e) {
+    struct model_config then;
+    if (checkpoint_read_config(dir, &then, e) != 0)
+        return -1;
+    const char *differs = then.num_attention_heads != now->num_attention_heads ? "num_attention_heads"
+                          : then.head_dim != now->head_dim                     ? "head_dim"
+                          : then.activation != now->activation                 ? "activation"
+                          : then.norm != now->norm                             ? "norm"
+                          : then.num_pseudo_heads != now->num_pseudo_heads     ? "num_pseudo_heads"
+                          : then.iha_collapse != now->iha_collapse             ? "iha_collapse"
+                          : then.position_embedding != now->position_embedding ? "position_embedding"
+                                                                               : NULL;
+    if (!differs)
+        return 0;
+    return fail_user(e,
+                     "train.init_from: %s is of another model: its %s (in config.json) is not model.%s; make "
+                     "them the same",
+                     dir, differs, differs);
+}
+
 int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct progress *p,
                       char dir[MAX_TEXT], bool warns, struct error *e) {
     int64_t *steps;
@@ -274,7 +287,7 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
                 break;
             if (p->step != steps[i])
                 fail_user(e, "trainer.json is of step %lld", (long long)p->step);
-            else if (checkpoint_load_weights(dir, m, p->updates, e) == 0 &&
+            else if (checkpoint_load_weights(dir, m, p->history.updates, e) == 0 &&
                      checkpoint_load_optimizer(dir, m, e) == 0) {
                 status = 1;
                 break;

@@ -11,6 +11,9 @@
 #include "model/checkpoint_files.h"
 #include "model/model.h"
 
+/* What a parameter takes in a checkpoint: the weight and its two moments. */
+enum { CHECKPOINT_PARAM_BYTES = 3 * sizeof(float) };
+
 /* Saving comes in parts, so that ranks write together and training goes on meanwhile: rank 0 begins (an empty
  * step_N.tmp), every rank writes its files, and when all have, rank 0 publishes: renames the directory, marks
  * the best, and removes all but the newest `keep` and the best (keep = 0: none). EXIT_RUN errors leave
@@ -41,9 +44,6 @@ int checkpoint_save(const char *run_dir, struct model *m, const struct config *c
 int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct progress *p,
                       char dir[MAX_TEXT], bool warns, struct error *e);
 
-/* Step of the newest checkpoint directory in run_dir, without looking inside; -1: none. */
-int64_t checkpoint_newest_step(const char *run_dir);
-
 /* `path` itself when it is a checkpoint, or the newest checkpoint of the run directory `path` whose model
  * opens; one that does not is reported on stderr and passed over. */
 int checkpoint_find(const char *path, char dir[MAX_TEXT], struct error *e);
@@ -54,6 +54,10 @@ int checkpoint_read_config(const char *dir, struct model_config *config, struct 
 int checkpoint_load_weights(const char *dir, struct model *m, int64_t updates, struct error *e);
 int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e);
 int checkpoint_read_progress(const char *dir, struct progress *p, struct error *e);
+
+/* Is the checkpoint's model the one of *now? Weights of another geometry may fit by their shapes and mean
+ * nothing. */
+int checkpoint_check_geometry(const char *dir, const struct model_config *now, struct error *e);
 
 /* The value of "section.key" in the checkpoint's trainer.json, or an empty string. */
 int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], struct error *e);

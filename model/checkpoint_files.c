@@ -416,11 +416,11 @@ int progress_write(const char *path, const struct progress *p, const struct conf
     add_text(&root, "step", "%" PRId64, p->step);
     add_text(&root, "tokens", "%" PRId64, p->tokens);
     add_text(&root, "sequences", "%" PRId64, p->sequences);
-    add_text(&root, "updates", "%" PRId64, p->updates);
-    add_text(&root, "skips_run", "%d", p->skips_run);
-    add_text(&root, "norm_count", "%" PRId64, p->norm_count);
-    add_text(&root, "norm_mean", "%.17g", p->norm_mean);
-    add_text(&root, "norm_variance", "%.17g", p->norm_variance);
+    add_text(&root, "updates", "%" PRId64, p->history.updates);
+    add_text(&root, "skips_run", "%d", p->history.skips_run);
+    add_text(&root, "norm_count", "%" PRId64, p->history.norm_count);
+    add_text(&root, "norm_mean", "%.17g", p->history.norm_mean);
+    add_text(&root, "norm_variance", "%.17g", p->history.norm_variance);
     add_text(&root, "seconds", "%.17g", p->seconds);
     add_text(&root, "best_step", "%" PRId64, p->best_step);
     if (isfinite(p->best_val_loss))
@@ -490,13 +490,13 @@ int progress_read(const char *path, struct progress *p, struct error *e) {
         .step = count_of(root, "step"),
         .tokens = count_of(root, "tokens"),
         .sequences = count_of(root, "sequences"),
-        .updates = count_of(root, "updates"),
-        .skips_run = skips_run > INT32_MAX ? -1 : (int32_t)skips_run,
+        .history = {.updates = count_of(root, "updates"),
+                    .skips_run = skips_run > INT32_MAX ? -1 : (int32_t)skips_run,
+                    .norm_count = count_of(root, "norm_count"),
+                    .norm_mean = number_of(root, "norm_mean"),
+                    .norm_variance = number_of(root, "norm_variance")},
         .best_step = count_of(root, "best_step"),
         .best_val_loss = is_finite(best) ? best->valuedouble : (double)NAN,
-        .norm_count = count_of(root, "norm_count"),
-        .norm_mean = number_of(root, "norm_mean"),
-        .norm_variance = number_of(root, "norm_variance"),
         .seconds = number_of(root, "seconds"),
     };
     text_of(root, "train_fingerprint", p->train_fingerprint, sizeof p->train_fingerprint);
@@ -506,8 +506,8 @@ int progress_read(const char *path, struct progress *p, struct error *e) {
     if (version != 1)
         return fail_user(e, "%s: format version %lld, and this program reads version 1", path,
                          (long long)version);
-    if (p->step < 0 || p->tokens < 0 || p->sequences < 0 || p->updates < 0 || p->skips_run < 0 ||
-        p->norm_count < 0)
+    if (p->step < 0 || p->tokens < 0 || p->sequences < 0 || p->history.updates < 0 ||
+        p->history.skips_run < 0 || p->history.norm_count < 0)
         return fail_user(
             e, "%s: step, tokens, sequences, updates, skips_run or norm_count is missing or not a count",
             path);

@@ -6,13 +6,10 @@
 
 /* What trainer.json holds beside the configuration. */
 struct progress {
-    int64_t step;       /* optimizer steps done */
-    int64_t tokens;     /* trained on */
-    int64_t sequences;  /* drawn from the training data: the data position */
-    int64_t updates;    /* steps that were not skipped */
-    int32_t skips_run;  /* skipped in a row */
-    int64_t norm_count; /* history of gradient norms: see kernels/step.h */
-    double norm_mean, norm_variance;
+    int64_t step;      /* optimizer steps done */
+    int64_t tokens;    /* trained on */
+    int64_t sequences; /* drawn from the training data: the data position */
+    struct step_history history;
     double seconds;       /* of training, without evaluation and saving */
     double best_val_loss; /* NAN: none yet */
     int64_t best_step;

@@ -8,9 +8,9 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "kernels/clock.h"
 #include "model/config.h"
 #include "model/files.h"
 
@@ -21,12 +21,6 @@ struct metrics {
     double seconds_per_step; /* smoothed */
     double last_shown;
 };
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 /* Lines of whole steps up to `step`; a line cut short by a kill goes too. Returns the new length. */
 static size_t keep_lines(char *text, size_t length, int64_t step) {
@@ -178,7 +172,7 @@ static int terminal_columns(void) {
 }
 
 void status_step(struct metrics *m, const struct step_record *r) {
-    double smooth = 0.05, t = now();
+    double smooth = 0.05, t = clock_seconds();
     m->seconds_per_step =
         m->seconds_per_step == 0 ? r->seconds : (1 - smooth) * m->seconds_per_step + smooth * r->seconds;
     double pause = m->terminal ? 0.1 : 10;

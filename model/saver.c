@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <stdlib.h>
+#include <time.h>
 
 struct saver {
     pthread_t thread;
@@ -11,8 +12,9 @@ struct saver {
     bool closing;
     struct checkpoint_job job; /* the thread's while it writes */
     struct error error;
+    struct comm *comm;
     float *weights, *moments; /* the copy; NULL: there is no room for one */
-    bool copies;
+    bool copies, behind;      /* this rank has one; all have: saving goes on behind training */
 };
 
 static void *write_jobs(void *context) {
@@ -79,22 +81,30 @@ size_t saver_copy_bytes(const struct model *m) {
     return elements < 0 ? 0 : weight_bytes(m) + 2 * (size_t)elements * sizeof(float);
 }
 
-bool saver_reserve(struct saver *s, const struct model *m, size_t memory_free) {
+/* Has this rank memory for a copy now? */
+static bool reserve_copy(struct saver *s, const struct model *m, size_t memory_free) {
     size_t bytes = saver_copy_bytes(m);
     if (bytes == 0 || (memory_free > 0 && bytes > memory_free / 2))
         return false;
     s->weights = m->partition.rank == 0 ? malloc(weight_bytes(m)) : NULL;
     s->moments = malloc(bytes - weight_bytes(m));
-    s->copies = s->moments && (s->weights || m->partition.rank > 0);
-    if (!s->copies) {
-        free(s->weights);
-        free(s->moments);
-        s->weights = s->moments = NULL;
-    }
-    return s->copies;
+    if (s->moments && (s->weights || m->partition.rank > 0))
+        return true;
+    free(s->weights);
+    free(s->moments);
+    s->weights = s->moments = NULL;
+    return false;
 }
 
-int saver_start(struct saver *s, const struct checkpoint_job *job, bool copy, struct error *e) {
+bool saver_reserve(struct saver *s, const struct model *m, size_t memory_free) {
+    s->comm = m->comm;
+    s->copies = reserve_copy(s, m, memory_free);
+    s->behind = comm_agree(s->comm, s->copies ? 0 : -1, &(struct error){0}) == 0;
+    return s->behind;
+}
+
+/* Write from the copy, which is made first, or from the model, which must not change meanwhile. */
+static int start_writing(struct saver *s, const struct checkpoint_job *job, bool copy, struct error *e) {
     struct model *m = job->from.model;
     s->job = *job;
     if (copy && s->copies) {
@@ -114,6 +124,16 @@ int saver_start(struct saver *s, const struct checkpoint_job *job, bool copy, st
     return 0;
 }
 
+int saver_save(struct saver *s, const struct checkpoint_job *job, bool wait, struct error *e) {
+    bool leads = s->comm->rank == 0;
+    wait = wait || !s->behind;
+    if (saver_finish(s, e) != 0 ||
+        comm_agree(s->comm, leads ? checkpoint_begin(job->run_dir, job->progress.step, e) : 0, e) != 0 ||
+        comm_agree(s->comm, start_writing(s, job, !wait, e), e) != 0)
+        return -1;
+    return wait ? saver_finish(s, e) : 0;
+}
+
 enum saver_state saver_state(struct saver *s) {
     pthread_mutex_lock(&s->mutex);
     enum saver_state state = s->state;
@@ -121,10 +141,46 @@ enum saver_state saver_state(struct saver *s) {
     return state;
 }
 
-int saver_collect(struct saver *s, struct error *e) {
+/* The one that is furthest from done; an idle rank has nothing to say. */
+enum saver_state saver_together(enum saver_state one, enum saver_state other) {
+    return other == SAVER_WRITING || (other != SAVER_IDLE && one != SAVER_WRITING) ? other : one;
+}
+
+/* How this rank's writing ended; the thread is idle again. */
+static int collect(struct saver *s, struct error *e) {
     int status = saver_state(s) == SAVER_FAILED ? -1 : 0;
     if (status != 0)
         *e = s->error;
     change_state(s, SAVER_IDLE);
     return status;
+}
+
+/* All ranks have written their files, or failed to. */
+static int publish(struct saver *s, struct error *e) {
+    bool leads = s->comm->rank == 0;
+    if (comm_agree(s->comm, collect(s, e), e) == 0 &&
+        comm_agree(s->comm, leads ? checkpoint_publish(&s->job, e) : 0, e) == 0)
+        return 0;
+    if (leads)
+        checkpoint_clean(s->job.run_dir);
+    e->exit_code = EXIT_RUN;
+    return -1;
+}
+
+int saver_advance(struct saver *s, enum saver_state all, struct error *e) {
+    return all == SAVER_WRITTEN || all == SAVER_FAILED ? publish(s, e) : 0;
+}
+
+int saver_finish(struct saver *s, struct error *e) {
+    for (;;) {
+        enum saver_state all = SAVER_IDLE, mine = saver_state(s);
+        const enum saver_state *told = comm_tell(s->comm, &mine, sizeof mine);
+        for (int i = 0; i < s->comm->ranks; i++)
+            all = saver_together(all, told[i]);
+        if (all == SAVER_IDLE)
+            return 0;
+        if (all != SAVER_WRITING)
+            return publish(s, e);
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    }
 }

@@ -7,8 +7,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
+#include "kernels/clock.h"
 #include "kernels/kernels.h"
 
 enum { MAX_REPEATS = 50, MAX_SAMPLES = 4096 };
@@ -48,12 +48,6 @@ struct finding {
 static inline void bench_fail(const struct error *e) {
     fprintf(stderr, "bench: %s\n", e->text);
     exit(e->exit_code ? e->exit_code : EXIT_RUN);
-}
-
-static inline double bench_now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
 static inline void samples_add(struct samples *s, double seconds) {
@@ -141,12 +135,12 @@ static inline void run_copy(struct bench *b) {
 
 /* One sample of both ceilings. */
 static inline void ceilings_sample(struct bench *b) {
-    double start = bench_now();
+    double start = clock_seconds();
     run_sgemm(b);
-    double middle = bench_now();
+    double middle = clock_seconds();
     run_copy(b);
     samples_add(&b->sgemm, middle - start);
-    samples_add(&b->copy, bench_now() - middle);
+    samples_add(&b->copy, clock_seconds() - middle);
 }
 
 /* Rates of the ceilings from sample `first` on, in FLOP/s and bytes/s. */
@@ -161,10 +155,10 @@ static inline double copy_rate(const struct bench *b, int first) {
 
 /* Seconds of `calls` calls, per call. */
 static inline double time_calls(void (*work)(void *), void *context, int calls) {
-    double start = bench_now();
+    double start = clock_seconds();
     for (int i = 0; i < calls; i++)
         work(context);
-    return (bench_now() - start) / calls;
+    return (clock_seconds() - start) / calls;
 }
 
 /* How often to call short work for one sample: once the caches and pages are warm, so that a sample lasts. */

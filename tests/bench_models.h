@@ -168,11 +168,11 @@ static inline struct footprint train_and_look(int count, char *const *keys) {
     if (!dev || model_memory(&t.config.model, k, dev, &shape, 1, 0, &p, &e) != 0)
         bench_fail(&e);
     training_open(&t, k, dev);
-    double start = bench_now();
+    double start = clock_seconds();
     for (int i = 0; i < 2; i++)
         training_step(&t);
     double bytes = (double)(p.parameters + p.gradients + p.optimizer + p.activations + p.workspace);
-    return (struct footprint){bytes, peak_resident(), bench_now() - start};
+    return (struct footprint){bytes, peak_resident(), clock_seconds() - start};
 }
 
 /* Fork, run train_and_look there, and bring back what it found. */

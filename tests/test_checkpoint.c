@@ -18,10 +18,10 @@
 
 #include "model/checkpoint.h"
 #include "model/files.h"
+#include "tests/temporary_directory.h"
 
 #define COUNT(a) (sizeof(a) / sizeof *(a))
 
-static char directory[] = "/tmp/test_checkpoint_XXXXXX";
 static const char WEIGHTS[] = "model.safetensors", OPTIMIZER[] = "optimizer-00000-of-00001.safetensors";
 
 /* In the place of the C library's fsync: from the call `sync_fails_at` on (counted from 1), no space. */
@@ -95,7 +95,7 @@ static void train_step(struct run *r) {
     model_update(m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0});
     r->progress.step++;
     r->progress.tokens += 12;
-    r->progress.updates++;
+    r->progress.history.updates++;
 }
 
 static int save(struct run *r, struct error *e) {
@@ -112,9 +112,16 @@ static void step_and_save(struct run *r) {
 /* As the trainer does it: AdamW's count goes back to the device. */
 static int resume(struct run *r, char dir[MAX_TEXT], struct error *e) {
     int status = checkpoint_resume(r->dir, &r->model, &r->config, &r->progress, dir, true, e);
-    struct step_state state = {.updates = r->progress.updates, .skips_run = r->progress.skips_run};
+    struct step_state state = {.history = r->progress.history};
     r->model.k->step_write(r->model.dev, r->model.state, &state);
     return status;
+}
+
+static void check_newest(const char *run_dir, const char *expected) {
+    struct error e = {0};
+    char dir[MAX_TEXT];
+    assert_int_equal(checkpoint_find(run_dir, dir, &e), 0);
+    assert_string_equal(dir, expected);
 }
 
 static void check_same_numbers(const struct model *a, const struct model *b) {
@@ -188,7 +195,7 @@ static void what_is_saved_comes_back(void **state) {
     for (int i = 0; i < 3; i++)
         train_step(&r);
     r.progress.sequences = (1LL << 52) + 1;
-    r.progress.skips_run = 2;
+    r.progress.history.skips_run = 2;
     r.progress.seconds = 0.1 + 0.2;
     r.progress.best_val_loss = 1.0 / 3;
     r.progress.best_step = 2;
@@ -214,8 +221,6 @@ static void an_empty_run_has_nothing_to_resume(void **state) {
     char dir[MAX_TEXT];
     open_run(&r, "empty", NULL, 1);
     assert_int_equal(resume(&r, dir, &e), 0);
-    assert_int_equal(checkpoint_newest_step("empty"), -1);
-    assert_int_equal(checkpoint_newest_step("absent"), -1);
     close_run(&r);
 }
 
@@ -372,7 +377,7 @@ static void the_newest_and_the_best_stay(void **state) {
     step_and_save(&r);
     check_steps(&r, "56");
     check_best(&r, "step_00000006");
-    assert_int_equal(checkpoint_newest_step("keep"), 6);
+    check_newest("keep", "keep/step_00000006");
     close_run(&r);
 }
 
@@ -409,7 +414,7 @@ static void leftovers_are_cleaned(void **state) {
     assert_int_equal(files_write_synced("clean/step_00000002.tmp/model.safetensors", "half", 4, &e), 0);
     assert_int_equal(files_make_dirs("clean/step_00000009.tmp", &e), 0);
     assert_int_equal(files_write_synced("clean/notes.tmp", "mine", 4, &e), 0);
-    assert_int_equal(checkpoint_newest_step("clean"), 1);
+    check_newest("clean", "clean/step_00000001");
     step_and_save(&r); /* over the leftover of the same step */
     check_resumes(&r, NULL, 2);
     checkpoint_clean("clean");
@@ -721,19 +726,6 @@ static void any_failing_sync_leaves_a_whole_checkpoint(void **state) {
     check_steps(&r, "2");
     close_run(&r);
     close_run(&before);
-}
-
-/* ---- the directory ---------------------------------------------------------------------------------------
- */
-
-static int enter_directory(void **state) {
-    (void)state;
-    return mkdtemp(directory) && chdir(directory) == 0 ? 0 : -1;
-}
-
-static int leave_directory(void **state) {
-    (void)state;
-    return chdir("/") == 0 ? files_remove_tree(directory, NULL) : -1;
 }
 
 int main(void) {

@@ -14,6 +14,7 @@ import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from tests.tiny import tiny_config, write_shard
+
 ROOT = Path(__file__).resolve().parent.parent
 BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
 CHECK = ROOT / "tests" / "reference" / "export_check.py"
@@ -37,45 +40,10 @@ END = 256  # the byte tokenizer's end of a document
 T = 32
 CPU = ["system.device=cpu", "system.precision=fp32", "system.threads=2"]
 
-TINY = """\
-# A model of 8,000 parameters with one interleaved layer.
-[model]
-vocab_size = 257
-hidden_size = 16
-num_hidden_layers = 2
-num_attention_heads = 2
-intermediate_size = 32
-layer_pattern = iha_local mha_global
 
-[train]
-seq_len = 32
-micro_batch = 2
-batch_tokens = 128
-steps = 20
-lr = 1e-2
-
-[system]
-device = cpu
-precision = fp32
-threads = 2
-
-[data]
-train = {data}/train_*.bin
-val = {data}/val_*.bin
-tokenizer = bytes
-
-[run]
-dir = runs/default
-"""
-
-
-def write_shard(path, tokens, wide=False, magic=None, version=None, count=None):
-    """An llm.c shard; magic, version and count can be made to lie."""
-    header = np.zeros(256, "<i4")
-    header[0] = magic if magic is not None else 20240801 if wide else 20240520
-    header[1] = version if version is not None else 7 if wide else 1
-    header[2] = count if count is not None else len(tokens)
-    Path(path).write_bytes(header.tobytes() + np.asarray(tokens, "<u4" if wide else "<u2").tobytes())
+def tiny(data):
+    return tiny_config(data, seq_len=T, batch_tokens=128, steps=20, system="precision = fp32\nthreads = 2",
+                       run="dir = runs/default")
 
 
 def sentences(count, seed):
@@ -145,7 +113,7 @@ class Case(unittest.TestCase):
             write_shard(folder / "val_0.bin", documents(40, 9), wide)
         cls.val = cls.data / "val_0.bin"
         cls.config = cls.tmp / "tiny.ini"
-        cls.config.write_text(TINY.format(data=cls.data))
+        cls.config.write_text(tiny(cls.data))
 
     @classmethod
     def tearDownClass(cls):
@@ -659,6 +627,38 @@ class Keep(Case):
             self.assertEqual(steps_in(run_dir), expected)
             self.assertFalse((run_dir / "best").is_symlink())
 
+    def test_appears_while_training_goes_on(self):
+        """Not only when the next is saved: step 8's is there by step 14, of which nothing is saved."""
+        run_dir = self.new_dir()
+        run_dir.mkdir()
+        samples, half = run_dir / "samples.txt", run_dir / "step_00000008.tmp" / "trainer.json"
+        os.mkfifo(samples)
+        process = start("train", self.config, f"run.dir={run_dir}", "run.save_every=8", "run.sample_every=1",
+                        "train.steps=15", "data.val=none")
+        self.addCleanup(self.end, process)
+        deadline = time.monotonic() + TIMEOUT
+        for step in range(1, 15):
+            while step == 9 and not (half.exists() or steps_in(run_dir)):  # the last file that is written
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0.005)
+            with open(samples, "rb") as pipe:  # once the run comes to the sample
+                self.assertEqual(steps_in(run_dir), [8] if step == 14 else steps_in(run_dir))
+                pipe.read()
+        self.assertEqual(self.free(process, run_dir)[0], 0)
+        self.assertEqual(steps_in(run_dir), [8, 15])
+
+    def test_what_cannot_be_finished_is_removed(self):
+        def small_files():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write fails instead
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16 << 10, 16 << 10))
+
+        run_dir = self.new_dir()
+        process = start("train", self.config, f"run.dir={run_dir}", "run.save_every=2", preexec_fn=small_files)
+        _, err = process.communicate(timeout=TIMEOUT)
+        self.assertEqual(process.returncode, 1)
+        self.assertIn(b"File too large", err)
+        self.assertEqual(list(run_dir.glob("step_*")), [])
+
     def test_last_step_is_always_saved(self):
         self.assertEqual(steps_in(self.train("run.save_every=0")), [20])
         self.assertEqual(steps_in(self.train("run.save_every=15")), [15, 20])
@@ -736,7 +736,10 @@ class InitFrom(Case):
         self.assertLess(losses(run_dir)[0], losses(self.source)[0] - 1)
 
     def test_refused(self):
-        for override, names in (("model.hidden_size=32", ["another model"]), ("model.bias=true", ["bias"])):
+        for override, names in (("model.hidden_size=32", ["another model"]), ("model.bias=true", ["bias"]),
+                                # These fit by their shapes.
+                                ("model.activation=relu2", ["model.activation"]), ("model.norm=layernorm", ["model.norm"]),
+                                ("model.position_embedding=none", ["model.position_embedding"])):
             self.refused("train", self.config, f"run.dir={self.new_dir()}", f"train.init_from={self.source}", override,
                          names=names)
         missing = self.tmp / "nowhere"
@@ -797,7 +800,7 @@ class Refusals(Case):
 
         self.refuse_train(config=self.tmp / "no.ini", names=["no.ini"])
         self.refuse_train(config=self.tmp, names=[self.tmp])
-        good = TINY.format(data=self.data)
+        good = tiny(self.data)
         self.refuse_train(config=ini(good.replace("lr = 1e-2", "lrr = 1e-2")), names=["bad.ini:15", "lrr"])
         self.refuse_train(config=ini(good.replace("[train]", "[trian]")), names=["bad.ini:10", "train"])
         self.refuse_train(config=ini(good.replace("steps = 20\n", "")), names=["train.steps"])
@@ -932,6 +935,16 @@ class Skipping(Case):
         last = done.stderr.decode().splitlines()[-1]
         self.assertRegex(last, r"outlier \(train.skip_zscore = 1e-06\) in 3 steps in a row, step \d+ to step \d+")
         self.assertRegex(last, r"largest part in [a-z0-9_.]+\.(weight|alpha_[qkv]|collapse)")
+
+    def test_a_checkpoint_under_way_is_finished_when_the_run_gives_up(self):
+        """The step after a save fails, so that nothing else comes to see that it was written."""
+        giving_up = ["train.steps=60", "train.skip_zscore=1e-6", "train.max_skips=0", "train.lr=0", "data.val=none"]
+        first, second = self.new_dir(), self.new_dir()
+        self.train(*giving_up, "run.save_every=0", run_dir=first, code=1)
+        last = lines_of(first / "metrics.jsonl")[-1]["step"]
+        self.train(*giving_up, f"run.save_every={last - 1}", run_dir=second, code=1)
+        self.assertEqual(steps_in(first), [])
+        self.assertEqual([p.name for p in second.glob("step_*")], [f"step_{last - 1:08d}"])
 
 
 # ---- generate and info ---------------------------------------------------------------------------------------------

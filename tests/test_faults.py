@@ -26,39 +26,7 @@ import numpy as np
 from tests.faults import harness
 from tests.faults.harness import BINARY, ENVIRONMENT, EVERYTHING, ROOT, SANITIZED, SCRATCH, TIMEOUT, Scenario, every, \
     need, run, try_all
-
-TINY = """\
-[model]
-vocab_size = 257
-hidden_size = 16
-num_hidden_layers = 2
-num_attention_heads = 2
-intermediate_size = 32
-layer_pattern = iha_local mha_global
-
-[train]
-seq_len = 16
-micro_batch = 2
-batch_tokens = 64
-steps = 6
-lr = 1e-2
-
-[system]
-device = cpu
-threads = 1
-
-[data]
-train = {data}/train_*.bin
-val = {data}/val_*.bin
-tokenizer = bytes
-
-[run]
-dir = run
-save_every = 2
-keep = 2
-eval_every = 2
-sample_every = 1
-"""
+from tests.tiny import tiny_config, write_shard
 
 # Kinds of calls, and of how many one is tried when only a sample is wanted.
 KINDS = {"alloc": 2, "library": 16, "map": 1, "open_read": 1, "open_write": 1, "read": 1, "write": 1, "close": 1,
@@ -67,10 +35,13 @@ KINDS = {"alloc": 2, "library": 16, "map": 1, "open_read": 1, "open_write": 1, "
 EACCES, ENOSPC, EIO = 13, 28, 5
 
 
-def write_shard(path, tokens):
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(tokens)
-    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+def tiny(data):
+    return tiny_config(data, seq_len=16, batch_tokens=64, steps=6, system="threads = 1", run="""\
+dir = run
+save_every = 2
+keep = 2
+eval_every = 2
+sample_every = 1""")
 
 
 def text(seed, sentences):
@@ -113,7 +84,7 @@ class Case(unittest.TestCase):
         cls.tokenizer = cls.scratch / "tokenizer.json"
         cls.tokenizer.write_text(byte_level_tokenizer())
         cls.config = cls.scratch / "tiny.ini"
-        cls.config.write_text(TINY.format(data=data))
+        cls.config.write_text(tiny(data))
         cls.val = data / "val_0.bin"
         cls.scenarios = {}
 

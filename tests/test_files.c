@@ -22,8 +22,7 @@
 #include <unistd.h>
 
 #include "model/files.h"
-
-static char directory[] = "/tmp/test_files_XXXXXX";
+#include "tests/temporary_directory.h"
 
 /* In the place of the C library's fsync: count the calls, or fail them with a chosen errno. */
 static int sync_calls, sync_errno;
@@ -35,16 +34,6 @@ int fsync(int fd) {
         return -1;
     }
     return (int)syscall(SYS_fsync, fd);
-}
-
-static int enter_directory(void **state) {
-    (void)state;
-    return mkdtemp(directory) && chdir(directory) == 0 ? 0 : -1;
-}
-
-static int leave_directory(void **state) {
-    (void)state;
-    return chdir("/") == 0 ? files_remove_tree(directory, NULL) : -1;
 }
 
 static int exists(const char *path) {
@@ -224,8 +213,8 @@ static void test_make_dirs(void **state) {
     assert_int_equal(files_make_dirs(".", &e), 0);
     assert_int_equal(files_make_dirs("/", &e), 0);
     assert_int_equal(files_make_dirs("./m/../m/e", &e), 0);
-    char absolute[sizeof directory + 16];
-    snprintf(absolute, sizeof absolute, "%s/m/f/g", directory);
+    char absolute[sizeof temporary_directory + 16];
+    snprintf(absolute, sizeof absolute, "%s/m/f/g", temporary_directory);
     assert_int_equal(files_make_dirs(absolute, &e), 0);
     assert_true(exists("m/a/b/.") && exists("m/c/d/.") && exists("m/e/.") && exists("m/f/g/."));
     assert_int_equal(symlink("a", "m/link"), 0);

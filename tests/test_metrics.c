@@ -14,18 +14,7 @@
 
 #include "model/files.h"
 #include "model/metrics.h"
-
-static char directory[] = "/tmp/test_metrics_XXXXXX";
-
-static int enter_directory(void **state) {
-    (void)state;
-    return mkdtemp(directory) && chdir(directory) == 0 ? 0 : -1;
-}
-
-static int leave_directory(void **state) {
-    (void)state;
-    return chdir("/") == 0 ? files_remove_tree(directory, NULL) : -1;
-}
+#include "tests/temporary_directory.h"
 
 static void open_at(int64_t step) {
     struct error e = {0};

@@ -37,6 +37,8 @@ sys.path[:0] = [str(ROOT / "data"), str(ROOT / "scripts")]  # by name, since wor
 import corpus  # noqa: E402
 import plot_loss  # noqa: E402
 import prepare  # noqa: E402
+import prepare_readers  # noqa: E402
+import prepare_tokenizers  # noqa: E402
 
 
 def has(*modules):
@@ -222,10 +224,10 @@ class Texts(Case):
             regex = re.compile(separator.encode(), re.MULTILINE)
             for _ in range(60):
                 text = bytes(rng.choices(b"ab \n#\xc3\xa9", (4, 4, 2, 4, 2, 0, 0))[0] for _ in range(rng.randrange(1, 400)))
-                with mock.patch.multiple(prepare, PIECE=40, MARGIN=24, BATCH=rng.randrange(1, 50)):
+                with mock.patch.multiple(prepare_readers, PIECE=40, MARGIN=24, BATCH=rng.randrange(1, 50)):
                     stream = io.BytesIO(text)
                     found, current = [], b""
-                    for piece, ends in prepare.split_documents(lambda size: stream.read(prepare.BATCH), regex):
+                    for piece, ends in prepare_readers.split_documents(lambda size: stream.read(prepare_readers.BATCH), regex):
                         current += piece
                         if ends:
                             found.append(current)
@@ -234,15 +236,15 @@ class Texts(Case):
 
     def test_long_document_is_tokenized_in_pieces(self):
         text = ("Ünder the sün, ich weiß.\n" * 3000).encode()
-        with mock.patch.multiple(prepare, PIECE=1000, MARGIN=100, BATCH=3000):
+        with mock.patch.multiple(prepare_readers, PIECE=1000, MARGIN=100, BATCH=3000):
             self.run_ok("--tokenizer", "bytes", "--val-fraction", 0, "--out", self.out, self.file("a.txt", text))
         self.same(read_split(self.out, "train"), list(text) + [256])
 
     def test_pieces_never_cut_characters(self):
         text = ("日本語のテキスト" * 500).encode()
-        with mock.patch.multiple(prepare, PIECE=1000, MARGIN=100, BATCH=3001):
+        with mock.patch.multiple(prepare_readers, PIECE=1000, MARGIN=100, BATCH=3001):
             stream = io.BytesIO(text)
-            pieces = [piece for piece, _ in prepare.split_documents(stream.read, None)]
+            pieces = [piece for piece, _ in prepare_readers.split_documents(stream.read, None)]
         self.assertGreater(len(pieces), 5)
         self.assertEqual("".join(piece.decode() for piece in pieces), text.decode())
 
@@ -316,7 +318,7 @@ class HuggingFace(Case):
             self.same((self.folder / "1" / name).read_bytes(), (self.folder / "3" / name).read_bytes())
 
     def test_a_worker_that_dies_or_fails(self):
-        state = (prepare.Bytes(), 256, "not a type")
+        state = (prepare_tokenizers.Bytes(), 256, "not a type")
         with self.assertRaises(TypeError):
             list(prepare.ordered_map([[("train", b"a", True)]] * 5, 2, state))
         # a process that cannot even start its work: its tokenizer does not unpickle
@@ -395,12 +397,12 @@ class Tiktoken(Case):
         import tiktoken
         import tokenizers
         reachable = []
-        for pattern, (regex, places) in prepare.PATTERNS.items():
+        for pattern, (regex, places) in prepare_tokenizers.PATTERNS.items():
             for seed, trained in ((1, True), (2, False), (3, False), (4, False)):
                 ranks = random_ranks(seed, trained)
                 specials = {name: len(ranks) + place for name, place in places.items()}
                 encoding = tiktoken.Encoding("test", pat_str=regex, mergeable_ranks=ranks, special_tokens=specials)
-                converted = prepare.tokenizer_json(ranks, specials, pattern)
+                converted = prepare_tokenizers.tokenizer_json(ranks, specials, pattern)
                 tokenizer = tokenizers.Tokenizer.from_str(json.dumps(converted))
                 reachable.append(not converted["model"]["ignore_merges"])
                 for text in self.texts(random.Random(seed)):
@@ -418,7 +420,7 @@ class Tiktoken(Case):
         ranks = random_ranks(1, True)
         texts = SAMPLES * 10
         self.run_ok("--tokenizer", self.rank_file(ranks), "--pattern", "llama3", "--out", self.out, self.jsonl(texts))
-        encoding = tiktoken.Encoding("test", pat_str=prepare.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        encoding = tiktoken.Encoding("test", pat_str=prepare_tokenizers.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
         want = {"train": [], "val": []}
         for i, text in enumerate(text for text in texts if text.strip()):
             want[expected_split(i)].append(encoding.encode_ordinary(text))
@@ -432,8 +434,8 @@ class Tiktoken(Case):
                                          ("cl100k", 100256, "<|endofprompt|>", 100276), ("llama3", 128000, "<|end_of_text|>", 128001),
                                          ("llama3", 128000, "<|eot_id|>", 128009),
                                          ("llama3", 128000, "<|reserved_special_token_250|>", 128255)):
-            self.assertEqual(count + prepare.PATTERNS[pattern][1][name], id)
-            self.assertEqual(prepare.KNOWN_SIZES[count], pattern)
+            self.assertEqual(count + prepare_tokenizers.PATTERNS[pattern][1][name], id)
+            self.assertEqual(prepare_tokenizers.KNOWN_SIZES[count], pattern)
 
     def test_patterns_are_tiktokens(self):
         """tiktoken spells its patterns for speed; ours must cut the same."""
@@ -446,7 +448,7 @@ class Tiktoken(Case):
             theirs["cl100k"] = public.cl100k_base()["pat_str"]
         for pattern, regex in theirs.items():
             one, two = (tiktoken.Encoding("test", pat_str=each, mergeable_ranks=ranks, special_tokens={})
-                        for each in (regex, prepare.PATTERNS[pattern][0]))
+                        for each in (regex, prepare_tokenizers.PATTERNS[pattern][0]))
             for text in self.texts(rng):
                 self.assertEqual(one.encode_ordinary(text), two.encode_ordinary(text), text)
 

@@ -142,6 +142,18 @@ class Ranks(Case):
             self.assertIn(message, p.stderr)
         self.assertFalse((self.tmp / "alike" / "metrics.jsonl").exists())
 
+    def test_ranks_with_other_shards_of_the_same_names(self):
+        here, there = self.tmp / "here", self.tmp / "there"
+        for folder, name in ((here, "train_0.bin"), (there, "train_1.bin")):
+            folder.mkdir()
+            shutil.copy(self.data / name, folder / "shard.bin")
+        command = [BINARY, "train", str(self.config), f"run.dir={self.tmp}/named", "data.train=shard.bin", *COMMON]
+        p = subprocess.run(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "1", "-wdir", str(here), *command,
+                            ":", "-np", "1", "-wdir", str(there), *command], env=MPI, text=True, capture_output=True,
+                           timeout=TIMEOUT, cwd=self.tmp)
+        self.assertEqual(p.returncode, 2, p.stderr)
+        self.assertIn("rank 1: finds other training or validation data than rank 0", p.stderr)
+
     def test_a_rank_s_optimizer_file_is_missing(self):
         run = self.tmp / "missing"
         self.on(2, run, *COMMON)

@@ -52,7 +52,7 @@ static void check_all(enum device_precision precision) {
         }
     check(precision, 1, 320, 4, 9, ONE, false); /* whole chunks, all one run */
     check(precision, 2, 350, 20, 16, FEW, true);
-    check(precision, 1, 33, 3, 8, ONE, false); /* one row crosses */
+    check(precision, 1, 33, 3, 8, ONE, false);    /* one row crosses */
     check(precision, 1, 33, 70, 2056, ANY, true); /* more columns than a block takes */
 }
 

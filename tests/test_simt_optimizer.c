@@ -70,7 +70,8 @@ static void decide(void **unused) {
             after[b->which] = read_state(b, state);
         }
         struct step_state c = after[CUDA], p = after[PLAIN];
-        assert_true(c.skip == p.skip && c.skips_run == p.skips_run && c.updates == p.updates);
+        assert_true(c.skip == p.skip && c.history.skips_run == p.history.skips_run &&
+                    c.history.updates == p.history.updates);
         if (!c.skip)
             assert_true(c.clip == p.clip && c.grad_norm == p.grad_norm);
     }

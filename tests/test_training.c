@@ -8,6 +8,7 @@
 #include "kernels/rounding.h"
 
 #include "model/schedule.h"
+#include "model/skips.h"
 
 #define COUNT(a) (sizeof(a) / sizeof *(a))
 
@@ -221,7 +222,7 @@ static void compare_adamw(const struct adamw_test *t) {
     compare_one("parameters", t->p, t->rp);
     compare_one("first moments", t->m, t->rm);
     compare_one("second moments", t->v, t->rv);
-    assert_int_equal(t->state.updates, t->updates);
+    assert_int_equal(t->state.history.updates, t->updates);
 }
 
 /* Gradients above and below the clip, and no clip; learning rates that change. */
@@ -270,7 +271,7 @@ static void bad_steps_are_skipped(void **state) {
         reference_step(t, 1e-2, 1);
         compare_adamw(t);
         assert_int_equal(t->state.skip, 0);
-        assert_int_equal(t->state.skips_run, 0);
+        assert_int_equal(t->state.history.skips_run, 0);
         for (int i = 0; i < (int)COUNT(bad); i++) {
             draw_gradients(t, 1);
             t->g[i * 60] = (float)bad[i].gradient;
@@ -280,8 +281,8 @@ static void bad_steps_are_skipped(void **state) {
             assert_memory_equal(t->m, kept->m, sizeof t->m);
             assert_memory_equal(t->v, kept->v, sizeof t->v);
             assert_int_equal(t->state.skip, 1);
-            assert_int_equal(t->state.skips_run, i + 1);
-            assert_int_equal(t->state.updates, round + 1);
+            assert_int_equal(t->state.history.skips_run, i + 1);
+            assert_int_equal(t->state.history.updates, round + 1);
         }
     }
     free(kept);
@@ -292,7 +293,7 @@ static void bad_steps_are_skipped(void **state) {
 static void updates_survive_step_write(void **state) {
     (void)state;
     struct adamw_test *t = adamw_open();
-    struct step_state resumed = {.updates = 41, .skips_run = 2};
+    struct step_state resumed = {.history = {.updates = 41, .skips_run = 2}};
     kernels_cpu()->step_write(fixture_device(), &t->state, &resumed);
     t->updates = 41;
     draw_gradients(t, 1);
@@ -355,12 +356,12 @@ static void a_nan_never_reaches_the_parameters(void **state) {
     memcpy(values, m.values, bytes);
     memcpy(moments, m.moments, 2 * bytes);
     step(&m, tokens, targets, NAN, 1e-2); /* every gradient is NaN */
-    assert_int_equal(read_state(&m).skips_run, 1);
+    assert_int_equal(read_state(&m).history.skips_run, 1);
     assert_memory_equal(values, m.values, bytes);
     assert_memory_equal(moments, m.moments, 2 * bytes);
     step(&m, tokens, targets, 0.01, 1e-2);
-    assert_int_equal(read_state(&m).skips_run, 0);
-    assert_int_equal(read_state(&m).updates, 2);
+    assert_int_equal(read_state(&m).history.skips_run, 0);
+    assert_int_equal(read_state(&m).history.updates, 2);
     assert_memory_not_equal(values, m.values, bytes);
     free(values);
     free(moments);
@@ -480,9 +481,32 @@ static void the_worst_gradient_is_named(void **state) {
     model_free(&m);
 }
 
+/* The state is that of the step that gives up, which need not be the last that was begun. */
+static void giving_up_names_the_steps(void **state) {
+    (void)state;
+    struct model_config c = plain_config();
+    struct step_state seen = {.step = 6, .loss = 3, .skip = STEP_OUTLIER, .grad_norm = 41.5, .zscore = 9.25};
+    struct error e = {0};
+    struct model m;
+    seen.history.skips_run = 3;
+    open_model(&m, &c, BATCH, RECOMPUTE_NONE);
+    assert_int_equal(skips_fail(&m, &seen, 4.5, &e), -1);
+    assert_int_equal(e.exit_code, EXIT_RUN);
+    assert_non_null(strstr(e.text, "skip_zscore = 4.5) in 3 steps in a row, step 5 to step 7; "));
+    assert_non_null(strstr(e.text, "it was 41.5, 9.2 deviations"));
+    seen.skip = STEP_NOT_FINITE;
+    assert_int_equal(skips_fail(&m, &seen, 0, &e), -1);
+    assert_non_null(strstr(e.text, "the gradient was not finite in 3 steps in a row, step 5 to step 7; "));
+    seen.loss = (double)NAN;
+    assert_int_equal(skips_fail(&m, &seen, 0, &e), -1);
+    assert_non_null(strstr(e.text, "the loss was not finite in 3 steps"));
+    model_free(&m);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(the_worst_gradient_is_named),
+        cmocka_unit_test(giving_up_names_the_steps),
         cmocka_unit_test(stochastic_rounding_is_exact_on_average),
         cmocka_unit_test(recompute_changes_no_bit),
         cmocka_unit_test(halves_accumulate_to_the_whole),

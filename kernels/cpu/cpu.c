@@ -1,4 +1,4 @@
-/* The CPU backend's device: memory, scratch, transfers, shape checks, and the table of operations. */
+/* The CPU backend's device: memory, scratch, transfers, and the table of operations. */
 #include "kernels/cpu/cpu.h"
 
 #include <errno.h>
@@ -166,46 +166,16 @@ static void cpu_set_workspace(struct device *dev, void *data, size_t bytes) {
 }
 
 void *cpu_workspace(struct device *dev, size_t bytes, const char *op) {
-    if (bytes > dev->workspace_bytes) {
-        fprintf(stderr, "%s: needs %zu bytes of workspace, has %zu: it was not planned\n", op, bytes,
-                dev->workspace_bytes);
-        abort();
-    }
-    return dev->workspace;
-}
-
-static void shape_bug(const char *op, const char *what, tensor t) {
-    fprintf(stderr, "%s: wrong shape, strides or type for %s: dtype %d, [", op, what, (int)t.dtype);
-    for (int i = 0; i < t.ndim; i++)
-        fprintf(stderr, "%s%lld (stride %lld)", i ? ", " : "", (long long)t.shape[i], (long long)t.stride[i]);
-    fprintf(stderr, "]\n");
-    abort();
-}
-
-void check_contiguous(const char *op, const char *what, tensor t) {
-    if (!t.data || !tensor_contiguous(t))
-        shape_bug(op, what, t);
-}
-
-static void check_shape(const char *op, const char *what, tensor t, enum dtype dtype, const int64_t *want) {
-    int ndim = 0;
-    while (ndim < TENSOR_MAX_DIMS && want[ndim] > 0)
-        ndim++;
-    bool ok =
-        t.data && t.dtype == dtype && t.ndim == ndim && (t.stride[ndim - 1] == 1 || t.shape[ndim - 1] == 1);
-    for (int i = 0; ok && i < ndim; i++)
-        ok = t.shape[i] == want[i];
-    if (!ok)
-        shape_bug(op, what, t);
+    return check_workspace(op, dev->workspace, dev->workspace_bytes, bytes);
 }
 
 void check_real(const char *op, const char *what, tensor t, int64_t s0, int64_t s1, int64_t s2, int64_t s3,
                 int64_t s4) {
-    check_shape(op, what, t, REAL_DTYPE, (int64_t[]){s0, s1, s2, s3, s4});
+    check_shape(op, what, t, REAL_DTYPE, s0, s1, s2, s3, s4);
 }
 
 void check_i32(const char *op, const char *what, tensor t, int64_t s0, int64_t s1) {
-    check_shape(op, what, t, DTYPE_I32, (int64_t[]){s0, s1, 0, 0, 0});
+    check_shape(op, what, t, DTYPE_I32, s0, s1, 0, 0, 0);
 }
 
 const struct kernels *kernels_cpu(void) {

@@ -5,6 +5,7 @@
 
 #include <omp.h>
 
+#include "kernels/check.h"
 #include "kernels/cpu/real.h"
 #include "kernels/kernels.h"
 
@@ -33,12 +34,10 @@ int cpu_place_threads(int threads, struct comm *comm);
 /* The workspace's first bytes, which the running operation may use until it returns. */
 void *cpu_workspace(struct device *dev, size_t bytes, const char *op);
 
-/* Abort with the operation's name and the tensor's shape unless t is [s0, s1, ...] (0 ends the list) with
- * contiguous rows, of the backend's number type. `check_i32` the same for token ids. */
+/* check_shape for the backend's number type, and for token ids. */
 void check_real(const char *op, const char *what, tensor t, int64_t s0, int64_t s1, int64_t s2, int64_t s3,
                 int64_t s4);
 void check_i32(const char *op, const char *what, tensor t, int64_t s0, int64_t s1);
-void check_contiguous(const char *op, const char *what, tensor t);
 
 /* C[m,n] = op(A) op(B) + beta C, row-major; transposed operands are stored [k,m] and [n,k]. */
 void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const real *a, int64_t lda,

@@ -64,7 +64,7 @@ void cpu_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct
     (void)p; /* the compute type is the master's */
     if (state->skip)
         return;
-    double t = (double)state->updates;
+    double t = (double)state->history.updates;
     real b1 = (real)hyper->beta1, b2 = (real)hyper->beta2, eps = (real)hyper->eps, clip = (real)state->clip;
     real one_b1 = (real)(1 - hyper->beta1), one_b2 = (real)(1 - hyper->beta2);
     real unbias1 = (real)(1 / (1 - pow(hyper->beta1, t))), unbias2 = (real)(1 / (1 - pow(hyper->beta2, t)));

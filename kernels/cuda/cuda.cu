@@ -41,34 +41,6 @@ void cublas_check_status(cublasStatus_t status, const char *call, const char *fi
     abort();
 }
 
-static void shape_bug(const char *op, const char *what, tensor t) {
-    fprintf(stderr, "%s: wrong shape, strides, alignment or type for %s: dtype %d, at %p, [", op, what,
-            (int)t.dtype, t.data);
-    for (int i = 0; i < t.ndim; i++)
-        fprintf(stderr, "%s%lld (stride %lld)", i ? ", " : "", (long long)t.shape[i], (long long)t.stride[i]);
-    fprintf(stderr, "]\n");
-    abort();
-}
-
-void check_shape(const char *op, const char *what, tensor t, enum dtype dtype, int64_t s0, int64_t s1,
-                 int64_t s2, int64_t s3, int64_t s4) {
-    const int64_t want[TENSOR_MAX_DIMS] = {s0, s1, s2, s3, s4};
-    int ndim = 0;
-    while (ndim < TENSOR_MAX_DIMS && want[ndim] > 0)
-        ndim++;
-    bool ok =
-        t.data && t.dtype == dtype && t.ndim == ndim && (t.stride[ndim - 1] == 1 || t.shape[ndim - 1] == 1);
-    for (int i = 0; ok && i < ndim; i++)
-        ok = t.shape[i] == want[i];
-    if (!ok)
-        shape_bug(op, what, t);
-}
-
-void check_contiguous(const char *op, const char *what, tensor t) {
-    if (!t.data || !tensor_contiguous(t) || (uintptr_t)t.data % dtype_bytes(t.dtype) != 0)
-        shape_bug(op, what, t);
-}
-
 /* ---- the device ------------------------------------------------------------------------------------------
  */
 
@@ -243,12 +215,7 @@ static void set_workspace(struct device *dev, void *data, size_t bytes) {
 }
 
 void *cuda_workspace(struct device *dev, size_t bytes, const char *op) {
-    if (bytes > dev->workspace_bytes) {
-        fprintf(stderr, "%s: needs %zu bytes of workspace, has %zu: it was not planned\n", op, bytes,
-                dev->workspace_bytes);
-        abort();
-    }
-    return dev->workspace;
+    return check_workspace(op, dev->workspace, dev->workspace_bytes, bytes);
 }
 
 const struct kernels *kernels_cuda(void) {

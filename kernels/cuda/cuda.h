@@ -24,6 +24,7 @@
 #include <initializer_list>
 #include <type_traits>
 
+#include "kernels/check.h"
 #include "kernels/kernels.h"
 
 typedef __nv_bfloat16 bf16;
@@ -75,11 +76,9 @@ static inline enum dtype cuda_compute(const struct device *dev) {
 /* The workspace's first bytes, for the running operation. */
 void *cuda_workspace(struct device *dev, size_t bytes, const char *op);
 
-/* Abort with the operation's name and the tensor's shape unless t is of that type, [s0, s1, ...] (0 ends the
- * list), with contiguous rows. `check_contiguous`: no gaps at all, and aligned for vector access. */
-void check_shape(const char *op, const char *what, tensor t, enum dtype dtype, int64_t s0, int64_t s1 = 0,
-                 int64_t s2 = 0, int64_t s3 = 0, int64_t s4 = 0);
-void check_contiguous(const char *op, const char *what, tensor t);
+/* As in kernels/check.h; the zeros that end a shape may be left out. */
+extern "C" void check_shape(const char *op, const char *what, tensor t, enum dtype dtype, int64_t s0,
+                            int64_t s1 = 0, int64_t s2 = 0, int64_t s3 = 0, int64_t s4 = 0);
 
 static __host__ __device__ inline int64_t min64(int64_t a, int64_t b) {
     return a < b ? a : b;

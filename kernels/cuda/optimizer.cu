@@ -137,7 +137,7 @@ struct adam_factors {
 
 static __global__ void prepare_adamw(struct adamw_hyper hyper, const struct step_state *state,
                                      struct adam_factors *f) {
-    double t = (double)state->updates;
+    double t = (double)state->history.updates;
     f->b1 = (float)hyper.beta1;
     f->b2 = (float)hyper.beta2;
     f->one_b1 = (float)(1 - hyper.beta1);
@@ -148,7 +148,7 @@ static __global__ void prepare_adamw(struct adamw_hyper hyper, const struct step
     f->clip = (float)state->clip;
     f->lr = (float)state->lr;
     f->skip = state->skip;
-    f->updates = (uint32_t)state->updates;
+    f->updates = (uint32_t)state->history.updates;
 }
 
 /* One element, in place. */

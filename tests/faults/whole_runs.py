@@ -19,6 +19,7 @@ import numpy as np
 
 from tests import test_faults
 from tests.faults.harness import ENVIRONMENT, ROOT
+from tests.tiny import write_shard
 
 SUPPRESSIONS = ROOT / "tests" / "faults" / "valgrind.supp"
 TOOLS = {
@@ -30,9 +31,9 @@ TOOLS = {
 
 def prepare(folder):
     for name, seed, n in (("train_0", 1, 60), ("val_0", 3, 8)):
-        test_faults.write_shard(folder / f"{name}.bin", np.frombuffer(test_faults.text(seed, n), np.uint8))
-    (folder / "tiny.ini").write_text(test_faults.TINY.format(data="."))
-    (folder / "bad.ini").write_text(test_faults.TINY.format(data=".").replace("lr =", "lrr ="))
+        write_shard(folder / f"{name}.bin", np.frombuffer(test_faults.text(seed, n), np.uint8))
+    (folder / "tiny.ini").write_text(test_faults.tiny("."))
+    (folder / "bad.ini").write_text(test_faults.tiny(".").replace("lr =", "lrr ="))
     (folder / "tokenizer.json").write_text(test_faults.byte_level_tokenizer())
     (folder / "no.json").write_text("{")
     (folder / "blocked" / "samples.txt").mkdir(parents=True)

@@ -21,7 +21,7 @@ static uint8_t *good[FILES];
 static size_t good_size[FILES];
 static struct config config;
 static struct progress progress = {
-    .step = 1, .tokens = 4, .sequences = 2, .updates = 1, .best_val_loss = 2.5};
+    .step = 1, .tokens = 4, .sequences = 2, .history.updates = 1, .best_val_loss = 2.5};
 static struct model model;
 
 /* ---- files ---- */
@@ -140,8 +140,8 @@ static void check_tensors(enum file f) {
     struct error e = {0};
     int64_t count;
     float *before = snapshot(f, &count);
-    int status =
-        f == WEIGHTS ? checkpoint_load_weights(dir, &model, 0, &e) : checkpoint_load_optimizer(dir, &model, &e);
+    int status = f == WEIGHTS ? checkpoint_load_weights(dir, &model, 0, &e)
+                              : checkpoint_load_optimizer(dir, &model, &e);
     if (status == 0) {
         struct safetensors s;
         CHECK(safetensors_open(&s, paths[f], &e) == 0);
@@ -163,7 +163,8 @@ static void check_trainer(void) {
     struct progress p = progress;
     char found[MAX_TEXT], value[MAX_TEXT], text[MAX_TEXT + 64], *setting = text;
     if (checkpoint_resume(run_dir, &model, &config, &p, found, true, &e) == 1) {
-        CHECK(p.step >= 0 && p.tokens >= 0 && p.sequences >= 0 && p.updates >= 0 && p.skips_run >= 0);
+        CHECK(p.step >= 0 && p.tokens >= 0 && p.sequences >= 0 && p.history.updates >= 0 &&
+              p.history.skips_run >= 0);
         CHECK(isfinite(p.seconds) && p.seconds >= 0);
         CHECK(strcmp(p.train_fingerprint, progress.train_fingerprint) == 0);
         CHECK(strcmp(found, dir) == 0);

@@ -12,8 +12,8 @@ static void check_setting(void *context, const char *key, const char *value) {
 static void check_progress(const struct progress *p) {
     static const int64_t most = INT64_C(1) << 53;
     CHECK(p->step >= 0 && p->step < most && p->tokens >= 0 && p->tokens < most);
-    CHECK(p->sequences >= 0 && p->sequences < most && p->updates >= 0 && p->updates < most);
-    CHECK(p->skips_run >= 0 && p->best_step >= -1 && p->best_step < most);
+    CHECK(p->sequences >= 0 && p->sequences < most && p->history.updates >= 0 && p->history.updates < most);
+    CHECK(p->history.skips_run >= 0 && p->best_step >= -1 && p->best_step < most);
     CHECK(isfinite(p->seconds) && p->seconds >= 0);
     CHECK(isnan(p->best_val_loss) || isfinite(p->best_val_loss));
     CHECK(strnlen(p->train_fingerprint, 17) < 17 && strnlen(p->val_fingerprint, 17) < 17);
@@ -27,7 +27,8 @@ static void check_again(const struct progress *p) {
     config_defaults(&c);
     CHECK(progress_write(path, p, &c, &e) == 0 && progress_read(path, &q, &e) == 0);
     CHECK(p->step == q.step && p->tokens == q.tokens && p->sequences == q.sequences);
-    CHECK(p->updates == q.updates && p->skips_run == q.skips_run && p->best_step == q.best_step);
+    CHECK(p->history.updates == q.history.updates && p->history.skips_run == q.history.skips_run &&
+          p->best_step == q.best_step);
     CHECK(p->seconds == q.seconds);
     CHECK(p->best_val_loss == q.best_val_loss || (isnan(p->best_val_loss) && isnan(q.best_val_loss)));
     CHECK(strcmp(p->train_fingerprint, q.train_fingerprint) == 0);
