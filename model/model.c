@@ -118,7 +118,6 @@ static int check_memory(struct model *m, const struct memory_plan *p, struct err
     size_t need = memory_total(p), have = m->k->memory_available(m->dev);
     if (have == 0)
         return 0;
-    have /= (size_t)m->comm->local_ranks;
     if (need <= have)
         return 0;
     return fail_user(
