@@ -109,6 +109,9 @@ static int open_device(struct run *r, struct error *e) {
     if (cuda && !alone(r))
         return fail_user(
             e, "several ranks on GPUs are not there yet; set system.device = cpu, or start one rank");
+    if (s->comm == COMM_MPI && !alone(r) && strcmp(r->comm->ops->name, "mpi") != 0)
+        return fail_user(e, "system.comm = mpi, but mpirun did not start these ranks; start them with "
+                            "scripts/launch.sh, or use auto");
     if (s->comm == COMM_NCCL)
         return fail_user(e, "system.comm = nccl is not there yet; use auto or mpi");
     r->dev = r->k->open(&options, e);

@@ -344,7 +344,7 @@ static struct memory_plan check_memory(const struct model_config *c, struct pass
     fixture_tokens(tokens, ROWS, VOCAB, 1);
     fixture_tokens(targets, ROWS, VOCAB, 2);
     reservations = 0;
-    assert_int_equal(model_memory(c, &counting, fixture_device(), &shape, 1, 0, &plan, &e), 0);
+    assert_int_equal(model_memory(c, &counting, fixture_device(), &shape, 1, 0, DTYPE_F32, &plan, &e), 0);
     assert_int_equal(reservations, 0);
     assert_int_equal(model_create(&m, c, &counting, fixture_device(), &options, &e), 0);
     model_initialize(&m, 1, &e);
@@ -393,7 +393,8 @@ static void memory_of_a_small_model(void **state) {
     struct error e = {0};
     c.rope_theta = 100;
     c.max_position_embeddings = 4;
-    assert_int_equal(model_memory(&c, kernels_cpu(), fixture_device(), &shape, 1, 0, &plan, &e), 0);
+    assert_int_equal(model_memory(&c, kernels_cpu(), fixture_device(), &shape, 1, 0, DTYPE_F32, &plan, &e),
+                     0);
     assert_int_equal(plan.parameters, 4 * elements);
     assert_int_equal(plan.gradients, 4 * elements);
     assert_int_equal(plan.optimizer, 8 * elements);

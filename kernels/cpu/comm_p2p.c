@@ -1,51 +1,47 @@
-/* Collectives over MPI for tensors in host memory.
+/* Collectives for tensors in host memory, made of non-blocking messages between pairs of ranks.
  *
- * They are made of non-blocking messages between pairs rather than MPI's own collectives, for three reasons:
- * a sum is taken in rank order whatever the library chooses, so results do not depend on it; every byte
- * travels once, (W-1)/W of a buffer out and in per rank, which is the floor for both halves of an all-reduce;
- * and when a message does not come, we know whose.
+ * Not of MPI's own collectives, where there is MPI, for three reasons: a sum is taken in rank order whatever
+ * the library chooses, so results do not depend on it; every byte travels once, (W-1)/W of a buffer out and
+ * in per rank, which is the floor for both halves of an all-reduce; and when a message does not come, we know
+ * whose.
  *
- * Messages move only while some MPI function runs, so progress() is called between operations. */
-#include <mpi.h>
+ * Messages move only while the transport is asked about them, so progress() is called between operations. */
 #include <sched.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
-#include <unistd.h>
 
 #include "kernels/comm_internal.h"
+#include "kernels/rounding.h"
 
-enum {
-    TAGS = 1 << 15,   /* what every MPI has at least */
-    DIE_SECONDS = 5,  /* for MPI_Abort to tell the others, before we end anyway */
-    TURN_SECONDS = 5, /* for a rank that knows better to end the run first */
-};
+enum { TURN_SECONDS = 5 }; /* for a rank that knows better to end the run first */
+enum { SMALL = 8 };
 
 struct transfer {
     comm_event event; /* 0: free */
     const char *name;
-    MPI_Request *requests; /* [2*ranks]: receives from each rank, then sends to each */
-    char *staging;         /* [ranks*n] what the others send, for a sum */
-    tensor buffer, piece;  /* of a reduce_scatter; piece.data NULL otherwise */
+    int slot;             /* of the transport: receives from each rank, then sends to each */
+    char *staging;        /* [ranks*n] what the others send, for a sum */
+    uint16_t *rounded;    /* [ranks*n] bf16, what they get, where that is not what the buffer holds */
+    tensor buffer, piece; /* of a reduce_scatter; piece.data NULL otherwise */
     bool accumulate;
 };
 
-struct mpi_comm {
+struct p2p {
     struct comm base;
-    double timeout;
+    struct comm_ops ops;
+    struct transport *transport;
     comm_event events; /* handed out so far */
     struct transfer transfers[COMM_IN_FLIGHT];
-    char (*hosts)[MPI_MAX_PROCESSOR_NAME];
+    enum dtype wire;
     size_t staging_bytes;
     double *small; /* [ranks * SMALL] */
 };
-enum { SMALL = 8 };
 
-static struct mpi_comm *mpi_of(struct comm *c) {
-    return (struct mpi_comm *)c;
+static struct p2p *p2p_of(struct comm *c) {
+    return (struct p2p *)c;
 }
 
 static double now(void) {
@@ -57,142 +53,124 @@ static double now(void) {
 /* ---- the end of a run -----------------------------------------------------------------------------------
  */
 
-/* MPI itself waits for ranks where it opens and closes, and knows no timeout: an alarm ends the process. */
-static char overdue[256]; /* what is said then */
-
-static void give_up(int number) {
-    (void)number;
-    ssize_t written = write(STDERR_FILENO, overdue, strlen(overdue));
-    (void)written;
-    _exit(EXIT_RUN);
-}
-
-/* Of the ranks that wait the first speaks. */
-static void set_alarm(const struct mpi_comm *m, int rank, const char *call) {
-    double seconds = m->timeout + DIE_SECONDS + (rank > 0 ? TURN_SECONDS : 0);
-    snprintf(
-        overdue, sizeof overdue,
-        "\ntrain_iha: rank %d: %s has not returned for %.0f s: another rank is dead, stuck or cut off; the "
-        "last checkpoint is good: start again to go on from it\n",
-        rank, call, seconds);
-    signal(SIGALRM, give_up);
-    alarm((unsigned)seconds);
-}
-
 /* Say why and take every rank down. */
-static void die(const struct mpi_comm *m, const char *format, ...)
-    __attribute__((format(printf, 2, 3), noreturn));
-static void die(const struct mpi_comm *m, const char *format, ...) {
-    char text[1024];
+static void die(const struct p2p *p, const char *format, ...) __attribute__((format(printf, 2, 3), noreturn));
+static void die(const struct p2p *p, const char *format, ...) {
+    char line[1400], text[1024];
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
-    fprintf(stderr, "\ntrain_iha: rank %d (%s): %s\n", m->base.rank, m->hosts[m->base.rank], text);
-    overdue[0] = '\0';
-    alarm(DIE_SECONDS); /* the way to the others may be what is broken */
-    MPI_Abort(MPI_COMM_WORLD, EXIT_RUN);
-    _exit(EXIT_RUN);
+    snprintf(line, sizeof line, "rank %d (%s): %s", p->base.rank, p->transport->hosts[p->base.rank], text);
+    p->transport->ops->end(p->transport, line);
+    abort();
 }
 
-static void check(const struct mpi_comm *m, int code, const char *name) {
-    char text[MPI_MAX_ERROR_STRING] = "";
-    int length;
-    if (code == MPI_SUCCESS)
-        return;
-    MPI_Error_string(code, text, &length);
-    die(m, "%s failed: %s; the last checkpoint is good: start again to go on from it", name, text);
+static void p2p_end_run(struct comm *c, const char *text) {
+    die(p2p_of(c), "%s", text);
+}
+
+static void check(const struct p2p *p, int status, const char *name, const struct error *e) {
+    if (status < 0)
+        die(p, "%s failed: %s; the last checkpoint is good: start again to go on from it", name, e->text);
 }
 
 /* End the run, naming the peers whose part of a transfer has not come (or, when all have, has not been
  * taken); return when there are none. What a thousand ranks find at once is to be one line, by who knows
  * best: a rank that waits for a single peer has found the culprit, while one that waits for several may be a
  * collective further on, where those that wait for the culprit are late too. Of equals the first speaks. */
-static void die_waiting(struct mpi_comm *m, struct transfer *t, double waited) {
+static void die_waiting(struct p2p *p, struct transfer *t, double waited) {
     char late[640] = "";
-    int ranks = m->base.ranks, count = 0, first = -1;
-    for (MPI_Request *half = t->requests; half <= t->requests + ranks && count == 0; half += ranks)
-        for (int rank = 0, done = 1; rank < ranks; rank++, done = 1) {
-            if (half[rank] == MPI_REQUEST_NULL ||
-                (MPI_Test(&half[rank], &done, MPI_STATUS_IGNORE) == MPI_SUCCESS && done)) {
+    struct transport *transport = p->transport;
+    int ranks = p->base.ranks, count = 0, first = -1;
+    for (int half = t->slot; half <= t->slot + ranks && count == 0; half += ranks)
+        for (int rank = 0; rank < ranks; rank++) {
+            if (transport->ops->test(transport, half + rank, 1, &(struct error){0}) > 0) {
                 first = first < 0 ? rank : first;
                 continue;
             }
             size_t used = strlen(late);
             if (count++ < 8)
                 snprintf(late + used, sizeof late - used, "%srank %d (%.64s)", used ? ", " : "", rank,
-                         m->hosts[rank]);
+                         transport->hosts[rank]);
         }
     if (count == 0)
         return;
-    int turn = 2 * (count > 1) + (first != m->base.rank);
-    nanosleep(&(struct timespec){.tv_sec = turn * TURN_SECONDS}, NULL);
-    die(m,
+    int turn = 2 * (count > 1) + (first != p->base.rank);
+    transport->ops->pause(transport, turn * TURN_SECONDS);
+    die(p,
         "no answer from %s%s for %.0f s in %s: dead, stuck or cut off; the last checkpoint is good: start "
         "again to go on from it (system.peer_timeout = %.0f sets how long to wait)",
-        late, count > 8 ? " and more" : "", waited, t->name, m->timeout);
+        late, count > 8 ? " and more" : "", waited, t->name, transport->timeout);
 }
 
 /* ---- transfers ------------------------------------------------------------------------------------------
  */
 
-#define ADD_IN_RANK_ORDER(type)                                                                              \
+/* type: of the sum and of this rank's own part; arrived, load: of the others' parts, and how to read one. */
+#define ADD_IN_RANK_ORDER(type, arrived, load)                                                               \
     do {                                                                                                     \
         type *out = t->piece.data;                                                                           \
-        const type *own = (const type *)t->buffer.data + (size_t)m->base.rank * (size_t)n;                   \
-        const type *other = (const type *)t->staging;                                                        \
+        const type *own = (const type *)t->buffer.data + (size_t)p->base.rank * (size_t)n;                   \
+        const arrived *other = (const arrived *)t->staging;                                                  \
         _Pragma("omp parallel for schedule(static)") for (int64_t block = 0; block < n; block += 4096) {     \
             int64_t end = block + 4096 < n ? block + 4096 : n;                                               \
             type sum[4096];                                                                                  \
             for (int64_t i = block; i < end; i++)                                                            \
-                sum[i - block] = m->base.rank == 0 ? own[i] : other[i];                                      \
-            for (int r = 1; r < m->base.ranks; r++) {                                                        \
-                const type *x = r == m->base.rank ? own : other + (size_t)r * (size_t)n;                     \
+                sum[i - block] = p->base.rank == 0 ? own[i] : load(other[i]);                                \
+            for (int r = 1; r < p->base.ranks; r++) {                                                        \
+                const arrived *x = other + (size_t)r * (size_t)n;                                            \
                 for (int64_t i = block; i < end; i++)                                                        \
-                    sum[i - block] += x[i];                                                                  \
+                    sum[i - block] += r == p->base.rank ? own[i] : load(x[i]);                               \
             }                                                                                                \
             for (int64_t i = block; i < end; i++)                                                            \
                 out[i] = t->accumulate ? out[i] + sum[i - block] : sum[i - block];                           \
         }                                                                                                    \
     } while (0)
 
-static void finish(struct mpi_comm *m, struct transfer *t) {
+static void finish(struct p2p *p, struct transfer *t) {
     int64_t n = tensor_count(t->piece);
-    if (t->piece.data && t->piece.dtype == DTYPE_F64)
-        ADD_IN_RANK_ORDER(double);
+    bool wide = t->piece.dtype == DTYPE_F64, rounded = p->wire == DTYPE_BF16;
+    if (t->piece.data && wide && rounded)
+        ADD_IN_RANK_ORDER(double, uint16_t, from_bf16);
+    else if (t->piece.data && wide)
+        ADD_IN_RANK_ORDER(double, double, );
+    else if (t->piece.data && rounded)
+        ADD_IN_RANK_ORDER(float, uint16_t, from_bf16);
     else if (t->piece.data)
-        ADD_IN_RANK_ORDER(float);
+        ADD_IN_RANK_ORDER(float, float, );
     t->event = 0;
 }
 
 /* Finished, now or before? */
-static bool advance(struct mpi_comm *m, struct transfer *t) {
-    int done = 0;
+static bool advance(struct p2p *p, struct transfer *t) {
+    struct error e = {0};
     if (!t->event)
         return true;
-    check(m, MPI_Testall(2 * m->base.ranks, t->requests, &done, MPI_STATUSES_IGNORE), t->name);
+    int done = p->transport->ops->test(p->transport, t->slot, 2 * p->base.ranks, &e);
+    check(p, done, t->name, &e);
     if (done)
-        finish(m, t);
+        finish(p, t);
     return done;
 }
 
-static void mpi_progress(struct comm *c) {
-    struct mpi_comm *m = mpi_of(c);
+static void p2p_progress(struct comm *c) {
+    struct p2p *p = p2p_of(c);
     for (int i = 0; i < COMM_IN_FLIGHT; i++)
-        advance(m, &m->transfers[i]);
+        advance(p, &p->transfers[i]);
 }
 
 /* Ranks may share processors, so a wait gives way at once, and sleeps when it takes long. While we were
  * stopped (by a scheduler that suspends jobs, say) nobody was late: of a longer gap a second counts. */
-static void wait_for(struct mpi_comm *m, struct transfer *t) {
+static void wait_for(struct p2p *p, struct transfer *t) {
     double last = now(), waited = 0;
-    while (!advance(m, t)) {
-        mpi_progress(&m->base);
+    while (!advance(p, t)) {
+        p2p_progress(&p->base);
         double time = now();
         waited += time - last < 1 ? time - last : 1;
         last = time;
-        if (waited > m->timeout) {
-            die_waiting(m, t, waited);
+        if (waited > p->transport->timeout) {
+            die_waiting(p, t, waited);
             waited = 0;
         }
         if (waited > 0.01)
@@ -202,87 +180,102 @@ static void wait_for(struct mpi_comm *m, struct transfer *t) {
     }
 }
 
-static void mpi_wait(struct comm *c, comm_event event) {
-    struct mpi_comm *m = mpi_of(c);
+static void p2p_wait(struct comm *c, comm_event event) {
+    struct p2p *p = p2p_of(c);
     for (int i = 0; i < COMM_IN_FLIGHT; i++)
-        if (event && m->transfers[i].event == event)
-            wait_for(m, &m->transfers[i]);
+        if (event && p->transfers[i].event == event)
+            wait_for(p, &p->transfers[i]);
 }
 
-/* A free transfer, all its requests null. */
-static struct transfer *begin(struct mpi_comm *m, const char *name) {
-    struct transfer *t = &m->transfers[m->events % COMM_IN_FLIGHT];
-    wait_for(m, t);
-    char *staging = t->staging;
-    MPI_Request *requests = t->requests;
-    *t = (struct transfer){.event = ++m->events, .name = name, .requests = requests, .staging = staging};
-    for (int i = 0; i < 2 * m->base.ranks; i++)
-        t->requests[i] = MPI_REQUEST_NULL;
+/* A free transfer. */
+static struct transfer *begin(struct p2p *p, const char *name) {
+    int index = (int)(p->events % COMM_IN_FLIGHT);
+    struct transfer *t = &p->transfers[index];
+    wait_for(p, t);
+    *t = (struct transfer){.event = ++p->events,
+                           .name = name,
+                           .slot = index * 2 * p->base.ranks,
+                           .staging = t->staging,
+                           .rounded = t->rounded};
     return t;
 }
 
 /* Exchange `bytes` with every other rank: `from` + rank*from_stride is sent, `to` + rank*to_stride filled. */
-static void start(struct mpi_comm *m, struct transfer *t, const void *from, size_t from_stride, void *to,
+static void start(struct p2p *p, struct transfer *t, const void *from, size_t from_stride, void *to,
                   size_t to_stride, size_t bytes) {
-    int W = m->base.ranks, tag = (int)(t->event % TAGS);
+    int W = p->base.ranks;
+    const struct transport_ops *ops = p->transport->ops;
+    struct error e = {0};
     for (int step = 1; step < W; step++) {
-        int source = (m->base.rank + W - step) % W;
-        check(m,
-              MPI_Irecv((char *)to + (size_t)source * to_stride, (int)bytes, MPI_BYTE, source, tag,
-                        MPI_COMM_WORLD, &t->requests[source]),
-              t->name);
+        int source = (p->base.rank + W - step) % W;
+        char *at = (char *)to + (size_t)source * to_stride;
+        check(p, ops->receive(p->transport, t->slot + source, source, at, bytes, &e), t->name, &e);
     }
     for (int step = 1; step < W; step++) {
-        int target = (m->base.rank + step) % W;
-        check(m,
-              MPI_Isend((const char *)from + (size_t)target * from_stride, (int)bytes, MPI_BYTE, target, tag,
-                        MPI_COMM_WORLD, &t->requests[W + target]),
-              t->name);
+        int target = (p->base.rank + step) % W;
+        const char *at = (const char *)from + (size_t)target * from_stride;
+        check(p, ops->send(p->transport, t->slot + W + target, target, at, bytes, &e), t->name, &e);
     }
 }
 
-static comm_event mpi_reduce_scatter(struct comm *c, tensor buffer, tensor piece, bool accumulate) {
-    struct mpi_comm *m = mpi_of(c);
-    size_t bytes = (size_t)tensor_count(piece) * dtype_bytes(piece.dtype);
-    if (tensor_count(buffer) != c->ranks * tensor_count(piece) || buffer.dtype != piece.dtype ||
-        bytes * (size_t)c->ranks > m->staging_bytes) {
+/* The other ranks' shares of a buffer, to the nearest bf16; a double by way of the nearest float. */
+static void round_shares(struct p2p *p, struct transfer *t, int64_t n) {
+    const float *narrow = t->buffer.data;
+    const double *wide = t->buffer.data;
+    bool is_wide = t->buffer.dtype == DTYPE_F64;
+    int64_t own = p->base.rank * n, all = p->base.ranks * n;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < all; i++)
+        if (i < own || i >= own + n)
+            t->rounded[i] = round_to_bf16(is_wide ? (float)wide[i] : narrow[i]);
+}
+
+static comm_event p2p_reduce_scatter(struct comm *c, tensor buffer, tensor piece, bool accumulate) {
+    struct p2p *p = p2p_of(c);
+    bool rounded = p->wire == DTYPE_BF16;
+    int64_t n = tensor_count(piece);
+    size_t bytes = (size_t)n * dtype_bytes(rounded ? DTYPE_BF16 : piece.dtype);
+    if (tensor_count(buffer) != c->ranks * n || buffer.dtype != piece.dtype ||
+        bytes * (size_t)c->ranks > p->staging_bytes) {
         fprintf(stderr, "reduce_scatter: %lld elements in %d pieces of %lld, %zu bytes of staging\n",
-                (long long)tensor_count(buffer), c->ranks, (long long)tensor_count(piece), m->staging_bytes);
+                (long long)tensor_count(buffer), c->ranks, (long long)n, p->staging_bytes);
         abort();
     }
-    struct transfer *t = begin(m, "reduce_scatter");
+    struct transfer *t = begin(p, "reduce_scatter");
     t->buffer = buffer;
     t->piece = piece;
     t->accumulate = accumulate;
-    start(m, t, buffer.data, bytes, t->staging, bytes, bytes);
+    if (rounded)
+        round_shares(p, t, n);
+    start(p, t, rounded ? (void *)t->rounded : buffer.data, bytes, t->staging, bytes, bytes);
     return t->event;
 }
 
-static comm_event mpi_all_gather(struct comm *c, tensor buffer) {
-    struct mpi_comm *m = mpi_of(c);
+static comm_event p2p_all_gather(struct comm *c, tensor buffer) {
+    struct p2p *p = p2p_of(c);
     size_t bytes = (size_t)tensor_count(buffer) * dtype_bytes(buffer.dtype) / (size_t)c->ranks;
-    struct transfer *t = begin(m, "all_gather");
-    start(m, t, (char *)buffer.data + (size_t)c->rank * bytes, 0, buffer.data, bytes, bytes);
+    struct transfer *t = begin(p, "all_gather");
+    start(p, t, (char *)buffer.data + (size_t)c->rank * bytes, 0, buffer.data, bytes, bytes);
     return t->event;
 }
 
-static void mpi_exchange(struct comm *c, const void *mine, void *all, size_t bytes) {
-    struct mpi_comm *m = mpi_of(c);
-    struct transfer *t = begin(m, "exchange");
+static void p2p_exchange(struct comm *c, const void *mine, void *all, size_t bytes) {
+    struct p2p *p = p2p_of(c);
+    struct transfer *t = begin(p, "exchange");
     memcpy((char *)all + (size_t)c->rank * bytes, mine, bytes);
-    start(m, t, mine, 0, all, bytes, bytes);
-    wait_for(m, t);
+    start(p, t, mine, 0, all, bytes, bytes);
+    wait_for(p, t);
 }
 
-static void mpi_all_reduce(struct comm *c, double *values, int count) {
-    struct mpi_comm *m = mpi_of(c);
+static void p2p_all_reduce(struct comm *c, double *values, int count) {
+    struct p2p *p = p2p_of(c);
     if (count > SMALL)
         abort();
-    mpi_exchange(c, values, m->small, (size_t)count * sizeof *values);
+    p2p_exchange(c, values, p->small, (size_t)count * sizeof *values);
     for (int i = 0; i < count; i++) {
-        double sum = m->small[i];
+        double sum = p->small[i];
         for (int r = 1; r < c->ranks; r++)
-            sum += m->small[r * count + i];
+            sum += p->small[r * count + i];
         values[i] = sum;
     }
 }
@@ -290,105 +283,100 @@ static void mpi_all_reduce(struct comm *c, double *values, int count) {
 /* ---- opening and closing --------------------------------------------------------------------------------
  */
 
-static int mpi_reserve(struct comm *c, int64_t elements, enum dtype dtype, struct error *e) {
-    struct mpi_comm *m = mpi_of(c);
-    m->staging_bytes = (size_t)elements * dtype_bytes(dtype);
+static int p2p_reserve(struct comm *c, int64_t elements, enum dtype dtype, enum dtype wire, struct error *e) {
+    struct p2p *p = p2p_of(c);
+    bool rounded = wire == DTYPE_BF16;
+    p->wire = wire;
+    p->staging_bytes = (size_t)elements * dtype_bytes(rounded ? DTYPE_BF16 : dtype);
     for (int i = 0; i < COMM_IN_FLIGHT; i++) {
-        free(m->transfers[i].staging);
-        m->transfers[i].staging = malloc(m->staging_bytes);
-        if (!m->transfers[i].staging)
-            return fail_user(e, "out of memory for messages between ranks (%zu bytes)", m->staging_bytes);
+        struct transfer *t = &p->transfers[i];
+        free(t->staging);
+        free(t->rounded);
+        t->staging = malloc(p->staging_bytes);
+        t->rounded = rounded ? malloc(p->staging_bytes) : NULL;
+        if (!t->staging || (rounded && !t->rounded))
+            return fail_user(e, "out of memory for messages between ranks (%zu bytes)",
+                             comm_staging_bytes(elements, dtype, wire));
     }
     return 0;
 }
 
-static void release(struct mpi_comm *m) {
+static void release(struct p2p *p) {
     for (int i = 0; i < COMM_IN_FLIGHT; i++) {
-        free(m->transfers[i].staging);
-        free(m->transfers[i].requests);
+        free(p->transfers[i].staging);
+        free(p->transfers[i].rounded);
     }
-    free(m->hosts);
-    free(m->small);
-    free(m->base.said);
-    free(m);
+    free(p->small);
+    free(p->base.said);
+    free(p);
 }
 
-static void mpi_close(struct comm *c) {
-    struct mpi_comm *m = mpi_of(c);
-    set_alarm(m, c->rank, "MPI_Finalize");
-    if (MPI_Finalize() != MPI_SUCCESS) { /* past that there is no MPI_Abort; the launcher ends the others */
-        fprintf(stderr, "\ntrain_iha: rank %d: MPI_Finalize failed; what was saved is good\n", c->rank);
-        _exit(EXIT_RUN);
+static void p2p_close(struct comm *c) {
+    struct p2p *p = p2p_of(c);
+    struct transport *t = p->transport;
+    char mine = 0;
+    if (t->ops->closes_alone) { /* nobody leaves before all have come so far */
+        struct transfer *last = begin(p, "the end of the run");
+        start(p, last, &mine, 0, p->small, 1, 1);
+        wait_for(p, last);
     }
-    alarm(0);
-    release(m);
+    t->ops->close(t);
+    release(p);
 }
 
-void comm_mpi_set_timeout(struct comm *c, double seconds) {
-    mpi_of(c)->timeout = seconds;
+void comm_p2p_set_timeout(struct comm *c, double seconds) {
+    p2p_of(c)->transport->timeout = seconds;
 }
 
-static int place(struct mpi_comm *m, struct error *e) {
-    struct comm *c = &m->base;
-    MPI_Comm local;
-    char host[MPI_MAX_PROCESSOR_NAME] = "";
-    int length;
-    if (MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN) != MPI_SUCCESS ||
-        MPI_Comm_rank(MPI_COMM_WORLD, &c->rank) != MPI_SUCCESS ||
-        MPI_Comm_size(MPI_COMM_WORLD, &c->ranks) != MPI_SUCCESS)
-        return fail_run(e, "rank %d: MPI cannot tell how many ranks there are", comm_started_rank());
-    if (MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &local) != MPI_SUCCESS ||
-        MPI_Comm_rank(local, &c->local_rank) != MPI_SUCCESS ||
-        MPI_Comm_size(local, &c->local_ranks) != MPI_SUCCESS || MPI_Comm_free(&local) != MPI_SUCCESS)
-        return fail_run(e, "rank %d: MPI cannot tell which ranks share a machine", c->rank);
-    m->hosts = calloc((size_t)c->ranks, sizeof *m->hosts);
-    m->small = malloc((size_t)c->ranks * SMALL * sizeof *m->small);
-    c->said = malloc((size_t)c->ranks * COMM_SAID);
-    bool complete = m->hosts && m->small && c->said;
-    for (int i = 0; i < COMM_IN_FLIGHT; i++) {
-        m->transfers[i].requests = malloc(2 * (size_t)c->ranks * sizeof(MPI_Request));
-        complete = complete && m->transfers[i].requests;
-    }
-    if (!complete)
-        return fail_run(e, "rank %d: out of memory opening MPI", c->rank);
-    MPI_Get_processor_name(host, &length);
-    memcpy(m->hosts[c->rank], host, sizeof host);
-    mpi_exchange(c, host, m->hosts, sizeof host);
-    return 0;
+/* Every rank learns the names of all hosts, and with them, where the transport does not know, which ranks
+ * share its own. */
+static void meet(struct p2p *p) {
+    struct comm *c = &p->base;
+    struct transport *t = p->transport;
+    char host[TRANSPORT_HOST];
+    memcpy(host, t->hosts[c->rank], sizeof host);
+    p2p_exchange(c, host, t->hosts, sizeof host);
+    c->local_rank = t->local_rank;
+    c->local_ranks = t->local_ranks;
+    for (int r = 0; r < c->ranks && t->local_ranks == 0; r++)
+        if (strcmp(t->hosts[r], host) == 0) {
+            c->local_rank += r < c->rank;
+            c->local_ranks++;
+        }
 }
 
-struct comm *comm_mpi_open(double peer_timeout, struct error *e) {
+struct comm *comm_p2p_open(struct transport *t, struct error *e) {
     static const struct comm_ops ops = {
-        .name = "mpi",
-        .close = mpi_close,
-        .reserve = mpi_reserve,
-        .reduce_scatter = mpi_reduce_scatter,
-        .all_gather = mpi_all_gather,
-        .all_reduce = mpi_all_reduce,
-        .wait = mpi_wait,
-        .progress = mpi_progress,
-        .exchange = mpi_exchange,
+        .close = p2p_close,
+        .end_run = p2p_end_run,
+        .reserve = p2p_reserve,
+        .reduce_scatter = p2p_reduce_scatter,
+        .all_gather = p2p_all_gather,
+        .all_reduce = p2p_all_reduce,
+        .wait = p2p_wait,
+        .progress = p2p_progress,
+        .exchange = p2p_exchange,
     };
-    struct mpi_comm *m = calloc(1, sizeof *m);
-    int given;
-    if (!m) {
-        fail_run(e, "rank %d: out of memory opening MPI", comm_started_rank());
+    struct p2p *p = t ? calloc(1, sizeof *p) : NULL;
+    if (!t)
         return NULL;
+    size_t ranks = (size_t)t->ranks;
+    if (p) {
+        p->ops = ops;
+        p->ops.name = t->ops->name;
+        p->base = (struct comm){.ops = &p->ops, .rank = t->rank, .ranks = t->ranks};
+        p->transport = t;
+        p->small = malloc(ranks * SMALL * sizeof *p->small);
+        p->base.said = malloc(ranks * COMM_SAID);
     }
-    m->base.ops = &ops;
-    m->timeout = peer_timeout;
-    set_alarm(m, comm_started_rank(), "MPI_Init");
-    if (MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &given) != MPI_SUCCESS) {
-        fail_run(e, "rank %d: MPI does not start; look at what it printed", comm_started_rank());
-        free(m);
-        return NULL;
+    if (!p || !p->small || !p->base.said) {
+        fail_run(e, "rank %d: out of memory opening %s", t->rank, t->ops->name);
+    } else if (t->ops->reserve(t, COMM_IN_FLIGHT * 2 * t->ranks, e) == 0) {
+        meet(p);
+        return &p->base;
     }
-    /* Not closed: that would wait for ranks which wait for this one. A process that ends without closing
-     * takes them along. */
-    if (place(m, e) != 0) {
-        release(m);
-        return NULL;
-    }
-    alarm(0);
-    return &m->base;
+    t->ops->release(t);
+    if (p)
+        release(p);
+    return NULL;
 }
