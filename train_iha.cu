@@ -125,7 +125,8 @@ static int build_model(struct run *r, bool training, struct error *e) {
         .weight_decay = t->weight_decay,
         .mix_lr_scale = t->mix_lr_scale,
         .comm = r->comm,
-        .zero_stage = (int)r->config.system.zero_stage};
+        .zero_stage = (int)r->config.system.zero_stage,
+        .reduce_dtype = r->config.system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16 : DTYPE_F32};
     r->host_memory = kernels_cpu()->memory_available(NULL);
     if (model_create(&r->model, &r->config.model, r->k, r->dev, &options, e) != 0)
         return -1;

@@ -138,7 +138,8 @@ static int print_ranks(FILE *out, const struct config *c, const struct kernels *
         fprintf(out, "  %5d ", ranks);
         for (int stage = 0; stage <= 2; stage++) {
             struct memory_plan plan;
-            if (model_memory(&c->model, k, dev, shape, ranks, stage, DTYPE_F32, &plan, e) != 0)
+            enum dtype reduce = c->system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16 : DTYPE_F32;
+            if (model_memory(&c->model, k, dev, shape, ranks, stage, reduce, &plan, e) != 0)
                 return -1;
             fprintf(out, " %10.1f", (double)memory_total(&plan) / 1e6);
         }
