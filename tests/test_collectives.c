@@ -13,6 +13,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "kernels/comm_internal.h"
@@ -231,6 +232,16 @@ static int free_port(void) {
     return ntohs(a.sin_port);
 }
 
+static struct comm *open_rank(struct job *j) {
+    struct error e = {0};
+    struct start s = {
+        .rank = j->rank, .ranks = j->ranks, .address = "127.0.0.1", .port = j->port, .token = 7};
+    struct comm *c = comm_p2p_open(transport_tcp_open(&s, 20, &e), &e);
+    if (!c)
+        fprintf(stderr, "%s\n", e.text);
+    return c;
+}
+
 static size_t check(int ranks, enum dtype dtype, enum dtype wire, bool in_place, bool accumulate) {
     struct job jobs[MOST_RANKS];
     pthread_t threads[MOST_RANKS];
@@ -266,6 +277,84 @@ static void every_sum_is_in_rank_order(void **state) {
         }
 }
 
+/* ---- ranks as processes, for those that end ---------------------------------------------------------------
+ */
+
+/* Each rank does `what` in a process of its own, and all have to end with exit code 1. What they say. */
+static void run_to_the_end(int ranks, void (*what)(struct comm *), char *said, size_t room) {
+    int pipes[2], status, port = free_port();
+    size_t used = 0;
+    assert_int_equal(pipe(pipes), 0);
+    for (int r = 0; r < ranks; r++) {
+        struct job j = {.rank = r, .ranks = ranks, .port = port};
+        pid_t pid = fork();
+        assert_true(pid >= 0);
+        if (pid == 0) {
+            dup2(pipes[1], STDERR_FILENO);
+            close(pipes[0]);
+            close(pipes[1]);
+            struct comm *c = open_rank(&j);
+            if (c)
+                what(c);
+            _exit(99);
+        }
+    }
+    close(pipes[1]);
+    for (ssize_t n = 1; n > 0; used += (size_t)n)
+        n = read(pipes[0], said + used, room - 1 - used);
+    said[used] = '\0';
+    close(pipes[0]);
+    for (int r = 0; r < ranks; r++) {
+        assert_true(wait(&status) > 0);
+        if (!WIFEXITED(status) || WEXITSTATUS(status) != EXIT_RUN)
+            fail_msg("status %x: %s", (unsigned)status, said);
+    }
+}
+
+static void barrier(struct comm *c) {
+    char all[MOST_RANKS];
+    c->ops->exchange(c, "", all, 1);
+}
+
+static void last_gives_up(struct comm *c) {
+    barrier(c);
+    if (c->rank == c->ranks - 1)
+        c->ops->end_run(c, "the roof is gone");
+    barrier(c);
+}
+
+/* Rank 1 is a collective ahead, and of another size. */
+static void lose_step(struct comm *c) {
+    char all[64];
+    barrier(c);
+    c->ops->exchange(c, all, all, c->rank == 1 ? 16 : 8);
+}
+
+/* The number of lines, and that one of them holds the words. */
+static void check_said(const char *said, const char *words) {
+    int lines = 0;
+    for (const char *at = said; (at = strstr(at, "train_iha: ")); at++)
+        lines++;
+    if (lines != 1 || !strstr(said, words))
+        fail_msg("\"%s\" is not one line with \"%s\"", said, words);
+}
+
+static void one_rank_ends_the_run(void **state) {
+    (void)state;
+    char said[4096], host[256] = "", words[400];
+    gethostname(host, sizeof host - 1);
+    snprintf(words, sizeof words, "\ntrain_iha: rank %d (%s): the roof is gone\n", MOST_RANKS - 1, host);
+    run_to_the_end(MOST_RANKS, last_gives_up, said, sizeof said);
+    check_said(said, words);
+}
+
+static void ranks_out_of_step_are_found(void **state) {
+    (void)state;
+    char said[4096];
+    run_to_the_end(2, lose_step, said, sizeof said);
+    assert_true(strstr(said, " sent message 2 of ") != NULL);
+}
+
 static void staging_is_what_was_announced(void **state) {
     (void)state;
     assert_int_equal(comm_staging_bytes(100, DTYPE_F32, DTYPE_F32), COMM_IN_FLIGHT * 400);
@@ -276,6 +365,8 @@ static void staging_is_what_was_announced(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_sum_is_in_rank_order),
+        cmocka_unit_test(one_rank_ends_the_run),
+        cmocka_unit_test(ranks_out_of_step_are_found),
         cmocka_unit_test(staging_is_what_was_announced),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -400,8 +400,24 @@ static void memory_of_a_small_model(void **state) {
     assert_int_equal(plan.optimizer, 8 * elements);
 }
 
+/* What is free on a machine is for all ranks on it. */
+static void ranks_share_memory(void **state) {
+    (void)state;
+    const struct kernels *k = kernels_cpu();
+    struct comm comm = *comm_single();
+    struct error e = {0};
+    comm.local_ranks = 4;
+    struct device_options options = {.threads = 1, .precision = DEVICE_FP32, .comm = &comm};
+    struct device *dev = k->open(&options, &e);
+    assert_non_null(dev);
+    double share = (double)k->memory_available(dev), all = (double)k->memory_available(NULL);
+    assert_true(fabs(4 * share / all - 1) < 0.2); /* others on this machine take and give all the time */
+    k->close(dev);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(ranks_share_memory),
         cmocka_unit_test(names_and_shapes_keep_the_contract),
         cmocka_unit_test(a_tied_rmsnorm_model_has_fewer),
         cmocka_unit_test(matrices_start_normal),
