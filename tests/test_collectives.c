@@ -330,6 +330,14 @@ static void lose_step(struct comm *c) {
     c->ops->exchange(c, all, all, c->rank == 1 ? 16 : 8);
 }
 
+/* Before what it did last can be known to be all. */
+static void last_dies_at_the_end(struct comm *c) {
+    barrier(c);
+    if (c->rank == c->ranks - 1)
+        _exit(EXIT_RUN);
+    c->ops->close(c);
+}
+
 /* The number of lines, and that one of them holds the words. */
 static void check_said(const char *said, const char *words) {
     int lines = 0;
@@ -345,6 +353,14 @@ static void one_rank_ends_the_run(void **state) {
     gethostname(host, sizeof host - 1);
     snprintf(words, sizeof words, "\ntrain_iha: rank %d (%s): the roof is gone\n", MOST_RANKS - 1, host);
     run_to_the_end(MOST_RANKS, last_gives_up, said, sizeof said);
+    check_said(said, words);
+}
+
+static void nobody_leaves_before_all_have_come_to_the_end(void **state) {
+    (void)state;
+    char said[4096], words[80];
+    snprintf(words, sizeof words, "the end of the run failed: rank %d (", MOST_RANKS - 1);
+    run_to_the_end(MOST_RANKS, last_dies_at_the_end, said, sizeof said);
     check_said(said, words);
 }
 
@@ -366,6 +382,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_sum_is_in_rank_order),
         cmocka_unit_test(one_rank_ends_the_run),
+        cmocka_unit_test(nobody_leaves_before_all_have_come_to_the_end),
         cmocka_unit_test(ranks_out_of_step_are_found),
         cmocka_unit_test(staging_is_what_was_announced),
     };

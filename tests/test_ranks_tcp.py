@@ -301,6 +301,9 @@ class Start(Case):
                     pass
 
         until(lambda: self.can_connect(run.port), LIMIT, "rank 0 listens")
+        with socket.create_connection(("localhost", run.port), LIMIT) as s:
+            s.sendall(b"GET / ")
+            self.assertEqual(s.recv(1), b"")  # hung up on at the first wrong word
         knock(run.port, 200)  # more than are heard at once
         another = Ranks(self, 3, patience=2, started=[])
         another.port = run.port
