@@ -38,11 +38,11 @@ endif
 LIBS = -ldnnl -lcjson -linih -lpcre2-8 -lm
 
 KERNELS = $(wildcard kernels/*.c kernels/cpu/*.c)
-# Several ranks need MPI; without it the program runs as one process.
+# Ranks that mpirun starts need MPI; without it they meet over TCP.
 MPI_CFLAGS := $(shell pkg-config --cflags ompi-c 2>/dev/null || mpicc --showme:compile 2>/dev/null)
 MPI_LIBS := $(shell pkg-config --libs ompi-c 2>/dev/null || mpicc --showme:link 2>/dev/null)
 ifeq ($(MPI_LIBS),)
-KERNELS := $(filter-out kernels/cpu/comm_mpi.c,$(KERNELS))
+KERNELS := $(filter-out kernels/cpu/transport_mpi.c,$(KERNELS))
 else
 MPI_FLAGS = -DWITH_MPI $(patsubst -I%,-isystem %,$(MPI_CFLAGS))
 COMMON += $(MPI_FLAGS)

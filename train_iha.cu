@@ -106,6 +106,9 @@ static int open_device(struct run *r, struct error *e) {
     if (cuda && !alone(r))
         return fail_user(
             e, "several ranks on GPUs are not there yet; set system.device = cpu, or start one rank");
+    if (s->comm == COMM_MPI && !alone(r) && strcmp(r->comm->ops->name, "mpi") != 0)
+        return fail_user(e, "system.comm = mpi, but mpirun did not start these ranks; start them with "
+                            "scripts/launch.sh, or use auto");
     if (s->comm == COMM_NCCL)
         return fail_user(e, "system.comm = nccl is not there yet; use auto or mpi");
     r->dev = r->k->open(&options, e);
@@ -119,7 +122,8 @@ static int build_model(struct run *r, bool training, struct error *e) {
         .weight_decay = t->weight_decay,
         .mix_lr_scale = t->mix_lr_scale,
         .comm = r->comm,
-        .zero_stage = (int)r->config.system.zero_stage};
+        .zero_stage = (int)r->config.system.zero_stage,
+        .reduce_dtype = r->config.system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16 : DTYPE_F32};
     r->host_memory = kernels_cpu()->memory_available(NULL);
     if (model_create(&r->model, &r->config.model, r->k, r->dev, &options, e) != 0)
         return -1;

@@ -5,8 +5,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include "kernels/comm_internal.h"
+#include "kernels/start.h"
 
 /* ---- one rank ----------------------------------------------------------------------------------------- */
 
@@ -14,8 +16,15 @@ static void single_close(struct comm *c) {
     (void)c;
 }
 
-static int single_reserve(struct comm *c, int64_t elements, enum dtype dtype, struct error *e) {
-    (void)c, (void)elements, (void)dtype, (void)e;
+static void single_end_run(struct comm *c, const char *text) {
+    (void)c;
+    fprintf(stderr, "\ntrain_iha: %s\n", text);
+    _exit(EXIT_RUN);
+}
+
+static int single_reserve(struct comm *c, int64_t elements, enum dtype dtype, enum dtype wire,
+                          struct error *e) {
+    (void)c, (void)elements, (void)dtype, (void)wire, (void)e;
     return 0;
 }
 
@@ -52,6 +61,7 @@ struct comm *comm_single(void) {
     static const struct comm_ops ops = {
         .name = "single",
         .close = single_close,
+        .end_run = single_end_run,
         .reserve = single_reserve,
         .reduce_scatter = single_reduce_scatter,
         .all_gather = single_all_gather,
@@ -67,57 +77,53 @@ struct comm *comm_single(void) {
 
 /* ---- opening ------------------------------------------------------------------------------------------ */
 
-static int number_in(const char *variable) {
-    const char *text = getenv(variable);
-    return text ? atoi(text) : 0;
-}
+#ifdef WITH_MPI
+static const char WITHOUT_MPI[] = "the launcher and the MPI of this program do not match";
+#else
+static const char WITHOUT_MPI[] =
+    "this program was built without MPI: install it (make deps) and build again";
+#endif
 
-int comm_started_rank(void) {
-    static const char *const variables[] = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "SLURM_PROCID"};
-    for (size_t i = 0; i < sizeof variables / sizeof *variables; i++)
-        if (number_in(variables[i]) > 0)
-            return number_in(variables[i]);
-    return 0;
-}
-
-/* Several processes that do not know of each other would train the same model side by side. */
-static int check_alone(const char *advice, struct error *e) {
-    int tasks = number_in("SLURM_STEP_NUM_TASKS"), ranks = number_in("OMPI_COMM_WORLD_SIZE");
-    int started = tasks > ranks ? tasks : ranks;
-    if (started > 1)
-        return fail_user(e, "started as %d processes that do not see each other; %s", started, advice);
-    return 0;
+/* One rank: no ranks of MPI's to be had, *e as it was. */
+static struct comm *open_mpi(double timeout, struct error *e) {
+#ifdef WITH_MPI
+    struct comm *c = comm_p2p_open(transport_mpi_open(timeout, e), e);
+    if (!c || c->ranks > 1)
+        return c;
+    c->ops->close(c);
+#else
+    (void)timeout, (void)e;
+#endif
+    return comm_single();
 }
 
 struct comm *comm_open(double peer_timeout, struct error *e) {
-#ifdef WITH_MPI
-    /* Alone, MPI would only cost a helper process and half a second. */
-    if (getenv("OMPI_COMM_WORLD_SIZE") || getenv("PMIX_RANK") || getenv("PMI_RANK")) {
-        struct comm *c = comm_mpi_open(peer_timeout, e);
+    struct start start;
+    int started = start_mpi_ranks();
+    if (start_by_mpi()) { /* alone, MPI would only cost a helper process and half a second */
+        struct comm *c = open_mpi(peer_timeout, e);
         if (!c || c->ranks > 1)
             return c;
-        c->ops->close(c);
     }
-    return check_alone("under srun, add --mpi=pmix", e) == 0 ? comm_single() : NULL;
-#else
-    (void)peer_timeout;
-    return check_alone("this program was built without MPI: install it (make deps) and build again", e) == 0
-               ? comm_single()
-               : NULL;
-#endif
+    if (started > 1) { /* they would train the same model side by side */
+        fail_user(e, "started as %d processes that do not see each other; %s", started, WITHOUT_MPI);
+        return NULL;
+    }
+    if (started == 0 && start_read(&start, e) != 0)
+        return NULL;
+    if (started == 0 && start.ranks > 1)
+        return comm_p2p_open(transport_tcp_open(&start, peer_timeout, e), e);
+    return comm_single();
 }
 
 void comm_set_timeout(struct comm *c, double seconds) {
-#ifdef WITH_MPI
     if (c->ranks > 1)
-        comm_mpi_set_timeout(c, seconds);
-#else
-    (void)c, (void)seconds;
-#endif
+        comm_p2p_set_timeout(c, seconds);
 }
 
-size_t comm_staging_bytes(int64_t elements, enum dtype dtype) {
-    return COMM_IN_FLIGHT * (size_t)elements * dtype_bytes(dtype);
+size_t comm_staging_bytes(int64_t elements, enum dtype dtype, enum dtype wire) {
+    size_t arriving = dtype_bytes(wire == DTYPE_BF16 ? wire : dtype), leaving = wire == DTYPE_BF16 ? 2 : 0;
+    return COMM_IN_FLIGHT * (size_t)elements * (arriving + leaving);
 }
 
 /* ---- agreeing ----------------------------------------------------------------------------------------- */

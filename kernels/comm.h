@@ -1,5 +1,5 @@
-/* Collectives between ranks, once, with their manners; behind them MPI (kernels/cpu/comm_mpi.c) and, for one
- * process, nothing at all.
+/* Collectives between ranks, once, with their manners; behind them messages over MPI or TCP
+ * (kernels/cpu/comm_p2p.c) and, for one process, nothing at all.
  *
  * A rank is one process with one device. Every rank calls the same collectives in the same order. Those on
  * tensors are asynchronous: they return an event, and the memory they were given is theirs until a wait on
@@ -31,8 +31,15 @@ struct comm_ops {
 
     void (*close)(struct comm *);
 
-    /* Staging memory for reduce_scatter, before its first use: comm_staging_bytes of the longest buffer. */
-    int (*reserve)(struct comm *, int64_t elements, enum dtype dtype, struct error *e);
+    /* This rank found that the run cannot go on: say `text`, prefixed with rank and host, and take every rank
+     * down, exit code 1. Does not return. */
+    void (*end_run)(struct comm *, const char *text);
+
+    /* Staging memory for reduce_scatter, before its first use: comm_staging_bytes of the longest buffer, of
+     * `dtype`. wire: the type in which its elements travel. DTYPE_BF16: what other ranks give arrives rounded
+     * to the nearest bf16, and is summed in the buffer's own type; this rank's own part is not rounded. Any
+     * other: the buffer's own. */
+    int (*reserve)(struct comm *, int64_t elements, enum dtype dtype, enum dtype wire, struct error *e);
 
     /* piece (+)= this rank's share of the sum over ranks of `buffer`. buffer [ranks*n]: rank r's share is
      * elements [r*n, (r+1)*n). piece [n] may be this rank's share of buffer itself. */
@@ -54,18 +61,20 @@ struct comm_ops {
     void (*exchange)(struct comm *, const void *mine, void *all, size_t bytes);
 };
 
-/* The ranks this process was started among by mpirun or srun, or itself alone. peer_timeout in seconds.
- * NULL and *e: started among several, and this program was built without MPI, or MPI does not start. */
+/* The ranks this process was started among by mpirun, by srun or with torchrun's variables (start.h), or
+ * itself alone. peer_timeout in seconds; IHA_START_TIMEOUT, a variable,
+ * says how many to wait for ranks to
+ * come. NULL and *e: started among several that cannot find each other. */
 struct comm *comm_open(double peer_timeout, struct error *e);
 
-/* Before ranks know of each other: which of the processes that mpirun or srun started is this? */
+/* Before ranks know of each other: which of the processes that were started together is this? */
 int comm_started_rank(void);
 
 /* One rank: no collective does anything. */
 struct comm *comm_single(void);
 
 /* Host memory that several ranks reserve, each. */
-size_t comm_staging_bytes(int64_t elements, enum dtype dtype);
+size_t comm_staging_bytes(int64_t elements, enum dtype dtype, enum dtype wire);
 
 /* peer_timeout is known only once the configuration has been read. */
 void comm_set_timeout(struct comm *comm, double seconds);

@@ -3,11 +3,13 @@
 #define IHA_COMM_INTERNAL_H
 
 #include "kernels/comm.h"
+#include "kernels/cpu/transport.h"
 
 enum { COMM_IN_FLIGHT = 3 }; /* collectives at once; one more waits for the oldest */
 
-/* Start MPI (once a process) over the ranks that mpirun or srun launched. */
-struct comm *comm_mpi_open(double peer_timeout, struct error *e);
-void comm_mpi_set_timeout(struct comm *comm, double seconds);
+/* Collectives over the messages of a transport, which is the communicator's from then on. NULL and *e: there
+ * is no memory, or the transport is NULL, and *e set already. */
+struct comm *comm_p2p_open(struct transport *transport, struct error *e);
+void comm_p2p_set_timeout(struct comm *comm, double seconds);
 
 #endif

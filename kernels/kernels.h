@@ -163,6 +163,8 @@ struct kernels {
     /* Zeroed device memory, or NULL and an EXIT_USER error with the size. */
     void *(*alloc)(struct device *dev, size_t bytes, struct error *e);
     void (*release)(struct device *dev, void *data);
+    /* Bytes that this rank may take of what is free, others sharing the device; 0: not known. The CPU's, of a
+     * dev that is NULL: all that is free on the machine. */
     size_t (*memory_available)(struct device *dev);
     void (*zero)(struct device *dev, void *data, size_t bytes);
     /* Host to device and back, converting between dtypes; both tensors are contiguous and of one shape.

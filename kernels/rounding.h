@@ -1,4 +1,6 @@
-/* Stochastic rounding from fp32 to bf16: up or down with the odds that make the result exact on average. The
+/* From fp32 to bf16 and back.
+ *
+ * Stochastic rounding goes up or down with the odds that make the result exact on average. The
  * odds are drawn from a hash of (step, index), not from a generator with a state: so a parameter's value is a
  * function of its master, its place and the updates so far, and a run that resumes from masters has the same
  * values as one that never stopped. */
@@ -14,7 +16,24 @@
 #define ROUNDING static inline
 #endif
 
-/* The bits of x rounded to bf16. index: of the parameter in the flat buffer; step: AdamW's t, at least 1. */
+/* The bits of x rounded to bf16, to the nearest and of two equally near to the even one. */
+ROUNDING uint16_t round_to_bf16(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    if ((bits & 0x7fffffffu) > 0x7f800000u)
+        return (uint16_t)(bits >> 16 | 0x40u); /* still not a number */
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+ROUNDING float from_bf16(uint16_t half) {
+    uint32_t bits = (uint32_t)half << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* The bits of x rounded to bf16, up or down at random. index: of the parameter in the flat buffer; step:
+ * AdamW's t, at least 1. */
 ROUNDING uint16_t round_stochastic(float x, uint32_t step, uint64_t index) {
     uint32_t bits,
         h = (uint32_t)index * 0x9e3779b1u ^ (uint32_t)(index >> 32) * 0x85ebca6bu ^ step * 0xc2b2ae35u;

@@ -102,6 +102,8 @@ const struct config_row config_rows[] = {
     {SYSTEM(comm), ENUM("auto", "mpi", "nccl"), .initial = "auto", .help = "how ranks talk"},
     {SYSTEM(zero_stage), INTEGER(0, 2), .initial = "1",
      .help = "split over ranks: 1 optimizer state, 2 gradients too"},
+    {SYSTEM(reduce_dtype), ENUM("fp32", "bf16"), .initial = "fp32",
+     .help = "type that gradients travel between ranks in"},
     {SYSTEM(recompute), ENUM("none", "light", "full"), .initial = "none",
      .help = "what backward computes again\nto save memory"},
     {SYSTEM(deterministic), .kind = KIND_BOOL, .initial = "false",

@@ -27,6 +27,7 @@ enum init_optimizer { OPTIMIZER_FRESH, OPTIMIZER_KEEP };
 enum device_kind { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA };
 enum precision { PRECISION_AUTO, PRECISION_FP32, PRECISION_BF16 };
 enum comm_kind { COMM_AUTO, COMM_MPI, COMM_NCCL };
+enum reduce_dtype { REDUCE_FP32, REDUCE_BF16 };
 enum recompute { RECOMPUTE_NONE, RECOMPUTE_LIGHT, RECOMPUTE_FULL };
 
 struct model_config {
@@ -78,6 +79,7 @@ struct system_config {
     enum precision precision;
     enum comm_kind comm;
     int64_t zero_stage;
+    enum reduce_dtype reduce_dtype;
     enum recompute recompute;
     bool deterministic;
     int64_t threads; /* 0: all */

@@ -138,7 +138,8 @@ static int print_ranks(FILE *out, const struct config *c, const struct kernels *
         fprintf(out, "  %5d ", ranks);
         for (int stage = 0; stage <= 2; stage++) {
             struct memory_plan plan;
-            if (model_memory(&c->model, k, dev, shape, ranks, stage, &plan, e) != 0)
+            enum dtype reduce = c->system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16 : DTYPE_F32;
+            if (model_memory(&c->model, k, dev, shape, ranks, stage, reduce, &plan, e) != 0)
                 return -1;
             fprintf(out, " %10.1f", (double)memory_total(&plan) / 1e6);
         }
@@ -152,7 +153,7 @@ int info_print(FILE *out, const struct config *c, const struct kernels *k, struc
     struct pass_shape shape = {c->train.micro_batch, c->train.seq_len, c->system.recompute, true};
     struct memory_plan memory;
     struct params params;
-    if (model_memory(&c->model, k, dev, &shape, 1, 0, &memory, e) != 0 ||
+    if (model_memory(&c->model, k, dev, &shape, 1, 0, DTYPE_F32, &memory, e) != 0 ||
         params_create(&params, &c->model, 1, e) != 0)
         return -1;
     print_model(out, &c->model);

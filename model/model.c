@@ -68,7 +68,7 @@ static int describe(struct model *m, const struct model_config *config, const st
     return 0;
 }
 
-static int measure(struct model *m, struct memory_plan *plan, struct error *e) {
+static int measure(struct model *m, enum dtype reduce, struct memory_plan *plan, struct error *e) {
     size_t master = dtype_bytes(m->dtypes.master);
     *plan = (struct memory_plan){.parameters = (size_t)m->params.elements * dtype_bytes(m->dtypes.compute)};
     if (m->shape.training) {
@@ -80,7 +80,7 @@ static int measure(struct model *m, struct memory_plan *plan, struct error *e) {
         return -1;
     plan->workspace = m->workspace_bytes;
     if (m->shape.training && m->partition.ranks > 1)
-        plan->messages = comm_staging_bytes(m->partition.bucket_elements, m->dtypes.gradient);
+        plan->messages = comm_staging_bytes(m->partition.bucket_elements, m->dtypes.gradient, reduce);
     plan->saving = (size_t)(m->params.learned + 2 * m->params.learned / m->partition.ranks) * sizeof(float);
     return 0;
 }
@@ -91,13 +91,13 @@ size_t memory_total(const struct memory_plan *p) {
 }
 
 int model_memory(const struct model_config *config, const struct kernels *k, struct device *dev,
-                 const struct pass_shape *shape, int ranks, int zero_stage, struct memory_plan *plan,
-                 struct error *e) {
+                 const struct pass_shape *shape, int ranks, int zero_stage, enum dtype reduce,
+                 struct memory_plan *plan, struct error *e) {
     struct model m;
     struct model_options options = {.shape = *shape, .zero_stage = zero_stage};
     int status = describe(&m, config, k, dev, &options, 0, ranks, e);
     if (status == 0)
-        status = measure(&m, plan, e);
+        status = measure(&m, reduce, plan, e);
     model_free(&m);
     return status;
 }
@@ -118,7 +118,6 @@ static int check_memory(struct model *m, const struct memory_plan *p, struct err
     size_t need = memory_total(p), have = m->k->memory_available(m->dev);
     if (have == 0)
         return 0;
-    have /= (size_t)m->comm->local_ranks;
     if (need <= have)
         return 0;
     return fail_user(
@@ -132,7 +131,7 @@ static int check_memory(struct model *m, const struct memory_plan *p, struct err
         memory_advice(m, p, have));
 }
 
-static int allocate(struct model *m, const struct memory_plan *p, struct error *e) {
+static int allocate(struct model *m, const struct memory_plan *p, enum dtype reduce, struct error *e) {
     const struct kernels *k = m->k;
     bool apart = m->dtypes.master != m->dtypes.compute;
     size_t moment = (size_t)m->partition.moment_elements * dtype_bytes(m->dtypes.master);
@@ -150,7 +149,7 @@ static int allocate(struct model *m, const struct memory_plan *p, struct error *
     if (apart)
         m->masters = (char *)m->moments + 2 * moment;
     if (m->comm->ranks > 1 &&
-        m->comm->ops->reserve(m->comm, m->partition.bucket_elements, m->dtypes.gradient, e) != 0)
+        m->comm->ops->reserve(m->comm, m->partition.bucket_elements, m->dtypes.gradient, reduce, e) != 0)
         return -1;
     return 0;
 }
@@ -159,7 +158,8 @@ int model_create(struct model *m, const struct model_config *config, const struc
                  struct device *dev, const struct model_options *options, struct error *e) {
     struct comm *comm = options->comm ? options->comm : comm_single();
     if (describe(m, config, k, dev, options, comm->rank, comm->ranks, e) != 0 ||
-        measure(m, &m->plan, e) != 0 || check_memory(m, &m->plan, e) != 0 || allocate(m, &m->plan, e) != 0) {
+        measure(m, options->reduce_dtype, &m->plan, e) != 0 || check_memory(m, &m->plan, e) != 0 ||
+        allocate(m, &m->plan, options->reduce_dtype, e) != 0) {
         model_free(m);
         return -1;
     }

@@ -101,6 +101,7 @@ struct model_options {
     double weight_decay, mix_lr_scale;
     struct comm *comm; /* NULL: one rank */
     int zero_stage;
+    enum dtype reduce_dtype; /* in which gradients travel between ranks; see comm.h */
 };
 int model_create(struct model *m, const struct model_config *config, const struct kernels *k,
                  struct device *dev, const struct model_options *options, struct error *e);
@@ -108,8 +109,8 @@ void model_free(struct model *m);
 
 /* What model_create would allocate on one of `ranks` ranks, without allocating it. */
 int model_memory(const struct model_config *config, const struct kernels *k, struct device *dev,
-                 const struct pass_shape *shape, int ranks, int zero_stage, struct memory_plan *plan,
-                 struct error *e);
+                 const struct pass_shape *shape, int ranks, int zero_stage, enum dtype reduce_dtype,
+                 struct memory_plan *plan, struct error *e);
 size_t memory_total(const struct memory_plan *plan);
 
 /* Initial values by seed. */

@@ -115,6 +115,7 @@ static void test_defaults(void **state) {
     assert_int_equal(s->precision, PRECISION_AUTO);
     assert_int_equal(s->comm, COMM_AUTO);
     assert_int_equal(s->zero_stage, 1);
+    assert_int_equal(s->reduce_dtype, REDUCE_FP32);
     assert_int_equal(s->recompute, RECOMPUTE_NONE);
     assert_true(!s->deterministic && s->threads == 0 && s->peer_timeout == 300);
     assert_string_equal(config.data.val, "");
@@ -704,7 +705,7 @@ static void test_help(void **state) {
     struct visited v = {0};
     loads(small, NULL);
     config_visit(&config, collect, &v);
-    assert_int_equal(v.count, 62); /* the contract's keys */
+    assert_int_equal(v.count, 63); /* the contract's keys */
     for (int i = 0; i < v.count; i++) {
         char word[80];
         char *name = strchr(v.text[i], '.') + 1;

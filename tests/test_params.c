@@ -344,7 +344,7 @@ static struct memory_plan check_memory(const struct model_config *c, struct pass
     fixture_tokens(tokens, ROWS, VOCAB, 1);
     fixture_tokens(targets, ROWS, VOCAB, 2);
     reservations = 0;
-    assert_int_equal(model_memory(c, &counting, fixture_device(), &shape, 1, 0, &plan, &e), 0);
+    assert_int_equal(model_memory(c, &counting, fixture_device(), &shape, 1, 0, DTYPE_F32, &plan, &e), 0);
     assert_int_equal(reservations, 0);
     assert_int_equal(model_create(&m, c, &counting, fixture_device(), &options, &e), 0);
     model_initialize(&m, 1, &e);
@@ -393,14 +393,31 @@ static void memory_of_a_small_model(void **state) {
     struct error e = {0};
     c.rope_theta = 100;
     c.max_position_embeddings = 4;
-    assert_int_equal(model_memory(&c, kernels_cpu(), fixture_device(), &shape, 1, 0, &plan, &e), 0);
+    assert_int_equal(model_memory(&c, kernels_cpu(), fixture_device(), &shape, 1, 0, DTYPE_F32, &plan, &e),
+                     0);
     assert_int_equal(plan.parameters, 4 * elements);
     assert_int_equal(plan.gradients, 4 * elements);
     assert_int_equal(plan.optimizer, 8 * elements);
 }
 
+/* What is free on a machine is for all ranks on it. */
+static void ranks_share_memory(void **state) {
+    (void)state;
+    const struct kernels *k = kernels_cpu();
+    struct comm comm = *comm_single();
+    struct error e = {0};
+    comm.local_ranks = 4;
+    struct device_options options = {.threads = 1, .precision = DEVICE_FP32, .comm = &comm};
+    struct device *dev = k->open(&options, &e);
+    assert_non_null(dev);
+    double share = (double)k->memory_available(dev), all = (double)k->memory_available(NULL);
+    assert_true(fabs(4 * share / all - 1) < 0.2); /* others on this machine take and give all the time */
+    k->close(dev);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(ranks_share_memory),
         cmocka_unit_test(names_and_shapes_keep_the_contract),
         cmocka_unit_test(a_tied_rmsnorm_model_has_fewer),
         cmocka_unit_test(matrices_start_normal),

@@ -132,11 +132,13 @@ static void memory_falls_with_ranks_and_stage(void **state) {
     struct pass_shape shape = {1, TOKENS, RECOMPUTE_NONE, true};
     struct error e = {0};
     struct memory_plan alone, plan[3];
-    assert_int_equal(model_memory(&c, kernels_cpu(), fixture_device(), &shape, 1, 2, &alone, &e), 0);
+    assert_int_equal(model_memory(&c, kernels_cpu(), fixture_device(), &shape, 1, 2, DTYPE_F32, &alone, &e),
+                     0);
     assert_int_equal(alone.messages, 0);
     for (int stage = 0; stage <= 2; stage++)
         assert_int_equal(
-            model_memory(&c, kernels_cpu(), fixture_device(), &shape, 4, stage, &plan[stage], &e), 0);
+            model_memory(&c, kernels_cpu(), fixture_device(), &shape, 4, stage, DTYPE_F32, &plan[stage], &e),
+            0);
     assert_int_equal(plan[0].optimizer, 2 * plan[0].parameters);
     assert_int_equal(plan[0].gradients, plan[0].parameters);
     assert_int_equal(plan[1].optimizer * 4, plan[0].optimizer);

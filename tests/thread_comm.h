@@ -108,9 +108,15 @@ static void thread_all_reduce(struct comm *c, double *values, int count) {
     }
 }
 
-static int thread_reserve(struct comm *c, int64_t elements, enum dtype dtype, struct error *e) {
-    (void)c, (void)elements, (void)dtype, (void)e;
+static int thread_reserve(struct comm *c, int64_t elements, enum dtype dtype, enum dtype wire,
+                          struct error *e) {
+    (void)c, (void)elements, (void)dtype, (void)wire, (void)e;
     return 0;
+}
+
+static void thread_end_run(struct comm *c, const char *text) {
+    (void)c, (void)text;
+    abort();
 }
 
 static void thread_nothing(struct comm *c) {
@@ -121,6 +127,7 @@ static inline void thread_comm_open(struct thread_comm *t, struct thread_world *
     static const struct comm_ops ops = {
         .name = "threads",
         .close = thread_nothing,
+        .end_run = thread_end_run,
         .reserve = thread_reserve,
         .reduce_scatter = thread_reduce_scatter,
         .all_gather = thread_all_gather,

@@ -37,6 +37,7 @@ static struct device *cpu_open(const struct device_options *options, struct erro
         return NULL;
     }
     dev->threads = threads;
+    dev->sharers = options->comm ? options->comm->local_ranks : 1;
     char name[128];
     read_processor_name(name, sizeof name);
     snprintf(dev->description, sizeof dev->description, "cpu: %s, %d thread%s, %d-bit vectors", name,

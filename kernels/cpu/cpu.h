@@ -11,6 +11,7 @@
 
 struct device {
     int threads;
+    int sharers; /* ranks on this machine */
     char *workspace;
     size_t workspace_bytes;
     char description[256];
@@ -25,7 +26,8 @@ static inline void give_way(const struct device *dev) {
         dev->idle_call(dev->idle_context);
 }
 
-/* Bytes the machine, and the containers around this process, still have. */
+/* Bytes the machine, and the containers around this process, still have: this rank's share of them, or all
+ * when dev is NULL. */
 size_t cpu_memory_available(struct device *dev);
 
 /* Choose the number of threads (0: this rank's part of the processors) and where they run. */

@@ -88,7 +88,6 @@ static size_t left_in_groups(void) {
 }
 
 size_t cpu_memory_available(struct device *dev) {
-    (void)dev;
     size_t machine = sum_of("/proc/meminfo", "MemAvailable:", "") * 1024, group = left_in_groups();
-    return machine < group ? machine : group;
+    return (machine < group ? machine : group) / (size_t)(dev ? dev->sharers : 1);
 }

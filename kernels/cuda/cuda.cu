@@ -76,6 +76,7 @@ static struct device *open_device(const struct device_options *options, struct e
         return NULL;
     }
     dev->index = device;
+    dev->sharers = ((options->comm ? options->comm->local_ranks : 1) + cuda_devices() - 1) / cuda_devices();
     dev->sm_count = p.multiProcessorCount;
     dev->memory = p.totalGlobalMem;
     dev->shared_limit = p.sharedMemPerBlockOptin;
@@ -171,10 +172,9 @@ static void release(struct device *dev, void *data) {
 }
 
 static size_t memory_available(struct device *dev) {
-    (void)dev;
     size_t available, total;
     cuda_check(cudaMemGetInfo(&available, &total));
-    return available;
+    return available / (size_t)dev->sharers;
 }
 
 static void zero(struct device *dev, void *data, size_t bytes) {

@@ -41,7 +41,8 @@ struct posted_step {
 };
 
 struct device {
-    int index; /* among the GPUs of this machine */
+    int index;   /* among the GPUs of this machine */
+    int sharers; /* ranks on this GPU, at most */
     cudaStream_t stream;
     cublasLtHandle_t blas;
     char *workspace;
