@@ -13,8 +13,7 @@ SIMT_BUILT =
 endif
 
 SIMT_FLAGS = $(filter-out -std=% -O%,$(CFLAGS)) -O2 -Wno-missing-field-initializers -Wno-unknown-pragmas \
-    -fno-strict-aliasing -isystem $(SIMT_INCLUDE) \
-    $(if $(wildcard $(SIMT_INCLUDE)/cublasLt.h),,-isystem tests/simt/stand_in)
+    -fno-strict-aliasing -isystem tests/simt/stand_in/first -isystem $(SIMT_INCLUDE) -isystem tests/simt/stand_in
 SIMT_HARNESS = $(patsubst %.cc,$(BUILD)/%.o,$(filter-out %_program.cc,$(wildcard tests/simt/*.cc)))
 SIMT_BACKEND = $(patsubst %.cu,$(BUILD)/simt/%.o,$(CUDA_SOURCES))
 SIMT_KERNELS = $(SIMT_BACKEND) $(patsubst %.cu,$(BUILD)/simt/%.o,$(wildcard tests/simt/*.cu))
@@ -29,6 +28,10 @@ $(BUILD)/simt/%.o: %.cu
 	@mkdir -p $(@D)
 	@echo "  SIMT $<"
 	@$(CXX) -std=gnu++17 $(SIMT_FLAGS) -x c++ -include tests/simt/simt.h -MMD -c $< -o $@
+
+# These call the runtime and NCCL themselves.
+$(BUILD)/tests/test_simt_streams.o $(BUILD)/tests/test_simt_nccl.o: CFLAGS += -isystem tests/simt/stand_in/first \
+    -isystem $(SIMT_INCLUDE) -isystem tests/simt/stand_in
 
 # The CPU backend in double beside the one in float: one object, with one name to the outside.
 $(BUILD)/simt/cpu_double.o: $(DOUBLE_OBJECTS)
