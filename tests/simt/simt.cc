@@ -309,7 +309,8 @@ static void run_block(size_t shared_bytes) {
         struct fiber *f = &S.fibers[i];
         f->index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
         f->number = i;
-        f->copies.assign(1, {});
+        if (f->copies.size() != 1 || !f->copies[0].empty())
+            f->copies.assign(1, {});
         make_runnable(i);
     }
     while (S.returned < S.threads) {

@@ -216,17 +216,20 @@ static void plan_messages(struct task *t, const struct nccl_op &op, std::vector<
                             collective ? op.peer : 0,          0};
     received->resize(nccl_recv_bytes(op, c) == 0 ? 0 : (size_t)c->ranks * bytes);
     for (int r = 0; r < c->ranks; r++) {
-        bool sends = op.kind == SEND        ? r == op.peer
-                     : op.kind == BROADCAST ? c->rank == op.peer && r != c->rank
-                                            : op.kind != RECV && r != c->rank;
-        bool receives = op.kind == RECV        ? r == op.peer
-                        : op.kind == BROADCAST ? r == op.peer && r != c->rank
-                                               : op.kind != SEND && r != c->rank;
+        bool other = collective && r != c->rank, broadcast = op.kind == BROADCAST;
         char *share = (char *)op.send + (op.kind == REDUCE_SCATTER ? (size_t)r * bytes : 0);
-        if (sends)
-            t->messages.push_back({r, true, header, {}, share, bytes, 0});
-        if (receives)
-            t->messages.push_back({r, false, header, {}, received->data() + (size_t)r * bytes, bytes, 0});
+        /* In a broadcast all send to all, so that ranks which do not agree on the root find out. */
+        if (other || (op.kind == SEND && r == op.peer))
+            t->messages.push_back(
+                {r, true, header, {}, share, broadcast && op.peer != c->rank ? 0 : bytes, 0});
+        if (other || (op.kind == RECV && r == op.peer))
+            t->messages.push_back({r,
+                                   false,
+                                   header,
+                                   {},
+                                   received->data() + (size_t)r * bytes,
+                                   broadcast && op.peer != r ? 0 : bytes,
+                                   0});
     }
 }
 
