@@ -39,6 +39,7 @@ struct ended {
 };
 
 static void join(struct rank *r) {
+    ok(cudaSetDevice(r->rank));
     ok(cudaStreamCreateWithFlags(&r->stream, cudaStreamNonBlocking));
     ok(cudaStreamCreateWithFlags(&r->other, cudaStreamNonBlocking));
     ok(ncclCommInitRank(&r->comm, r->ranks, r->id, r->rank));
@@ -75,6 +76,7 @@ static struct ended on_ranks(int ranks, void (*f)(struct rank *), uint64_t seed,
         alarm(60); /* nothing waits for ever */
         r.seed = seed < 2 ? seed : seed + (uint64_t)r.rank * 1000;
         simt_seed(r.seed);
+        simt_gpu.count = MAX_RANKS;
         if (background)
             simt_background(100);
         f(&r);
@@ -396,6 +398,18 @@ static void mismatches(void **state) {
     }
 }
 
+static void run_duplicate(struct rank *r) {
+    ncclComm_t comm;
+    ok(cudaSetDevice(1));
+    check(ncclCommInitRank(&comm, r->ranks, r->id, r->rank) == ncclInvalidUsage);
+    check(strstr(ncclGetLastError(NULL), "duplicate GPU"));
+}
+
+static void two_ranks_on_a_gpu(void **state) {
+    (void)state;
+    all_well(3, run_duplicate, 0, false, 0);
+}
+
 /* Two ranks with one number, or of different opinions how many there are. */
 static void run_refused(struct rank *r) {
     ncclComm_t comm;
@@ -571,11 +585,17 @@ static void delays(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(collectives),   cmocka_unit_test(order_of_sums),
-        cmocka_unit_test(groups),        cmocka_unit_test(graphs),
-        cmocka_unit_test(mismatches),    cmocka_unit_test(refused),
-        cmocka_unit_test(bad_arguments), cmocka_unit_test(incomplete),
-        cmocka_unit_test(faults),        cmocka_unit_test(buffers_in_flight),
+        cmocka_unit_test(collectives),
+        cmocka_unit_test(order_of_sums),
+        cmocka_unit_test(groups),
+        cmocka_unit_test(graphs),
+        cmocka_unit_test(mismatches),
+        cmocka_unit_test(refused),
+        cmocka_unit_test(two_ranks_on_a_gpu),
+        cmocka_unit_test(bad_arguments),
+        cmocka_unit_test(incomplete),
+        cmocka_unit_test(faults),
+        cmocka_unit_test(buffers_in_flight),
         cmocka_unit_test(delays),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -21,7 +21,9 @@ struct nccl_shared {
     char name[64];
     std::atomic<int> ranks; /* 0: nobody has joined */
     std::atomic<int> joined;
-    std::atomic<bool> refused; /* a rank that came did not fit */
+    std::atomic<bool> refused;     /* a rank that came did not fit */
+    std::atomic<uint64_t> devices; /* a bit each */
+    std::atomic<bool> duplicate;   /* two ranks on one of them */
     std::atomic<bool> present[NCCL_MAX_RANKS];
     std::atomic<int> broken; /* 1 + the rank whose connections broke, or 0 */
     std::atomic<int64_t> broken_seen_ns;
@@ -32,11 +34,11 @@ struct nccl_shared {
  */
 std::string nccl_shared_create();
 
-/* The memory, as one of `ranks`. NULL: *why says why. Who comes last removes the name, so that nothing is
- * left behind however the ranks end. */
-struct nccl_shared *nccl_shared_join(const char *name, int ranks, int rank, std::string *why);
+/* The memory, as one of `ranks`, on that GPU of the machine. NULL: *why says why. Who comes last removes the
+ * name, so that nothing is left behind however the ranks end. */
+struct nccl_shared *nccl_shared_join(const char *name, int ranks, int rank, int device, std::string *why);
 
-/* 1: all ranks have joined; 0: not yet; -1: one was refused. */
+/* 1: all ranks have joined; 0: not yet; -1: one was refused; -2: two are on one GPU. */
 int nccl_shared_complete(const struct nccl_shared *shared);
 
 /* This rank is out: remove the name where it is still there, as the others will not become complete. */

@@ -86,8 +86,10 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int ranks, ncclUniqueId id,
                                                   std::to_string((int)NCCL_MAX_RANKS) + " ranks");
     if (simt_gpu.count == 0)
         return fail_with(ncclUnhandledCudaError, "no GPU");
+    int device;
+    cudaGetDevice(&device);
     std::string why;
-    struct nccl_shared *shared = nccl_shared_join(id.internal, ranks, rank, &why);
+    struct nccl_shared *shared = nccl_shared_join(id.internal, ranks, rank, device, &why);
     if (!shared)
         return fail_with(ncclInvalidArgument, why);
     ncclComm_t c = new ncclComm();
@@ -106,7 +108,8 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t *out, int ranks, ncclUniqueId id,
         usleep(200);
     if (complete < 0) {
         c->closed = true;
-        return fail_with(ncclInternalError, "a rank that joined did not fit");
+        return complete == -1 ? fail_with(ncclInternalError, "a rank that joined did not fit")
+                              : fail_with(ncclInvalidUsage, "duplicate GPU: two ranks are on the same one");
     }
     return ncclSuccess;
 }
@@ -136,7 +139,8 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *error) {
     clock_gettime(CLOCK_MONOTONIC, &t);
     int complete = nccl_shared_complete(c->shared), broken = c->shared->broken;
     bool seen = (int64_t)t.tv_sec * 1000000000 + t.tv_nsec >= c->shared->broken_seen_ns;
-    *error = complete < 0                                   ? ncclInternalError
+    *error = complete == -1                                 ? ncclInternalError
+             : complete == -2                               ? ncclInvalidUsage
              : complete == 0                                ? ncclInProgress
              : broken != 0 && broken != 1 + c->rank && seen ? ncclRemoteError
                                                             : ncclSuccess;

@@ -25,7 +25,7 @@ std::string nccl_shared_create() {
     return made ? name : "";
 }
 
-struct nccl_shared *nccl_shared_join(const char *name, int ranks, int rank, std::string *why) {
+struct nccl_shared *nccl_shared_join(const char *name, int ranks, int rank, int device, std::string *why) {
     int fd = shm_open(name, O_RDWR, 0);
     if (fd < 0) {
         *why = std::string(name) + ": " + strerror(errno) + "; is every rank there already?";
@@ -51,13 +51,18 @@ struct nccl_shared *nccl_shared_join(const char *name, int ranks, int rank, std:
         munmap(memory, sizeof(struct nccl_shared));
         return nullptr;
     }
+    uint64_t bit = (uint64_t)1 << device;
+    if (shared->devices.fetch_or(bit) & bit)
+        shared->duplicate = true;
     if (++shared->joined == ranks)
         shm_unlink(name);
     return shared;
 }
 
 int nccl_shared_complete(const struct nccl_shared *shared) {
-    return shared->refused ? -1 : shared->joined == shared->ranks;
+    if (shared->refused)
+        return -1;
+    return shared->joined < shared->ranks ? 0 : shared->duplicate ? -2 : 1;
 }
 
 void nccl_shared_abandon(struct nccl_shared *shared) {

@@ -319,6 +319,8 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
         return cudaErrorInvalidDevice;
     memset(p, 0, sizeof *p);
     snprintf(p->name, sizeof p->name, "NVIDIA H200");
+    p->uuid.bytes[0] = (char)(device + 1);
+    p->pciBusID = device + 1;
     p->major = 9;
     p->multiProcessorCount = simt_gpu.sms;
     p->totalGlobalMem = simt_gpu.memory;
