@@ -6,6 +6,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 build=$1
 export TRAIN_IHA=$2
+export SIMT_TRAIN_IHA=$build/simt/train_iha
 export CUDA_VISIBLE_DEVICES= # the CPU is what these test; make check-gpu tests the GPU beside it
 passed=0 failed=0
 log=$(mktemp)

@@ -1,10 +1,7 @@
 /* The harness that runs CUDA kernels on a CPU: what it computes, and that it catches what it promises to. */
 #include "tests/simt/fixture.h"
 
-#include <signal.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
+#include "tests/simt/death.h"
 #include "tests/simt/samples.h"
 
 enum { SEEDS = 6 };
@@ -14,34 +11,6 @@ static const bool SANITIZED = true;
 #else
 static const bool SANITIZED = false;
 #endif
-
-/* Run f(argument) in a child, which must die and say `message`. */
-static void expect_death(void (*f)(int), int argument, const char *message) {
-    int out[2];
-    assert_int_equal(pipe(out), 0);
-    fflush(NULL);
-    pid_t child = fork();
-    if (child == 0) {
-        int fatal[] = {SIGABRT, SIGSEGV, SIGBUS};
-        for (size_t i = 0; i < sizeof fatal / sizeof *fatal; i++)
-            signal(fatal[i], SIG_DFL); /* cmocka's would carry on with the next test */
-        dup2(out[1], STDERR_FILENO);
-        f(argument);
-        _exit(0);
-    }
-    close(out[1]);
-    char text[16384] = "";
-    size_t length = 0;
-    for (ssize_t n; (n = read(out[0], text + length, sizeof text - 1 - length)) > 0;)
-        length += (size_t)n;
-    close(out[0]);
-    int status;
-    assert_int_equal(waitpid(child, &status, 0), child);
-    if (WIFEXITED(status) && WEXITSTATUS(status) == 0)
-        fail_msg("nothing was caught; expected \"%s\"", message);
-    if (!strstr(text, message))
-        fail_msg("expected \"%s\", got: %s", message, text);
-}
 
 static void orders_agree(void **state) {
     (void)state;

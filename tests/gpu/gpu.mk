@@ -3,8 +3,9 @@
 # The tests of tests/simt/ are linked once more, the same objects with nvcc's code and the real runtime in the place of
 # the harness. `make gpu-programs` builds everything and runs nothing, which works without a GPU.
 
-# test_simt_harness tests the harness itself.
-GPU_TESTS = $(patsubst tests/test_simt_%.c,$(BUILD)/gpu/test_%,$(filter-out %_harness.c,$(wildcard tests/test_simt_*.c)))
+# These test the harness itself.
+HARNESS_TESTS = %_harness.c %_streams.c %_nccl.c
+GPU_TESTS = $(patsubst tests/test_simt_%.c,$(BUILD)/gpu/test_%,$(filter-out $(HARNESS_TESTS),$(wildcard tests/test_simt_*.c)))
 GPU_LINKED = $(CUDA_LINKED) $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 GPU_LINK = $(CC) $(CFLAGS) $(filter %.o,$^) -o $@ -lcmocka $(LIBS) $(CUDA_LINK)
 

@@ -21,6 +21,11 @@ extern struct simt_gpu simt_gpu;
 /* The order of threads and blocks from here on: 0 ascending, 1 descending, others at random. */
 void simt_seed(uint64_t seed);
 
+/* From here on a thread of its own, the GPU, runs what is queued while the host goes on: whatever is ready, in
+ * random order, now and then after a pause of up to `delay_us` microseconds (0: never). There is no way back.
+ * Device memory is then not protected from the host. To be called before anything is queued. */
+void simt_background(int delay_us);
+
 /* Allocations not yet freed, on the device and of pinned host memory. */
 int simt_allocations(void);
 

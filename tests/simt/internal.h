@@ -4,6 +4,7 @@
 
 #include "tests/simt/simt.h"
 
+#include <memory>
 #include <vector>
 
 /* Run one launch now, block after block. */
@@ -18,8 +19,35 @@ void simt_guard(void *p);
 void simt_unguard(void *p);
 bool simt_guard_intact(const void *p);
 
-/* Append to the queue, which runs at the next synchronization. */
-void simt_enqueue(std::function<void()> work);
+/* Below `below`, by the seed. For the thread that runs the queue. */
+uint64_t simt_random(uint64_t below);
+uint64_t simt_current_seed();
+
+/* What the queue runs at present, for messages. */
+extern const char *simt_running_name;
+bool simt_on_queue(); /* is this the thread that runs it? */
+
+/* Append to a stream, or to the graph that captures it. */
+cudaError_t simt_enqueue(cudaStream_t stream, std::function<void()> work);
+
+/* The same for work that takes part in something larger, and is called again and again until it returns true;
+ * afterwards it must be ready to begin anew, as graphs repeat it. Work of one chain runs in the order in
+ * which it was queued, whatever its streams. */
+typedef std::function<bool()> simt_step;
+struct simt_chain {
+    std::shared_ptr<struct simt_work> last;
+};
+cudaError_t simt_enqueue_steps(cudaStream_t stream, simt_step step, simt_chain *chain);
+
+/* Wait for a chain's work. */
+void simt_wait_chain(simt_chain *chain);
+
+/* Around the work: outside it, device memory is out of reach (unless the queue has a thread of its own). */
+void simt_open_memory();
+void simt_close_memory();
+
+/* Abort where something lies beside an allocation. */
+void simt_check_sentinels();
 
 /* Abort unless [p, p + bytes) lies within one live allocation of the device. */
 void simt_check_device(const void *p, size_t bytes, const char *what);

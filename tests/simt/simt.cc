@@ -170,12 +170,14 @@ static void start_fiber(struct fiber *f) {
 
 void simt_fail(const char *format, ...) {
     /* A launch is called "... [with auto kernel = name<types>; A = ...]" */
-    const char *name = strstr(simt_kernel_name, "kernel = ");
-    name = name ? name + 9 : simt_kernel_name;
+    bool running = simt_on_queue();
+    const char *what = running ? simt_running_name : simt_kernel_name;
+    const char *name = strstr(what, "kernel = ");
+    name = name ? name + 9 : what;
     fprintf(stderr, "simt: %.*s", (int)strcspn(name, ";]"), name);
-    if (S.threads > 0)
+    if (running && S.threads > 0)
         fprintf(stderr, ", block (%u, %u, %u)", blockIdx.x, blockIdx.y, blockIdx.z);
-    if (S.self)
+    if (running && S.self)
         fprintf(stderr, ", thread (%u, %u, %u)", threadIdx.x, threadIdx.y, threadIdx.z);
     fprintf(stderr, ": ");
     va_list args;
@@ -230,9 +232,13 @@ void simt_seed(uint64_t seed) {
     S.random = seed * 0x9e3779b97f4a7c15u + 1;
 }
 
-static uint64_t next_random(uint64_t below) {
+uint64_t simt_random(uint64_t below) {
     S.random = S.random * 6364136223846793005u + 1442695040888963407u;
     return (S.random >> 33) % below;
+}
+
+uint64_t simt_current_seed() {
+    return S.seed;
 }
 
 std::vector<int64_t> simt_order(int64_t n) {
@@ -241,7 +247,7 @@ std::vector<int64_t> simt_order(int64_t n) {
         order[(size_t)i] = S.seed == 1 ? n - 1 - i : i;
     if (S.seed > 1)
         for (int64_t i = n - 1; i > 0; i--)
-            std::swap(order[(size_t)i], order[next_random((uint64_t)i + 1)]);
+            std::swap(order[(size_t)i], order[simt_random((uint64_t)i + 1)]);
     return order;
 }
 
@@ -257,7 +263,7 @@ static int pick_bit(uint32_t bits) {
         return __builtin_ctz(bits);
     if (S.seed == 1)
         return 31 - __builtin_clz(bits);
-    unsigned by = (unsigned)next_random(32);
+    unsigned by = (unsigned)simt_random(32);
     uint32_t turned = bits >> by | bits << (32 - by) % 32;
     return (int)(((unsigned)__builtin_ctz(turned) + by) % 32);
 }
@@ -303,7 +309,8 @@ static void run_block(size_t shared_bytes) {
         struct fiber *f = &S.fibers[i];
         f->index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
         f->number = i;
-        f->copies.assign(1, {});
+        if (f->copies.size() != 1 || !f->copies[0].empty())
+            f->copies.assign(1, {});
         make_runnable(i);
     }
     while (S.returned < S.threads) {

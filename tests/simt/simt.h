@@ -10,9 +10,17 @@
  *    AddressSanitizer, in builds with SANITIZE=1, loads are caught too, where they happen);
  *  - the host touching device memory: outside kernels and copies it is protected, so that is a fault;
  *  - shared memory beyond what cudaFuncSetAttribute allowed, or a launch the device would refuse.
- * Fresh device memory and every block's shared memory are filled with NaN (0xff). Launches, copies and
- * library calls only join a queue, and happen at the next synchronization: as late as a GPU may do them.
- * cp.async copies when it is waited for.
+ * Fresh device memory and every block's shared memory are filled with NaN (0xff). cp.async copies when it is
+ * waited for. Launches, copies and library calls only join their streams, which promise the order that CUDA
+ * promises and no other: even seeds do nothing before the host waits for it, and then no more than that
+ * needs; odd ones may do it at once; whatever is ready goes in an order of the same kind as threads do
+ * (simt_queue.cc). So a missing event or wait shows as wrong results under some seed. Streams and events are
+ * in simt_streams.cc; capture and graphs, with the errors of the runtime, in simt_graphs.cc.
+ *
+ * NCCL is there too, between processes, with delays and faults on request, and catches buffers that are used
+ * while a collective is in flight (simt_nccl.cc, simt_nccl_tasks.cc). $(BUILD)/simt/train_iha is the whole
+ * program on such GPUs, whose queue runs on a thread of its own (simt_program.cc says how to steer it);
+ * simt_background() gives a test the same.
  *
  * To write a test: make tests/test_simt_NAME.c, with cmocka as everywhere, including tests/simt/fixture.h. It
  * gives the same inputs to three backends, cuda (in this harness), cpu in float and cpu in double, and

@@ -7,16 +7,17 @@ SIMT_INCLUDE := $(patsubst %/cuda_bf16.h,%,$(firstword $(wildcard $(CUDA_HOME)/i
 
 SIMT_TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_simt_*.c))
 ifneq ($(SIMT_INCLUDE),)
-SIMT_BUILT = $(SIMT_TESTS)
+SIMT_BUILT = $(SIMT_TESTS) $(SIMT_PROGRAM)
 else
 SIMT_BUILT =
 endif
 
 SIMT_FLAGS = $(filter-out -std=% -O%,$(CFLAGS)) -O2 -Wno-missing-field-initializers -Wno-unknown-pragmas \
-    -fno-strict-aliasing -isystem $(SIMT_INCLUDE) \
-    $(if $(wildcard $(SIMT_INCLUDE)/cublasLt.h),,-isystem tests/simt/stand_in)
-SIMT_HARNESS = $(patsubst %.cc,$(BUILD)/%.o,$(wildcard tests/simt/*.cc))
-SIMT_KERNELS = $(patsubst %.cu,$(BUILD)/simt/%.o,$(CUDA_SOURCES) $(wildcard tests/simt/*.cu))
+    -fno-strict-aliasing -isystem tests/simt/stand_in/first -isystem $(SIMT_INCLUDE) -isystem tests/simt/stand_in
+SIMT_HARNESS = $(patsubst %.cc,$(BUILD)/%.o,$(filter-out %_program.cc,$(wildcard tests/simt/*.cc)))
+SIMT_BACKEND = $(patsubst %.cu,$(BUILD)/simt/%.o,$(CUDA_SOURCES))
+SIMT_KERNELS = $(SIMT_BACKEND) $(patsubst %.cu,$(BUILD)/simt/%.o,$(wildcard tests/simt/*.cu))
+SIMT_PROGRAM = $(BUILD)/simt/train_iha
 
 $(BUILD)/tests/simt/%.o: tests/simt/%.cc
 	@mkdir -p $(@D)
@@ -27,6 +28,10 @@ $(BUILD)/simt/%.o: %.cu
 	@mkdir -p $(@D)
 	@echo "  SIMT $<"
 	@$(CXX) -std=gnu++17 $(SIMT_FLAGS) -x c++ -include tests/simt/simt.h -MMD -c $< -o $@
+
+# These call the runtime and NCCL themselves.
+$(BUILD)/tests/test_simt_streams.o $(BUILD)/tests/test_simt_nccl.o: CFLAGS += -isystem tests/simt/stand_in/first \
+    -isystem $(SIMT_INCLUDE) -isystem tests/simt/stand_in
 
 # The CPU backend in double beside the one in float: one object, with one name to the outside.
 $(BUILD)/simt/cpu_double.o: $(DOUBLE_OBJECTS)
@@ -40,6 +45,14 @@ $(SIMT_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(SIMT_HARNESS) $(SIMT_KERNE
 	@echo "  LINK $@"
 	@$(CXX) $(CFLAGS:-std=%=) $^ -o $@ -lcmocka $(LIBS)
 
+# The whole program on the harness's GPUs. simt_program.o comes after the harness, whose variables must be there when it
+# starts before main().
+$(SIMT_PROGRAM): $(BUILD)/train_iha.o $(SIMT_HARNESS) $(BUILD)/tests/simt/simt_program.o $(SIMT_BACKEND) \
+    $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	@$(CXX) $(CFLAGS:-std=%=) $^ -o $@ $(LIBS)
+
 .PHONY: simt
 simt: $(SIMT_BUILT)
-	@for test in $^; do $$test || exit 1; done
+	@for test in $(SIMT_TESTS); do $$test || exit 1; done

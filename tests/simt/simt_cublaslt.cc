@@ -195,7 +195,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
                               cublasLtMatrixLayout_t la, const void *b, cublasLtMatrixLayout_t lb,
                               const void *beta, const void *c, cublasLtMatrixLayout_t lc, void *d,
                               cublasLtMatrixLayout_t ld, const cublasLtMatmulAlgo_t *, void *workspace,
-                              size_t workspace_bytes, cudaStream_t) {
+                              size_t workspace_bytes, cudaStream_t stream) {
     struct desc what = *desc_of(desc);
     struct layout wa = *layout_of(la), wb = *layout_of(lb), wc = *layout_of(lc), wd = *layout_of(ld);
     if (!fits(what, &wa, &wb, &wc, &wd))
@@ -206,10 +206,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
     check_matrix(d, wd, "cublasLtMatmul, D");
     simt_check_device(workspace, workspace_bytes, "cublasLtMatmul, workspace");
     float scale = *(const float *)alpha, keep = *(const float *)beta;
-    simt_enqueue([=] {
-        simt_kernel_name = "cublasLtMatmul";
+    cudaError_t error = simt_enqueue(stream, [=] {
+        simt_running_name = "cublasLtMatmul";
         memset(workspace, 0xff, workspace_bytes);
         multiply(what, scale, a, wa, b, wb, keep, c, wc, d, wd);
     });
-    return CUBLAS_STATUS_SUCCESS;
+    return error == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

@@ -1,11 +1,12 @@
-/* The CUDA runtime's calls that the backend makes: memory, queue, events, launches.
- *
- * There is one queue, whatever the streams: work is appended, and runs in its order at the next call that
- * waits. Device memory is one stretch of addresses that is only accessible while the queue runs. */
-#include "tests/simt/internal.h"
+/* The CUDA runtime's calls that the backend makes: memory, copies, launches, the device; streams and events
+ * are in simt_streams.cc. Device memory is one stretch of addresses that is only accessible while the queue
+ * runs. */
+#include "tests/simt/queue.h"
 
 #include <stdio.h>
 #include <sys/mman.h>
+
+#include <cuda_profiler_api.h>
 
 #include <map>
 
@@ -20,17 +21,17 @@ static const size_t ARENA_BYTES = (size_t)16 << 30; /* of addresses */
 static const size_t SHARED_LIMIT = 227 << 10;
 static const size_t SHARED_DEFAULT = 48 << 10;
 
-static struct {
+static struct runtime {
     char *arena;
     size_t used;      /* bytes of the arena handed out; starts again when nothing is allocated */
     size_t allocated; /* bytes alive */
     std::map<char *, size_t> blocks;
     std::map<void *, size_t> pinned;
-    std::vector<std::function<void()>> queue;
-    bool running;
+    int open; /* scopes in which device memory can be touched */
     std::map<const void *, size_t> shared_allowed;
     int64_t launches;
-} R;
+    int device;
+} &R = *new struct runtime();
 
 /* ---- device memory ---------------------------------------------------------------------------------------
  */
@@ -41,26 +42,25 @@ static void protect(int access) {
         simt_fail("mprotect failed");
 }
 
-/* Scope in which device memory can be touched. */
-struct device_access {
-    bool outermost = !R.running;
-    device_access() {
-        if (outermost)
-            protect(PROT_READ | PROT_WRITE);
-        R.running = true;
-    }
-    ~device_access() {
-        if (outermost) {
-            protect(PROT_NONE);
-            R.running = false;
-        }
-    }
-};
+void simt_open_memory() {
+    if (R.open++ == 0)
+        protect(PROT_READ | PROT_WRITE);
+}
+
+void simt_close_memory() {
+    if (--R.open == 0)
+        protect(PROT_NONE);
+}
 
 static void check_sentinels() {
     for (const auto &[data, bytes] : R.blocks)
         if (!simt_guard_intact(data - SIMT_SENTINEL) || !simt_guard_intact(data + bytes))
             simt_fail("wrote beside an allocation of %zu bytes", bytes);
+}
+
+void simt_check_sentinels() {
+    simt_lock lock;
+    check_sentinels();
 }
 
 static void poison(char *data, size_t bytes, bool freed) {
@@ -75,8 +75,12 @@ static void poison(char *data, size_t bytes, bool freed) {
 }
 
 cudaError_t cudaMalloc(void **out, size_t bytes) {
+    simt_lock lock;
     if (simt_gpu.count == 0)
-        return cudaErrorNoDevice;
+        return simt_error(cudaErrorNoDevice);
+    cudaError_t error = simt_check_unsafe();
+    if (error != cudaSuccess)
+        return error;
     if (!R.arena) {
         R.arena =
             (char *)mmap(nullptr, ARENA_BYTES, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -85,11 +89,12 @@ cudaError_t cudaMalloc(void **out, size_t bytes) {
     }
     size_t rounded = (bytes + 255) / 256 * 256 + 2 * SIMT_SENTINEL;
     if (R.allocated + bytes > simt_gpu.memory || R.used + rounded > ARENA_BYTES)
-        return cudaErrorMemoryAllocation;
+        return simt_error(cudaErrorMemoryAllocation);
     char *data = R.arena + R.used + SIMT_SENTINEL;
     R.used += rounded;
     R.allocated += bytes;
-    device_access access;
+    R.open++;
+    protect(PROT_READ | PROT_WRITE); /* the new addresses too, where the others can be touched already */
 #if defined __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(data - SIMT_SENTINEL, rounded);
 #endif
@@ -97,24 +102,35 @@ cudaError_t cudaMalloc(void **out, size_t bytes) {
     simt_guard(data - SIMT_SENTINEL);
     simt_guard(data + bytes);
     R.blocks[data] = bytes;
+    simt_close_memory();
     *out = data;
     return cudaSuccess;
 }
 
-static void run_queue();
+/* What is freed may be in use by anything queued. */
+static cudaError_t wait_before_freeing(simt_lock &lock) {
+    cudaError_t error = simt_check_unsafe();
+    if (error == cudaSuccess)
+        simt_force_all(lock);
+    return error;
+}
 
 cudaError_t cudaFree(void *data) {
     if (!data)
         return cudaSuccess;
-    run_queue();
+    simt_lock lock;
+    cudaError_t error = wait_before_freeing(lock);
+    if (error != cudaSuccess)
+        return error;
     auto found = R.blocks.find((char *)data);
     if (found == R.blocks.end())
-        return cudaErrorInvalidValue;
-    device_access access;
+        return simt_error(cudaErrorInvalidValue);
+    simt_open_memory();
     check_sentinels();
     poison(found->first, found->second, true);
     R.allocated -= found->second;
     R.blocks.erase(found);
+    simt_close_memory();
     if (R.blocks.empty()) {
         madvise(R.arena, R.used, MADV_DONTNEED);
         protect(PROT_NONE);
@@ -124,73 +140,83 @@ cudaError_t cudaFree(void *data) {
 }
 
 void simt_check_device(const void *p, size_t bytes, const char *what) {
+    simt_lock lock;
     auto next = R.blocks.upper_bound((char *)p);
     if (bytes > 0 && (next == R.blocks.begin() || (--next)->first + next->second < (const char *)p + bytes))
         simt_fail("%s: %p .. +%zu is not device memory", what, p, bytes);
 }
 
 cudaError_t cudaMemGetInfo(size_t *available, size_t *total) {
+    simt_lock lock;
     *total = simt_gpu.memory;
     *available = simt_gpu.memory - R.allocated;
     return cudaSuccess;
 }
 
-cudaError_t cudaMallocHost(void **out, size_t bytes) {
+cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned) {
+    simt_lock lock;
+    cudaError_t error = simt_check_unsafe();
+    if (error != cudaSuccess)
+        return error;
     *out = malloc(bytes);
     memset(*out, 0xff, bytes);
     R.pinned[*out] = bytes;
     return cudaSuccess;
 }
 
+cudaError_t cudaMallocHost(void **out, size_t bytes) {
+    return cudaHostAlloc(out, bytes, cudaHostAllocDefault);
+}
+
 cudaError_t cudaFreeHost(void *data) {
-    run_queue();
-    R.pinned.erase(data);
+    simt_lock lock;
+    cudaError_t error = wait_before_freeing(lock);
+    if (error != cudaSuccess)
+        return error;
+    if (R.pinned.erase(data) == 0)
+        return simt_error(cudaErrorInvalidValue);
     free(data);
     return cudaSuccess;
 }
 
+static bool pinned(const void *p, size_t bytes) {
+    auto next = R.pinned.upper_bound((void *)p);
+    return next != R.pinned.begin() && (char *)(--next)->first + next->second >= (const char *)p + bytes;
+}
+
 int simt_allocations(void) {
+    simt_lock lock;
     return (int)(R.blocks.size() + R.pinned.size());
 }
 
-/* ---- the queue -------------------------------------------------------------------------------------------
+/* ---- launches and copies ---------------------------------------------------------------------------------
  */
-
-void simt_enqueue(std::function<void()> work) {
-    R.queue.push_back(std::move(work));
-}
-
-static void run_queue() {
-    if (R.queue.empty() || R.running)
-        return;
-    device_access access;
-    for (size_t i = 0; i < R.queue.size(); i++) {
-        R.queue[i]();
-        check_sentinels();
-    }
-    R.queue.clear();
-}
 
 cudaError_t simt_launch(const cudaLaunchConfig_t *config, const void *kernel, std::function<void()> thread) {
     dim3 grid = config->gridDim, block = config->blockDim;
-    size_t shared = config->dynamicSmemBytes;
-    auto allowed = R.shared_allowed.find(kernel);
+    size_t shared = config->dynamicSmemBytes, most = SHARED_DEFAULT;
     const char *name = simt_kernel_name;
-    R.launches++;
+    {
+        simt_lock lock;
+        auto allowed = R.shared_allowed.find(kernel);
+        if (allowed != R.shared_allowed.end())
+            most = allowed->second;
+        R.launches++;
+    }
     if (block.x * block.y * block.z > 1024 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
         block.x == 0 || block.y == 0 || block.z == 0 || grid.y > 65535 || grid.z > 65535)
         simt_fail("a grid of (%u, %u, %u) blocks of (%u, %u, %u) threads cannot be launched", grid.x, grid.y,
                   grid.z, block.x, block.y, block.z);
-    if (shared > (allowed == R.shared_allowed.end() ? SHARED_DEFAULT : allowed->second))
+    if (shared > most)
         simt_fail("%zu bytes of shared memory are more than cudaFuncSetAttribute allowed", shared);
-    simt_enqueue([=] {
-        simt_kernel_name = name;
+    return simt_enqueue(config->stream, [=] {
+        simt_running_name = name;
         simt_run_grid(grid, block, shared, thread);
     });
-    return cudaSuccess;
 }
 
 int64_t simt_launches(void) {
+    simt_lock lock;
     return R.launches;
 }
 
@@ -201,7 +227,8 @@ bool simt_on_gpu(void) {
 cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute, int value) {
     if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
         if ((size_t)value > SHARED_LIMIT)
-            return cudaErrorInvalidValue;
+            return simt_error(cudaErrorInvalidValue);
+        simt_lock lock;
         R.shared_allowed[kernel] = (size_t)value;
     }
     return cudaSuccess;
@@ -214,84 +241,57 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const voi
     return cudaSuccess;
 }
 
-cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind, cudaStream_t) {
+/* A graph would copy between memory that is there when it is made, which only pinned memory is sure to be. */
+static cudaError_t check_host_memory(const void *host, size_t bytes, cudaStream_t stream) {
+    simt_lock lock;
+    simt_capture *capture = simt_stream(stream)->capture;
+    if (capture && !pinned(host, bytes))
+        return simt_capture_failed(capture, cudaErrorStreamCaptureUnsupported);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
     bool from_device = kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
     bool to_device = kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+    cudaError_t error = cudaSuccess;
     if (from_device)
         simt_check_device(src, bytes, "cudaMemcpy");
+    else
+        error = check_host_memory(src, bytes, stream);
     if (to_device)
         simt_check_device(dst, bytes, "cudaMemcpy");
-    simt_enqueue([=] { memcpy(dst, src, bytes); });
-    return cudaSuccess;
+    else
+        error = check_host_memory(dst, bytes, stream);
+    if (error != cudaSuccess)
+        return error;
+    return simt_enqueue(stream, [=] {
+        simt_running_name = "cudaMemcpy";
+        memmove(dst, src, bytes);
+    });
 }
 
 cudaError_t cudaMemcpy(void *dst, const void *src, size_t bytes, cudaMemcpyKind kind) {
-    cudaMemcpyAsync(dst, src, bytes, kind, nullptr);
-    run_queue();
-    return cudaSuccess;
+    {
+        simt_lock lock;
+        cudaError_t error = simt_check_unsafe();
+        if (error != cudaSuccess)
+            return error;
+    }
+    cudaError_t error = cudaMemcpyAsync(dst, src, bytes, kind, nullptr);
+    return error == cudaSuccess ? cudaStreamSynchronize(nullptr) : error;
 }
 
-cudaError_t cudaMemsetAsync(void *data, int value, size_t bytes, cudaStream_t) {
+cudaError_t cudaMemsetAsync(void *data, int value, size_t bytes, cudaStream_t stream) {
     simt_check_device(data, bytes, "cudaMemset");
-    simt_enqueue([=] { memset(data, value, bytes); });
-    return cudaSuccess;
+    return simt_enqueue(stream, [=] {
+        simt_running_name = "cudaMemset";
+        memset(data, value, bytes);
+    });
 }
 
 cudaError_t cudaMemset(void *data, int value, size_t bytes) {
     return cudaMemsetAsync(data, value, bytes, nullptr);
-}
-
-cudaError_t cudaStreamCreateWithFlags(cudaStream_t *stream, unsigned) {
-    *stream = (cudaStream_t)malloc(1);
-    return cudaSuccess;
-}
-
-cudaError_t cudaStreamDestroy(cudaStream_t stream) {
-    run_queue();
-    free(stream);
-    return cudaSuccess;
-}
-
-cudaError_t cudaStreamSynchronize(cudaStream_t) {
-    run_queue();
-    return cudaSuccess;
-}
-
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) {
-    return cudaSuccess;
-}
-
-cudaError_t cudaDeviceSynchronize() {
-    run_queue();
-    return cudaSuccess;
-}
-
-cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned) {
-    *event = (cudaEvent_t)malloc(1);
-    return cudaSuccess;
-}
-
-cudaError_t cudaEventCreate(cudaEvent_t *event) {
-    return cudaEventCreateWithFlags(event, 0);
-}
-
-cudaError_t cudaEventDestroy(cudaEvent_t event) {
-    free(event);
-    return cudaSuccess;
-}
-
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) {
-    return cudaSuccess;
-}
-
-cudaError_t cudaEventSynchronize(cudaEvent_t) {
-    run_queue();
-    return cudaSuccess;
-}
-
-cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t, cudaEvent_t) {
-    *ms = 1;
-    return cudaSuccess;
 }
 
 /* ---- the device ------------------------------------------------------------------------------------------
@@ -303,11 +303,14 @@ cudaError_t cudaGetDeviceCount(int *count) {
 }
 
 cudaError_t cudaSetDevice(int device) {
-    return device < simt_gpu.count ? cudaSuccess : cudaErrorInvalidDevice;
+    if (device < 0 || device >= simt_gpu.count)
+        return simt_error(cudaErrorInvalidDevice);
+    R.device = device;
+    return cudaSuccess;
 }
 
 cudaError_t cudaGetDevice(int *device) {
-    *device = 0;
+    *device = R.device;
     return cudaSuccess;
 }
 
@@ -316,6 +319,8 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
         return cudaErrorInvalidDevice;
     memset(p, 0, sizeof *p);
     snprintf(p->name, sizeof p->name, "NVIDIA H200");
+    p->uuid.bytes[0] = (char)(device + 1);
+    p->pciBusID = device + 1;
     p->major = 9;
     p->multiProcessorCount = simt_gpu.sms;
     p->totalGlobalMem = simt_gpu.memory;
@@ -326,16 +331,54 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     return cudaSuccess;
 }
 
-cudaError_t cudaGetLastError() {
+cudaError_t cudaProfilerStart() {
     return cudaSuccess;
 }
 
+cudaError_t cudaProfilerStop() {
+    return cudaSuccess;
+}
+
+static const struct {
+    cudaError_t error;
+    const char *name, *says;
+} errors[] = {
+#define ERROR(name, says)                                                                                    \
+    { name, #name, says }
+    ERROR(cudaSuccess, "no error"),
+    ERROR(cudaErrorMemoryAllocation, "out of memory"),
+    ERROR(cudaErrorInvalidValue, "invalid argument"),
+    ERROR(cudaErrorInvalidDevice, "invalid device ordinal"),
+    ERROR(cudaErrorNoDevice, "no CUDA-capable device is detected"),
+    ERROR(cudaErrorInsufficientDriver, "CUDA driver version is insufficient for the runtime"),
+    ERROR(cudaErrorInvalidResourceHandle, "invalid resource handle"),
+    ERROR(cudaErrorNotReady, "device not ready"),
+    ERROR(cudaErrorIllegalState, "the operation cannot be performed in the present state"),
+    ERROR(cudaErrorNotSupported, "operation not supported"),
+    ERROR(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing"),
+    ERROR(cudaErrorStreamCaptureInvalidated, "operation failed due to a previous error during capture"),
+    ERROR(cudaErrorStreamCaptureMerge, "operation would result in a merge of separate capture sequences"),
+    ERROR(cudaErrorStreamCaptureUnmatched, "capture was not ended in the same stream as it began"),
+    ERROR(cudaErrorStreamCaptureUnjoined, "capturing stream has unjoined work"),
+    ERROR(cudaErrorStreamCaptureIsolation, "dependency created on uncaptured work in another stream"),
+    ERROR(cudaErrorStreamCaptureImplicit,
+          "operation would make the legacy stream depend on a capturing blocking stream"),
+    ERROR(cudaErrorCapturedEvent, "operation not permitted on an event last recorded in a capturing stream"),
+    ERROR(cudaErrorStreamCaptureWrongThread,
+          "attempt to terminate a thread-local capture sequence from another thread"),
+#undef ERROR
+};
+
 const char *cudaGetErrorName(cudaError_t error) {
-    return error == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaError";
+    for (const auto &known : errors)
+        if (known.error == error)
+            return known.name;
+    return "unrecognized error code";
 }
 
 const char *cudaGetErrorString(cudaError_t error) {
-    return error == cudaErrorMemoryAllocation     ? "out of memory"
-           : error == cudaErrorInsufficientDriver ? "CUDA driver version is insufficient for the runtime"
-                                                  : "an error";
+    for (const auto &known : errors)
+        if (known.error == error)
+            return known.says;
+    return "unrecognized error code";
 }

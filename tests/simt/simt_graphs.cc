@@ -1,0 +1,225 @@
+/* Capture of streams into graphs, and graphs: the rules of the CUDA runtime.
+ *
+ * What is stricter here than CUDA promises: an event that was never recorded cannot be waited for in a
+ * capture (as one recorded outside), and while a capture of global mode is going on no event may be asked for
+ * or waited for, by any thread. A launched graph keeps the order of each captured stream and of its events,
+ * nothing more: whatever else is in it runs in any order. Of a graph's collectives the order of capture
+ * holds. */
+#include "tests/simt/queue.h"
+
+#include <algorithm>
+
+struct CUgraphExec_st {
+    std::vector<simt_node> nodes;
+    work last; /* of its latest launch */
+};
+
+static uint64_t captures; /* ever begun */
+static std::vector<simt_capture *> &active = *new std::vector<simt_capture *>();
+
+/* ---- capture ---------------------------------------------------------------------------------------------
+ */
+
+cudaError_t simt_capture_failed(simt_capture *c, cudaError_t error) {
+    c->invalid = true;
+    return simt_error(error);
+}
+
+cudaError_t simt_check_unsafe() {
+    cudaError_t error = cudaSuccess;
+    for (simt_capture *c : active)
+        if (c->mode == cudaStreamCaptureModeGlobal ||
+            (c->mode == cudaStreamCaptureModeThreadLocal && pthread_equal(c->thread, pthread_self())))
+            error = simt_capture_failed(c, cudaErrorStreamCaptureUnsupported);
+    return error;
+}
+
+cudaError_t simt_check_waits_for_all() {
+    cudaError_t error = cudaSuccess;
+    for (simt_capture *c : active)
+        error = simt_capture_failed(c, cudaErrorStreamCaptureUnsupported);
+    return error;
+}
+
+cudaError_t simt_capture_node(cudaStream_t s, simt_node node) {
+    if (s->capture->invalid)
+        return simt_error(cudaErrorStreamCaptureInvalidated);
+    std::vector<simt_node> &nodes = s->capture->graph->nodes;
+    node.after = s->last_nodes;
+    s->last_nodes = {(int)nodes.size()};
+    nodes.push_back(std::move(node));
+    return cudaSuccess;
+}
+
+static void join(cudaStream_t s, const std::vector<int> &nodes) {
+    for (int n : nodes)
+        if (std::find(s->last_nodes.begin(), s->last_nodes.end(), n) == s->last_nodes.end())
+            s->last_nodes.push_back(n);
+}
+
+/* Where the event was recorded, if that is still going on. */
+static simt_capture *capture_of(cudaEvent_t e) {
+    for (simt_capture *c : active)
+        if (c->number == e->capture)
+            return c;
+    return nullptr;
+}
+
+cudaError_t simt_captured_event(cudaEvent_t e) {
+    simt_capture *from = capture_of(e);
+    return from ? simt_capture_failed(from, cudaErrorCapturedEvent) : simt_error(cudaErrorCapturedEvent);
+}
+
+cudaError_t simt_capture_wait(cudaStream_t s, cudaEvent_t e, unsigned flags) {
+    simt_capture *from = capture_of(e);
+    if (s->capture && s->capture->invalid)
+        return simt_error(cudaErrorStreamCaptureInvalidated);
+    if (s->capture && flags & cudaEventWaitExternal)
+        return simt_capture_node(s, {{}, nullptr, nullptr, e, {}});
+    if (s->capture && !e->capture)
+        return simt_capture_failed(s->capture, cudaErrorStreamCaptureIsolation);
+    if (s->capture && !from)
+        return simt_capture_failed(s->capture, cudaErrorCapturedEvent);
+    if (s->capture && from != s->capture) {
+        simt_capture_failed(from, cudaErrorStreamCaptureMerge);
+        return simt_capture_failed(s->capture, cudaErrorStreamCaptureMerge);
+    }
+    if (!from || s == simt_stream(nullptr))
+        return simt_captured_event(e);
+    if (from->invalid)
+        return simt_error(cudaErrorStreamCaptureInvalidated);
+    s->capture = from; /* perhaps it is from now on */
+    join(s, e->captured_nodes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
+    simt_lock lock;
+    cudaStream_t s = simt_stream(stream);
+    if (s == simt_stream(nullptr))
+        return simt_error(cudaErrorStreamCaptureUnsupported);
+    if (s->capture)
+        return simt_error(cudaErrorIllegalState);
+    s->capture = new simt_capture{++captures, new CUgraph_st(), s, mode, pthread_self(), false};
+    s->last_nodes.clear();
+    active.push_back(s->capture);
+    return cudaSuccess;
+}
+
+/* Does every node come before the last ones of the stream in which the capture began? */
+static bool joined(const CUgraph_st &graph, const std::vector<int> &last) {
+    std::vector<bool> seen(graph.nodes.size());
+    std::vector<int> open = last;
+    size_t count = 0;
+    while (!open.empty()) {
+        size_t n = (size_t)open.back();
+        open.pop_back();
+        if (seen[n])
+            continue;
+        seen[n] = true;
+        count++;
+        open.insert(open.end(), graph.nodes[n].after.begin(), graph.nodes[n].after.end());
+    }
+    return count == graph.nodes.size();
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
+    simt_lock lock;
+    cudaStream_t s = simt_stream(stream);
+    simt_capture *c = s->capture;
+    *graph = nullptr;
+    if (!c)
+        return simt_error(cudaErrorIllegalState);
+    if (c->origin != s)
+        return simt_capture_failed(c, cudaErrorStreamCaptureUnmatched);
+    if (c->mode != cudaStreamCaptureModeRelaxed && !pthread_equal(c->thread, pthread_self()))
+        return simt_capture_failed(c, cudaErrorStreamCaptureWrongThread);
+    cudaError_t error = c->invalid                          ? cudaErrorStreamCaptureInvalidated
+                        : !joined(*c->graph, s->last_nodes) ? cudaErrorStreamCaptureUnjoined
+                                                            : cudaSuccess;
+    for (cudaStream_t other : simt_streams())
+        if (other->capture == c) {
+            other->capture = nullptr;
+            other->last_nodes.clear();
+        }
+    active.erase(std::find(active.begin(), active.end(), c));
+    if (error == cudaSuccess)
+        *graph = c->graph;
+    else
+        delete c->graph;
+    delete c;
+    return simt_error(error);
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *status) {
+    simt_lock lock;
+    simt_capture *c = simt_stream(stream)->capture;
+    *status = !c           ? cudaStreamCaptureStatusNone
+              : c->invalid ? cudaStreamCaptureStatusInvalidated
+                           : cudaStreamCaptureStatusActive;
+    return cudaSuccess;
+}
+
+/* ---- graphs ----------------------------------------------------------------------------------------------
+ */
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long) {
+    if (!graph)
+        return simt_error(cudaErrorInvalidValue);
+    *out = new CUgraphExec_st{graph->nodes, nullptr};
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
+    if (nodes)
+        return simt_error(cudaErrorNotSupported);
+    *count = graph->nodes.size();
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete graph;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    delete exec; /* a launch that is under way has what it needs */
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) {
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    simt_lock lock;
+    cudaStream_t s = simt_stream(stream);
+    if (s->capture) /* a graph within a graph: the harness has none */
+        return simt_capture_failed(s->capture, cudaErrorNotSupported);
+    cudaError_t error = simt_check_legacy(s);
+    if (error != cudaSuccess)
+        return error;
+    std::vector<work> before = simt_before(s), all;
+    before.push_back(exec->last);
+    work begin = simt_add({}, before);
+    for (const simt_node &node : exec->nodes) {
+        std::vector<work> after = {begin};
+        for (int n : node.after)
+            after.push_back(all[(size_t)n]);
+        if (node.chain)
+            after.push_back(node.chain->last);
+        if (node.wait)
+            after.push_back(simt_event(node.wait)->recorded);
+        all.push_back(simt_add(node.run, after));
+        if (node.chain)
+            node.chain->last = all.back();
+        if (node.record) {
+            simt_event(node.record)->recorded = all.back();
+            node.record->capture = 0;
+        }
+    }
+    all.push_back(begin);
+    exec->last = s->tail = simt_add({}, all);
+    simt_queued(lock);
+    return cudaSuccess;
+}
