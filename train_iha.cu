@@ -27,6 +27,7 @@
 #include "model/info.h"
 #include "model/metrics.h"
 #include "model/model.h"
+#include "model/profile.h"
 #include "model/ranks.h"
 #include "model/saver.h"
 #include "model/schedule.h"
@@ -41,10 +42,11 @@ enum { DEFAULT_TIMEOUT = 300 }; /* seconds to wait for a rank until the configur
 /* All that a command holds. Whatever is not NULL is released at the end. */
 struct run {
     struct config config;
-    struct comm *comm; /* NULL in commands that run on one rank */
+    struct comm *comm; /* how the processes talk; NULL in commands that run on one rank */
     const struct kernels *k;
     struct device *dev;
-    size_t host_memory; /* free before the model was there */
+    struct comm *tensors; /* how their devices do; the same on the CPU */
+    size_t host_memory;   /* free before the model was there */
     struct model model;
     struct shards *train, *val;
     struct tokenizer *tokenizer;
@@ -54,8 +56,10 @@ struct run {
     struct metrics *metrics;
     struct progress progress;
     struct saver *saver;
-    int posted;   /* steps whose state has not been collected yet */
-    double clock; /* when the last was, or training went on after something else */
+    int posted;            /* steps whose state has not been collected yet */
+    double clock;          /* when the last was, or training went on after something else */
+    int64_t profile_steps; /* to trace; 0: none */
+    int64_t profile_from;  /* the first of them */
     int lock;
     int32_t *tokens, *targets; /* one pass, [micro_batch, seq_len] */
     double flops_per_token;
@@ -73,6 +77,8 @@ static void release(struct run *r) {
     free(r->tokenizer_text);
     free(r->tokens);
     free(r->targets);
+    if (r->tensors && r->tensors != r->comm)
+        r->tensors->ops->close(r->tensors);
     if (r->dev)
         r->k->close(r->dev);
     if (r->lock > 0)
@@ -99,20 +105,37 @@ static int open_device(struct run *r, struct error *e) {
     struct device_options options = {.threads = (int)s->threads,
                                      .precision = bf16 ? DEVICE_BF16 : DEVICE_FP32,
                                      .deterministic = s->deterministic,
+                                     .graphs = s->graph == GRAPH_AUTO && r->profile_steps == 0,
                                      .comm = r->comm};
     r->k = cuda ? kernels_cuda() : kernels_cpu();
     if (!r->k)
         return fail_user(e, "system.device = cuda, but this program was built without CUDA; use auto or cpu");
-    if (cuda && !alone(r))
-        return fail_user(
-            e, "several ranks on GPUs are not there yet; set system.device = cpu, or start one rank");
     if (s->comm == COMM_MPI && !alone(r) && strcmp(r->comm->ops->name, "mpi") != 0)
         return fail_user(e, "system.comm = mpi, but mpirun did not start these ranks; start them with "
                             "scripts/launch.sh, or use auto");
-    if (s->comm == COMM_NCCL)
-        return fail_user(e, "system.comm = nccl is not there yet; use auto or mpi");
+    if (r->profile_steps > 0)
+        r->k = kernels_traced(r->k);
     r->dev = r->k->open(&options, e);
     return r->dev ? 0 : -1;
+}
+
+static void let_messages_move(void *comm) {
+    ((struct comm *)comm)->ops->progress(comm);
+}
+
+/* The devices of all ranks. */
+static int join_devices(struct run *r, struct error *e) {
+    static const enum join_how how[] = {
+        [COMM_AUTO] = JOIN_AUTO, [COMM_MPI] = JOIN_HOST, [COMM_NCCL] = JOIN_NCCL};
+    if (comm_agree(r->comm, open_device(r, e), e) != 0)
+        return -1;
+    if (!alone(r))
+        r->tensors = r->k->join(r->dev, r->comm, how[r->config.system.comm], e);
+    if (comm_agree(r->comm, r->tensors || alone(r) ? 0 : -1, e) != 0)
+        return -1;
+    if (r->tensors)
+        r->k->set_idle_call(r->dev, let_messages_move, r->tensors);
+    return 0;
 }
 
 static int build_model(struct run *r, bool training, struct error *e) {
@@ -121,7 +144,7 @@ static int build_model(struct run *r, bool training, struct error *e) {
         .shape = {t->micro_batch, t->seq_len, r->config.system.recompute, training},
         .weight_decay = t->weight_decay,
         .mix_lr_scale = t->mix_lr_scale,
-        .comm = r->comm,
+        .comm = r->tensors,
         .zero_stage = (int)r->config.system.zero_stage,
         .reduce_dtype = r->config.system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16 : DTYPE_F32};
     r->host_memory = kernels_cpu()->memory_available(NULL);
@@ -269,7 +292,7 @@ static void announce(struct run *r, bool saves_behind) {
     if (!leads(r))
         return;
     if (!alone(r))
-        fprintf(stderr, "%d ranks over %s, zero_stage %d; each ", r->comm->ranks, r->comm->ops->name,
+        fprintf(stderr, "%d ranks over %s, zero_stage %d; each ", r->comm->ranks, r->model.comm->ops->name,
                 r->model.partition.zero_stage);
     fprintf(stderr, "%s\n", r->k->describe(r->dev));
     fprintf(stderr,
@@ -429,6 +452,61 @@ static int finish_run(struct run *r, int stop) {
     return 0;
 }
 
+/* ---- --profile ----------------------------------------------------------------------------------------- */
+
+enum { PROFILE_WARM_UP = 3 }; /* steps before the first that is traced */
+
+/* Take "--profile N" out of the arguments. */
+static int take_profile_option(struct run *r, int *argc, char **argv, struct error *e) {
+    int kept = 0;
+    for (int i = 0; i < *argc; i++) {
+        char *end = NULL;
+        if (strcmp(argv[i], "--profile") != 0) {
+            argv[kept++] = argv[i];
+            continue;
+        }
+        long steps = i + 1 < *argc ? strtol(argv[i + 1], &end, 10) : 0;
+        if (steps < 1 || steps > 1000 || *end)
+            return fail_user(e, "--profile needs the number of steps to trace, 1 to 1000");
+        r->profile_steps = steps;
+        i++;
+    }
+    *argc = kept;
+    if (kept == 0 || argv[0][0] == '-')
+        return fail_user(e, "train: the configuration's file comes first; see train_iha train --help");
+    return 0;
+}
+
+/* The trace as a table on the terminal and as a file; of rank 0, the others do much the same. */
+static int end_profile(struct run *r, struct error *e) {
+    char path[MAX_TEXT + 32];
+    struct trace *t = r->k->trace_end(r->dev);
+    int status = 0;
+    if (leads(r) && t) {
+        snprintf(path, sizeof path, "%s/profile.json", r->config.run.dir);
+        status_break(r->metrics);
+        fprintf(stderr,
+                "steps %lld to %lld, operation by operation; as a time line, for ui.perfetto.dev: %s\n",
+                (long long)r->profile_from + 1, (long long)(r->profile_from + r->profile_steps), path);
+        profile_print(stderr, t, r->profile_steps);
+        status = profile_write(path, t, r->comm->rank, e);
+    }
+    trace_free(t);
+    r->clock = clock_seconds();
+    return status;
+}
+
+static int check_profile(struct run *r, struct error *e) {
+    r->profile_from = r->progress.step + PROFILE_WARM_UP;
+    if (r->profile_steps == 0 || r->profile_from + r->profile_steps <= r->config.train.steps)
+        return 0;
+    return fail_user(
+        e, "--profile %lld traces steps after %d others, and the run has %lld left; raise train.steps",
+        (long long)r->profile_steps, PROFILE_WARM_UP, (long long)(r->config.train.steps - r->progress.step));
+}
+
+/* ---- the loop ------------------------------------------------------------------------------------------ */
+
 /* What ranks tell each other after every step. */
 struct pulse {
     int stop;   /* the signal that asks for an end */
@@ -453,8 +531,12 @@ static int train_loop(struct run *r, struct error *e) {
     struct pulse pulse = {0};
     r->clock = clock_seconds();
     while (r->progress.step < steps && !pulse.stop) {
+        if (r->profile_steps > 0 && r->progress.step == r->profile_from)
+            r->k->trace_begin(r->dev);
         train_step(r);
         int status = record_steps(r, r->k->run_ahead, e);
+        if (r->profile_steps > 0 && r->progress.step == r->profile_from + r->profile_steps && status == 0)
+            status = end_profile(r, e);
         /* A signal is looked for once a step: one that comes while saving ends the next step. */
         pulse = share_pulse(r, (struct pulse){signals_asked(), status != 0, saver_state(r->saver)});
         if (pulse.failed && comm_agree(r->comm, status, e) != 0)
@@ -463,10 +545,6 @@ static int train_loop(struct run *r, struct error *e) {
             return -1;
     }
     return finish_run(r, pulse.stop);
-}
-
-static void let_messages_move(void *comm) {
-    ((struct comm *)comm)->ops->progress(comm);
 }
 
 /* What each rank does for itself, and on which all must agree before any memory is shared. */
@@ -481,18 +559,14 @@ static int prepare_training(struct run *r, int argc, char **argv, struct error *
     if (comm_agree(r->comm, prepare_alone(r, argc, argv, e), e) != 0 ||
         (!alone(r) && (ranks_check_alike(r->comm, &r->config, &r->progress, e) != 0 ||
                        ranks_check_run_dir(r->comm, r->config.run.dir, e) != 0)) ||
-        comm_agree(r->comm, open_device(r, e), e) != 0 ||
-        comm_agree(r->comm, build_model(r, true, e), e) != 0 ||
-        start_run(&r->model, &r->config, &r->progress, e) != 0)
+        join_devices(r, e) != 0 || comm_agree(r->comm, build_model(r, true, e), e) != 0)
         return -1;
-    if (!alone(r))
-        r->k->set_idle_call(r->dev, let_messages_move, r->comm);
-    return 0;
+    return start_run(&r->model, &r->config, &r->progress, e);
 }
 
 /* What only a run that has steps to do needs. */
 static int prepare_loop(struct run *r, struct error *e) {
-    if (check_disk(r, e) != 0 || open_sampler(r, e) != 0)
+    if (check_profile(r, e) != 0 || check_disk(r, e) != 0 || open_sampler(r, e) != 0)
         return -1;
     if (leads(r) && !(r->metrics = metrics_open(r->config.run.dir, r->progress.step, e)))
         return -1;
@@ -515,13 +589,14 @@ static int open_ranks(struct run *r, struct error *e) {
  * pages that no step has touched yet still count as free. */
 static size_t host_memory_left(const struct run *r) {
     size_t have = r->host_memory / (size_t)r->comm->local_ranks;
-    size_t need = r->k == kernels_cpu() ? memory_total(&r->model.plan) : 0;
+    size_t need = strcmp(r->k->name, "cpu") == 0 ? memory_total(&r->model.plan) : 0;
     return have > need ? have - need : 0;
 }
 
 static int train(struct run *r, int argc, char **argv, struct error *e) {
     r->progress.best_val_loss = (double)NAN;
-    if (open_ranks(r, e) != 0 || prepare_training(r, argc, argv, e) != 0)
+    if (take_profile_option(r, &argc, argv, e) != 0 || open_ranks(r, e) != 0 ||
+        prepare_training(r, argc, argv, e) != 0)
         return -1;
     if (r->progress.step >= r->config.train.steps) {
         if (leads(r))
@@ -577,8 +652,7 @@ static int prepare_eval(struct run *r, const char *dir, int argc, char **argv, s
 static int eval(struct run *r, int argc, char **argv, struct error *e) {
     char dir[MAX_TEXT];
     if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)) || ranks_find_checkpoint(r->comm, argv[0], dir, e) != 0 ||
-        comm_agree(r->comm, prepare_eval(r, dir, argc, argv, e), e) != 0 ||
-        comm_agree(r->comm, open_device(r, e), e) != 0 ||
+        comm_agree(r->comm, prepare_eval(r, dir, argc, argv, e), e) != 0 || join_devices(r, e) != 0 ||
         comm_agree(r->comm, build_model(r, false, e), e) != 0 ||
         comm_agree(r->comm, checkpoint_load_weights(dir, &r->model, 0, e), e) != 0)
         return -1;
@@ -676,10 +750,11 @@ struct command {
 };
 
 static const struct command COMMANDS[] = {
-    {"train", train, "CONFIG [section.key=value ...]",
+    {"train", train, "CONFIG [section.key=value ...] [--profile N]",
      "Train the model of an INI file. When run.dir holds a checkpoint of the same run, continue it; a "
      "finished\n"
      "run says so. SIGINT, SIGTERM or SIGUSR1: finish the step, save, exit.\n"
+     "--profile N: trace N steps, print where their time went, and leave run.dir/profile.json, a time line.\n"
      "  train_iha train configs/bytes_small.ini train.steps=500 run.dir=runs/try\n"},
     {"eval", eval, "CHECKPOINT data.val=GLOB [section.key=value ...]",
      "Mean loss of a checkpoint on token shards. The last line on stdout: val_loss <nats> <tokens>.\n"

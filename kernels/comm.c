@@ -61,7 +61,6 @@ struct comm *comm_single(void) {
     static const struct comm_ops ops = {
         .name = "single",
         .close = single_close,
-        .end_run = single_end_run,
         .reserve = single_reserve,
         .reduce_scatter = single_reduce_scatter,
         .all_gather = single_all_gather,
@@ -69,6 +68,7 @@ struct comm *comm_single(void) {
         .wait = single_wait,
         .progress = single_progress,
         .exchange = single_exchange,
+        .end_run = single_end_run,
     };
     static _Alignas(16) char said[COMM_SAID];
     static struct comm single = {.ops = &ops, .ranks = 1, .local_ranks = 1, .said = said};
@@ -117,6 +117,7 @@ struct comm *comm_open(double peer_timeout, struct error *e) {
 }
 
 void comm_set_timeout(struct comm *c, double seconds) {
+    c->timeout = seconds;
     if (c->ranks > 1)
         comm_p2p_set_timeout(c, seconds);
 }

@@ -14,11 +14,16 @@
 #include "kernels/error.h"
 #include "kernels/tensor.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* This process's place. */
 struct comm {
     const struct comm_ops *ops;
     int rank, ranks;
     int local_rank, local_ranks; /* among those on this machine */
+    double timeout;              /* peer_timeout, seconds */
     char *said;                  /* [ranks * COMM_SAID] for comm_tell */
 };
 
@@ -28,6 +33,7 @@ typedef int64_t comm_event; /* 0: nothing to wait for */
 
 struct comm_ops {
     const char *name;
+    bool queued; /* collectives on tensors only join the device's queue: they may be part of a graph */
 
     void (*close)(struct comm *);
 
@@ -86,5 +92,9 @@ const void *comm_tell(struct comm *comm, const void *mine, size_t bytes);
 /* Ranks agree on how a phase ended: 0 where `status` is 0 on all; otherwise -1 on all, and *e is that of the
  * first rank that failed, prefixed with its number where not all failed alike. */
 int comm_agree(struct comm *comm, int status, struct error *e);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

@@ -25,6 +25,7 @@
 #include "kernels/error.h"
 #include "kernels/step.h"
 #include "kernels/tensor.h"
+#include "kernels/trace.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -133,6 +134,7 @@ struct device_options {
     int threads; /* 0: all the process may use */
     enum device_precision precision;
     bool deterministic;
+    bool graphs;       /* keep runs of operations as graphs, where the device can */
     struct comm *comm; /* NULL: alone; otherwise ranks on one machine share its processors */
 };
 
@@ -143,6 +145,9 @@ struct device_dtypes {
     enum dtype gradient; /* of parameters */
     enum dtype master;   /* what the optimizer updates, and its moments */
 };
+
+/* What moves tensors between the devices of several ranks. */
+enum join_how { JOIN_AUTO, JOIN_HOST /* through host memory */, JOIN_NCCL };
 
 struct kernels {
     const char *name; /* "cpu" or "cuda" */
@@ -156,8 +161,16 @@ struct kernels {
     /* Dense peak of the compute precision in FLOP/s, 0 when the device is not known. */
     double (*peak_flops)(struct device *dev);
 
-    /* Something to call now and then while the host itself computes, such as letting messages move; a device
-     * with a queue of its own ignores it. NULL: nothing. */
+    /* A communicator whose tensors are this device's, for the processes that `ranks` joins: `ranks` itself
+     * where that is host memory. To be closed before both, where it is another. Called by all ranks at once.
+     * NULL and *e: it cannot be had so. */
+    struct comm *(*join)(struct device *dev, struct comm *ranks, enum join_how how, struct error *e);
+    /* Bytes of device memory that its reserve takes for buffers of so many elements. */
+    size_t (*staging_bytes)(struct device *dev, int64_t elements, int ranks, enum dtype dtype,
+                            enum dtype wire);
+
+    /* Something to call now and then while the host computes or waits, such as letting messages move. NULL:
+     * nothing. */
     void (*set_idle_call)(struct device *dev, void (*call)(void *context), void *context);
 
     /* Zeroed device memory, or NULL and an EXIT_USER error with the size. */
@@ -167,10 +180,26 @@ struct kernels {
      * dev that is NULL: all that is free on the machine. */
     size_t (*memory_available)(struct device *dev);
     void (*zero)(struct device *dev, void *data, size_t bytes);
+    void (*copy)(struct device *dev, void *to, const void *from, size_t bytes);
     /* Host to device and back, converting between dtypes; both tensors are contiguous and of one shape.
      * download waits for the queue. */
     void (*upload)(struct device *dev, tensor device_dst, const void *host, enum dtype host_dtype);
     void (*download)(struct device *dev, tensor device_src, void *host, enum dtype host_dtype);
+
+    /* A run of operations that is the same every time, arguments included, may be kept as a graph and queued
+     * at once. When replay says true it has been; otherwise queue the operations between begin and end, and
+     * again while end says false: then they were not run. Inside nothing may read back or wait. id: below
+     * GRAPHS. */
+    bool (*graph_replay)(struct device *dev, int id);
+    void (*graph_begin)(struct device *dev, int id);
+    bool (*graph_end)(struct device *dev, int id);
+
+    /* A range of work, from where the queue is now (trace.h). name: a literal; index: -1, or its number.
+     * trace_end waits for the queue; the caller frees what it returns, NULL when there was no memory. */
+    void (*range_begin)(struct device *dev, const char *name, int index);
+    void (*range_end)(struct device *dev);
+    void (*trace_begin)(struct device *dev);
+    struct trace *(*trace_end)(struct device *dev);
 
     int (*plan)(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e);
     void (*set_workspace)(struct device *dev, void *data, size_t bytes);
@@ -268,8 +297,13 @@ struct kernels {
                   const struct step_state *);
 };
 
+enum { GRAPHS = 8 };
+
 const struct kernels *kernels_cpu(void);
 const struct kernels *kernels_cuda(void); /* NULL when built without CUDA */
+
+/* The table whose operations are ranges too; one at a time. */
+const struct kernels *kernels_traced(const struct kernels *k);
 
 /* GPUs that can be used: 0 without a driver. */
 int cuda_devices(void);

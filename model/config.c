@@ -108,6 +108,8 @@ const struct config_row config_rows[] = {
      .help = "what backward computes again\nto save memory"},
     {SYSTEM(deterministic), .kind = KIND_BOOL, .initial = "false",
      .help = "the same bits in every run on cuda"},
+    {SYSTEM(graph), ENUM("auto", "off"), .initial = "auto",
+     .help = "keep a pass as a CUDA graph,\nwhere the driver can"},
     {SYSTEM(threads), INTEGER(1, 4096), .zero = "all", .initial = "all", .help = "CPU threads per rank"},
     {SYSTEM(peer_timeout), REAL(0, 1e9), .open = EXCLUDES_MIN, .initial = "300",
      .help = "seconds to wait for another rank"},

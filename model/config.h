@@ -27,6 +27,7 @@ enum init_optimizer { OPTIMIZER_FRESH, OPTIMIZER_KEEP };
 enum device_kind { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA };
 enum precision { PRECISION_AUTO, PRECISION_FP32, PRECISION_BF16 };
 enum comm_kind { COMM_AUTO, COMM_MPI, COMM_NCCL };
+enum graph_use { GRAPH_AUTO, GRAPH_OFF };
 enum reduce_dtype { REDUCE_FP32, REDUCE_BF16 };
 enum recompute { RECOMPUTE_NONE, RECOMPUTE_LIGHT, RECOMPUTE_FULL };
 
@@ -82,6 +83,7 @@ struct system_config {
     enum reduce_dtype reduce_dtype;
     enum recompute recompute;
     bool deterministic;
+    enum graph_use graph;
     int64_t threads; /* 0: all */
     double peer_timeout;
 };

@@ -262,6 +262,7 @@ static void feed_chunk(struct decoder *d, const int32_t *tokens, int64_t n, floa
 }
 
 void decoder_feed(struct decoder *d, const int32_t *tokens, int64_t n, float *logits) {
+    model_settle(d->m);
     struct model *m = d->m;
     m->k->set_workspace(m->dev, d->workspace, d->workspace_bytes);
     for (int64_t at = 0, count; at < n; at += count) {

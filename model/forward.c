@@ -81,12 +81,16 @@ void layer_recompute(struct model *m, int layer) {
     mlp_act(m, layer);
 }
 
-void model_forward(struct model *m, const int32_t *tokens, const int32_t *targets) {
+void model_upload(struct model *m, const int32_t *tokens, const int32_t *targets) {
+    m->k->upload(m->dev, m->tokens, tokens, DTYPE_I32);
+    m->k->upload(m->dev, m->targets, targets, DTYPE_I32);
+}
+
+void model_forward(struct model *m) {
     const struct model_config *c = &m->config;
     const struct kernels *k = m->k;
     int64_t C = c->hidden_size, F = c->intermediate_size;
-    k->upload(m->dev, m->tokens, tokens, DTYPE_I32);
-    k->upload(m->dev, m->targets, targets, DTYPE_I32);
+    model_await_unit(m, 0);
     struct embed_spec embed = {m->shape.batch, m->shape.tokens, c->vocab_size, C};
     tensor x = m->layers[0].x_attn, delta = tensor_none(); /* the residual stream is x + delta */
     k->embed(m->dev, &embed, m->tokens, model_param(m, m->params.embed), model_param(m, m->params.pos_embed),
@@ -94,6 +98,8 @@ void model_forward(struct model *m, const int32_t *tokens, const int32_t *target
     for (int layer = 0; layer < c->num_hidden_layers; layer++) {
         const struct layer_params *p = params_of(m, layer);
         struct layer_buffers *b = &m->layers[layer];
+        model_await_unit(m, layer + 1);
+        k->range_begin(m->dev, "layer", layer);
         k->residual_norm(m->dev, &m->norm_spec, x, delta, model_param(m, p->attn_norm),
                          model_param(m, p->attn_norm_bias), b->x_attn, b->y_attn, b->attn_norm_saved);
         attention_half(m, layer);
@@ -101,13 +107,17 @@ void model_forward(struct model *m, const int32_t *tokens, const int32_t *target
         linear(m, b->act, F, p->down, p->down_bias, C, m->delta);
         x = b->x_mlp;
         delta = m->delta;
+        k->range_end(m->dev);
     }
+    model_await_unit(m, m->partition.units - 1);
+    m->gathering = false;
     k->residual_norm(m->dev, &m->norm_spec, x, delta, model_param(m, m->params.final_norm),
                      model_param(m, m->params.final_norm_bias), m->x_final, m->h, m->final_norm_saved);
 }
 
 void model_evaluate(struct model *m, const int32_t *tokens, const int32_t *targets, double scale) {
-    model_forward(m, tokens, targets);
+    model_upload(m, tokens, targets);
+    model_forward(m);
     struct classifier_spec spec = {m->norm_spec.rows, m->config.hidden_size, m->config.vocab_size};
     m->k->classifier(m->dev, &spec, m->h, model_param(m, m->params.lm_head), m->targets, scale, m->state,
                      tensor_none(), tensor_none(), false);

@@ -55,6 +55,7 @@ static int describe(struct model *m, const struct model_config *config, const st
                     struct device *dev, const struct model_options *o, int rank, int ranks, struct error *e) {
     *m = (struct model){.config = *config, .k = k, .dev = dev, .dtypes = k->dtypes(dev), .shape = o->shape};
     m->comm = o->comm ? o->comm : comm_single();
+    m->reduce_dtype = o->reduce_dtype == DTYPE_BF16 ? DTYPE_BF16 : m->dtypes.gradient;
     if (params_create(&m->params, config, ranks, e) != 0 ||
         build_groups(m, o->weight_decay, o->mix_lr_scale, e) != 0 ||
         partition_create(&m->partition, &m->params, m->groups, m->group_count, rank, ranks, o->zero_stage,
@@ -63,12 +64,13 @@ static int describe(struct model *m, const struct model_config *config, const st
     m->layers = calloc((size_t)config->num_hidden_layers, sizeof *m->layers);
     m->specs = calloc((size_t)config->num_hidden_layers, sizeof *m->specs);
     m->reduced = calloc((size_t)m->partition.bucket_count, sizeof *m->reduced);
-    if (!m->layers || !m->specs || !m->reduced)
+    m->gathered = calloc((size_t)m->partition.bucket_count, sizeof *m->gathered);
+    if (!m->layers || !m->specs || !m->reduced || !m->gathered)
         return fail_run(e, "out of memory describing %lld layers", (long long)config->num_hidden_layers);
     return 0;
 }
 
-static int measure(struct model *m, enum dtype reduce, struct memory_plan *plan, struct error *e) {
+static int measure(struct model *m, struct memory_plan *plan, struct error *e) {
     size_t master = dtype_bytes(m->dtypes.master);
     *plan = (struct memory_plan){.parameters = (size_t)m->params.elements * dtype_bytes(m->dtypes.compute)};
     if (m->shape.training) {
@@ -80,7 +82,8 @@ static int measure(struct model *m, enum dtype reduce, struct memory_plan *plan,
         return -1;
     plan->workspace = m->workspace_bytes;
     if (m->shape.training && m->partition.ranks > 1)
-        plan->messages = comm_staging_bytes(m->partition.bucket_elements, m->dtypes.gradient, reduce);
+        plan->messages = m->k->staging_bytes(m->dev, m->partition.bucket_elements, m->partition.ranks,
+                                             m->dtypes.gradient, m->reduce_dtype);
     plan->saving = (size_t)(m->params.learned + 2 * m->params.learned / m->partition.ranks) * sizeof(float);
     return 0;
 }
@@ -94,10 +97,10 @@ int model_memory(const struct model_config *config, const struct kernels *k, str
                  const struct pass_shape *shape, int ranks, int zero_stage, enum dtype reduce,
                  struct memory_plan *plan, struct error *e) {
     struct model m;
-    struct model_options options = {.shape = *shape, .zero_stage = zero_stage};
+    struct model_options options = {.shape = *shape, .zero_stage = zero_stage, .reduce_dtype = reduce};
     int status = describe(&m, config, k, dev, &options, 0, ranks, e);
     if (status == 0)
-        status = measure(&m, reduce, plan, e);
+        status = measure(&m, plan, e);
     model_free(&m);
     return status;
 }
@@ -131,7 +134,7 @@ static int check_memory(struct model *m, const struct memory_plan *p, struct err
         memory_advice(m, p, have));
 }
 
-static int allocate(struct model *m, const struct memory_plan *p, enum dtype reduce, struct error *e) {
+static int allocate(struct model *m, const struct memory_plan *p, struct error *e) {
     const struct kernels *k = m->k;
     bool apart = m->dtypes.master != m->dtypes.compute;
     size_t moment = (size_t)m->partition.moment_elements * dtype_bytes(m->dtypes.master);
@@ -148,8 +151,8 @@ static int allocate(struct model *m, const struct memory_plan *p, enum dtype red
         return -1;
     if (apart)
         m->masters = (char *)m->moments + 2 * moment;
-    if (m->comm->ranks > 1 &&
-        m->comm->ops->reserve(m->comm, m->partition.bucket_elements, m->dtypes.gradient, reduce, e) != 0)
+    if (m->comm->ranks > 1 && m->comm->ops->reserve(m->comm, m->partition.bucket_elements, m->dtypes.gradient,
+                                                    m->reduce_dtype, e) != 0)
         return -1;
     return 0;
 }
@@ -158,8 +161,7 @@ int model_create(struct model *m, const struct model_config *config, const struc
                  struct device *dev, const struct model_options *options, struct error *e) {
     struct comm *comm = options->comm ? options->comm : comm_single();
     if (describe(m, config, k, dev, options, comm->rank, comm->ranks, e) != 0 ||
-        measure(m, options->reduce_dtype, &m->plan, e) != 0 || check_memory(m, &m->plan, e) != 0 ||
-        allocate(m, &m->plan, options->reduce_dtype, e) != 0) {
+        measure(m, &m->plan, e) != 0 || check_memory(m, &m->plan, e) != 0 || allocate(m, &m->plan, e) != 0) {
         model_free(m);
         return -1;
     }
@@ -173,12 +175,15 @@ int model_create(struct model *m, const struct model_config *config, const struc
 void model_free(struct model *m) {
     if (!m->k)
         return;
+    if (m->gathered)
+        model_settle(m);
     void *blocks[] = {m->values, m->gradients, m->moments, m->state, m->activations, m->workspace};
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++)
         m->k->release(m->dev, blocks[i]);
     params_free(&m->params);
     partition_free(&m->partition);
     free(m->reduced);
+    free(m->gathered);
     free(m->groups);
     free(m->layers);
     free(m->specs);
@@ -198,10 +203,23 @@ int model_initialize(struct model *m, uint64_t seed, struct error *e) {
     return 0;
 }
 
-static tensor master_of(const struct model *m, int index) {
+bool model_masters_sharded(const struct model *m) {
+    return m->masters != m->values && m->partition.zero_stage > 0;
+}
+
+/* What of one parameter's masters this rank holds, from its values. */
+static void upload_masters(struct model *m, int index, const float *values) {
     const struct param *p = &m->params.list[index];
-    char *at = (char *)m->masters + (size_t)p->offset * dtype_bytes(m->dtypes.master);
-    return tensor_of(at, m->dtypes.master, p->count, 0, 0, 0, 0);
+    for (int i = 0; i < m->partition.updated_count; i++) {
+        const struct share *s = &m->partition.updated[i];
+        int64_t begin = s->begin > p->offset ? s->begin : p->offset;
+        int64_t end = s->end < p->offset + p->count ? s->end : p->offset + p->count;
+        if (begin >= end)
+            continue;
+        char *at = (char *)m->masters + (size_t)(s->shard + begin - s->begin) * dtype_bytes(m->dtypes.master);
+        m->k->upload(m->dev, tensor_of(at, m->dtypes.master, end - begin, 0, 0, 0, 0),
+                     values + (begin - p->offset), DTYPE_F32);
+    }
 }
 
 /* As the optimizer rounds what it has updated so often. */
@@ -225,12 +243,13 @@ void model_set_param(struct model *m, int index, const float *values, int64_t up
     else
         m->k->upload(m->dev, model_param(m, index), values, DTYPE_F32);
     if (m->masters != m->values)
-        m->k->upload(m->dev, master_of(m, index), values, DTYPE_F32);
+        upload_masters(m, index, values);
 }
 
 void model_get_param(const struct model *m, int index, float *values) {
-    if (m->masters != m->values)
-        m->k->download(m->dev, master_of(m, index), values, DTYPE_F32);
-    else
-        m->k->download(m->dev, model_param(m, index), values, DTYPE_F32);
+    const struct param *p = &m->params.list[index];
+    if (model_masters_sharded(m))
+        abort(); /* a rank has not all of them: model_get_params */
+    char *at = (char *)m->masters + (size_t)p->offset * dtype_bytes(m->dtypes.master);
+    m->k->download(m->dev, tensor_of(at, m->dtypes.master, p->count, 0, 0, 0, 0), values, DTYPE_F32);
 }

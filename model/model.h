@@ -76,7 +76,10 @@ struct model {
     struct memory_plan plan;
     struct comm *comm;
     struct partition partition;
-    comm_event *reduced; /* [bucket_count] the last collective on each bucket */
+    enum dtype reduce_dtype; /* what gradients travel in */
+    comm_event *reduced;     /* [bucket_count] each bucket's gradients, on their way; 0: nothing is */
+    comm_event *gathered;    /* and its parameters */
+    bool gathering;          /* some of them are */
 
     /* of the planned pass */
     struct pass_shape shape;
@@ -121,6 +124,12 @@ int model_initialize(struct model *m, uint64_t seed, struct error *e);
 void model_set_param(struct model *m, int index, const float *values, int64_t updates);
 void model_get_param(const struct model *m, int index, float *values);
 
+/* All of them on rank 0, into values [params.learned], each at its `place`; NULL elsewhere. Where masters are
+ * sharded, ranks have to give theirs: to be called on every rank, between steps, for it uses the gradients'
+ * memory. */
+bool model_masters_sharded(const struct model *m);
+void model_get_params(struct model *m, float *values);
+
 /* Views of one parameter, and of its gradient; absent for index -1. */
 tensor model_param(const struct model *m, int index);
 tensor model_gradient(const struct model *m, int index);
@@ -137,14 +146,22 @@ void model_forward_backward(struct model *m, const int32_t *tokens, const int32_
 /* Forward and loss alone, into state.loss. */
 void model_evaluate(struct model *m, const int32_t *tokens, const int32_t *targets, double scale);
 
-/* The passes' parts, shared between forward.c and backward.c.
+/* Before anything but a pass reads parameters: those that are still on their way have come. On every rank. */
+void model_settle(struct model *m);
+
+/* The passes' parts, shared between forward.c, backward.c and parallel.c. model_await_unit: the parameters of
+ * one unit of the partition have come.
  * model_forward ends with m->h, the normed final residual stream. layer_recompute brings back what backward
  * of one layer reads, given m->shape.recompute: the same operations on the same inputs, so the same bits. */
-void model_forward(struct model *m, const int32_t *tokens, const int32_t *targets);
+void model_upload(struct model *m, const int32_t *tokens, const int32_t *targets);
+void model_await_unit(struct model *m, int unit);
+void model_forward(struct model *m);
+void model_backward(struct model *m, double scale, bool accumulate, gradients_ready *ready, void *context);
 void layer_recompute(struct model *m, int layer);
 
 /* One of a step's passes on every rank: as model_forward_backward, and what is complete is summed over ranks
- * while backward goes on. `scale` is that of one rank's pass: 1 / tokens of the whole step. */
+ * while backward goes on. `scale` is that of one rank's pass: 1 / tokens of the whole step, the same in every
+ * call, since the device may keep the pass as a graph. */
 void model_train_pass(struct model *m, const int32_t *tokens, const int32_t *targets, double scale, int pass,
                       int passes);
 
@@ -155,7 +172,7 @@ struct update_hyper {
 };
 
 /* After all passes of a step (lr was given to step_begin): norm, clip, skip, AdamW on what this rank owns,
- * and the new parameters to every rank. */
+ * and the new parameters to every rank, where they arrive while the next forward pass is under way. */
 void model_update(struct model *m, const struct update_hyper *h);
 
 /* Which parameter's gradient spoiled the step just done: the first in backward order that is not finite, or,

@@ -5,6 +5,7 @@
  * units' whole gradients only, so it sums in every pass, into this rank's shard: `passes` times the traffic
  * for 1/W of the memory. */
 #include <math.h>
+#include <stdlib.h>
 
 #include "model/model.h"
 
@@ -12,9 +13,10 @@
 
 struct pass {
     struct model *m;
-    bool reduce;     /* this pass's gradients are summed over ranks */
-    bool accumulate; /* into a shard that holds something already (stage 2) */
-    int unit;        /* whose gradients are ready next, from last to first */
+    double scale;
+    bool first;  /* of the step: gradients are written, not added to */
+    bool reduce; /* this pass's gradients are summed over ranks */
+    int unit;    /* whose gradients are ready next, from last to first */
 };
 
 static char *gradient_at(const struct model *m, int64_t element) {
@@ -36,19 +38,29 @@ static tensor reduced_share(const struct model *m, int bucket) {
 static void reduce_unit(struct pass *pass, int unit) {
     struct model *m = pass->m;
     const struct partition *p = &m->partition;
+    bool accumulate = p->zero_stage == 2 && !pass->first; /* the shard holds the passes before */
     for (int b = 0; b < p->bucket_count; b++) {
         if (p->buckets[b].unit != unit)
             continue;
         int64_t at = p->gradient_at[unit] + p->buckets[b].begin - p->unit_at[unit];
         tensor whole = gradient_of(m, at, p->buckets[b].end - p->buckets[b].begin);
-        m->reduced[b] = m->comm->ops->reduce_scatter(m->comm, whole, reduced_share(m, b), pass->accumulate);
+        m->reduced[b] = m->comm->ops->reduce_scatter(m->comm, whole, reduced_share(m, b), accumulate);
     }
 }
 
-static void wait_for_unit(struct model *m, int unit) {
+static void await(struct model *m, comm_event *event) {
+    if (!*event)
+        return;
+    m->k->range_begin(m->dev, "await ranks", -1);
+    m->comm->ops->wait(m->comm, *event);
+    m->k->range_end(m->dev);
+    *event = 0;
+}
+
+static void await_reduced(struct model *m, int unit) {
     for (int b = 0; b < m->partition.bucket_count; b++)
         if (m->partition.buckets[b].unit == unit)
-            m->comm->ops->wait(m->comm, m->reduced[b]);
+            await(m, &m->reduced[b]);
 }
 
 /* What a unit of another layout left in the gaps between tensors would be summed with the rest. */
@@ -59,7 +71,7 @@ static void clear_unit(struct model *m, int unit) {
 }
 
 /* Called as backward finishes a unit. In stage 2 the unit before this one used the memory that the next will
- * use. */
+ * use. With the last unit the pass has ended: its sums belong to it, since it may be kept as a graph. */
 static void unit_ready(void *context, int64_t begin, int64_t end) {
     struct pass *pass = context;
     struct model *m = pass->m;
@@ -70,21 +82,56 @@ static void unit_ready(void *context, int64_t begin, int64_t end) {
         reduce_unit(pass, unit);
     if (p->zero_stage == 2 && unit > 1) {
         if (unit + 1 < p->units)
-            wait_for_unit(m, unit + 1);
+            await_reduced(m, unit + 1);
         clear_unit(m, unit - 1);
     }
+    for (int u = 0; u < p->units && unit == 0; u++)
+        await_reduced(m, u);
+}
+
+static void forward(struct pass *pass) {
+    pass->m->k->range_begin(pass->m->dev, "forward", -1);
+    model_forward(pass->m);
+    pass->m->k->range_end(pass->m->dev);
+}
+
+static void backward(struct pass *pass) {
+    const struct partition *p = &pass->m->partition;
+    bool sharded = p->zero_stage == 2;
+    pass->unit = p->units - 1;
+    if (sharded)
+        clear_unit(pass->m, pass->unit);
+    pass->m->k->range_begin(pass->m->dev, "backward", -1);
+    model_backward(pass->m, pass->scale, !pass->first && !sharded, unit_ready, pass);
+    pass->m->k->range_end(pass->m->dev);
+}
+
+enum { GRAPH_FORWARD, GRAPH_BACKWARD /* and three more: not the first pass, reducing, both */ };
+
+/* As a graph, if it may be one: all that it waits for is queued, and by itself. */
+static void queue(struct pass *pass, void (*operations)(struct pass *), int graph, bool kept) {
+    const struct kernels *k = pass->m->k;
+    struct device *dev = pass->m->dev;
+    if (!kept) {
+        operations(pass);
+        return;
+    }
+    if (k->graph_replay(dev, graph))
+        return;
+    do {
+        k->graph_begin(dev, graph);
+        operations(pass);
+    } while (!k->graph_end(dev, graph));
 }
 
 void model_train_pass(struct model *m, const int32_t *tokens, const int32_t *targets, double scale, int pass,
                       int passes) {
     const struct partition *p = &m->partition;
-    bool sharded = p->zero_stage == 2, last = pass + 1 == passes;
-    struct pass context = {m, p->ranks > 1 && (sharded || last), sharded && pass > 0, p->units - 1};
-    if (sharded)
-        clear_unit(m, p->units - 1);
-    model_forward_backward(m, tokens, targets, scale, pass > 0 && !sharded, unit_ready, &context);
-    for (int b = 0; b < p->bucket_count && sharded && !last; b++)
-        m->comm->ops->wait(m->comm, m->reduced[b]);
+    bool reduce = p->ranks > 1 && (p->zero_stage == 2 || pass + 1 == passes);
+    struct pass context = {.m = m, .scale = scale, .first = pass == 0, .reduce = reduce};
+    model_upload(m, tokens, targets);
+    queue(&context, forward, GRAPH_FORWARD, !m->gathering);
+    queue(&context, backward, GRAPH_BACKWARD + (pass > 0) + 2 * reduce, !reduce || m->comm->ops->queued);
 }
 
 /* ---- the update --------------------------------------------------------------------------------------- */
@@ -92,10 +139,8 @@ void model_train_pass(struct model *m, const int32_t *tokens, const int32_t *tar
 /* The squares of this rank's shares, then of all, with the loss: every rank decides alike. */
 static void decide(struct model *m, const struct update_hyper *h) {
     const struct partition *p = &m->partition;
-    for (int b = 0; b < p->bucket_count && p->ranks > 1; b++) {
-        m->comm->ops->wait(m->comm, m->reduced[b]);
+    for (int b = 0; b < p->bucket_count && p->ranks > 1; b++)
         m->k->sumsq(m->dev, reduced_share(m, b), m->state);
-    }
     if (p->ranks == 1)
         m->k->sumsq(m->dev, gradient_of(m, 0, m->params.elements), m->state);
     m->comm->ops->all_reduce(m->comm, &m->state->loss, 2); /* and sumsq, its neighbour */
@@ -132,27 +177,86 @@ static void update_replicas(struct model *m, const struct update_hyper *h) {
         m->reduced[b] = m->comm->ops->all_gather(
             m->comm, gradient_of(m, p->buckets[b].begin, p->buckets[b].end - p->buckets[b].begin));
     for (int b = 0; b < p->bucket_count; b++)
-        m->comm->ops->wait(m->comm, m->reduced[b]);
+        await(m, &m->reduced[b]);
     update_share(m, p->updated, gradient_of(m, 0, m->params.elements), h);
 }
 
-/* Stages 1 and 2: each bucket's new parameters travel while the next is updated. */
+/* Stages 1 and 2: each bucket's new parameters travel while the next is updated, and until the next forward
+ * pass comes to them, in this order. */
 static void update_shards(struct model *m, const struct update_hyper *h) {
     const struct partition *p = &m->partition;
     for (int b = 0; b < p->bucket_count; b++) {
         update_share(m, &p->own[b], reduced_share(m, b), h);
-        m->reduced[b] = m->comm->ops->all_gather(m->comm, bucket_values(m, b));
+        m->gathered[b] = m->comm->ops->all_gather(m->comm, bucket_values(m, b));
     }
-    for (int b = 0; b < p->bucket_count; b++)
-        m->comm->ops->wait(m->comm, m->reduced[b]);
+    m->gathering = p->ranks > 1;
+}
+
+void model_await_unit(struct model *m, int unit) {
+    const struct partition *p = &m->partition;
+    for (int b = 0; b < p->bucket_count && m->gathering; b++)
+        if (p->buckets[b].unit == unit)
+            await(m, &m->gathered[b]);
+}
+
+void model_settle(struct model *m) {
+    for (int b = 0; b < m->partition.bucket_count; b++)
+        await(m, &m->gathered[b]);
+    m->gathering = false;
 }
 
 void model_update(struct model *m, const struct update_hyper *h) {
+    m->k->range_begin(m->dev, "update", -1);
     decide(m, h);
     if (m->partition.zero_stage == 0)
         update_replicas(m, h);
     else
         update_shards(m, h);
+    m->k->range_end(m->dev);
+}
+
+/* ---- the masters, for saving -----------------------------------------------------------------------------
+ */
+
+/* The parameters of [begin, end) of the flat buffer, which lie in `piece`, to where each belongs in values.
+ */
+static void take_values(struct model *m, tensor piece, int64_t begin, int64_t end, float *values) {
+    for (int i = 0; i < m->params.count; i++) {
+        const struct param *t = &m->params.list[i];
+        int64_t from = begin > t->offset ? begin : t->offset;
+        int64_t to = end < t->offset + t->count ? end : t->offset + t->count;
+        if (from < to)
+            m->k->download(m->dev, tensor_rows(piece, from - begin, to - from),
+                           values + t->place + from - t->offset, DTYPE_F32);
+    }
+}
+
+/* A bucket at a time, where its gradients lie during a step. */
+static void gather_masters(struct model *m, float *values) {
+    const struct partition *p = &m->partition;
+    size_t size = dtype_bytes(m->dtypes.master);
+    if (m->dtypes.gradient != m->dtypes.master)
+        abort();
+    for (int b = 0; b < p->bucket_count; b++) {
+        const struct bucket *u = &p->buckets[b];
+        int64_t at = p->gradient_at[u->unit] + u->begin - p->unit_at[u->unit];
+        const struct share *own = &p->own[b];
+        m->k->copy(m->dev, gradient_at(m, at + own->begin - u->begin),
+                   (char *)m->masters + (size_t)own->shard * size, (size_t)(own->end - own->begin) * size);
+        tensor whole = gradient_of(m, at, u->end - u->begin);
+        comm_event gathered = m->comm->ops->all_gather(m->comm, whole);
+        await(m, &gathered);
+        if (values)
+            take_values(m, whole, u->begin, u->end, values);
+    }
+}
+
+void model_get_params(struct model *m, float *values) {
+    model_settle(m);
+    if (model_masters_sharded(m))
+        gather_masters(m, values);
+    for (int i = 0; values && i < m->params.count && !model_masters_sharded(m); i++)
+        model_get_param(m, i, values + m->params.list[i].place);
 }
 
 /* ---- what went wrong ------------------------------------------------------------------------------------

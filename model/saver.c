@@ -84,16 +84,11 @@ size_t saver_copy_bytes(const struct model *m) {
 /* Has this rank memory for a copy now? */
 static bool reserve_copy(struct saver *s, const struct model *m, size_t memory_free) {
     size_t bytes = saver_copy_bytes(m);
-    if (bytes == 0 || (memory_free > 0 && bytes > memory_free / 2))
-        return false;
-    s->weights = m->partition.rank == 0 ? malloc(weight_bytes(m)) : NULL;
-    s->moments = malloc(bytes - weight_bytes(m));
-    if (s->moments && (s->weights || m->partition.rank > 0))
-        return true;
-    free(s->weights);
-    free(s->moments);
-    s->weights = s->moments = NULL;
-    return false;
+    bool room = bytes > 0 && (memory_free == 0 || bytes <= memory_free / 2);
+    if ((room || model_masters_sharded(m)) && m->partition.rank == 0)
+        s->weights = malloc(weight_bytes(m));
+    s->moments = room ? malloc(bytes - weight_bytes(m)) : NULL;
+    return s->moments && (s->weights || m->partition.rank > 0);
 }
 
 bool saver_reserve(struct saver *s, const struct model *m, size_t memory_free) {
@@ -106,10 +101,17 @@ bool saver_reserve(struct saver *s, const struct model *m, size_t memory_free) {
 /* Write from the copy, which is made first, or from the model, which must not change meanwhile. */
 static int start_writing(struct saver *s, const struct checkpoint_job *job, bool copy, struct error *e) {
     struct model *m = job->from.model;
+    bool gathers = model_masters_sharded(m), copies = copy && s->copies;
     s->job = *job;
-    if (copy && s->copies) {
-        for (int i = 0; s->weights && i < m->params.count; i++)
-            model_get_param(m, i, s->weights + m->params.list[i].place);
+    model_settle(m);
+    if (gathers || copies) {
+        model_get_params(m, s->weights);
+        s->job.from.weights = s->weights;
+        if (!s->weights && m->partition.rank == 0)
+            return fail_run(e, "out of memory to gather the weights of all ranks (%zu bytes)",
+                            weight_bytes(m));
+    }
+    if (copies) {
         /* A failure is also the saver's: the others may be writing their parts of what will be no checkpoint.
          */
         if (optimizer_copy(m, s->moments, &s->error) != 0) {
@@ -117,7 +119,6 @@ static int start_writing(struct saver *s, const struct checkpoint_job *job, bool
             change_state(s, SAVER_FAILED);
             return -1;
         }
-        s->job.from.weights = s->weights;
         s->job.from.moments = s->moments;
     }
     change_state(s, SAVER_WRITING);

@@ -60,7 +60,8 @@ static struct decoder open_decoder(struct model *m, int64_t chunk) {
 static void full_logits(struct model *m, const int32_t *tokens, float *logits) {
     struct linear_spec spec = {LENGTH, HIDDEN, VOCAB};
     int32_t targets[LENGTH] = {0};
-    model_forward(m, tokens, targets);
+    model_upload(m, tokens, targets);
+    model_forward(m);
     m->k->linear(m->dev, &spec, m->h, model_param(m, m->params.lm_head), tensor_none(),
                  tensor_of(logits, DTYPE_F32, LENGTH, VOCAB, 0, 0, 0));
 }

@@ -76,7 +76,8 @@ static void compare_logits(struct model *m, const struct golden *g, const int32_
     int64_t rows = m->shape.batch * m->shape.tokens, V = m->config.vocab_size;
     float *logits = calloc((size_t)(rows * V), sizeof *logits);
     struct linear_spec spec = {rows, m->config.hidden_size, V};
-    model_forward(m, tokens, targets);
+    model_upload(m, tokens, targets);
+    model_forward(m);
     m->k->linear(m->dev, &spec, m->h, model_param(m, m->params.lm_head), tensor_none(),
                  tensor_of(logits, DTYPE_F32, rows, V, 0, 0, 0));
     compare(g, "logits", logits, want->data, rows * V, scalar(g, "plain32.logits"), 0);

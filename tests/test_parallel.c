@@ -86,6 +86,7 @@ static void train(struct job *j, struct comm *comm, struct device *dev) {
                 j->collectives_before_the_last_product += products_at_start[i] < products;
         model_update(&m, &HYPER);
     }
+    model_settle(&m);
     j->loss = m.state->loss;
     j->norm = m.state->grad_norm;
     j->dirty = dirty_padding(&m);

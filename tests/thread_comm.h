@@ -136,7 +136,13 @@ static inline void thread_comm_open(struct thread_comm *t, struct thread_world *
         .progress = thread_nothing,
         .exchange = thread_exchange,
     };
-    *t = (struct thread_comm){.base = {&ops, rank, w->ranks, rank, w->ranks, t->said}, .world = w};
+    *t = (struct thread_comm){.base = {.ops = &ops,
+                                       .rank = rank,
+                                       .ranks = w->ranks,
+                                       .local_rank = rank,
+                                       .local_ranks = w->ranks,
+                                       .said = t->said},
+                              .world = w};
 }
 
 static inline void thread_world_open(struct thread_world *w, int ranks) {

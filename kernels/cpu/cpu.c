@@ -7,6 +7,8 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "kernels/clock.h"
+
 static void read_processor_name(char *out, size_t bytes) {
     snprintf(out, bytes, "unknown processor");
     FILE *f = fopen("/proc/cpuinfo", "r");
@@ -63,6 +65,21 @@ static double cpu_peak_flops(struct device *dev) {
     return 0; /* no published dense peak to hold a CPU to: mfu is left out */
 }
 
+/* Ranks' tensors are host memory already. */
+static struct comm *cpu_join(struct device *dev, struct comm *ranks, enum join_how how, struct error *e) {
+    (void)dev;
+    if (how != JOIN_NCCL)
+        return ranks;
+    fail_user(e, "system.comm = nccl joins GPUs, and this run is on the CPU; use auto");
+    return NULL;
+}
+
+static size_t cpu_staging_bytes(struct device *dev, int64_t elements, int ranks, enum dtype dtype,
+                                enum dtype wire) {
+    (void)dev, (void)ranks;
+    return comm_staging_bytes(elements, dtype, wire);
+}
+
 static void cpu_set_idle_call(struct device *dev, void (*call)(void *context), void *context) {
     dev->idle_call = call;
     dev->idle_context = context;
@@ -97,6 +114,49 @@ static void cpu_release(struct device *dev, void *data) {
 static void cpu_zero(struct device *dev, void *data, size_t bytes) {
     (void)dev;
     memset(data, 0, bytes);
+}
+
+static void cpu_copy(struct device *dev, void *to, const void *from, size_t bytes) {
+    (void)dev;
+    memcpy(to, from, bytes);
+}
+
+/* Calling a function costs nothing here. */
+static bool cpu_graph_replay(struct device *dev, int id) {
+    (void)dev, (void)id;
+    return false;
+}
+
+static void cpu_graph_begin(struct device *dev, int id) {
+    (void)dev, (void)id;
+}
+
+static bool cpu_graph_end(struct device *dev, int id) {
+    (void)dev, (void)id;
+    return true;
+}
+
+static void cpu_range_begin(struct device *dev, const char *name, int index) {
+    struct traced_range *r = dev->trace ? trace_enter(dev->trace, name, index) : NULL;
+    if (r)
+        r->begin = clock_seconds() - dev->trace_began;
+}
+
+static void cpu_range_end(struct device *dev) {
+    struct traced_range *r = dev->trace ? trace_leave(dev->trace) : NULL;
+    if (r)
+        r->end = clock_seconds() - dev->trace_began;
+}
+
+static void cpu_trace_begin(struct device *dev) {
+    dev->trace = trace_create();
+    dev->trace_began = clock_seconds();
+}
+
+static struct trace *cpu_trace_end(struct device *dev) {
+    struct trace *t = dev->trace;
+    dev->trace = NULL;
+    return t;
 }
 
 static double load_as_double(const void *p, enum dtype t, int64_t i) {
@@ -187,13 +247,23 @@ const struct kernels *kernels_cpu(void) {
         .describe = cpu_describe,
         .dtypes = cpu_dtypes,
         .peak_flops = cpu_peak_flops,
+        .join = cpu_join,
+        .staging_bytes = cpu_staging_bytes,
         .set_idle_call = cpu_set_idle_call,
         .alloc = cpu_alloc,
         .release = cpu_release,
         .memory_available = cpu_memory_available,
         .zero = cpu_zero,
+        .copy = cpu_copy,
         .upload = cpu_upload,
         .download = cpu_download,
+        .graph_replay = cpu_graph_replay,
+        .graph_begin = cpu_graph_begin,
+        .graph_end = cpu_graph_end,
+        .range_begin = cpu_range_begin,
+        .range_end = cpu_range_end,
+        .trace_begin = cpu_trace_begin,
+        .trace_end = cpu_trace_end,
         .plan = cpu_plan,
         .set_workspace = cpu_set_workspace,
         .embed = cpu_embed,

@@ -17,6 +17,8 @@ struct device {
     char description[256];
     void (*idle_call)(void *context);
     void *idle_context;
+    struct trace *trace; /* NULL: nobody looks */
+    double trace_began;
     struct step_state posted; /* nothing is queued here, so one is enough */
 };
 

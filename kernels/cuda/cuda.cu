@@ -4,6 +4,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* ---- checks ----------------------------------------------------------------------------------------------
  */
@@ -20,6 +21,11 @@ static const char *hint_for(cudaError_t status) {
     case cudaErrorLaunchFailure:
         return "a kernel failed, this one or one before it; CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer "
                "tells which";
+    case cudaErrorStreamCaptureUnsupported:
+    case cudaErrorStreamCaptureInvalidated:
+    case cudaErrorStreamCaptureImplicit:
+    case cudaErrorStreamCaptureIsolation:
+        return "this driver cannot keep these operations as a graph; set system.graph = off";
     default:
         return "nvidia-smi shows whether the GPU is well";
     }
@@ -89,6 +95,7 @@ static struct device *open_device(const struct device_options *options, struct e
     cublas_check(cublasLtCreate(&dev->blas));
     cuda_check(cudaMalloc((void **)&dev->scratch, SCRATCH_BYTES));
     dev->staging = staging_create();
+    dev->graphs = options->graphs ? graphs_create() : NULL;
     for (struct posted_step &step : dev->posted) {
         cuda_check(cudaMallocHost((void **)&step.state, sizeof *step.state));
         cuda_check(cudaEventCreateWithFlags(&step.done, cudaEventDisableTiming));
@@ -100,6 +107,7 @@ static void close_device(struct device *dev) {
     cuda_check(cudaStreamSynchronize(dev->stream));
     attention_plans_free(dev->attentions);
     staging_free(dev->staging);
+    graphs_free(dev->graphs);
     matmul_plans_free(dev->matmuls);
     for (struct posted_step &step : dev->posted) {
         cuda_check(cudaEventDestroy(step.done));
@@ -140,9 +148,24 @@ static double peak_flops(struct device *dev) {
     return 0;
 }
 
-/* The queue runs by itself: the host has nothing to do meanwhile. */
 static void set_idle_call(struct device *dev, void (*call)(void *), void *context) {
-    (void)dev, (void)call, (void)context;
+    dev->idle = call;
+    dev->idle_context = context;
+}
+
+void cuda_host_wait(struct device *dev, cudaEvent_t event) {
+    if (!dev->idle) {
+        cuda_check(cudaEventSynchronize(event));
+        return;
+    }
+    cudaError_t status;
+    for (int looks = 0; (status = cudaEventQuery(event)) == cudaErrorNotReady; looks++) {
+        struct timespec pause = {0, 50000};
+        dev->idle(dev->idle_context);
+        if (looks > 100)
+            nanosleep(&pause, NULL);
+    }
+    cuda_check(status);
 }
 
 /* ---- memory ----------------------------------------------------------------------------------------------
@@ -179,6 +202,10 @@ static size_t memory_available(struct device *dev) {
 
 static void zero(struct device *dev, void *data, size_t bytes) {
     cuda_check(cudaMemsetAsync(data, 0, bytes, dev->stream));
+}
+
+static void copy(struct device *dev, void *to, const void *from, size_t bytes) {
+    cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, dev->stream));
 }
 
 /* ---- plans -----------------------------------------------------------------------------------------------
@@ -226,13 +253,23 @@ const struct kernels *kernels_cuda(void) {
         .describe = describe,
         .dtypes = dtypes,
         .peak_flops = peak_flops,
+        .join = cuda_join,
+        .staging_bytes = cuda_staging_bytes,
         .set_idle_call = set_idle_call,
         .alloc = alloc_zeroed,
         .release = release,
         .memory_available = memory_available,
         .zero = zero,
+        .copy = copy,
         .upload = cuda_upload,
         .download = cuda_download,
+        .graph_replay = cuda_graph_replay,
+        .graph_begin = cuda_graph_begin,
+        .graph_end = cuda_graph_end,
+        .range_begin = cuda_range_begin,
+        .range_end = cuda_range_end,
+        .trace_begin = cuda_trace_begin,
+        .trace_end = cuda_trace_end,
         .plan = plan,
         .set_workspace = set_workspace,
         .embed = cuda_embed,

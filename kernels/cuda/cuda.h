@@ -32,6 +32,7 @@ typedef __nv_bfloat16 bf16;
 struct matmul_plan;     /* matmul.cu */
 struct staging;         /* transfer.cu */
 struct attention_plans; /* attention.cu */
+struct graph;           /* graph.cu */
 
 /* A step's state on its way to the host, in pinned memory. */
 enum { RUN_AHEAD = 1, POSTED_STEPS = RUN_AHEAD + 1 };
@@ -56,6 +57,10 @@ struct device {
     struct matmul_plan *matmuls; /* built so far */
     struct attention_plans *attentions;
     struct staging *staging;
+    struct graph *graphs; /* [GRAPHS]; NULL: none are kept */
+    struct trace *trace;  /* NULL: nobody looks */
+    void (*idle)(void *context);
+    void *idle_context;
     struct posted_step posted[POSTED_STEPS];
     int64_t posts, collects;
     char name[256], description[320];
@@ -101,9 +106,12 @@ static inline bool aligned16(std::initializer_list<const void *> addresses) {
     return true;
 }
 
+/* Until the event has come, calling what set_idle_call set. */
+void cuda_host_wait(struct device *dev, cudaEvent_t event);
+
 /* Queue a kernel. More dynamic shared memory than a block has by default is asked for on the first use. */
 template <auto kernel, typename... A>
-void launch(struct device *dev, dim3 grid, dim3 block, size_t shared, A... args) {
+void launch_on(cudaStream_t stream, dim3 grid, dim3 block, size_t shared, A... args) {
     static size_t allowed = 48 << 10;
     if (shared > allowed) {
         cuda_check(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -114,11 +122,16 @@ void launch(struct device *dev, dim3 grid, dim3 block, size_t shared, A... args)
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
-    config.stream = dev->stream;
+    config.stream = stream;
 #ifdef SIMT
     simt_kernel_name = __PRETTY_FUNCTION__;
 #endif
     cuda_check_status(cudaLaunchKernelEx(&config, kernel, args...), __PRETTY_FUNCTION__, __FILE__, __LINE__);
+}
+
+template <auto kernel, typename... A>
+void launch(struct device *dev, dim3 grid, dim3 block, size_t shared, A... args) {
+    launch_on<kernel>(dev->stream, grid, block, shared, args...);
 }
 
 /* Call f with a value of the C++ type that `dtype` names. */
@@ -164,6 +177,17 @@ void cuda_download(struct device *, tensor src, void *host, enum dtype host_dtyp
 /* A small piece of device memory as it is, when the queue has come so far. */
 void cuda_read(struct device *, const void *src, void *host, size_t bytes);
 struct staging *staging_create(void);
+struct comm *cuda_join(struct device *, struct comm *ranks, enum join_how how, struct error *e);
+size_t cuda_staging_bytes(struct device *, int64_t elements, int ranks, enum dtype dtype, enum dtype wire);
+void cuda_range_begin(struct device *, const char *name, int index);
+void cuda_range_end(struct device *);
+void cuda_trace_begin(struct device *);
+struct trace *cuda_trace_end(struct device *);
+struct graph *graphs_create(void);
+void graphs_free(struct graph *);
+bool cuda_graph_replay(struct device *, int id);
+void cuda_graph_begin(struct device *, int id);
+bool cuda_graph_end(struct device *, int id);
 void staging_free(struct staging *);
 
 void cuda_embed(struct device *, const struct embed_spec *, tensor tokens, tensor w, tensor pos,

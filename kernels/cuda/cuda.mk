@@ -34,6 +34,8 @@ cuda_lib = $(firstword $(wildcard $(foreach dir,$(CUDA_LIB_DIRS),$(dir)/lib$(1).
 CUDART := $(call cuda_lib,cudart)
 CUBLASLT := $(call cuda_lib,cublasLt)
 CUDNN := $(call cuda_lib,cudnn)
+NCCL := $(call cuda_lib,nccl)
+NCCL_HEADER := $(firstword $(wildcard $(CUDA_INCLUDE_DIRS:%=%/nccl.h) /usr/include/nccl.h))
 CUDNN_HEADER := $(firstword $(wildcard $(CUDA_INCLUDE_DIRS:%=%/cudnn.h) /usr/include/cudnn.h \
     /usr/include/*/cudnn.h))
 CUDNN_FRONTEND ?= $(patsubst %/cudnn_frontend.h,%,$(firstword $(wildcard \
@@ -47,11 +49,14 @@ CUDA_MISSING := $(strip $(if $(filter 0,$(CUDA)),CUDA=0, $(if $(filter 1,$(SANIT
 CUDNN_MISSING := $(strip $(if $(CUDNN),,no libcudnn) $(if $(CUDNN_HEADER),,no cudnn.h) \
     $(if $(wildcard $(CUDNN_FRONTEND)/cudnn_frontend.h),,no cudnn_frontend.h: run make deps))
 
+NCCL_MISSING := $(strip $(if $(NCCL),,no libnccl) $(if $(NCCL_HEADER),,no nccl.h))
+NCCL_FLAGS = $(if $(NCCL_MISSING),,-DWITH_NCCL -isystem $(patsubst %/,%,$(dir $(NCCL_HEADER))))
+
 # ---- what is built ----
 
 CUDA_OBJECTS = $(CUDA_SOURCES:%.cu=$(BUILD)/cuda/%.o)
 CUDNN_OBJECTS = $(if $(CUDNN_MISSING),,$(patsubst %.cpp,$(BUILD)/cuda/%.o,$(wildcard kernels/cuda/*.cpp)))
-CUDA_LIBS = $(CUDART) $(CUBLASLT) $(if $(CUDNN_MISSING),,$(CUDNN))
+CUDA_LIBS = $(CUDART) $(CUBLASLT) $(if $(CUDNN_MISSING),,$(CUDNN)) $(if $(NCCL_MISSING),,$(NCCL))
 CUDA_RPATH = $(patsubst %,-Wl$(comma)-rpath$(comma)%,$(sort $(abspath $(dir $(CUDA_LIBS)))))
 comma := ,
 
@@ -60,7 +65,8 @@ ifeq ($(CUDA_MISSING),)
 CUDA_LINKED = $(CUDA_OBJECTS) $(CUDNN_OBJECTS)
 CUDA_LINK = $(CUDA_LIBS) $(CUDA_RPATH) -lstdc++
 CUDA_SAYS = with CUDA ($(NVCC)), attention \
-    $(if $(CUDNN_MISSING),by own kernels alone ($(CUDNN_MISSING)),also by cuDNN ($(CUDNN)))
+    $(if $(CUDNN_MISSING),by own kernels alone ($(CUDNN_MISSING)),also by cuDNN ($(CUDNN))), ranks over \
+    $(if $(NCCL_MISSING),host memory alone ($(NCCL_MISSING)),NCCL ($(NCCL)))
 else
 CUDA_LINKED =
 CUDA_LINK =
@@ -69,7 +75,7 @@ endif
 
 # Files that change when what they name does; what depends on them is then built again.
 CUDA_STAMPS = $(addprefix $(BUILD)/cuda/,compiled-with cudnn-with linked-with)
-$(BUILD)/cuda/compiled-with: WITH = $(NVCC) $(CUDA_ARCHS) $(CUDA_ISYSTEM)
+$(BUILD)/cuda/compiled-with: WITH = $(NVCC) $(CUDA_ARCHS) $(CUDA_ISYSTEM) $(NCCL_FLAGS)
 $(BUILD)/cuda/cudnn-with: WITH = $(CUDNN_HEADER) $(CUDNN_FRONTEND) $(CUDA_ISYSTEM)
 $(BUILD)/cuda/linked-with: WITH = $(CUDA_SAYS) $(CUDA_LINK)
 $(CUDA_STAMPS): FORCE
@@ -81,7 +87,7 @@ FORCE:
 $(BUILD)/cuda/%.o: %.cu $(BUILD)/cuda/compiled-with
 	@mkdir -p $(@D)
 	@echo "  NVCC $<"
-	@$(NVCC) -std=c++17 -O3 -lineinfo -I. $(CUDA_ISYSTEM) $(CUDA_ARCHS) -Werror all-warnings \
+	@$(NVCC) -std=c++17 -O3 -lineinfo -I. $(CUDA_ISYSTEM) $(CUDA_ARCHS) $(NCCL_FLAGS) -Werror all-warnings \
 	    $(addprefix -Xcompiler ,$(CUDA_WARNINGS)) -MMD -c $< -o $@
 
 # The frontend is headers alone, large ones: optimizing them would take four times as long and gain microseconds.

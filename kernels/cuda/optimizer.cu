@@ -45,7 +45,7 @@ void cuda_step_post(struct device *dev, const struct step_state *state) {
 
 void cuda_step_collect(struct device *dev, struct step_state *host) {
     struct posted_step *p = &dev->posted[dev->collects++ % POSTED_STEPS];
-    cuda_check(cudaEventSynchronize(p->done));
+    cuda_host_wait(dev, p->done);
     *host = *p->state;
 }
 

@@ -110,7 +110,7 @@ void cuda_upload(struct device *dev, tensor dst, const void *host, enum dtype ho
         int64_t n = total - begin < each ? total - begin : each;
         int slot = s->next;
         s->next = (slot + 1) % SLOTS;
-        cuda_check(cudaEventSynchronize(s->done[slot]));
+        cuda_host_wait(dev, s->done[slot]);
         convert(s->slot[slot], dst.dtype, (const char *)host + begin * (int64_t)dtype_bytes(host_dtype),
                 host_dtype, n);
         cuda_check(cudaMemcpyAsync((char *)dst.data + begin * (int64_t)dtype_bytes(dst.dtype), s->slot[slot],
@@ -121,11 +121,12 @@ void cuda_upload(struct device *dev, tensor dst, const void *host, enum dtype ho
 
 /* Wait for the queue, and for `bytes` at src to lie in the pinned buffer that is returned. */
 static const char *fetch(struct device *dev, const void *src, size_t bytes) {
-    char *slot = dev->staging->slot[0];
-    cuda_check(cudaStreamSynchronize(dev->stream)); /* the buffer is free */
-    cuda_check(cudaMemcpyAsync(slot, src, bytes, cudaMemcpyDeviceToHost, dev->stream));
-    cuda_check(cudaStreamSynchronize(dev->stream));
-    return slot;
+    struct staging *s = dev->staging;
+    cuda_host_wait(dev, s->done[0]); /* the buffer is free */
+    cuda_check(cudaMemcpyAsync(s->slot[0], src, bytes, cudaMemcpyDeviceToHost, dev->stream));
+    cuda_check(cudaEventRecord(s->done[0], dev->stream));
+    cuda_host_wait(dev, s->done[0]);
+    return s->slot[0];
 }
 
 void cuda_download(struct device *dev, tensor src, void *host, enum dtype host_dtype) {

@@ -260,6 +260,10 @@ template <typename T> T atomicCAS(T *at, std::common_type_t<T> compare, std::com
 
 inline void __threadfence() {}
 
+inline void __threadfence_system() {
+    __sync_synchronize();
+}
+
 inline void __threadfence_block() {}
 
 template <typename T> T __ldg(const T *p) {

@@ -13,7 +13,7 @@ SIMT_BUILT =
 endif
 
 SIMT_FLAGS = $(filter-out -std=% -O%,$(CFLAGS)) -O2 -Wno-missing-field-initializers -Wno-unknown-pragmas \
-    -fno-strict-aliasing -isystem tests/simt/stand_in/first -isystem $(SIMT_INCLUDE) -isystem tests/simt/stand_in
+    -fno-strict-aliasing -DWITH_NCCL -isystem tests/simt/stand_in/first -isystem $(SIMT_INCLUDE) -isystem tests/simt/stand_in
 SIMT_HARNESS = $(patsubst %.cc,$(BUILD)/%.o,$(filter-out %_program.cc,$(wildcard tests/simt/*.cc)))
 SIMT_BACKEND = $(patsubst %.cu,$(BUILD)/simt/%.o,$(CUDA_SOURCES))
 SIMT_KERNELS = $(SIMT_BACKEND) $(patsubst %.cu,$(BUILD)/simt/%.o,$(wildcard tests/simt/*.cu))

@@ -1,0 +1,165 @@
+/* How ranks with GPUs are joined: the choice of a communicator, and what all of them share. */
+#include "kernels/cuda/comm.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cuda/cuda.cuh"
+
+/* ---- two queues ------------------------------------------------------------------------------------------
+ */
+
+void gpu_comm_open(struct gpu_comm *g, struct device *dev, struct comm *ranks, const struct comm_ops *ops) {
+    int least, greatest;
+    g->base = *ranks;
+    g->base.ops = ops;
+    g->ranks = ranks;
+    g->dev = dev;
+    /* Whoever waits for a message waits for all of it, while kernels of the model can do with fewer
+     * processors for a while: messages first. */
+    cuda_check(cudaDeviceGetStreamPriorityRange(&least, &greatest));
+    cuda_check(cudaStreamCreateWithPriority(&g->stream, cudaStreamNonBlocking, greatest));
+    cuda_check(cudaEventCreateWithFlags(&g->ready, cudaEventDisableTiming));
+    for (cudaEvent_t &event : g->done)
+        cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+}
+
+void gpu_comm_close(struct gpu_comm *g) {
+    for (cudaEvent_t event : g->done)
+        cuda_check(cudaEventDestroy(event));
+    cuda_check(cudaEventDestroy(g->ready));
+    cuda_check(cudaStreamDestroy(g->stream));
+}
+
+void gpu_comm_follow(struct gpu_comm *g) {
+    cuda_check(cudaEventRecord(g->ready, g->dev->stream));
+    cuda_check(cudaStreamWaitEvent(g->stream, g->ready, 0));
+}
+
+comm_event gpu_comm_mark(struct gpu_comm *g) {
+    g->events++;
+    cuda_check(cudaEventRecord(g->done[g->events % COMM_EVENTS], g->stream));
+    return g->events;
+}
+
+void gpu_comm_wait(struct comm *c, comm_event event) {
+    struct gpu_comm *g = gpu_comm_of(c);
+    if (event)
+        cuda_check(cudaStreamWaitEvent(g->dev->stream, g->done[event % COMM_EVENTS], 0));
+}
+
+void gpu_comm_exchange(struct comm *c, const void *mine, void *all, size_t bytes) {
+    struct comm *ranks = gpu_comm_of(c)->ranks;
+    ranks->ops->exchange(ranks, mine, all, bytes);
+}
+
+void gpu_comm_end_run(struct comm *c, const char *text) {
+    struct comm *ranks = gpu_comm_of(c)->ranks;
+    ranks->ops->end_run(ranks, text);
+}
+
+/* ---- sums ------------------------------------------------------------------------------------------------
+ */
+
+enum { THREADS = 256 };
+
+template <typename T>
+static __global__ void __launch_bounds__(THREADS)
+    add_ranks(const float *own, const T *others, int rank, int ranks, int64_t n, float *out,
+              bool accumulate) {
+    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i >= n)
+        return;
+    float sum = rank == 0 ? own[i] : to_float(others[i]);
+    for (int r = 1; r < ranks; r++)
+        sum += r == rank ? own[i] : to_float(others[r * n + i]);
+    out[i] = accumulate ? out[i] + sum : sum;
+}
+
+void add_in_rank_order(struct gpu_comm *g, const float *own, const void *others, enum dtype dtype, int64_t n,
+                       float *out, bool accumulate) {
+    by_dtype(dtype, [&](auto number) {
+        using T = decltype(number);
+        launch_on<add_ranks<T>>(g->stream, ceil_div(n, THREADS), THREADS, 0, own, (const T *)others,
+                                g->base.rank, g->base.ranks, n, out, accumulate);
+    });
+}
+
+static __global__ void __launch_bounds__(THREADS)
+    add_or_copy_kernel(const float *x, int64_t n, float *out, bool accumulate) {
+    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < n)
+        out[i] = accumulate ? out[i] + x[i] : x[i];
+}
+
+void add_or_copy(struct gpu_comm *g, const float *x, int64_t n, float *out, bool accumulate) {
+    launch_on<add_or_copy_kernel>(g->stream, ceil_div(n, THREADS), THREADS, 0, x, n, out, accumulate);
+}
+
+static __global__ void __launch_bounds__(THREADS) round_kernel(const float *from, int64_t n, bf16 *to) {
+    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < n)
+        to[i] = __float2bfloat16_rn(from[i]);
+}
+
+void round_to_bf16(struct gpu_comm *g, const float *from, int64_t n, bf16 *to) {
+    launch_on<round_kernel>(g->stream, ceil_div(n, THREADS), THREADS, 0, from, n, to);
+}
+
+static __global__ void sum_doubles_kernel(const double *all, int ranks, int count, double *values) {
+    int i = (int)threadIdx.x;
+    double sum = all[i];
+    for (int r = 1; r < ranks; r++)
+        sum += all[r * count + i];
+    values[i] = sum;
+}
+
+void sum_doubles(struct gpu_comm *g, const double *all, int count, double *values) {
+    launch_on<sum_doubles_kernel>(g->stream, 1, count, 0, all, g->base.ranks, count, values);
+}
+
+/* ---- the choice ------------------------------------------------------------------------------------------
+ */
+
+/* Has every rank a GPU to itself? */
+static bool gpus_apart(struct device *dev, struct comm *ranks) {
+    struct cudaDeviceProp p;
+    cuda_check(cudaGetDeviceProperties(&p, dev->index));
+    const cudaUUID_t *all = (const cudaUUID_t *)comm_tell(ranks, &p.uuid, sizeof p.uuid);
+    for (int r = 0; r < ranks->ranks; r++)
+        for (int other = 0; other < r; other++)
+            if (memcmp(&all[r], &all[other], sizeof *all) == 0)
+                return false;
+    return true;
+}
+
+/* As comm_nccl.cu lays it out, which needs the most. */
+size_t cuda_staging_bytes(struct device *dev, int64_t elements, int ranks, enum dtype dtype,
+                          enum dtype wire) {
+    if (wire == DTYPE_BF16)
+        return 2 * (size_t)elements * sizeof(bf16); /* what is sent, and what comes */
+    return (size_t)(dev->deterministic ? elements : elements / ranks) * dtype_bytes(dtype);
+}
+
+struct comm *cuda_join(struct device *dev, struct comm *ranks, enum join_how how, struct error *e) {
+    bool apart = gpus_apart(dev, ranks);
+    if (how == JOIN_NCCL && !apart) {
+        fail_user(
+            e, "system.comm = nccl needs a GPU for every rank, and here ranks share one; start fewer ranks "
+               "a machine, or use auto");
+        return NULL;
+    }
+#ifdef WITH_NCCL
+    if (how == JOIN_NCCL || (how == JOIN_AUTO && apart))
+        return comm_nccl_open(dev, ranks, e);
+#else
+    if (how == JOIN_NCCL) {
+        fail_user(e,
+                  "system.comm = nccl, but this program was built without NCCL; use auto, or install it and "
+                  "build again");
+        return NULL;
+    }
+#endif
+    return comm_staged_open(dev, ranks, e);
+}

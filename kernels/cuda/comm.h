@@ -1,0 +1,51 @@
+/* What the communicators of GPUs share: a queue of their own beside the device's, events between the two, and
+ * the processes' communicator behind them, which carries all that is said in host memory. */
+#ifndef IHA_CUDA_COMM_H
+#define IHA_CUDA_COMM_H
+
+#include "kernels/cuda/cuda.h"
+
+enum { COMM_EVENTS = 1024 };
+
+struct gpu_comm {
+    struct comm base;
+    struct comm *ranks; /* how the processes talk; the caller's */
+    struct device *dev;
+    cudaStream_t stream;
+    cudaEvent_t ready;             /* how far the device's queue was at the last call of gpu_comm_follow */
+    cudaEvent_t done[COMM_EVENTS]; /* of the last collectives; one queue, so a later one's will do as well */
+    comm_event events;             /* handed out so far */
+};
+
+static inline struct gpu_comm *gpu_comm_of(struct comm *c) {
+    return (struct gpu_comm *)c;
+}
+
+void gpu_comm_open(struct gpu_comm *g, struct device *dev, struct comm *ranks, const struct comm_ops *ops);
+void gpu_comm_close(struct gpu_comm *g);
+
+/* What is queued on g->stream from now on comes after all that the device's queue holds. */
+void gpu_comm_follow(struct gpu_comm *g);
+/* Mark what has been queued on g->stream; the device's queue waits for it in gpu_comm_wait. */
+comm_event gpu_comm_mark(struct gpu_comm *g);
+void gpu_comm_wait(struct comm *c, comm_event event);
+void gpu_comm_exchange(struct comm *c, const void *mine, void *all, size_t bytes);
+void gpu_comm_end_run(struct comm *c, const char *text);
+
+/* out[i] (+)= the sum over ranks, in rank order, of own[i] where r is `rank`, others[r n + i] elsewhere.
+ * own, out F32 [n]; others F32 or BF16 [ranks n]. Bytes: n (8 + (ranks - 1) sizes of others). */
+void add_in_rank_order(struct gpu_comm *g, const float *own, const void *others, enum dtype dtype, int64_t n,
+                       float *out, bool accumulate);
+/* out[i] (+)= x[i], F32 [n] */
+void add_or_copy(struct gpu_comm *g, const float *x, int64_t n, float *out, bool accumulate);
+/* to[i] = from[i] to the nearest bf16 */
+void round_to_bf16(struct gpu_comm *g, const float *from, int64_t n, bf16 *to);
+/* values[i] = the sum over r, in order, of all[r count + i] */
+void sum_doubles(struct gpu_comm *g, const double *all, int count, double *values);
+
+/* NCCL, one rank a GPU; NULL and *e where that cannot be. Called by all ranks at once. */
+struct comm *comm_nccl_open(struct device *dev, struct comm *ranks, struct error *e);
+/* Through host memory and `ranks`: slow, for ranks that share a GPU, and for machines without NCCL. */
+struct comm *comm_staged_open(struct device *dev, struct comm *ranks, struct error *e);
+
+#endif

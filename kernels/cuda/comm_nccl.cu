@@ -1,0 +1,344 @@
+/* Collectives over NCCL, one rank a GPU, on a queue of their own beside the device's.
+ *
+ * Gradients in fp32 travel with NCCL's own reduce-scatter, whose order of summation is the library's. In
+ * bf16, and in fp32 with system.deterministic, every rank sends each other its share and sums what it gets in
+ * rank order: as many bytes, the same bits whatever way NCCL chooses, and bf16 is rounded once and not at
+ * every hop.
+ *
+ * The communicator never blocks the host: calls that are still under way are asked again, and whoever waits
+ * for the GPU calls progress() meanwhile. There a rank sees that NCCL reports an error, or that a collective
+ * has stood still for peer_timeout. Then all ranks tell each other how far their GPUs came, which names the
+ * one that never reached the collective; a rank that does not even answer is named by the processes'
+ * communicator. */
+#ifdef WITH_NCCL
+#include <nccl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "kernels/clock.h"
+#include "kernels/cuda/comm.h"
+
+enum {
+    SMALL = 8,
+    ABORT_SECONDS = 5, /* for ncclCommAbort, before the process ends anyway */
+    TURN_SECONDS = 3,  /* for the rank that speaks for all to end the run first */
+};
+
+/* In pinned memory, written by the GPU: collectives that its queue has come to, and that it has done. */
+struct places {
+    volatile int64_t reached, done;
+};
+
+struct nccl_comm {
+    struct gpu_comm g;
+    ncclComm_t nccl;
+    double timeout;
+    enum dtype wire;
+    bool in_rank_order;
+    char *staging; /* device memory; see reserve */
+    int64_t staging_elements;
+    double *all; /* device [ranks SMALL] */
+    struct places *places;
+    struct places seen; /* when progress() last looked */
+    double since;       /* and when that had last changed */
+};
+
+static struct nccl_comm *nccl_of(struct comm *c) {
+    return (struct nccl_comm *)c;
+}
+
+/* ---- the end of a run ------------------------------------------------------------------------------------
+ */
+
+static void give_up(int) {
+    _exit(EXIT_RUN);
+}
+
+/* NCCL's threads and kernels let go of their peers, then every process ends. */
+static void end_run(struct nccl_comm *n, const char *format, ...)
+    __attribute__((format(printf, 2, 3), noreturn));
+static void end_run(struct nccl_comm *n, const char *format, ...) {
+    char text[1024];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    if (n->g.base.rank > 0)
+        sleep(TURN_SECONDS);
+    struct sigaction action = {};
+    action.sa_handler = give_up;
+    sigaction(SIGALRM, &action, NULL);
+    fprintf(stderr, "\n"); /* off the status line, should what follows not return */
+    alarm(ABORT_SECONDS);
+    if (n->nccl)
+        ncclCommAbort(n->nccl);
+    alarm(0);
+    gpu_comm_end_run(&n->g.base, text);
+    _exit(EXIT_RUN);
+}
+
+/* "rank 3, rank 5" of those whose GPU has come to the fewest collectives; empty when all have come as far. */
+static void name_late(struct nccl_comm *n, char *late, size_t size) {
+    int64_t mine = n->places->reached, least = mine, most = mine;
+    const int64_t *all = (const int64_t *)comm_tell(n->g.ranks, &mine, sizeof mine);
+    late[0] = '\0';
+    for (int r = 0; r < n->g.base.ranks; r++) {
+        least = all[r] < least ? all[r] : least;
+        most = all[r] > most ? all[r] : most;
+    }
+    for (int r = 0; r < n->g.base.ranks && least < most; r++)
+        if (all[r] == least && strlen(late) + 16 < size)
+            snprintf(late + strlen(late), size - strlen(late), "%srank %d", late[0] ? ", " : "", r);
+}
+
+static void end_stuck(struct nccl_comm *n, double waited) {
+    char late[256];
+    name_late(n, late, sizeof late);
+    if (late[0])
+        end_run(n,
+                "the GPU of %s has not come to a collective in which others have waited for %.0f s: stuck, "
+                "or far "
+                "slower than they are; the last checkpoint is good: start again to go on from it "
+                "(system.peer_timeout = %.0f sets how long to wait)",
+                late, waited, n->timeout);
+    end_run(n,
+            "a collective has not ended for %.0f s, though the GPU of every rank has come to it: the network "
+            "between them is stuck; NCCL_DEBUG=INFO tells what NCCL does; the last checkpoint is good: start "
+            "again "
+            "to go on from it",
+            waited);
+}
+
+static void end_failed(struct nccl_comm *n, ncclResult_t result, const char *call) {
+    char late[256], why[512];
+    const char *last = ncclGetLastError(n->nccl);
+    snprintf(why, sizeof why, "%s%s%.400s", ncclGetErrorString(result), last && last[0] ? ": " : "",
+             last ? last : "");
+    for (char *p = why; *p; p++)
+        if (*p == '\n')
+            *p = ' ';
+    name_late(n, late, sizeof late);
+    end_run(n, "NCCL: %s in %s%s%s; the last checkpoint is good: start again to go on from it", why, call,
+            late[0] ? "; last heard from: " : "", late);
+}
+
+/* ---- calls that do not block -----------------------------------------------------------------------------
+ */
+
+/* Has a collective that the GPU is in stood still for too long? */
+static void look(struct nccl_comm *n) {
+    struct places now = {n->places->reached, n->places->done};
+    double time = clock_seconds();
+    if (now.reached != n->seen.reached || now.done != n->seen.done || now.reached == now.done ||
+        n->since == 0) {
+        n->seen.reached = now.reached;
+        n->seen.done = now.done;
+        n->since = time;
+    } else if (time - n->since > n->timeout) {
+        end_stuck(n, time - n->since);
+    }
+}
+
+static void nccl_progress(struct comm *c) {
+    struct nccl_comm *n = nccl_of(c);
+    struct comm *ranks = n->g.ranks;
+    ncclResult_t state = ncclSuccess;
+    ranks->ops->progress(ranks);
+    if (ncclCommGetAsyncError(n->nccl, &state) == ncclSuccess && state != ncclSuccess &&
+        state != ncclInProgress)
+        end_failed(n, state, "a collective");
+    look(n);
+}
+
+/* Until NCCL has taken the call; over the first one of a kind it connects to its peers. */
+static ncclResult_t settled(struct nccl_comm *n, ncclResult_t result) {
+    double since = clock_seconds();
+    struct comm *ranks = n->g.ranks;
+    while (result == ncclInProgress) {
+        ranks->ops->progress(ranks);
+        if (clock_seconds() - since > n->timeout)
+            end_stuck(n, clock_seconds() - since);
+        usleep(100);
+        if (!n->nccl || ncclCommGetAsyncError(n->nccl, &result) != ncclSuccess)
+            return ncclInternalError;
+    }
+    return result;
+}
+
+#define nccl_check(n, call)                                                                                  \
+    do {                                                                                                     \
+        ncclResult_t result_ = settled(n, call);                                                             \
+        if (result_ != ncclSuccess)                                                                          \
+            end_failed(n, result_, #call);                                                                   \
+    } while (0)
+
+/* ---- collectives -----------------------------------------------------------------------------------------
+ */
+
+static __global__ void count(volatile int64_t *place) {
+    *place = *place + 1;
+    __threadfence_system();
+}
+
+static void enter(struct nccl_comm *n) {
+    gpu_comm_follow(&n->g);
+    launch_on<count>(n->g.stream, 1, 1, 0, &n->places->reached);
+}
+
+static comm_event leave(struct nccl_comm *n) {
+    launch_on<count>(n->g.stream, 1, 1, 0, &n->places->done);
+    return gpu_comm_mark(&n->g);
+}
+
+/* Every rank's share of `buffer` to it; what the others have for this one to `others`, [ranks n]. */
+static void send_shares(struct nccl_comm *n, const char *buffer, char *others, ncclDataType_t type,
+                        size_t size, int64_t share) {
+    int W = n->g.base.ranks;
+    nccl_check(n, ncclGroupStart());
+    for (int step = 1; step < W; step++) {
+        int to = (n->g.base.rank + step) % W, from = (n->g.base.rank + W - step) % W;
+        nccl_check(
+            n, ncclSend(buffer + (size_t)(to * share) * size, (size_t)share, type, to, n->nccl, n->g.stream));
+        nccl_check(n, ncclRecv(others + (size_t)(from * share) * size, (size_t)share, type, from, n->nccl,
+                               n->g.stream));
+    }
+    nccl_check(n, ncclGroupEnd());
+}
+
+static comm_event nccl_reduce_scatter(struct comm *c, tensor buffer, tensor piece, bool accumulate) {
+    struct nccl_comm *n = nccl_of(c);
+    int64_t share = tensor_count(piece), all = share * c->ranks;
+    const float *own = (const float *)buffer.data + share * c->rank;
+    float *out = (float *)piece.data;
+    if (tensor_count(buffer) != all || all > n->staging_elements || buffer.dtype != DTYPE_F32) {
+        fprintf(stderr, "reduce_scatter: %lld elements in %d pieces of %lld, staging for %lld\n",
+                (long long)tensor_count(buffer), c->ranks, (long long)share, (long long)n->staging_elements);
+        abort();
+    }
+    enter(n);
+    if (n->wire == DTYPE_BF16) {
+        bf16 *rounded = (bf16 *)n->staging, *others = rounded + all;
+        round_to_bf16(&n->g, (const float *)buffer.data, all, rounded);
+        send_shares(n, (const char *)rounded, (char *)others, ncclBfloat16, sizeof *rounded, share);
+        add_in_rank_order(&n->g, own, others, DTYPE_BF16, share, out, accumulate);
+    } else if (n->in_rank_order) {
+        send_shares(n, (const char *)buffer.data, n->staging, ncclFloat, sizeof *own, share);
+        add_in_rank_order(&n->g, own, n->staging, DTYPE_F32, share, out, accumulate);
+    } else {
+        float *sum = accumulate ? (float *)n->staging : out;
+        nccl_check(
+            n, ncclReduceScatter(buffer.data, sum, (size_t)share, ncclFloat, ncclSum, n->nccl, n->g.stream));
+        if (accumulate)
+            add_or_copy(&n->g, sum, share, out, true);
+    }
+    return leave(n);
+}
+
+static comm_event nccl_all_gather(struct comm *c, tensor buffer) {
+    struct nccl_comm *n = nccl_of(c);
+    size_t share = (size_t)tensor_count(buffer) * dtype_bytes(buffer.dtype) / (size_t)c->ranks;
+    enter(n);
+    nccl_check(n, ncclAllGather((char *)buffer.data + share * (size_t)c->rank, buffer.data, share, ncclUint8,
+                                n->nccl, n->g.stream));
+    return leave(n);
+}
+
+static void nccl_all_reduce(struct comm *c, double *values, int count) {
+    struct nccl_comm *n = nccl_of(c);
+    if (count > SMALL)
+        abort();
+    enter(n);
+    nccl_check(n, ncclAllGather(values, n->all, (size_t)count, ncclDouble, n->nccl, n->g.stream));
+    sum_doubles(&n->g, n->all, count, values);
+    gpu_comm_wait(c, leave(n));
+}
+
+/* ---- opening and closing ---------------------------------------------------------------------------------
+ */
+
+static int nccl_reserve(struct comm *c, int64_t elements, enum dtype dtype, enum dtype wire,
+                        struct error *e) {
+    struct nccl_comm *n = nccl_of(c);
+    size_t bytes = cuda_staging_bytes(n->g.dev, elements, c->ranks, dtype, wire);
+    cuda_check(cudaFree(n->staging));
+    n->staging = NULL;
+    if (cudaMalloc((void **)&n->staging, bytes) != cudaSuccess)
+        return fail_user(e, "no GPU memory for messages between ranks (%.2f GB); lower train.micro_batch",
+                         (double)bytes / 1e9);
+    n->wire = wire;
+    n->staging_elements = elements;
+    return 0;
+}
+
+static void release(struct nccl_comm *n) {
+    cuda_check(cudaFree(n->staging));
+    cuda_check(cudaFree(n->all));
+    cuda_check(cudaFreeHost(n->places));
+    gpu_comm_close(&n->g);
+    free(n);
+}
+
+static void nccl_close(struct comm *c) {
+    struct nccl_comm *n = nccl_of(c);
+    cuda_check(cudaStreamSynchronize(n->g.stream));
+    nccl_check(n, ncclCommFinalize(n->nccl));
+    ncclCommDestroy(n->nccl);
+    release(n);
+}
+
+/* Rank 0's id for all; then all connect. */
+static int connect(struct nccl_comm *n, struct error *e) {
+    struct comm *ranks = n->g.ranks;
+    ncclUniqueId id = {};
+    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+    config.blocking = 0;
+    ncclResult_t result = ranks->rank == 0 ? ncclGetUniqueId(&id) : ncclSuccess;
+    int status =
+        result == ncclSuccess ? 0 : fail_run(e, "NCCL does not start: %s", ncclGetErrorString(result));
+    if (comm_agree(ranks, status, e) != 0)
+        return -1;
+    memcpy(&id, comm_tell(ranks, &id, sizeof id), sizeof id);
+    result = settled(n, ncclCommInitRankConfig(&n->nccl, ranks->ranks, id, ranks->rank, &config));
+    if (result == ncclSuccess)
+        return 0;
+    const char *why = ncclGetLastError(NULL);
+    return fail_run(e, "NCCL cannot connect the GPUs: %s%s%.300s; NCCL_DEBUG=INFO tells more",
+                    ncclGetErrorString(result), why && why[0] ? ": " : "", why ? why : "");
+}
+
+struct comm *comm_nccl_open(struct device *dev, struct comm *ranks, struct error *e) {
+    static const struct comm_ops ops = {
+        .name = "NCCL",
+        .queued = true,
+        .close = nccl_close,
+        .end_run = gpu_comm_end_run,
+        .reserve = nccl_reserve,
+        .reduce_scatter = nccl_reduce_scatter,
+        .all_gather = nccl_all_gather,
+        .all_reduce = nccl_all_reduce,
+        .wait = gpu_comm_wait,
+        .progress = nccl_progress,
+        .exchange = gpu_comm_exchange,
+    };
+    struct nccl_comm *n = (struct nccl_comm *)calloc(1, sizeof *n);
+    if (!n) {
+        fail_run(e, "out of memory for messages between ranks");
+        return NULL;
+    }
+    gpu_comm_open(&n->g, dev, ranks, &ops);
+    n->timeout = ranks->timeout;
+    n->in_rank_order = dev->deterministic;
+    cuda_check(cudaMalloc((void **)&n->all, (size_t)ranks->ranks * SMALL * sizeof *n->all));
+    cuda_check(cudaMallocHost((void **)&n->places, sizeof *n->places));
+    n->places->reached = n->places->done = 0;
+    if (connect(n, e) != 0) {
+        release(n);
+        return NULL;
+    }
+    return &n->g.base;
+}
+#endif
