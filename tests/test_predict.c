@@ -215,6 +215,84 @@ static void mixing_moves_what_it_reads_and_writes(void **state) {
     k->close(dev);
 }
 
+/* What an operation has added to *seen bytes. */
+static double added(const struct device *dev, enum paper_part part, double *seen) {
+    double before = *seen;
+    *seen = paper_account(dev).bytes[part];
+    return *seen - before;
+}
+
+/* Bytes of each operation that only moves them, in units of its rows times its width. */
+static void the_rest_moves_what_it_reads_and_writes(void **state) {
+    struct paper_gpu g = fast_gpu();
+    struct paper_options o = {0};
+    struct norm_spec norm = {NORM_TYPE_RMS, 1e-5, 6, 10};
+    struct act_spec gelu = {ACT_GELU_TANH, 6, 10}, swiglu = {ACT_SWIGLU, 6, 10};
+    struct embed_spec embed = {2, 3, 50, 10};
+    tensor no = tensor_none(), yes = {.data = &g};
+    const double one = 6 * 10 * 2, positions = 3 * 10;
+    (void)state;
+    struct device *dev = device_with(&g, &o);
+    const struct kernels *k = kernels_paper();
+    double seen = 0;
+    k->residual_norm(dev, &norm, yes, no, yes, no, no, yes, NULL);
+    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 2 * one);
+    k->residual_norm(dev, &norm, yes, yes, yes, no, yes, yes, NULL);
+    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 4 * one);
+    k->residual_norm_again(dev, &norm, yes, yes, no, yes, NULL);
+    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 2 * one);
+    k->residual_norm_backward(dev, &norm, yes, yes, yes, NULL, yes, yes, no, false);
+    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 4 * one);
+    k->mlp_act(dev, &gelu, yes, no, yes);
+    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 2 * one);
+    k->mlp_act(dev, &swiglu, yes, yes, yes);
+    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 3 * one);
+    k->mlp_act_backward(dev, &gelu, yes, yes, no, yes, no);
+    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 3 * one);
+    k->mlp_act_backward(dev, &swiglu, yes, yes, yes, yes, yes);
+    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 5 * one);
+    k->embed(dev, &embed, yes, yes, no, 0, yes);
+    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 2 * one);
+    k->embed(dev, &embed, yes, yes, yes, 0, yes);
+    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 2 * one + 2 * positions);
+    k->embed_backward(dev, &embed, yes, yes, yes, no); /* 4 bytes in and out for 2 of dx */
+    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == one + 4 * one);
+    k->embed_backward(dev, &embed, yes, yes, yes, yes);
+    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == one + 4 * one + one + 8 * positions);
+    k->zero(dev, NULL, 77);
+    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 77);
+    seen = 0;
+    tensor fp32 = tensor_of(&g, DTYPE_F32, 5, 0, 0, 0, 0), bf16 = tensor_of(&g, DTYPE_BF16, 5, 0, 0, 0, 0);
+    k->sumsq(dev, fp32, NULL);
+    assert_true(added(dev, PAPER_OPTIMIZER, &seen) == 5 * 4);
+    k->adamw(dev, NULL, NULL, 0, 0, fp32, bf16, fp32, fp32, fp32, NULL);
+    assert_true(added(dev, PAPER_OPTIMIZER, &seen) == 5 * (4 + 3 * 8 + 2));
+    k->adamw(dev, NULL, NULL, 0, 0, fp32, no, fp32, fp32, fp32, NULL);
+    assert_true(added(dev, PAPER_OPTIMIZER, &seen) == 5 * (4 + 3 * 8));
+    k->close(dev);
+}
+
+/* Logits of 1 GiB in bf16 are made in two chunks: each reads W twice and adds to dW, the second reads it too.
+ * Evaluation makes logits and reads them once. */
+static void a_classifier_works_in_chunks(void **state) {
+    struct paper_gpu g = fast_gpu();
+    struct paper_options o = {0};
+    struct classifier_spec s = {1 << 11, 8, 1 << 18};
+    const double h = 2.0 * (1 << 11) * 8, w = 2.0 * 8 * (1 << 18), logits = 1 << 30;
+    tensor no = tensor_none(), yes = {.data = &g};
+    (void)state;
+    struct device *dev = device_with(&g, &o);
+    kernels_paper()->classifier(dev, &s, yes, yes, yes, 1, NULL, yes, yes, false);
+    struct paper_account a = paper_account(dev);
+    expect_near("bytes", a.bytes[PAPER_CLASSIFIER], 5 * logits + 3 * h + 2 * 2 * w + 2 * w * 3);
+    expect_near("flops", a.flops[PAPER_CLASSIFIER], 6.0 * 8 * (1 << 18) * (1 << 11));
+    assert_int_equal(a.launches, 8);
+    kernels_paper()->classifier(dev, &s, yes, yes, yes, 1, NULL, no, no, false);
+    double more = paper_account(dev).bytes[PAPER_CLASSIFIER] - a.bytes[PAPER_CLASSIFIER];
+    expect_near("evaluation", more, 2 * logits + h + 2 * w);
+    kernels_paper()->close(dev);
+}
+
 /* ---- messages -------------------------------------------------------------------------------------------
  */
 
@@ -559,6 +637,8 @@ int main(void) {
         cmocka_unit_test(backward_of_a_product_by_hand),
         cmocka_unit_test(attention_goes_at_the_rate_of_who_serves_it),
         cmocka_unit_test(mixing_moves_what_it_reads_and_writes),
+        cmocka_unit_test(the_rest_moves_what_it_reads_and_writes),
+        cmocka_unit_test(a_classifier_works_in_chunks),
         cmocka_unit_test(messages_are_those_that_real_ranks_send),
         cmocka_unit_test(one_rank_sends_nothing),
         cmocka_unit_test(a_timeline_by_hand),
