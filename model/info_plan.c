@@ -92,8 +92,10 @@ static void print_header(FILE *out, const struct config *c, const struct info_op
         fprintf(out, "%d nodes of %d, NVLink within and %s between them\n", nodes, NODE_GPUS, o->link->name);
     else
         fprintf(out, "%s\n", o->gpus > 1 ? "one node, NVLink" : "nothing to share");
-    fprintf(out,
-            "  not measured on this hardware: ceilings and published figures (kernels/paper/machine.c)\n");
+    fprintf(
+        out,
+        "  not measured on this hardware: ceilings and published figures (kernels/paper/machine.c), so read\n"
+        "  the speed as the best that is possible\n");
     fprintf(out,
             "  bf16, zero_stage %lld, recompute %s; a step of %lld tokens is %lld pass%s of %lld x %lld on "
             "each GPU\n\n",

@@ -103,7 +103,9 @@ static struct device *device_with(struct paper_gpu *g, struct paper_options *o) 
     static struct paper_link l;
     struct error e = {0};
     l = fast_link();
+    bool exact = o->deterministic;
     *o = options_of(g, &l, 1);
+    o->deterministic = exact;
     struct device *dev = paper_open(o, &e);
     assert_non_null(dev);
     return dev;
@@ -111,7 +113,7 @@ static struct device *device_with(struct paper_gpu *g, struct paper_options *o) 
 
 static void a_product_takes_the_longer_of_its_two_times(void **state) {
     struct paper_gpu g = fast_gpu();
-    struct paper_options o;
+    struct paper_options o = {0};
     struct linear_spec s = {8, 4, 16}; /* 1024 FLOPs, 2 * (32 + 64 + 128) = 448 bytes */
     (void)state;
     g.launch = 1;
@@ -130,7 +132,7 @@ static void a_product_takes_the_longer_of_its_two_times(void **state) {
 /* dW (fp32, read as well when added to), the column sums, dx. */
 static void backward_of_a_product_by_hand(void **state) {
     struct paper_gpu g = fast_gpu();
-    struct paper_options o;
+    struct paper_options o = {0};
     struct linear_spec s = {8, 4, 16};
     tensor some = {.data = &g};
     (void)state;
@@ -146,8 +148,10 @@ static void backward_of_a_product_by_hand(void **state) {
     }
 }
 
+static bool deterministic;
+
 static double attention_seconds(struct paper_gpu *g, struct attention_spec s, bool backward) {
-    struct paper_options o;
+    struct paper_options o = {.deterministic = deterministic};
     tensor none = tensor_none();
     struct device *dev = device_with(g, &o);
     if (backward)
@@ -186,13 +190,20 @@ static void attention_goes_at_the_rate_of_who_serves_it(void **state) {
     t.token_mask = true; /* half of the queries see one key more */
     expect_near("token mask", attention_seconds(&g, t, false), 2 * 2 * 128 * (128 * 129 / 2.0 + 64) / 10);
     t = s;
+    deterministic = true; /* cuDNN wants 2 B H S^2 bytes: over 256 MiB from S = 11586 for one head */
+    expect_near("deterministic", attention_seconds(&g, t, false), 2 * product / 1000);
+    t.length = 11648;
+    expect_near("too large", attention_seconds(&g, t, false), 2 * 2 * 128 * (11648 * 11649 / 2.0) / 10);
+    deterministic = false;
+    expect_near("large", attention_seconds(&g, t, false), 2 * 2 * 128 * (11648 * 11649 / 2.0) / 1000);
+    t = s;
     t.length = 64;
     expect_near("64 mod 128", attention_seconds(&g, t, false), 2 * 2 * 128 * (64 * 65 / 2.0) / 10);
 }
 
 static void mixing_moves_what_it_reads_and_writes(void **state) {
     struct paper_gpu g = fast_gpu();
-    struct paper_options o;
+    struct paper_options o = {0};
     struct mix_spec s = {1, 10, 4, 8, 3, true, true, true};
     struct collapse_spec r = {1, 10, 4, 8, 3, false};
     const double one = 10 * 4 * 8 * 2; /* bytes of one of q, k, v */
