@@ -495,6 +495,29 @@ static void a_ring_by_hand(void **state) {
     expect_near("a tree of one", all_reduce_seconds(&l, 1), 0);
 }
 
+/* The table of figures is written by hand: what must hold between them. */
+static void figures_are_possible(void **state) {
+    (void)state;
+    for (int i = 0; paper_gpu_names[i]; i++) {
+        const struct paper_gpu *g = paper_gpu(paper_gpu_names[i]);
+        assert_non_null(g);
+        assert_true(g->matmul < g->peak && g->wide.forward < g->matmul && g->own.forward < g->wide.forward);
+        assert_true(g->narrow.forward < g->wide.forward && g->wide.backward < g->wide.forward);
+        assert_true(g->narrow.backward < g->narrow.forward && g->own.backward < g->own.forward);
+        assert_true(g->window < 1 && g->mixing < 1 && g->copy > 1e12 && g->copy < 5e12);
+        assert_true(g->reserved < 0.1 * g->memory && g->nvlink > 50e9 && g->launch < 1e-5);
+        for (int j = 0; paper_link_names[j]; j++) {
+            const struct paper_link *l = paper_link(paper_link_names[j]);
+            assert_non_null(l);
+            double node = collective_seconds(g, l, 8, 1e9);
+            assert_true(node > 0.875e9 / g->nvlink && node < 2 * 0.875e9 / g->nvlink);
+            assert_true(l->network == 0 || collective_seconds(g, l, 16, 1e9) > node);
+        }
+    }
+    assert_null(paper_gpu("h20"));
+    assert_null(paper_link(""));
+}
+
 static struct model_config layers(int count) {
     struct model_config m = plain_config();
     m.num_hidden_layers = count;
@@ -654,6 +677,7 @@ int main(void) {
         cmocka_unit_test(one_rank_sends_nothing),
         cmocka_unit_test(a_timeline_by_hand),
         cmocka_unit_test(a_ring_by_hand),
+        cmocka_unit_test(figures_are_possible),
         cmocka_unit_test(a_fast_link_is_hidden_and_a_slow_one_is_all_there_is),
         cmocka_unit_test(a_step_is_computing_and_waiting),
         cmocka_unit_test(layers_hide_each_other),
