@@ -37,7 +37,7 @@ CFLAGS = $(COMMON) -O3 $(VECTORS) -fno-math-errno -fno-trapping-math
 endif
 LIBS = -ldnnl -lcjson -linih -lpcre2-8 -lm
 
-KERNELS = $(wildcard kernels/*.c kernels/cpu/*.c)
+KERNELS = $(wildcard kernels/*.c kernels/cpu/*.c kernels/paper/*.c)
 # Ranks that mpirun starts need MPI; without it they meet over TCP.
 MPI_CFLAGS := $(shell pkg-config --cflags ompi-c 2>/dev/null || mpicc --showme:compile 2>/dev/null)
 MPI_LIBS := $(shell pkg-config --libs ompi-c 2>/dev/null || mpicc --showme:link 2>/dev/null)

@@ -25,6 +25,7 @@
 #include "model/generate.h"
 #include "model/generate_options.h"
 #include "model/info.h"
+#include "model/info_plan.h"
 #include "model/metrics.h"
 #include "model/model.h"
 #include "model/profile.h"
@@ -723,16 +724,32 @@ static int generate_command(struct run *r, int argc, char **argv, struct error *
     return generate_text(r, &o, e);
 }
 
+/* A run that is to be: its configuration for so many ranks, on GPUs that need not be here. */
+static int plan_run(struct run *r, const char *path, const struct info_options *o, struct error *e) {
+    struct stat st;
+    if (stat(path, &st) == 0 && S_ISDIR(st.st_mode))
+        return fail_user(e, "info --gpus plans a run: give its configuration, not the checkpoint %s", path);
+    if (config_load(&r->config, path, o->override_count, o->overrides, o->gpus, e) != 0 ||
+        info_print_counts(stdout, &r->config, e) != 0)
+        return -1;
+    return info_print_plan(stdout, &r->config, o, e);
+}
+
 static int info(struct run *r, int argc, char **argv, struct error *e) {
     if (comm_started_rank() > 0)
         return 0;
     char dir[MAX_TEXT];
     struct stat st;
+    struct info_options o;
+    if (info_parse(argc - 1, argv + 1, &o, e) != 0)
+        return -1;
+    if (o.gpus > 0)
+        return plan_run(r, argv[0], &o, e);
     bool directory = stat(argv[0], &st) == 0 && S_ISDIR(st.st_mode);
-    int status =
-        directory
-            ? checkpoint_find(argv[0], dir, e) != 0 ? -1 : read_checkpoint(r, dir, argc - 1, argv + 1, e)
-            : config_load(&r->config, argv[0], argc - 1, argv + 1, 1, e);
+    int status = directory ? checkpoint_find(argv[0], dir, e) != 0
+                                 ? -1
+                                 : read_checkpoint(r, dir, o.override_count, o.overrides, e)
+                           : config_load(&r->config, argv[0], o.override_count, o.overrides, 1, e);
     /* The question is asked before the machine is there: count for the device at hand, in its precision. */
     r->config.system.device = DEVICE_AUTO;
     r->config.system.precision = PRECISION_AUTO;
@@ -766,9 +783,17 @@ static const struct command COMMANDS[] = {
      "seed 1.\n"
      "Without a tokenizer the prompt is token ids.\n"
      "  train_iha generate runs/try --prompt 'In the beginning' --tokens 200\n"},
-    {"info", info, "CONFIG|CHECKPOINT [section.key=value ...]",
+    {"info", info,
+     "CONFIG|CHECKPOINT [--gpus N --gpu h200|h100|a100 --link nvlink|ib400] [section.key=value ...]",
      "Parameters by group, memory by family, FLOPs per token with the formula, the layer schedule.\n"
-     "  train_iha info configs/iha_paper_2.4b.ini\n"},
+     "With --gpus, a plan of the run on N GPUs, which need not be here: time of a step and where it goes, "
+     "MFU,\n"
+     "what of the communication is not hidden, days, memory of each GPU. Predicted from published figures.\n"
+     "--gpu: h200 unless given. --link: nvlink joins up to 8; ib400, the default beyond, joins nodes of 8 "
+     "by\n"
+     "400 Gb/s a GPU.\n"
+     "  train_iha info configs/iha_paper_2.4b.ini\n"
+     "  train_iha info configs/iha_paper_2.4b.ini --gpus 128 --gpu h200 --link ib400\n"},
 };
 enum { COMMAND_COUNT = sizeof COMMANDS / sizeof *COMMANDS };
 

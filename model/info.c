@@ -107,22 +107,20 @@ static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len
             human(f.mixing, text), 100 * f.mixing / total, m->iha_collapse == COLLAPSE_FULL ? "H^2" : "H");
 }
 
-static void print_memory(FILE *out, const struct config *c, enum dtype compute, const struct memory_plan *p) {
+void info_print_memory(FILE *out, const struct config *c, enum dtype compute, const struct memory_plan *p) {
     const char *modes[] = {"none", "light", "full"};
     size_t total = memory_total(p);
     char text[32];
     struct {
         const char *name;
         size_t bytes;
-    } rows[] = {{"parameters", p->parameters},
-                {"gradients", p->gradients},
-                {"optimizer", p->optimizer},
-                {"activations", p->activations},
-                {"workspace", p->workspace}};
+    } rows[] = {{"parameters", p->parameters},   {"gradients", p->gradients}, {"optimizer", p->optimizer},
+                {"activations", p->activations}, {"workspace", p->workspace}, {"messages", p->messages}};
     fprintf(out, "Memory for training in %s, micro_batch %lld x %lld tokens, recompute %s: %s\n",
             compute == DTYPE_BF16 ? "bf16" : "fp32", (long long)c->train.micro_batch,
             (long long)c->train.seq_len, modes[c->system.recompute], human_bytes(total, text));
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+    size_t count = sizeof rows / sizeof *rows - (p->messages == 0);
+    for (size_t i = 0; i < count; i++)
         fprintf(out, "  %-12s %12s\n", rows[i].name, human_bytes(rows[i].bytes, text));
     fprintf(out, "  and %s to save while training goes on, where there is room\n",
             human_bytes(p->saving, text));
@@ -148,19 +146,25 @@ static int print_ranks(FILE *out, const struct config *c, const struct kernels *
     return 0;
 }
 
-int info_print(FILE *out, const struct config *c, const struct kernels *k, struct device *dev,
-               struct error *e) {
-    struct pass_shape shape = {c->train.micro_batch, c->train.seq_len, c->system.recompute, true};
-    struct memory_plan memory;
+int info_print_counts(FILE *out, const struct config *c, struct error *e) {
     struct params params;
-    if (model_memory(&c->model, k, dev, &shape, 1, 0, DTYPE_F32, &memory, e) != 0 ||
-        params_create(&params, &c->model, 1, e) != 0)
+    if (params_create(&params, &c->model, 1, e) != 0)
         return -1;
     print_model(out, &c->model);
     print_parameters(out, &params);
     print_schedule(out, &c->model, c->train.seq_len);
     print_flops(out, &c->model, c->train.seq_len);
-    print_memory(out, c, k->dtypes(dev).compute, &memory);
     params_free(&params);
+    return 0;
+}
+
+int info_print(FILE *out, const struct config *c, const struct kernels *k, struct device *dev,
+               struct error *e) {
+    struct pass_shape shape = {c->train.micro_batch, c->train.seq_len, c->system.recompute, true};
+    struct memory_plan memory;
+    if (model_memory(&c->model, k, dev, &shape, 1, 0, DTYPE_F32, &memory, e) != 0 ||
+        info_print_counts(out, c, e) != 0)
+        return -1;
+    info_print_memory(out, c, k->dtypes(dev).compute, &memory);
     return print_ranks(out, c, k, dev, &shape, e);
 }

@@ -10,4 +10,8 @@
 int info_print(FILE *out, const struct config *c, const struct kernels *k, struct device *dev,
                struct error *e);
 
+/* Its parts: all that depends on the model alone, and what one rank holds. */
+int info_print_counts(FILE *out, const struct config *c, struct error *e);
+void info_print_memory(FILE *out, const struct config *c, enum dtype compute, const struct memory_plan *p);
+
 #endif

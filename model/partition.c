@@ -43,6 +43,7 @@ static int clip_groups(struct share *s, const struct param_group *groups, int co
 static void cut(struct partition *p) {
     int64_t grain = 64 * p->ranks, most = p->unit_at[p->units] / MAX_BUCKETS;
     most = most > BUCKET_ELEMENTS ? most : BUCKET_ELEMENTS;
+    most = most > (int64_t)SHARE_ELEMENTS * p->ranks ? most : (int64_t)SHARE_ELEMENTS * p->ranks;
     for (int u = 0; u < p->units; u++) {
         int64_t begin = p->unit_at[u], end = p->unit_at[u + 1];
         int64_t parts = (end - begin + most - 1) / most;

@@ -1,8 +1,10 @@
 /* Who owns what when several ranks train one model (ZeRO, Rajbhandari et al. 2020).
  *
  * The flat buffer is cut into units, in the order backward finishes them from last to first: the embeddings,
- * each layer, the head. A unit is cut into buckets of at most BUCKET_ELEMENTS, which travel as a whole, and
- * every bucket into equal shares, one a rank: rank r owns share r of every bucket. Units begin at multiples
+ * each layer, the head. A unit is cut into buckets, which travel as a whole, and every bucket into equal
+ * shares, one a rank: rank r owns share r of every bucket. A bucket has at most BUCKET_ELEMENTS, so that the
+ * first leaves early, or SHARE_ELEMENTS for each rank where that is more: what a message costs before its
+ * first byte moves grows with the ranks. Units begin at multiples
  * of 64 W elements (params.c sees to it), so that shares are equal and aligned.
  *
  *   stage 0  every rank holds and updates everything
@@ -17,7 +19,11 @@
 #include "kernels/kernels.h"
 #include "model/params.h"
 
-enum { BUCKET_ELEMENTS = 4 << 20, MAX_BUCKETS = 1 << 16 /* about: beyond, they are larger */ };
+enum {
+    BUCKET_ELEMENTS = 4 << 20,
+    SHARE_ELEMENTS = 1 << 19,
+    MAX_BUCKETS = 1 << 16 /* about: beyond, they are larger */
+};
 
 struct bucket {
     int64_t begin, end; /* elements of the flat buffer */

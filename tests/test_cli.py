@@ -1066,6 +1066,65 @@ class Info(Case):
         self.assertTrue(none > light > full, (none, light, full))
         self.refused("info", self.config, "model.hiden_size=2", names=["hidden_size"])
 
+    def plan(self, *args):
+        return self.run_cli("info", *args).stdout.decode()
+
+    def test_plan_of_the_paper(self):
+        """The 2.4B model on 128 GPUs, in numbers that belong together."""
+        path = ROOT / "configs" / "iha_paper_2.4b.ini"
+        text = self.plan(path, "--gpus", "128", "--gpu", "h200", "--link", "ib400")
+        self.assertIn("128 x h200", text)
+        self.assertIn("not measured", text)
+        self.assertIn("1 pass of 1 x 8192", text)
+        self.assertRegex(text, r"fits: [\d.]+ of 141 GB")
+        step = float(re.search(r"^  step +([\d.]+) ms", text, re.M)[1])
+        speed = float(re.search(r"^  speed +(\d+) tokens/s", text, re.M)[1])
+        mfu = float(re.search(r"^  MFU +([\d.]+) %", text, re.M)[1])
+        flops = float(re.search(r"FLOPs per token .*: ([\d.]+)B", text)[1]) * 1e9
+        self.assertAlmostEqual(speed * step / 1e3 / 1048576, 1, places=2)
+        self.assertAlmostEqual(mfu / 100, flops * speed / 128 / 989e12, places=2)
+        parts = [float(x) for x in re.findall(r"^  [a-z, -]+? +([\d.]+) ms +[\d.]+%", text, re.M)]
+        self.assertEqual(len(parts), 9)
+        self.assertAlmostEqual(sum(parts) / step, 1, places=3)
+        memory = text[text.index("Memory for training"):]
+        families = re.findall(r"^  [a-z]+ +([\d.]+) ([GM])B$", memory, re.M)
+        total = float(re.search(r": ([\d.]+) GB$", memory, re.M)[1])
+        self.assertAlmostEqual(sum(float(n) * (1 if unit == "G" else 1e-3) for n, unit in families), total, delta=0.1)
+
+    def test_plan(self):
+        batch = ["train.batch_tokens=1024", "train.micro_batch=4"]
+        alone = self.plan(self.config, "--gpus", "1", *batch)
+        self.assertIn("1 x h200", alone)
+        self.assertIn("8 passes of 4 x 32", alone)
+        self.assertNotIn("waiting", alone)
+        several = self.plan(self.config, *batch, "--link", "nvlink", "--gpus", "8", "--gpu", "a100")
+        self.assertIn("8 x a100", several)
+        self.assertIn("1 pass of 4 x 32", several)
+        self.assertIn("waiting for all-gather", several)
+        self.assertIn("GB on each GPU", several)
+        large = ["model.hidden_size=8192", "model.num_hidden_layers=40", "model.num_attention_heads=64",
+                 "model.intermediate_size=32768", "train.seq_len=2048", "train.batch_tokens=262144"]
+        large += ["train.micro_batch=16", "system.zero_stage=1"]
+        self.assertIn("DOES NOT FIT", self.plan(self.config, *large, "--gpus", "8", "--gpu", "h100"))
+        text = self.plan(self.config, *large, "--gpus", "8", "--gpu", "h200")
+        advice = re.search(r"DOES NOT FIT.*\n +((?:[a-z_.]+=\S+ ?)+) +\(", text)[1].split()
+        self.assertIn("fits: ", self.plan(self.config, *large, *advice, "--gpus", "8", "--gpu", "h200"))
+
+    def test_plan_refused(self):
+        for args, names in (
+                (["--gpus", "16", "--link", "nvlink"], ["nvlink", "16", "ib400"]),
+                (["--gpus", "2", "--gpu", "h20"], ["h20", "h200", "a100"]),
+                (["--gpus", "2", "--link", "ib40"], ["ib40", "did you mean 'ib400'"]),
+                (["--gpus", "0"], ["--gpus 0"]), (["--gpus", "two"], ["two"]), (["--gpus"], ["needs a value"]),
+                (["--gpus", "12"], ["12", "nodes", "16"]), (["--gpu", "h100"], ["--gpus N"]),
+                (["--gpu", "h100", "--links", "nvlink"], ["--links", "did you mean --link"]),
+                (["--gpus", "3"], ["batch_tokens", "128", "192"]),
+                (["--gpus", "2", "model.hiden_size=2"], ["hidden_size"])):
+            with self.subTest(args):
+                self.refused("info", self.config, *args, names=names)
+        run_dir = self.train("train.steps=1")
+        self.refused("info", run_dir, "--gpus", "2", names=[run_dir, "configuration"])
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -2,6 +2,7 @@
  * backend, recomputation, and steps whose bits do not depend on the order in which threads and blocks run. */
 #include "tests/simt/fixture.h"
 
+#include "kernels/paper/paper.h"
 #include "model/model.h"
 #include "tests/model_configs.h"
 
@@ -156,6 +157,30 @@ static void bits_bf16(void **state) {
     check_bits(DEVICE_BF16, plain_config());
 }
 
+/* `info --gpus` counts memory without a GPU: the same bytes, but for scratch, which depends on the chip. */
+static void memory_on_paper_is_the_same(void **state) {
+    (void)state;
+    struct paper_options o = {.gpu = paper_gpu("h200"), .link = paper_link("nvlink"), .ranks = 4};
+    struct pass_shape shape = {BATCH, TOKENS, RECOMPUTE_NONE, true};
+    struct model_config configs[] = {plain_config(), other_config()};
+    struct error e = {0};
+    for (int i = 0; i < 2 * 2 * 3; i++) {
+        o.precision = i % 2 ? DEVICE_BF16 : DEVICE_FP32;
+        shape.recompute = (enum recompute)(i / 4);
+        struct backends *k = backends(o.precision);
+        struct backend *b = &k->each[CUDA];
+        struct device *dev = paper_open(&o, &e);
+        struct memory_plan cuda, paper;
+        assert_int_equal(model_memory(&configs[i / 2 % 2], b->k, b->dev, &shape, 4, 1, &cuda, &e), 0);
+        assert_int_equal(model_memory(&configs[i / 2 % 2], kernels_paper(), dev, &shape, 4, 1, &paper, &e),
+                         0);
+        paper.workspace = cuda.workspace;
+        assert_memory_equal(&paper, &cuda, sizeof cuda);
+        kernels_paper()->close(dev);
+        done(k);
+    }
+}
+
 int main(void) {
     fill_tokens();
     const struct CMUnitTest tests[] = {
@@ -163,6 +188,7 @@ int main(void) {
         cmocka_unit_test(gradients_bf16),
         cmocka_unit_test(bits_fp32),
         cmocka_unit_test(bits_bf16),
+        cmocka_unit_test(memory_on_paper_is_the_same),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

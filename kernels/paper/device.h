@@ -1,0 +1,32 @@
+/* What the files of kernels/paper/ share. */
+#ifndef IHA_PAPER_DEVICE_H
+#define IHA_PAPER_DEVICE_H
+
+#include "kernels/paper/paper.h"
+
+/* Visible pairs of one sequence and head, counted once for each spec: a model has a few. */
+enum { PAIRS_KEPT = 4 };
+struct counted_pairs {
+    struct attention_spec spec;
+    double pairs;
+};
+
+struct paper_comm {
+    struct comm base;
+    struct device *dev;
+    enum dtype wire; /* gradients travel in it */
+};
+
+struct device {
+    struct paper_options options;
+    struct paper_account account;
+    struct timeline timeline;
+    struct paper_comm comm;
+    uintptr_t allocated; /* the next address that is handed out and never used */
+    struct counted_pairs pairs[PAIRS_KEPT];
+    int pairs_count;
+};
+
+void paper_comm_open(struct paper_comm *c, struct device *dev);
+
+#endif

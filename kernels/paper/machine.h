@@ -1,0 +1,58 @@
+/* GPUs and links on paper: the figures that predictions are made of, in one table (machine.c), each with its
+ * source. None was measured with this program; a measurement replaces its row. */
+#ifndef IHA_PAPER_MACHINE_H
+#define IHA_PAPER_MACHINE_H
+
+/* FLOP/s of attention, counting visible pairs only and backward as 2.5 times the forward. */
+struct attention_rate {
+    double forward, backward;
+};
+
+struct paper_gpu {
+    const char *name;
+    double peak;                        /* dense bf16, FLOP/s: what MFU is a part of */
+    double matmul;                      /* FLOP/s of large products */
+    struct attention_rate wide, narrow; /* cuDNN, head_dim over 64, and up to 64 */
+    struct attention_rate own;          /* ours, where cuDNN does not serve */
+    double window;                      /* factor on `wide` for windows; `narrow` is a window's already */
+    double copy;                        /* bytes/s, read and written together */
+    double mixing;                      /* factor on `copy` for mixing and collapse ... */
+    double mixing_matmul;               /* ... and on `matmul`: small matrices, padded */
+    double launch;                      /* s from one kernel's end to the next one's full speed */
+    double memory, reserved;            /* bytes; what context, libraries and NCCL take of them */
+    double nvlink;                      /* bytes/s, one GPU, one direction */
+};
+
+/* How NCCL moves a message: the attained part of the bandwidth, and seconds before and at each step. */
+struct ring_protocol {
+    double attained, base, step, step_between_nodes;
+};
+
+enum { NODE_GPUS = 8, PROTOCOLS = 2 };
+
+struct paper_link {
+    const char *name;
+    double network;         /* bytes/s, one GPU, one direction, between nodes; 0: one node only */
+    double nvlink_attained; /* part of the nominal bandwidth that collectives get ... */
+    double network_attained;
+    struct ring_protocol protocols[PROTOCOLS]; /* the faster one is taken for each message */
+    double all_reduce_base, all_reduce_step, all_reduce_step_between_nodes; /* a few bytes, over a tree */
+};
+
+/* By name; NULL when there is none. Names end with NULL. */
+const struct paper_gpu *paper_gpu(const char *name);
+const struct paper_link *paper_link(const char *name);
+extern const char *const paper_gpu_names[], *const paper_link_names[];
+
+/* Seconds of one reduce-scatter or all-gather of `bytes` (the whole buffer) among W = `ranks` in n nodes of
+ * up to NODE_GPUS:
+ *   (W-1)/W * bytes / bandwidth + base + (W-n) * step + (n-1) * step_between_nodes
+ * Every rank sends all but its own share around a ring. NCCL lays out as many rings as a node has network
+ * adapters (one a GPU here), so that all of them carry traffic: between nodes the bandwidth is the smaller of
+ * one GPU's NVLink and of all of a node's adapters together. */
+double collective_seconds(const struct paper_gpu *g, const struct paper_link *l, int ranks, double bytes);
+
+/* Of an all-reduce of a few numbers: up and down a tree. */
+double all_reduce_seconds(const struct paper_link *l, int ranks);
+
+#endif

@@ -1,0 +1,30 @@
+/* What a training run would cost on GPUs that are not at hand: the model's own passes, update and messages,
+ * run on a GPU that exists on paper only (kernels/paper/). */
+#ifndef IHA_PREDICT_H
+#define IHA_PREDICT_H
+
+#include "kernels/paper/paper.h"
+#include "model/model.h"
+
+struct prediction {
+    int64_t passes;            /* of each rank in a step */
+    struct paper_account step; /* one optimizer step, others before it: .now is the step's time in s */
+    double compute;            /* s of it that something was computed; the rest waited for messages */
+    double tokens_per_second;  /* all ranks */
+    double mfu;                /* part of the dense peak, FLOPs as flops.h counts them */
+    struct memory_plan memory; /* of one rank */
+};
+
+/* c: resolved for o->ranks ranks. EXIT_RUN when memory runs out. */
+int predict(struct prediction *p, const struct config *c, const struct paper_options *o, struct error *e);
+
+/* Bytes that a run may use of a GPU's memory. */
+double predict_room(const struct paper_gpu *gpu);
+
+/* One change of *c that makes it fit: lower micro_batch, recompute more, share more, in the order of
+ * `attempt` from 0; then all of them together. 1 and *changed when it fits, 0 when it does not, -1 and *e. */
+enum { FIT_ATTEMPTS = 4 };
+int predict_fit(const struct config *c, const struct paper_options *o, int attempt, struct config *changed,
+                struct memory_plan *plan, struct error *e);
+
+#endif
