@@ -616,8 +616,9 @@ static void memory_is_what_the_model_plans(void **state) {
         struct config c = config_of(other_config(), 4, 1, stage);
         c.system.recompute = RECOMPUTE_LIGHT;
         struct memory_plan cpu, paper = predicted(&c, &o).memory;
-        assert_int_equal(model_memory(&c.model, kernels_cpu(), fixture_device(), &shape, 4, stage, &cpu, &e),
-                         0);
+        assert_int_equal(
+            model_memory(&c.model, kernels_cpu(), fixture_device(), &shape, 4, stage, DTYPE_F32, &cpu, &e),
+            0);
         /* Parameters and activations in 2 bytes, and masters beside the moments, in 4. */
         assert_int_equal(2 * paper.parameters, cpu.parameters);
         assert_int_equal(paper.gradients, cpu.gradients);

@@ -2,7 +2,7 @@
 #include "tests/simt/fixture.h"
 
 static struct device *open_cuda(enum device_precision precision, struct error *e) {
-    struct device_options options = {0, precision, false, NULL};
+    struct device_options options = {.precision = precision};
     return kernels_cuda()->open(&options, e);
 }
 

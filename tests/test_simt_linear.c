@@ -82,7 +82,7 @@ static void linear_bf16(void **state) {
 static void timed_choice(void **state) {
     (void)state;
     const struct kernels *k = kernels_cuda();
-    struct device_options options = {0, DEVICE_BF16, false, NULL};
+    struct device_options options = {.precision = DEVICE_BF16};
     struct device *dev = k->open(&options, NULL);
     struct op_spec spec = {.kind = OP_LINEAR, .linear = {64, 16, 32}};
     struct op_cost cost;

@@ -171,9 +171,10 @@ static void memory_on_paper_is_the_same(void **state) {
         struct backend *b = &k->each[CUDA];
         struct device *dev = paper_open(&o, &e);
         struct memory_plan cuda, paper;
-        assert_int_equal(model_memory(&configs[i / 2 % 2], b->k, b->dev, &shape, 4, 1, &cuda, &e), 0);
-        assert_int_equal(model_memory(&configs[i / 2 % 2], kernels_paper(), dev, &shape, 4, 1, &paper, &e),
+        assert_int_equal(model_memory(&configs[i / 2 % 2], b->k, b->dev, &shape, 4, 1, DTYPE_F32, &cuda, &e),
                          0);
+        assert_int_equal(
+            model_memory(&configs[i / 2 % 2], kernels_paper(), dev, &shape, 4, 1, DTYPE_F32, &paper, &e), 0);
         paper.workspace = cuda.workspace;
         assert_memory_equal(&paper, &cuda, sizeof cuda);
         kernels_paper()->close(dev);

@@ -88,7 +88,7 @@ static inline void check_costs(const struct model_config *m, int64_t batch, int6
         dev = kernels_cpu()->open(&options, &e);
     CHECK(dev);
     if (m->num_hidden_layers <= 64) {
-        CHECK(model_memory(m, kernels_cpu(), dev, &shape, 1, 0, &plan, &e) == 0);
+        CHECK(model_memory(m, kernels_cpu(), dev, &shape, 1, 0, DTYPE_F32, &plan, &e) == 0);
         double least = 4.0 * (double)m->vocab_size * (double)m->hidden_size;
         CHECK((double)plan.parameters >= least && (double)plan.gradients >= least);
         CHECK((double)plan.optimizer >= 2 * least && (double)plan.optimizer < 0x1p62);

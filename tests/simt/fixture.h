@@ -97,7 +97,8 @@ static inline struct backends *backends(enum device_precision precision) {
     EACH(k, b) {
         b->which = (enum which)(b - k->each);
         struct error e = {0};
-        struct device_options options = {1, b->which == CUDA ? precision : DEVICE_FP32, true, NULL};
+        struct device_options options = {
+            .threads = 1, .precision = b->which == CUDA ? precision : DEVICE_FP32, .deterministic = true};
         b->k = kernels[b->which];
         b->dev = b->k->open(&options, &e);
         if (!b->dev)
