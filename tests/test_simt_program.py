@@ -16,9 +16,10 @@ import tempfile
 import unittest
 from pathlib import Path
 
-from tests import test_cli
+from tests.tiny import tiny_config, write_shard
 
-BINARY = Path(os.environ.get("SIMT_TRAIN_IHA", test_cli.ROOT / "build" / "release" / "simt" / "train_iha")).resolve()
+ROOT = Path(__file__).resolve().parent.parent
+BINARY = Path(os.environ.get("SIMT_TRAIN_IHA", ROOT / "build" / "release" / "simt" / "train_iha")).resolve()
 TIMEOUT = 120  # seconds; 20 steps here take three
 
 
@@ -31,8 +32,10 @@ class OneGpu(unittest.TestCase):
         (cls.dir / "data").mkdir()
         for name in ["train_0", "val_0"]:
             tokens = [rng.choice(b"in the beginning was the word ") for _ in range(4000)]
-            test_cli.write_shard(cls.dir / "data" / f"{name}.bin", tokens)
-        (cls.dir / "tiny.ini").write_text(test_cli.TINY.format(data=cls.dir / "data"))
+            write_shard(cls.dir / "data" / f"{name}.bin", tokens)
+        config = tiny_config(cls.dir / "data", seq_len=32, batch_tokens=128, steps=20,
+                             system="precision = fp32\nthreads = 2", run="dir = unnamed")
+        (cls.dir / "tiny.ini").write_text(config)
 
     @classmethod
     def tearDownClass(cls):
@@ -42,7 +45,7 @@ class OneGpu(unittest.TestCase):
         done = subprocess.run(
             [BINARY, *map(str, arguments)],
             cwd=self.dir,
-            env={**test_cli.ENVIRONMENT, "SIMT_DELAY_US": "100", **environment},
+            env={**os.environ, "GOMP_SPINCOUNT": "100", "SIMT_DELAY_US": "100", **environment},
             capture_output=True,
             text=True,
             timeout=TIMEOUT,

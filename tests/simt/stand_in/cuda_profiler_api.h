@@ -1,0 +1,13 @@
+/* The toolkit's header of this name, which the wheels lack (see cublasLt.h beside this). */
+#include <cuda_runtime_api.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+cudaError_t cudaProfilerStart(void);
+cudaError_t cudaProfilerStop(void);
+
+#ifdef __cplusplus
+}
+#endif
