@@ -628,7 +628,8 @@ static void memory_is_what_the_model_plans(void **state) {
         paper = predicted(&c, &o).memory;
         assert_int_equal(paper.parameters, cpu.parameters);
         assert_int_equal(paper.optimizer, cpu.optimizer);
-        assert_int_equal(paper.messages, cpu.messages);
+        /* A GPU sums one share at a time; the CPU keeps three whole buckets in flight. */
+        assert_int_equal(3 * 4 * paper.messages, cpu.messages);
         assert_int_equal(paper.saving, cpu.saving);
     }
 }
