@@ -10,12 +10,16 @@ usage() {
     cat <<'END'
 scripts/launch.sh [-n RANKS] [--hosts HOST[:RANKS],... | --hostfile FILE] train CONFIG [section.key=value ...]
 
-  -n RANKS         how many processes; default: one per NUMA node here, or as many as the hosts take
+  -n RANKS         how many processes; default: one per GPU here, without GPUs one per NUMA node, or as many as
+                   the hosts take
   --hosts LIST     machines reached by ssh without a password; HOST:4 takes 4 ranks, HOST its share of -n, or 1
   --hostfile FILE  the same, a machine a line, as mpirun reads it: HOST slots=4
 
   scripts/launch.sh -n 2 train configs/quickstart.ini
   scripts/launch.sh --hosts node1:2,node2:2 train configs/gpt2_124m.ini run.dir=/shared/runs/gpt2
+
+With GPUs each rank takes one, and NCCL carries what they say; NCCL_DEBUG=INFO shows over which way,
+NCCL_SOCKET_IFNAME=eth1 and NCCL_IB_HCA=mlx5 choose it (variables that begin with NCCL_ reach all hosts).
 
 All hosts need this program, the data and run.dir under the same paths. `eval` works the same way.
 Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP: finish the step, save, exit 0; the same command continues. A second one
@@ -78,8 +82,9 @@ if [ -n "$hosts" ]; then
 elif [ -n "$hostfile" ]; then
     options+=(--hostfile "$hostfile")
 else
-    nodes=(/sys/devices/system/node/node[0-9]*)
-    ranks=${ranks:-${#nodes[@]}}
+    units=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+    [ "$units" -gt 0 ] || units=$(printf '%s\n' /sys/devices/system/node/node[0-9]* | wc -l)
+    ranks=${ranks:-$units}
     options+=(--oversubscribe)
 fi
 if [ -n "$hosts$hostfile" ]; then
@@ -88,7 +93,7 @@ if [ -n "$hosts$hostfile" ]; then
     export OMPI_MCA_oob_tcp_keepalive_time=${OMPI_MCA_oob_tcp_keepalive_time:-10}
     export OMPI_MCA_oob_tcp_keepalive_intvl=${OMPI_MCA_oob_tcp_keepalive_intvl:-5}
     export OMPI_MCA_oob_tcp_keepalive_probes=${OMPI_MCA_oob_tcp_keepalive_probes:-3}
-    for name in $(compgen -e | grep -E '^G?OMP_'); do
+    for name in $(compgen -e | grep -E '^(G?OMP|NCCL)_'); do
         options+=(-x "$name")
     done
 fi

@@ -122,16 +122,20 @@ void sum_doubles(struct gpu_comm *g, const double *all, int count, double *value
 /* ---- the choice ------------------------------------------------------------------------------------------
  */
 
-/* Has every rank a GPU to itself? */
+/* How many ranks this rank's GPU has, and whether every rank has one to itself. Ranks may each see GPUs of
+ * their own as number 0, so only the GPU's name in the world tells. */
 static bool gpus_apart(struct device *dev, struct comm *ranks) {
     struct cudaDeviceProp p;
+    bool apart = true;
     cuda_check(cudaGetDeviceProperties(&p, dev->index));
     const cudaUUID_t *all = (const cudaUUID_t *)comm_tell(ranks, &p.uuid, sizeof p.uuid);
-    for (int r = 0; r < ranks->ranks; r++)
+    dev->sharers = 0;
+    for (int r = 0; r < ranks->ranks; r++) {
+        dev->sharers += memcmp(&all[r], &p.uuid, sizeof *all) == 0;
         for (int other = 0; other < r; other++)
-            if (memcmp(&all[r], &all[other], sizeof *all) == 0)
-                return false;
-    return true;
+            apart = apart && memcmp(&all[r], &all[other], sizeof *all) != 0;
+    }
+    return apart;
 }
 
 /* As comm_nccl.cu lays it out, which needs the most. */

@@ -82,7 +82,7 @@ static struct device *open_device(const struct device_options *options, struct e
         return NULL;
     }
     dev->index = device;
-    dev->sharers = ((options->comm ? options->comm->local_ranks : 1) + cuda_devices() - 1) / cuda_devices();
+    dev->sharers = 1;
     dev->sm_count = p.multiProcessorCount;
     dev->memory = p.totalGlobalMem;
     dev->shared_limit = p.sharedMemPerBlockOptin;

@@ -43,7 +43,7 @@ struct posted_step {
 
 struct device {
     int index;   /* among the GPUs of this machine */
-    int sharers; /* ranks on this GPU, at most */
+    int sharers; /* ranks on this GPU, known once they are joined */
     cudaStream_t stream;
     cublasLtHandle_t blas;
     char *workspace;
