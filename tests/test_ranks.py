@@ -58,14 +58,13 @@ class Ranks(Case):
             one = self.tmp / f"{label}_one"
             self.on(1, one, *COMMON, *model)
             self.assertLess(losses(one)[-1], losses(one)[0])
-            for ranks in (2, 4):
-                for stage in (0, 1, 2):
-                    with self.subTest(model=label, ranks=ranks, stage=stage):
-                        many = self.tmp / f"{label}_{ranks}_{stage}"
-                        p = self.on(ranks, many, *COMMON, *model, f"system.zero_stage={stage}")
-                        self.assertIn(f"{ranks} ranks over mpi, zero_stage {stage}", p.stderr)
-                        self.assertSameCurve(one, many)
-                        self.assertEqual(len(list(step_dir(many, 8).glob("optimizer-*"))), ranks)
+            for ranks, stage in ((2, 0), (2, 1), (2, 2), (4, 0), (4, 1), (4, 2), (8, 1), (8, 2)):
+                with self.subTest(model=label, ranks=ranks, stage=stage):
+                    many = self.tmp / f"{label}_{ranks}_{stage}"
+                    p = self.on(ranks, many, *COMMON, *model, f"system.zero_stage={stage}")
+                    self.assertIn(f"{ranks} ranks over mpi, zero_stage {stage}", p.stderr)
+                    self.assertSameCurve(one, many)
+                    self.assertEqual(len(list(step_dir(many, 8).glob("optimizer-*"))), ranks)
 
     def test_stages_agree_to_the_bit(self):
         """One pass a step: all stages add the same numbers in the same order."""
