@@ -480,17 +480,11 @@ static int take_profile_option(struct run *r, int *argc, char **argv, struct err
 
 /* The trace as a table on the terminal and as a file; of rank 0, the others do much the same. */
 static int end_profile(struct run *r, struct error *e) {
-    char path[MAX_TEXT + 32];
     struct trace *t = r->k->trace_end(r->dev);
     int status = 0;
     if (leads(r) && t) {
-        snprintf(path, sizeof path, "%s/profile.json", r->config.run.dir);
         status_break(r->metrics);
-        fprintf(stderr,
-                "steps %lld to %lld, operation by operation; as a time line, for ui.perfetto.dev: %s\n",
-                (long long)r->profile_from + 1, (long long)(r->profile_from + r->profile_steps), path);
-        profile_print(stderr, t, r->profile_steps);
-        status = profile_write(path, t, r->comm->rank, e);
+        status = profile_report(stderr, t, r->config.run.dir, r->profile_from, r->profile_steps, e);
     }
     trace_free(t);
     r->clock = clock_seconds();

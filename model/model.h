@@ -149,11 +149,12 @@ void model_evaluate(struct model *m, const int32_t *tokens, const int32_t *targe
 /* Before anything but a pass reads parameters: those that are still on their way have come. On every rank. */
 void model_settle(struct model *m);
 
-/* The passes' parts, shared between forward.c, backward.c and parallel.c. model_await_unit: the parameters of
- * one unit of the partition have come.
+/* The passes' parts, shared between forward.c, backward.c and parallel.c. model_await: until a collective has
+ * ended, if it has not yet. model_await_unit: until the parameters of one unit of the partition have come.
  * model_forward ends with m->h, the normed final residual stream. layer_recompute brings back what backward
  * of one layer reads, given m->shape.recompute: the same operations on the same inputs, so the same bits. */
 void model_upload(struct model *m, const int32_t *tokens, const int32_t *targets);
+void model_await(struct model *m, comm_event *event);
 void model_await_unit(struct model *m, int unit);
 void model_forward(struct model *m);
 void model_backward(struct model *m, double scale, bool accumulate, gradients_ready *ready, void *context);

@@ -48,19 +48,10 @@ static void reduce_unit(struct pass *pass, int unit) {
     }
 }
 
-static void await(struct model *m, comm_event *event) {
-    if (!*event)
-        return;
-    m->k->range_begin(m->dev, "await ranks", -1);
-    m->comm->ops->wait(m->comm, *event);
-    m->k->range_end(m->dev);
-    *event = 0;
-}
-
 static void await_reduced(struct model *m, int unit) {
     for (int b = 0; b < m->partition.bucket_count; b++)
         if (m->partition.buckets[b].unit == unit)
-            await(m, &m->reduced[b]);
+            model_await(m, &m->reduced[b]);
 }
 
 /* What a unit of another layout left in the gaps between tensors would be summed with the rest. */
@@ -177,7 +168,7 @@ static void update_replicas(struct model *m, const struct update_hyper *h) {
         m->reduced[b] = m->comm->ops->all_gather(
             m->comm, gradient_of(m, p->buckets[b].begin, p->buckets[b].end - p->buckets[b].begin));
     for (int b = 0; b < p->bucket_count; b++)
-        await(m, &m->reduced[b]);
+        model_await(m, &m->reduced[b]);
     update_share(m, p->updated, gradient_of(m, 0, m->params.elements), h);
 }
 
@@ -190,19 +181,6 @@ static void update_shards(struct model *m, const struct update_hyper *h) {
         m->gathered[b] = m->comm->ops->all_gather(m->comm, bucket_values(m, b));
     }
     m->gathering = p->ranks > 1;
-}
-
-void model_await_unit(struct model *m, int unit) {
-    const struct partition *p = &m->partition;
-    for (int b = 0; b < p->bucket_count && m->gathering; b++)
-        if (p->buckets[b].unit == unit)
-            await(m, &m->gathered[b]);
-}
-
-void model_settle(struct model *m) {
-    for (int b = 0; b < m->partition.bucket_count; b++)
-        await(m, &m->gathered[b]);
-    m->gathering = false;
 }
 
 void model_update(struct model *m, const struct update_hyper *h) {
@@ -245,7 +223,7 @@ static void gather_masters(struct model *m, float *values) {
                    (char *)m->masters + (size_t)own->shard * size, (size_t)(own->end - own->begin) * size);
         tensor whole = gradient_of(m, at, u->end - u->begin);
         comm_event gathered = m->comm->ops->all_gather(m->comm, whole);
-        await(m, &gathered);
+        model_await(m, &gathered);
         if (values)
             take_values(m, whole, u->begin, u->end, values);
     }

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "model/config.h"
 #include "model/files.h"
 
 enum { MAX_NAMES = 64 };
@@ -38,7 +39,7 @@ static double own_seconds(const struct trace *t, int i) {
     return seconds;
 }
 
-void profile_print(FILE *out, const struct trace *t, int64_t steps) {
+static void print_table(FILE *out, const struct trace *t, int64_t steps) {
     struct line lines[MAX_NAMES];
     int count = 0;
     double total = 0;
@@ -59,7 +60,7 @@ void profile_print(FILE *out, const struct trace *t, int64_t steps) {
         fprintf(out, "(memory ran out: later ranges are missing)\n");
 }
 
-int profile_write(const char *path, const struct trace *t, int rank, struct error *e) {
+static int write_time_line(const char *path, const struct trace *t, struct error *e) {
     FILE *f = fopen(path, "w");
     if (!f)
         return fail_run(e, "%s: cannot write: %s; %s", path, strerror(errno), files_advice(errno));
@@ -69,12 +70,22 @@ int profile_write(const char *path, const struct trace *t, int rank, struct erro
         fprintf(f, "%s\n{\"name\": \"%s", i ? "," : "", r->name);
         if (r->index >= 0)
             fprintf(f, " %d", r->index);
-        fprintf(f, "\", \"ph\": \"X\", \"pid\": %d, \"tid\": 0, \"ts\": %.3f, \"dur\": %.3f}", rank,
-                1e6 * r->begin, 1e6 * (r->end - r->begin));
+        fprintf(f, "\", \"ph\": \"X\", \"pid\": 0, \"tid\": 0, \"ts\": %.3f, \"dur\": %.3f}", 1e6 * r->begin,
+                1e6 * (r->end - r->begin));
     }
     fprintf(f, "\n]}\n");
     int err = ferror(f) ? errno : 0;
     if (fclose(f) != 0 && !err)
         err = errno;
     return err ? fail_run(e, "%s: cannot write: %s; %s", path, strerror(err), files_advice(err)) : 0;
+}
+
+int profile_report(FILE *out, const struct trace *t, const char *run_dir, int64_t first, int64_t steps,
+                   struct error *e) {
+    char path[MAX_TEXT + 32];
+    snprintf(path, sizeof path, "%s/profile.json", run_dir);
+    fprintf(out, "steps %lld to %lld, operation by operation; as a time line, for ui.perfetto.dev: %s\n",
+            (long long)first + 1, (long long)(first + steps), path);
+    print_table(out, t, steps);
+    return write_time_line(path, t, e);
 }

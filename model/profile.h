@@ -8,10 +8,10 @@
 #include "kernels/error.h"
 #include "kernels/trace.h"
 
-/* Time by name, most first: each range's own, without that of ranges in it; per step and as a share. */
-void profile_print(FILE *out, const struct trace *t, int64_t steps);
-
-/* In the format that chrome://tracing and ui.perfetto.dev open. */
-int profile_write(const char *path, const struct trace *t, int rank, struct error *e);
+/* The table to `out`: time by name, most first, each range's own, without that of ranges in it, per step and
+ * as a share. The time line to run_dir/profile.json, in the format that ui.perfetto.dev and chrome://tracing
+ * open. first: steps before the first that was traced. */
+int profile_report(FILE *out, const struct trace *t, const char *run_dir, int64_t first, int64_t steps,
+                   struct error *e);
 
 #endif
