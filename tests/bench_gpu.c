@@ -446,11 +446,11 @@ static void step_row(struct bench *b, struct table *table, struct training *t, c
     const struct config *c = &t->config;
     training_open(t, b->k, b->dev);
     struct summary s = time_work(b, training_step, t);
-    struct trace trace = {0, 0, 0};
-    if (trace_available()) {
-        trace_start();
+    struct activity trace = {0, 0, 0};
+    if (activity_available()) {
+        activity_start();
         training_step(t);
-        trace = trace_stop(b->dev);
+        trace = activity_stop(b->dev);
     }
     struct flops each = flops_per_token(&c->model, c->train.seq_len);
     double rate = (double)c->train.batch_tokens / s.median, peak = b->k->peak_flops(b->dev);

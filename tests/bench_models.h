@@ -165,7 +165,7 @@ static inline struct footprint train_and_look(int count, char *const *keys) {
     struct device *dev = k->open(&options, &e);
     read_config(&t.config, NULL, count, keys);
     struct pass_shape shape = pass_shape_of(&t.config);
-    if (!dev || model_memory(&t.config.model, k, dev, &shape, 1, 0, &p, &e) != 0)
+    if (!dev || model_memory(&t.config.model, k, dev, &shape, 1, 0, DTYPE_F32, &p, &e) != 0)
         bench_fail(&e);
     training_open(&t, k, dev);
     double start = clock_seconds();

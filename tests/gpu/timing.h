@@ -16,14 +16,14 @@ double timing_stop(struct device *dev);
 void timing_copy(struct device *dev, void *to, const void *from, size_t bytes);
 
 /* Kernels, copies and fills that the GPU works on from here to the next call (CUPTI's activity records). */
-struct trace {
+struct activity {
     int64_t count;   /* of them */
     double busy;     /* seconds in which at least one ran */
     double duration; /* from the first's start to the last's end */
 };
-bool trace_available(void);
-void trace_start(void);
-struct trace trace_stop(struct device *dev);
+bool activity_available(void);
+void activity_start(void);
+struct activity activity_stop(struct device *dev);
 
 #ifdef __cplusplus
 }

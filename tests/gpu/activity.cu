@@ -52,7 +52,7 @@ static const CUpti_ActivityKind KINDS[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL
                                            CUPTI_ACTIVITY_KIND_MEMSET};
 
 /* Some machines forbid it; then it is as if it were not there. */
-bool trace_available(void) {
+bool activity_available(void) {
     static int available = -1;
     if (available < 0) {
         available = cuptiActivityRegisterCallbacks(give_buffer, take_buffer) == CUPTI_SUCCESS &&
@@ -63,7 +63,7 @@ bool trace_available(void) {
     return available > 0;
 }
 
-void trace_start(void) {
+void activity_start(void) {
     cuda_check(cudaDeviceSynchronize());
     cuptiActivityFlushAll(1);
     spans.clear();
@@ -71,8 +71,8 @@ void trace_start(void) {
         cuptiActivityEnable(kind);
 }
 
-struct trace trace_stop(struct device *dev) {
-    struct trace t = {0, 0, 0};
+struct activity activity_stop(struct device *dev) {
+    struct activity t = {0, 0, 0};
     cuda_check(cudaStreamSynchronize(dev->stream));
     for (CUpti_ActivityKind kind : KINDS)
         cuptiActivityDisable(kind);
@@ -93,13 +93,13 @@ struct trace trace_stop(struct device *dev) {
 
 #else
 
-bool trace_available(void) {
+bool activity_available(void) {
     return false;
 }
 
-void trace_start(void) {}
+void activity_start(void) {}
 
-struct trace trace_stop(struct device *) {
+struct activity activity_stop(struct device *) {
     return {0, 0, 0};
 }
 
