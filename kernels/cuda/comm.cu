@@ -5,8 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/cuda/cuda.cuh"
-
 /* ---- two queues ------------------------------------------------------------------------------------------
  */
 
@@ -57,66 +55,6 @@ void gpu_comm_exchange(struct comm *c, const void *mine, void *all, size_t bytes
 void gpu_comm_end_run(struct comm *c, const char *text) {
     struct comm *ranks = gpu_comm_of(c)->ranks;
     ranks->ops->end_run(ranks, text);
-}
-
-/* ---- sums ------------------------------------------------------------------------------------------------
- */
-
-enum { THREADS = 256 };
-
-template <typename T>
-static __global__ void __launch_bounds__(THREADS)
-    add_ranks(const float *own, const T *others, int rank, int ranks, int64_t n, float *out,
-              bool accumulate) {
-    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i >= n)
-        return;
-    float sum = rank == 0 ? own[i] : to_float(others[i]);
-    for (int r = 1; r < ranks; r++)
-        sum += r == rank ? own[i] : to_float(others[r * n + i]);
-    out[i] = accumulate ? out[i] + sum : sum;
-}
-
-void add_in_rank_order(struct gpu_comm *g, const float *own, const void *others, enum dtype dtype, int64_t n,
-                       float *out, bool accumulate) {
-    by_dtype(dtype, [&](auto number) {
-        using T = decltype(number);
-        launch_on<add_ranks<T>>(g->stream, ceil_div(n, THREADS), THREADS, 0, own, (const T *)others,
-                                g->base.rank, g->base.ranks, n, out, accumulate);
-    });
-}
-
-static __global__ void __launch_bounds__(THREADS)
-    add_or_copy_kernel(const float *x, int64_t n, float *out, bool accumulate) {
-    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i < n)
-        out[i] = accumulate ? out[i] + x[i] : x[i];
-}
-
-void add_or_copy(struct gpu_comm *g, const float *x, int64_t n, float *out, bool accumulate) {
-    launch_on<add_or_copy_kernel>(g->stream, ceil_div(n, THREADS), THREADS, 0, x, n, out, accumulate);
-}
-
-static __global__ void __launch_bounds__(THREADS) round_kernel(const float *from, int64_t n, bf16 *to) {
-    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i < n)
-        to[i] = __float2bfloat16_rn(from[i]);
-}
-
-void round_to_bf16(struct gpu_comm *g, const float *from, int64_t n, bf16 *to) {
-    launch_on<round_kernel>(g->stream, ceil_div(n, THREADS), THREADS, 0, from, n, to);
-}
-
-static __global__ void sum_doubles_kernel(const double *all, int ranks, int count, double *values) {
-    int i = (int)threadIdx.x;
-    double sum = all[i];
-    for (int r = 1; r < ranks; r++)
-        sum += all[r * count + i];
-    values[i] = sum;
-}
-
-void sum_doubles(struct gpu_comm *g, const double *all, int count, double *values) {
-    launch_on<sum_doubles_kernel>(g->stream, 1, count, 0, all, g->base.ranks, count, values);
 }
 
 /* ---- the choice ------------------------------------------------------------------------------------------

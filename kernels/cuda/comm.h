@@ -32,19 +32,8 @@ void gpu_comm_wait(struct comm *c, comm_event event);
 void gpu_comm_exchange(struct comm *c, const void *mine, void *all, size_t bytes);
 void gpu_comm_end_run(struct comm *c, const char *text);
 
-/* out[i] (+)= the sum over ranks, in rank order, of own[i] where r is `rank`, others[r n + i] elsewhere.
- * own, out F32 [n]; others F32 or BF16 [ranks n]. Bytes: n (8 + (ranks - 1) sizes of others). */
-void add_in_rank_order(struct gpu_comm *g, const float *own, const void *others, enum dtype dtype, int64_t n,
-                       float *out, bool accumulate);
-/* out[i] (+)= x[i], F32 [n] */
-void add_or_copy(struct gpu_comm *g, const float *x, int64_t n, float *out, bool accumulate);
-/* to[i] = from[i] to the nearest bf16 */
-void round_to_bf16(struct gpu_comm *g, const float *from, int64_t n, bf16 *to);
-/* values[i] = the sum over r, in order, of all[r count + i] */
-void sum_doubles(struct gpu_comm *g, const double *all, int count, double *values);
-
 /* NCCL, one rank a GPU; NULL and *e where that cannot be. Called by all ranks at once. */
-struct comm *comm_nccl_open(struct device *dev, struct comm *ranks, struct error *e);
+extern "C" struct comm *comm_nccl_open(struct device *dev, struct comm *ranks, struct error *e);
 /* Through host memory and `ranks`: slow, for ranks that share a GPU, and for machines without NCCL. */
 struct comm *comm_staged_open(struct device *dev, struct comm *ranks, struct error *e);
 

@@ -21,6 +21,7 @@
 
 #include "kernels/clock.h"
 #include "kernels/cuda/comm.h"
+#include "kernels/cuda/comm_sums.h"
 
 enum {
     SMALL = 8,
@@ -222,18 +223,18 @@ static comm_event nccl_reduce_scatter(struct comm *c, tensor buffer, tensor piec
     enter(n);
     if (n->wire == DTYPE_BF16) {
         bf16 *rounded = (bf16 *)n->staging, *others = rounded + all;
-        round_to_bf16(&n->g, (const float *)buffer.data, all, rounded);
+        round_all_to_bf16(n->g.stream, (const float *)buffer.data, all, rounded);
         send_shares(n, (const char *)rounded, (char *)others, ncclBfloat16, sizeof *rounded, share);
-        add_in_rank_order(&n->g, own, others, DTYPE_BF16, share, out, accumulate);
+        add_in_rank_order(n->g.stream, own, others, DTYPE_BF16, c->rank, c->ranks, share, out, accumulate);
     } else if (n->in_rank_order) {
         send_shares(n, (const char *)buffer.data, n->staging, ncclFloat, sizeof *own, share);
-        add_in_rank_order(&n->g, own, n->staging, DTYPE_F32, share, out, accumulate);
+        add_in_rank_order(n->g.stream, own, n->staging, DTYPE_F32, c->rank, c->ranks, share, out, accumulate);
     } else {
         float *sum = accumulate ? (float *)n->staging : out;
         nccl_check(
             n, ncclReduceScatter(buffer.data, sum, (size_t)share, ncclFloat, ncclSum, n->nccl, n->g.stream));
         if (accumulate)
-            add_or_copy(&n->g, sum, share, out, true);
+            add_to(n->g.stream, sum, share, out);
     }
     return leave(n);
 }
@@ -253,7 +254,7 @@ static void nccl_all_reduce(struct comm *c, double *values, int count) {
         abort();
     enter(n);
     nccl_check(n, ncclAllGather(values, n->all, (size_t)count, ncclDouble, n->nccl, n->g.stream));
-    sum_doubles(&n->g, n->all, count, values);
+    sum_doubles(n->g.stream, n->all, c->ranks, count, values);
     gpu_comm_wait(c, leave(n));
 }
 

@@ -8,6 +8,7 @@
 
 #include "kernels/comm_internal.h"
 #include "kernels/cuda/comm.h"
+#include "kernels/cuda/comm_sums.h"
 
 enum { SMALL = 8 };
 
@@ -67,7 +68,7 @@ static void bring_back(struct staged_comm *s, struct staged *t) {
     cuda_check(cudaMemcpyAsync(adds ? s->share : to.data, t->piece.data ? t->host_piece : t->host,
                                bytes_of(to), cudaMemcpyHostToDevice, s->g.stream));
     if (adds)
-        add_or_copy(&s->g, s->share, tensor_count(to), (float *)to.data, true);
+        add_to(s->g.stream, s->share, tensor_count(to), (float *)to.data);
     cuda_check(cudaEventRecord(t->back, s->g.stream));
     t->state = STAGED_DONE;
 }
