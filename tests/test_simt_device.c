@@ -99,7 +99,7 @@ static void transfers(void **state) {
             k->release(dev, data);
             k->release(dev, other);
         }
-    enum { LARGE = 5000001 };
+    enum { LARGE = 9000001 };
     float *values = malloc(LARGE * sizeof *values);
     for (int i = 0; i < LARGE; i++)
         values[i] = (float)(i % 251);
@@ -116,6 +116,41 @@ static void transfers(void **state) {
     k->close(dev);
 }
 
+static void count_idle(void *context) {
+    ++*(int *)context;
+}
+
+/* The host goes on while the queue is behind: tokens and targets of several passes, each in buffers of their
+ * own, without waiting once. */
+static void uploads_run_ahead(void **state) {
+    (void)state;
+    enum { UPLOADS = 14, N = 1000, ORDERS = 8 };
+    const struct kernels *k = kernels_cuda();
+    for (int order = 0; order < ORDERS; order++) {
+        struct device *dev = open_cuda(DEVICE_BF16, NULL);
+        int32_t values[N], back[N];
+        tensor t[UPLOADS];
+        int waited = 0;
+        simt_seed((uint64_t)order);
+        k->set_idle_call(dev, count_idle, &waited);
+        for (int u = 0; u < UPLOADS; u++)
+            t[u] = tensor_of(k->alloc(dev, sizeof values, NULL), DTYPE_I32, N, 0, 0, 0, 0);
+        for (int u = 0; u < UPLOADS; u++) {
+            for (int i = 0; i < N; i++)
+                values[i] = i * 31 + u;
+            k->upload(dev, t[u], values, DTYPE_I32);
+        }
+        assert_int_equal(waited, 0);
+        for (int u = 0; u < UPLOADS; u++) {
+            k->download(dev, t[u], back, DTYPE_I32);
+            for (int i = 0; i < N; i++)
+                assert_int_equal(back[i], i * 31 + u);
+            k->release(dev, t[u].data);
+        }
+        k->close(dev);
+    }
+}
+
 static void rope_table(void **state) {
     (void)state;
     for (int precision = DEVICE_FP32; precision <= DEVICE_BF16; precision++) {
@@ -130,8 +165,8 @@ static void rope_table(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(no_gpu),    cmocka_unit_test(describes_itself), cmocka_unit_test(memory),
-        cmocka_unit_test(transfers), cmocka_unit_test(rope_table),
+        cmocka_unit_test(no_gpu),    cmocka_unit_test(describes_itself),  cmocka_unit_test(memory),
+        cmocka_unit_test(transfers), cmocka_unit_test(uploads_run_ahead), cmocka_unit_test(rope_table),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,14 +1,15 @@
 /* Host to device and back, through pinned buffers, with conversion on the host.
  *
  * An upload leaves as soon as its last piece lies in a pinned buffer: the copy is asynchronous, and a buffer
- * is only written again when its own copy is over. */
+ * is only written again when its own copy is over. Copies wait their turn in the queue, so with few buffers
+ * the host would wait for the pass before the last; these hold what a step or more uploads. */
 #include "kernels/cuda/cuda.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { SLOTS = 2, SLOT_BYTES = 4 << 20 };
+enum { SLOTS = 16, SLOT_BYTES = 1 << 20 };
 
 struct staging {
     char *slot[SLOTS];
