@@ -3,8 +3,8 @@
 #
 #   tests/check_gpu.sh PROGRAM_DIR BINARY CUDA_HOME
 #
-# The tests of the operations; the same under compute-sanitizer where it is installed; whole models beside the CPU's;
-# a run that moves from the GPU to the CPU and back. Sanitizers stop when BUDGET seconds have gone by.
+# The tests of the operations and of NCCL with one rank; whole models beside the CPU's; whole runs
+# (tests/check_gpu_runs.sh); the tests under compute-sanitizer, where it is installed, until BUDGET seconds have gone by.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 programs=$1 binary=$2 cuda_home=$3
@@ -63,69 +63,40 @@ done
 step "whole models, gradients, training" 180 "$programs/check_gpu"
 grep -E '^(ok|FAIL|     ) ' "$work/out"
 
-# ---- from the GPU to the CPU and back ----
-# One run of 60 steps that changes devices after 20 and 40, in fp32, beside one that stays on the CPU.
-cat >"$work/run.ini" <<END
-[model]
-vocab_size = 257
-hidden_size = 64
-num_hidden_layers = 5
-num_attention_heads = 4
-[train]
-seq_len = 64
-micro_batch = 4
-steps = 60
-lr = 3e-3
-[data]
-train = $work/train.bin
-val = $work/train.bin
-[system]
-precision = fp32
-[run]
-dir = $work/moving
-END
-.venv/bin/python - "$work/train.bin" <<'END'
-import sys
-import numpy as np
-header = np.zeros(256, "<i4")
-tokens = np.tile(np.arange(97) * 5 % 97, 300).astype("<u2")
-header[:3] = 20240520, 1, len(tokens)
-open(sys.argv[1], "wb").write(header.tobytes() + tokens.tobytes())
-END
-last_loss() { # of a run's metrics
-    sed -n 's/.*"loss": *\([0-9.e+-]*\).*/\1/p' "$1/metrics.jsonl" | tail -1
+# ---- whole runs ----
+# seconds each may take, what is asked of tests/check_gpu_runs.sh
+run() {
+    local limit=$1
+    shift
+    step "run: $*" "$limit" tests/check_gpu_runs.sh "$binary" "$work" "$@"
+    grep -E '^(FAIL|evaluated|last loss|the same bits|rank 0 ended)' "$work/out" | sed 's/^/      /'
 }
-moving() {
-    "$binary" train "$work/run.ini" train.steps=20 train.schedule=constant system.device=cuda &&
-        "$binary" train "$work/run.ini" train.steps=40 train.schedule=constant system.device=cpu &&
-        "$binary" train "$work/run.ini" train.steps=60 train.schedule=constant system.device=cuda &&
-        "$binary" train "$work/run.ini" train.schedule=constant system.device=cpu run.dir="$work/staying" || return 1
-    local gpu cpu
-    gpu=$("$binary" eval "$work/moving" data.val="$work/train.bin" system.device=cuda system.precision=fp32 | tail -1)
-    cpu=$("$binary" eval "$work/moving" data.val="$work/train.bin" system.device=cpu system.precision=fp32 | tail -1)
-    echo "evaluated on the GPU: $gpu"
-    echo "evaluated on the CPU: $cpu"
-    echo "last loss of the run that moved: $(last_loss "$work/moving"), of the one that stayed: $(last_loss "$work/staying")"
-    awk -v a="${gpu#val_loss }" -v b="${cpu#val_loss }" 'BEGIN { exit !(a > 0 && (a - b)^2 <= (1e-4 * b)^2) }' &&
-        awk -v a="$(last_loss "$work/moving")" -v b="$(last_loss "$work/staying")" \
-            'BEGIN { exit !(a > 0 && (a - b)^2 <= (0.02 * b + 1e-3)^2) }'
-}
-export -f moving last_loss
-export binary work
-step "saved on the GPU, resumed on the CPU, and back" 120 bash -c moving
-grep -E 'evaluated|last loss' "$work/out"
+run 30 data
+run 120 moving
+for precision in fp32 bf16; do
+    for stage in 1 2; do
+        run 60 ranks $precision $stage
+    done
+done
+run 60 deterministic 1
+run 60 deterministic 2
+run 60 graph
+run 150 killed
+run 60 profile
 
 # ---- sanitizers ----
 sanitizer=$(command -v compute-sanitizer || ls "$cuda_home/bin/compute-sanitizer" 2>/dev/null)
 for tool in memcheck racecheck; do
     for test in "$programs"/test_*; do
         name="$tool $(basename "$test")"
+        case $test in
+        *nccl*) continue ;; # its kernels are not ours to judge, nor are cuDNN's below
+        esac
         if [ -z "$sanitizer" ]; then
             note "$name" skipped "compute-sanitizer is not installed"
         elif [ "$SECONDS" -ge "$BUDGET" ]; then
             note "$name" skipped "out of time; BUDGET=seconds gives more"
         else
-            # cuDNN's kernels are not ours to judge
             IHA_ATTENTION=own step "$name" $((BUDGET + 40 - SECONDS)) "$sanitizer" --tool "$tool" --error-exitcode 9 "$test"
         fi
     done
