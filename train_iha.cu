@@ -20,6 +20,7 @@
 #include "model/checkpoint.h"
 #include "model/config.h"
 #include "model/decode.h"
+#include "model/determinism.h"
 #include "model/files.h"
 #include "model/flops.h"
 #include "model/generate.h"
@@ -301,6 +302,8 @@ static void announce(struct run *r, bool saves_behind) {
             (double)r->model.params.learned / 1e6, (long long)c->model.num_hidden_layers,
             (long long)shards_tokens(r->train), shards_files(r->train),
             shards_files(r->train) == 1 ? "" : "s", (long long)c->train.batch_tokens);
+    if (c->system.deterministic)
+        determinism_print(stderr, &r->model);
     if (!saves_behind)
         fprintf(stderr, "saving: no memory for a copy of %.2f GB, so training waits while it saves\n",
                 (double)saver_copy_bytes(&r->model) / 1e9);

@@ -203,6 +203,10 @@ struct kernels {
 
     int (*plan)(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e);
     void (*set_workspace)(struct device *dev, void *data, size_t bytes);
+    /* Who computes attention of this planned shape, in a few words; and the bytes of its workspace that a
+     * deterministic device needs and another would not. NULL: results never depend on anything but the
+     * inputs, at no price. */
+    const char *(*attention_by)(struct device *dev, const struct attention_spec *spec, size_t *deterministic);
 
     /* x[b,t,:] = W[tokens[b,t],:] + pos[first + t,:]   tokens i32 [B,T], W [V,C], pos [positions,C] or
      * absent. first: position of tokens[b,0], for decoding. Backward adds: dW[token] += dx, dpos[t] += sum_b

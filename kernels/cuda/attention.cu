@@ -28,9 +28,13 @@ struct attention_plans {
     struct attention_choice *first;
 };
 
-/* cuDNN's deterministic backward wants 2 B H S^2 bytes (9.19); beyond this much, our own is deterministic for
- * less. */
+/* cuDNN's deterministic backward wants 2 B H S^2 bytes more (9.19); beyond this much, our own is
+ * deterministic for none. */
 static const size_t DETERMINISTIC_LIMIT = (size_t)256 << 20;
+
+static size_t deterministic_bytes(const struct attention_spec *s) {
+    return (size_t)(2 * s->batch * s->heads) * (size_t)(s->length * s->length);
+}
 
 static bool same_spec(const struct attention_spec *a, const struct attention_spec *b) {
     return a->batch == b->batch && a->length == b->length && a->heads == b->heads &&
@@ -95,8 +99,7 @@ static const char *excluded(const struct device *dev, const struct attention_spe
         return "cuDNN wants head_dim a multiple of 8, at most 256";
     if (s->length == 1 || nan_reported(s))
         return "cuDNN was reported to give NaN for this length; a multiple of 128 is safe";
-    size_t square = (size_t)(2 * s->batch * s->heads) * (size_t)(s->length * s->length);
-    if (dev->deterministic && square > DETERMINISTIC_LIMIT)
+    if (dev->deterministic && deterministic_bytes(s) > DETERMINISTIC_LIMIT)
         return "cuDNN wants memory by the square of the length to be deterministic";
     return NULL;
 }
@@ -220,6 +223,12 @@ static bool by_cudnn(const struct device *dev, const struct attention_spec *s, c
         abort();
     }
     return c->cudnn;
+}
+
+const char *cuda_attention_by(struct device *dev, const struct attention_spec *s, size_t *deterministic) {
+    bool cudnn = by_cudnn(dev, s, "attention_by");
+    *deterministic = cudnn && dev->deterministic ? deterministic_bytes(s) : 0;
+    return cudnn ? "cuDNN" : "own kernels";
 }
 
 void cuda_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,

@@ -272,6 +272,7 @@ const struct kernels *kernels_cuda(void) {
         .trace_end = cuda_trace_end,
         .plan = plan,
         .set_workspace = set_workspace,
+        .attention_by = cuda_attention_by,
         .embed = cuda_embed,
         .embed_backward = cuda_embed_backward,
         .residual_norm = cuda_residual_norm,

@@ -30,7 +30,7 @@ $(BUILD)/simt/%.o: %.cu
 	@$(CXX) -std=gnu++17 $(SIMT_FLAGS) -x c++ -include tests/simt/simt.h -MMD -c $< -o $@
 
 # These call the runtime and NCCL themselves.
-$(patsubst %,$(BUILD)/tests/test_simt_%.o,streams nccl comm): CFLAGS += -isystem tests/simt/stand_in/first \
+$(patsubst %,$(BUILD)/tests/test_simt_%.o,streams nccl comm determinism): CFLAGS += -isystem tests/simt/stand_in/first \
     -isystem $(SIMT_INCLUDE) -isystem tests/simt/stand_in
 
 # The CPU backend in double beside the one in float: one object, with one name to the outside.
