@@ -8,32 +8,16 @@
  */
 #include <math.h>
 
+#include "kernels/cuda/comm_sums.h"
 #include "model/flops.h"
+#include "tests/bench_gpu_measure.h"
+#include "tests/bench_gpu_pairs.h"
 #include "tests/bench_models.h"
-#include "tests/gpu/timing.h"
 
 enum { MATMUL_SIZE = 8192 };
 static const size_t GPU_COPY_BYTES = (size_t)1 << 30;
 
 /* ---- measuring ---------------------------------------------------------------------------------------- */
-
-static struct summary time_work(struct bench *b, void (*work)(void *), void *context) {
-    static struct samples s;
-    const double lasting = 0.02;
-    work(context); /* chooses algorithms, builds plans, warms up */
-    timing_start(b->dev);
-    work(context);
-    double once = timing_stop(b->dev);
-    int calls = once < lasting ? (int)fmin(lasting / fmax(once, 1e-6), 2000) + 1 : 1;
-    s.count = 0;
-    for (int i = 0; i < b->repeats; i++) {
-        timing_start(b->dev);
-        for (int j = 0; j < calls; j++)
-            work(context);
-        samples_add(&s, timing_stop(b->dev) / calls);
-    }
-    return samples_summary(&s, 0);
-}
 
 /* Operands of one operation, and what its plan asked for. */
 enum { OPERANDS = 16 };
@@ -428,6 +412,48 @@ static void bench_others(struct bench *b, struct table *t) {
     bench_optimizer(b, t);
 }
 
+/* ---- between ranks ----------------------------------------------------------------------------------------
+ */
+
+enum { SUMMED_RANKS = 8 };
+
+/* Operands: own or what is added, the ranks' shares, and the result. */
+static void run_add_fp32(struct job *j) {
+    add_in_rank_order(timing_queue(j->b->dev), j->t[0].data, j->t[1].data, DTYPE_F32, 3, SUMMED_RANKS,
+                      j->t[0].shape[0], j->t[2].data, false);
+}
+
+static void run_add_bf16(struct job *j) {
+    add_in_rank_order(timing_queue(j->b->dev), j->t[0].data, j->t[1].data, DTYPE_BF16, 3, SUMMED_RANKS,
+                      j->t[0].shape[0], j->t[2].data, false);
+}
+
+static void run_add_to(struct job *j) {
+    add_to(timing_queue(j->b->dev), j->t[0].data, j->t[0].shape[0], j->t[2].data);
+}
+
+static void run_round(struct job *j) {
+    round_all_to_bf16(timing_queue(j->b->dev), j->t[1].data, j->t[1].shape[0], j->t[3].data);
+}
+
+/* What a rank's GPU does with messages; the messages themselves need another GPU. */
+static void bench_ranks(struct bench *b, struct table *t) {
+    const int64_t n = (int64_t)16 << 20;
+    const double N = (double)n, others = SUMMED_RANKS - 1;
+    struct job j;
+    job_open(&j, b, (struct op_spec){.kind = OP_ACT});
+    job_float(&j, n, 0, 0);
+    job_float(&j, n * SUMMED_RANKS, 0, 0);
+    job_float(&j, n, 0, 0);
+    job_float(&j, n * SUMMED_RANKS / 2, 0, 0);
+    bandwidth_row(t, &j, run_add_fp32, (8 + 4 * others) * N, "sum of 8 ranks' shares of 16M, fp32 messages");
+    bandwidth_row(t, &j, run_add_bf16, (8 + 2 * others) * N, "sum of 8 ranks' shares of 16M, bf16 messages");
+    bandwidth_row(t, &j, run_add_to, 12 * N, "a pass's sums added to those before: 16M");
+    bandwidth_row(t, &j, run_round, 6 * SUMMED_RANKS * N, "gradients rounded to bf16 messages: 128M");
+    job_close(&j);
+    cell(table_row(t, "reduce-scatter and all-gather over NCCL")->took, "not measured: takes two GPUs");
+}
+
 /* ---- whole steps ------------------------------------------------------------------------------------------
  */
 
@@ -446,11 +472,11 @@ static void step_row(struct bench *b, struct table *table, struct training *t, c
     const struct config *c = &t->config;
     training_open(t, b->k, b->dev);
     struct summary s = time_work(b, training_step, t);
-    struct activity trace = {0, 0, 0};
+    struct activity seen = {0, 0, 0};
     if (activity_available()) {
         activity_start();
         training_step(t);
-        trace = activity_stop(b->dev);
+        seen = activity_stop(b->dev);
     }
     struct flops each = flops_per_token(&c->model, c->train.seq_len);
     double rate = (double)c->train.batch_tokens / s.median, peak = b->k->peak_flops(b->dev);
@@ -462,9 +488,9 @@ static void step_row(struct bench *b, struct table *table, struct training *t, c
         cell(row->rate, "%.0f tokens/s; %.0f TFLOP/s, MFU %.1f%%", rate, flops / 1e12, 100 * flops / peak);
     else
         cell(row->rate, "%.0f tokens/s; %.0f TFLOP/s", rate, flops / 1e12);
-    if (trace.count > 0)
+    if (seen.count > 0)
         cell(row->beside, "GPU idle %.1f%% of the step, over %lld kernels and copies",
-             100 * (1 - trace.busy / trace.duration), (long long)trace.count);
+             100 * (1 - seen.busy / seen.duration), (long long)seen.count);
     else
         cell(row->beside, "GPU's idle time: not measured without CUPTI");
     cell(row->ratio, "%.2f of matmul", flops / matmul_rate(b));
@@ -533,6 +559,10 @@ static const struct item {
     {"attention", bench_attention_both, "own kernels and cuDNN's"},
     {"others", bench_others, "norm, activations, classifier, optimizer"},
     {"gpt2", bench_gpt2_steps, "optimizer steps of GPT-2 124M, with and without IHA"},
+    {"ranks", bench_ranks, "what a GPU does with the messages of 8 ranks"},
+    {"graphs", bench_graphs,
+     "GPT-2 steps as CUDA graphs and operation by operation; the first three; idle time"},
+    {"deterministic", bench_deterministic, "GPT-2 steps with system.deterministic, and the memory it takes"},
     {"paper", bench_paper_steps, "optimizer steps of the paper's model on 8192 tokens"},
 };
 enum { ITEM_COUNT = sizeof ITEMS / sizeof *ITEMS };

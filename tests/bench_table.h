@@ -7,7 +7,7 @@
 
 #include "tests/bench_measure.h"
 
-enum { TABLE_ROWS = 64, CELL = 160 };
+enum { TABLE_ROWS = 96, CELL = 160 };
 
 struct row {
     char what[CELL]; /* was measured */

@@ -31,6 +31,7 @@ $(BUILD)/cuda/tests/gpu/%.o: tests/gpu/%.cu $(BUILD)/cuda/compiled-with
 	@$(NVCC) -std=c++17 -O2 -I. $(CUDA_ISYSTEM) $(CUDA_ARCHS) $(CUPTI_FLAGS) -Werror all-warnings \
 	    $(addprefix -Xcompiler ,$(CUDA_WARNINGS)) -MMD -c $< -o $@
 
+$(BUILD)/tests/bench_gpu.o: CFLAGS += $(CUDA_ISYSTEM)
 $(BUILD)/gpu/bench_gpu: $(BUILD)/tests/bench_gpu.o $(BUILD)/cuda/tests/gpu/timing.o $(BUILD)/cuda/tests/gpu/activity.o \
     $(GPU_LINKED) $(BUILD)/cuda/linked-with
 	@mkdir -p $(@D)

@@ -21,6 +21,10 @@ double timing_stop(struct device *dev) {
     return 1e-3 * (double)milliseconds;
 }
 
+void *timing_queue(struct device *dev) {
+    return dev->stream;
+}
+
 void timing_copy(struct device *dev, void *to, const void *from, size_t bytes) {
     cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, dev->stream));
 }

@@ -12,6 +12,9 @@ extern "C" {
 void timing_start(struct device *dev);
 double timing_stop(struct device *dev);
 
+/* The device's queue, a cudaStream_t. */
+void *timing_queue(struct device *dev);
+
 /* Queue a copy within device memory. */
 void timing_copy(struct device *dev, void *to, const void *from, size_t bytes);
 
