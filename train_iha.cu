@@ -431,6 +431,7 @@ static int between_steps(struct run *r, bool stop, struct error *e) {
         return 0;
     if (comm_agree(r->comm, record_steps(r, 0, e), e) != 0)
         return -1;
+    model_settle(&r->model); /* on all ranks alike, before each goes its own way through what follows */
     if (now_due.evaluates && comm_agree(r->comm, evaluate_now(r, now_due.saves, e), e) != 0)
         return -1;
     if (now_due.samples && comm_agree(r->comm, print_sample(r, e), e) != 0)

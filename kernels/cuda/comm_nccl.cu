@@ -12,7 +12,7 @@
  * communicator. */
 #ifdef WITH_NCCL
 #include <nccl.h>
-#include <signal.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,7 +25,6 @@
 
 enum {
     SMALL = 8,
-    ABORT_SECONDS = 5, /* for ncclCommAbort, before the process ends anyway */
     TURN_SECONDS = 3,  /* for the rank that speaks for all to end the run first */
 };
 
@@ -44,6 +43,9 @@ struct nccl_comm {
     int64_t staging_elements;
     double *all; /* device [ranks SMALL] */
     struct places *places;
+    pthread_t watcher;
+    volatile bool unwatched;
+    bool watched;
     struct places seen; /* when progress() last looked */
     double since;       /* and when that had last changed */
 };
@@ -55,11 +57,8 @@ static struct nccl_comm *nccl_of(struct comm *c) {
 /* ---- the end of a run ------------------------------------------------------------------------------------
  */
 
-static void give_up(int) {
-    _exit(EXIT_RUN);
-}
-
-/* NCCL's threads and kernels let go of their peers, then every process ends. */
+/* Of the ranks that find the same the first speaks. The communicator is not aborted before: that would wait for
+ * every graph that holds it, and the end of the processes lets go of their peers as well. */
 static void end_run(struct nccl_comm *n, const char *format, ...)
     __attribute__((format(printf, 2, 3), noreturn));
 static void end_run(struct nccl_comm *n, const char *format, ...) {
@@ -70,14 +69,6 @@ static void end_run(struct nccl_comm *n, const char *format, ...) {
     va_end(args);
     if (n->g.base.rank > 0)
         sleep(TURN_SECONDS);
-    struct sigaction action = {};
-    action.sa_handler = give_up;
-    sigaction(SIGALRM, &action, NULL);
-    fprintf(stderr, "\n"); /* off the status line, should what follows not return */
-    alarm(ABORT_SECONDS);
-    if (n->nccl)
-        ncclCommAbort(n->nccl);
-    alarm(0);
     gpu_comm_end_run(&n->g.base, text);
     _exit(EXIT_RUN);
 }
@@ -125,6 +116,50 @@ static void end_failed(struct nccl_comm *n, ncclResult_t result, const char *cal
     name_late(n, late, sizeof late);
     end_run(n, "NCCL: %s in %s%s%s; the last checkpoint is good: start again to go on from it", why, call,
             late[0] ? "; last heard from: " : "", late);
+}
+
+/* ---- a host that cannot look ------------------------------------------------------------------------------
+ */
+
+enum { WATCH_MS = 500, LATE_SECONDS = 10 /* for the host to find out by itself, and to name the rank */ };
+
+/* A host whose GPU stands still in a collective may itself stand still in a CUDA call, for the GPU's queue is
+ * of limited length. So a thread looks too, which asks nothing of CUDA or of other ranks. */
+static void *watch(void *context) {
+    struct nccl_comm *n = (struct nccl_comm *)context;
+    struct places last = {-1, -1};
+    double waited = 0, time = clock_seconds();
+    while (!n->unwatched) {
+        struct places now = {n->places->reached, n->places->done};
+        double before = time;
+        usleep(WATCH_MS * 1000);
+        time = clock_seconds();
+        bool moves = now.reached == now.done || now.reached != last.reached || now.done != last.done;
+        waited = moves ? 0 : waited + (time - before < 1 ? time - before : 1); /* not while we were stopped */
+        last.reached = now.reached;
+        last.done = now.done;
+        if (waited > n->timeout + LATE_SECONDS) {
+            fprintf(stderr,
+                    "\ntrain_iha: rank %d: its GPU has waited for %.0f s in a collective, and its queue is full: "
+                    "another rank, its GPU or the network is stuck; the last checkpoint is good: start again to "
+                    "go on from it\n",
+                    n->g.base.rank, waited);
+            _exit(EXIT_RUN);
+        }
+    }
+    return NULL;
+}
+
+static int begin_watch(struct nccl_comm *n, struct error *e) {
+    n->watched = pthread_create(&n->watcher, NULL, watch, n) == 0;
+    return n->watched ? 0 : fail_run(e, "cannot start the thread that watches over collectives");
+}
+
+static void end_watch(struct nccl_comm *n) {
+    n->unwatched = true;
+    if (n->watched)
+        pthread_join(n->watcher, NULL);
+    n->watched = false;
 }
 
 /* ---- calls that do not block -----------------------------------------------------------------------------
@@ -283,12 +318,31 @@ static void release(struct nccl_comm *n) {
     free(n);
 }
 
+/* Graphs hold the communicator, and NCCL waits until they are gone. */
 static void nccl_close(struct comm *c) {
     struct nccl_comm *n = nccl_of(c);
-    cuda_check(cudaStreamSynchronize(n->g.stream));
+    struct device *dev = n->g.dev;
+    gpu_comm_wait(c, gpu_comm_mark(&n->g));
+    cuda_await_queue(dev);
+    graphs_free(dev->graphs);
+    dev->graphs = NULL;
+    end_watch(n);
     nccl_check(n, ncclCommFinalize(n->nccl));
     ncclCommDestroy(n->nccl);
     release(n);
+}
+
+/* Rings and channels take memory, and are made when they are first used: before the model's memory is planned
+ * from what is left. */
+static void warm_up(struct nccl_comm *n) {
+    size_t ranks = (size_t)n->g.base.ranks;
+    float *numbers = (float *)n->all;
+    cuda_check(cudaMemsetAsync(n->all, 0, ranks * SMALL * sizeof *n->all, n->g.stream));
+    nccl_check(n, ncclAllGather(n->all, n->all, 1, ncclDouble, n->nccl, n->g.stream));
+    if (n->in_rank_order)
+        send_shares(n, (const char *)numbers, (char *)(numbers + ranks), ncclFloat, sizeof *numbers, 1);
+    else
+        nccl_check(n, ncclReduceScatter(numbers, numbers + ranks, 1, ncclFloat, ncclSum, n->nccl, n->g.stream));
 }
 
 /* Rank 0's id for all; then all connect. */
@@ -303,7 +357,18 @@ static int connect(struct nccl_comm *n, struct error *e) {
     if (comm_agree(ranks, status, e) != 0)
         return -1;
     memcpy(&id, comm_tell(ranks, &id, sizeof id), sizeof id);
-    result = settled(n, ncclCommInitRankConfig(&n->nccl, ranks->ranks, id, ranks->rank, &config));
+    result = ncclCommInitRankConfig(&n->nccl, ranks->ranks, id, ranks->rank, &config);
+    /* Half the time that ranks give each other: those that have failed wait for the others to find out. */
+    for (double since = clock_seconds(); result == ncclInProgress; usleep(1000)) {
+        ranks->ops->progress(ranks);
+        if (clock_seconds() - since > n->timeout / 2)
+            return fail_run(e,
+                            "NCCL has not connected the GPUs in %.0f s; NCCL_DEBUG=INFO tells what it waits for, "
+                            "NCCL_SOCKET_IFNAME=eth1 names the network to use",
+                            n->timeout / 2);
+        if (ncclCommGetAsyncError(n->nccl, &result) != ncclSuccess)
+            result = ncclInternalError;
+    }
     if (result == ncclSuccess)
         return 0;
     const char *why = ncclGetLastError(NULL);
@@ -336,10 +401,11 @@ struct comm *comm_nccl_open(struct device *dev, struct comm *ranks, struct error
     cuda_check(cudaMalloc((void **)&n->all, (size_t)ranks->ranks * SMALL * sizeof *n->all));
     cuda_check(cudaMallocHost((void **)&n->places, sizeof *n->places));
     n->places->reached = n->places->done = 0;
-    if (connect(n, e) != 0) {
+    if (comm_agree(ranks, connect(n, e), e) != 0 || begin_watch(n, e) != 0) {
         release(n);
         return NULL;
     }
+    warm_up(n);
     return &n->g.base;
 }
 #endif

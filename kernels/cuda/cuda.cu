@@ -168,6 +168,14 @@ void cuda_host_wait(struct device *dev, cudaEvent_t event) {
     cuda_check(status);
 }
 
+void cuda_await_queue(struct device *dev) {
+    cudaEvent_t event;
+    cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+    cuda_check(cudaEventRecord(event, dev->stream));
+    cuda_host_wait(dev, event);
+    cuda_check(cudaEventDestroy(event));
+}
+
 /* ---- memory ----------------------------------------------------------------------------------------------
  */
 
@@ -197,7 +205,9 @@ static void release(struct device *dev, void *data) {
 static size_t memory_available(struct device *dev) {
     size_t available, total;
     cuda_check(cudaMemGetInfo(&available, &total));
-    return available / (size_t)dev->sharers;
+    /* What other ranks on it have taken by now depends on who is quicker. */
+    size_t share = total / (size_t)dev->sharers;
+    return dev->sharers == 1 || available < share ? available : share;
 }
 
 static void zero(struct device *dev, void *data, size_t bytes) {

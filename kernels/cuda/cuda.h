@@ -108,6 +108,8 @@ static inline bool aligned16(std::initializer_list<const void *> addresses) {
 
 /* Until the event has come, calling what set_idle_call set. */
 void cuda_host_wait(struct device *dev, cudaEvent_t event);
+/* Until all that is queued now has been done, likewise. */
+void cuda_await_queue(struct device *dev);
 
 /* Queue a kernel. More dynamic shared memory than a block has by default is asked for on the first use. */
 template <auto kernel, typename... A>

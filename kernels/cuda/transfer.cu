@@ -123,7 +123,8 @@ void cuda_upload(struct device *dev, tensor dst, const void *host, enum dtype ho
 /* Wait for the queue, and for `bytes` at src to lie in the pinned buffer that is returned. */
 static const char *fetch(struct device *dev, const void *src, size_t bytes) {
     struct staging *s = dev->staging;
-    cuda_host_wait(dev, s->done[0]); /* the buffer is free */
+    cuda_check(cudaSetDevice(dev->index)); /* of the thread that saves, too */
+    cuda_host_wait(dev, s->done[0]);       /* the buffer is free */
     cuda_check(cudaMemcpyAsync(s->slot[0], src, bytes, cudaMemcpyDeviceToHost, dev->stream));
     cuda_check(cudaEventRecord(s->done[0], dev->stream));
     cuda_host_wait(dev, s->done[0]);
