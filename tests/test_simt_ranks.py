@@ -29,7 +29,7 @@ ENVIRONMENT |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM":
 MODEL = ["model.num_hidden_layers=3", "model.layer_pattern=iha_local mha_global iha_global",
          "model.max_position_embeddings=8"]
 COMMON = [*MODEL, "system.device=cuda", "train.seq_len=8", "train.micro_batch=1", "train.steps=4", "system.threads=1",
-          "data.val=none"]
+          "system.peer_timeout=15", "data.val=none"]
 ONE_PASS, THREE_PASSES = "train.batch_tokens=16", "train.batch_tokens=48"  # of two ranks
 EXACT = ["system.deterministic=true", "system.precision=bf16"]
 
