@@ -63,6 +63,10 @@ struct comm_ops {
     /* Let messages move. To be called now and then while the host computes. */
     void (*progress)(struct comm *);
 
+    /* Between processes alone: has a rank begun an exchange of so many bytes, in which this one has no part
+     * yet? */
+    bool (*called)(struct comm *, size_t bytes);
+
     /* Host memory: all[r*bytes ...] = what rank r gave. Blocks. */
     void (*exchange)(struct comm *, const void *mine, void *all, size_t bytes);
 };

@@ -169,8 +169,8 @@ struct kernels {
     size_t (*staging_bytes)(struct device *dev, int64_t elements, int ranks, enum dtype dtype,
                             enum dtype wire);
 
-    /* Something to call now and then while the host computes or waits, such as letting messages move. NULL:
-     * nothing. */
+    /* Something to call now and then while this thread computes or waits, such as letting messages move.
+     * NULL: nothing. */
     void (*set_idle_call)(struct device *dev, void (*call)(void *context), void *context);
 
     /* Zeroed device memory, or NULL and an EXIT_USER error with the size. */

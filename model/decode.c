@@ -41,7 +41,7 @@ static void walk(struct decoder *d, size_t norm_saved) {
     tensor pseudo = tensor_of(NULL, t, 1, n * P, H, dim, 0);
     d->tokens = take(d, tensor_of(NULL, DTYPE_I32, 1, n, 0, 0, 0));
     d->rope = c->position_embedding == POSITION_ROPE
-                  ? take(d, tensor_of(NULL, t, d->capacity * P, 2, dim / 2, 0, 0))
+                  ? take(d, tensor_of(NULL, d->m->dtypes.master, d->capacity * P, 2, dim / 2, 0, 0))
                   : tensor_none();
     tensor *hiddens[] = {&d->x, &d->y, &d->delta}, *pseudos[] = {&d->q, &d->k, &d->v, &d->o_pseudo};
     tensor *wides[] = {&d->up, &d->gate, &d->act};

@@ -117,6 +117,7 @@ static void test_defaults(void **state) {
     assert_int_equal(s->zero_stage, 1);
     assert_int_equal(s->reduce_dtype, REDUCE_FP32);
     assert_int_equal(s->recompute, RECOMPUTE_NONE);
+    assert_int_equal(s->graph, GRAPH_AUTO);
     assert_true(!s->deterministic && s->threads == 0 && s->peer_timeout == 300);
     assert_string_equal(config.data.val, "");
     assert_string_equal(config.data.tokenizer, "none");

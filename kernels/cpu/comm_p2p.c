@@ -160,6 +160,14 @@ static void p2p_progress(struct comm *c) {
         advance(p, &p->transfers[i]);
 }
 
+static bool p2p_called(struct comm *c, size_t bytes) {
+    struct transport *t = p2p_of(c)->transport;
+    bool called = false;
+    for (int rank = 0; rank < c->ranks; rank++)
+        called |= rank != c->rank && t->ops->unasked(t, rank, bytes);
+    return called;
+}
+
 /* Ranks may share processors, so a wait gives way at once, and sleeps when it takes long. While we were
  * stopped (by a scheduler that suspends jobs, say) nobody was late: of a longer gap a second counts. */
 static void wait_for(struct p2p *p, struct transfer *t) {
@@ -355,6 +363,7 @@ struct comm *comm_p2p_open(struct transport *t, struct error *e) {
         .all_reduce = p2p_all_reduce,
         .wait = p2p_wait,
         .progress = p2p_progress,
+        .called = p2p_called,
         .exchange = p2p_exchange,
     };
     struct p2p *p = t ? calloc(1, sizeof *p) : NULL;

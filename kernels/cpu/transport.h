@@ -33,6 +33,9 @@ struct transport_ops {
     /* Let messages move. 1: those of the slots are done, or were never started; 0: not yet. */
     int (*test)(struct transport *, int slot, int count, struct error *e);
 
+    /* Has a message of so many bytes come from that rank, which nobody has asked for? */
+    bool (*unasked)(struct transport *, int source, size_t bytes);
+
     /* Leave another rank some seconds to end the run. */
     void (*pause)(struct transport *, double seconds);
 

@@ -106,6 +106,14 @@ static int mpi_test(struct transport *t, int slot, int count, struct error *e) {
     return done;
 }
 
+static bool mpi_unasked(struct transport *t, int source, size_t bytes) {
+    MPI_Status status;
+    int there = 0, count = 0;
+    (void)t;
+    return MPI_Iprobe(source, 0, MPI_COMM_WORLD, &there, &status) == MPI_SUCCESS && there &&
+           MPI_Get_count(&status, MPI_BYTE, &count) == MPI_SUCCESS && (size_t)count == bytes;
+}
+
 /* ---- opening and closing --------------------------------------------------------------------------------
  */
 
@@ -150,6 +158,7 @@ struct transport *transport_mpi_open(double timeout, struct error *e) {
         .receive = mpi_receive,
         .send = mpi_send,
         .test = mpi_test,
+        .unasked = mpi_unasked,
         .pause = mpi_pause,
         .end = mpi_end,
         .close = mpi_close,

@@ -350,6 +350,13 @@ static int tcp_test(struct transport *t, int slot, int count, struct error *e) {
     return pending == 0;
 }
 
+static bool tcp_unasked(struct transport *t, int source, size_t bytes) {
+    const struct peer *p = &tcp_of(t)->peers[source];
+    move(tcp_of(t), 0);
+    return p->fd >= 0 && !p->in.first && p->moved_in == sizeof p->header_in && p->header_in.kind == DATA &&
+           p->header_in.bytes == bytes;
+}
+
 /* ---- opening and closing ------------------------------------------------------------------------------- */
 
 static void tcp_close(struct transport *t) {
@@ -414,6 +421,7 @@ struct transport *transport_tcp_open(const struct start *start, double timeout, 
         .receive = tcp_receive,
         .send = tcp_send,
         .test = tcp_test,
+        .unasked = tcp_unasked,
         .pause = tcp_pause,
         .end = tcp_end,
         .close = tcp_close,

@@ -7,9 +7,9 @@
  *
  * The communicator never blocks the host: calls that are still under way are asked again, and whoever waits
  * for the GPU calls progress() meanwhile. There a rank sees that NCCL reports an error, or that a collective
- * has stood still for peer_timeout. Then all ranks tell each other how far their GPUs came, which names the
- * one that never reached the collective; a rank that does not even answer is named by the processes'
- * communicator. */
+ * has stood still for peer_timeout, or that another rank has seen such a thing. Then all ranks tell each
+ * other how far their GPUs came, which names the one that never reached the collective; a rank that does not
+ * even answer is named by the processes' communicator. */
 #ifdef WITH_NCCL
 #include <nccl.h>
 #include <pthread.h>
@@ -47,7 +47,9 @@ struct nccl_comm {
     volatile bool unwatched;
     bool watched;
     struct places seen; /* when progress() last looked */
-    double since;       /* and when that had last changed */
+    double waited;      /* in the host's waits, since that changed */
+    double last;        /* when progress() last looked, */
+    double asked;       /* and when, whether it is called */
 };
 
 static struct nccl_comm *nccl_of(struct comm *c) {
@@ -73,49 +75,65 @@ static void end_run(struct nccl_comm *n, const char *format, ...) {
     _exit(EXIT_RUN);
 }
 
+/* What each rank tells when the run cannot go on; no other exchange is of this size, so that a rank which
+ * knows of nothing yet sees that it is called. */
+struct report {
+    int64_t reached;
+    double waited;
+    char why[480]; /* NCCL's error; empty: it says nothing */
+};
+
 /* "rank 3, rank 5" of those whose GPU has come to the fewest collectives; empty when all have come as far. */
-static void name_late(struct nccl_comm *n, char *late, size_t size) {
-    int64_t mine = n->places->reached, least = mine, most = mine;
-    const int64_t *all = (const int64_t *)comm_tell(n->g.ranks, &mine, sizeof mine);
+static void name_late(const struct report *all, int ranks, char *late, size_t size) {
+    int64_t least = all[0].reached, most = least;
     late[0] = '\0';
-    for (int r = 0; r < n->g.base.ranks; r++) {
-        least = all[r] < least ? all[r] : least;
-        most = all[r] > most ? all[r] : most;
+    for (int r = 0; r < ranks; r++) {
+        least = all[r].reached < least ? all[r].reached : least;
+        most = all[r].reached > most ? all[r].reached : most;
     }
-    for (int r = 0; r < n->g.base.ranks && least < most; r++)
-        if (all[r] == least && strlen(late) + 16 < size)
+    for (int r = 0; r < ranks && least < most; r++)
+        if (all[r].reached == least && strlen(late) + 16 < size)
             snprintf(late + strlen(late), size - strlen(late), "%srank %d", late[0] ? ", " : "", r);
 }
 
-static void end_stuck(struct nccl_comm *n, double waited) {
+static void end_together(struct nccl_comm *n, double waited, const char *error) __attribute__((noreturn));
+static void end_together(struct nccl_comm *n, double waited, const char *error) {
     char late[256];
-    name_late(n, late, sizeof late);
+    int ranks = n->g.base.ranks;
+    struct report mine = {.reached = n->places->reached, .waited = waited};
+    snprintf(mine.why, sizeof mine.why, "%s", error);
+    const struct report *all = (const struct report *)comm_tell(n->g.ranks, &mine, sizeof mine);
+    const char *why = "";
+    name_late(all, ranks, late, sizeof late);
+    for (int r = ranks - 1; r >= 0; r--) {
+        waited = all[r].waited > waited ? all[r].waited : waited;
+        why = all[r].why[0] ? all[r].why : why;
+    }
+    if (why[0])
+        end_run(n, "NCCL: %s%s%s; the last checkpoint is good: start again to go on from it", why,
+                late[0] ? "; last heard from: " : "", late);
     if (late[0])
         end_run(n,
                 "the GPU of %s has not come to a collective in which others have waited for %.0f s: stuck, "
-                "or far "
-                "slower than they are; the last checkpoint is good: start again to go on from it "
+                "or far slower than they are; the last checkpoint is good: start again to go on from it "
                 "(system.peer_timeout = %.0f sets how long to wait)",
                 late, waited, n->timeout);
     end_run(n,
             "a collective has not ended for %.0f s, though the GPU of every rank has come to it: the network "
             "between them is stuck; NCCL_DEBUG=INFO tells what NCCL does; the last checkpoint is good: start "
-            "again "
-            "to go on from it",
+            "again to go on from it",
             waited);
 }
 
 static void end_failed(struct nccl_comm *n, ncclResult_t result, const char *call) {
-    char late[256], why[512];
+    char why[480];
     const char *last = ncclGetLastError(n->nccl);
-    snprintf(why, sizeof why, "%s%s%.400s", ncclGetErrorString(result), last && last[0] ? ": " : "",
-             last ? last : "");
+    snprintf(why, sizeof why, "%s%s%.300s in %.80s", ncclGetErrorString(result), last && last[0] ? ": " : "",
+             last ? last : "", call);
     for (char *p = why; *p; p++)
         if (*p == '\n')
             *p = ' ';
-    name_late(n, late, sizeof late);
-    end_run(n, "NCCL: %s in %s%s%s; the last checkpoint is good: start again to go on from it", why, call,
-            late[0] ? "; last heard from: " : "", late);
+    end_together(n, 0, why);
 }
 
 /* ---- a host that cannot look ------------------------------------------------------------------------------
@@ -165,17 +183,30 @@ static void end_watch(struct nccl_comm *n) {
 /* ---- calls that do not block -----------------------------------------------------------------------------
  */
 
-/* Has a collective that the GPU is in stood still for too long? */
+/* A wait that goes on. While we were stopped (by a scheduler that suspends jobs, say) nobody was late: of a
+ * longer gap a second counts. */
+static void count_wait(double *waited, double *last) {
+    double time = clock_seconds(), gap = time - *last;
+    *waited += gap < 1 ? gap : 1;
+    *last = time;
+}
+
+/* Has a collective that the GPU is in stood still for too long, or has another rank found that? */
 static void look(struct nccl_comm *n) {
     struct places now = {n->places->reached, n->places->done};
-    double time = clock_seconds();
-    if (now.reached != n->seen.reached || now.done != n->seen.done || now.reached == now.done ||
-        n->since == 0) {
+    struct comm *ranks = n->g.ranks;
+    count_wait(&n->waited, &n->last);
+    if (now.reached != n->seen.reached || now.done != n->seen.done || now.reached == now.done) {
         n->seen.reached = now.reached;
         n->seen.done = now.done;
-        n->since = time;
-    } else if (time - n->since > n->timeout) {
-        end_stuck(n, time - n->since);
+        n->waited = 0;
+    }
+    if (n->waited > n->timeout)
+        end_together(n, n->waited, "");
+    if (n->last - n->asked > 0.1) {
+        n->asked = n->last;
+        if (ranks->ops->called(ranks, sizeof(struct report)))
+            end_together(n, n->waited, "");
     }
 }
 
@@ -192,12 +223,13 @@ static void nccl_progress(struct comm *c) {
 
 /* Until NCCL has taken the call; over the first one of a kind it connects to its peers. */
 static ncclResult_t settled(struct nccl_comm *n, ncclResult_t result) {
-    double since = clock_seconds();
+    double waited = 0, last = clock_seconds();
     struct comm *ranks = n->g.ranks;
     while (result == ncclInProgress) {
         ranks->ops->progress(ranks);
-        if (clock_seconds() - since > n->timeout)
-            end_stuck(n, clock_seconds() - since);
+        count_wait(&waited, &last);
+        if (waited > n->timeout)
+            end_together(n, waited, "");
         usleep(100);
         if (!n->nccl || ncclCommGetAsyncError(n->nccl, &result) != ncclSuccess)
             return ncclInternalError;

@@ -151,10 +151,12 @@ static double peak_flops(struct device *dev) {
 static void set_idle_call(struct device *dev, void (*call)(void *), void *context) {
     dev->idle = call;
     dev->idle_context = context;
+    dev->idle_thread = pthread_self();
 }
 
 void cuda_host_wait(struct device *dev, cudaEvent_t event) {
-    if (!dev->idle) {
+    /* Ranks speak from one thread; the one that saves waits in silence. */
+    if (!dev->idle || !pthread_equal(dev->idle_thread, pthread_self())) {
         cuda_check(cudaEventSynchronize(event));
         return;
     }

@@ -20,6 +20,7 @@
 #include <cublasLt.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
+#include <pthread.h>
 
 #include <initializer_list>
 #include <type_traits>
@@ -61,6 +62,7 @@ struct device {
     struct trace *trace;  /* NULL: nobody looks */
     void (*idle)(void *context);
     void *idle_context;
+    pthread_t idle_thread; /* that set it */
     struct posted_step posted[POSTED_STEPS];
     int64_t posts, collects;
     char name[256], description[320];

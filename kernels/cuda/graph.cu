@@ -31,10 +31,24 @@ bool cuda_graph_replay(struct device *dev, int id) {
     return true;
 }
 
+/* For good: without them from here on. */
+static void do_without(struct device *dev, cudaError_t why) {
+    fprintf(stderr,
+            "CUDA graphs cannot be used here (%s): operations are queued one by one; system.graph = off "
+            "does so from the start\n",
+            cudaGetErrorName(why));
+    cudaGetLastError();
+    graphs_free(dev->graphs);
+    dev->graphs = NULL;
+}
+
 void cuda_graph_begin(struct device *dev, int id) {
+    if (!dev->graphs || !dev->graphs[id].seen)
+        return;
     /* Of this thread: what the thread that saves does meanwhile is no part of it. */
-    if (dev->graphs && dev->graphs[id].seen)
-        cuda_check(cudaStreamBeginCapture(dev->stream, cudaStreamCaptureModeThreadLocal));
+    cudaError_t status = cudaStreamBeginCapture(dev->stream, cudaStreamCaptureModeThreadLocal);
+    if (status != cudaSuccess)
+        do_without(dev, status);
 }
 
 bool cuda_graph_end(struct device *dev, int id) {
@@ -54,12 +68,6 @@ bool cuda_graph_end(struct device *dev, int id) {
         cuda_check(cudaGraphLaunch(dev->graphs[id].exec, dev->stream));
         return true;
     }
-    fprintf(stderr,
-            "CUDA graphs cannot be used here (%s): operations are queued one by one; system.graph = off "
-            "does so from the start\n",
-            cudaGetErrorName(status));
-    cudaGetLastError();
-    graphs_free(dev->graphs);
-    dev->graphs = NULL;
+    do_without(dev, status);
     return false;
 }

@@ -20,6 +20,7 @@ struct simt_work {
     std::vector<std::shared_ptr<simt_work>> after, then; /* until done */
     int missing;                                         /* of `after`, those not done */
     bool done, started, needed /* by a host that waits */;
+    double done_at; /* seconds */
 };
 typedef std::shared_ptr<simt_work> work;
 

@@ -51,7 +51,7 @@ $(SIMT_PROGRAM): $(BUILD)/train_iha.o $(SIMT_HARNESS) $(BUILD)/tests/simt/simt_p
     $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 	@mkdir -p $(@D)
 	@echo "  LINK $@"
-	@$(CXX) $(CFLAGS:-std=%=) $^ -o $@ $(LIBS)
+	@$(CXX) $(CFLAGS:-std=%=) -Wl,--wrap=cpu_memory_available $^ -o $@ $(LIBS)
 
 .PHONY: simt
 simt: $(SIMT_BUILT)

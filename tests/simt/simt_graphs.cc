@@ -15,6 +15,8 @@ struct CUgraphExec_st {
 };
 
 static uint64_t captures; /* ever begun */
+static int64_t launches;
+static const char *refused = "";
 static std::vector<simt_capture *> &active = *new std::vector<simt_capture *>();
 
 /* ---- capture ---------------------------------------------------------------------------------------------
@@ -96,7 +98,7 @@ cudaError_t simt_capture_wait(cudaStream_t s, cudaEvent_t e, unsigned flags) {
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode) {
     simt_lock lock;
     cudaStream_t s = simt_stream(stream);
-    if (s == simt_stream(nullptr))
+    if (s == simt_stream(nullptr) || strcmp(refused, "begin") == 0)
         return simt_error(cudaErrorStreamCaptureUnsupported);
     if (s->capture)
         return simt_error(cudaErrorIllegalState);
@@ -136,6 +138,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *graph) {
         return simt_capture_failed(c, cudaErrorStreamCaptureWrongThread);
     cudaError_t error = c->invalid                          ? cudaErrorStreamCaptureInvalidated
                         : !joined(*c->graph, s->last_nodes) ? cudaErrorStreamCaptureUnjoined
+                        : strcmp(refused, "end") == 0       ? cudaErrorStreamCaptureUnsupported
                                                             : cudaSuccess;
     for (cudaStream_t other : simt_streams())
         if (other->capture == c) {
@@ -166,6 +169,8 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long) {
     if (!graph)
         return simt_error(cudaErrorInvalidValue);
+    if (strcmp(refused, "instantiate") == 0)
+        return simt_error(cudaErrorNotSupported);
     *out = new CUgraphExec_st{graph->nodes, nullptr};
     return cudaSuccess;
 }
@@ -199,6 +204,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     cudaError_t error = simt_check_legacy(s);
     if (error != cudaSuccess)
         return error;
+    launches++;
     std::vector<work> before = simt_before(s), all;
     before.push_back(exec->last);
     work begin = simt_add({}, before);
@@ -222,4 +228,13 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     exec->last = s->tail = simt_add({}, all);
     simt_queued(lock);
     return cudaSuccess;
+}
+
+int64_t simt_graph_launches(void) {
+    simt_lock lock;
+    return launches;
+}
+
+void simt_refuse_graphs(const char *what) {
+    refused = what ? what : "";
 }

@@ -12,6 +12,8 @@
  * only when nothing else can run, or now and then at random: it is in flight as long as may be. */
 #include "tests/simt/queue.h"
 
+#include "kernels/clock.h"
+
 #include <unistd.h>
 
 #include <condition_variable>
@@ -49,6 +51,7 @@ static void finish(work first) {
         work w = finished.back();
         finished.pop_back();
         w->done = true;
+        w->done_at = clock_seconds();
         Q.left--;
         for (const work &next : w->then)
             if (--next->missing == 0) {

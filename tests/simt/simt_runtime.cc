@@ -29,7 +29,7 @@ static struct runtime {
     std::map<void *, size_t> pinned;
     int open; /* scopes in which device memory can be touched */
     std::map<const void *, size_t> shared_allowed;
-    int64_t launches;
+    int64_t launches, stuck = -1;
     int device;
 } &R = *new struct runtime();
 
@@ -196,12 +196,13 @@ cudaError_t simt_launch(const cudaLaunchConfig_t *config, const void *kernel, st
     dim3 grid = config->gridDim, block = config->blockDim;
     size_t shared = config->dynamicSmemBytes, most = SHARED_DEFAULT;
     const char *name = simt_kernel_name;
+    bool sticks;
     {
         simt_lock lock;
         auto allowed = R.shared_allowed.find(kernel);
         if (allowed != R.shared_allowed.end())
             most = allowed->second;
-        R.launches++;
+        sticks = R.launches++ == R.stuck;
     }
     if (block.x * block.y * block.z > 1024 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
         block.x == 0 || block.y == 0 || block.z == 0 || grid.y > 65535 || grid.z > 65535)
@@ -209,6 +210,9 @@ cudaError_t simt_launch(const cudaLaunchConfig_t *config, const void *kernel, st
                   grid.z, block.x, block.y, block.z);
     if (shared > most)
         simt_fail("%zu bytes of shared memory are more than cudaFuncSetAttribute allowed", shared);
+    if (sticks)
+        return simt_enqueue_steps(
+            config->stream, [] { return false; }, nullptr);
     return simt_enqueue(config->stream, [=] {
         simt_running_name = name;
         simt_run_grid(grid, block, shared, thread);
@@ -218,6 +222,10 @@ cudaError_t simt_launch(const cudaLaunchConfig_t *config, const void *kernel, st
 int64_t simt_launches(void) {
     simt_lock lock;
     return R.launches;
+}
+
+void simt_stick(int64_t launch) {
+    R.stuck = launch;
 }
 
 bool simt_on_gpu(void) {

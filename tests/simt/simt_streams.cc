@@ -281,6 +281,6 @@ cudaError_t cudaEventElapsedTime(float *ms, cudaEvent_t from, cudaEvent_t to) {
         return simt_error(cudaErrorInvalidResourceHandle);
     if (!simt_done(a->recorded) || !simt_done(b->recorded))
         return simt_error(cudaErrorNotReady);
-    *ms = 1;
+    *ms = (float)(1e3 * (b->recorded->done_at - a->recorded->done_at));
     return cudaSuccess;
 }
