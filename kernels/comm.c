@@ -118,7 +118,7 @@ struct comm *comm_open(double peer_timeout, struct error *e) {
 
 void comm_set_timeout(struct comm *c, double seconds) {
     c->timeout = seconds;
-    if (c->ranks > 1)
+    if (c->ranks > 1) /* of processes; those of devices take theirs over when they are opened */
         comm_p2p_set_timeout(c, seconds);
 }
 

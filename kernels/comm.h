@@ -1,10 +1,12 @@
 /* Collectives between ranks, once, with their manners; behind them messages over MPI or TCP
- * (kernels/cpu/comm_p2p.c) and, for one process, nothing at all.
+ * (kernels/cpu/comm_p2p.c), NCCL or a detour through host memory for tensors on GPUs
+ * (kernels/cuda/comm_*.cu), and, for one process, nothing at all.
  *
  * A rank is one process with one device. Every rank calls the same collectives in the same order. Those on
  * tensors are asynchronous: they return an event, and the memory they were given is theirs until a wait on
  * that event returns. Sums are taken in rank order, so every rank, and every run on the same number of ranks,
- * gets the same bits.
+ * gets the same bits; NCCL's own sums alone, of fp32 without system.deterministic, are in an order of its
+ * own.
  *
  * A rank that dies or hangs must not leave the others waiting: whoever waits longer than peer_timeout for a
  * rank ends the whole run, exit code 1, with a line that names that rank. So collectives return no errors. */

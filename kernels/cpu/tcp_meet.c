@@ -291,8 +291,8 @@ static int introduce(struct meeting *m, int fd, const char **why) {
         *why = "rank 0 of another run answers";
         return -1;
     }
-    if (a.verdict != 0)
-        _exit((int)a.verdict);
+    if (a.verdict != 0) /* which rank 0 has said */
+        _exit(a.verdict == EXIT_USER ? EXIT_USER : EXIT_RUN);
     return tcp_receive_all(fd, m->all, (size_t)m->start->ranks * sizeof *m->all, deadline);
 }
 

@@ -25,7 +25,7 @@
 
 enum {
     SMALL = 8,
-    TURN_SECONDS = 3,  /* for the rank that speaks for all to end the run first */
+    TURN_SECONDS = 3, /* for the rank that speaks for all to end the run first */
 };
 
 /* In pinned memory, written by the GPU: collectives that its queue has come to, and that it has done. */
@@ -59,8 +59,8 @@ static struct nccl_comm *nccl_of(struct comm *c) {
 /* ---- the end of a run ------------------------------------------------------------------------------------
  */
 
-/* Of the ranks that find the same the first speaks. The communicator is not aborted before: that would wait for
- * every graph that holds it, and the end of the processes lets go of their peers as well. */
+/* Of the ranks that find the same the first speaks. The communicator is not aborted before: that would wait
+ * for every graph that holds it, and the end of the processes lets go of their peers as well. */
 static void end_run(struct nccl_comm *n, const char *format, ...)
     __attribute__((format(printf, 2, 3), noreturn));
 static void end_run(struct nccl_comm *n, const char *format, ...) {
@@ -157,11 +157,12 @@ static void *watch(void *context) {
         last.reached = now.reached;
         last.done = now.done;
         if (waited > n->timeout + LATE_SECONDS) {
-            fprintf(stderr,
-                    "\ntrain_iha: rank %d: its GPU has waited for %.0f s in a collective, and its queue is full: "
-                    "another rank, its GPU or the network is stuck; the last checkpoint is good: start again to "
-                    "go on from it\n",
-                    n->g.base.rank, waited);
+            fprintf(
+                stderr,
+                "\ntrain_iha: rank %d: its GPU has waited for %.0f s in a collective, and its queue is full: "
+                "another rank, its GPU or the network is stuck; the last checkpoint is good: start again to "
+                "go on from it\n",
+                n->g.base.rank, waited);
             _exit(EXIT_RUN);
         }
     }
@@ -374,7 +375,8 @@ static void warm_up(struct nccl_comm *n) {
     if (n->in_rank_order)
         send_shares(n, (const char *)numbers, (char *)(numbers + ranks), ncclFloat, sizeof *numbers, 1);
     else
-        nccl_check(n, ncclReduceScatter(numbers, numbers + ranks, 1, ncclFloat, ncclSum, n->nccl, n->g.stream));
+        nccl_check(n,
+                   ncclReduceScatter(numbers, numbers + ranks, 1, ncclFloat, ncclSum, n->nccl, n->g.stream));
 }
 
 /* Rank 0's id for all; then all connect. */
@@ -394,10 +396,11 @@ static int connect(struct nccl_comm *n, struct error *e) {
     for (double since = clock_seconds(); result == ncclInProgress; usleep(1000)) {
         ranks->ops->progress(ranks);
         if (clock_seconds() - since > n->timeout / 2)
-            return fail_run(e,
-                            "NCCL has not connected the GPUs in %.0f s; NCCL_DEBUG=INFO tells what it waits for, "
-                            "NCCL_SOCKET_IFNAME=eth1 names the network to use",
-                            n->timeout / 2);
+            return fail_run(
+                e,
+                "NCCL has not connected the GPUs in %.0f s; NCCL_DEBUG=INFO tells what it waits for, "
+                "NCCL_SOCKET_IFNAME=eth1 names the network to use",
+                n->timeout / 2);
         if (ncclCommGetAsyncError(n->nccl, &result) != ncclSuccess)
             result = ncclInternalError;
     }

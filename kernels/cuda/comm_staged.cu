@@ -2,7 +2,8 @@
  *
  * The host takes part, so it must run the collectives behind this in the same order on every rank. One that
  * is begun here is begun there when the next is begun, or when it is waited for: its copy out goes on in the
- * meantime, and the order follows from the calls alone. */
+ * meantime, and the order follows from the calls alone, so ranks that are about to call different things wait
+ * for everything first (model_settle). */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -180,8 +181,7 @@ static void staged_close(struct comm *c) {
 }
 
 struct comm *comm_staged_open(struct device *dev, struct comm *ranks, struct error *e) {
-    static const struct comm_ops mpi = {
-        .name = "MPI through host memory",
+    static const struct comm_ops any = {
         .close = staged_close,
         .end_run = gpu_comm_end_run,
         .reserve = staged_reserve,
@@ -199,7 +199,7 @@ struct comm *comm_staged_open(struct device *dev, struct comm *ranks, struct err
         fail_run(e, "out of memory for messages between ranks");
         return NULL;
     }
-    ops = mpi;
+    ops = any;
     snprintf(name, sizeof name, "%s through host memory", ranks->ops->name);
     ops.name = name;
     gpu_comm_open(&s->g, dev, ranks, &ops);

@@ -42,8 +42,10 @@ void cuda_check_status(cudaError_t status, const char *call, const char *file, i
 void cublas_check_status(cublasStatus_t status, const char *call, const char *file, int line) {
     if (status == CUBLAS_STATUS_SUCCESS)
         return;
-    fprintf(stderr, "%s:%d: cuBLASLt: status %d in %s; CUBLASLT_LOG_LEVEL=2 shows why\n", file, line,
-            (int)status, call);
+    fprintf(stderr,
+            "%s:%d: cuBLASLt: status %d in %s; CUBLASLT_LOG_LEVEL=2 shows why; if that is a "
+            "graph, set system.graph = off\n",
+            file, line, (int)status, call);
     abort();
 }
 

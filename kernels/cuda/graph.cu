@@ -1,8 +1,8 @@
 /* Runs of operations kept as CUDA graphs.
  *
  * The first time a run is queued as it is: libraries choose and connect then. The second time it is captured,
- * and from then on replayed. Where the driver cannot capture it, it is queued operation by operation for
- * good, and a line says so. */
+ * and from then on replayed. Where the driver cannot capture or keep it, it is queued operation by operation
+ * for good, and a line says so; a library that refuses to be captured ends the program, with advice. */
 #include <stdio.h>
 #include <stdlib.h>
 

@@ -59,24 +59,15 @@ void cuda_range_end(struct device *dev) {
     pop();
 }
 
-/* As ranks wait for each other: should one have died, the others find out. */
-static void await_queue(struct device *dev) {
-    cudaEvent_t event;
-    cuda_check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
-    cuda_check(cudaEventRecord(event, dev->stream));
-    cuda_host_wait(dev, event);
-    cuda_check(cudaEventDestroy(event));
-}
-
 void cuda_trace_begin(struct device *dev) {
-    await_queue(dev);
+    cuda_await_queue(dev);
     dev->trace = trace_create();
     profiler(true);
 }
 
 struct trace *cuda_trace_end(struct device *dev) {
     struct trace *t = dev->trace;
-    await_queue(dev);
+    cuda_await_queue(dev);
     profiler(false);
     dev->trace = NULL;
     for (int i = 0; t && i < t->count; i++) {

@@ -5,20 +5,23 @@
 
 #define MICRO 1e-6
 
+/* clang-format off */
 /* Where figures come from:
  *   peak, memory, nvlink, bandwidth of the memory: NVIDIA's data sheets of the SXM parts, dense
- *   matmul       H200: 790 TFLOP/s measured elsewhere at 8192^3 on random data, 0.80 of the peak. The others:
- *                the same part of their peak.
- *   copy         H200: 4.3 TB/s measured elsewhere, 0.90 of 4.8. The others: the same part of 3.35 and 2.04.
- *   wide         H200: cuDNN 9.19, causal, d = 128, S = 8192, NVIDIA's own figures. H100: the same chip but
- * for the memory, on which attention does not wait. A100: FlashAttention-2's paper (arXiv 2307.08691) reaches
- * 73 % and 63 % of the peak without a mask; 0.85 of that for a causal one. narrow       H200: the same
- * figures at d = 64, window 1024. A100: 0.6 of `wide`, as on the H200. own          a guess: mma.sync reaches
- * about two thirds of Hopper's peak and all of Ampere's, half of which is softmax and masks. window       a
- * guess: tiles of 128 keys that lie half outside at both edges mixing       0.85 is what our kernels are to
- * reach (make bench-gpu); the factor on matmul is a guess launch       a guess for a queue that never runs
- * dry: draining one kernel, filling the next reserved     a guess: 0.5 GB of context and libraries, 1.5 GB of
- * NCCL's buffers and fragments */
+ *   matmul    H200: 790 TFLOP/s measured elsewhere at 8192^3 on random data, 0.80 of the peak. The others: the
+ *             same part of their peak.
+ *   copy      H200: 4.3 TB/s measured elsewhere, 0.90 of 4.8. The others: the same part of 3.35 and 2.04.
+ *   wide      H200: cuDNN 9.19, causal, d = 128, S = 8192, NVIDIA's own figures. H100: the same chip but for the
+ *             memory, on which attention does not wait. A100: FlashAttention-2's paper (arXiv 2307.08691) reaches
+ *             73 % and 63 % of the peak without a mask; 0.85 of that for a causal one.
+ *   narrow    H200: the same figures at d = 64, window 1024. A100: 0.6 of `wide`, as on the H200.
+ *   own       a guess: mma.sync reaches about two thirds of Hopper's peak and all of Ampere's, half of which is
+ *             softmax and masks
+ *   window    a guess: tiles of 128 keys that lie half outside at both edges
+ *   mixing    0.85 is what our kernels are to reach (make bench-gpu); the factor on matmul is a guess
+ *   launch    a guess for a queue that never runs dry: draining one kernel, filling the next
+ *   reserved  a guess: 0.5 GB of context and libraries, 1.5 GB of NCCL's buffers and fragments */
+/* clang-format on */
 static const struct paper_gpu gpus[] = {
     {.name = "h200",
      .peak = 989e12,
