@@ -78,13 +78,15 @@ class Run:
         case.addCleanup(self.output.close)
         case.addCleanup(self.kill)
 
-        def own_terminal():
-            fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        def begin():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in what a shell runs in the background
+            if terminal is not None:
+                fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
         stream = {"stdin": subprocess.DEVNULL, "stdout": self.output, "stderr": self.output}
         if terminal is not None:
-            stream = {"stdin": terminal, "stdout": terminal, "stderr": terminal, "preexec_fn": own_terminal}
-        self.process = subprocess.Popen([*map(str, command)], start_new_session=True, cwd=case.tmp, **stream,
+            stream = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+        self.process = subprocess.Popen([*map(str, command)], start_new_session=True, cwd=case.tmp, **stream, preexec_fn=begin,
                                         env={**ENVIRONMENT, **dict(environment), MARK: self.mark})
 
     def kill(self):
