@@ -36,7 +36,9 @@ cudaError_t simt_enqueue(cudaStream_t stream, std::function<void()> work);
 typedef std::function<bool()> simt_step;
 struct simt_chain {
     std::shared_ptr<struct simt_work> last;
+    int in_graphs; /* its nodes in graphs that can still be launched */
 };
+int simt_chain_in_graphs(const simt_chain *chain);
 cudaError_t simt_enqueue_steps(cudaStream_t stream, simt_step step, simt_chain *chain);
 
 /* Wait for a chain's work. */

@@ -171,8 +171,17 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsign
         return simt_error(cudaErrorInvalidValue);
     if (strcmp(refused, "instantiate") == 0)
         return simt_error(cudaErrorNotSupported);
+    simt_lock lock;
+    for (const simt_node &node : graph->nodes)
+        if (node.chain)
+            node.chain->in_graphs++;
     *out = new CUgraphExec_st{graph->nodes, nullptr};
     return cudaSuccess;
+}
+
+int simt_chain_in_graphs(const simt_chain *chain) {
+    simt_lock lock;
+    return chain->in_graphs;
 }
 
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
@@ -188,6 +197,10 @@ cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
 }
 
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    simt_lock lock;
+    for (const simt_node &node : exec->nodes)
+        if (node.chain)
+            node.chain->in_graphs--;
     delete exec; /* a launch that is under way has what it needs */
     return cudaSuccess;
 }

@@ -152,6 +152,9 @@ ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *error) {
 ncclResult_t ncclCommFinalize(ncclComm_t c) {
     if (!alive(c))
         return fail_with(ncclInvalidArgument, "no communicator");
+    if (simt_chain_in_graphs(&c->chain) > 0)
+        return fail_with(ncclInvalidUsage,
+                         "a graph holds the communicator: the real one waits until it is gone");
     simt_wait_chain(&c->chain);
     c->closed = true;
     return ncclSuccess;
