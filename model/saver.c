@@ -98,26 +98,26 @@ bool saver_reserve(struct saver *s, const struct model *m, size_t memory_free) {
     return s->behind;
 }
 
-/* The copy, or with sharded masters at least the weights, which take all ranks to gather. */
-static int take_copy(struct saver *s, struct model *m, struct error *e) {
-    bool gathers = model_masters_sharded(m);
+/* The copy, unless training waits anyway; of sharded masters always, which take all ranks to gather. */
+static int take_copy(struct saver *s, struct model *m, bool wait, struct error *e) {
+    bool gathers = model_masters_sharded(m), copies = s->copies && !wait;
     model_settle(m);
-    if (gathers || s->copies) {
+    if (gathers || copies) {
         model_get_params(m, s->weights);
         s->job.from.weights = s->weights;
     }
     if (gathers && !s->weights && m->partition.rank == 0)
         return fail_run(e, "out of memory to gather the weights of all ranks (%zu bytes)", weight_bytes(m));
-    if (s->copies)
+    if (copies)
         s->job.from.moments = s->moments;
-    return s->copies ? optimizer_copy(m, s->moments, e) : 0;
+    return copies ? optimizer_copy(m, s->moments, e) : 0;
 }
 
 /* Write from the copy, or from the model, which then must not change meanwhile. A failure is also the
  * saver's: the others may be writing their parts of what will be no checkpoint. */
-static int start_writing(struct saver *s, const struct checkpoint_job *job, struct error *e) {
+static int start_writing(struct saver *s, const struct checkpoint_job *job, bool wait, struct error *e) {
     s->job = *job;
-    int status = take_copy(s, job->from.model, &s->error);
+    int status = take_copy(s, job->from.model, wait, &s->error);
     if (status != 0)
         *e = s->error;
     change_state(s, status == 0 ? SAVER_WRITING : SAVER_FAILED);
@@ -129,7 +129,7 @@ int saver_save(struct saver *s, const struct checkpoint_job *job, bool wait, str
     wait = wait || !s->behind;
     if (saver_finish(s, e) != 0 ||
         comm_agree(s->comm, leads ? checkpoint_begin(job->run_dir, job->progress.step, e) : 0, e) != 0 ||
-        comm_agree(s->comm, start_writing(s, job, e), e) != 0)
+        comm_agree(s->comm, start_writing(s, job, wait, e), e) != 0)
         return -1;
     return wait ? saver_finish(s, e) : 0;
 }

@@ -38,6 +38,8 @@ run_c() {
 
 run_python() {
     local start=$EPOCHREALTIME status count bad
+    local -x TRAIN_IHA=$TRAIN_IHA
+    [[ $1 = test_faults || $1 = test_ranks_anomalies ]] && TRAIN_IHA=$build/quick/train_iha
     .venv/bin/python -m unittest "tests.$1" >"$log" 2>&1
     status=$?
     count=$(sed -n 's/^Ran \([0-9]*\) tests\? in.*/\1/p' "$log")
