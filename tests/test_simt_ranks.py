@@ -363,7 +363,5 @@ class Profile(Case):
                 self.assertFalse((run.dir / "profile.json").exists())
 
 
-del Case
-
 if __name__ == "__main__":
     unittest.main()

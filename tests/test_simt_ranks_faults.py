@@ -22,7 +22,7 @@ ENDLESS = ["train.steps=100000", "train.schedule=constant", "run.save_every=2", 
            f"system.peer_timeout={DEADLINE}"]
 
 
-class Faults(ranks.Curves.__mro__[1]):
+class Faults(ranks.Case):
     def begin(self, *overrides, run_dir=None, **environment):
         """Two ranks under way; their output goes to files."""
         self.run_dir = run_dir or self.new_dir()
@@ -100,6 +100,13 @@ class Faults(ranks.Curves.__mro__[1]):
         self.begin(SIMT_NCCL_FAULT="1:150:hang")
         text, _ = self.ends(0, 1)
         self.assertIn("a collective has not ended for", text)
+        self.goes_on()
+
+    def test_full_queue(self):
+        """The host waits in a launch, where it cannot look."""
+        self.begin("system.graph=off", SIMT_NCCL_FAULT="1:150:hang", SIMT_QUEUE="20")
+        text, _ = self.ends(0, 1)
+        self.assertIn("its queue is full", text)
         self.goes_on()
 
     def test_stuck_gpu(self):

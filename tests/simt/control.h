@@ -37,6 +37,10 @@ int64_t simt_graph_launches(void);
  * does. */
 void simt_stick(int64_t launch);
 
+/* A host that queues more than so much work waits, as one does whose GPU's queue is full. In the background
+ * mode; 0: no limit. */
+void simt_limit_queue(int64_t works);
+
 /* What refuses to work with graphs: "begin" and "end" of a capture, "instantiate"; NULL: nothing. */
 void simt_refuse_graphs(const char *what);
 

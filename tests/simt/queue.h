@@ -44,6 +44,9 @@ void simt_force_all(simt_lock &lock);
  * that asking again and again comes to an end. */
 bool simt_poll(simt_lock &lock, const work &w);
 
+/* Wait until the queue takes more. */
+void simt_room(simt_lock &lock);
+
 /* Something was queued: seeds that are eager may run some of it. */
 void simt_queued(simt_lock &lock);
 

@@ -6,6 +6,7 @@
  *                   their rank
  *   SIMT_DELAY_US   the longest pause before a piece of work, in microseconds (0)
  *   SIMT_STUCK      "rank:launch": that rank's launch of that number never ends
+ *   SIMT_QUEUE      how much work the queue takes before the host waits (all)
  *   SIMT_NO_CAPTURE what refuses to work with graphs: begin, end or instantiate
  *   SIMT_REPORT     anything: say at the end how many graphs were launched
  *   SIMT_HOST_MEMORY bytes of host memory that the program finds free
@@ -49,6 +50,7 @@ __attribute__((constructor)) static void start() {
     simt_seed((uint64_t)number("SIMT_SEED", 2) + (uint64_t)started_rank() * 1000);
     if (stuck && sscanf(stuck, "%d:%lld", &rank, &launch) == 2 && rank == started_rank())
         simt_stick(launch);
+    simt_limit_queue(number("SIMT_QUEUE", 0));
     simt_refuse_graphs(getenv("SIMT_NO_CAPTURE"));
     if (getenv("SIMT_REPORT"))
         atexit(report);

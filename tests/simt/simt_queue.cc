@@ -30,6 +30,7 @@ static struct queue {
     std::condition_variable moved, added;
     bool background;
     int delay_us;
+    int64_t limit; /* 0: none */
 } &Q = *new struct queue();
 
 const char *simt_running_name = "?";
@@ -83,6 +84,15 @@ work simt_add(simt_step run, const std::vector<work> &after) {
         finish(w);
     Q.added.notify_one();
     return w;
+}
+
+void simt_limit_queue(int64_t works) {
+    Q.limit = works;
+}
+
+void simt_room(simt_lock &lock) {
+    while (Q.limit > 0 && Q.background && !simt_on_queue() && (int64_t)Q.left >= Q.limit)
+        Q.moved.wait(lock);
 }
 
 /* ---- running ---------------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ cudaError_t simt_enqueue_steps(cudaStream_t handle, simt_step step, simt_chain *
     cudaError_t error = simt_check_legacy(s);
     if (error != cudaSuccess)
         return error;
+    simt_room(lock);
     std::vector<work> before = simt_before(s);
     if (chain)
         before.push_back(chain->last);
