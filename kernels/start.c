@@ -37,10 +37,11 @@ int comm_started_rank(void) {
     int ranks = number_in("WORLD_SIZE", 0, MOST_RANKS);
     for (size_t i = 0; i < sizeof variables / sizeof *variables; i++) {
         int rank = number_in(variables[i], 0, MOST_RANKS);
-        if (strcmp(variables[i], "RANK") == 0 && ranks > 0 && rank >= ranks)
+        if (rank < 0)
+            continue;
+        if (strcmp(variables[i], "RANK") == 0 && rank >= ranks)
             return 0; /* it is none, and nobody else will find out */
-        if (rank > 0)
-            return rank;
+        return rank;
     }
     return 0;
 }

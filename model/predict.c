@@ -97,12 +97,14 @@ static int fits(const struct config *c, const struct paper_options *o, struct me
     return status != 0 ? -1 : (double)memory_total(plan) <= predict_room(o->gpu);
 }
 
-/* One notch further in one direction; false at its end. Half a micro_batch still divides batch_tokens. */
+/* One notch further in one direction; false at its end. A divisor of micro_batch still divides batch_tokens.
+ */
 static bool lower_micro_batch(struct config *c) {
-    if (c->train.micro_batch % 2 != 0)
-        return false;
-    c->train.micro_batch /= 2;
-    return true;
+    int64_t was = c->train.micro_batch, now = was / 2;
+    while (now > 1 && was % now != 0)
+        now--;
+    c->train.micro_batch = now > 0 ? now : was;
+    return now > 0;
 }
 
 static bool recompute_more(struct config *c) {

@@ -515,6 +515,8 @@ class Resume(Case):
                 self.assertIsNone(process.poll())
                 time.sleep(0.005)
             process.send_signal(number)
+            time.sleep(0.002)
+            process.send_signal(number)  # as timeout(1) does
             _, err = process.communicate(timeout=TIMEOUT)
             self.assertEqual(process.returncode, 0, err)
             done = len(losses(run_dir))

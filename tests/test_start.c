@@ -119,6 +119,10 @@ static void wrong(void **state) {
     refused(TORCH "WORLD_SIZE=2", "RANK");
     refused(TORCH "RANK=2 WORLD_SIZE=2", "RANK = 2");
     assert_int_equal(comm_started_rank(), 0); /* it speaks for itself */
+    refused("RANK=1", "WORLD_SIZE"); /* left over from something else */
+    assert_int_equal(comm_started_rank(), 0);
+    started(TORCH "RANK=0 WORLD_SIZE=2 SLURM_PROCID=1"); /* torchrun numbers as it likes */
+    assert_int_equal(comm_started_rank(), 0);
     refused(TORCH "RANK=-1 WORLD_SIZE=2", "RANK = -1");
     refused(TORCH "RANK=0 WORLD_SIZE=two", "WORLD_SIZE = two");
     refused(TORCH "RANK=0 WORLD_SIZE=0", "WORLD_SIZE = 0");
