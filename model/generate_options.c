@@ -2,9 +2,8 @@
 
 #include <math.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "model/config.h"
+#include "model/options.h"
 
 static int parse_number(const char *option, const char *text, bool whole, double most, double *out,
                         struct error *e) {
@@ -25,15 +24,9 @@ int generate_options_parse(int argc, char **argv, struct generate_options *o, st
             o->overrides[o->override_count++] = argv[i];
             continue;
         }
-        int which = 0;
-        while (known[which] && strcmp(argv[i], known[which]) != 0)
-            which++;
-        const char *near = nearest_name(argv[i], known);
-        if (!known[which])
-            return fail_user(e, "generate: unknown option %s%s%s; see train_iha generate --help", argv[i],
-                             near ? "; did you mean " : "", near ? near : "");
-        if (i + 1 == argc)
-            return fail_user(e, "generate: %s needs a value", argv[i]);
+        int which = option_find("generate", known, argv, i, argc, e);
+        if (which < 0)
+            return -1;
         const char *value = argv[i + 1];
         double most = which == 1 ? 1e7 : which == 2 ? 100 : 9e15;
         if (which > 0 && parse_number(argv[i], value, which != 2, most, &number, e) != 0)

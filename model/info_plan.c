@@ -1,9 +1,9 @@
 #include "model/info_plan.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 #include "model/info.h"
+#include "model/options.h"
 #include "model/predict.h"
 
 /* ---- the command line -----------------------------------------------------------------------------------
@@ -65,15 +65,9 @@ int info_parse(int argc, char **argv, struct info_options *o, struct error *e) {
             o->overrides[o->override_count++] = argv[i];
             continue;
         }
-        int which = 0;
-        while (known[which] && strcmp(argv[i], known[which]) != 0)
-            which++;
-        const char *near = nearest_name(argv[i], known);
-        if (!known[which])
-            return fail_user(e, "info: unknown option %s%s%s; see train_iha info --help", argv[i],
-                             near ? "; did you mean " : "", near ? near : "");
-        if (i + 1 == argc)
-            return fail_user(e, "info: %s needs a value", argv[i]);
+        int which = option_find("info", known, argv, i, argc, e);
+        if (which < 0)
+            return -1;
         if (parse_option(which, argv[++i], o, e) != 0)
             return -1;
     }
