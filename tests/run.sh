@@ -61,7 +61,7 @@ run_fuzz() {
 for source in tests/test_*.c; do
     program=$build/tests/$(basename "$source" .c)
     if [[ $source = tests/test_simt_* && ! -x $program ]]; then
-        printf '  skip  %-26s no CUDA headers\n' "${program##*/}"
+        printf '  skip  %-26s needs CUDA headers, or cuDNN\n' "${program##*/}"
         continue
     fi
     run_c "$program"

@@ -19,8 +19,23 @@ static void expect_near(const char *what, double is, double want) {
 /* Everything infinitely fast; tests slow down what they look at. */
 static struct paper_gpu fast_gpu(void) {
     const double inf = INFINITY;
-    return (struct paper_gpu){"fast", 1e15, inf, {inf, inf}, {inf, inf}, {inf, inf}, 1,
-                              inf,    1,    1,   0,          80e9,       2e9,        inf};
+    return (struct paper_gpu){.name = "fast",
+                              .peak = 1e15,
+                              .matmul = inf,
+                              .wide = {inf, inf},
+                              .narrow = {inf, inf},
+                              .own = {inf, inf},
+                              .cudnn_head_dim = 256,
+                              .cudnn_scratch = 1,
+                              .cudnn_nan = true,
+                              .window = 1,
+                              .copy = inf,
+                              .mixing = 1,
+                              .mixing_matmul = 1,
+                              .launch = 0,
+                              .memory = 80e9,
+                              .reserved = 2e9,
+                              .nvlink = inf};
 }
 
 static struct paper_link fast_link(void) {

@@ -28,12 +28,13 @@ struct attention_plans {
     struct attention_choice *first;
 };
 
-/* cuDNN's deterministic backward wants 2 B H S^2 bytes more (9.19); beyond this much, our own is
- * deterministic for none. */
+/* cuDNN's deterministic backward wants 2 B H S^2 bytes, S rounded up to its tiles (9.19); beyond this much,
+ * our own is deterministic for none. */
 static const size_t DETERMINISTIC_LIMIT = (size_t)256 << 20;
 
 static size_t deterministic_bytes(const struct attention_spec *s) {
-    return (size_t)(2 * s->batch * s->heads) * (size_t)(s->length * s->length);
+    int64_t length = (s->length + 127) / 128 * 128;
+    return (size_t)(2 * s->batch * s->heads) * (size_t)(length * length);
 }
 
 static bool same_spec(const struct attention_spec *a, const struct attention_spec *b) {

@@ -34,6 +34,7 @@ cuda_lib = $(firstword $(wildcard $(foreach dir,$(CUDA_LIB_DIRS),$(dir)/lib$(1).
 CUDART := $(call cuda_lib,cudart)
 CUBLASLT := $(call cuda_lib,cublasLt)
 CUDNN := $(call cuda_lib,cudnn)
+NVRTC := $(call cuda_lib,nvrtc)
 NCCL := $(call cuda_lib,nccl)
 NCCL_HEADER := $(firstword $(wildcard $(CUDA_INCLUDE_DIRS:%=%/nccl.h) /usr/include/nccl.h))
 CUDNN_HEADER := $(firstword $(wildcard $(CUDA_INCLUDE_DIRS:%=%/cudnn.h) /usr/include/cudnn.h \
@@ -76,7 +77,7 @@ endif
 # Files that change when what they name does; what depends on them is then built again.
 CUDA_STAMPS = $(addprefix $(BUILD)/cuda/,compiled-with cudnn-with linked-with)
 $(BUILD)/cuda/compiled-with: WITH = $(NVCC) $(CUDA_ARCHS) $(CUDA_ISYSTEM) $(NCCL_FLAGS)
-$(BUILD)/cuda/cudnn-with: WITH = $(CUDNN_HEADER) $(CUDNN_FRONTEND) $(CUDA_ISYSTEM)
+$(BUILD)/cuda/cudnn-with: WITH = $(CUDNN_HEADER) $(CUDNN_FRONTEND) $(CUDA_ISYSTEM) $(NVRTC)
 $(BUILD)/cuda/linked-with: WITH = $(CUDA_SAYS) $(CUDA_LINK)
 $(CUDA_STAMPS): FORCE
 	@mkdir -p $(@D)
@@ -95,7 +96,7 @@ $(BUILD)/cuda/%.o: %.cpp $(BUILD)/cuda/cudnn-with
 	@mkdir -p $(@D)
 	@echo "  CXX  $<"
 	@$(CXX) -std=c++17 -O0 -I. -isystem $(CUDNN_FRONTEND) -isystem $(dir $(CUDNN_HEADER)) $(CUDA_ISYSTEM) \
-	    -DCUDNN_FRONTEND_SKIP_JSON_LIB $(CUDA_WARNINGS) -MMD -c $< -o $@
+	    -DCUDNN_FRONTEND_SKIP_JSON_LIB $(NVRTC:%=-DNVRTC_LIBRARY='"%"') $(CUDA_WARNINGS) -MMD -c $< -o $@
 
 .PHONY: cuda-objects
 cuda-objects: $(CUDA_OBJECTS) $(CUDNN_OBJECTS)

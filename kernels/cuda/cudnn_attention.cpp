@@ -3,6 +3,7 @@
 #include "kernels/cuda/cudnn_attention.h"
 
 #include <cudnn_frontend.h>
+#include <dlfcn.h>
 
 #include <algorithm>
 #include <array>
@@ -30,12 +31,26 @@ struct built_graph {
 };
 
 struct cudnn_attention {
-    cudnnHandle_t handle;
+    cudnnHandle_t handle;                            /* NULL: the GPU is only described */
+    std::shared_ptr<fe::DeviceProperties> described; /* NULL: the GPU is the handle's */
     std::map<graph_key, built_graph> graphs;
 };
 
 static void say(char *why, const std::string &text) {
-    snprintf(why, CUDNN_ATTENTION_REASON, "%s", text.substr(0, text.find('\n')).c_str());
+    if (text.find("No valid engine configs") != std::string::npos)
+        snprintf(why, CUDNN_ATTENTION_REASON,
+                 "cuDNN has nothing for this shape on this GPU, or no libnvrtc to compile it with "
+                 "(CUDNN_LOGLEVEL_DBG=2 CUDNN_LOGDEST_DBG=stderr tells)");
+    else
+        snprintf(why, CUDNN_ATTENTION_REASON, "%s", text.substr(0, text.find('\n')).c_str());
+}
+
+/* cuDNN compiles its attention with libnvrtc, for which it looks beside itself and where the system looks.
+ * The one that was there at the build, once loaded, is the one it finds. */
+static void load_compiler(void) {
+#ifdef NVRTC_LIBRARY
+    dlopen(NVRTC_LIBRARY, RTLD_LAZY);
+#endif
 }
 
 /* Run f, which throws or returns an error of the frontend; 0, or -1 and why. */
@@ -59,6 +74,7 @@ size_t cudnn_attention_version(void) {
 
 struct cudnn_attention *cudnn_attention_open(cudaStream_t stream, char *why) {
     struct cudnn_attention *a = nullptr;
+    load_compiler();
     int status = guarded(why, [&]() -> fe::error_t {
         cudnnHandle_t handle;
         cudnnStatus_t s = cudnnCreate(&handle);
@@ -66,8 +82,21 @@ struct cudnn_attention *cudnn_attention_open(cudaStream_t stream, char *why) {
             cudnnDestroy(handle);
         if (s != CUDNN_STATUS_SUCCESS)
             return {fe::error_code_t::HANDLE_ERROR, std::string("cudnnCreate: ") + cudnnGetErrorString(s)};
-        a = new cudnn_attention{handle, {}};
+        a = new cudnn_attention{handle, nullptr, {}};
         return {};
+    });
+    return status == 0 ? a : nullptr;
+}
+
+struct cudnn_attention *cudnn_attention_open_described(const char *json, char *why) {
+    struct cudnn_attention *a = nullptr;
+    load_compiler();
+    int status = guarded(why, [&]() -> fe::error_t {
+        auto described = std::make_shared<fe::DeviceProperties>();
+        fe::error_t read = described->deserialize(std::vector<uint8_t>(json, json + strlen(json)));
+        if (read.is_good())
+            a = new cudnn_attention{nullptr, described, {}};
+        return read;
     });
     return status == 0 ? a : nullptr;
 }
@@ -76,7 +105,8 @@ void cudnn_attention_close(struct cudnn_attention *a) {
     if (!a)
         return;
     a->graphs.clear();
-    cudnnDestroy(a->handle);
+    if (a->handle)
+        cudnnDestroy(a->handle);
     delete a;
 }
 
@@ -171,7 +201,9 @@ static fe::error_t build(struct cudnn_attention *a, const struct cudnn_attention
         describe_backward(*g, s, l);
     else
         describe_forward(*g, s, l);
-    fe::error_t status = g->build(a->handle, {fe::HeurMode_t::A, fe::HeurMode_t::FALLBACK});
+    std::vector<fe::HeurMode_t> heuristics = {fe::HeurMode_t::A, fe::HeurMode_t::FALLBACK};
+    fe::error_t status = a->described ? g->set_device_properties(a->described).build(heuristics)
+                                      : g->build(a->handle, heuristics);
     int64_t workspace = 0;
     if (status.is_good())
         status = g->get_workspace_size(workspace);

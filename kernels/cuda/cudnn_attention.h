@@ -43,6 +43,10 @@ enum { CUDNN_ATTENTION_REASON = 256 };
 /* NULL, and why, when the library does not start. */
 __attribute__((weak)) struct cudnn_attention *cudnn_attention_open(cudaStream_t stream,
                                                                    char why[CUDNN_ATTENTION_REASON]);
+/* The same for a GPU that is not there, described by cuDNN's JSON of a device's properties: plans are made,
+ * with the kernels compiled and the workspaces of that GPU, and can't run. */
+__attribute__((weak)) struct cudnn_attention *
+cudnn_attention_open_described(const char *json, char why[CUDNN_ATTENTION_REASON]);
 __attribute__((weak)) void cudnn_attention_close(struct cudnn_attention *);
 
 /* Build one direction's graph, unless it is there: a second or so. 0, with the bytes it needs as workspace;

@@ -17,6 +17,7 @@
  *   narrow    H200: the same figures at d = 64, window 1024. A100: 0.6 of `wide`, as on the H200.
  *   own       a guess: mma.sync reaches about two thirds of Hopper's peak and all of Ampere's, half of which is
  *             softmax and masks
+ *   cudnn     what cuDNN 9.19 answers when it is asked (tests/test_simt_cudnn.c)
  *   window    a guess: tiles of 128 keys that lie half outside at both edges
  *   mixing    0.85 is what our kernels are to reach (make bench-gpu); the factor on matmul is a guess
  *   launch    a guess for a queue that never runs dry: draining one kernel, filling the next
@@ -29,6 +30,9 @@ static const struct paper_gpu gpus[] = {
      .wide = {644e12, 541e12},
      .narrow = {349e12, 300e12},
      .own = {280e12, 220e12},
+     .cudnn_head_dim = 256,
+     .cudnn_scratch = 1,
+     .cudnn_nan = true,
      .window = 0.85,
      .copy = 4.3e12,
      .mixing = 0.85,
@@ -43,6 +47,9 @@ static const struct paper_gpu gpus[] = {
      .wide = {644e12, 541e12},
      .narrow = {349e12, 300e12},
      .own = {280e12, 220e12},
+     .cudnn_head_dim = 256,
+     .cudnn_scratch = 1,
+     .cudnn_nan = true,
      .window = 0.85,
      .copy = 3.0e12,
      .mixing = 0.85,
@@ -57,6 +64,9 @@ static const struct paper_gpu gpus[] = {
      .wide = {193e12, 167e12},
      .narrow = {116e12, 100e12},
      .own = {130e12, 100e12},
+     .cudnn_head_dim = 128,
+     .cudnn_scratch = 2,
+     .cudnn_nan = false,
      .window = 0.85,
      .copy = 1.83e12,
      .mixing = 0.85,

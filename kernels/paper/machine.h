@@ -3,6 +3,9 @@
 #ifndef IHA_PAPER_MACHINE_H
 #define IHA_PAPER_MACHINE_H
 
+#include <stdbool.h>
+#include <stdint.h>
+
 /* FLOP/s of attention, counting visible pairs only and backward as 2.5 times the forward. */
 struct attention_rate {
     double forward, backward;
@@ -14,13 +17,16 @@ struct paper_gpu {
     double matmul;                      /* FLOP/s of large products */
     struct attention_rate wide, narrow; /* cuDNN, head_dim over 64, and up to 64 */
     struct attention_rate own;          /* ours, where cuDNN does not serve */
-    double window;                      /* factor on `wide` for windows; `narrow` is a window's already */
-    double copy;                        /* bytes/s, read and written together */
-    double mixing;                      /* factor on `copy` for mixing and collapse ... */
-    double mixing_matmul;               /* ... and on `matmul`: small matrices, padded */
-    double launch;                      /* s from one kernel's end to the next one's full speed */
-    double memory, reserved;            /* bytes; what context, libraries and NCCL take of them */
-    double nvlink;                      /* bytes/s, one GPU, one direction */
+    int64_t cudnn_head_dim;             /* the largest that cuDNN's backward takes */
+    int cudnn_scratch;                  /* copies of q in fp32 that it works in, not deterministic */
+    bool cudnn_nan;          /* it is kept from lengths of 64 modulo 128 (kernels/cuda/attention.cu) */
+    double window;           /* factor on `wide` for windows; `narrow` is a window's already */
+    double copy;             /* bytes/s, read and written together */
+    double mixing;           /* factor on `copy` for mixing and collapse ... */
+    double mixing_matmul;    /* ... and on `matmul`: small matrices, padded */
+    double launch;           /* s from one kernel's end to the next one's full speed */
+    double memory, reserved; /* bytes; what context, libraries and NCCL take of them */
+    double nvlink;           /* bytes/s, one GPU, one direction */
 };
 
 /* How NCCL moves a message: the attained part of the bandwidth, and seconds before and at each step. */

@@ -182,12 +182,19 @@ static bool in_window(const struct attention_spec *s) {
     return s->window > 0 && s->window < s->length;
 }
 
+static double deterministic_bytes(const struct attention_spec *s) {
+    double length = (double)((s->length + 127) / 128 * 128);
+    return 2 * (double)(s->batch * s->heads) * length * length;
+}
+
 /* As kernels/cuda/attention.cu decides. */
 static bool cudnn_serves(const struct device *dev, const struct attention_spec *s) {
-    double square = 2 * (double)(s->batch * s->heads) * (double)s->length * (double)s->length;
+    double square = deterministic_bytes(s);
     return dev->options.precision == DEVICE_BF16 && !(s->token_mask && s->causal && s->pseudo > 1) &&
-           (s->causal || !in_window(s)) && s->head_dim % 8 == 0 && s->head_dim <= 256 && s->length > 1 &&
-           s->length % 128 != 64 && !(dev->options.deterministic && square > DETERMINISTIC_LIMIT);
+           (s->causal || !in_window(s)) && s->head_dim % 8 == 0 &&
+           s->head_dim <= dev->options.gpu->cudnn_head_dim && s->length > 1 &&
+           !(dev->options.gpu->cudnn_nan && s->length % 128 == 64) &&
+           !(dev->options.deterministic && square > DETERMINISTIC_LIMIT);
 }
 
 static struct attention_rate rate_of(const struct device *dev, const struct attention_spec *s) {
@@ -375,7 +382,8 @@ static void upload(struct device *dev, tensor dst, const void *host, enum dtype 
 }
 
 /* What is saved is what the CUDA backend saves. Of workspaces the two largest are counted: logits, and what
- * cuDNN's backward of attention takes, 4 bytes for each value of q. */
+ * cuDNN's backward of attention takes: a sum of o do for each query, and either dq in fp32 or, to be
+ * deterministic, the square of the length. */
 static int plan(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e) {
     (void)e;
     *cost = (struct op_cost){0, MATMUL_WORKSPACE};
@@ -384,9 +392,10 @@ static int plan(struct device *dev, const struct op_spec *spec, struct op_cost *
     if (spec->kind == OP_ATTENTION) {
         const struct attention_spec *a = &spec->attention;
         cost->saved = (size_t)(a->batch * a->heads * a->length) * sizeof(float);
-        cost->workspace = (size_t)attention_values(a) * 4;
-        if (dev->options.deterministic && cudnn_serves(dev, a))
-            cost->workspace += (size_t)(2 * a->batch * a->heads * a->length * a->length);
+        bool square = dev->options.deterministic && cudnn_serves(dev, a);
+        cost->workspace = cost->saved + 4096 /* alignment */;
+        cost->workspace += square ? (size_t)deterministic_bytes(a)
+                                  : (size_t)attention_values(a) * 4 * (size_t)dev->options.gpu->cudnn_scratch;
     }
     if (spec->kind == OP_CLASSIFIER)
         cost->workspace += (size_t)((double)chunk_rows(dev, &spec->classifier) *

@@ -5,7 +5,8 @@ CXX ?= g++
 SIMT_INCLUDE := $(patsubst %/cuda_bf16.h,%,$(firstword $(wildcard $(CUDA_HOME)/include/cuda_bf16.h \
     .venv/lib/python3*/site-packages/nvidia/cu13/include/cuda_bf16.h)))
 
-SIMT_TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_simt_*.c))
+SIMT_TESTS = $(filter-out $(if $(CUDNN_MISSING)$(CUDA_MISSING),%/test_simt_cudnn), \
+    $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_simt_*.c)))
 ifneq ($(SIMT_INCLUDE),)
 SIMT_BUILT = $(SIMT_TESTS) $(SIMT_PROGRAM)
 else
@@ -44,6 +45,18 @@ $(SIMT_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(SIMT_HARNESS) $(SIMT_KERNE
 	@mkdir -p $(@D)
 	@echo "  LINK $@"
 	@$(CXX) $(CFLAGS:-std=%=) $^ -o $@ -lcmocka $(LIBS)
+
+# The product's own cuDNN file and the library, on a driver without a GPU: linked, it is the libcuda.so.1 that cuDNN
+# finds loaded.
+PAPER_DRIVER = $(BUILD)/tests/paper/libcuda.so.1
+$(PAPER_DRIVER): tests/simt/paper_driver.c
+	@mkdir -p $(@D)
+	@echo "  CC   $<"
+	@$(CC) $(filter-out -MMD -fsanitize%,$(CFLAGS)) -shared -fPIC -Wl,-soname,libcuda.so.1 $< -o $@
+
+$(BUILD)/tests/test_simt_cudnn: $(CUDNN_OBJECTS) | $(PAPER_DRIVER)
+$(BUILD)/tests/test_simt_cudnn: LIBS += -Wl,--wrap=cudnn_attention_open -Wl,--no-as-needed $(PAPER_DRIVER) $(CUDNN) \
+    -Wl,-rpath,$(abspath $(dir $(PAPER_DRIVER))) $(patsubst %,-Wl$(comma)-rpath$(comma)%,$(abspath $(dir $(CUDNN))))
 
 # The whole program on the harness's GPUs. simt_program.o comes after the harness, whose variables must be there when it
 # starts before main().
