@@ -113,10 +113,11 @@ void cuda_host_wait(struct device *dev, cudaEvent_t event);
 /* Until all that is queued now has been done, likewise. */
 void cuda_await_queue(struct device *dev);
 
-/* Queue a kernel. More dynamic shared memory than a block has by default is asked for on the first use. */
+/* Queue a kernel. A block has 48 KiB of shared memory unasked, in which a kernel's static variables count
+ * too; much dynamic shared memory is asked for on the first use. */
 template <auto kernel, typename... A>
 void launch_on(cudaStream_t stream, dim3 grid, dim3 block, size_t shared, A... args) {
-    static size_t allowed = 48 << 10;
+    static size_t allowed = 32 << 10;
     if (shared > allowed) {
         cuda_check(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         (int)shared));

@@ -20,6 +20,8 @@ enum { PAGE = 4096 };
 static const size_t ARENA_BYTES = (size_t)16 << 30; /* of addresses */
 static const size_t SHARED_LIMIT = 227 << 10;
 static const size_t SHARED_DEFAULT = 48 << 10;
+/* Of it, what a kernel's static variables may take: up to where dynamic memory begins, aligned to 1024. */
+static const size_t SHARED_STATIC = 1 << 10;
 
 static struct runtime {
     char *arena;
@@ -194,7 +196,7 @@ int simt_allocations(void) {
 
 cudaError_t simt_launch(const cudaLaunchConfig_t *config, const void *kernel, std::function<void()> thread) {
     dim3 grid = config->gridDim, block = config->blockDim;
-    size_t shared = config->dynamicSmemBytes, most = SHARED_DEFAULT;
+    size_t shared = config->dynamicSmemBytes, most = SHARED_DEFAULT - SHARED_STATIC;
     const char *name = simt_kernel_name;
     bool sticks;
     {
