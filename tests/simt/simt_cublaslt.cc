@@ -1,5 +1,7 @@
 /* cuBLASLt for the harness: D = alpha op(A) op(B) + beta C (+ bias), column-major, in plain loops that sum in
- * fp32. Attributes that the backend does not use are refused. */
+ * fp32. Attributes that the backend does not use are refused. An algorithm was chosen for what the preference
+ * and the bias at that time promise of addresses; a product that breaks the promise is an error here, where a
+ * GPU may fault or refuse it. */
 #include "tests/simt/internal.h"
 
 #include <cublasLt.h>
@@ -17,6 +19,19 @@ struct layout {
     int64_t ld, batch_stride;
     int32_t batches;
 };
+
+struct preference {
+    uint64_t workspace;
+    uint32_t a, b, c, d; /* bytes that addresses are multiples of */
+};
+
+/* What an algorithm was chosen for, in its opaque words. */
+struct chosen {
+    uint64_t candidate; /* 0: none of ours */
+    struct preference promised;
+    uint32_t bias;
+};
+static_assert(sizeof(struct chosen) <= sizeof(cublasLtMatmulAlgo_t), "fits where the library keeps its own");
 
 static const struct desc *desc_of(cublasLtMatmulDesc_t d) {
     return (const struct desc *)d;
@@ -105,29 +120,48 @@ cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l,
 }
 
 cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *out) {
-    *out = (cublasLtMatmulPreference_t)malloc(1);
+    *out = (cublasLtMatmulPreference_t) new preference{0, 256, 256, 256, 256};
     return CUBLAS_STATUS_SUCCESS;
 }
 
 cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) {
-    free(p);
+    delete (struct preference *)p;
     return CUBLAS_STATUS_SUCCESS;
 }
 
-cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t,
-                                                    cublasLtMatmulPreferenceAttributes_t, const void *,
-                                                    size_t) {
-    return CUBLAS_STATUS_SUCCESS;
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p,
+                                                    cublasLtMatmulPreferenceAttributes_t attribute,
+                                                    const void *value, size_t bytes) {
+    struct preference *preference = (struct preference *)p;
+    switch (attribute) {
+    case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
+        return set(&preference->workspace, value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
+        return set(&preference->a, value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
+        return set(&preference->b, value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES:
+        return set(&preference->c, value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
+        return set(&preference->d, value, bytes);
+    default:
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
 }
 
 /* Two algorithms, which compute the same. */
-cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t,
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
-                                              cublasLtMatrixLayout_t, cublasLtMatmulPreference_t, int wanted,
+                                              cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                              cublasLtMatmulPreference_t p, int wanted,
                                               cublasLtMatmulHeuristicResult_t *results, int *found) {
+    struct chosen chosen = {0, *(const struct preference *)p,
+                            (uint32_t)((uintptr_t)desc_of(desc)->bias % 16)};
     *found = wanted < 2 ? wanted : 2;
     for (int i = 0; i < *found; i++) {
         memset(&results[i], 0, sizeof results[i]);
+        chosen.candidate = (uint64_t)i + 1;
+        memcpy(&results[i].algo, &chosen, sizeof chosen);
         results[i].state = CUBLAS_STATUS_SUCCESS;
         results[i].workspaceSize = 1024;
     }
@@ -191,11 +225,37 @@ static void check_matrix(const void *p, const struct layout &l, const char *what
     simt_check_device(p, (size_t)elements * (l.type == CUDA_R_16BF ? 2 : 4), what);
 }
 
+static void check_address(const void *p, uint32_t multiple_of, const char *what) {
+    if ((uintptr_t)p % multiple_of != 0)
+        simt_fail("cublasLtMatmul: %s at %p is no multiple of the %u bytes that its algorithm was chosen for",
+                  what, p, multiple_of);
+}
+
+static void check_promises(const cublasLtMatmulAlgo_t *algorithm, const struct desc &d, const void *a,
+                           const void *b, const void *c, const void *out, const void *workspace,
+                           size_t workspace_bytes) {
+    struct chosen chosen;
+    memcpy(&chosen, algorithm, sizeof chosen);
+    if (chosen.candidate == 0)
+        simt_fail("cublasLtMatmul: an algorithm that no heuristic chose");
+    check_address(a, chosen.promised.a, "A");
+    check_address(b, chosen.promised.b, "B");
+    check_address(c, chosen.promised.c, "C");
+    check_address(out, chosen.promised.d, "D");
+    check_address(workspace, 256, "the workspace");
+    if (d.epilogue == CUBLASLT_EPILOGUE_BIAS && (uintptr_t)d.bias % 16 != chosen.bias)
+        simt_fail(
+            "cublasLtMatmul: the bias at %p is aligned otherwise than the one the algorithm was chosen for",
+            d.bias);
+    if (workspace_bytes > chosen.promised.workspace)
+        simt_fail("cublasLtMatmul: more workspace than was offered");
+}
+
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha, const void *a,
                               cublasLtMatrixLayout_t la, const void *b, cublasLtMatrixLayout_t lb,
                               const void *beta, const void *c, cublasLtMatrixLayout_t lc, void *d,
-                              cublasLtMatrixLayout_t ld, const cublasLtMatmulAlgo_t *, void *workspace,
-                              size_t workspace_bytes, cudaStream_t stream) {
+                              cublasLtMatrixLayout_t ld, const cublasLtMatmulAlgo_t *algorithm,
+                              void *workspace, size_t workspace_bytes, cudaStream_t stream) {
     struct desc what = *desc_of(desc);
     struct layout wa = *layout_of(la), wb = *layout_of(lb), wc = *layout_of(lc), wd = *layout_of(ld);
     if (!fits(what, &wa, &wb, &wc, &wd))
@@ -205,6 +265,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
     check_matrix(c, wc, "cublasLtMatmul, C");
     check_matrix(d, wd, "cublasLtMatmul, D");
     simt_check_device(workspace, workspace_bytes, "cublasLtMatmul, workspace");
+    check_promises(algorithm, what, a, b, c, d, workspace, workspace_bytes);
     float scale = *(const float *)alpha, keep = *(const float *)beta;
     cudaError_t error = simt_enqueue(stream, [=] {
         simt_running_name = "cublasLtMatmul";
