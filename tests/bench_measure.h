@@ -78,24 +78,27 @@ static inline void *bench_alloc(const struct bench *b, size_t bytes) {
     return data;
 }
 
-/* A tensor [s0, ...] (0 ends the shape) of reproducible noise in [-1, 1); free with k->release(data). */
+/* A tensor [s0, ...] (0 ends the shape) of reproducible noise in [-1, 1); free with k->release(data). The
+ * noise repeats: a GPU's benchmark makes ten billion numbers of it, and the GPU would wait for the host to
+ * draw them. */
+enum { NOISE = 1 << 20 };
 static inline tensor bench_noise(const struct bench *b, int64_t s0, int64_t s1, int64_t s2, int64_t s3,
                                  int64_t s4) {
     enum dtype type = b->k->dtypes(b->dev).compute;
     tensor t = tensor_of(NULL, type, s0, s1, s2, s3, s4);
-    size_t n = (size_t)tensor_count(t);
-    float *host = malloc(n * sizeof *host);
-    struct error e = {.exit_code = EXIT_RUN, .text = "out of memory for a tensor of noise"};
-    if (!host)
-        bench_fail(&e);
-    uint64_t state = n;
-    for (size_t i = 0; i < n; i++) {
+    int64_t n = tensor_count(t);
+    static float host[NOISE];
+    uint64_t state = (uint64_t)n;
+    for (int64_t i = 0; i < n && i < NOISE; i++) {
         state = state * 6364136223846793005u + 1442695040888963407u;
         host[i] = (float)((double)(state >> 33) / 1073741824.0 - 1);
     }
-    t.data = bench_alloc(b, n * dtype_bytes(type));
-    b->k->upload(b->dev, t, host, DTYPE_F32);
-    free(host);
+    t.data = bench_alloc(b, (size_t)n * dtype_bytes(type));
+    for (int64_t at = 0; at < n; at += NOISE) {
+        char *to = (char *)t.data + (size_t)at * dtype_bytes(type);
+        b->k->upload(b->dev, tensor_of(to, type, n - at < NOISE ? n - at : NOISE, 0, 0, 0, 0), host,
+                     DTYPE_F32);
+    }
     return t;
 }
 
