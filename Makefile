@@ -12,6 +12,7 @@
 #   make fuzz            feed the file readers hostile files; FUZZ_SECONDS=600 for each target, FUZZ_ONLY=shards
 #   make check-gpu       every operation and whole models on the GPU, beside the CPU; full results in build/check-gpu.txt
 #   make bench-gpu       measure on the GPU
+#   make gpu-pack        both as build/gpu-pack.tar.xz, for a machine with a GPU and no compiler (scripts/pack_gpu.sh)
 #   make golden          compute the reference cases in tests/golden again (needs jax)
 #   make clean           remove what was built
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Everything that must hold on a GPU, with a summary table last; the full results are in build/check-gpu.txt.
 #
-#   tests/check_gpu.sh PROGRAM_DIR BINARY CUDA_HOME
+#   tests/check_gpu.sh PROGRAM_DIR BINARY [CUDA_HOME]
 #
 # The tests of the operations and of NCCL with one rank; whole models beside the CPU's; whole runs
 # (tests/check_gpu_runs.sh); the tests under compute-sanitizer, where it is installed, until BUDGET seconds have gone by.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-programs=$1 binary=$2 cuda_home=$3
+programs=$1 binary=$2 cuda_home=${3:-/usr/local/cuda}
 results=build/check-gpu.txt
 BUDGET=${BUDGET:-420}
 summary=() failed=0

@@ -14,6 +14,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 binary=$1 work=$2
+PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3) # nothing but its own library is asked of it
 LAUNCH=${LAUNCH:-$(command -v mpirun >/dev/null && echo mpirun || echo tcp)}
 END_SECONDS=60 # for a rank to notice that another was killed
 
@@ -116,13 +117,12 @@ device = cuda
 [run]
 dir = $work/run
 END
-    .venv/bin/python - "$work/train.bin" <<'END'
+    "$PYTHON" - "$work/train.bin" <<'END'
+import struct
 import sys
-import numpy as np
-header = np.zeros(256, "<i4")
-tokens = np.tile(np.arange(97) * 5 % 97, 300).astype("<u2")
-header[:3] = 20240520, 1, len(tokens)
-open(sys.argv[1], "wb").write(header.tobytes() + tokens.tobytes())
+tokens = [i * 5 % 97 for i in range(97)] * 300
+header = [20240520, 1, len(tokens)] + [0] * 253
+open(sys.argv[1], "wb").write(struct.pack("<256i", *header) + struct.pack(f"<{len(tokens)}H", *tokens))
 END
 }
 
@@ -194,7 +194,7 @@ profile() {
     cat "$work/table"
     grep -q 'operation by operation' "$work/table" && grep -q 'attention_backward' "$work/table" ||
         fail "no table of operations"
-    .venv/bin/python -c 'import json, sys; json.load(open(sys.argv[1]))' "$work/profile/profile.json" ||
+    "$PYTHON" -c 'import json, sys; json.load(open(sys.argv[1]))' "$work/profile/profile.json" ||
         fail "profile.json is not JSON"
 }
 

@@ -38,7 +38,7 @@ $(BUILD)/gpu/bench_gpu: $(BUILD)/tests/bench_gpu.o $(BUILD)/cuda/tests/gpu/timin
 	@echo "  LINK $@"
 	@$(GPU_LINK) $(CUPTI_LINK)
 
-.PHONY: gpu-programs check-gpu bench-gpu gpu-found
+.PHONY: gpu-programs check-gpu bench-gpu gpu-found gpu-pack
 ifeq ($(CUDA_MISSING),)
 gpu-programs: $(GPU_TESTS) $(BUILD)/gpu/check_gpu $(BUILD)/gpu/bench_gpu
 
@@ -58,3 +58,9 @@ check-gpu: gpu-found deps
 bench-gpu: gpu-found deps
 	@$(MAKE) --no-print-directory $(BUILD)/gpu/bench_gpu
 	@$(BUILD)/gpu/bench_gpu
+
+# For a GPU's machine that cannot build: without MPI, whose parts are many, and for any x86-64 of the last ten years.
+gpu-pack:
+	@$(MAKE) --no-print-directory BUILD=build/pack BINARY=build/pack/train_iha MPI_CFLAGS= MPI_LIBS= \
+	    ARCH=$(if $(filter command,$(firstword $(origin ARCH))),$(ARCH),x86-64-v3) build/pack/train_iha gpu-programs
+	@scripts/pack_gpu.sh build/pack build/gpu-pack.tar.xz

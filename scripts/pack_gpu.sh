@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Pack what needs a GPU for a machine that has one, but neither our compilers nor our libraries: `make gpu-pack`.
+#
+#   scripts/pack_gpu.sh BUILD OUT.tar.xz
+#
+# The program and the checks of BUILD, the libraries they load (all but the C and C++ runtime, and CUDA's, which
+# belong to the GPU's machine), the configurations, and with-cuda.sh, which finds CUDA's libraries there:
+#
+#   tar xf OUT.tar.xz && cd gpu-pack && ./with-cuda.sh tests/check_gpu.sh gpu ./train_iha
+set -euo pipefail
+cd "$(dirname "$0")/.."
+build=$1 out=$2
+tree=$build/gpu-pack
+rm -rf "$tree"
+mkdir -p "$tree/lib" "$tree/gpu" "$tree/tests"
+
+strip -o "$tree/train_iha" "$build/train_iha"
+for program in "$build"/gpu/*; do
+    strip -o "$tree/gpu/$(basename "$program")" "$program"
+done
+cp tests/check_gpu.sh tests/check_gpu_runs.sh "$tree/tests"
+cp -r configs "$tree"
+
+theirs='^(linux-vdso|ld-linux|libc\.|libm\.|libdl\.|librt\.|libpthread\.|libutil\.|libstdc\+\+|libgcc_s|libcuda|libcublas|libcudnn|libcupti|libnccl|libnv)'
+ldd "$tree/train_iha" "$tree"/gpu/* | sed -n 's/^\t\([^ ]*\) => \(\/[^ ]*\) .*/\1 \2/p' | sort -u |
+    while read -r name path; do
+        [[ $name =~ $theirs ]] || cp -L "$path" "$tree/lib/$name"
+    done
+
+cat >"$tree/with-cuda.sh" <<'END'
+#!/bin/sh
+# Run a command with the libraries packed here, and CUDA's from Python wheels and the toolkit, whichever are there.
+# NVIDIA_WHEELS=.../site-packages/nvidia and CUDA_HOME say where to look first.
+here=$(cd "$(dirname "$0")" && pwd)
+wheels=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib") + "/nvidia")' 2>/dev/null)
+path=$here/lib
+for folder in "$NVIDIA_WHEELS"/*/lib "$wheels"/*/lib "${CUDA_HOME:-/usr/local/cuda}"/lib64 \
+    "${CUDA_HOME:-/usr/local/cuda}"/extras/CUPTI/lib64; do
+    [ -d "$folder" ] && path=$path:$folder
+done
+export LAUNCH=tcp # packed without MPI, whichever the machine has
+export LD_LIBRARY_PATH="$path${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+missing=$(ldd "$here/train_iha" "$here"/gpu/* 2>/dev/null | sed -n 's/^\t\([^ ]*\) => not found/\1/p' | sort -u)
+[ -z "$missing" ] || { echo "with-cuda.sh: not found here:" $missing "; NVIDIA_WHEELS and CUDA_HOME say where to look" >&2; exit 2; }
+exec "$@"
+END
+chmod +x "$tree/with-cuda.sh"
+
+# The programs are much alike: a dictionary as large as all of them finds that.
+tar -C "$build" -cf - gpu-pack | xz --lzma2=preset=1,dict=512MiB >"$out"
+echo "$out: $(du -h "$out" | cut -f1), $(du -sh "$tree" | cut -f1) unpacked"
