@@ -1,12 +1,17 @@
-/* What a deterministic run on a GPU announces: who serves attention, and the memory it takes. A cuDNN that
- * only plans stands in for the library. */
+/* What a deterministic run on a GPU announces: who serves attention, and the memory it takes; and what cuDNN
+ * is left out for. A cuDNN that only plans stands in for the library. */
 #include "tests/simt/fixture.h"
 
 #include "kernels/cuda/cudnn_attention.h"
 #include "model/determinism.h"
 #include "tests/model_configs.h"
 
+static size_t version = 91900;
 static size_t planned_for_determinism; /* the most bytes that a plan was asked to be deterministic for */
+
+size_t cudnn_attention_version(void) {
+    return version;
+}
 
 struct cudnn_attention *cudnn_attention_open(cudaStream_t stream, char why[CUDNN_ATTENTION_REASON]) {
     static char handle;
@@ -106,13 +111,39 @@ static void no_price(void **state) {
     assert_string_equal(announced(&c, DEVICE_FP32, true, 128, kernels_cpu()), "");
 }
 
+/* Which of these lengths cuDNN serves, as a string of c (cuDNN) and o (own kernels). */
+static const char *served(size_t cudnn, bool graphs) {
+    static const int64_t lengths[] = {128, 130, 256, 300};
+    static char text[5];
+    const struct kernels *k = kernels_cuda();
+    struct device_options options = {.precision = DEVICE_BF16, .graphs = graphs};
+    struct device *dev = k->open(&options, NULL);
+    version = cudnn;
+    for (int i = 0; i < 4; i++) {
+        struct op_cost cost;
+        size_t bytes;
+        struct op_spec s = {.kind = OP_ATTENTION, .attention = {1, lengths[i], 2, 8, 1, true, false, 0, 1}};
+        assert_int_equal(k->plan(dev, &s, &cost, NULL), 0);
+        text[i] = strcmp(k->attention_by(dev, &s.attention, &bytes), "cuDNN") == 0 ? 'c' : 'o';
+    }
+    k->close(dev);
+    version = 91900;
+    return text;
+}
+
+/* What cuDNN up to 9.15.0 does for lengths off 128 cannot be kept as a graph. */
+static void old_cudnn_in_graphs(void **state) {
+    (void)state;
+    assert_string_equal(served(91500, true), "coco");
+    assert_string_equal(served(91500, false), "cccc");
+    assert_string_equal(served(91501, true), "cccc");
+}
+
 int main(void) {
     simt_gpu.memory = (size_t)8 << 30;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(by_cudnn),
-        cmocka_unit_test(too_long_for_cudnn),
-        cmocka_unit_test(by_own_kernels),
-        cmocka_unit_test(no_price),
+        cmocka_unit_test(by_cudnn), cmocka_unit_test(too_long_for_cudnn),  cmocka_unit_test(by_own_kernels),
+        cmocka_unit_test(no_price), cmocka_unit_test(old_cudnn_in_graphs),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -88,6 +88,12 @@ static bool nan_reported(const struct attention_spec *s) {
     return p.major == 9 && s->length % 128 == 64;
 }
 
+/* For cuDNN up to 9.15.0 its frontend pads backward where S is no multiple of 128, with lengths that it
+ * copies from memory it then frees: a graph would copy them again at every launch. */
+static bool graph_breaks(const struct device *dev, const struct attention_spec *s) {
+    return dev->graphs && s->length % 128 != 0 && cudnn_attention_version() <= 91500;
+}
+
 /* What rules cuDNN out before it is asked; NULL: nothing. */
 static const char *excluded(const struct device *dev, const struct attention_spec *s) {
     if (dev->precision != DEVICE_BF16)
@@ -100,6 +106,9 @@ static const char *excluded(const struct device *dev, const struct attention_spe
         return "cuDNN wants head_dim a multiple of 8, at most 256";
     if (s->length == 1 || nan_reported(s))
         return "cuDNN was reported to give NaN for this length; a multiple of 128 is safe";
+    if (graph_breaks(dev, s))
+        return "CUDA graphs want cuDNN 9.15.1 or later for a length that is no multiple of 128; "
+               "system.graph = off goes without";
     if (dev->deterministic && deterministic_bytes(s) > DETERMINISTIC_LIMIT)
         return "cuDNN wants memory by the square of the length to be deterministic";
     return NULL;
