@@ -34,7 +34,7 @@ cat >"$tree/with-cuda.sh" <<'END'
 here=$(cd "$(dirname "$0")" && pwd)
 wheels=$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib") + "/nvidia")' 2>/dev/null)
 path=$here/lib
-for folder in "$NVIDIA_WHEELS"/*/lib "$wheels"/*/lib "${CUDA_HOME:-/usr/local/cuda}"/lib64 \
+for folder in ${NVIDIA_WHEELS:+"$NVIDIA_WHEELS"/*/lib} ${wheels:+"$wheels"/*/lib} "${CUDA_HOME:-/usr/local/cuda}"/lib64 \
     "${CUDA_HOME:-/usr/local/cuda}"/extras/CUPTI/lib64; do
     [ -d "$folder" ] && path=$path:$folder
 done
