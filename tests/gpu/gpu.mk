@@ -4,7 +4,7 @@
 # the harness. `make gpu-programs` builds everything and runs nothing, which works without a GPU.
 
 # These test the harness itself, or bring a cuDNN of their own.
-HARNESS_TESTS = %_harness.c %_streams.c %_nccl.c %_determinism.c
+HARNESS_TESTS = %_harness.c %_streams.c %_nccl.c %_determinism.c %_cudnn.c
 GPU_TESTS = $(patsubst tests/test_simt_%.c,$(BUILD)/gpu/test_%,$(filter-out $(HARNESS_TESTS),$(wildcard tests/test_simt_*.c)))
 GPU_LINKED = $(CUDA_LINKED) $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 GPU_LINK = $(CC) $(CFLAGS) $(filter %.o,$^) -o $@ -lcmocka $(LIBS) $(CUDA_LINK)
