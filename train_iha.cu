@@ -29,6 +29,7 @@
 #include "model/info_plan.h"
 #include "model/metrics.h"
 #include "model/model.h"
+#include "model/options.h"
 #include "model/profile.h"
 #include "model/ranks.h"
 #include "model/saver.h"
@@ -461,24 +462,23 @@ static int finish_run(struct run *r, int stop) {
 
 enum { PROFILE_WARM_UP = 3 }; /* steps before the first that is traced */
 
-/* Take "--profile N" out of the arguments. */
+/* Take "--profile N" out of the arguments that follow the configuration. */
 static int take_profile_option(struct run *r, int *argc, char **argv, struct error *e) {
-    int kept = 0;
-    for (int i = 0; i < *argc; i++) {
-        char *end = NULL;
-        if (strcmp(argv[i], "--profile") != 0) {
+    static const char *const known[] = {"--profile", NULL};
+    int kept = 1;
+    for (int i = 1; i < *argc; i++) {
+        char *end;
+        if (argv[i][0] != '-') {
             argv[kept++] = argv[i];
             continue;
         }
-        long steps = i + 1 < *argc ? strtol(argv[i + 1], &end, 10) : 0;
-        if (steps < 1 || steps > 1000 || *end)
+        if (option_find("train", known, argv, i, *argc, e) < 0)
+            return -1;
+        r->profile_steps = strtol(argv[++i], &end, 10);
+        if (r->profile_steps < 1 || r->profile_steps > 1000 || *end)
             return fail_user(e, "--profile needs the number of steps to trace, 1 to 1000");
-        r->profile_steps = steps;
-        i++;
     }
     *argc = kept;
-    if (kept == 0 || argv[0][0] == '-')
-        return fail_user(e, "train: the configuration's file comes first; see train_iha train --help");
     return 0;
 }
 
@@ -727,8 +727,7 @@ static int plan_run(struct run *r, const char *path, const struct info_options *
     struct stat st;
     if (stat(path, &st) == 0 && S_ISDIR(st.st_mode))
         return fail_user(e, "info --gpus plans a run: give its configuration, not the checkpoint %s", path);
-    if (config_load(&r->config, path, o->override_count, o->overrides, o->gpus, e) != 0 ||
-        info_print_counts(stdout, &r->config, e) != 0)
+    if (config_load(&r->config, path, o->override_count, o->overrides, o->gpus, e) != 0)
         return -1;
     return info_print_plan(stdout, &r->config, o, e);
 }
@@ -824,6 +823,20 @@ static bool asks_for_help(int argc, char **argv) {
     return false;
 }
 
+/* The first argument that is neither an option nor an option's value goes before all others. False: there is
+ * none. */
+static bool positional_first(int argc, char **argv) {
+    int at = 0;
+    while (at < argc && argv[at][0] == '-')
+        at += 2;
+    if (at >= argc)
+        return false;
+    char *first = argv[at];
+    memmove(argv + 1, argv, (size_t)at * sizeof *argv);
+    argv[0] = first;
+    return true;
+}
+
 static int run_command(struct run *r, int argc, char **argv, struct error *e) {
     if (argc == 0)
         return fail_user(e, "no command given; see train_iha --help");
@@ -842,7 +855,7 @@ static int run_command(struct run *r, int argc, char **argv, struct error *e) {
         printf("train_iha %s %s\n\n%s", command->name, command->usage, command->help);
         return 0;
     }
-    if (argc < 2)
+    if (!positional_first(argc - 1, argv + 1))
         return fail_user(e, "train_iha %s %s: the first argument is missing", command->name, command->usage);
     return command->run(r, argc - 1, argv + 1, e);
 }

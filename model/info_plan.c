@@ -9,7 +9,7 @@
 /* ---- the command line -----------------------------------------------------------------------------------
  */
 
-enum { MAX_GPUS = 1 << 20 };
+enum { MAX_GPUS = 1 << 20, MOST_ADVISED = 1 << 14 };
 
 static int unknown_name(const char *option, const char *given, const char *const *names, struct error *e) {
     const char *near = nearest_name(given, names);
@@ -74,6 +74,20 @@ int info_parse(int argc, char **argv, struct info_options *o, struct error *e) {
     return complete(o, e);
 }
 
+/* Refuse a configuration that asks for what is not predicted. */
+static int check_plannable(const struct config *c, int gpus, struct error *e) {
+    bool cpu = c->system.device == DEVICE_CPU, fp32 = c->system.precision == PRECISION_FP32;
+    bool mpi = c->system.comm == COMM_MPI && gpus > 1;
+    if (!cpu && !fp32 && !mpi)
+        return 0;
+    return fail_user(
+        e,
+        "info --gpus predicts runs on GPUs, in bf16, over NCCL; the configuration says otherwise: "
+        "add%s%s%s",
+        cpu ? " system.device=auto" : "", fp32 ? " system.precision=auto" : "",
+        mpi ? " system.comm=auto" : "");
+}
+
 /* ---- printing -------------------------------------------------------------------------------------------
  */
 
@@ -86,6 +100,9 @@ static void print_header(FILE *out, const struct config *c, const struct info_op
         fprintf(out, "%d nodes of %d, NVLink within and %s between them\n", nodes, NODE_GPUS, o->link->name);
     else
         fprintf(out, "%s\n", o->gpus > 1 ? "one node, NVLink" : "nothing to share");
+    if (nodes == 1 && o->link->network > 0)
+        fprintf(out, "  --link %s has no effect: it joins nodes, and up to %d GPUs are one\n", o->link->name,
+                NODE_GPUS);
     fprintf(
         out,
         "  not measured on this hardware: ceilings and published figures (kernels/paper/machine.c), so read\n"
@@ -154,9 +171,35 @@ static void print_changes(FILE *out, const struct config *was, const struct conf
         fprintf(out, " system.zero_stage=%lld", (long long)is->system.zero_stage);
 }
 
+/* What is left where no change makes it fit: *c has all of them. More GPUs share the optimizer and the
+ * gradients among them, but not what each keeps for itself. */
+static int print_last_resort(FILE *out, const struct config *was, const struct config *c,
+                             struct paper_options more, struct error *e) {
+    struct memory_plan plan;
+    int fit = 0;
+    while (fit == 0 && more.ranks < MOST_ADVISED) {
+        more.ranks = more.ranks < NODE_GPUS ? NODE_GPUS : 2 * more.ranks;
+        fit = predict_fits(c, &more, &plan, e);
+    }
+    if (fit < 0)
+        return -1;
+    fprintf(out, "    a smaller model, or a shorter train.seq_len");
+    if (fit > 0) {
+        int64_t pass = c->train.micro_batch * c->train.seq_len * more.ranks, batch = c->train.batch_tokens;
+        fprintf(out, "; or --gpus %d", more.ranks);
+        print_changes(out, was, c);
+        if (batch % pass != 0)
+            fprintf(out, " train.batch_tokens=%lld", (long long)((batch / pass + 1) * pass));
+        fprintf(out, "   (%.1f GB)", (double)memory_total(&plan) / 1e9);
+    }
+    fputc('\n', out);
+    return 0;
+}
+
 static int print_room(FILE *out, const struct config *c, const struct info_options *o,
                       const struct paper_options *paper, const struct memory_plan *memory, struct error *e) {
     double room = predict_room(o->gpu), need = (double)memory_total(memory);
+    struct config changed;
     bool any = false;
     if (need <= room) {
         fprintf(out, "  fits: %.1f of %.0f GB on each GPU, %.0f GB left aside for CUDA and NCCL\n",
@@ -168,7 +211,6 @@ static int print_room(FILE *out, const struct config *c, const struct info_optio
             need / 1e9, o->gpu->memory / 1e9, o->gpu->reserved / 1e9);
     /* The last attempt makes all changes together: only where none suffices alone. */
     for (int attempt = 0; attempt < FIT_ATTEMPTS && !(any && attempt == FIT_ATTEMPTS - 1); attempt++) {
-        struct config changed;
         struct memory_plan plan;
         int fit = predict_fit(c, paper, attempt, &changed, &plan, e);
         if (fit < 0)
@@ -180,12 +222,7 @@ static int print_room(FILE *out, const struct config *c, const struct info_optio
         print_changes(out, c, &changed);
         fprintf(out, "   (%.1f GB)\n", (double)memory_total(&plan) / 1e9);
     }
-    if (!any)
-        fprintf(out, "    %s\n",
-                c->system.zero_stage > 0 && o->gpus < MAX_GPUS
-                    ? "more GPUs, a smaller model, or a shorter train.seq_len"
-                    : "a smaller model, or a shorter train.seq_len");
-    return 0;
+    return any ? 0 : print_last_resort(out, c, &changed, *paper, e);
 }
 
 int info_print_plan(FILE *out, const struct config *c, const struct info_options *o, struct error *e) {
@@ -195,7 +232,8 @@ int info_print_plan(FILE *out, const struct config *c, const struct info_options
                                   .precision = DEVICE_BF16,
                                   .deterministic = c->system.deterministic};
     struct prediction p;
-    if (predict(&p, c, &paper, e) != 0)
+    if (check_plannable(c, o->gpus, e) != 0 || info_print_counts(out, c, e) != 0 ||
+        predict(&p, c, &paper, e) != 0)
         return -1;
     print_header(out, c, o, &p);
     print_speed(out, c, o, &p);

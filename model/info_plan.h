@@ -19,8 +19,8 @@ struct info_options {
 /* argv: what follows CONFIG. Errors: EXIT_USER. */
 int info_parse(int argc, char **argv, struct info_options *o, struct error *e);
 
-/* The prediction for a configuration resolved for o->gpus ranks: in bf16, whatever its [system] says of
- * device and precision. EXIT_RUN when memory runs out. */
+/* The model's counts and the prediction, for a configuration resolved for o->gpus ranks. EXIT_USER where its
+ * [system] asks for what is not predicted, EXIT_RUN when memory runs out. */
 int info_print_plan(FILE *out, const struct config *c, const struct info_options *o, struct error *e);
 
 #endif

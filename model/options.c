@@ -15,5 +15,8 @@ int option_find(const char *command, const char *const *known, char *const *argv
                          near ? "; did you mean " : "", near ? near : "", command);
     if (i + 1 == argc)
         return fail_user(e, "%s: %s needs a value", command, argv[i]);
+    for (int j = i + 2; j < argc; j += argv[j][0] == '-' ? 2 : 1) /* over the values of options */
+        if (strcmp(argv[j], argv[i]) == 0)
+            return fail_user(e, "%s: %s is given twice", command, argv[i]);
     return which;
 }

@@ -85,8 +85,8 @@ int predict(struct prediction *p, const struct config *c, const struct paper_opt
 /* ---- what fits ------------------------------------------------------------------------------------------
  */
 
-static int fits(const struct config *c, const struct paper_options *o, struct memory_plan *plan,
-                struct error *e) {
+int predict_fits(const struct config *c, const struct paper_options *o, struct memory_plan *plan,
+                 struct error *e) {
     struct pass_shape shape = shape_of(c);
     struct device *dev = paper_open(o, e);
     if (!dev)
@@ -128,7 +128,7 @@ int predict_fit(const struct config *c, const struct paper_options *o, int attem
     *changed = *c;
     for (int way = last; way >= first; way--)
         while (notches[way](changed)) {
-            int fit = fits(changed, o, plan, e);
+            int fit = predict_fits(changed, o, plan, e);
             if (fit != 0)
                 return fit;
         }

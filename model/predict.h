@@ -21,8 +21,13 @@ int predict(struct prediction *p, const struct config *c, const struct paper_opt
 /* Bytes that a run may use of a GPU's memory. */
 double predict_room(const struct paper_gpu *gpu);
 
+/* Does *c fit, on o->ranks GPUs? 1, 0, or -1 and *e. */
+int predict_fits(const struct config *c, const struct paper_options *o, struct memory_plan *plan,
+                 struct error *e);
+
 /* One change of *c that makes it fit: lower micro_batch, recompute more, share more, in the order of
- * `attempt` from 0; then all of them together. 1 and *changed when it fits, 0 when it does not, -1 and *e. */
+ * `attempt` from 0; then all of them together. 1 when *changed fits, 0 when it does not, as far as it goes,
+ * -1 and *e. */
 enum { FIT_ATTEMPTS = 4 };
 int predict_fit(const struct config *c, const struct paper_options *o, int attempt, struct config *changed,
                 struct memory_plan *plan, struct error *e);

@@ -778,6 +778,12 @@ class Refusals(Case):
         self.refused("trian", self.config, names=["trian", "did you mean train"])
         self.refused("generat", self.run_dir, names=["did you mean generate"])
         self.refused()
+        self.refused("train", self.config, "--profil", "3", names=["--profil", "did you mean --profile"])
+        self.refused("train", "--profil", "3", self.config, names=["did you mean --profile"])
+        self.refused("train", self.config, "--profile", names=["--profile", "value"])
+        self.refused("train", self.config, "--profile", "2", "--profile", "2", names=["--profile", "twice"])
+        for options in (["--gpus", "2"], ["--gpus"], ["--gpus", self.config]):
+            self.refused("info", *options, names=["info CONFIG|CHECKPOINT", "missing"])
         for command in ("train", "eval", "generate", "info"):
             self.refused(command, names=[command, "missing"])
 
@@ -867,13 +873,19 @@ class Refusals(Case):
     def test_generate_options(self):
         for args, names in (
                 (["--prompt", "hello"], ["token ids", "hello"]), (["--prompt", "1 2 400"], ["400", "257"]),
-                (["--prompt", "-1"], ["-1"]), (["--promt", "1"], ["--promt", "--prompt"]),
+                (["--tokens", "3", "--seed", "1", "--tokens", "3"], ["--tokens", "twice"]),
+                (["--tokens", "3", "--prompt", "--tokens", "--seed", "x"], ["--seed x"]), (["--prompt", "-1"], ["-1"]), (["--promt", "1"], ["--promt", "--prompt"]),
                 (["--topk", "1"], ["--top-k"]), (["--verbose"], ["--verbose"]), (["--prompt"], ["--prompt"]),
                 (["--tokens", "many"], ["--tokens", "many"]), (["--tokens", "-3"], ["--tokens"]),
                 (["--tokens", "1.5"], ["--tokens", "1.5"]), (["--top-k", "2.5"], ["--top-k"]),
                 (["--temperature", "nan"], ["--temperature"]), (["--seed", "x"], ["--seed"])):
             with self.subTest(args):
                 self.refused("generate", self.run_dir, *args, names=names)
+
+    def test_options_before_the_checkpoint(self):
+        after = self.run_cli("generate", self.run_dir, *CPU, "--prompt", "1 2", "--tokens", "3").stdout
+        before = self.run_cli("generate", "--prompt", "1 2", "--tokens", "3", self.run_dir, *CPU).stdout
+        self.assertEqual(before, after)
 
     def test_learned_positions_end(self):
         run_dir = self.train("train.steps=1", "model.position_embedding=learned", "data.tokenizer=none")
@@ -972,14 +984,14 @@ class Generate(Case):
         self.assertEqual(out, (self.TEXT * 2)[:48] + b"\n")
 
     def test_seeds(self):
-        def sample(*more):
-            return self.generate("--prompt", "pa", "--tokens", 60, "--temperature", 3, *more)
+        def sample(*more, temperature=3):
+            return self.generate("--prompt", "pa", "--tokens", 60, "--temperature", temperature, *more)
 
         self.assertEqual(sample("--seed", 5), sample("--seed", 5))
         self.assertEqual(sample(), sample("--seed", 1))
         self.assertNotEqual(sample("--seed", 5), sample("--seed", 6))
-        greedy = sample("--temperature", 0, "--seed", 5)
-        self.assertEqual(greedy, sample("--temperature", 0, "--seed", 6))
+        greedy = sample("--seed", 5, temperature=0)
+        self.assertEqual(greedy, sample("--seed", 6, temperature=0))
         self.assertEqual(greedy, sample("--top-k", 1, "--seed", 7))
 
     def test_number_of_tokens(self):
@@ -1035,6 +1047,8 @@ class Generate(Case):
 
 
 class Info(Case):
+    gpu = ["system.device=auto", "system.precision=auto"]  # the tiny configuration is for CPUs
+
     def test_configurations(self):
         for path in sorted((ROOT / "configs").glob("*.ini")):
             text = self.run_cli("info", path).stdout.decode()
@@ -1094,7 +1108,7 @@ class Info(Case):
         self.assertAlmostEqual(sum(float(n) * (1 if unit == "G" else 1e-3) for n, unit in families), total, delta=0.1)
 
     def test_plan(self):
-        batch = ["train.batch_tokens=1024", "train.micro_batch=4"]
+        batch = ["train.batch_tokens=1024", "train.micro_batch=4", *self.gpu]
         alone = self.plan(self.config, "--gpus", "1", *batch)
         self.assertIn("1 x h200", alone)
         self.assertIn("8 passes of 4 x 32", alone)
@@ -1104,20 +1118,43 @@ class Info(Case):
         self.assertIn("1 pass of 4 x 32", several)
         self.assertIn("waiting for all-gather", several)
         self.assertIn("GB on each GPU", several)
+        self.assertNotIn("no effect", several)
+        self.assertEqual(self.plan("--gpus", "8", "--gpu", "a100", "--link", "nvlink", self.config, *batch), several)
+        self.assertIn("--link ib400 has no effect", self.plan(self.config, *batch, "--link", "ib400", "--gpus", "8"))
+        nodes = self.plan(self.config, *batch[1:], "train.batch_tokens=2048", "--link", "ib400", "--gpus", "16")
+        self.assertNotIn("no effect", nodes)
         large = ["model.hidden_size=8192", "model.num_hidden_layers=40", "model.num_attention_heads=64",
                  "model.intermediate_size=32768", "train.seq_len=2048", "train.batch_tokens=262144"]
-        large += ["train.micro_batch=16", "system.zero_stage=1"]
+        large += ["train.micro_batch=16", "system.zero_stage=1", *self.gpu]
         self.assertIn("DOES NOT FIT", self.plan(self.config, *large, "--gpus", "8", "--gpu", "h100"))
         text = self.plan(self.config, *large, "--gpus", "8", "--gpu", "h200")
         advice = re.search(r"DOES NOT FIT.*\n +((?:[a-z_.]+=\S+ ?)+) +\(", text)[1].split()
         self.assertIn("fits: ", self.plan(self.config, *large, *advice, "--gpus", "8", "--gpu", "h200"))
 
+    def test_more_gpus(self):
+        """They are advice where what they share is too large, and none where each GPU's own part is."""
+        for hidden, helps in ((8192, True), (16384, False)):
+            large = [f"model.hidden_size={hidden}", "model.num_hidden_layers=40", "model.num_attention_heads=64",
+                     f"model.intermediate_size={4 * hidden}", "train.micro_batch=1", "train.batch_tokens=32", *self.gpu]
+            text = self.plan(self.config, *large, "--gpus", "1")
+            advice = re.search(r"DOES NOT FIT.*\n    a smaller model, or a shorter train.seq_len(?:; or (.*?) +\(.*)?\n", text)
+            self.assertTrue(advice, text)
+            self.assertEqual(bool(advice[1]), helps, text)
+            if helps:
+                self.assertIn("fits: ", self.plan(self.config, *large, *advice[1].split()))
+
     def test_plan_refused(self):
+        self.refused("info", self.config, "--gpus", "2", names=["bf16", *self.gpu])
+        for override in ("system.precision=fp32", "system.device=cpu", "system.comm=mpi"):
+            line = self.refused("info", self.config, "--gpus", "2", *self.gpu, override)
+            self.assertIn("add " + override.split("=")[0] + "=auto", line)
+        self.plan(self.config, "--gpus", "1", *self.gpu, "system.comm=mpi")  # alone, nothing is sent
         for args, names in (
                 (["--gpus", "16", "--link", "nvlink"], ["nvlink", "16", "ib400"]),
                 (["--gpus", "2", "--gpu", "h20"], ["h20", "h200", "a100"]),
                 (["--gpus", "2", "--link", "ib40"], ["ib40", "did you mean 'ib400'"]),
                 (["--gpus", "0"], ["--gpus 0"]), (["--gpus", "two"], ["two"]), (["--gpus"], ["needs a value"]),
+                (["--gpus", "2", "train.lr=1", "--gpus", "4"], ["--gpus", "twice"]),
                 (["--gpus", "12"], ["12", "nodes", "16"]), (["--gpu", "h100"], ["--gpus N"]),
                 (["--gpu", "h100", "--links", "nvlink"], ["--links", "did you mean --link"]),
                 (["--gpus", "3"], ["batch_tokens", "128", "192"]),

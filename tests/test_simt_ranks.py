@@ -352,8 +352,9 @@ class Profile(Case):
                 self.assertEqual(run.text.count("all of a step"), 1)  # rank 0 speaks
 
     def test_refusals(self):
-        says = {"--profile needs the number of steps to trace, 1 to 1000":
-                    (["--profile"], ["--profile", "0"], ["--profile", "-1"], ["--profile", "2x"], ["--profile", "1001"]),
+        says = {"train: --profile needs a value": (["--profile"],),
+                "--profile needs the number of steps to trace, 1 to 1000":
+                    (["--profile", "0"], ["--profile", "-1"], ["--profile", "2x"], ["--profile", "1001"]),
                 "--profile 2 traces steps after 3 others, and the run has 4 left; raise train.steps": (["--profile", "2"],)}
         for message, cases in says.items():
             for case in cases:
