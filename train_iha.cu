@@ -425,7 +425,16 @@ static struct pause pause_after(const struct run *r, bool stop) {
                           .samples = due(c->sample_every, step)};
 }
 
-/* Evaluate, sample, save. */
+/* Evaluate, sample, save. The checkpoint comes last: a run that is resumed from it does nothing of this step
+ * again. */
+static int do_between_steps(struct run *r, struct pause now_due, struct error *e) {
+    if (now_due.evaluates && comm_agree(r->comm, evaluate_now(r, now_due.saves, e), e) != 0)
+        return -1;
+    if (now_due.samples && comm_agree(r->comm, print_sample(r, e), e) != 0)
+        return -1;
+    return now_due.saves ? save(r, now_due.ends, e) : 0;
+}
+
 static int between_steps(struct run *r, bool stop, struct error *e) {
     struct pause now_due = pause_after(r, stop);
     if (!now_due.evaluates && !now_due.saves && !now_due.samples)
@@ -433,15 +442,11 @@ static int between_steps(struct run *r, bool stop, struct error *e) {
     if (comm_agree(r->comm, record_steps(r, 0, e), e) != 0)
         return -1;
     model_settle(&r->model); /* on all ranks alike, before each goes its own way through what follows */
-    if (now_due.evaluates && comm_agree(r->comm, evaluate_now(r, now_due.saves, e), e) != 0)
-        return -1;
-    if (now_due.samples && comm_agree(r->comm, print_sample(r, e), e) != 0)
-        return -1;
-    /* The checkpoint comes last: a run that is resumed from it does nothing of this step again. */
-    if (now_due.saves && save(r, now_due.ends, e) != 0)
-        return -1;
+    r->k->range_begin(r->dev, PROFILE_BETWEEN_STEPS, -1);
+    int status = do_between_steps(r, now_due, e);
+    r->k->range_end(r->dev);
     r->clock = clock_seconds();
-    return 0;
+    return status;
 }
 
 static int finish_run(struct run *r, int stop) {
@@ -482,26 +487,32 @@ static int take_profile_option(struct run *r, int *argc, char **argv, struct err
     return 0;
 }
 
-/* The trace as a table on the terminal and as a file; of rank 0, the others do much the same. */
-static int end_profile(struct run *r, struct error *e) {
-    struct trace *t = r->k->trace_end(r->dev);
-    int status = 0;
-    if (leads(r) && t) {
-        status_break(r->metrics);
-        status = profile_report(stderr, t, r->config.run.dir, r->profile_from, r->profile_steps, e);
-    }
-    trace_free(t);
-    r->clock = clock_seconds();
-    return status;
-}
-
-static int check_profile(struct run *r, struct error *e) {
-    r->profile_from = r->progress.step + PROFILE_WARM_UP;
+/* Traced steps must be left after those that warm up, counted from `step`. */
+static int check_profile(struct run *r, int64_t step, struct error *e) {
+    r->profile_from = step + PROFILE_WARM_UP;
     if (r->profile_steps == 0 || r->profile_from + r->profile_steps <= r->config.train.steps)
         return 0;
     return fail_user(
         e, "--profile %lld traces steps after %d others, and the run has %lld left; raise train.steps",
-        (long long)r->profile_steps, PROFILE_WARM_UP, (long long)(r->config.train.steps - r->progress.step));
+        (long long)r->profile_steps, PROFILE_WARM_UP, (long long)(r->config.train.steps - step));
+}
+
+/* After the last traced step, or where the run stops before: the trace as a table on the terminal and as a
+ * file; of rank 0, the others do much the same. The run goes on whether or not it can be written. */
+static void end_profile(struct run *r) {
+    int64_t steps = r->progress.step - r->profile_from;
+    struct trace *t = steps > 0 ? r->k->trace_end(r->dev) : NULL;
+    struct error e;
+    if (leads(r))
+        status_break(r->metrics);
+    if (leads(r) && !t)
+        fprintf(stderr, steps > 0 ? "warning: --profile: out of memory for the trace\n"
+                                  : "--profile: the run stops before the first traced step; no table\n");
+    if (leads(r) && t && profile_report(stderr, t, r->config.run.dir, r->profile_from, steps, &e) != 0)
+        fprintf(stderr, "warning: %s\n", e.text);
+    trace_free(t);
+    r->profile_steps = 0;
+    r->clock = clock_seconds();
 }
 
 /* ---- the loop ------------------------------------------------------------------------------------------ */
@@ -534,12 +545,12 @@ static int train_loop(struct run *r, struct error *e) {
             r->k->trace_begin(r->dev);
         train_step(r);
         int status = record_steps(r, r->k->run_ahead, e);
-        if (r->profile_steps > 0 && r->progress.step == r->profile_from + r->profile_steps && status == 0)
-            status = end_profile(r, e);
         /* A signal is looked for once a step: one that comes while saving ends the next step. */
         pulse = share_pulse(r, (struct pulse){signals_asked(), status != 0, saver_state(r->saver)});
         if (pulse.failed && comm_agree(r->comm, status, e) != 0)
             return -1;
+        if (r->profile_steps > 0 && (pulse.stop || r->progress.step == r->profile_from + r->profile_steps))
+            end_profile(r);
         if (saver_advance(r->saver, pulse.saver, e) != 0 || between_steps(r, pulse.stop, e) != 0)
             return -1;
     }
@@ -551,7 +562,12 @@ static int prepare_alone(struct run *r, int argc, char **argv, struct error *e) 
     if (config_load(&r->config, argv[0], argc - 1, argv + 1, r->comm->ranks, e) != 0)
         return -1;
     comm_set_timeout(r->comm, r->config.system.peer_timeout);
-    return open_data(r, e) != 0 || open_run_dir(r, e) != 0 ? -1 : 0;
+    if (open_data(r, e) != 0)
+        return -1;
+    /* A new run is at step 0, so what is refused need not leave a directory. */
+    if (r->profile_steps > 0 && access(r->config.run.dir, F_OK) != 0 && check_profile(r, 0, e) != 0)
+        return -1;
+    return open_run_dir(r, e);
 }
 
 static int prepare_training(struct run *r, int argc, char **argv, struct error *e) {
@@ -565,7 +581,7 @@ static int prepare_training(struct run *r, int argc, char **argv, struct error *
 
 /* What only a run that has steps to do needs. */
 static int prepare_loop(struct run *r, struct error *e) {
-    if (check_profile(r, e) != 0 || check_disk(r, e) != 0 || open_sampler(r, e) != 0)
+    if (check_profile(r, r->progress.step, e) != 0 || check_disk(r, e) != 0 || open_sampler(r, e) != 0)
         return -1;
     if (leads(r) && !(r->metrics = metrics_open(r->config.run.dir, r->progress.step, e)))
         return -1;

@@ -39,13 +39,26 @@ static double own_seconds(const struct trace *t, int i) {
     return seconds;
 }
 
+static int last_within(const struct trace *t, int i) {
+    int last = i;
+    while (last + 1 < t->count && t->list[last + 1].depth > t->list[i].depth)
+        last++;
+    return last;
+}
+
 static void print_table(FILE *out, const struct trace *t, int64_t steps) {
     struct line lines[MAX_NAMES];
     int count = 0;
-    double total = 0;
+    double total = 0, apart = 0;
     for (int i = 0; i < t->count; i++) {
+        const struct traced_range *r = &t->list[i];
+        if (strcmp(r->name, PROFILE_BETWEEN_STEPS) == 0) {
+            apart += r->end - r->begin;
+            i = last_within(t, i);
+            continue;
+        }
         double seconds = own_seconds(t, i);
-        struct line *l = line_of(lines, &count, t->list[i].name);
+        struct line *l = line_of(lines, &count, r->name);
         l->seconds += seconds;
         l->calls++;
         total += seconds;
@@ -54,8 +67,10 @@ static void print_table(FILE *out, const struct trace *t, int64_t steps) {
     fprintf(out, "%-28s %12s %8s %12s\n", "own time of", "ms a step", "share", "times a step");
     for (int i = 0; i < count; i++)
         fprintf(out, "%-28s %12.3f %7.1f%% %12.1f\n", lines[i].name, 1e3 * lines[i].seconds / (double)steps,
-                100 * lines[i].seconds / total, (double)lines[i].calls / (double)steps);
+                total > 0 ? 100 * lines[i].seconds / total : 0, (double)lines[i].calls / (double)steps);
     fprintf(out, "%-28s %12.3f\n", "all of a step", 1e3 * total / (double)steps);
+    if (apart > 0)
+        fprintf(out, "not counted: %.3f ms in all of evaluation, sampling and saving\n", 1e3 * apart);
     if (t->full)
         fprintf(out, "(memory ran out: later ranges are missing)\n");
 }

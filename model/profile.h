@@ -8,6 +8,9 @@
 #include "kernels/error.h"
 #include "kernels/trace.h"
 
+/* The name of ranges that are no part of a step: what lies in them is counted apart. */
+#define PROFILE_BETWEEN_STEPS "between steps"
+
 /* The table to `out`: time by name, most first, each range's own, without that of ranges in it, per step and
  * as a share. The time line to run_dir/profile.json, in the format that ui.perfetto.dev and chrome://tracing
  * open. first: steps before the first that was traced. */

@@ -1046,6 +1046,76 @@ class Generate(Case):
         self.assertRegex(out, "[a-z. ]{10,}\n$")
 
 
+class Profile(Case):
+    outer = ("forward", "backward", "update")  # all that a step is
+
+    def table(self, text):
+        """{name: times a step} and the sum of the times, in ms a step, which is all of a step."""
+        lines = re.findall(r"^(\w[\w ]*?) +(\d+\.\d{3}) +(\d+\.\d)% +(\d+\.\d)$", text, re.M)
+        total = float(re.search(r"^all of a step +(\d+\.\d+)$", text, re.M)[1])
+        self.assertAlmostEqual(sum(float(ms) for _, ms, _, _ in lines), total, delta=0.001 * len(lines))
+        return {name: float(times) for name, _, _, times in lines}, total
+
+    def check(self, text, run_dir, steps, apart):
+        times, total = self.table(text)
+        self.assertEqual((times["forward"], times["update"], times["layer"]), (2, 1, 8))
+        events = json.loads((run_dir / "profile.json").read_text())["traceEvents"]
+        self.assertEqual([e["name"] for e in events].count("update"), steps)
+        self.assertAlmostEqual(total * steps * 1e3, sum(e["dur"] for e in events if e["name"] in self.outer),
+                               delta=steps + 0.001 * len(events))
+        said = re.findall(r"^not counted: (\d+\.\d+) ms in all of evaluation, sampling and saving$", text, re.M)
+        between = [e["dur"] for e in events if e["name"] == "between steps"]
+        self.assertEqual((len(said), len(between)), (min(apart, 1), apart))
+        if apart:
+            self.assertAlmostEqual(float(said[0]) * 1e3, sum(between), delta=apart)
+
+    def test_what_lies_between_steps_is_counted_apart(self):
+        plain = self.train("--profile", "4")
+        self.check(self.last.stderr.decode(), plain, 4, 0)
+        busy = self.train("--profile", "4", "run.eval_every=1", "run.save_every=2", "run.sample_every=3")
+        self.check(self.last.stderr.decode(), busy, 4, 3)  # the table comes before what follows the last
+        np.testing.assert_array_equal(losses(plain), losses(busy))
+
+    def test_a_signal_ends_it(self):
+        for step, traced in ((2, 0), (4, 2)):
+            process, run_dir = self.stop_between_steps(step, "--profile", "6", "train.min_lr=1e-2")
+            process.send_signal(signal.SIGTERM)
+            code, err = self.free(process, run_dir)
+            self.assertEqual(code, 0, err)
+            self.assertEqual(steps_in(run_dir), [step + 1])
+            self.assertEqual("the run stops before the first traced step" in err, not traced, err)
+            if traced:
+                self.assertIn("steps 4 to 5, ", err)
+                self.check(err, run_dir, traced, 1)
+            else:
+                self.assertNotIn("own time", err)
+
+    def test_a_file_that_cannot_be_written(self):
+        run_dir = self.new_dir()
+        (run_dir / "profile.json").mkdir(parents=True)
+        self.train("--profile", "2", run_dir=run_dir)
+        text = self.last.stderr.decode()
+        self.assertRegex(text, rf"\nwarning: {run_dir}/profile.json: cannot write: .*\n")
+        self.table(text)
+        self.assertEqual(text.count("own time of"), 1)
+        self.assertEqual(steps_in(run_dir), [20])
+
+    def test_refused(self):
+        run_dir = self.new_dir()
+        self.refused("train", self.config, f"run.dir={run_dir}", "--profile", "18", names=["--profile 18", "20 left"])
+        self.assertFalse(run_dir.exists())
+        self.train("--profile", "17", run_dir=run_dir)
+        self.train("--profile", "18", run_dir=run_dir)  # a finished run says so
+        self.assertIn(b"finished", self.last.stdout)
+        self.train("train.steps=24", "--profile", "1", run_dir=run_dir)
+        before = tree(run_dir)
+        done = self.run_cli("train", self.config, f"run.dir={run_dir}", "train.steps=28", "--profile", "2", code=2)
+        self.assertIn("the run has 4 left", done.stderr.decode())
+        after = tree(run_dir)
+        before.pop("lock"), after.pop("lock")  # holds a process id
+        self.assertEqual(before, after)
+
+
 class Info(Case):
     gpu = ["system.device=auto", "system.precision=auto"]  # the tiny configuration is for CPUs
 
