@@ -595,6 +595,7 @@ static int open_ranks(struct run *r, struct error *e) {
     int status = signals_watch(&own) != 0 || !(r->saver = saver_open(&own)) ? -1 : 0;
     if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)))
         return -1;
+    signals_heed(); /* ranks that wait for others in vain have nothing to save */
     if (status != 0)
         *e = own;
     return comm_agree(r->comm, status, e);

@@ -3,11 +3,13 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 
 #include "kernels/clock.h"
 
 static atomic_int asked;
+static atomic_bool heeded;
 
 static sigset_t stop_signals(void) {
     sigset_t set;
@@ -25,11 +27,13 @@ static void *wait_for_signals(void *unused) {
     sigset_t set = stop_signals();
     int number;
     sigwait(&set, &number);
-    double first = clock_seconds();
-    atomic_store(&asked, number);
-    do
-        sigwait(&set, &number);
-    while (clock_seconds() - first < TWICE_SECONDS);
+    if (atomic_load(&heeded)) {
+        double first = clock_seconds();
+        atomic_store(&asked, number);
+        do
+            sigwait(&set, &number);
+        while (clock_seconds() - first < TWICE_SECONDS);
+    }
     signal(number, SIG_DFL);
     pthread_sigmask(SIG_UNBLOCK, &set, NULL);
     raise(number);
@@ -44,6 +48,10 @@ int signals_watch(struct error *e) {
         return fail_run(e, "cannot start the thread that waits for signals");
     pthread_detach(thread);
     return 0;
+}
+
+void signals_heed(void) {
+    atomic_store(&heeded, true);
 }
 
 int signals_asked(void) {

@@ -874,7 +874,8 @@ class Refusals(Case):
         for args, names in (
                 (["--prompt", "hello"], ["token ids", "hello"]), (["--prompt", "1 2 400"], ["400", "257"]),
                 (["--tokens", "3", "--seed", "1", "--tokens", "3"], ["--tokens", "twice"]),
-                (["--tokens", "3", "--prompt", "--tokens", "--seed", "x"], ["--seed x"]), (["--prompt", "-1"], ["-1"]), (["--promt", "1"], ["--promt", "--prompt"]),
+                (["--tokens", "3", "--prompt", "--tokens", "--seed", "x"], ["--seed x"]),
+                (["--prompt", "-1"], ["-1"]), (["--promt", "1"], ["--promt", "--prompt"]),
                 (["--topk", "1"], ["--top-k"]), (["--verbose"], ["--verbose"]), (["--prompt"], ["--prompt"]),
                 (["--tokens", "many"], ["--tokens", "many"]), (["--tokens", "-3"], ["--tokens"]),
                 (["--tokens", "1.5"], ["--tokens", "1.5"]), (["--top-k", "2.5"], ["--top-k"]),
@@ -1207,7 +1208,8 @@ class Info(Case):
             large = [f"model.hidden_size={hidden}", "model.num_hidden_layers=40", "model.num_attention_heads=64",
                      f"model.intermediate_size={4 * hidden}", "train.micro_batch=1", "train.batch_tokens=32", *self.gpu]
             text = self.plan(self.config, *large, "--gpus", "1")
-            advice = re.search(r"DOES NOT FIT.*\n    a smaller model, or a shorter train.seq_len(?:; or (.*?) +\(.*)?\n", text)
+            advice = re.search(r"DOES NOT FIT.*\n    a smaller model, or a shorter train.seq_len(?:; or (.*?) +\(.*)?\n",
+                               text)
             self.assertTrue(advice, text)
             self.assertEqual(bool(advice[1]), helps, text)
             if helps:

@@ -242,9 +242,47 @@ class Peers(Case):
 class Start(Case):
     def test_missing(self):
         run = Ranks(self, 4, patience=2, started=[0, 2])
+        short = Ranks(self, 3, patience=0.5, started=[0])
         alone = Ranks(self, 2, patience=1, started=[1])
         run.fail(1, 0, "ranks 1, 3 of 4 did not come", f"localhost, port {run.port}", "firewall", "IHA_START_TIMEOUT")
+        short.fail(1, 0, "within 0.5 s")
         alone.fail(1, 1, "rank 1: cannot reach rank 0", f"port {alone.port}", "Connection refused", "MASTER_ADDR")
+
+    def test_says_for_whom_it_waits(self):
+        """In one line, after five seconds; a rank that rank 0 has heard leaves it to rank 0."""
+        run = Ranks(self, 4, patience=300, started=[0, 2])
+        alone = Ranks(self, 2, patience=300, started=[1], each={1: {"MASTER_ADDR": "::1"}})
+        until(lambda: run.printed(0) and alone.printed(1), 5 + LIMIT, "two lines")
+        time.sleep(0.5)  # for more of them
+        left = r"\(29\d s left\)\n"
+        self.assertRegex(run.printed(0), rf"\Awaiting for ranks 1, 3 of 4 at localhost:{run.port} {left}\Z")
+        self.assertRegex(alone.printed(1), rf"\Arank 1: waiting for rank 0 at \[::1\]:{alone.port}: .* {left}\Z")
+        self.assertEqual(run.printed(2), "")
+
+    def test_signal_while_waiting(self):
+        """It ends a rank at once: there is nothing to save."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            for rank in range(2):
+                run = Ranks(self, 2, patience=10 * LIMIT, started=[rank])
+                until(lambda: self.listening(run.processes[rank].pid), LIMIT, "a rank that listens")
+                run.signal(rank, number)
+                self.assertEqual(run.wait(), {rank: -number}, run.all_printed())
+                self.assertFalse(run.run_dir.joinpath("lock").exists())
+
+    def test_two_of_rank_0(self):
+        run = Ranks(self, 3, started=[0])
+        until(lambda: self.can_connect(run.port), LIMIT, "rank 0 listens")
+        run.start(0, place=1)
+        run.fail(2, 0, "two processes were started as rank 0", "RANK")
+        run = Ranks(self, 3, started=[0])  # of another run, it takes nothing from this one
+        until(lambda: self.can_connect(run.port), LIMIT, "rank 0 listens")
+        other = Ranks(self, 3, started=[], each={0: {"IHA_TOKEN": "another"}})
+        other.port = run.port
+        other.start(0)
+        other.fail(2, 0, f"port {run.port} (MASTER_PORT)", "in use", "another")
+        run.start(1)
+        run.start(2)
+        run.succeed()
 
     def test_late(self):
         run = Ranks(self, 3, started=[2], patience=30)

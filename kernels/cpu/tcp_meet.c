@@ -25,6 +25,7 @@ enum {
     BUSY_SECONDS = 2,
     CONNECT_SECONDS = 30, /* to a rank that listens already */
     SLACK_SECONDS = 10,   /* for rank 0, which knows who is missing, to speak first */
+    QUIET_SECONDS = 5,    /* of waiting, before a line says for whom */
 };
 
 static const char MAGIC[8] = "IHA-TCP";
@@ -39,6 +40,12 @@ struct answer {
     char magic[8];
     uint32_t verdict; /* 0: welcome; EXIT_USER, EXIT_RUN: the run ends, and rank 0 says why; ANOTHER_RUN */
 };
+
+/* "HOST:PORT" of rank 0. */
+static const char *meeting_place(const struct start *s, char text[300]) {
+    snprintf(text, 300, strchr(s->address, ':') ? "[%s]:%d" : "%s:%d", s->address, s->port);
+    return text;
+}
 
 /* ---- those who connect --------------------------------------------------------------------------------- */
 
@@ -174,8 +181,16 @@ static void drop_gone(struct meeting *m) {
         }
 }
 
+static void say_who_is_missing(const struct meeting *m, double left) {
+    char text[256], place[300];
+    int count = missing(m, text);
+    fprintf(stderr, "waiting for rank%s %s of %d at %s (%.0f s left)\n", count > 1 ? "s" : "", text,
+            m->start->ranks, meeting_place(m->start, place), left);
+}
+
 /* Until every rank of higher number has connected. */
 static int accept_ranks(struct meeting *m, double deadline, struct error *e) {
+    double patience = now() + QUIET_SECONDS;
     int room = m->start->ranks + STRANGERS, count = 0, status = 0;
     char text[256];
     struct caller *callers = malloc((size_t)room * sizeof *callers);
@@ -189,6 +204,10 @@ static int accept_ranks(struct meeting *m, double deadline, struct error *e) {
         poll(polled, (nfds_t)count + 1, 100);
         if (m->start->rank == 0)
             drop_gone(m);
+        if (m->start->rank == 0 && now() > patience && now() < deadline) {
+            say_who_is_missing(m, deadline - now());
+            patience = deadline;
+        }
         status =
             accept_all(m, callers, &count, room, e) != 0 || hear_all(m, callers, &count, e) != 0 ? -1 : 0;
     }
@@ -197,6 +216,38 @@ static int accept_ranks(struct meeting *m, double deadline, struct error *e) {
     free(callers);
     free(polled);
     return status;
+}
+
+/* ---- saying who one is --------------------------------------------------------------------------------- */
+
+static int say_hello(const struct meeting *m, int fd, double deadline) {
+    const struct start *s = m->start;
+    struct hello h = {.token = s->token,
+                      .version = VERSION,
+                      .ranks = (uint32_t)s->ranks,
+                      .rank = (uint32_t)s->rank,
+                      .port = (uint32_t)tcp_port(m->listener)};
+    memcpy(h.magic, MAGIC, sizeof h.magic);
+    return tcp_send_all(fd, &h, sizeof h, deadline);
+}
+
+/* Say hello, and wait for rank 0's answer. -1: it was none, and *why. */
+static int introduce(struct meeting *m, int fd, double deadline, const char **why) {
+    struct answer a;
+    *why = "whoever listens there is not rank 0";
+    if (say_hello(m, fd, deadline) != 0 || tcp_receive_all(fd, &a, sizeof a, deadline) != 0) {
+        *why = errno ? strerror(errno) : "it hangs up";
+        return -1;
+    }
+    if (memcmp(a.magic, MAGIC, sizeof a.magic) != 0)
+        return -1;
+    if (a.verdict == ANOTHER_RUN) {
+        *why = "rank 0 of another run answers";
+        return -1;
+    }
+    if (a.verdict != 0) /* which rank 0 has said */
+        _exit(a.verdict == EXIT_USER ? EXIT_USER : EXIT_RUN);
+    return tcp_receive_all(fd, m->all, (size_t)m->start->ranks * sizeof *m->all, deadline);
 }
 
 /* ---- rank 0 -------------------------------------------------------------------------------------------- */
@@ -212,6 +263,19 @@ static int resolve(const struct start *s, struct addrinfo **found, struct error 
                      s->address, gai_strerror(problem));
 }
 
+/* Another process has the port. One that was started as rank 0 too, of this very run, says so and ends the
+ * run, this process included. */
+static void ask_who_listens(struct meeting *m, const struct addrinfo *found) {
+    for (const struct addrinfo *a = found; a; a = a->ai_next) {
+        const char *why;
+        int fd = tcp_connect(a->ai_addr, a->ai_addrlen, now() + 1);
+        if (fd < 0)
+            continue;
+        introduce(m, fd, now() + 1, &why);
+        close(fd);
+    }
+}
+
 /* A run that has just ended may have the port for a moment more. */
 static int open_door(struct meeting *m, struct error *e) {
     const struct start *s = m->start;
@@ -222,15 +286,18 @@ static int open_door(struct meeting *m, struct error *e) {
             return -1;
         else
             rest(0.1);
-    freeaddrinfo(found);
-    while ((m->listener = tcp_listen(s->port)) < 0 && errno == EADDRINUSE && now() < deadline)
+    while ((m->listener = tcp_listen(s->port)) < 0 && errno == EADDRINUSE && now() < deadline) {
+        ask_who_listens(m, found);
         rest(0.1);
+    }
+    int problem = errno;
+    freeaddrinfo(found);
     if (m->listener >= 0)
         return 0;
     return fail_user(e,
                      "cannot listen on port %d (%s): %s; another run here may have it: choose another "
                      "MASTER_PORT",
-                     s->port, s->port_from, strerror(errno));
+                     s->port, s->port_from, strerror(problem));
 }
 
 static int welcome_all(struct meeting *m, struct error *e) {
@@ -250,12 +317,11 @@ static int gather_all(struct meeting *m, struct error *e) {
         return -1;
     int status = accept_ranks(m, now() + m->timeout, e), count = missing(m, text);
     if (status == 0 && count > 0)
-        status =
-            fail_run(e,
-                     "rank%s %s of %d did not come to rank 0 at %.200s, port %d, within %.0f s: are they "
-                     "started, with these MASTER_ADDR and MASTER_PORT, and does no firewall stand "
-                     "between? (IHA_START_TIMEOUT sets how long to wait)",
-                     count > 1 ? "s" : "", text, s->ranks, s->address, s->port, m->timeout);
+        status = fail_run(e,
+                          "rank%s %s of %d did not come to rank 0 at %.200s, port %d, within %g s: are they "
+                          "started, with these MASTER_ADDR and MASTER_PORT, and does no firewall stand "
+                          "between? (IHA_START_TIMEOUT sets how long to wait)",
+                          count > 1 ? "s" : "", text, s->ranks, s->address, s->port, m->timeout);
     if (status == 0)
         status = welcome_all(m, e);
     if (status != 0)
@@ -265,51 +331,20 @@ static int gather_all(struct meeting *m, struct error *e) {
 
 /* ---- the others ---------------------------------------------------------------------------------------- */
 
-static int say_hello(const struct meeting *m, int fd, double deadline) {
-    const struct start *s = m->start;
-    struct hello h = {.token = s->token,
-                      .version = VERSION,
-                      .ranks = (uint32_t)s->ranks,
-                      .rank = (uint32_t)s->rank,
-                      .port = (uint32_t)tcp_port(m->listener)};
-    memcpy(h.magic, MAGIC, sizeof h.magic);
-    return tcp_send_all(fd, &h, sizeof h, deadline);
-}
-
-/* Say hello, and wait for rank 0's answer. -1: it was none, and *why. */
-static int introduce(struct meeting *m, int fd, const char **why) {
-    struct answer a;
-    double deadline = now() + m->timeout + SLACK_SECONDS;
-    *why = "whoever listens there is not rank 0";
-    if (say_hello(m, fd, deadline) != 0 || tcp_receive_all(fd, &a, sizeof a, deadline) != 0) {
-        *why = errno ? strerror(errno) : "it hangs up";
-        return -1;
-    }
-    if (memcmp(a.magic, MAGIC, sizeof a.magic) != 0)
-        return -1;
-    if (a.verdict == ANOTHER_RUN) {
-        *why = "rank 0 of another run answers";
-        return -1;
-    }
-    if (a.verdict != 0) /* which rank 0 has said */
-        _exit(a.verdict == EXIT_USER ? EXIT_USER : EXIT_RUN);
-    return tcp_receive_all(fd, m->all, (size_t)m->start->ranks * sizeof *m->all, deadline);
-}
-
 /* Rank 0 may not listen yet, and its machine's name not be known yet. */
 static int come(struct meeting *m, struct error *e) {
     const struct start *s = m->start;
     const char *why = "";
-    double deadline = now() + m->timeout;
-    char unknown[600] = "";
+    double deadline = now() + m->timeout, patience = now() + QUIET_SECONDS;
+    char unknown[600] = "", place[300];
     do {
         struct error not_found;
         struct addrinfo *found = NULL;
         if (resolve(s, &found, &not_found) != 0)
             snprintf(unknown, sizeof unknown, "%.500s", not_found.text), why = unknown;
         for (struct addrinfo *a = found; a; a = a->ai_next) {
-            int fd = tcp_connect(a->ai_addr, a->ai_addrlen, deadline);
-            if (fd >= 0 && introduce(m, fd, &why) == 0) {
+            int fd = tcp_connect(a->ai_addr, a->ai_addrlen, patience < deadline ? patience : deadline);
+            if (fd >= 0 && introduce(m, fd, now() + m->timeout + SLACK_SECONDS, &why) == 0) {
                 m->sockets[0] = fd;
                 freeaddrinfo(found);
                 return 0;
@@ -321,10 +356,15 @@ static int come(struct meeting *m, struct error *e) {
         }
         if (found)
             freeaddrinfo(found);
+        if (now() > patience && now() < deadline) {
+            fprintf(stderr, "rank %d: waiting for rank 0 at %s: %s (%.0f s left)\n", s->rank,
+                    meeting_place(s, place), why, deadline - now());
+            patience = deadline;
+        }
         rest(0.1);
     } while (now() < deadline);
     return fail_run(e,
-                    "rank %d: cannot reach rank 0 at %.200s, port %d (%s) for %.0f s: %.300s; is rank 0 "
+                    "rank %d: cannot reach rank 0 at %.200s, port %d (%s) for %g s: %.300s; is rank 0 "
                     "started, are MASTER_ADDR and MASTER_PORT right, and does no firewall stand between? "
                     "(IHA_START_TIMEOUT sets how long to wait)",
                     s->rank, s->address, s->port, s->port_from, m->timeout, why);
@@ -387,7 +427,7 @@ int tcp_mesh(struct meeting *m, struct error *e) {
     if (count == 0)
         return 0;
     return fail_run(e,
-                    "rank%s %s did not connect for %.0f s; every two ranks have a connection, on ports that "
+                    "rank%s %s did not connect for %g s; every two ranks have a connection, on ports that "
                     "the system chooses: does a firewall stand between?",
                     count > 1 ? "s" : "", text, m->timeout);
 }
