@@ -141,6 +141,13 @@ static int join_devices(struct run *r, struct error *e) {
     return 0;
 }
 
+static void say_what_is_ignored(const struct run *r) {
+    enum comm_kind comm = r->config.system.comm;
+    if (alone(r) && comm != COMM_AUTO)
+        fprintf(stderr, "system.comm = %s has no effect: a single process has nobody to talk to\n",
+                comm == COMM_MPI ? "mpi" : "nccl");
+}
+
 static int build_model(struct run *r, bool training, struct error *e) {
     const struct train_config *t = &r->config.train;
     struct model_options options = {
@@ -303,6 +310,7 @@ static void announce(struct run *r, bool saves_behind) {
             (double)r->model.params.learned / 1e6, (long long)c->model.num_hidden_layers,
             (long long)shards_tokens(r->train), shards_files(r->train),
             shards_files(r->train) == 1 ? "" : "s", (long long)c->train.batch_tokens);
+    say_what_is_ignored(r);
     if (c->system.deterministic)
         determinism_print(stderr, &r->model);
     if (!saves_behind)
@@ -672,6 +680,7 @@ static int eval(struct run *r, int argc, char **argv, struct error *e) {
         comm_agree(r->comm, build_model(r, false, e), e) != 0 ||
         comm_agree(r->comm, checkpoint_load_weights(dir, &r->model, 0, e), e) != 0)
         return -1;
+    say_what_is_ignored(r);
     int64_t tokens;
     double loss = evaluate(r, r->config.run.eval_batches, &tokens);
     if (!isfinite(loss))
