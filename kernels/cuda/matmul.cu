@@ -97,6 +97,11 @@ static int candidates(struct device *dev, const struct matmul_plan *p,
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(dev->blas, p->desc, p->b, p->a, p->c, p->c,
                                                            preference, CANDIDATES, results, &found);
     cublas_check(cublasLtMatmulPreferenceDestroy(preference));
+    int usable = 0; /* a result may say that its algorithm is none */
+    for (int i = 0; i < found; i++)
+        if (results[i].state == CUBLAS_STATUS_SUCCESS)
+            results[usable++] = results[i];
+    found = usable;
     if (status != CUBLAS_STATUS_SUCCESS || found == 0) {
         fprintf(stderr, "matmul: cuBLASLt has no algorithm for %lld x %lld x %lld (status %d)\n",
                 (long long)s->m, (long long)s->n, (long long)s->k, (int)status);

@@ -149,7 +149,7 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
     }
 }
 
-/* Two algorithms, which compute the same. */
+/* One that is none, and two that compute the same. */
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
@@ -157,10 +157,13 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
                                               cublasLtMatmulHeuristicResult_t *results, int *found) {
     struct chosen chosen = {0, *(const struct preference *)p,
                             (uint32_t)((uintptr_t)desc_of(desc)->bias % 16)};
-    *found = wanted < 2 ? wanted : 2;
+    *found = wanted < 3 ? wanted : 3;
     for (int i = 0; i < *found; i++) {
         memset(&results[i], 0, sizeof results[i]);
-        chosen.candidate = (uint64_t)i + 1;
+        chosen.candidate = (uint64_t)i;
+        results[i].state = CUBLAS_STATUS_NOT_SUPPORTED;
+        if (i == 0)
+            continue;
         memcpy(&results[i].algo, &chosen, sizeof chosen);
         results[i].state = CUBLAS_STATUS_SUCCESS;
         results[i].workspaceSize = 1024;
