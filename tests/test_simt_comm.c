@@ -24,6 +24,7 @@ static char *given(const void *host, size_t bytes) {
     char *p;
     ok(cudaMalloc((void **)&p, bytes));
     ok(cudaMemcpy(p, host, bytes, cudaMemcpyHostToDevice));
+    ok(cudaDeviceSynchronize()); /* from pageable memory the copy may return before it has arrived */
     return p;
 }
 
