@@ -32,7 +32,8 @@ struct cudnn_attention *__wrap_cudnn_attention_open(cudaStream_t stream, char wh
     return cudnn_attention_open_described(gpu->json, why);
 }
 
-/* Fields: batch, length S, heads, head_dim, pseudo, causal, token_mask, window, scale. */
+/* Every shape of configs/, and corners. Fields: batch, length S, heads, head_dim, pseudo, causal, token_mask,
+ * window, scale. */
 static const struct served {
     const char *of;
     struct attention_spec spec;
@@ -40,8 +41,13 @@ static const struct served {
     {"GPT-2 124M", {16, 1024, 12, 64, 1, true, false, 0, 0.125}},
     {"its IHA layers, local", {16, 2048, 12, 64, 2, true, false, 256, 0.125}},
     {"its IHA layers, global", {16, 4096, 12, 64, 4, true, false, 0, 0.125}},
+    {"bytes_small, MHA", {8, 512, 4, 64, 1, true, false, 0, 0.125}},
+    {"its IHA layers", {8, 1024, 4, 64, 2, true, false, 128, 0.125}},
+    {"quickstart, MHA", {8, 256, 4, 64, 1, true, false, 0, 0.125}},
+    {"its IHA layers", {8, 512, 4, 64, 2, true, false, 64, 0.125}},
     {"llama 1B", {4, 4096, 32, 64, 1, true, false, 0, 0.125}},
     {"the paper's 2.4B, MHA", {1, 8192, 20, 128, 1, true, false, 0, 0.088}},
+    {"the paper's 2.4B, P = 2", {1, 16384, 20, 128, 2, true, false, 2048, 0.088}},
     {"the paper's 2.4B, P = 4", {1, 32768, 20, 128, 4, true, false, 1024, 0.088}},
     {"the paper's 2.4B, P = 20", {1, 163840, 20, 128, 20, true, false, 205, 0.088}},
     {"not causal", {2, 256, 4, 64, 1, false, false, 0, 0.125}},

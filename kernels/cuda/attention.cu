@@ -9,6 +9,7 @@
 #include "kernels/cuda/attention_own.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/cudnn_attention.h"
+#include "kernels/cudnn_scratch.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -27,15 +28,6 @@ struct attention_plans {
     struct cudnn_attention *cudnn; /* NULL: not opened, or not to be had */
     struct attention_choice *first;
 };
-
-/* cuDNN's deterministic backward wants 2 B H S^2 bytes, S rounded up to its tiles (9.19); beyond this much,
- * our own is deterministic for none. */
-static const size_t DETERMINISTIC_LIMIT = (size_t)256 << 20;
-
-static size_t deterministic_bytes(const struct attention_spec *s) {
-    int64_t length = (s->length + 127) / 128 * 128;
-    return (size_t)(2 * s->batch * s->heads) * (size_t)(length * length);
-}
 
 static bool same_spec(const struct attention_spec *a, const struct attention_spec *b) {
     return a->batch == b->batch && a->length == b->length && a->heads == b->heads &&
@@ -109,7 +101,7 @@ static const char *excluded(const struct device *dev, const struct attention_spe
     if (graph_breaks(dev, s))
         return "CUDA graphs want cuDNN 9.15.1 or later for a length that is no multiple of 128; "
                "system.graph = off goes without";
-    if (dev->deterministic && deterministic_bytes(s) > DETERMINISTIC_LIMIT)
+    if (dev->deterministic && cudnn_deterministic_bytes(s) > CUDNN_DETERMINISTIC_LIMIT)
         return "cuDNN wants memory by the square of the length to be deterministic";
     return NULL;
 }
@@ -237,7 +229,7 @@ static bool by_cudnn(const struct device *dev, const struct attention_spec *s, c
 
 const char *cuda_attention_by(struct device *dev, const struct attention_spec *s, size_t *deterministic) {
     bool cudnn = by_cudnn(dev, s, "attention_by");
-    *deterministic = cudnn && dev->deterministic ? deterministic_bytes(s) : 0;
+    *deterministic = cudnn && dev->deterministic ? cudnn_deterministic_bytes(s) : 0;
     return cudnn ? "cuDNN" : "own kernels";
 }
 

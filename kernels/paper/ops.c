@@ -2,12 +2,12 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/cudnn_scratch.h"
 #include "kernels/paper/device.h"
 
 /* As kernels/cuda/ has them, to plan the same memory and the same chunks. */
 #define MATMUL_WORKSPACE ((size_t)32 << 20)
 #define CHUNK_BYTES ((double)(512 << 20)) /* of logits */
-#define DETERMINISTIC_LIMIT ((double)(256 << 20))
 
 /* ---- counting -------------------------------------------------------------------------------------------
  */
@@ -182,19 +182,13 @@ static bool in_window(const struct attention_spec *s) {
     return s->window > 0 && s->window < s->length;
 }
 
-static double deterministic_bytes(const struct attention_spec *s) {
-    double length = (double)((s->length + 127) / 128 * 128);
-    return 2 * (double)(s->batch * s->heads) * length * length;
-}
-
 /* As kernels/cuda/attention.cu decides. */
 static bool cudnn_serves(const struct device *dev, const struct attention_spec *s) {
-    double square = deterministic_bytes(s);
     return dev->options.precision == DEVICE_BF16 && !(s->token_mask && s->causal && s->pseudo > 1) &&
            (s->causal || !in_window(s)) && s->head_dim % 8 == 0 &&
            s->head_dim <= dev->options.gpu->cudnn_head_dim && s->length > 1 &&
            !(dev->options.gpu->cudnn_nan && s->length % 128 == 64) &&
-           !(dev->options.deterministic && square > DETERMINISTIC_LIMIT);
+           !(dev->options.deterministic && cudnn_deterministic_bytes(s) > CUDNN_DETERMINISTIC_LIMIT);
 }
 
 static struct attention_rate rate_of(const struct device *dev, const struct attention_spec *s) {
@@ -394,7 +388,7 @@ static int plan(struct device *dev, const struct op_spec *spec, struct op_cost *
         cost->saved = (size_t)(a->batch * a->heads * a->length) * sizeof(float);
         bool square = dev->options.deterministic && cudnn_serves(dev, a);
         cost->workspace = cost->saved + 4096 /* alignment */;
-        cost->workspace += square ? (size_t)deterministic_bytes(a)
+        cost->workspace += square ? cudnn_deterministic_bytes(a)
                                   : (size_t)attention_values(a) * 4 * (size_t)dev->options.gpu->cudnn_scratch;
     }
     if (spec->kind == OP_CLASSIFIER)
