@@ -38,12 +38,12 @@ CFLAGS = $(COMMON) -O3 $(VECTORS) -fno-math-errno -fno-trapping-math
 endif
 LIBS = -ldnnl -lcjson -linih -lpcre2-8 -lm
 
-KERNELS = $(wildcard kernels/*.c kernels/cpu/*.c kernels/paper/*.c)
+KERNELS = $(wildcard kernels/*.c kernels/*/*.c)
 # Ranks that mpirun starts need MPI; without it they meet over TCP.
 MPI_CFLAGS := $(shell pkg-config --cflags ompi-c 2>/dev/null || mpicc --showme:compile 2>/dev/null)
 MPI_LIBS := $(shell pkg-config --libs ompi-c 2>/dev/null || mpicc --showme:link 2>/dev/null)
 ifeq ($(MPI_LIBS),)
-KERNELS := $(filter-out kernels/cpu/transport_mpi.c,$(KERNELS))
+KERNELS := $(filter-out kernels/comm/transport_mpi.c,$(KERNELS))
 else
 MPI_FLAGS = -DWITH_MPI $(patsubst -I%,-isystem %,$(MPI_CFLAGS))
 COMMON += $(MPI_FLAGS)

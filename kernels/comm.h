@@ -1,5 +1,5 @@
 /* Collectives between ranks, once, with their manners; behind them messages over MPI or TCP
- * (kernels/cpu/comm_p2p.c), NCCL or a detour through host memory for tensors on GPUs
+ * (kernels/comm/comm_p2p.c), NCCL or a detour through host memory for tensors on GPUs
  * (kernels/cuda/comm_*.cu), and, for one process, nothing at all.
  *
  * A rank is one process with one device. Every rank calls the same collectives in the same order. Those on
@@ -73,7 +73,7 @@ struct comm_ops {
     void (*exchange)(struct comm *, const void *mine, void *all, size_t bytes);
 };
 
-/* The ranks this process was started among by mpirun, by srun or with torchrun's variables (start.h), or
+/* The ranks this process was started among by mpirun, by srun or with torchrun's variables (launcher.h), or
  * itself alone. peer_timeout in seconds; IHA_START_TIMEOUT, a variable,
  * says how many to wait for ranks to
  * come. NULL and *e: started among several that cannot find each other. */

@@ -16,8 +16,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "kernels/comm_internal.h"
-#include "kernels/start.h"
+#include "kernels/comm/comm_internal.h"
+#include "kernels/comm/launcher.h"
 
 enum { MOST_RANKS = 3, N = 5003 /* elements of a share; more than one block of a sum */ };
 

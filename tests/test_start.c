@@ -10,7 +10,7 @@
 #include <string.h>
 
 #include "kernels/comm.h"
-#include "kernels/start.h"
+#include "kernels/comm/launcher.h"
 
 static const char *const VARIABLES[] = {"OMPI_COMM_WORLD_SIZE",
                                         "OMPI_COMM_WORLD_RANK",

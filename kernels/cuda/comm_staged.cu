@@ -7,7 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "kernels/comm_internal.h"
+#include "kernels/comm/comm_internal.h"
 #include "kernels/cuda/comm.h"
 #include "kernels/cuda/comm_sums.h"
 

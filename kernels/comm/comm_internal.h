@@ -3,7 +3,7 @@
 #define IHA_COMM_INTERNAL_H
 
 #include "kernels/comm.h"
-#include "kernels/cpu/transport.h"
+#include "kernels/comm/transport.h"
 
 enum { COMM_IN_FLIGHT = 3 }; /* collectives at once; one more waits for the oldest */
 

@@ -10,7 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "kernels/cpu/transport.h"
+#include "kernels/comm/transport.h"
 
 _Static_assert(MPI_MAX_PROCESSOR_NAME <= TRANSPORT_HOST, "names of hosts fit");
 

@@ -7,8 +7,8 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "kernels/comm_internal.h"
-#include "kernels/start.h"
+#include "kernels/comm/comm_internal.h"
+#include "kernels/comm/launcher.h"
 
 /* ---- one rank ----------------------------------------------------------------------------------------- */
 

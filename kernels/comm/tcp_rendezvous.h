@@ -2,7 +2,7 @@
 #ifndef IHA_TCP_MEET_H
 #define IHA_TCP_MEET_H
 
-#include "kernels/start.h"
+#include "kernels/comm/launcher.h"
 
 struct address; /* of a rank */
 

@@ -1,4 +1,4 @@
-#include "kernels/start.h"
+#include "kernels/comm/launcher.h"
 
 #include <stdio.h>
 #include <stdlib.h>

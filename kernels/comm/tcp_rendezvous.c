@@ -6,7 +6,7 @@
  * token of the run. Port scanners, and ranks of other runs, are hung up on and change nothing; one that says
  * nothing is not waited for. */
 #define _GNU_SOURCE
-#include "kernels/cpu/tcp_meet.h"
+#include "kernels/comm/tcp_rendezvous.h"
 
 #include <errno.h>
 #include <netdb.h>
@@ -16,7 +16,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "kernels/cpu/tcp_socket.h"
+#include "kernels/comm/tcp_socket.h"
 
 enum {
     VERSION = 1,

@@ -1,4 +1,4 @@
-#include "kernels/cpu/tcp_socket.h"
+#include "kernels/comm/tcp_socket.h"
 
 #include <errno.h>
 #include <fcntl.h>

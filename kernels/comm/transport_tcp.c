@@ -18,9 +18,9 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "kernels/cpu/tcp_meet.h"
-#include "kernels/cpu/tcp_socket.h"
-#include "kernels/cpu/transport.h"
+#include "kernels/comm/tcp_rendezvous.h"
+#include "kernels/comm/tcp_socket.h"
+#include "kernels/comm/transport.h"
 
 enum { HEADER_MAGIC = 0x41484954, LINE = 1500, SPARE_FILES = 256 };
 /* Seconds: for the first rank to say that it has said why; for a reason to come behind a closed connection;

@@ -13,7 +13,7 @@
 #include <string.h>
 #include <time.h>
 
-#include "kernels/comm_internal.h"
+#include "kernels/comm/comm_internal.h"
 #include "kernels/rounding.h"
 
 enum { TURN_SECONDS = 5 }; /* for a rank that knows better to end the run first */

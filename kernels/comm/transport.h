@@ -47,7 +47,7 @@ struct transport_ops {
     void (*release)(struct transport *);
 };
 
-/* How the program was started among others without MPI; see start.h. */
+/* How the program was started among others without MPI; see launcher.h. */
 struct start;
 
 /* NULL and *e: they cannot be had. timeout: seconds to wait for ranks to come, and for every message until
