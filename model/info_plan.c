@@ -105,7 +105,7 @@ static void print_header(FILE *out, const struct config *c, const struct info_op
                 NODE_GPUS);
     fprintf(
         out,
-        "  not measured on this hardware: ceilings and published figures (kernels/paper/machine.c), so read\n"
+        "  not measured on this hardware: ceilings and published figures (kernels/estimate/hardware.c), so read\n"
         "  the speed as the best that is possible\n");
     fprintf(out,
             "  bf16, zero_stage %lld, recompute %s; a step of %lld tokens is %lld pass%s of %lld x %lld on "

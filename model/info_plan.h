@@ -4,7 +4,7 @@
 
 #include <stdio.h>
 
-#include "kernels/paper/machine.h"
+#include "kernels/estimate/hardware.h"
 #include "model/config.h"
 
 /* What stands on the command line beside the configuration. gpus = 0: nothing is to be planned. */

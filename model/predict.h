@@ -1,9 +1,9 @@
 /* What a training run would cost on GPUs that are not at hand: the model's own passes, update and messages,
- * run on a GPU that exists on paper only (kernels/paper/). */
+ * run on a GPU that exists on paper only (kernels/estimate/). */
 #ifndef IHA_PREDICT_H
 #define IHA_PREDICT_H
 
-#include "kernels/paper/paper.h"
+#include "kernels/estimate/estimate.h"
 #include "model/model.h"
 
 struct prediction {

@@ -1,7 +1,7 @@
 /* Predictions on paper: operations are those that flops.h counts, messages those that real ranks send, times
  * what a few lines of arithmetic by hand give, and memory what the model plans. */
 #define FIXTURE_THREADS 1
-#include "kernels/paper/machine.h"
+#include "kernels/estimate/hardware.h"
 #include "model/flops.h"
 #include "model/predict.h"
 #include "tests/model_configs.h"

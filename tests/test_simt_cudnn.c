@@ -4,7 +4,7 @@
 #include "tests/simt/fixture.h"
 
 #include "kernels/cuda/cudnn_attention.h"
-#include "kernels/paper/paper.h"
+#include "kernels/estimate/estimate.h"
 
 /* As cuDNN serializes them; sizes and limits are those of NVIDIA's tables of compute capabilities. */
 #define DEVICE(NAME, VERSION, PROCESSORS, SHARED, L2, MEMORY)                                                \

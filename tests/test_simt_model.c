@@ -2,7 +2,7 @@
  * backend, recomputation, and steps whose bits do not depend on the order in which threads and blocks run. */
 #include "tests/simt/fixture.h"
 
-#include "kernels/paper/paper.h"
+#include "kernels/estimate/estimate.h"
 #include "model/model.h"
 #include "tests/model_configs.h"
 

@@ -1,4 +1,4 @@
-#include "kernels/paper/machine.h"
+#include "kernels/estimate/hardware.h"
 
 #include <math.h>
 #include <string.h>

@@ -3,7 +3,7 @@
 #include <string.h>
 
 #include "kernels/cudnn_scratch.h"
-#include "kernels/paper/device.h"
+#include "kernels/estimate/device.h"
 
 /* As kernels/cuda/ has them, to plan the same memory and the same chunks. */
 #define MATMUL_WORKSPACE ((size_t)32 << 20)

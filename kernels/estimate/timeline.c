@@ -1,4 +1,4 @@
-#include "kernels/paper/timeline.h"
+#include "kernels/estimate/timeline.h"
 
 void timeline_compute(struct timeline *t, double seconds) {
     t->computed += seconds;

@@ -9,8 +9,8 @@
 #define IHA_PAPER_H
 
 #include "kernels/kernels.h"
-#include "kernels/paper/machine.h"
-#include "kernels/paper/timeline.h"
+#include "kernels/estimate/hardware.h"
+#include "kernels/estimate/timeline.h"
 
 enum paper_part {
     PAPER_MATMUL,

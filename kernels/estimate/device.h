@@ -1,8 +1,8 @@
-/* What the files of kernels/paper/ share. */
+/* What the files of kernels/estimate/ share. */
 #ifndef IHA_PAPER_DEVICE_H
 #define IHA_PAPER_DEVICE_H
 
-#include "kernels/paper/paper.h"
+#include "kernels/estimate/estimate.h"
 
 /* Visible pairs of one sequence and head, counted once for each spec: a model has a few. */
 enum { PAIRS_KEPT = 4 };

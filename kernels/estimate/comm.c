@@ -1,5 +1,5 @@
 /* The communicator on paper: messages that take their time on the timeline. */
-#include "kernels/paper/device.h"
+#include "kernels/estimate/device.h"
 
 static struct device *device_of(struct comm *c) {
     return ((struct paper_comm *)c)->dev;
