@@ -1,6 +1,6 @@
 /* Collectives between ranks, once, with their manners; behind them messages over MPI or TCP
  * (kernels/comm/comm_p2p.c), NCCL or a detour through host memory for tensors on GPUs
- * (kernels/cuda/comm_*.cu), and, for one process, nothing at all.
+ * (kernels/cuda/comm/), and, for one process, nothing at all.
  *
  * A rank is one process with one device. Every rank calls the same collectives in the same order. Those on
  * tensors are asynchronous: they return an event, and the memory they were given is theirs until a wait on

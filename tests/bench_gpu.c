@@ -8,7 +8,7 @@
  */
 #include <math.h>
 
-#include "kernels/cuda/comm_sums.h"
+#include "kernels/cuda/comm/comm_sums.h"
 #include "model/flops.h"
 #include "tests/bench_gpu_measure.h"
 #include "tests/bench_gpu_pairs.h"

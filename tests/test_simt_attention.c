@@ -7,7 +7,7 @@
  * those of dv, taken in different orders (and may be exactly zero). */
 #include "tests/simt/fixture.h"
 
-/* Tiles visited since the program began (kernels/cuda/attention_own.cu). */
+/* Tiles visited since the program began (kernels/cuda/attention/attention_bf16.cu). */
 extern int64_t cuda_attention_tiles;
 
 enum layout { SEPARATE, PACKED, GAPPED };

@@ -2,7 +2,7 @@
  * computes, at sizes and addresses that allow wide accesses and at others. */
 #include "tests/simt/fixture.h"
 
-#include "kernels/cuda/comm_sums.h"
+#include "kernels/cuda/comm/comm_sums.h"
 #include "kernels/rounding.h"
 
 enum { GUARD = 16, MAX_RANKS = 5 };

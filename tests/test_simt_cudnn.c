@@ -1,9 +1,9 @@
-/* cuDNN itself, on GPUs that are only described: whether it takes the graphs of cudnn_attention.cpp, for
+/* cuDNN itself, on GPUs that are only described: whether it takes the graphs of attention_cudnn.cpp, for
  * which shapes, and what workspace it wants. The library's own checks and heuristics run here and its kernels
  * are compiled; tests/simt/paper_driver.c loads them, and nothing is launched. */
 #include "tests/simt/fixture.h"
 
-#include "kernels/cuda/cudnn_attention.h"
+#include "kernels/cuda/attention/attention_cudnn.h"
 #include "kernels/estimate/estimate.h"
 
 /* As cuDNN serializes them; sizes and limits are those of NVIDIA's tables of compute capabilities. */

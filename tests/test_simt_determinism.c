@@ -2,7 +2,7 @@
  * is left out for. A cuDNN that only plans stands in for the library. */
 #include "tests/simt/fixture.h"
 
-#include "kernels/cuda/cudnn_attention.h"
+#include "kernels/cuda/attention/attention_cudnn.h"
 #include "model/determinism.h"
 #include "tests/model_configs.h"
 

@@ -13,7 +13,7 @@
 CUDA ?= 1
 CUDA_HOME ?= $(or $(patsubst %/bin/nvcc,%,$(shell command -v nvcc 2>/dev/null)),/usr/local/cuda)
 NVCC ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(NVIDIA_WHEELS:%=%/cu*/bin/nvcc)))
-CUDA_SOURCES = $(wildcard kernels/cuda/*.cu)
+CUDA_SOURCES = $(wildcard kernels/cuda/*.cu kernels/cuda/*/*.cu)
 
 # Ampere and Hopper, and code that later GPUs compile for themselves.
 CUDA_ARCHS ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
@@ -56,7 +56,7 @@ NCCL_FLAGS = $(if $(NCCL_MISSING),,-DWITH_NCCL -isystem $(patsubst %/,%,$(dir $(
 # ---- what is built ----
 
 CUDA_OBJECTS = $(CUDA_SOURCES:%.cu=$(BUILD)/cuda/%.o)
-CUDNN_OBJECTS = $(if $(CUDNN_MISSING),,$(patsubst %.cpp,$(BUILD)/cuda/%.o,$(wildcard kernels/cuda/*.cpp)))
+CUDNN_OBJECTS = $(if $(CUDNN_MISSING),,$(patsubst %.cpp,$(BUILD)/cuda/%.o,$(wildcard kernels/cuda/*/*.cpp)))
 CUDA_LIBS = $(CUDART) $(CUBLASLT) $(if $(CUDNN_MISSING),,$(CUDNN)) $(if $(NCCL_MISSING),,$(NCCL))
 CUDA_RPATH = $(patsubst %,-Wl$(comma)-rpath$(comma)%,$(sort $(abspath $(dir $(CUDA_LIBS)))))
 comma := ,

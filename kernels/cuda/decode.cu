@@ -7,7 +7,7 @@
  *
  * Bytes moved: the visible rows of both caches once a query, which is all the time there is: 4 d FLOPs for 2
  * d elements read. */
-#include "kernels/cuda/attention_band.cuh"
+#include "kernels/cuda/attention/attention_band.cuh"
 
 enum { WARPS = 8, THREADS = 32 * WARPS, EACH = 8 /* elements of a row a lane has */, UNROLL = 4 };
 

@@ -19,7 +19,7 @@ struct paper_gpu {
     struct attention_rate own;          /* ours, where cuDNN does not serve */
     int64_t cudnn_head_dim;             /* the largest that cuDNN's backward takes */
     int cudnn_scratch;                  /* copies of q in fp32 that it works in, not deterministic */
-    bool cudnn_nan;          /* it is kept from lengths of 64 modulo 128 (kernels/cuda/attention.cu) */
+    bool cudnn_nan;          /* it is kept from lengths of 64 modulo 128 (kernels/cuda/attention/attention.cu) */
     double window;           /* factor on `wide` for windows; `narrow` is a window's already */
     double copy;             /* bytes/s, read and written together */
     double mixing;           /* factor on `copy` for mixing and collapse ... */

@@ -182,7 +182,7 @@ static bool in_window(const struct attention_spec *s) {
     return s->window > 0 && s->window < s->length;
 }
 
-/* As kernels/cuda/attention.cu decides. */
+/* As kernels/cuda/attention/attention.cu decides. */
 static bool cudnn_serves(const struct device *dev, const struct attention_spec *s) {
     return dev->options.precision == DEVICE_BF16 && !(s->token_mask && s->causal && s->pseudo > 1) &&
            (s->causal || !in_window(s)) && s->head_dim % 8 == 0 &&

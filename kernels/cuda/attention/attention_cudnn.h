@@ -1,5 +1,5 @@
 /* cuDNN's fused attention behind plain C functions on raw pointers. What implements them,
- * cudnn_attention.cpp, is the one file that knows cuDNN, and is left out of builds without it: then these
+ * attention_cudnn.cpp, is the one file that knows cuDNN, and is left out of builds without it: then these
  * functions are NULL.
  *
  * Shapes: q, k, v, o and their gradients are bf16 [B,S,H,d] with any strides but d's, which is 1, each at a

@@ -13,9 +13,9 @@
  * that stay, so that P and dS, rounded to bf16, are in registers what the next product takes as A.
  *
  * Saved from forward: lse, fp32 [B,H,S]. Workspace: delta, fp32 [B,H,S]. */
-#include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/attention/attention_mma.cuh"
 
-#include "kernels/cuda/attention_fp32.h"
+#include "kernels/cuda/attention/attention_fp32.h"
 
 enum { THREADS = 128, WARPS = THREADS / 32 };
 

@@ -7,7 +7,7 @@
 #ifndef IHA_CUDA_ATTENTION_BAND_CUH
 #define IHA_CUDA_ATTENTION_BAND_CUH
 
-#include "kernels/cuda/attention_own.h"
+#include "kernels/cuda/attention/attention_bf16.h"
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/mma.cuh"
 

@@ -1,5 +1,5 @@
 /* How ranks with GPUs are joined: the choice of a communicator, and what all of them share. */
-#include "kernels/cuda/comm.h"
+#include "kernels/cuda/comm/comm.h"
 
 #include <stdio.h>
 #include <stdlib.h>

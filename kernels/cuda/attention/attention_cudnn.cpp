@@ -1,6 +1,6 @@
-/* The only file that knows cuDNN: its frontend's graphs behind cudnn_attention.h. Compiled by g++, since nvcc
+/* The only file that knows cuDNN: its frontend's graphs behind attention_cudnn.h. Compiled by g++, since nvcc
  * takes minutes for the frontend's headers. No exception leaves it. */
-#include "kernels/cuda/cudnn_attention.h"
+#include "kernels/cuda/attention/attention_cudnn.h"
 
 #include <cudnn_frontend.h>
 #include <dlfcn.h>

@@ -1,4 +1,4 @@
-/* The fp32 kernels of the backend's own attention; see attention_own.h. */
+/* The fp32 kernels of the backend's own attention; see attention_bf16.h. */
 #ifndef IHA_CUDA_ATTENTION_FP32_H
 #define IHA_CUDA_ATTENTION_FP32_H
 

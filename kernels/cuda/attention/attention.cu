@@ -1,14 +1,14 @@
 /* attention: which implementation serves a shape, cuDNN's fused kernels or our own.
  *
  * cuDNN takes bf16 without token masks, where it is linked and supports the shape; everything else, and every
- * build without it, is served by attention_own.cu. The choice is made once, by the plan, since the two save
+ * build without it, is served by attention_bf16.cu. The choice is made once, by the plan, since the two save
  * different things between forward and backward.
  *
  * The environment variable IHA_ATTENTION decides otherwise, to compare the two: `own` leaves cuDNN out;
  * `cudnn` makes a shape that it does not serve an error. */
-#include "kernels/cuda/attention_own.h"
+#include "kernels/cuda/attention/attention_bf16.h"
 #include "kernels/cuda/cuda.h"
-#include "kernels/cuda/cudnn_attention.h"
+#include "kernels/cuda/attention/attention_cudnn.h"
 #include "kernels/cudnn_scratch.h"
 
 #include <stdio.h>

@@ -1,13 +1,13 @@
-/* Fused attention for fp32, forward and backward: the algorithms of attention_own.cu and
- * attention_own_backward.cu, with FMAs on smaller tiles and without overlapping copies.
+/* Fused attention for fp32, forward and backward: the algorithms of attention_bf16.cu and
+ * attention_bf16_backward.cu, with FMAs on smaller tiles and without overlapping copies.
  *
  * A block is 8 x 8 threads and a tile 8 R x 8 R scores, where R is 4, or 2 for wide heads: thread (x, y) has
  * the scores of rows y + 8 i and columns x + 8 j, and of a sum over d the elements 4 (x + 8 j) to + 3 of the
  * same rows. A row's threads are lanes of one warp, so probabilities go from one product to the next through
  * shared memory with nothing but a warp's barrier. */
-#include "kernels/cuda/attention_fp32.h"
+#include "kernels/cuda/attention/attention_fp32.h"
 
-#include "kernels/cuda/attention_band.cuh"
+#include "kernels/cuda/attention/attention_band.cuh"
 
 enum { SIDE = 8, THREADS = SIDE * SIDE };
 

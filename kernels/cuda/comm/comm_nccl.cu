@@ -20,8 +20,8 @@
 #include <unistd.h>
 
 #include "kernels/clock.h"
-#include "kernels/cuda/comm.h"
-#include "kernels/cuda/comm_sums.h"
+#include "kernels/cuda/comm/comm.h"
+#include "kernels/cuda/comm/comm_sums.h"
 
 enum {
     SMALL = 8,

@@ -1,5 +1,5 @@
 /* Sums in rank order, and rounding: what reduce-scatter adds to the messages themselves. */
-#include "kernels/cuda/comm_sums.h"
+#include "kernels/cuda/comm/comm_sums.h"
 
 #include "kernels/cuda/cuda.cuh"
 

@@ -8,7 +8,7 @@
 #ifndef IHA_CUDA_ATTENTION_MMA_CUH
 #define IHA_CUDA_ATTENTION_MMA_CUH
 
-#include "kernels/cuda/attention_band.cuh"
+#include "kernels/cuda/attention/attention_band.cuh"
 
 static __device__ __forceinline__ int lane_of() {
     return (int)threadIdx.x % 32;

@@ -8,8 +8,8 @@
 #include <stdlib.h>
 
 #include "kernels/comm/comm_internal.h"
-#include "kernels/cuda/comm.h"
-#include "kernels/cuda/comm_sums.h"
+#include "kernels/cuda/comm/comm.h"
+#include "kernels/cuda/comm/comm_sums.h"
 
 enum { SMALL = 8 };
 

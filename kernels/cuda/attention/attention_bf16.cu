@@ -7,9 +7,9 @@
  *
  * Bytes moved: q, o once; k, v once for every tile of queries that sees them, mostly from the L2. Products:
  * 4 d for a pair of a visited tile. */
-#include "kernels/cuda/attention_mma.cuh"
+#include "kernels/cuda/attention/attention_mma.cuh"
 
-#include "kernels/cuda/attention_fp32.h"
+#include "kernels/cuda/attention/attention_fp32.h"
 
 #ifdef SIMT
 int64_t cuda_attention_tiles;
