@@ -49,7 +49,7 @@ MPI_FLAGS = -DWITH_MPI $(patsubst -I%,-isystem %,$(MPI_CFLAGS))
 COMMON += $(MPI_FLAGS)
 LIBS += $(MPI_LIBS)
 endif
-MODEL = $(wildcard model/*.c)
+MODEL = $(wildcard model/*.c model/*/*.c)
 DATA = $(wildcard data/*.c)
 
 KERNEL_OBJECTS = $(KERNELS:%.c=$(BUILD)/%.o)

@@ -2,7 +2,7 @@
 #ifndef IHA_FLOPS_H
 #define IHA_FLOPS_H
 
-#include "model/config.h"
+#include "model/config/config.h"
 
 /* FLOPs of training on one token, forward and backward (backward costs twice the forward):
  *   matmul     6 * weights of qkv, out, up, gate, down in every layer, and of the vocabulary projection

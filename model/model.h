@@ -9,7 +9,7 @@
 
 #include "kernels/comm.h"
 #include "kernels/kernels.h"
-#include "model/config.h"
+#include "model/config/config.h"
 #include "model/params.h"
 #include "model/partition.h"
 

@@ -7,7 +7,7 @@
 #define IHA_PARAMS_H
 
 #include "kernels/tensor.h"
-#include "model/config.h"
+#include "model/config/config.h"
 
 enum param_class {
     PARAM_MATRIX, /* decays */

@@ -3,7 +3,7 @@
 #ifndef IHA_MODEL_CONFIGS_H
 #define IHA_MODEL_CONFIGS_H
 
-#include "model/config.h"
+#include "model/config/config.h"
 
 enum { BATCH = 4, TOKENS = 24, ROWS = BATCH * TOKENS, VOCAB = 31 };
 

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
-#include "model/files.h"
+#include "model/checkpoint/files.h"
 
 static char temporary_directory[] = "/tmp/iha_test_XXXXXX";
 

@@ -16,8 +16,8 @@
 
 #include <cjson/cJSON.h>
 
-#include "model/checkpoint.h"
-#include "model/files.h"
+#include "model/checkpoint/checkpoint.h"
+#include "model/checkpoint/files.h"
 #include "tests/temporary_directory.h"
 
 #define COUNT(a) (sizeof(a) / sizeof *(a))

@@ -9,7 +9,7 @@
 
 #include <cmocka.h>
 
-#include "model/config.h"
+#include "model/config/config.h"
 
 /* The least that config_load accepts. */
 static const char small[] = "[model]\n"

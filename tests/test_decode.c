@@ -5,7 +5,7 @@
 #define FIXTURE_THREADS 1
 #include "tests/model_fixture.h"
 
-#include "model/generate.h"
+#include "model/generate/generate.h"
 
 enum { LAYERS = 4, VOCAB = 37, HIDDEN = 24, LENGTH = 40 };
 static const double TOLERANCE = 1e-5; /* of the norm of the logits: two orders of summation in fp32 */

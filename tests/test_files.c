@@ -21,7 +21,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "model/files.h"
+#include "model/checkpoint/files.h"
 #include "tests/temporary_directory.h"
 
 /* In the place of the C library's fsync: count the calls, or fail them with a chosen errno. */

@@ -7,8 +7,8 @@
 
 #include <glob.h>
 
-#include "model/files.h"
-#include "model/safetensors.h"
+#include "model/checkpoint/files.h"
+#include "model/checkpoint/safetensors.h"
 
 static const double FACTOR = 3;
 static const double ROUNDINGS = 4 * 1.2e-7; /* of the norm of the result */

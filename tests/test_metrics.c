@@ -12,8 +12,8 @@
 
 #include <cmocka.h>
 
-#include "model/files.h"
-#include "model/metrics.h"
+#include "model/checkpoint/files.h"
+#include "model/train/metrics.h"
 #include "tests/temporary_directory.h"
 
 static void open_at(int64_t step) {

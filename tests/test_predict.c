@@ -3,7 +3,7 @@
 #define FIXTURE_THREADS 1
 #include "kernels/estimate/hardware.h"
 #include "model/flops.h"
-#include "model/predict.h"
+#include "model/info/estimate.h"
 #include "tests/model_configs.h"
 #include "tests/model_fixture.h"
 #include "tests/thread_comm.h"

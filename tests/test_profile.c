@@ -9,7 +9,7 @@
 
 #include <cmocka.h>
 
-#include "model/profile.h"
+#include "model/train/profile.h"
 #include "tests/temporary_directory.h"
 
 static void range(struct trace *t, const char *name, double begin, double end) {

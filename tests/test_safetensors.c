@@ -19,7 +19,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "model/safetensors.h"
+#include "model/checkpoint/safetensors.h"
 
 static char directory[] = "/tmp/test_safetensors_XXXXXX";
 static char path[sizeof directory + 32]; /* the file each test writes */

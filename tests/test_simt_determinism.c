@@ -3,7 +3,7 @@
 #include "tests/simt/fixture.h"
 
 #include "kernels/cuda/attention/attention_cudnn.h"
-#include "model/determinism.h"
+#include "model/info/determinism.h"
 #include "tests/model_configs.h"
 
 static size_t version = 91900;

@@ -7,8 +7,8 @@
 
 #include "kernels/rounding.h"
 
-#include "model/schedule.h"
-#include "model/skips.h"
+#include "model/train/schedule.h"
+#include "model/train/skips.h"
 
 #define COUNT(a) (sizeof(a) / sizeof *(a))
 

@@ -7,7 +7,7 @@
 #include <math.h>
 
 #include "kernels/kernels.h"
-#include "model/config_internal.h"
+#include "model/config/config_internal.h"
 #include "model/flops.h"
 #include "model/model.h"
 

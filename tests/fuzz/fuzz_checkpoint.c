@@ -8,9 +8,9 @@
 #include <math.h>
 #include <sys/stat.h>
 
-#include "model/checkpoint.h"
-#include "model/checkpoint_files.h"
-#include "model/safetensors.h"
+#include "model/checkpoint/checkpoint.h"
+#include "model/checkpoint/checkpoint_files.h"
+#include "model/checkpoint/safetensors.h"
 
 enum file { WEIGHTS, OPTIMIZER, TRAINER, CONFIG, FILES };
 static const char *const names[FILES] = {"model.safetensors", "optimizer-00000-of-00001.safetensors",

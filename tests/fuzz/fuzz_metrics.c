@@ -6,7 +6,7 @@
 #include <fcntl.h>
 #include <sys/stat.h>
 
-#include "model/metrics.h"
+#include "model/train/metrics.h"
 
 static char dir[256], path[280];
 

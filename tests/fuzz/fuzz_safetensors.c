@@ -1,7 +1,7 @@
 /* safetensors files: what opens describes the file exactly, and written again it is the same. */
 #include "tests/fuzz/safetensors_mutator.h"
 
-#include "model/safetensors.h"
+#include "model/checkpoint/safetensors.h"
 
 static const int64_t widths[] = {
     [ST_F32] = 4, [ST_F64] = 8, [ST_BF16] = 2, [ST_I32] = 4, [ST_I64] = 8, [ST_U16] = 2, [ST_U8] = 1};

@@ -1,0 +1,215 @@
+/* The table of every key a user may set, and what follows directly from it: defaults, --help, the list of
+ * values a run is remembered by, and which of them may change on resume.
+ *
+ * To add a key: add the field to config.h and one row here. Its text is read and written in config_values.c,
+ * files and overrides are read in config_load.c, relations checked in config_check.c, config.json is
+ * config_json.c. */
+#include "model/config/config_internal.h"
+
+#include <string.h>
+
+#define NAMES(...) ((const char *const[]){__VA_ARGS__, NULL})
+#define AT(field) offsetof(struct config, field)
+/* An enum is stored through an unsigned of the same size. */
+_Static_assert(sizeof(enum norm) == sizeof(unsigned), "enums are read and written as unsigned");
+
+const char *const config_layer_type_names[] = {"mha_global", "mha_local", "iha_global", "iha_local", NULL};
+const char *const config_sections[] = {"model", "train", "system", "data", "run", NULL};
+
+/* The upper limits are far beyond any real model, and low enough that no product of sizes (parameters,
+ * bytes, tokens of a whole run) overflows an int64; see also check_widths in config_check.c. */
+#define TWO(n) ((double)(1LL << (n)))
+
+#define INTEGER(low, high) .kind = KIND_INTEGER, .min = (low), .max = (high)
+#define REAL(low, high) .kind = KIND_REAL, .min = (low), .max = (high)
+#define ENUM(...) .kind = KIND_ENUM, .values = NAMES(__VA_ARGS__)
+
+#define MODEL(field) .section = "model", .name = #field, .offset = AT(model.field)
+#define TRAIN(field) .section = "train", .name = #field, .offset = AT(train.field)
+#define SYSTEM(field) .section = "system", .name = #field, .offset = AT(system.field), .may_change = true
+#define DATA(field) .section = "data", .name = #field, .offset = AT(data.field)
+#define RUN(field) .section = "run", .name = #field, .offset = AT(run.field), .may_change = true
+
+const struct config_row config_rows[] = {
+    {MODEL(vocab_size), INTEGER(1, TWO(31) - 1), .help = "token ids, without padding (V)"},
+    {MODEL(hidden_size), INTEGER(1, TWO(20)), .help = "width of the residual stream (C)"},
+    {MODEL(num_hidden_layers), INTEGER(1, MAX_LAYERS), .help = "transformer blocks (L)"},
+    {MODEL(num_attention_heads), INTEGER(1, 4096), .help = "attention heads (H)"},
+    {MODEL(head_dim), INTEGER(1, 4096), .derived = "C/H", .help = "width of one head (d)"},
+    {MODEL(intermediate_size), INTEGER(1, TWO(24)), .derived = "4C", .help = "width of the MLP (F)"},
+    {MODEL(max_position_embeddings), INTEGER(1, TWO(24)), .derived = "seq_len",
+     .help = "longest sequence the model takes, in tokens"},
+    {MODEL(position_embedding), ENUM("rope", "learned", "none"), .initial = "rope",
+     .help = "how positions enter"},
+    {MODEL(rope_theta), REAL(0, 1e15), .open = EXCLUDES_MIN, .initial = "10000", .help = "RoPE's base"},
+    {MODEL(norm), ENUM("rmsnorm", "layernorm"), .initial = "rmsnorm", .help = "normalisation of each block"},
+    {MODEL(norm_eps), REAL(1e-30, 1), .initial = "1e-5", .help = "added to the variance in a norm"},
+    {MODEL(activation), ENUM("gelu_tanh", "relu2", "swiglu"), .initial = "gelu_tanh",
+     .help = "swiglu adds a gate matrix"},
+    {MODEL(bias), .kind = KIND_BOOL, .initial = "false",
+     .help = "bias of qkv, out, up, down and of layernorm"},
+    {MODEL(tie_word_embeddings), .kind = KIND_BOOL, .initial = "true",
+     .help = "classifier and embedding share one matrix"},
+    {MODEL(causal), .kind = KIND_BOOL, .initial = "true", .help = "a token sees only itself and the past"},
+    {.section = "model",
+     .name = "layer_pattern",
+     .kind = KIND_PATTERN,
+     .initial = "iha_local*4 mha_global",
+     .help = "kinds of layers, repeated over the depth, cut at its end:\n"
+             "mha_global|mha_local|iha_global|iha_local,\neach with an optional *N"},
+    {MODEL(local_window), INTEGER(1, TWO(40)), .initial = "512",
+     .help = "keys a query sees in mha_local layers, itself included"},
+    {MODEL(num_pseudo_heads), INTEGER(1, 4096), .initial = "2", .help = "pseudo-heads per head (P)"},
+    {MODEL(iha_window), INTEGER(1, TWO(40)), .zero = "auto", .initial = "auto",
+     .help = "the same in iha_local layers, in virtual tokens;\nauto: max(P, P*floor(seq_len/(2*P*P)))"},
+    {MODEL(iha_mask), ENUM("flat", "token"), .initial = "flat",
+     .help = "causal by virtual tokens or by tokens"},
+    {MODEL(iha_rope), ENUM("virtual", "token"), .initial = "virtual", .help = "whose position RoPE takes"},
+    {MODEL(iha_collapse), ENUM("full", "per_head"), .initial = "full", .help = "across heads or within each"},
+    {MODEL(init_alpha), ENUM("identity", "noise"), .initial = "identity", .help = "initial head mix"},
+    {MODEL(init_collapse), ENUM("last", "mean"), .initial = "last", .help = "initial collapse"},
+
+    {TRAIN(seq_len), INTEGER(1, TWO(24)), .help = "tokens of a training sequence (T)"},
+    {TRAIN(micro_batch), INTEGER(1, TWO(16)), .help = "sequences per rank and pass"},
+    {TRAIN(batch_tokens), INTEGER(1, TWO(32)), .derived = "one pass",
+     .help = "tokens per optimizer step over all ranks;\na multiple of micro_batch*seq_len*ranks"},
+    {TRAIN(steps), INTEGER(1, TWO(30)), .may_change = true, .help = "optimizer steps of the whole run"},
+    {TRAIN(lr), REAL(0, 1000), .may_change = true, .help = "peak learning rate"},
+    {TRAIN(min_lr), REAL(0, 1000), .derived = "lr/10", .may_change = true,
+     .help = "learning rate at the end of the schedule"},
+    {TRAIN(warmup_steps), INTEGER(0, TWO(30)), .initial = "0", .may_change = true,
+     .help = "steps of linear warm-up to lr"},
+    {TRAIN(schedule), ENUM("cosine", "linear", "constant", "wsd"), .initial = "cosine", .may_change = true,
+     .help = "the way from lr to min_lr"},
+    {TRAIN(weight_decay), REAL(0, 1000), .initial = "0.1", .help = "AdamW's decoupled decay"},
+    {TRAIN(beta1), REAL(0, 1), .open = EXCLUDES_MAX, .initial = "0.9", .help = "AdamW's first moment"},
+    {TRAIN(beta2), REAL(0, 1), .open = EXCLUDES_MAX, .initial = "0.95", .help = "AdamW's second moment"},
+    {TRAIN(eps), REAL(1e-30, 1), .initial = "1e-8", .help = "AdamW's denominator"},
+    {TRAIN(grad_clip), REAL(0, 1e9), .initial = "1.0", .help = "largest gradient norm; 0: no clipping"},
+    {TRAIN(mix_lr_scale), REAL(0, 1e6), .initial = "1", .help = "factor on lr for alpha and collapse"},
+    {TRAIN(seed), INTEGER(0, TWO(53)), .initial = "1", .help = "of initialisation and data order"},
+    {TRAIN(init_from), .kind = KIND_TEXT, .zero = "none", .initial = "none",
+     .help = "a checkpoint to start a new run from"},
+    {TRAIN(init_optimizer), ENUM("fresh", "keep"), .initial = "fresh", .help = "the moments, with init_from"},
+    {TRAIN(skip_zscore), REAL(0, 1e9), .initial = "0",
+     .help = "skip steps this far out, in deviations;\n0: only non-finite ones"},
+    {TRAIN(max_skips), INTEGER(0, TWO(30)), .initial = "10",
+     .help = "skipped steps in a row before giving up"},
+
+    {SYSTEM(device), ENUM("auto", "cpu", "cuda"), .initial = "auto", .help = "where to compute"},
+    {SYSTEM(precision), ENUM("auto", "fp32", "bf16"), .initial = "auto",
+     .help = "of activations and matmuls;\nauto: fp32 on cpu, bf16 on cuda"},
+    {SYSTEM(comm), ENUM("auto", "mpi", "nccl"), .initial = "auto", .help = "how ranks talk"},
+    {SYSTEM(zero_stage), INTEGER(0, 2), .initial = "1",
+     .help = "split over ranks: 1 optimizer state, 2 gradients too"},
+    {SYSTEM(reduce_dtype), ENUM("fp32", "bf16"), .initial = "fp32",
+     .help = "type that gradients travel between ranks in"},
+    {SYSTEM(recompute), ENUM("none", "light", "full"), .initial = "none",
+     .help = "what backward computes again\nto save memory"},
+    {SYSTEM(deterministic), .kind = KIND_BOOL, .initial = "false",
+     .help = "the same bits in every run on cuda"},
+    {SYSTEM(graph), ENUM("auto", "off"), .initial = "auto",
+     .help = "keep a pass as a CUDA graph,\nwhere the driver can"},
+    {SYSTEM(threads), INTEGER(1, 4096), .zero = "all", .initial = "all", .help = "CPU threads per rank"},
+    {SYSTEM(peer_timeout), REAL(0, 1e9), .open = EXCLUDES_MIN, .initial = "300",
+     .help = "seconds to wait for another rank"},
+
+    {DATA(train), .kind = KIND_TEXT, .help = "glob of training shards"},
+    {DATA(val), .kind = KIND_TEXT, .zero = "none", .initial = "none", .help = "glob of validation shards"},
+    {DATA(tokenizer), .kind = KIND_TEXT, .initial = "none",
+     .help = "none|bytes|FILE, for samples; none: they print ids"},
+    {DATA(shuffle), .kind = KIND_BOOL, .initial = "true", .help = "training sequences in random order"},
+
+    {RUN(dir), .kind = KIND_TEXT, .help = "where checkpoints and metrics go"},
+    {RUN(eval_every), INTEGER(0, TWO(30)), .initial = "0", .help = "steps between evaluations; 0: never"},
+    {RUN(eval_batches), INTEGER(0, TWO(40)), .initial = "0", .help = "per evaluation; 0: the whole set"},
+    {RUN(save_every), INTEGER(0, TWO(30)), .initial = "0",
+     .help = "steps between checkpoints; 0: only the last step"},
+    {RUN(keep), INTEGER(0, TWO(30)), .initial = "2",
+     .help = "newest checkpoints to keep; 0: never delete one"},
+    {RUN(sample_every), INTEGER(0, TWO(30)), .initial = "0", .help = "steps between samples; 0: never"},
+    {RUN(log_every), INTEGER(0, TWO(30)), .initial = "1", .help = "steps between status lines; 0: never"},
+};
+const int config_row_count = sizeof config_rows / sizeof *config_rows;
+_Static_assert(sizeof config_rows / sizeof *config_rows <= MAX_ROWS, "struct draft has too few origins");
+
+const char *layer_type_name(enum layer_type type) {
+    return config_layer_type_names[type];
+}
+
+const struct config_row *find_row(const char *section, const char *name) {
+    for (int i = 0; i < config_row_count; i++)
+        if (!strcmp(config_rows[i].section, section) && !strcmp(config_rows[i].name, name))
+            return &config_rows[i];
+    return NULL;
+}
+
+void config_defaults(struct config *c) {
+    memset(c, 0, sizeof *c);
+    struct draft d = {.config = c};
+    char why[MAX_WHY];
+    for (int i = 0; i < config_row_count; i++)
+        if (config_rows[i].initial)
+            set_value(&d, &config_rows[i], config_rows[i].initial, why);
+    for (int layer = 0; layer < MAX_LAYERS; layer++)
+        c->model.layer_types[layer] = d.pattern[layer % d.pattern_count];
+}
+
+static void pattern_text(const struct model_config *m, char text[PATTERN_TEXT]) {
+    size_t used = 0;
+    text[0] = 0;
+    for (int64_t layer = 0; layer < m->num_hidden_layers; layer++)
+        used += (size_t)snprintf(text + used, PATTERN_TEXT - used, "%s%s", layer ? " " : "",
+                                 layer_type_name(m->layer_types[layer]));
+}
+
+void config_visit(const struct config *c, void (*visit)(void *context, const char *key, const char *value),
+                  void *context) {
+    for (int i = 0; i < config_row_count; i++) {
+        const struct config_row *row = &config_rows[i];
+        char key[64], text[PATTERN_TEXT];
+        snprintf(key, sizeof key, "%s.%s", row->section, row->name);
+        if (row->kind == KIND_PATTERN)
+            pattern_text(&c->model, text);
+        else
+            value_text(c, row, text);
+        visit(context, key, text);
+    }
+}
+
+bool config_may_change_on_resume(const char *key) {
+    for (int i = 0; i < config_row_count; i++) {
+        const struct config_row *row = &config_rows[i];
+        size_t n = strlen(row->section);
+        if (!strncmp(key, row->section, n) && key[n] == '.' && !strcmp(key + n + 1, row->name))
+            return row->may_change;
+    }
+    return false;
+}
+
+void config_print_help(FILE *out) {
+    const char *section = "";
+    fputs("The file is INI: [section] lines, key = value lines, comments after # or ;.\n"
+          "Any key can be overridden on the command line as section.key=value.\n",
+          out);
+    for (int i = 0; i < config_row_count; i++) {
+        const struct config_row *row = &config_rows[i];
+        if (strcmp(section, row->section))
+            fprintf(out, "\n[%s]%*sdefault\n", row->section, (int)(25 - strlen(row->section)), "");
+        section = row->section;
+        fprintf(out, "  %-24s %-24s", row->name,
+                row->derived   ? row->derived
+                : row->initial ? row->initial
+                               : "(required)");
+        for (int k = 0; row->values && row->values[k]; k++)
+            fprintf(out, "%s%s", row->values[k], row->values[k + 1] ? "|" : ": ");
+        if (row->kind == KIND_BOOL)
+            fputs("true|false: ", out);
+        for (const char *p = row->help; *p; p++) /* a second line of help stands under the first */
+            if (*p == '\n')
+                fprintf(out, "\n%51s", "");
+            else
+                fputc(*p, out);
+        fputc('\n', out);
+    }
+}

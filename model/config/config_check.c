@@ -1,0 +1,161 @@
+/* What can only be said once all keys are known: required keys, defaults that depend on other keys, and the
+ * relations between keys. Every single value has been checked by config_values.c before. */
+#include "model/config/config_internal.h"
+
+#include <inttypes.h>
+#include <string.h>
+
+static bool was_given(const struct draft *d, const struct config_row *row) {
+    return d->origin[row - config_rows] != 0;
+}
+
+/* ---- the model ---- */
+
+static const struct config_row *model_row(const char *name) {
+    return find_row("model", name);
+}
+
+static int finish_layers(struct draft *d) {
+    struct model_config *m = &d->config->model;
+    if (d->pattern_count)
+        for (int64_t layer = 0; layer < m->num_hidden_layers; layer++)
+            m->layer_types[layer] = d->pattern[layer % d->pattern_count];
+    /* Nothing behind the last layer, so that equal models are equal in memory. */
+    for (int64_t layer = m->num_hidden_layers; layer < MAX_LAYERS; layer++)
+        m->layer_types[layer] = LAYER_MHA_GLOBAL;
+    for (int64_t layer = 0; layer < m->num_hidden_layers && !m->causal; layer++)
+        if (layer_is_local(m->layer_types[layer]))
+            return fail_at(d,
+                           model_row(was_given(d, model_row("layer_pattern")) ? "layer_pattern" : "causal"),
+                           "layer %" PRId64 " is %s, and local layers need causal = true; for causal = false "
+                           "use mha_global and iha_global in layer_pattern",
+                           layer, layer_type_name(m->layer_types[layer]));
+    return 0;
+}
+
+static int finish_head_dim(struct draft *d) {
+    struct model_config *m = &d->config->model;
+    if (!m->head_dim) {
+        if (m->hidden_size % m->num_attention_heads)
+            return fail_at(d, model_row("num_attention_heads"),
+                           "hidden_size = %" PRId64 " is not a multiple of num_attention_heads = %" PRId64
+                           "; change one of them or give head_dim",
+                           m->hidden_size, m->num_attention_heads);
+        m->head_dim = m->hidden_size / m->num_attention_heads;
+        /* hidden_size alone may be much larger than a head can be */
+        char why[MAX_WHY];
+        if (check_range(model_row("head_dim"), (double)m->head_dim, why))
+            return fail_at(d, model_row("num_attention_heads"),
+                           "head_dim = hidden_size / num_attention_heads = %" PRId64 ": %s", m->head_dim,
+                           why);
+    }
+    if (m->position_embedding == POSITION_ROPE && m->head_dim % 2)
+        return fail_at(d, model_row(was_given(d, model_row("head_dim")) ? "head_dim" : "num_attention_heads"),
+                       "head_dim = %" PRId64
+                       " is odd, and position_embedding = rope rotates pairs; make it even",
+                       m->head_dim);
+    return 0;
+}
+
+int finish_model(struct draft *d, int64_t seq_len) {
+    struct model_config *m = &d->config->model;
+    if (finish_head_dim(d) || finish_layers(d))
+        return -1;
+    if (!m->intermediate_size)
+        m->intermediate_size = 4 * m->hidden_size;
+    if (!m->max_position_embeddings)
+        m->max_position_embeddings = seq_len;
+    if (!m->iha_window) {
+        /* The paper's match of FLOPs, T/(2P) virtual keys, rounded down to whole tokens; at least one. */
+        int64_t pseudo = m->num_pseudo_heads, tokens = seq_len / (2 * pseudo * pseudo);
+        m->iha_window = pseudo * (tokens > 1 ? tokens : 1);
+    }
+    return 0;
+}
+
+/* ---- the run ---- */
+
+int check_required(const struct draft *d) {
+    char missing[600] = "";
+    size_t used = 0;
+    int count = 0;
+    for (int i = 0; i < config_row_count; i++)
+        if (row_is_required(&config_rows[i]) && !d->origin[i]) {
+            used += (size_t)snprintf(missing + used, sizeof missing - used, "%s%s.%s", count++ ? ", " : "",
+                                     config_rows[i].section, config_rows[i].name);
+            if (used >= sizeof missing)
+                break;
+        }
+    if (!count)
+        return 0;
+    return fail_at(d, NULL, "missing %s without a default: %s", count > 1 ? "keys" : "key", missing);
+}
+
+int check_positions(const struct draft *d, int64_t seq_len) {
+    if (d->config->model.max_position_embeddings >= seq_len)
+        return 0;
+    const struct config_row *row = find_row("model", "max_position_embeddings");
+    if (!was_given(d, row))
+        row = find_row("train", "seq_len");
+    return fail_at(d, row, "train.seq_len = %lld is longer than model.max_position_embeddings = %lld",
+                   (long long)seq_len, (long long)d->config->model.max_position_embeddings);
+}
+
+int check_tokenizer(const struct draft *d) {
+    int64_t vocab_size = d->config->model.vocab_size;
+    if (strcmp(d->config->data.tokenizer, "bytes") || vocab_size >= 257)
+        return 0;
+    return fail_at(
+        d, find_row("data", "tokenizer"),
+        "tokenizer = bytes needs model.vocab_size >= 257 (256 bytes and an end of document), not %lld",
+        (long long)vocab_size);
+}
+
+/* Numbers in the widest activation of one pass. Beyond any machine, but a bound on it keeps sizes in bytes
+ * of a whole model (30-odd such tensors in each of 1024 layers) within an int64. */
+int check_widths(const struct draft *d) {
+    const struct model_config *m = &d->config->model;
+    const struct train_config *t = &d->config->train;
+    int64_t widest = m->num_pseudo_heads * m->num_attention_heads * m->head_dim;
+    widest = widest > m->hidden_size ? widest : m->hidden_size;
+    widest = widest > m->intermediate_size ? widest : m->intermediate_size;
+    int64_t tokens = t->micro_batch * t->seq_len; /* 0: a checkpoint's reader has not asked for any yet */
+    if (tokens == 0 || widest <= ((int64_t)1 << 44) / tokens)
+        return 0;
+    return fail_at(d, find_row("train", "micro_batch"),
+                   "micro_batch * seq_len * %lld (the widest activation) is beyond 2^44 numbers; no machine "
+                   "holds that",
+                   (long long)widest);
+}
+
+int finish_train(struct draft *d, int ranks) {
+    struct train_config *t = &d->config->train;
+    const struct config_row *batch = find_row("train", "batch_tokens");
+    /* At most 2^16 * 2^24 * 2^22: no overflow. */
+    int64_t pass = t->micro_batch * t->seq_len * ranks;
+    if (!was_given(d, batch))
+        t->batch_tokens = pass;
+    if (pass > (int64_t)batch->max)
+        return fail_at(d, find_row("train", "micro_batch"),
+                       "micro_batch * seq_len * ranks = %lld tokens in one pass; at most %.0f are possible",
+                       (long long)pass, batch->max);
+    if (t->batch_tokens % pass) {
+        int64_t times = (t->batch_tokens + pass / 2) / pass;
+        return fail_at(
+            d, batch,
+            "batch_tokens = %lld is not a multiple of micro_batch * seq_len * ranks = %lld * %lld * "
+            "%d = %lld; the nearest that fits is %lld",
+            (long long)t->batch_tokens, (long long)t->micro_batch, (long long)t->seq_len, ranks,
+            (long long)pass, (long long)((times ? times : 1) * pass));
+    }
+    if (!was_given(d, find_row("train", "min_lr")))
+        t->min_lr = t->lr / 10;
+    if (t->min_lr > t->lr)
+        return fail_at(d, find_row("train", "min_lr"), "min_lr = %g is above lr = %g; lower it", t->min_lr,
+                       t->lr);
+    if (t->warmup_steps > t->steps)
+        return fail_at(d, find_row("train", "warmup_steps"),
+                       "warmup_steps = %lld is above steps = %lld; lower it or train longer",
+                       (long long)t->warmup_steps, (long long)t->steps);
+    return check_widths(d);
+}

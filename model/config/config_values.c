@@ -1,0 +1,295 @@
+/* One value at a time: from the text a user wrote to a checked value and back, and the words for what is
+ * wrong with it, with the nearest legal name where there is one. */
+#include "model/config/config_internal.h"
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+
+static int because(char why[MAX_WHY], const char *format, ...) __attribute__((format(printf, 2, 3)));
+static int because(char why[MAX_WHY], const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    vsnprintf(why, MAX_WHY, format, args);
+    va_end(args);
+    return -1;
+}
+
+const char *quotable(const char *text, char out[MAX_QUOTE]) {
+    size_t n = 0;
+    for (; text[n] && n < MAX_QUOTE - 4; n++)
+        out[n] = (unsigned char)text[n] < 32 || text[n] == 127 ? '?' : text[n];
+    strcpy(out + n, text[n] ? "..." : "");
+    return out;
+}
+
+/* ---- nearest names ---- */
+
+static size_t smaller(size_t a, size_t b) {
+    return a < b ? a : b;
+}
+
+static bool same_letter(char a, char b) {
+    return !strncasecmp(&a, &b, 1);
+}
+
+/* Insertions, deletions, replacements and swaps of neighbours that turn a into b, whatever the case.
+ * Both shorter than MAX_NAME. */
+enum { MAX_NAME = 64 };
+static size_t edit_distance(const char *a, const char *b) {
+    size_t rows[3][MAX_NAME + 1], *before = rows[0], *last = rows[1], *now = rows[2];
+    size_t a_length = strlen(a), b_length = strlen(b);
+    for (size_t j = 0; j <= b_length; j++)
+        last[j] = j;
+    for (size_t i = 1; i <= a_length; i++) {
+        now[0] = i;
+        for (size_t j = 1; j <= b_length; j++) {
+            now[j] =
+                smaller(last[j - 1] + !same_letter(a[i - 1], b[j - 1]), smaller(last[j], now[j - 1]) + 1);
+            if (i > 1 && j > 1 && same_letter(a[i - 1], b[j - 2]) && same_letter(a[i - 2], b[j - 1]))
+                now[j] = smaller(now[j], before[j - 2] + 1);
+        }
+        size_t *oldest = before;
+        before = last;
+        last = now;
+        now = oldest;
+    }
+    return last[b_length];
+}
+
+const char *nearest_name(const char *word, const char *const *names) {
+    size_t length = strlen(word);
+    if (!length || length >= MAX_NAME)
+        return NULL;
+    /* One slip in three letters may still be meant; more is another word. */
+    size_t best_distance = (length + 2) / 3 + 1;
+    const char *best = NULL;
+    for (; *names; names++) {
+        if (strlen(*names) >= MAX_NAME)
+            continue;
+        size_t distance = edit_distance(word, *names);
+        if (distance < best_distance && distance < strlen(*names)) {
+            best_distance = distance;
+            best = *names;
+        }
+    }
+    return best;
+}
+
+void did_you_mean(const char *word, const char *const *names, char out[96]) {
+    const char *near = nearest_name(word, names);
+    out[0] = 0;
+    if (near)
+        snprintf(out, 96, "; did you mean '%s'?", near);
+}
+
+/* ---- text to value ---- */
+
+void real_text(double x, char text[32]) {
+    if (fabs(x) < 1e15 && x == floor(x)) { /* 10000, not 1e+04 */
+        snprintf(text, 32, "%.0f", x);
+        return;
+    }
+    for (int digits = 1; digits <= 17; digits++) {
+        snprintf(text, 32, "%.*g", digits, x);
+        if (strtod(text, NULL) == x)
+            return;
+    }
+}
+
+/* A bound, for a message. Integers in full: 2147483647 says more than 2.1e9. */
+static void bound_text(const struct config_row *row, double x, char text[32]) {
+    if (row->kind == KIND_INTEGER)
+        snprintf(text, 32, "%lld", (long long)x);
+    else
+        real_text(x, text);
+}
+
+static void range_text(const struct config_row *row, char text[160]) {
+    char low[32], high[32];
+    bound_text(row, row->min, low);
+    bound_text(row, row->max, high);
+    snprintf(text, 160, "%s from %s%s to %s%s%s%s", row->kind == KIND_INTEGER ? "a whole number" : "a number",
+             low, row->open & EXCLUDES_MIN ? " (excluded)" : "", high,
+             row->open & EXCLUDES_MAX ? " (excluded)" : "", row->zero ? ", or " : "",
+             row->zero ? row->zero : "");
+}
+
+int check_range(const struct config_row *row, double x, char why[MAX_WHY]) {
+    bool above = row->open & EXCLUDES_MIN ? x > row->min : x >= row->min;
+    bool below = row->open & EXCLUDES_MAX ? x < row->max : x <= row->max;
+    if (above && below) /* false for NaN */
+        return 0;
+    char range[160];
+    range_text(row, range);
+    return because(why, "out of range; %s takes %s", row->name, range);
+}
+
+static int set_integer(void *target, const struct config_row *row, const char *text, char why[MAX_WHY]) {
+    int64_t value = 0;
+    if (!row->zero || strcmp(text, row->zero)) {
+        const char *digits = text + (*text == '-');
+        if (!*digits || digits[strspn(digits, "0123456789")]) {
+            char range[160];
+            range_text(row, range);
+            return because(why, "not a whole number; %s takes %s", row->name, range);
+        }
+        long long parsed = strtoll(text, NULL, 10);
+        /* Beyond 2^63 strtoll gives the largest it can, which every bound excludes. As a double, 2^53 + 1
+         * would be 2^53. */
+        if (check_range(row, parsed > (long long)row->max ? (double)INFINITY : (double)parsed, why))
+            return -1;
+        value = parsed;
+    }
+    memcpy(target, &value, sizeof value);
+    return 0;
+}
+
+static int set_real(void *target, const struct config_row *row, const char *text, char why[MAX_WHY]) {
+    char *end;
+    double value = strtod(text, &end);
+    /* strtod alone would take leading blanks, hexadecimals, "inf" and "nan". */
+    if (end == text || *end || text[strspn(text, "0123456789+-.eE")]) {
+        char range[160];
+        range_text(row, range);
+        return because(why, "not a number; %s takes %s", row->name, range);
+    }
+    if (check_range(row, value, why))
+        return -1;
+    memcpy(target, &value, sizeof value);
+    return 0;
+}
+
+static int set_bool(void *target, const struct config_row *row, const char *text, char why[MAX_WHY]) {
+    bool value = !strcmp(text, "true");
+    if (!value && strcmp(text, "false"))
+        return because(why, "not true or false; %s takes only these two words", row->name);
+    memcpy(target, &value, sizeof value);
+    return 0;
+}
+
+/* "a, b or c" */
+static void list_names(const char *const *names, char out[160]) {
+    size_t used = 0;
+    for (int i = 0; names[i] && used < 160; i++)
+        used += (size_t)snprintf(out + used, 160 - used, "%s%s",
+                                 !i             ? ""
+                                 : names[i + 1] ? ", "
+                                                : " or ",
+                                 names[i]);
+}
+
+/* The index of text among the names, or -1 and why not. */
+static int find_name(const struct config_row *row, const char *const *names, const char *text,
+                     char why[MAX_WHY]) {
+    for (int i = 0; names[i]; i++)
+        if (!strcmp(text, names[i]))
+            return i;
+    char quote[MAX_QUOTE], hint[96], legal[160];
+    did_you_mean(text, names, hint);
+    list_names(names, legal);
+    return because(why, "unknown value '%s'%s%s %s takes %s", quotable(text, quote), hint, *hint ? "" : ";",
+                   row->name, legal);
+}
+
+static int set_text(void *target, const struct config_row *row, const char *text, char why[MAX_WHY]) {
+    if (!*text)
+        return because(why, "empty; give %s a value%s%s", row->name, row->zero ? " or write " : "",
+                       row->zero ? row->zero : "");
+    if (strlen(text) >= MAX_TEXT)
+        return because(why, "too long; %s takes at most %d bytes", row->name, MAX_TEXT - 1);
+    strncpy(target, row->zero && !strcmp(text, row->zero) ? "" : text, MAX_TEXT); /* pads with zeros */
+    return 0;
+}
+
+/* names separated by blanks, each optionally followed by *N */
+static int set_pattern(struct draft *d, const struct config_row *row, const char *text, char why[MAX_WHY]) {
+    int count = 0;
+    text += strspn(text, " \t");
+    if (!*text)
+        return because(why, "empty; %s takes names of layer kinds, such as iha_local*4 mha_global",
+                       row->name);
+    while (*text) {
+        char word[MAX_NAME] = "", quote[MAX_QUOTE];
+        size_t length = strcspn(text, " \t");
+        memcpy(word, text, smaller(length, sizeof word - 1));
+        char *star = strchr(word, '*');
+        long times = 1;
+        if (star) {
+            *star++ = 0;
+            if (!*star || star[strspn(star, "0123456789")] || strlen(star) > 9 || (times = atol(star)) < 1)
+                return because(why, "'%s' is not a count; write the name alone, or name*N with N >= 1",
+                               quotable(star, quote));
+        }
+        int type = find_name(row, config_layer_type_names, word, why);
+        if (type < 0)
+            return -1;
+        if (times > MAX_LAYERS - count)
+            return because(why, "names more than %d layers", MAX_LAYERS);
+        while (times--)
+            d->pattern[count++] = (enum layer_type)type;
+        text += length;
+        text += strspn(text, " \t");
+    }
+    d->pattern_count = count;
+    return 0;
+}
+
+int set_value(struct draft *d, const struct config_row *row, const char *text, char why[MAX_WHY]) {
+    void *target = row_address(d->config, row);
+    switch (row->kind) {
+    case KIND_INTEGER:
+        return set_integer(target, row, text, why);
+    case KIND_REAL:
+        return set_real(target, row, text, why);
+    case KIND_BOOL:
+        return set_bool(target, row, text, why);
+    case KIND_TEXT:
+        return set_text(target, row, text, why);
+    case KIND_PATTERN:
+        return set_pattern(d, row, text, why);
+    case KIND_ENUM:
+        break;
+    }
+    int index = find_name(row, row->values, text, why);
+    if (index < 0)
+        return -1;
+    memcpy(target, &(unsigned){(unsigned)index}, sizeof(unsigned));
+    return 0;
+}
+
+/* ---- value to text ---- */
+
+void value_text(const struct config *c, const struct config_row *row, char text[MAX_TEXT]) {
+    const void *source = row_address(c, row);
+    int64_t integer;
+    double real;
+    unsigned index;
+    switch (row->kind) {
+    case KIND_INTEGER:
+        memcpy(&integer, source, sizeof integer);
+        if (!integer && row->zero)
+            snprintf(text, MAX_TEXT, "%s", row->zero);
+        else
+            snprintf(text, MAX_TEXT, "%lld", (long long)integer);
+        break;
+    case KIND_REAL:
+        memcpy(&real, source, sizeof real);
+        real_text(real, text);
+        break;
+    case KIND_BOOL:
+        snprintf(text, MAX_TEXT, "%s", *(const bool *)source ? "true" : "false");
+        break;
+    case KIND_ENUM:
+        memcpy(&index, source, sizeof index);
+        snprintf(text, MAX_TEXT, "%s", row->values[index]);
+        break;
+    case KIND_TEXT:
+    case KIND_PATTERN:
+        snprintf(text, MAX_TEXT, "%s",
+                 *(const char *)source || !row->zero ? (const char *)source : row->zero);
+        break;
+    }
+}

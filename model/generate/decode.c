@@ -1,0 +1,273 @@
+#include "model/generate/decode.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "model/buffers.h"
+
+static int64_t layer_pseudo(const struct model *m, int layer) {
+    return m->specs[layer].mix.pseudo;
+}
+
+static int64_t most_pseudo(const struct model *m) {
+    int64_t P = 1;
+    for (int layer = 0; layer < m->config.num_hidden_layers; layer++)
+        P = layer_pseudo(m, layer) > P ? layer_pseudo(m, layer) : P;
+    return P;
+}
+
+/* Keys a layer's ring must hold at once: the window before the first query of a chunk, and the chunk. */
+static int64_t ring_of(const struct decoder *d, int layer) {
+    const struct layer_specs *s = &d->m->specs[layer];
+    int64_t P = s->mix.pseudo, all = d->capacity * P, ring = s->attention.window + d->chunk * P;
+    return s->attention.window > 0 && ring < all ? ring : all;
+}
+
+static tensor take(struct decoder *d, tensor shape) {
+    shape.data = d->memory ? (char *)d->memory + d->bytes : NULL;
+    d->bytes += ((size_t)tensor_count(shape) * dtype_bytes(shape.dtype) + 255) / 256 * 256;
+    return shape;
+}
+
+/* Assign every buffer; with no memory yet, only count. */
+static void walk(struct decoder *d, size_t norm_saved) {
+    const struct model_config *c = &d->m->config;
+    enum dtype t = d->m->dtypes.compute;
+    int64_t n = d->chunk, C = c->hidden_size, H = c->num_attention_heads, dim = c->head_dim;
+    int64_t P = most_pseudo(d->m);
+    d->bytes = 0;
+    tensor hidden = tensor_of(NULL, t, n, C, 0, 0, 0),
+           wide = tensor_of(NULL, t, n, c->intermediate_size, 0, 0, 0);
+    tensor pseudo = tensor_of(NULL, t, 1, n * P, H, dim, 0);
+    d->tokens = take(d, tensor_of(NULL, DTYPE_I32, 1, n, 0, 0, 0));
+    d->rope = c->position_embedding == POSITION_ROPE
+                  ? take(d, tensor_of(NULL, d->m->dtypes.master, d->capacity * P, 2, dim / 2, 0, 0))
+                  : tensor_none();
+    tensor *hiddens[] = {&d->x, &d->y, &d->delta}, *pseudos[] = {&d->q, &d->k, &d->v, &d->o_pseudo};
+    tensor *wides[] = {&d->up, &d->gate, &d->act};
+    for (size_t i = 0; i < 3; i++)
+        *hiddens[i] = take(d, hidden);
+    for (size_t i = 0; i < 4; i++)
+        *pseudos[i] = take(d, pseudo);
+    for (size_t i = 0; i < 3; i++)
+        *wides[i] = take(d, wide);
+    d->qkv = take(d, tensor_of(NULL, t, 1, n, 3, H, dim));
+    d->o = take(d, tensor_of(NULL, t, 1, n, H, dim, 0));
+    d->logits = take(d, tensor_of(NULL, t, 1, c->vocab_size, 0, 0, 0));
+    d->norm_saved = take(d, tensor_of(NULL, DTYPE_I32, (int64_t)(norm_saved + 3) / 4, 0, 0, 0, 0)).data;
+    for (int layer = 0; layer < c->num_hidden_layers; layer++) {
+        d->cache_k[layer] = take(d, tensor_of(NULL, t, 1, ring_of(d, layer), H, dim, 0));
+        d->cache_v[layer] = take(d, tensor_of(NULL, t, 1, ring_of(d, layer), H, dim, 0));
+    }
+}
+
+static struct norm_spec norm_of(const struct decoder *d, int64_t n) {
+    struct norm_spec s = d->m->norm_spec;
+    s.rows = n;
+    return s;
+}
+
+/* Plan one operation; its workspace counts towards the largest. */
+static int plan_op(struct decoder *d, struct op_spec spec, size_t *saved, struct error *e) {
+    struct op_cost cost;
+    if (d->m->k->plan(d->m->dev, &spec, &cost, e) != 0)
+        return -1;
+    d->workspace_bytes = cost.workspace > d->workspace_bytes ? cost.workspace : d->workspace_bytes;
+    if (saved)
+        *saved = cost.saved;
+    return 0;
+}
+
+/* The specs of a layer for one pass over n tokens. */
+static struct layer_specs specs_for(const struct model *m, int layer, int64_t n) {
+    struct layer_specs s = m->specs[layer];
+    s.mix.batch = s.attention.batch = s.collapse.batch = 1;
+    s.mix.tokens = s.collapse.tokens = n;
+    s.attention.length = n * s.mix.pseudo;
+    return s;
+}
+
+static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) {
+    const struct model_config *c = &d->m->config;
+    struct layer_specs s = specs_for(d->m, layer, n);
+    int64_t C = c->hidden_size, F = c->intermediate_size, width = c->num_attention_heads * c->head_dim;
+    struct op_spec ops[] = {{.kind = OP_LINEAR, .linear = {n, C, 3 * width}},
+                            {.kind = OP_LINEAR, .linear = {n, width, C}},
+                            {.kind = OP_LINEAR, .linear = {n, C, F}},
+                            {.kind = OP_LINEAR, .linear = {n, F, C}},
+                            {.kind = OP_ACT, .act = {(enum act_type)c->activation, n, F}},
+                            {.kind = OP_DECODE, .attention = s.attention},
+                            {.kind = OP_MIX, .mix = s.mix},
+                            {.kind = OP_COLLAPSE, .collapse = s.collapse}};
+    int count = (int)(sizeof ops / sizeof *ops) - (s.iha ? 0 : s.mixes ? 1 : 2);
+    for (int i = 0; i < count; i++)
+        if (plan_op(d, ops[i], NULL, e) != 0)
+            return -1;
+    return 0;
+}
+
+/* Plan what a pass over n tokens runs; the norm's saved bytes are returned in *saved. */
+static int plan(struct decoder *d, int64_t n, size_t *saved, struct error *e) {
+    const struct model_config *c = &d->m->config;
+    struct op_spec norm = {.kind = OP_NORM, .norm = norm_of(d, n)};
+    struct op_spec embed = {.kind = OP_EMBED, .embed = {1, n, c->vocab_size, c->hidden_size}};
+    struct op_spec head = {.kind = OP_LINEAR, .linear = {1, c->hidden_size, c->vocab_size}};
+    if (plan_op(d, norm, saved, e) != 0 || plan_op(d, embed, NULL, e) != 0 || plan_op(d, head, NULL, e) != 0)
+        return -1;
+    for (int layer = 0; layer < c->num_hidden_layers; layer++)
+        if (plan_layer(d, layer, n, e) != 0)
+            return -1;
+    return 0;
+}
+
+static int check(const struct model *m, int64_t capacity, struct error *e) {
+    if (!m->config.causal)
+        return fail_user(e, "this model is not causal (model.causal = false): it cannot generate");
+    if (m->config.position_embedding == POSITION_LEARNED && capacity > m->config.max_position_embeddings)
+        return fail_user(e,
+                         "%lld tokens asked for, but the model has learned positions for %lld; ask for fewer",
+                         (long long)capacity, (long long)m->config.max_position_embeddings);
+    return 0;
+}
+
+int decoder_create(struct decoder *d, struct model *m, int64_t capacity, int64_t chunk, struct error *e) {
+    size_t layers = (size_t)m->config.num_hidden_layers, saved, saved_one;
+    *d = (struct decoder){.m = m, .capacity = capacity, .chunk = chunk < capacity ? chunk : capacity};
+    if (check(m, capacity, e) != 0)
+        return -1;
+    d->cache_k = calloc(layers, sizeof *d->cache_k);
+    d->cache_v = calloc(layers, sizeof *d->cache_v);
+    if (!d->cache_k || !d->cache_v) {
+        fail_run(e, "out of memory for the caches of %zu layers", layers);
+        goto failed;
+    }
+    if (plan(d, 1, &saved_one, e) != 0 || plan(d, d->chunk, &saved, e) != 0)
+        goto failed;
+    walk(d, saved);
+    if (!(d->memory = m->k->alloc(m->dev, d->bytes, e)))
+        goto failed;
+    walk(d, saved);
+    if (!(d->workspace = m->k->alloc(m->dev, d->workspace_bytes, e)))
+        goto failed;
+    if (d->rope.data)
+        m->k->rope_table(m->dev, d->rope, m->config.rope_theta);
+    return 0;
+failed:
+    decoder_free(d);
+    return -1;
+}
+
+void decoder_free(struct decoder *d) {
+    if (d->memory)
+        d->m->k->release(d->m->dev, d->memory);
+    if (d->workspace)
+        d->m->k->release(d->m->dev, d->workspace);
+    free(d->cache_k);
+    free(d->cache_v);
+    *d = (struct decoder){0};
+}
+
+void decoder_reset(struct decoder *d) {
+    d->position = 0;
+}
+
+static tensor with_shape(tensor t, int64_t s0, int64_t s1, int64_t s2, int64_t s3, int64_t s4) {
+    return tensor_of(t.data, t.dtype, s0, s1, s2, s3, s4);
+}
+
+static void linear(struct decoder *d, int64_t n, tensor x, int64_t in, int weight, int bias, int64_t out,
+                   tensor y) {
+    struct model *m = d->m;
+    struct linear_spec spec = {n, in, out};
+    m->k->linear(m->dev, &spec, with_shape(x, n, in, 0, 0, 0), model_param(m, weight), model_param(m, bias),
+                 with_shape(y, n, out, 0, 0, 0));
+}
+
+/* y = norm(x + delta), x += delta; delta may be absent. */
+static void norm(struct decoder *d, int64_t n, tensor delta, int weight, int bias) {
+    struct model *m = d->m;
+    struct norm_spec spec = norm_of(d, n);
+    int64_t C = m->config.hidden_size;
+    tensor x = with_shape(d->x, n, C, 0, 0, 0), y = with_shape(d->y, n, C, 0, 0, 0);
+    if (delta.data)
+        delta = with_shape(delta, n, C, 0, 0, 0);
+    m->k->residual_norm(m->dev, &spec, x, delta, model_param(m, weight), model_param(m, bias), x, y,
+                        d->norm_saved);
+}
+
+static void decode_attention(struct decoder *d, int layer, int64_t n) {
+    struct model *m = d->m;
+    const struct kernels *k = m->k;
+    const struct layer_params *p = &m->params.layers[layer];
+    struct layer_specs s = specs_for(m, layer, n);
+    int64_t H = s.mix.heads, dim = s.mix.head_dim, P = s.mix.pseudo;
+    tensor qkv = with_shape(d->qkv, 1, n, 3, H, dim), o = with_shape(d->o, 1, n, H, dim, 0);
+    tensor q = with_shape(d->q, 1, n * P, H, dim, 0), key = with_shape(d->k, 1, n * P, H, dim, 0);
+    tensor v = with_shape(d->v, 1, n * P, H, dim, 0), o_pseudo = with_shape(d->o_pseudo, 1, n * P, H, dim, 0);
+    if (s.mixes)
+        k->qkv_mix(m->dev, &s.mix, qkv, model_param(m, p->alpha_q), model_param(m, p->alpha_k),
+                   model_param(m, p->alpha_v), d->rope, d->position, q, key, v);
+    else {
+        q = tensor_select(qkv, 2, 0);
+        key = tensor_select(qkv, 2, 1);
+        v = tensor_select(qkv, 2, 2);
+    }
+    if (!s.iha)
+        o_pseudo = o;
+    k->attention_decode(m->dev, &s.attention, q, key, v, d->cache_k[layer], d->cache_v[layer],
+                        d->position * P, o_pseudo);
+    if (s.iha)
+        k->collapse(m->dev, &s.collapse, o_pseudo, model_param(m, p->collapse), o);
+}
+
+static void decode_layer(struct decoder *d, int layer, int64_t n, tensor delta) {
+    struct model *m = d->m;
+    const struct model_config *c = &m->config;
+    const struct layer_params *p = &m->params.layers[layer];
+    int64_t C = c->hidden_size, F = c->intermediate_size, width = c->num_attention_heads * c->head_dim;
+    norm(d, n, delta, p->attn_norm, p->attn_norm_bias);
+    linear(d, n, d->y, C, p->qkv, p->qkv_bias, 3 * width, d->qkv);
+    decode_attention(d, layer, n);
+    linear(d, n, d->o, width, p->out, p->out_bias, C, d->delta);
+    norm(d, n, d->delta, p->mlp_norm, p->mlp_norm_bias);
+    linear(d, n, d->y, C, p->up, p->up_bias, F, d->up);
+    if (p->gate >= 0)
+        linear(d, n, d->y, C, p->gate, -1, F, d->gate);
+    struct act_spec act = {(enum act_type)c->activation, n, F};
+    tensor gate = p->gate >= 0 ? with_shape(d->gate, n, F, 0, 0, 0) : tensor_none();
+    m->k->mlp_act(m->dev, &act, with_shape(d->up, n, F, 0, 0, 0), gate, with_shape(d->act, n, F, 0, 0, 0));
+    linear(d, n, d->act, F, p->down, p->down_bias, C, d->delta);
+}
+
+static void feed_chunk(struct decoder *d, const int32_t *tokens, int64_t n, float *logits) {
+    struct model *m = d->m;
+    const struct model_config *c = &m->config;
+    int64_t C = c->hidden_size, V = c->vocab_size;
+    struct embed_spec embed = {1, n, V, C};
+    tensor ids = with_shape(d->tokens, 1, n, 0, 0, 0), delta = tensor_none();
+    m->k->upload(m->dev, ids, tokens, DTYPE_I32);
+    m->k->embed(m->dev, &embed, ids, model_param(m, m->params.embed), model_param(m, m->params.pos_embed),
+                d->position, with_shape(d->x, n, C, 0, 0, 0));
+    for (int layer = 0; layer < c->num_hidden_layers; layer++) {
+        decode_layer(d, layer, n, delta);
+        delta = d->delta;
+    }
+    d->position += n;
+    if (!logits)
+        return;
+    norm(d, n, delta, m->params.final_norm, m->params.final_norm_bias);
+    tensor last = tensor_rows(with_shape(d->y, n, C, 0, 0, 0), n - 1, 1);
+    linear(d, 1, last, C, m->params.lm_head, -1, V, d->logits);
+    m->k->download(m->dev, d->logits, logits, DTYPE_F32);
+}
+
+void decoder_feed(struct decoder *d, const int32_t *tokens, int64_t n, float *logits) {
+    model_settle(d->m);
+    struct model *m = d->m;
+    m->k->set_workspace(m->dev, d->workspace, d->workspace_bytes);
+    for (int64_t at = 0, count; at < n; at += count) {
+        count = n - at < d->chunk ? 1 : d->chunk; /* the two sizes that were planned */
+        feed_chunk(d, tokens + at, count, at + count == n ? logits : NULL);
+    }
+    m->k->set_workspace(m->dev, m->workspace, m->workspace_bytes);
+}

@@ -1,0 +1,136 @@
+#include "model/info/estimate.h"
+
+#include "model/flops.h"
+
+double predict_room(const struct paper_gpu *gpu) {
+    return gpu->memory - gpu->reserved;
+}
+
+static struct pass_shape shape_of(const struct config *c) {
+    return (struct pass_shape){c->train.micro_batch, c->train.seq_len, c->system.recompute, true};
+}
+
+static enum dtype reduce_dtype_of(const struct config *c) {
+    return c->system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16 : DTYPE_F32;
+}
+
+/* What the trainer does in a step, without data. */
+static void run_step(struct model *m, const struct config *c, int64_t step, int64_t passes) {
+    struct update_hyper hyper = {c->train.beta1, c->train.beta2, c->train.eps, c->train.grad_clip,
+                                 c->train.skip_zscore};
+    m->k->step_begin(m->dev, m->state, step, c->train.lr);
+    for (int64_t pass = 0; pass < passes; pass++)
+        model_train_pass(m, NULL, NULL, 1.0 / (double)c->train.batch_tokens, (int)pass, (int)passes);
+    model_update(m, &hyper);
+}
+
+static struct paper_account difference(struct paper_account after, const struct paper_account *before) {
+    for (int i = 0; i < PAPER_PARTS; i++) {
+        after.seconds[i] -= before->seconds[i];
+        after.flops[i] -= before->flops[i];
+        after.bytes[i] -= before->bytes[i];
+    }
+    for (int i = 0; i < MESSAGES; i++) {
+        after.messages[i] -= before->messages[i];
+        after.message_bytes[i] -= before->message_bytes[i];
+        after.exposed[i] -= before->exposed[i];
+        after.moving[i] -= before->moving[i];
+    }
+    after.launches -= before->launches;
+    after.now -= before->now;
+    return after;
+}
+
+static void conclude(struct prediction *p, const struct config *c, const struct paper_options *o) {
+    struct flops f = flops_per_token(&c->model, c->train.seq_len);
+    for (int i = 0; i < PAPER_PARTS; i++)
+        p->compute += p->step.seconds[i];
+    p->tokens_per_second = (double)c->train.batch_tokens / p->step.now;
+    p->mfu = (f.matmul + f.attention + f.mixing) * p->tokens_per_second / o->ranks / o->gpu->peak;
+}
+
+/* The first step finds the queues empty; those after it are alike. */
+static int run_on_paper(struct prediction *p, const struct config *c, struct device *dev, struct error *e) {
+    struct model m;
+    struct model_options options = {.shape = shape_of(c),
+                                    .weight_decay = c->train.weight_decay,
+                                    .mix_lr_scale = c->train.mix_lr_scale,
+                                    .comm = paper_comm(dev),
+                                    .zero_stage = (int)c->system.zero_stage,
+                                    .reduce_dtype = reduce_dtype_of(c)};
+    if (model_create(&m, &c->model, kernels_paper(), dev, &options, e) != 0)
+        return -1;
+    p->memory = m.plan;
+    run_step(&m, c, 0, p->passes);
+    struct paper_account first = paper_account(dev);
+    run_step(&m, c, 1, p->passes);
+    p->step = difference(paper_account(dev), &first);
+    model_free(&m);
+    return 0;
+}
+
+int predict(struct prediction *p, const struct config *c, const struct paper_options *o, struct error *e) {
+    struct device *dev = paper_open(o, e);
+    if (!dev)
+        return -1;
+    *p = (struct prediction){.passes = c->train.batch_tokens /
+                                       (c->train.micro_batch * c->train.seq_len * o->ranks)};
+    int status = run_on_paper(p, c, dev, e);
+    kernels_paper()->close(dev);
+    if (status == 0)
+        conclude(p, c, o);
+    return status;
+}
+
+/* ---- what fits ------------------------------------------------------------------------------------------
+ */
+
+int predict_fits(const struct config *c, const struct paper_options *o, struct memory_plan *plan,
+                 struct error *e) {
+    struct pass_shape shape = shape_of(c);
+    struct device *dev = paper_open(o, e);
+    if (!dev)
+        return -1;
+    int status = model_memory(&c->model, kernels_paper(), dev, &shape, o->ranks, (int)c->system.zero_stage,
+                              reduce_dtype_of(c), plan, e);
+    kernels_paper()->close(dev);
+    return status != 0 ? -1 : (double)memory_total(plan) <= predict_room(o->gpu);
+}
+
+/* One notch further in one direction; false at its end. A divisor of micro_batch still divides batch_tokens.
+ */
+static bool lower_micro_batch(struct config *c) {
+    int64_t was = c->train.micro_batch, now = was / 2;
+    while (now > 1 && was % now != 0)
+        now--;
+    c->train.micro_batch = now > 0 ? now : was;
+    return now > 0;
+}
+
+static bool recompute_more(struct config *c) {
+    if (c->system.recompute == RECOMPUTE_FULL)
+        return false;
+    c->system.recompute++;
+    return true;
+}
+
+static bool share_more(struct config *c) {
+    if (c->system.zero_stage == 2)
+        return false;
+    c->system.zero_stage++;
+    return true;
+}
+
+int predict_fit(const struct config *c, const struct paper_options *o, int attempt, struct config *changed,
+                struct memory_plan *plan, struct error *e) {
+    static bool (*const notches[])(struct config *) = {lower_micro_batch, recompute_more, share_more};
+    int first = attempt < 3 ? attempt : 0, last = attempt < 3 ? attempt : 2;
+    *changed = *c;
+    for (int way = last; way >= first; way--)
+        while (notches[way](changed)) {
+            int fit = predict_fits(changed, o, plan, e);
+            if (fit != 0)
+                return fit;
+        }
+    return 0;
+}

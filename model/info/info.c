@@ -1,0 +1,170 @@
+#include "model/info/info.h"
+
+#include <string.h>
+
+#include "model/flops.h"
+
+static const char *human(double n, char out[32]) {
+    const char *units[] = {"", "k", "M", "B", "T"};
+    int unit = 0;
+    for (; n >= 1000 && unit < 4; unit++)
+        n /= 1000;
+    snprintf(out, 32, unit ? "%.2f%s" : "%.0f%s", n, units[unit]);
+    return out;
+}
+
+static const char *human_bytes(size_t bytes, char out[32]) {
+    bool large = bytes >= (size_t)10e9;
+    snprintf(out, 32, "%.1f %s", (double)bytes / (large ? 1e9 : 1e6), large ? "GB" : "MB");
+    return out;
+}
+
+static void print_model(FILE *out, const struct model_config *m) {
+    const char *positions[] = {"rope", "learned", "none"}, *norms[] = {"rmsnorm", "layernorm"};
+    const char *activations[] = {"gelu_tanh", "relu2", "swiglu"};
+    fprintf(out, "Model: %lld layers, hidden %lld, %lld heads x %lld, MLP %lld (%s), vocabulary %lld%s\n",
+            (long long)m->num_hidden_layers, (long long)m->hidden_size, (long long)m->num_attention_heads,
+            (long long)m->head_dim, (long long)m->intermediate_size, activations[m->activation],
+            (long long)m->vocab_size, m->tie_word_embeddings ? ", tied embeddings" : "");
+    fprintf(out, "       %s%s, positions: %s, %s\n", norms[m->norm], m->bias ? " with bias" : "",
+            positions[m->position_embedding], m->causal ? "causal" : "not causal");
+    fprintf(out, "       IHA: %lld pseudo-heads, %s mask, rope at the %s position, %s collapse\n\n",
+            (long long)m->num_pseudo_heads, m->iha_mask == MASK_FLAT ? "flat" : "token",
+            m->iha_rope == IHA_ROPE_VIRTUAL ? "virtual" : "token",
+            m->iha_collapse == COLLAPSE_FULL ? "full" : "per-head");
+}
+
+/* Parameters by group: the part of a tensor's name that says what it is for. */
+static const char *group_of(const struct param *p) {
+    if (p->layer < 0)
+        return strstr(p->name, "norm") ? "norms" : strstr(p->name, "lm_head") ? "lm_head" : "embeddings";
+    if (strstr(p->name, "norm"))
+        return "norms";
+    if (p->class == PARAM_MIX)
+        return "alpha and collapse (IHA)";
+    return strstr(p->name, ".mlp.") ? "MLP" : "attention projections";
+}
+
+static void print_parameters(FILE *out, const struct params *p) {
+    static const char *const groups[] = {
+        "embeddings", "attention projections", "alpha and collapse (IHA)", "MLP", "norms", "lm_head"};
+    char text[32];
+    fprintf(out, "Parameters: %s (%lld)\n", human((double)p->learned, text), (long long)p->learned);
+    for (size_t g = 0; g < sizeof groups / sizeof *groups; g++) {
+        int64_t count = 0;
+        for (int i = 0; i < p->count; i++)
+            if (strcmp(group_of(&p->list[i]), groups[g]) == 0)
+                count += p->list[i].count;
+        if (count > 0)
+            fprintf(out, "  %-26s %14lld  %5.1f%%\n", groups[g], (long long)count,
+                    100 * (double)count / (double)p->learned);
+    }
+    fputc('\n', out);
+}
+
+static void print_schedule(FILE *out, const struct model_config *m, int64_t seq_len) {
+    double full = (double)seq_len * (double)seq_len, causal = m->causal ? (full + (double)seq_len) / 2 : full;
+    double executed = 0, charged = 0;
+    fprintf(out, "Layer schedule at %lld tokens (cost of attention, next to an MHA layer over all tokens):\n",
+            (long long)seq_len);
+    fprintf(out, "  %-8s %-12s %10s %10s %10s\n", "layers", "type", "window", "executed", "charged");
+    for (int first = 0; first < m->num_hidden_layers;) {
+        enum layer_type type = m->layer_types[first];
+        int last = first;
+        while (last + 1 < m->num_hidden_layers && m->layer_types[last + 1] == type)
+            last++;
+        double pairs = attention_pairs(m, type, seq_len),
+               paper = attention_pairs_as_charged(m, type, seq_len);
+        char range[32], window[48] = "-";
+        snprintf(range, sizeof range, first == last ? "%d" : "%d-%d", first, last);
+        if (layer_is_local(type))
+            snprintf(window, sizeof window, "%lld",
+                     (long long)(layer_is_iha(type) ? m->iha_window : m->local_window));
+        fprintf(out, "  %-8s %-12s %10s %10.3f %10.3f\n", range, layer_type_name(type), window,
+                pairs / causal, paper / full);
+        executed += (last - first + 1) * pairs / causal;
+        charged += (last - first + 1) * paper / full;
+        first = last + 1;
+    }
+    double L = (double)m->num_hidden_layers;
+    fprintf(out, "  %-8s %-12s %10s %10.3f %10.3f\n", "mean", "", "", executed / L, charged / L);
+    fprintf(
+        out,
+        "  executed: visible pairs over those of a causal MHA layer; charged: the paper's accounting, every\n"
+        "  query its whole window over T^2. Windows are in virtual tokens (P a token) in IHA layers.\n\n");
+}
+
+static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len) {
+    struct flops f = flops_per_token(m, seq_len);
+    double total = f.matmul + f.attention + f.mixing;
+    char text[32];
+    fprintf(out, "FLOPs per token (forward + backward): %s\n", human(total, text));
+    fprintf(out, "  %-12s %10s  %5.1f%%   6 x weights of qkv, out, MLP and the vocabulary projection\n",
+            "matmul", human(f.matmul, text), 100 * f.matmul / total);
+    fprintf(out, "  %-12s %10s  %5.1f%%   12 x H x d x visible pairs per token, summed over layers\n",
+            "attention", human(f.attention, text), 100 * f.attention / total);
+    fprintf(out, "  %-12s %10s  %5.1f%%   6 x d x P x (3 H^2 + %s) per IHA layer\n\n", "mixing",
+            human(f.mixing, text), 100 * f.mixing / total, m->iha_collapse == COLLAPSE_FULL ? "H^2" : "H");
+}
+
+void info_print_memory(FILE *out, const struct config *c, enum dtype compute, const struct memory_plan *p) {
+    const char *modes[] = {"none", "light", "full"};
+    size_t total = memory_total(p);
+    char text[32];
+    struct {
+        const char *name;
+        size_t bytes;
+    } rows[] = {{"parameters", p->parameters},   {"gradients", p->gradients}, {"optimizer", p->optimizer},
+                {"activations", p->activations}, {"workspace", p->workspace}, {"messages", p->messages}};
+    fprintf(out, "Memory for training in %s, micro_batch %lld x %lld tokens, recompute %s: %s\n",
+            compute == DTYPE_BF16 ? "bf16" : "fp32", (long long)c->train.micro_batch,
+            (long long)c->train.seq_len, modes[c->system.recompute], human_bytes(total, text));
+    size_t count = sizeof rows / sizeof *rows - (p->messages == 0);
+    for (size_t i = 0; i < count; i++)
+        fprintf(out, "  %-12s %12s\n", rows[i].name, human_bytes(rows[i].bytes, text));
+    fprintf(out, "  and %s to save while training goes on, where there is room\n",
+            human_bytes(p->saving, text));
+}
+
+/* What sharing leaves to each rank, stage by stage. */
+static int print_ranks(FILE *out, const struct config *c, const struct kernels *k, struct device *dev,
+                       const struct pass_shape *shape, struct error *e) {
+    fprintf(out,
+            "\nMemory of one rank among several, MB (system.zero_stage is %lld):\n  ranks  %10s %10s %10s\n",
+            (long long)c->system.zero_stage, "stage 0", "stage 1", "stage 2");
+    for (int ranks = 2; ranks <= 64; ranks *= 2) {
+        fprintf(out, "  %5d ", ranks);
+        for (int stage = 0; stage <= 2; stage++) {
+            struct memory_plan plan;
+            enum dtype reduce = c->system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16 : DTYPE_F32;
+            if (model_memory(&c->model, k, dev, shape, ranks, stage, reduce, &plan, e) != 0)
+                return -1;
+            fprintf(out, " %10.1f", (double)memory_total(&plan) / 1e6);
+        }
+        fprintf(out, "\n");
+    }
+    return 0;
+}
+
+int info_print_counts(FILE *out, const struct config *c, struct error *e) {
+    struct params params;
+    if (params_create(&params, &c->model, 1, e) != 0)
+        return -1;
+    print_model(out, &c->model);
+    print_parameters(out, &params);
+    print_schedule(out, &c->model, c->train.seq_len);
+    print_flops(out, &c->model, c->train.seq_len);
+    params_free(&params);
+    return 0;
+}
+
+int info_print(FILE *out, const struct config *c, const struct kernels *k, struct device *dev,
+               struct error *e) {
+    struct pass_shape shape = {c->train.micro_batch, c->train.seq_len, c->system.recompute, true};
+    struct memory_plan memory;
+    if (model_memory(&c->model, k, dev, &shape, 1, 0, DTYPE_F32, &memory, e) != 0 ||
+        info_print_counts(out, c, e) != 0)
+        return -1;
+    info_print_memory(out, c, k->dtypes(dev).compute, &memory);
+    return print_ranks(out, c, k, dev, &shape, e);
+}

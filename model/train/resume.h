@@ -1,0 +1,11 @@
+/* Where a run starts: at its newest checkpoint, at another run's (train.init_from), or at random numbers. */
+#ifndef IHA_START_H
+#define IHA_START_H
+
+#include "model/checkpoint/checkpoint.h"
+
+/* Numbers for *m, and how far the run has come for *p, whose fingerprints are those of the data at hand. All
+ * ranks of the model's comm call it, and find the same. */
+int start_run(struct model *m, const struct config *c, struct progress *p, struct error *e);
+
+#endif

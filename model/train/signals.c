@@ -1,0 +1,59 @@
+#include "model/train/signals.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+
+#include "kernels/clock.h"
+
+static atomic_int asked;
+static atomic_bool heeded;
+
+static sigset_t stop_signals(void) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGUSR1);
+    return set;
+}
+
+/* timeout(1) and schedulers send one signal twice, to the process and to its group. */
+static const double TWICE_SECONDS = 1;
+
+static void *wait_for_signals(void *unused) {
+    sigset_t set = stop_signals();
+    int number;
+    sigwait(&set, &number);
+    if (atomic_load(&heeded)) {
+        double first = clock_seconds();
+        atomic_store(&asked, number);
+        do
+            sigwait(&set, &number);
+        while (clock_seconds() - first < TWICE_SECONDS);
+    }
+    signal(number, SIG_DFL);
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    raise(number);
+    return unused;
+}
+
+int signals_watch(struct error *e) {
+    sigset_t set = stop_signals();
+    pthread_t thread;
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    if (pthread_create(&thread, NULL, wait_for_signals, NULL) != 0)
+        return fail_run(e, "cannot start the thread that waits for signals");
+    pthread_detach(thread);
+    return 0;
+}
+
+void signals_heed(void) {
+    atomic_store(&heeded, true);
+}
+
+int signals_asked(void) {
+    return atomic_load(&asked);
+}

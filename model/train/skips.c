@@ -1,0 +1,24 @@
+#include "model/train/skips.h"
+
+#include <math.h>
+
+int skips_fail(struct model *m, const struct step_state *state, double skip_zscore, struct error *e) {
+    long long last = (long long)state->step + 1, first = last + 1 - state->history.skips_run;
+    int count = state->history.skips_run;
+    bool finite;
+    const struct param *worst = &m->params.list[model_worst_gradient(m, &finite)];
+    if (state->skip == STEP_OUTLIER)
+        return fail_run(
+            e,
+            "the gradient norm was an outlier (train.skip_zscore = %g) in %d steps in a row, step %lld to "
+            "step %lld; in the last it was %.4g, %.1f deviations above its recent mean, the largest part "
+            "in %s; lower train.lr, or look at the data of these steps",
+            skip_zscore, count, first, last, state->grad_norm, state->zscore, worst->name);
+    return fail_run(
+        e,
+        "the %s was not finite in %d steps in a row, step %lld to step %lld; %s%s; lower train.lr, look at "
+        "the data of these steps, or go back: remove the newest step_... directories of the run",
+        isfinite(state->loss) ? "gradient" : "loss", count, first, last,
+        finite ? "every parameter's own gradient is finite, the largest " : "backward met it first in ",
+        worst->name);
+}
