@@ -7,7 +7,7 @@
 #   make faults          all the faults and kills that make test draws a sample of
 #   make leaks           every command under LeakSanitizer, AddressSanitizer and Valgrind
 #   make tsan            every command under ThreadSanitizer
-#   make simt            only the tests that run CUDA kernels on the CPU
+#   make emulator        only the tests that run CUDA kernels on the CPU
 #   make bench           measure, and print the table that the README shows
 #   make fuzz            feed the file readers hostile files; FUZZ_SECONDS=600 for each target, FUZZ_ONLY=shards
 #   make check-gpu       every operation and whole models on the GPU, beside the CPU; full results in build/check-gpu.txt
@@ -57,8 +57,8 @@ DOUBLE_OBJECTS = $(KERNELS:%.c=$(BUILD)/double/%.o)
 OTHER_OBJECTS = $(MODEL:%.c=$(BUILD)/%.o) $(DATA:%.c=$(BUILD)/%.o)
 
 # Tests of gradients link the kernels built in double; the others link what training runs.
-DOUBLE_TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*_gradients.c tests/test_facts.c))
-C_TESTS = $(filter-out $(DOUBLE_TESTS) $(BUILD)/tests/test_simt_%,$(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/test_*.c)))
+DOUBLE_TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/unit/test_*_gradients.c tests/unit/test_facts.c))
+C_TESTS = $(filter-out $(DOUBLE_TESTS),$(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/unit/test_*.c tests/ranks/test_*.c)))
 
 ifeq ($(SANITIZE),1)
 BINARY = $(BUILD)/train_iha
@@ -67,7 +67,7 @@ BINARY = train_iha
 endif
 
 include kernels/cuda/cuda.mk
-include tests/simt/simt.mk
+include tests/cuda/emulator.mk
 include tests/gpu/gpu.mk
 
 .PHONY: all help deps test bench quickstart golden clean format
@@ -97,13 +97,13 @@ test: deps
 	@tests/run.sh $(BUILD) $(BINARY)
 
 .PHONY: tests-built
-tests-built: $(C_TESTS) $(DOUBLE_TESTS) $(SIMT_BUILT)
+tests-built: $(C_TESTS) $(DOUBLE_TESTS) $(EMULATOR_BUILT)
 
 include tests/fuzz/fuzz.mk
 
 bench: deps
-	@$(MAKE) --no-print-directory $(BUILD)/tests/bench
-	@$(BUILD)/tests/bench
+	@$(MAKE) --no-print-directory $(BENCH)
+	@$(BENCH)
 
 golden:
 	.venv/bin/pip install --quiet jax
@@ -132,7 +132,7 @@ $(BUILD)/%.o: %.c | build/headers-found
 	@echo "  CC   $<"
 	@$(CC) $(CFLAGS) -MMD -c $< -o $@
 
-BENCH = $(BUILD)/tests/bench
+BENCH = $(BUILD)/tests/bench/bench
 $(C_TESTS) $(BENCH): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 	@mkdir -p $(@D)
 	@echo "  LINK $@"
@@ -147,7 +147,7 @@ clean:
 	rm -rf build train_iha
 
 format:
-	clang-format -i $$(git ls-files '*.c' '*.h' '*.cc' '*.cu' '*.cuh')
+	clang-format -i $$(git ls-files '*.c' '*.h' '*.cc' '*.cpp' '*.cu' '*.cuh')
 
 include tests/faults/faults.mk
 -include $(shell find build -name '*.d' 2>/dev/null)

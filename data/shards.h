@@ -3,8 +3,8 @@
  * A shard is a 1,024-byte header of 256 little-endian int32 (magic, version, token count, zeros), then
  * the tokens: 20240520/1 as uint16, 20240801/7 as uint32. It holds floor((n-1)/T) sequences: sequence i
  * is tokens [i*T, (i+1)*T), its targets the same shifted by one. */
-#ifndef IHA_SHARDS_H
-#define IHA_SHARDS_H
+#ifndef IHA_DATA_SHARDS_H
+#define IHA_DATA_SHARDS_H
 
 #include <stdbool.h>
 #include <stdint.h>

@@ -1,6 +1,6 @@
 /* Tokens as text: written to a stream as they come, and read back where there is no tokenizer. */
-#ifndef IHA_TEXT_H
-#define IHA_TEXT_H
+#ifndef IHA_DATA_TEXT_H
+#define IHA_DATA_TEXT_H
 
 #include <stdbool.h>
 #include <stdint.h>

@@ -8,8 +8,8 @@
  * encoding says so; so do normalizers and split patterns that are not supported.
  *
  * A tokenizer does not change once open: threads may share it. */
-#ifndef IHA_TOKENIZER_H
-#define IHA_TOKENIZER_H
+#ifndef IHA_DATA_TOKENIZER_H
+#define IHA_DATA_TOKENIZER_H
 
 #include <stddef.h>
 #include <stdint.h>

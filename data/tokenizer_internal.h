@@ -7,8 +7,8 @@
  *   tokenizer_split.c     text to pieces: added tokens first, then those expressions
  *   tokenizer_bpe.c       pieces to ids: the merges
  *   tokenizer_map.c       the two hash tables under them */
-#ifndef IHA_TOKENIZER_INTERNAL_H
-#define IHA_TOKENIZER_INTERNAL_H
+#ifndef IHA_DATA_TOKENIZER_INTERNAL_H
+#define IHA_DATA_TOKENIZER_INTERNAL_H
 
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>

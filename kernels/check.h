@@ -1,7 +1,7 @@
 /* What every backend checks of its arguments before it computes. A violation is a mistake in this program,
  * not in what the user gave: it prints the operation's name and the tensor, and aborts. */
-#ifndef IHA_CHECK_H
-#define IHA_CHECK_H
+#ifndef IHA_KERNELS_CHECK_H
+#define IHA_KERNELS_CHECK_H
 
 #include "kernels/tensor.h"
 

@@ -1,6 +1,6 @@
 /* Time that passes, for speeds and deadlines: it does not jump when somebody sets the clock. */
-#ifndef IHA_CLOCK_H
-#define IHA_CLOCK_H
+#ifndef IHA_KERNELS_CLOCK_H
+#define IHA_KERNELS_CLOCK_H
 
 #include <time.h>
 

@@ -10,8 +10,8 @@
  *
  * A rank that dies or hangs must not leave the others waiting: whoever waits longer than peer_timeout for a
  * rank ends the whole run, exit code 1, with a line that names that rank. So collectives return no errors. */
-#ifndef IHA_COMM_H
-#define IHA_COMM_H
+#ifndef IHA_KERNELS_COMM_H
+#define IHA_KERNELS_COMM_H
 
 #include "kernels/error.h"
 #include "kernels/tensor.h"

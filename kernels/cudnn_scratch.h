@@ -1,8 +1,8 @@
 /* What cuDNN's deterministic attention costs: for the backend that runs it, and for the GPU on paper that
  * only counts.
  */
-#ifndef IHA_CUDNN_SCRATCH_H
-#define IHA_CUDNN_SCRATCH_H
+#ifndef IHA_KERNELS_CUDNN_SCRATCH_H
+#define IHA_KERNELS_CUDNN_SCRATCH_H
 
 #include "kernels/kernels.h"
 

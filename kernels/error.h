@@ -3,8 +3,8 @@
  * A function that can fail takes a `struct error *` last and returns 0 or -1 (or NULL).
  * The text is one line that says what is wrong, where, and what to do about it; the exit code
  * tells whose fault it is: EXIT_USER, found before the first step, or EXIT_RUN, while running. */
-#ifndef IHA_ERROR_H
-#define IHA_ERROR_H
+#ifndef IHA_KERNELS_ERROR_H
+#define IHA_KERNELS_ERROR_H
 
 #ifdef __cplusplus
 extern "C" {

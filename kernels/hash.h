@@ -1,6 +1,6 @@
 /* A hash of bytes, to tell whether two things are the same; not against those who want it to be fooled. */
-#ifndef IHA_HASH_H
-#define IHA_HASH_H
+#ifndef IHA_KERNELS_HASH_H
+#define IHA_KERNELS_HASH_H
 
 #include <stddef.h>
 #include <stdint.h>

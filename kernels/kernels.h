@@ -14,8 +14,8 @@
  *
  * Letters: B batch, T tokens, N = B*T rows, C hidden, H heads, d head dim, P pseudo-heads, S = T*P virtual
  * tokens, V vocabulary. A tensor whose `data` is NULL is absent. */
-#ifndef IHA_KERNELS_H
-#define IHA_KERNELS_H
+#ifndef IHA_KERNELS_KERNELS_H
+#define IHA_KERNELS_KERNELS_H
 
 #include <stdbool.h>
 #include <stddef.h>

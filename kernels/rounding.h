@@ -4,8 +4,8 @@
  * odds are drawn from a hash of (step, index), not from a generator with a state: so a parameter's value is a
  * function of its master, its place and the updates so far, and a run that resumes from masters has the same
  * values as one that never stopped. */
-#ifndef IHA_ROUNDING_H
-#define IHA_ROUNDING_H
+#ifndef IHA_KERNELS_ROUNDING_H
+#define IHA_KERNELS_ROUNDING_H
 
 #include <stdint.h>
 #include <string.h>

@@ -1,6 +1,6 @@
 /* The step state: what one optimizer step knows and decides, where the gradients are. */
-#ifndef IHA_STEP_H
-#define IHA_STEP_H
+#ifndef IHA_KERNELS_STEP_H
+#define IHA_KERNELS_STEP_H
 
 #include <math.h>
 #include <stdint.h>

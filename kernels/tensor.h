@@ -1,7 +1,7 @@
 /* Small views of memory, passed by value. A view says where, of what type, and in what shape; it owns
  * nothing. */
-#ifndef IHA_TENSOR_H
-#define IHA_TENSOR_H
+#ifndef IHA_KERNELS_TENSOR_H
+#define IHA_KERNELS_TENSOR_H
 
 #include <stdbool.h>
 #include <stddef.h>

@@ -3,8 +3,8 @@
  * Model and operations name what they do with range_begin and range_end of the table (kernels.h), which costs
  * next to nothing unless somebody looks: NVIDIA's tools do at any time, the program between trace_begin and
  * trace_end. */
-#ifndef IHA_TRACE_H
-#define IHA_TRACE_H
+#ifndef IHA_KERNELS_TRACE_H
+#define IHA_KERNELS_TRACE_H
 
 #include <stdbool.h>
 

@@ -1,6 +1,6 @@
 /* Where every activation lives: laid out once, in one block, from the pass's shape. */
-#ifndef IHA_BUFFERS_H
-#define IHA_BUFFERS_H
+#ifndef IHA_MODEL_BUFFERS_H
+#define IHA_MODEL_BUFFERS_H
 
 #include "model/model.h"
 

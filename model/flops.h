@@ -1,6 +1,6 @@
 /* What a model costs: the counts that `info` prints and MFU is measured with. */
-#ifndef IHA_FLOPS_H
-#define IHA_FLOPS_H
+#ifndef IHA_MODEL_FLOPS_H
+#define IHA_MODEL_FLOPS_H
 
 #include "model/config/config.h"
 

@@ -4,8 +4,8 @@
  * and knows no device; where several ranks train it, parallel.c joins them through kernels/comm.h. All memory
  * is laid out before the first step, one allocation a family (parameters, gradients, optimizer, activations);
  * addresses never change. */
-#ifndef IHA_MODEL_H
-#define IHA_MODEL_H
+#ifndef IHA_MODEL_MODEL_H
+#define IHA_MODEL_MODEL_H
 
 #include "kernels/comm.h"
 #include "kernels/kernels.h"

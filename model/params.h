@@ -3,8 +3,8 @@
  *
  * One flat buffer holds all of them, layer by layer; gradients, masters and moments have buffers of the same
  * layout, so a range of elements means the same everywhere. Names and shapes are those of a checkpoint. */
-#ifndef IHA_PARAMS_H
-#define IHA_PARAMS_H
+#ifndef IHA_MODEL_PARAMS_H
+#define IHA_MODEL_PARAMS_H
 
 #include "kernels/tensor.h"
 #include "model/config/config.h"

@@ -13,8 +13,8 @@
  *
  * A rank's shares, put end to end, are its shard: the share at [begin, end) of the flat buffer lies at
  * bucket begin / W of the shard. */
-#ifndef IHA_PARTITION_H
-#define IHA_PARTITION_H
+#ifndef IHA_MODEL_PARTITION_H
+#define IHA_MODEL_PARTITION_H
 
 #include "kernels/kernels.h"
 #include "model/params.h"

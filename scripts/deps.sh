@@ -56,9 +56,9 @@ if ! cat "${requirements[@]}" | cmp -s - .venv/installed-requirements.txt; then
 fi
 # Tests of CUDA kernels run on the CPU with the toolkit's headers, or with these.
 if ! command -v nvcc >/dev/null && [ ! -e "${CUDA_HOME:-/usr/local/cuda}/include/cuda_bf16.h" ] &&
-    ! cmp -s tests/simt/requirements.txt .venv/installed-simt-requirements.txt; then
+    ! cmp -s tests/cuda/requirements.txt .venv/installed-emulator-requirements.txt; then
     echo "deps: headers of the CUDA runtime in .venv"
-    .venv/bin/pip install --quiet --disable-pip-version-check -r tests/simt/requirements.txt
-    cp tests/simt/requirements.txt .venv/installed-simt-requirements.txt
+    .venv/bin/pip install --quiet --disable-pip-version-check -r tests/cuda/requirements.txt
+    cp tests/cuda/requirements.txt .venv/installed-emulator-requirements.txt
 fi
 echo "deps: everything is there"

@@ -6,7 +6,7 @@
 # The program and the checks of BUILD, the libraries they load (all but the C and C++ runtime, and CUDA's, which
 # belong to the GPU's machine), the configurations, and with-cuda.sh, which finds CUDA's libraries there:
 #
-#   tar xf OUT.tar.xz && cd gpu-pack && ./with-cuda.sh tests/check_gpu.sh gpu ./train_iha
+#   tar xf OUT.tar.xz && cd gpu-pack && ./with-cuda.sh tests/gpu/check_gpu.sh gpu ./train_iha
 set -euo pipefail
 cd "$(dirname "$0")/.."
 build=$1 out=$2
@@ -18,7 +18,7 @@ strip -o "$tree/train_iha" "$build/train_iha"
 for program in "$build"/gpu/*; do
     strip -o "$tree/gpu/$(basename "$program")" "$program"
 done
-cp tests/check_gpu.sh tests/check_gpu_runs.sh "$tree/tests"
+cp tests/gpu/check_gpu.sh tests/gpu/check_gpu_runs.sh "$tree/tests"
 cp -r configs "$tree"
 
 theirs='^(linux-vdso|ld-linux|libc\.|libm\.|libdl\.|librt\.|libpthread\.|libutil\.|libstdc\+\+|libgcc_s|libcuda|libcublas|libcudnn|libcupti|libnccl|libnv)'

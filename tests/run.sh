@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
-# Run every test program, every Python test file and a short run of every fuzz target, and close with the counts.
+# Run tests and close with the counts. Without GROUPS all of them: every test program, every Python test file and a
+# short run of every fuzz target.
 #
-#   tests/run.sh BUILD_DIR BINARY
+#   tests/run.sh BUILD_DIR BINARY [GROUP ...]        GROUP: unit, cuda, ranks, cli, faults, fuzz
+#   PYTHON=no                                        the test programs in C alone
 set -uo pipefail
 cd "$(dirname "$0")/.."
 build=$1
 export TRAIN_IHA=$2
-export SIMT_TRAIN_IHA=$build/simt/train_iha
+export EMULATOR_TRAIN_IHA=$build/emulator/train_iha
 export CUDA_VISIBLE_DEVICES= # the CPU is what these test; make check-gpu tests the GPU beside it
+groups=("${@:3}")
+[ ${#groups[@]} -gt 0 ] || groups=(unit cuda ranks cli faults fuzz)
 passed=0 failed=0
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
@@ -15,32 +19,33 @@ trap 'rm -f "$log"' EXIT
 # name, tests run, tests failed, seconds
 report() {
     if [ "$3" = 0 ]; then
-        printf '  ok    %-26s %3d tests  %5.1f s\n' "$1" "$2" "$4"
+        printf '  ok    %-30s %3d tests  %5.1f s\n' "$1" "$2" "$4"
     else
-        printf '  FAIL  %-26s %3d of %d failed\n' "$1" "$3" "$2"
+        printf '  FAIL  %-30s %3d of %d failed\n' "$1" "$3" "$2"
         cat "$log"
     fi
     passed=$((passed + $2 - $3))
     failed=$((failed + $3))
 }
 
+# GROUP/test_NAME
 run_c() {
-    local start=$EPOCHREALTIME name=${1##*/} status count bad
-    "$1" >"$log" 2>&1
+    local start=$EPOCHREALTIME status count bad
+    "$build/tests/$1" >"$log" 2>&1
     status=$?
     count=$(sed -n 's/^\[==========\] \([0-9]*\) test(s) run.*/\1/p' "$log" | paste -sd+ | bc)
     bad=$(grep -c '^\[  FAILED  \] [a-z_]*$' "$log")
     [ "$status" = 0 ] && bad=0
     [ "$status" != 0 ] && [ "$bad" = 0 ] && bad=1 # a crash reports nothing
     [ "${count:-0}" -ge "$bad" ] || count=$bad
-    report "$name" "${count:-0}" "$bad" "$(bc <<<"$EPOCHREALTIME - $start")"
+    report "$1" "${count:-0}" "$bad" "$(bc <<<"$EPOCHREALTIME - $start")"
 }
 
 run_python() {
     local start=$EPOCHREALTIME status count bad
     local -x TRAIN_IHA=$TRAIN_IHA
-    [[ $1 = test_faults || $1 = test_ranks_anomalies ]] && TRAIN_IHA=$build/quick/train_iha
-    .venv/bin/python -m unittest "tests.$1" >"$log" 2>&1
+    [[ $1 = faults/test_faults || $1 = faults/test_ranks_anomalies ]] && TRAIN_IHA=$build/quick/train_iha
+    .venv/bin/python -m unittest "tests.${1/\//.}" >"$log" 2>&1
     status=$?
     count=$(sed -n 's/^Ran \([0-9]*\) tests\? in.*/\1/p' "$log")
     bad=$(grep -cE '^(FAIL|ERROR): ' "$log")
@@ -53,24 +58,28 @@ run_python() {
 # A target is one test: it passes when none of its inputs fails.
 run_fuzz() {
     local start=$EPOCHREALTIME status
-    tests/fuzz/run.sh short build/fuzz "${1#fuzz_}" >"$log" 2>&1
+    tests/fuzz/run.sh short build/fuzz "${1#fuzz/fuzz_}" >"$log" 2>&1
     status=$?
     report "$1" 1 "$((status != 0))" "$(bc <<<"$EPOCHREALTIME - $start")"
 }
 
-for source in tests/test_*.c; do
-    program=$build/tests/$(basename "$source" .c)
-    if [[ $source = tests/test_simt_* && ! -x $program ]]; then
-        printf '  skip  %-26s needs CUDA headers, or cuDNN\n' "${program##*/}"
-        continue
-    fi
-    run_c "$program"
-done
-for source in tests/test_*.py; do
-    run_python "$(basename "$source" .py)"
-done
-for source in tests/fuzz/fuzz_*.c; do
-    run_fuzz "$(basename "$source" .c)"
+for group in "${groups[@]}"; do
+    for source in tests/"$group"/{test,fuzz}_*.{c,py}; do
+        [ -e "$source" ] || continue
+        test=${source#tests/}
+        test=${test%.*}
+        case $source in
+        tests/fuzz/*) run_fuzz "$test" ;;
+        *.py) [ "${PYTHON:-}" = no ] || run_python "$test" ;;
+        *)
+            if [ "$group" = cuda ] && [ ! -x "$build/tests/$test" ]; then
+                printf '  skip  %-30s needs CUDA headers, or cuDNN\n' "$test"
+                continue
+            fi
+            run_c "$test"
+            ;;
+        esac
+    done
 done
 echo "$passed passed, $failed failed"
 [ "$failed" = 0 ] && [ "$passed" -gt 0 ]

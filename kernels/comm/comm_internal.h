@@ -1,6 +1,6 @@
 /* How comm.c reaches the communicators behind it. */
-#ifndef IHA_COMM_INTERNAL_H
-#define IHA_COMM_INTERNAL_H
+#ifndef IHA_KERNELS_COMM_COMM_INTERNAL_H
+#define IHA_KERNELS_COMM_COMM_INTERNAL_H
 
 #include "kernels/comm.h"
 #include "kernels/comm/transport.h"

@@ -3,8 +3,8 @@
  * mpirun's ranks find each other through MPI. Others need to be told how many they are and where the first
  * one listens: by torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), which a user can set by
  * hand too, or by Slurm's, for every task that srun starts. */
-#ifndef IHA_START_H
-#define IHA_START_H
+#ifndef IHA_KERNELS_COMM_LAUNCHER_H
+#define IHA_KERNELS_COMM_LAUNCHER_H
 
 #include <stdbool.h>
 #include <stddef.h>

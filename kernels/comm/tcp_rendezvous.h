@@ -1,6 +1,6 @@
 /* How ranks that were told where the first one listens come to have a socket for every pair. */
-#ifndef IHA_TCP_MEET_H
-#define IHA_TCP_MEET_H
+#ifndef IHA_KERNELS_COMM_TCP_RENDEZVOUS_H
+#define IHA_KERNELS_COMM_TCP_RENDEZVOUS_H
 
 #include "kernels/comm/launcher.h"
 

@@ -1,7 +1,7 @@
 /* Sockets as the ranks use them, and addresses as they tell them to each other. Deadlines are those of now().
  */
-#ifndef IHA_TCP_SOCKET_H
-#define IHA_TCP_SOCKET_H
+#ifndef IHA_KERNELS_COMM_TCP_SOCKET_H
+#define IHA_KERNELS_COMM_TCP_SOCKET_H
 
 #include <stdbool.h>
 #include <stddef.h>

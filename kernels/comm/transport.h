@@ -5,8 +5,8 @@
  * the same ones in the same order. A message under way has a slot, a number that its user chooses. Functions
  * that can fail return -1 and an EXIT_RUN error whose text names the rank, where it is known; the run cannot
  * go on then. */
-#ifndef IHA_TRANSPORT_H
-#define IHA_TRANSPORT_H
+#ifndef IHA_KERNELS_COMM_TRANSPORT_H
+#define IHA_KERNELS_COMM_TRANSPORT_H
 
 #include "kernels/comm.h"
 

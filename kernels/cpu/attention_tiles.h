@@ -1,6 +1,6 @@
 /* Which tiles of the score matrix attention visits: those that hold at least one visible pair. */
-#ifndef IHA_CPU_ATTENTION_TILES_H
-#define IHA_CPU_ATTENTION_TILES_H
+#ifndef IHA_KERNELS_CPU_ATTENTION_TILES_H
+#define IHA_KERNELS_CPU_ATTENTION_TILES_H
 
 #include "kernels/cpu/cpu.h"
 

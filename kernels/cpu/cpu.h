@@ -1,7 +1,7 @@
 /* What the files of the CPU backend share: the device, scratch memory, shape checks, and the operations that
  * cpu.c gathers into the table. Public contracts are in kernels/kernels.h. */
-#ifndef IHA_CPU_H
-#define IHA_CPU_H
+#ifndef IHA_KERNELS_CPU_CPU_H
+#define IHA_KERNELS_CPU_CPU_H
 
 #include <omp.h>
 

@@ -4,8 +4,8 @@
  *   dM[i,j] += sum_t <dout[t,i,:], in[t,j,:]>
  *
  * with (I,J) = (P*H, H) to expand, (H, P*H) to collapse, and M transposed for the input gradients. */
-#ifndef IHA_CPU_HEAD_MIX_H
-#define IHA_CPU_HEAD_MIX_H
+#ifndef IHA_KERNELS_CPU_HEAD_MIX_H
+#define IHA_KERNELS_CPU_HEAD_MIX_H
 
 #include "kernels/cpu/tile.h"
 

@@ -2,8 +2,8 @@
  *
  * The same sources build twice: in float for training, and with -DKERNELS_DOUBLE in double for gradient
  * tests. Vectors are GCC's, as wide as the machine the compiler was told to build for. */
-#ifndef IHA_CPU_REAL_H
-#define IHA_CPU_REAL_H
+#ifndef IHA_KERNELS_CPU_REAL_H
+#define IHA_KERNELS_CPU_REAL_H
 
 #include <math.h>
 #include <stdint.h>

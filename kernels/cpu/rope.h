@@ -1,7 +1,7 @@
 /* Rotary position embedding of one head (Su et al. 2021): the pair (i, i + d/2) turns by the angle whose
  * cosine and sine stand in the table's row for the position. */
-#ifndef IHA_CPU_ROPE_H
-#define IHA_CPU_ROPE_H
+#ifndef IHA_KERNELS_CPU_ROPE_H
+#define IHA_KERNELS_CPU_ROPE_H
 
 #include "kernels/cpu/real.h"
 

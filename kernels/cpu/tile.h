@@ -5,8 +5,8 @@
  * A is read element by element through two strides (so it may be transposed for free), B and C have
  * contiguous rows. A block of MR rows by NV vectors of C stays in registers while k runs; the shapes below
  * fill the 32 vector registers of AVX-512 (16 elsewhere) and keep one load of B for MR multiply-adds. */
-#ifndef IHA_CPU_TILE_H
-#define IHA_CPU_TILE_H
+#ifndef IHA_KERNELS_CPU_TILE_H
+#define IHA_KERNELS_CPU_TILE_H
 
 #include <stdbool.h>
 

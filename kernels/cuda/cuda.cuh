@@ -1,6 +1,6 @@
 /* What kernels share: vector access, conversion, and sums over warps and blocks in a fixed order. */
-#ifndef IHA_CUDA_CUH
-#define IHA_CUDA_CUH
+#ifndef IHA_KERNELS_CUDA_CUDA_CUH
+#define IHA_KERNELS_CUDA_CUDA_CUH
 
 #include "kernels/cuda/cuda.h"
 
@@ -57,9 +57,9 @@ template <int N, typename T> __device__ __forceinline__ word_of<N, T> pack(const
 
 /* A GPU faults on an address that is not a multiple of the word's size; so does the harness. */
 template <typename W> __device__ __forceinline__ void check_aligned(const void *p) {
-#ifdef SIMT
+#ifdef CUDA_EMULATOR
     if ((uintptr_t)p % sizeof(W) != 0)
-        simt_fail("%p is not aligned to %zu bytes", p, sizeof(W));
+        emulator_fail("%p is not aligned to %zu bytes", p, sizeof(W));
 #else
     (void)p;
 #endif
@@ -96,8 +96,8 @@ template <int N, typename T> __device__ __forceinline__ void store(T *p, const f
 
 /* The block's dynamic shared memory. */
 template <typename T> __device__ __forceinline__ T *dynamic_shared() {
-#ifdef SIMT
-    return (T *)simt_dynamic_shared();
+#ifdef CUDA_EMULATOR
+    return (T *)emulator_dynamic_shared();
 #else
     extern __shared__ __align__(1024) unsigned char cuda_dynamic_shared[];
     return (T *)cuda_dynamic_shared;

@@ -12,10 +12,10 @@
  * which queues it on dev->stream. Dynamic shared memory is reached with dynamic_shared<T>(). Tensor cores and
  * cp.async only through mma.cuh. Nothing here allocates, reads back, or waits; scratch comes from
  * cuda_workspace() and is announced by the operation's plan. Results must not depend on the order in which
- * blocks run: no float atomics. Sources must also compile with g++ for tests/simt/, which runs them on a CPU:
+ * blocks run: no float atomics. Sources must also compile with g++ for tests/cuda/emulator/, which runs them on a CPU:
  * threads of a block may not leave before its last barrier, and no <<<>>>. */
-#ifndef IHA_CUDA_H
-#define IHA_CUDA_H
+#ifndef IHA_KERNELS_CUDA_CUDA_H
+#define IHA_KERNELS_CUDA_CUDA_H
 
 #include <cublasLt.h>
 #include <cuda_bf16.h>
@@ -128,8 +128,8 @@ void launch_on(cudaStream_t stream, dim3 grid, dim3 block, size_t shared, A... a
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-#ifdef SIMT
-    simt_kernel_name = __PRETTY_FUNCTION__;
+#ifdef CUDA_EMULATOR
+    emulator_kernel_name = __PRETTY_FUNCTION__;
 #endif
     cuda_check_status(cudaLaunchKernelEx(&config, kernel, args...), __PRETTY_FUNCTION__, __FILE__, __LINE__);
 }

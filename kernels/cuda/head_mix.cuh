@@ -57,8 +57,8 @@
  *
  * Mix backward with P = 20 is the one that may not reach memory's speed: its seven warps must also meet twice
  * a group to add up dq. */
-#ifndef IHA_CUDA_HEAD_MIX_CUH
-#define IHA_CUDA_HEAD_MIX_CUH
+#ifndef IHA_KERNELS_CUDA_HEAD_MIX_CUH
+#define IHA_KERNELS_CUDA_HEAD_MIX_CUH
 
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/mma.cuh"

@@ -1,8 +1,8 @@
 /* Head mixing without tensor cores: fp32, and the bf16 shapes that do not fit them (more than 64 heads, head
  * dims that are no multiple of 16, very many pseudo-heads). For checking and for odd sizes; nothing here is
  * tuned. Notation as in head_mix.cuh; a thread works on the columns c and c + ceil(d/2), which RoPE pairs. */
-#ifndef IHA_CUDA_HEAD_MIX_PLAIN_CUH
-#define IHA_CUDA_HEAD_MIX_PLAIN_CUH
+#ifndef IHA_KERNELS_CUDA_HEAD_MIX_PLAIN_CUH
+#define IHA_KERNELS_CUDA_HEAD_MIX_PLAIN_CUH
 
 #include "kernels/cuda/head_mix.cuh"
 

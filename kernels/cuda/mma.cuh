@@ -20,38 +20,38 @@
  *
  * exp2_fast: 2^x by the special function unit alone, to 2 units in the last place, results below 2^-126
  * flushed to zero. exp2f() spends three more instructions on those. */
-#ifndef IHA_CUDA_MMA_CUH
-#define IHA_CUDA_MMA_CUH
+#ifndef IHA_KERNELS_CUDA_MMA_CUH
+#define IHA_KERNELS_CUDA_MMA_CUH
 
 #include <stdint.h>
 
-#ifdef SIMT
+#ifdef CUDA_EMULATOR
 
 static inline float exp2_fast(float x) {
     return exp2f(x);
 }
 
-void simt_mma_m16n8k16(float *d, const uint32_t *a, const uint32_t *b);
-void simt_ldmatrix(uint32_t *r, int count, bool transpose, const void *row);
+void emulator_mma_m16n8k16(float *d, const uint32_t *a, const uint32_t *b);
+void emulator_ldmatrix(uint32_t *r, int count, bool transpose, const void *row);
 
 static inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    simt_mma_m16n8k16(d, a, b);
+    emulator_mma_m16n8k16(d, a, b);
 }
 
 template <int COUNT, bool TRANSPOSE> static inline void ldmatrix(uint32_t (&r)[COUNT], const void *row) {
-    simt_ldmatrix(r, COUNT, TRANSPOSE, row);
+    emulator_ldmatrix(r, COUNT, TRANSPOSE, row);
 }
 
 template <int BYTES> static inline void cp_async(void *shared, const void *global, bool valid = true) {
-    simt_copy(shared, global, BYTES, valid ? BYTES : 0);
+    emulator_copy(shared, global, BYTES, valid ? BYTES : 0);
 }
 
 static inline void cp_async_commit() {
-    simt_copy_commit();
+    emulator_copy_commit();
 }
 
 template <int N> static inline void cp_async_wait() {
-    simt_copy_wait(N);
+    emulator_copy_wait(N);
 }
 
 #else

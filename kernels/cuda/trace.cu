@@ -4,7 +4,7 @@
 
 #include "kernels/cuda/cuda.h"
 
-#if !defined SIMT && defined __has_include
+#if !defined CUDA_EMULATOR && defined __has_include
 #if __has_include(<nvtx3/nvToolsExt.h>)
 #include <cuda_profiler_api.h>
 #include <nvtx3/nvToolsExt.h>

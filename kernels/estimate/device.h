@@ -1,6 +1,6 @@
 /* What the files of kernels/estimate/ share. */
-#ifndef IHA_PAPER_DEVICE_H
-#define IHA_PAPER_DEVICE_H
+#ifndef IHA_KERNELS_ESTIMATE_DEVICE_H
+#define IHA_KERNELS_ESTIMATE_DEVICE_H
 
 #include "kernels/estimate/estimate.h"
 

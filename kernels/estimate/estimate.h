@@ -5,8 +5,8 @@
  * An operation takes  max(FLOPs / rate, bytes / bandwidth) + launch,  where bytes are each input read once
  * and each output written once. A linear layer's backward is two products, a classifier three and a pass over
  * the logits for each chunk of rows. */
-#ifndef IHA_PAPER_H
-#define IHA_PAPER_H
+#ifndef IHA_KERNELS_ESTIMATE_ESTIMATE_H
+#define IHA_KERNELS_ESTIMATE_ESTIMATE_H
 
 #include "kernels/kernels.h"
 #include "kernels/estimate/hardware.h"

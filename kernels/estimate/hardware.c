@@ -17,7 +17,7 @@
  *   narrow    H200: the same figures at d = 64, window 1024. A100: 0.6 of `wide`, as on the H200.
  *   own       a guess: mma.sync reaches about two thirds of Hopper's peak and all of Ampere's, half of which is
  *             softmax and masks
- *   cudnn     what cuDNN 9.19 answers when it is asked (tests/test_simt_cudnn.c)
+ *   cudnn     what cuDNN 9.19 answers when it is asked (tests/cuda/test_cudnn.c)
  *   window    a guess: tiles of 128 keys that lie half outside at both edges
  *   mixing    0.85 is what our kernels are to reach (make bench-gpu); the factor on matmul is a guess
  *   launch    a guess for a queue that never runs dry: draining one kernel, filling the next

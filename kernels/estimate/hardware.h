@@ -1,7 +1,7 @@
 /* GPUs and links on paper: the figures that predictions are made of, in one table (machine.c), each with its
  * source. None was measured with this program; a measurement replaces its row. */
-#ifndef IHA_PAPER_MACHINE_H
-#define IHA_PAPER_MACHINE_H
+#ifndef IHA_KERNELS_ESTIMATE_HARDWARE_H
+#define IHA_KERNELS_ESTIMATE_HARDWARE_H
 
 #include <stdbool.h>
 #include <stdint.h>

@@ -1,8 +1,8 @@
 /* Two queues of one GPU as times on paper: one computes, the other carries messages. A message sets out when
  * what was queued before it has been computed and the messages before it are through; waiting for one holds
  * up computing until it has arrived. */
-#ifndef IHA_PAPER_TIMELINE_H
-#define IHA_PAPER_TIMELINE_H
+#ifndef IHA_KERNELS_ESTIMATE_TIMELINE_H
+#define IHA_KERNELS_ESTIMATE_TIMELINE_H
 
 #include <stdint.h>
 

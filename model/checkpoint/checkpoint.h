@@ -5,8 +5,8 @@
  *   optimizer-RRRRR-of-WWWWW.safetensors     moments of what rank R of W owns
  *   trainer.json                             everything else a resumed run needs
  *   tokenizer.json                           when the run has a tokenizer file */
-#ifndef IHA_CHECKPOINT_H
-#define IHA_CHECKPOINT_H
+#ifndef IHA_MODEL_CHECKPOINT_CHECKPOINT_H
+#define IHA_MODEL_CHECKPOINT_CHECKPOINT_H
 
 #include "model/checkpoint/checkpoint_files.h"
 #include "model/model.h"

@@ -1,6 +1,6 @@
 /* The files of a checkpoint, one function each way; checkpoint.c makes a directory of them. */
-#ifndef IHA_CHECKPOINT_FILES_H
-#define IHA_CHECKPOINT_FILES_H
+#ifndef IHA_MODEL_CHECKPOINT_CHECKPOINT_FILES_H
+#define IHA_MODEL_CHECKPOINT_CHECKPOINT_FILES_H
 
 #include "model/model.h"
 

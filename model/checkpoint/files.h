@@ -6,8 +6,8 @@
  * Errors name the path, the system's reason and what to do. Writing routines fail with EXIT_RUN; those that
  * meet a path for the first time (files_read_all, files_make_dirs, files_lock) fail with EXIT_USER when the
  * path itself is the trouble (absent, a file where a directory should be, not permitted). */
-#ifndef IHA_FILES_H
-#define IHA_FILES_H
+#ifndef IHA_MODEL_CHECKPOINT_FILES_H
+#define IHA_MODEL_CHECKPOINT_FILES_H
 
 #include <stddef.h>
 #include <stdint.h>

@@ -2,8 +2,8 @@
  *
  * Writing streams, so nothing is held twice; reading maps the file, checks the header as if an enemy had
  * written it, and hands out pointers into the map. */
-#ifndef IHA_SAFETENSORS_H
-#define IHA_SAFETENSORS_H
+#ifndef IHA_MODEL_CHECKPOINT_SAFETENSORS_H
+#define IHA_MODEL_CHECKPOINT_SAFETENSORS_H
 
 #include <stddef.h>
 #include <stdint.h>

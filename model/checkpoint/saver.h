@@ -4,8 +4,8 @@
  * The thread only writes this rank's files. Beginning and publishing need all ranks, and happen in the calls
  * below, which all ranks make together: rank 0 begins, every rank's thread writes, and once all have written,
  * which ranks tell each other after every step, rank 0 publishes. The ranks are those of the model's comm. */
-#ifndef IHA_SAVER_H
-#define IHA_SAVER_H
+#ifndef IHA_MODEL_CHECKPOINT_SAVER_H
+#define IHA_MODEL_CHECKPOINT_SAVER_H
 
 #include "model/checkpoint/checkpoint.h"
 

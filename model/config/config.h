@@ -2,8 +2,8 @@
  *
  * Everything a user may set is one row of the table in config.c, and only there: its section,
  * name, type, range, default and the sentence `--help` prints. */
-#ifndef IHA_CONFIG_H
-#define IHA_CONFIG_H
+#ifndef IHA_MODEL_CONFIG_CONFIG_H
+#define IHA_MODEL_CONFIG_CONFIG_H
 
 #include <stdbool.h>
 #include <stdint.h>

@@ -1,7 +1,7 @@
 /* What config*.c share among themselves: a row of the table of keys, and a configuration in the making
  * that remembers where each value was given, so that an error can point there. Not for other files. */
-#ifndef IHA_CONFIG_INTERNAL_H
-#define IHA_CONFIG_INTERNAL_H
+#ifndef IHA_MODEL_CONFIG_CONFIG_INTERNAL_H
+#define IHA_MODEL_CONFIG_CONFIG_INTERNAL_H
 
 #include <stddef.h>
 

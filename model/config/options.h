@@ -1,6 +1,6 @@
 /* Options of the command line, "--name value". */
-#ifndef IHA_OPTIONS_H
-#define IHA_OPTIONS_H
+#ifndef IHA_MODEL_CONFIG_OPTIONS_H
+#define IHA_MODEL_CONFIG_OPTIONS_H
 
 #include "kernels/error.h"
 

@@ -2,8 +2,8 @@
  *
  * A token is P virtual tokens in an IHA layer, so a step appends P keys and values. Local layers keep a ring
  * as long as their window and one chunk; global layers keep everything. */
-#ifndef IHA_DECODE_H
-#define IHA_DECODE_H
+#ifndef IHA_MODEL_GENERATE_DECODE_H
+#define IHA_MODEL_GENERATE_DECODE_H
 
 #include "model/model.h"
 

@@ -1,6 +1,6 @@
 /* Sampling from a model, token by token. */
-#ifndef IHA_GENERATE_H
-#define IHA_GENERATE_H
+#ifndef IHA_MODEL_GENERATE_GENERATE_H
+#define IHA_MODEL_GENERATE_GENERATE_H
 
 #include "model/generate/decode.h"
 

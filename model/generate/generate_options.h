@@ -1,6 +1,6 @@
 /* What follows `train_iha generate CHECKPOINT` on the command line. */
-#ifndef IHA_GENERATE_OPTIONS_H
-#define IHA_GENERATE_OPTIONS_H
+#ifndef IHA_MODEL_GENERATE_GENERATE_OPTIONS_H
+#define IHA_MODEL_GENERATE_GENERATE_OPTIONS_H
 
 #include "model/generate/generate.h"
 

@@ -1,6 +1,6 @@
 /* What system.deterministic costs, for the opening lines of a run. */
-#ifndef IHA_DETERMINISM_H
-#define IHA_DETERMINISM_H
+#ifndef IHA_MODEL_INFO_DETERMINISM_H
+#define IHA_MODEL_INFO_DETERMINISM_H
 
 #include <stdio.h>
 

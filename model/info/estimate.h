@@ -1,7 +1,7 @@
 /* What a training run would cost on GPUs that are not at hand: the model's own passes, update and messages,
  * run on a GPU that exists on paper only (kernels/estimate/). */
-#ifndef IHA_PREDICT_H
-#define IHA_PREDICT_H
+#ifndef IHA_MODEL_INFO_ESTIMATE_H
+#define IHA_MODEL_INFO_ESTIMATE_H
 
 #include "kernels/estimate/estimate.h"
 #include "model/model.h"

@@ -1,7 +1,7 @@
 /* What `train_iha info` prints: parameters by group, memory by family, FLOPs per token, the layer schedule.
  */
-#ifndef IHA_INFO_H
-#define IHA_INFO_H
+#ifndef IHA_MODEL_INFO_INFO_H
+#define IHA_MODEL_INFO_INFO_H
 
 #include <stdio.h>
 

@@ -1,6 +1,6 @@
 /* `train_iha info CONFIG --gpus N ...`: planning a run on GPUs that are not at hand. */
-#ifndef IHA_INFO_PLAN_H
-#define IHA_INFO_PLAN_H
+#ifndef IHA_MODEL_INFO_INFO_ESTIMATE_H
+#define IHA_MODEL_INFO_INFO_ESTIMATE_H
 
 #include <stdio.h>
 

@@ -1,7 +1,7 @@
 /* A run's record: metrics.jsonl, one line a step and one an evaluation, and the status line on the terminal.
  */
-#ifndef IHA_METRICS_H
-#define IHA_METRICS_H
+#ifndef IHA_MODEL_TRAIN_METRICS_H
+#define IHA_MODEL_TRAIN_METRICS_H
 
 #include <stdbool.h>
 #include <stdint.h>

@@ -1,6 +1,6 @@
 /* What traced steps look like: a table of where the time went, and a time line for a browser. */
-#ifndef IHA_PROFILE_H
-#define IHA_PROFILE_H
+#ifndef IHA_MODEL_TRAIN_PROFILE_H
+#define IHA_MODEL_TRAIN_PROFILE_H
 
 #include <stdint.h>
 #include <stdio.h>

@@ -1,7 +1,7 @@
 /* What ranks must agree on before they train together. Each call is made by all ranks, fails on all or on
  * none, and names the rank that differs. */
-#ifndef IHA_RANKS_H
-#define IHA_RANKS_H
+#ifndef IHA_MODEL_TRAIN_RANK_CHECKS_H
+#define IHA_MODEL_TRAIN_RANK_CHECKS_H
 
 #include "kernels/comm.h"
 #include "model/checkpoint/checkpoint_files.h"

@@ -1,6 +1,6 @@
 /* Where a run starts: at its newest checkpoint, at another run's (train.init_from), or at random numbers. */
-#ifndef IHA_START_H
-#define IHA_START_H
+#ifndef IHA_MODEL_TRAIN_RESUME_H
+#define IHA_MODEL_TRAIN_RESUME_H
 
 #include "model/checkpoint/checkpoint.h"
 

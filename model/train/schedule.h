@@ -1,6 +1,6 @@
 /* The learning rate of each step. */
-#ifndef IHA_SCHEDULE_H
-#define IHA_SCHEDULE_H
+#ifndef IHA_MODEL_TRAIN_SCHEDULE_H
+#define IHA_MODEL_TRAIN_SCHEDULE_H
 
 #include "model/config/config.h"
 

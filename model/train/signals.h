@@ -1,8 +1,8 @@
 /* The signals that ask a run to save and end: SIGINT and SIGTERM, which users send, and SIGUSR1, which
  * schedulers send before a time limit and mpirun passes on. The first asks; another one, a second later or
  * more, ends at once. */
-#ifndef IHA_SIGNALS_H
-#define IHA_SIGNALS_H
+#ifndef IHA_MODEL_TRAIN_SIGNALS_H
+#define IHA_MODEL_TRAIN_SIGNALS_H
 
 #include "kernels/error.h"
 

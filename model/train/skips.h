@@ -1,6 +1,6 @@
 /* Why a run gives up when too many steps in a row were skipped. */
-#ifndef IHA_SKIPS_H
-#define IHA_SKIPS_H
+#ifndef IHA_MODEL_TRAIN_SKIPS_H
+#define IHA_MODEL_TRAIN_SKIPS_H
 
 #include "model/model.h"
 

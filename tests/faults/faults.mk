@@ -14,7 +14,7 @@ endif
 
 faults: deps
 	@$(MAKE) --no-print-directory $(QUICK) $(INJECT)
-	@FAULTS=all TRAIN_IHA=$(QUICK) .venv/bin/python -m unittest -v tests.test_faults tests.test_ranks_anomalies
+	@FAULTS=all TRAIN_IHA=$(QUICK) .venv/bin/python -m unittest -v tests.faults.test_faults tests.faults.test_ranks_anomalies
 
 # Valgrind knows no AVX-512, so its binary is one for older machines.
 WATCHED = -std=gnu17 -g -O1 -march=x86-64-v3 -fopenmp -I. $(MPI_FLAGS) $(WARNINGS)

@@ -1,6 +1,6 @@
 /* What the parts of the fault library share: see inject.c. */
-#ifndef IHA_INJECT_H
-#define IHA_INJECT_H
+#ifndef IHA_TESTS_FAULTS_INJECT_H
+#define IHA_TESTS_FAULTS_INJECT_H
 
 #include <dlfcn.h>
 #include <stdbool.h>

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests import test_faults
+from tests.faults import test_faults
 from tests.faults.harness import ENVIRONMENT, ROOT
-from tests.tiny import write_shard
+from tests.lib.tiny import write_shard
 
 SUPPRESSIONS = ROOT / "tests" / "faults" / "valgrind.supp"
 TOOLS = {

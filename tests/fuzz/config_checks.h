@@ -1,6 +1,6 @@
 /* What holds for every configuration that loads, whichever way it was given. */
-#ifndef IHA_FUZZ_CONFIG_CHECKS_H
-#define IHA_FUZZ_CONFIG_CHECKS_H
+#ifndef IHA_TESTS_FUZZ_CONFIG_CHECKS_H
+#define IHA_TESTS_FUZZ_CONFIG_CHECKS_H
 
 #include "tests/fuzz/fuzz.h"
 

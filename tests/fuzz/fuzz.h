@@ -2,8 +2,8 @@
  * makes them the file that the reader opens, and checks what comes of it. That nothing crashes is left to the
  * sanitizers; what a target CHECKs is the contract: a refusal is a user error of one line, a success has
  * values within the documented ranges. Included once by each target. */
-#ifndef IHA_FUZZ_H
-#define IHA_FUZZ_H
+#ifndef IHA_TESTS_FUZZ_FUZZ_H
+#define IHA_TESTS_FUZZ_FUZZ_H
 
 #define _GNU_SOURCE
 #include <stdbool.h>

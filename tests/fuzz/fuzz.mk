@@ -3,7 +3,7 @@
 #
 # Built by clang, whatever CC is: GCC has no libFuzzer. Without OpenMP, see tests/fuzz/omp.h, and for any
 # processor of the architecture, so that an input found on one machine does the same on another.
-FUZZ_CC = clang
+FUZZ_CC ?= clang
 FUZZ_BUILD = build/fuzz
 FUZZ_SECONDS ?= 600
 FUZZ_WARNINGS = -Wall -Wextra -Werror -Wno-unknown-pragmas

@@ -1,7 +1,7 @@
 /* In the place of OpenMP's header: the fuzz targets are built without it, in one thread, so that they need no
  * second OpenMP runtime and do the same in every run. Only they have this directory among their includes. */
-#ifndef IHA_FUZZ_OMP_H
-#define IHA_FUZZ_OMP_H
+#ifndef IHA_TESTS_FUZZ_OMP_H
+#define IHA_TESTS_FUZZ_OMP_H
 
 static inline void omp_set_num_threads(int threads) {
     (void)threads;

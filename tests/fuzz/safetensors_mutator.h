@@ -1,7 +1,7 @@
 /* Mutations of a safetensors file. Changed as plain bytes, the header's length and the data's would never fit
  * again; so header and data are changed one at a time, and then made to fit, mostly. */
-#ifndef IHA_FUZZ_SAFETENSORS_MUTATOR_H
-#define IHA_FUZZ_SAFETENSORS_MUTATOR_H
+#ifndef IHA_TESTS_FUZZ_SAFETENSORS_MUTATOR_H
+#define IHA_TESTS_FUZZ_SAFETENSORS_MUTATOR_H
 
 #include "tests/fuzz/fuzz.h"
 

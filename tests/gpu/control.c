@@ -1,22 +1,22 @@
-/* tests/simt/control.h on a real GPU: what lets the same tests run there. There is nothing to steer. */
-#include "tests/simt/control.h"
+/* tests/cuda/emulator/control.h on a real GPU: what lets the same tests run there. There is nothing to steer. */
+#include "tests/cuda/emulator/control.h"
 
-struct simt_gpu simt_gpu = {.count = 1};
+struct emulator_gpu emulator_gpu = {.count = 1};
 
 int64_t cuda_attention_tiles; /* counted in the harness alone */
 
-void simt_seed(uint64_t seed) {
+void emulator_seed(uint64_t seed) {
     (void)seed;
 }
 
-int simt_allocations(void) {
+int emulator_allocations(void) {
     return 0;
 }
 
-int64_t simt_launches(void) {
+int64_t emulator_launches(void) {
     return 0;
 }
 
-bool simt_on_gpu(void) {
+bool emulator_on_gpu(void) {
     return true;
 }

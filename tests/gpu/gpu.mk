@@ -1,21 +1,21 @@
 # What needs a GPU: `make check-gpu` and `make bench-gpu`. Included by the Makefile.
 #
-# The tests of tests/simt/ are linked once more, the same objects with nvcc's code and the real runtime in the place of
+# The tests of tests/cuda/emulator/ are linked once more, the same objects with nvcc's code and the real runtime in the place of
 # the harness. `make gpu-programs` builds everything and runs nothing, which works without a GPU.
 
 # These test the harness itself, or bring a cuDNN of their own.
-HARNESS_TESTS = %_harness.c %_streams.c %_nccl.c %_determinism.c %_cudnn.c
-GPU_TESTS = $(patsubst tests/test_simt_%.c,$(BUILD)/gpu/test_%,$(filter-out $(HARNESS_TESTS),$(wildcard tests/test_simt_*.c)))
+EMULATOR_ONLY = %_emulator.c %_streams.c %_nccl.c %_determinism.c %_cudnn.c
+GPU_TESTS = $(patsubst tests/cuda/test_%.c,$(BUILD)/gpu/test_%,$(filter-out $(EMULATOR_ONLY),$(wildcard tests/cuda/test_*.c)))
 GPU_LINKED = $(CUDA_LINKED) $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 GPU_LINK = $(CC) $(CFLAGS) $(filter %.o,$^) -o $@ -lcmocka $(LIBS) $(CUDA_LINK)
 
-$(GPU_TESTS): $(BUILD)/gpu/test_%: $(BUILD)/tests/test_simt_%.o $(BUILD)/tests/gpu/control.o \
-    $(BUILD)/simt/cpu_double.o $(GPU_LINKED) $(BUILD)/cuda/linked-with
+$(GPU_TESTS): $(BUILD)/gpu/test_%: $(BUILD)/tests/cuda/test_%.o $(BUILD)/tests/gpu/control.o \
+    $(BUILD)/emulator/cpu_double.o $(GPU_LINKED) $(BUILD)/cuda/linked-with
 	@mkdir -p $(@D)
 	@echo "  LINK $@"
 	@$(GPU_LINK)
 
-$(BUILD)/gpu/check_gpu: $(BUILD)/tests/check_gpu.o $(BUILD)/simt/cpu_double.o $(GPU_LINKED) $(BUILD)/cuda/linked-with
+$(BUILD)/gpu/check_gpu: $(BUILD)/tests/gpu/check_gpu.o $(BUILD)/emulator/cpu_double.o $(GPU_LINKED) $(BUILD)/cuda/linked-with
 	@mkdir -p $(@D)
 	@echo "  LINK $@"
 	@$(GPU_LINK)
@@ -25,14 +25,14 @@ CUPTI := $(call cuda_lib,cupti)
 CUPTI_HEADER := $(firstword $(wildcard $(CUDA_INCLUDE_DIRS:%=%/cupti.h) $(CUDA_HOME)/extras/CUPTI/include/cupti.h))
 CUPTI_FLAGS = $(if $(and $(CUPTI),$(CUPTI_HEADER)),-DHAVE_CUPTI -isystem $(dir $(CUPTI_HEADER)))
 CUPTI_LINK = $(if $(CUPTI_FLAGS),$(CUPTI) -Wl$(comma)-rpath$(comma)$(abspath $(dir $(CUPTI))))
-$(BUILD)/cuda/tests/gpu/%.o: tests/gpu/%.cu $(BUILD)/cuda/compiled-with
+$(BUILD)/cuda/tests/bench/%.o: tests/bench/%.cu $(BUILD)/cuda/compiled-with
 	@mkdir -p $(@D)
 	@echo "  NVCC $<"
 	@$(NVCC) -std=c++17 -O2 -I. $(CUDA_ISYSTEM) $(CUDA_ARCHS) $(CUPTI_FLAGS) -Werror all-warnings \
 	    $(addprefix -Xcompiler ,$(CUDA_WARNINGS)) -MMD -c $< -o $@
 
-$(BUILD)/tests/bench_gpu.o: CFLAGS += $(CUDA_ISYSTEM)
-$(BUILD)/gpu/bench_gpu: $(BUILD)/tests/bench_gpu.o $(BUILD)/cuda/tests/gpu/timing.o $(BUILD)/cuda/tests/gpu/activity.o \
+$(BUILD)/tests/bench/bench_gpu.o: CFLAGS += $(CUDA_ISYSTEM)
+$(BUILD)/gpu/bench_gpu: $(BUILD)/tests/bench/bench_gpu.o $(BUILD)/cuda/tests/bench/timing.o $(BUILD)/cuda/tests/bench/activity.o \
     $(GPU_LINKED) $(BUILD)/cuda/linked-with
 	@mkdir -p $(@D)
 	@echo "  LINK $@"
@@ -53,7 +53,7 @@ endif
 
 check-gpu: gpu-found deps
 	@$(MAKE) --no-print-directory $(BINARY) gpu-programs
-	@tests/check_gpu.sh $(BUILD)/gpu $(BINARY) $(CUDA_HOME)
+	@tests/gpu/check_gpu.sh $(BUILD)/gpu $(BINARY) $(CUDA_HOME)
 
 bench-gpu: gpu-found deps
 	@$(MAKE) --no-print-directory $(BUILD)/gpu/bench_gpu

@@ -4,8 +4,8 @@
  * The visible pairs form a band: the keys of a query are one interval, both of whose ends grow with the query
  * (attention_keys() in kernels/kernels.h), and so are the queries of a key. Hence the tiles that a run of
  * rows needs are one run as well, and the first and the last row tell whether a tile is wholly visible. */
-#ifndef IHA_CUDA_ATTENTION_BAND_CUH
-#define IHA_CUDA_ATTENTION_BAND_CUH
+#ifndef IHA_KERNELS_CUDA_ATTENTION_ATTENTION_BAND_CUH
+#define IHA_KERNELS_CUDA_ATTENTION_ATTENTION_BAND_CUH
 
 #include "kernels/cuda/attention/attention_bf16.h"
 #include "kernels/cuda/cuda.cuh"
@@ -61,13 +61,13 @@ static __device__ __forceinline__ bool contains(interval a, int begin, int count
     return a.begin <= begin && begin + count <= a.end;
 }
 
-#ifdef SIMT
+#ifdef CUDA_EMULATOR
 /* Tiles visited since the program began, counted where kernels run on a CPU. */
 extern "C" int64_t cuda_attention_tiles;
 #endif
 
 static __device__ __forceinline__ void count_tile() {
-#ifdef SIMT
+#ifdef CUDA_EMULATOR
     cuda_attention_tiles += threadIdx.x == 0;
 #endif
 }

@@ -11,7 +11,7 @@
 
 #include "kernels/cuda/attention/attention_fp32.h"
 
-#ifdef SIMT
+#ifdef CUDA_EMULATOR
 int64_t cuda_attention_tiles;
 #endif
 

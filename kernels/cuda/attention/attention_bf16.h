@@ -1,6 +1,6 @@
 /* The backend's own attention, which serves every shape, mask and device; attention.cu calls it. */
-#ifndef IHA_CUDA_ATTENTION_OWN_H
-#define IHA_CUDA_ATTENTION_OWN_H
+#ifndef IHA_KERNELS_CUDA_ATTENTION_ATTENTION_BF16_H
+#define IHA_KERNELS_CUDA_ATTENTION_ATTENTION_BF16_H
 
 #include "kernels/cuda/cuda.h"
 

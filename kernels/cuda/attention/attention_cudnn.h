@@ -6,8 +6,8 @@
  * multiple of 16 bytes; `statistics` is the log-sum-exp of each query's scores, float [B,H,S]. Forward and
  * backward are two graphs, built by the plan and kept until close: the calls after it allocate no device
  * memory. */
-#ifndef IHA_CUDNN_ATTENTION_H
-#define IHA_CUDNN_ATTENTION_H
+#ifndef IHA_KERNELS_CUDA_ATTENTION_ATTENTION_CUDNN_H
+#define IHA_KERNELS_CUDA_ATTENTION_ATTENTION_CUDNN_H
 
 #include <stdbool.h>
 #include <stddef.h>

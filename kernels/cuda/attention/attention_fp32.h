@@ -1,6 +1,6 @@
 /* The fp32 kernels of the backend's own attention; see attention_bf16.h. */
-#ifndef IHA_CUDA_ATTENTION_FP32_H
-#define IHA_CUDA_ATTENTION_FP32_H
+#ifndef IHA_KERNELS_CUDA_ATTENTION_ATTENTION_FP32_H
+#define IHA_KERNELS_CUDA_ATTENTION_ATTENTION_FP32_H
 
 #include "kernels/cuda/cuda.h"
 

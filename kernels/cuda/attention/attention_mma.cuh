@@ -5,8 +5,8 @@
  * 16 m + g + 8 (x[m][n][2..3]). Two neighbouring n are, rounded to bf16, an A of the next product, so
  * probabilities never go through memory. Two row tiles a warp (M = 2) halve what a product reads from shared
  * memory, which is what bounds it; registers allow that where d is not too wide. */
-#ifndef IHA_CUDA_ATTENTION_MMA_CUH
-#define IHA_CUDA_ATTENTION_MMA_CUH
+#ifndef IHA_KERNELS_CUDA_ATTENTION_ATTENTION_MMA_CUH
+#define IHA_KERNELS_CUDA_ATTENTION_ATTENTION_MMA_CUH
 
 #include "kernels/cuda/attention/attention_band.cuh"
 

@@ -1,7 +1,7 @@
 /* What the communicators of GPUs share: a queue of their own beside the device's, events between the two, and
  * the processes' communicator behind them, which carries all that is said in host memory. */
-#ifndef IHA_CUDA_COMM_H
-#define IHA_CUDA_COMM_H
+#ifndef IHA_KERNELS_CUDA_COMM_COMM_H
+#define IHA_KERNELS_CUDA_COMM_COMM_H
 
 #include "kernels/cuda/cuda.h"
 

@@ -1,7 +1,7 @@
 /* What ranks' numbers go through on a GPU before and after they travel: sums in rank order, and rounding. A C
  * header, for the tests. */
-#ifndef IHA_CUDA_COMM_SUMS_H
-#define IHA_CUDA_COMM_SUMS_H
+#ifndef IHA_KERNELS_CUDA_COMM_COMM_SUMS_H
+#define IHA_KERNELS_CUDA_COMM_COMM_SUMS_H
 
 #include <cuda_runtime_api.h>
 

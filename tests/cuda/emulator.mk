@@ -1,0 +1,71 @@
+# Tests of the CUDA kernels on a CPU (tests/cuda/emulator/emulator.h). They need the CUDA runtime's headers, of the toolkit or of
+# the wheels that `make deps` installs without one, but neither nvcc nor a GPU. Included by the Makefile.
+
+CXX ?= g++
+EMULATOR_INCLUDE := $(patsubst %/cuda_bf16.h,%,$(firstword $(wildcard $(CUDA_HOME)/include/cuda_bf16.h \
+    .venv/lib/python3*/site-packages/nvidia/cu13/include/cuda_bf16.h)))
+
+EMULATOR_TESTS = $(filter-out $(if $(CUDNN_MISSING)$(CUDA_MISSING),%/cuda/test_cudnn), \
+    $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/cuda/test_*.c)))
+ifneq ($(EMULATOR_INCLUDE),)
+EMULATOR_BUILT = $(EMULATOR_TESTS) $(EMULATOR_PROGRAM)
+else
+EMULATOR_BUILT =
+endif
+
+EMULATOR_FLAGS = $(filter-out -std=% -O%,$(CFLAGS)) -O2 -Wno-missing-field-initializers -Wno-unknown-pragmas \
+    -fno-strict-aliasing -DWITH_NCCL -isystem tests/cuda/emulator/include/first -isystem $(EMULATOR_INCLUDE) -isystem tests/cuda/emulator/include
+EMULATOR_OBJECTS = $(patsubst %.cc,$(BUILD)/%.o,$(filter-out %/program.cc,$(wildcard tests/cuda/emulator/*.cc)))
+EMULATOR_BACKEND = $(patsubst %.cu,$(BUILD)/emulator/%.o,$(CUDA_SOURCES))
+EMULATOR_KERNELS = $(EMULATOR_BACKEND) $(patsubst %.cu,$(BUILD)/emulator/%.o,$(wildcard tests/cuda/*.cu))
+EMULATOR_PROGRAM = $(BUILD)/emulator/train_iha
+
+$(BUILD)/tests/cuda/emulator/%.o: tests/cuda/emulator/%.cc
+	@mkdir -p $(@D)
+	@echo "  CXX  $<"
+	@$(CXX) -std=gnu++17 $(EMULATOR_FLAGS) -MMD -c $< -o $@
+
+$(BUILD)/emulator/%.o: %.cu
+	@mkdir -p $(@D)
+	@echo "  EMU  $<"
+	@$(CXX) -std=gnu++17 $(EMULATOR_FLAGS) -x c++ -include tests/cuda/emulator/emulator.h -MMD -c $< -o $@
+
+# These call the runtime and NCCL themselves.
+$(patsubst %,$(BUILD)/tests/cuda/test_%.o,streams nccl comm determinism): CFLAGS += -isystem tests/cuda/emulator/include/first \
+    -isystem $(EMULATOR_INCLUDE) -isystem tests/cuda/emulator/include
+
+# The CPU backend in double beside the one in float: one object, with one name to the outside.
+$(BUILD)/emulator/cpu_double.o: $(DOUBLE_OBJECTS)
+	@mkdir -p $(@D)
+	@$(LD) -r $^ -o $@
+	@objcopy --redefine-sym kernels_cpu=kernels_cpu_double --keep-global-symbol=kernels_cpu_double $@
+
+$(EMULATOR_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(EMULATOR_OBJECTS) $(EMULATOR_KERNELS) \
+    $(BUILD)/emulator/cpu_double.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	@$(CXX) $(CFLAGS:-std=%=) $^ -o $@ -lcmocka $(LIBS)
+
+# The product's own cuDNN file and the library, on a driver without a GPU: linked, it is the libcuda.so.1 that cuDNN
+# finds loaded.
+FAKE_DRIVER = $(BUILD)/tests/fake_driver/libcuda.so.1
+$(FAKE_DRIVER): tests/cuda/emulator/fake_driver.c
+	@mkdir -p $(@D)
+	@echo "  CC   $<"
+	@$(CC) $(filter-out -MMD -fsanitize%,$(CFLAGS)) -shared -fPIC -Wl,-soname,libcuda.so.1 $< -o $@
+
+$(BUILD)/tests/cuda/test_cudnn: $(CUDNN_OBJECTS) | $(FAKE_DRIVER)
+$(BUILD)/tests/cuda/test_cudnn: LIBS += -Wl,--wrap=cudnn_attention_open -Wl,--no-as-needed $(FAKE_DRIVER) $(CUDNN) \
+    -Wl,-rpath,$(abspath $(dir $(FAKE_DRIVER))) $(patsubst %,-Wl$(comma)-rpath$(comma)%,$(abspath $(dir $(CUDNN))))
+
+# The whole program on the harness's GPUs. program.o comes after the harness, whose variables must be there when it
+# starts before main().
+$(EMULATOR_PROGRAM): $(BUILD)/train_iha.o $(EMULATOR_OBJECTS) $(BUILD)/tests/cuda/emulator/program.o $(EMULATOR_BACKEND) \
+    $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
+	@mkdir -p $(@D)
+	@echo "  LINK $@"
+	@$(CXX) $(CFLAGS:-std=%=) -Wl,--wrap=cpu_memory_available $^ -o $@ $(LIBS)
+
+.PHONY: emulator
+emulator: $(EMULATOR_BUILT)
+	@for test in $(EMULATOR_TESTS); do $$test || exit 1; done

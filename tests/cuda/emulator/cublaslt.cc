@@ -1,0 +1,279 @@
+/* cuBLASLt for the harness: D = alpha op(A) op(B) + beta C (+ bias), column-major, in plain loops that sum in
+ * fp32. Attributes that the backend does not use are refused. An algorithm was chosen for what the preference
+ * and the bias at that time promise of addresses; a product that breaks the promise is an error here, where a
+ * GPU may fault or refuse it. */
+#include "tests/cuda/emulator/internal.h"
+
+#include <cublasLt.h>
+
+struct desc {
+    cublasOperation_t transpose_a, transpose_b;
+    cublasLtEpilogue_t epilogue;
+    const void *bias;
+    cudaDataType_t bias_type;
+};
+
+struct layout {
+    cudaDataType_t type;
+    uint64_t rows, cols;
+    int64_t ld, batch_stride;
+    int32_t batches;
+};
+
+struct preference {
+    uint64_t workspace;
+    uint32_t a, b, c, d; /* bytes that addresses are multiples of */
+};
+
+/* What an algorithm was chosen for, in its opaque words. */
+struct chosen {
+    uint64_t candidate; /* 0: none of ours */
+    struct preference promised;
+    uint32_t bias;
+};
+static_assert(sizeof(struct chosen) <= sizeof(cublasLtMatmulAlgo_t), "fits where the library keeps its own");
+
+static const struct desc *desc_of(cublasLtMatmulDesc_t d) {
+    return (const struct desc *)d;
+}
+
+static const struct layout *layout_of(cublasLtMatrixLayout_t l) {
+    return (const struct layout *)l;
+}
+
+cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
+    *handle = (cublasLtHandle_t)malloc(1);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtDestroy(cublasLtHandle_t handle) {
+    free(handle);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *out, cublasComputeType_t compute,
+                                        cudaDataType_t scale) {
+    if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    *out = (cublasLtMatmulDesc_t) new desc{CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, nullptr,
+                                           CUDA_R_32F};
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) {
+    delete (struct desc *)d;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+template <typename T> static cublasStatus_t set(T *to, const void *value, size_t bytes) {
+    if (bytes != sizeof *to)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    memcpy(to, value, bytes);
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d,
+                                              cublasLtMatmulDescAttributes_t attribute, const void *value,
+                                              size_t bytes) {
+    struct desc *desc = (struct desc *)d;
+    switch (attribute) {
+    case CUBLASLT_MATMUL_DESC_TRANSA:
+        return set(&desc->transpose_a, value, bytes);
+    case CUBLASLT_MATMUL_DESC_TRANSB:
+        return set(&desc->transpose_b, value, bytes);
+    case CUBLASLT_MATMUL_DESC_EPILOGUE:
+        return set(&desc->epilogue, value, bytes);
+    case CUBLASLT_MATMUL_DESC_BIAS_POINTER:
+        return set(&desc->bias, value, bytes);
+    case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE:
+        return set(&desc->bias_type, value, bytes);
+    default:
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+}
+
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t *out, cudaDataType type, uint64_t rows,
+                                          uint64_t cols, int64_t ld) {
+    if (ld < (int64_t)rows || rows == 0 || cols == 0)
+        return CUBLAS_STATUS_INVALID_VALUE;
+    *out = (cublasLtMatrixLayout_t) new layout{type, rows, cols, ld, 0, 1};
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) {
+    delete (struct layout *)l;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l,
+                                                cublasLtMatrixLayoutAttribute_t attribute, const void *value,
+                                                size_t bytes) {
+    struct layout *layout = (struct layout *)l;
+    switch (attribute) {
+    case CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT:
+        return set(&layout->batches, value, bytes);
+    case CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET:
+        return set(&layout->batch_stride, value, bytes);
+    default:
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+}
+
+cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t *out) {
+    *out = (cublasLtMatmulPreference_t) new preference{0, 256, 256, 256, 256};
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) {
+    delete (struct preference *)p;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p,
+                                                    cublasLtMatmulPreferenceAttributes_t attribute,
+                                                    const void *value, size_t bytes) {
+    struct preference *preference = (struct preference *)p;
+    switch (attribute) {
+    case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES:
+        return set(&preference->workspace, value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES:
+        return set(&preference->a, value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES:
+        return set(&preference->b, value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES:
+        return set(&preference->c, value, bytes);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES:
+        return set(&preference->d, value, bytes);
+    default:
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    }
+}
+
+/* One that is none, and two that compute the same. */
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
+                                              cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                              cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                              cublasLtMatmulPreference_t p, int wanted,
+                                              cublasLtMatmulHeuristicResult_t *results, int *found) {
+    struct chosen chosen = {0, *(const struct preference *)p,
+                            (uint32_t)((uintptr_t)desc_of(desc)->bias % 16)};
+    *found = wanted < 3 ? wanted : 3;
+    for (int i = 0; i < *found; i++) {
+        memset(&results[i], 0, sizeof results[i]);
+        chosen.candidate = (uint64_t)i;
+        results[i].state = CUBLAS_STATUS_NOT_SUPPORTED;
+        if (i == 0)
+            continue;
+        memcpy(&results[i].algo, &chosen, sizeof chosen);
+        results[i].state = CUBLAS_STATUS_SUCCESS;
+        results[i].workspaceSize = 1024;
+    }
+    return CUBLAS_STATUS_SUCCESS;
+}
+
+static float element(const void *p, cudaDataType_t type, int64_t i) {
+    return type == CUDA_R_16BF ? __bfloat162float(((const __nv_bfloat16 *)p)[i]) : ((const float *)p)[i];
+}
+
+static void put(void *p, cudaDataType_t type, int64_t i, float x) {
+    if (type == CUDA_R_16BF)
+        ((__nv_bfloat16 *)p)[i] = __float2bfloat16_rn(x);
+    else
+        ((float *)p)[i] = x;
+}
+
+/* op(M) with one operand's index along the rows of the result, the other's along k: [n][k]. */
+static std::vector<float> gather(const void *p, const struct layout &l, int64_t at, bool k_is_row, int64_t n,
+                                 int64_t k) {
+    std::vector<float> out((size_t)(n * k));
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t j = 0; j < k; j++)
+            out[(size_t)(i * k + j)] = element(p, l.type, at + (k_is_row ? i * l.ld + j : j * l.ld + i));
+    return out;
+}
+
+static void multiply(struct desc d, float alpha, const void *a, struct layout la, const void *b,
+                     struct layout lb, float beta, const void *c, struct layout lc, void *out,
+                     struct layout ld) {
+    int64_t m = (int64_t)ld.rows, n = (int64_t)ld.cols;
+    int64_t k = (int64_t)(d.transpose_a == CUBLAS_OP_N ? la.cols : la.rows);
+    for (int batch = 0; batch < ld.batches; batch++) {
+        std::vector<float> x = gather(a, la, batch * la.batch_stride, d.transpose_a == CUBLAS_OP_T, m, k);
+        std::vector<float> y = gather(b, lb, batch * lb.batch_stride, d.transpose_b == CUBLAS_OP_N, n, k);
+        for (int64_t j = 0; j < n; j++)
+            for (int64_t i = 0; i < m; i++) {
+                float sum = 0;
+                for (int64_t l = 0; l < k; l++)
+                    sum += x[(size_t)(i * k + l)] * y[(size_t)(j * k + l)];
+                sum *= alpha;
+                if (beta != 0)
+                    sum += beta * element(c, lc.type, batch * lc.batch_stride + j * lc.ld + i);
+                if (d.epilogue == CUBLASLT_EPILOGUE_BIAS)
+                    sum += element(d.bias, d.bias_type, i);
+                put(out, ld.type, batch * ld.batch_stride + j * ld.ld + i, sum);
+            }
+    }
+}
+
+static bool fits(struct desc d, const struct layout *a, const struct layout *b, const struct layout *c,
+                 const struct layout *out) {
+    bool ta = d.transpose_a != CUBLAS_OP_N, tb = d.transpose_b != CUBLAS_OP_N;
+    return (ta ? a->cols : a->rows) == out->rows && (tb ? b->rows : b->cols) == out->cols &&
+           (ta ? a->rows : a->cols) == (tb ? b->cols : b->rows) && c->rows == out->rows &&
+           c->cols == out->cols && a->type == b->type && c->type == out->type && a->batches == out->batches;
+}
+
+static void check_matrix(const void *p, const struct layout &l, const char *what) {
+    int64_t elements = (l.batches - 1) * l.batch_stride + ((int64_t)l.cols - 1) * l.ld + (int64_t)l.rows;
+    emulator_check_device(p, (size_t)elements * (l.type == CUDA_R_16BF ? 2 : 4), what);
+}
+
+static void check_address(const void *p, uint32_t multiple_of, const char *what) {
+    if ((uintptr_t)p % multiple_of != 0)
+        emulator_fail("cublasLtMatmul: %s at %p is no multiple of the %u bytes that its algorithm was chosen for",
+                  what, p, multiple_of);
+}
+
+static void check_promises(const cublasLtMatmulAlgo_t *algorithm, const struct desc &d, const void *a,
+                           const void *b, const void *c, const void *out, const void *workspace,
+                           size_t workspace_bytes) {
+    struct chosen chosen;
+    memcpy(&chosen, algorithm, sizeof chosen);
+    if (chosen.candidate == 0)
+        emulator_fail("cublasLtMatmul: an algorithm that no heuristic chose");
+    check_address(a, chosen.promised.a, "A");
+    check_address(b, chosen.promised.b, "B");
+    check_address(c, chosen.promised.c, "C");
+    check_address(out, chosen.promised.d, "D");
+    check_address(workspace, 256, "the workspace");
+    if (d.epilogue == CUBLASLT_EPILOGUE_BIAS && (uintptr_t)d.bias % 16 != chosen.bias)
+        emulator_fail(
+            "cublasLtMatmul: the bias at %p is aligned otherwise than the one the algorithm was chosen for",
+            d.bias);
+    if (workspace_bytes > chosen.promised.workspace)
+        emulator_fail("cublasLtMatmul: more workspace than was offered");
+}
+
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const void *alpha, const void *a,
+                              cublasLtMatrixLayout_t la, const void *b, cublasLtMatrixLayout_t lb,
+                              const void *beta, const void *c, cublasLtMatrixLayout_t lc, void *d,
+                              cublasLtMatrixLayout_t ld, const cublasLtMatmulAlgo_t *algorithm,
+                              void *workspace, size_t workspace_bytes, cudaStream_t stream) {
+    struct desc what = *desc_of(desc);
+    struct layout wa = *layout_of(la), wb = *layout_of(lb), wc = *layout_of(lc), wd = *layout_of(ld);
+    if (!fits(what, &wa, &wb, &wc, &wd))
+        return CUBLAS_STATUS_INVALID_VALUE;
+    check_matrix(a, wa, "cublasLtMatmul, A");
+    check_matrix(b, wb, "cublasLtMatmul, B");
+    check_matrix(c, wc, "cublasLtMatmul, C");
+    check_matrix(d, wd, "cublasLtMatmul, D");
+    emulator_check_device(workspace, workspace_bytes, "cublasLtMatmul, workspace");
+    check_promises(algorithm, what, a, b, c, d, workspace, workspace_bytes);
+    float scale = *(const float *)alpha, keep = *(const float *)beta;
+    cudaError_t error = emulator_enqueue(stream, [=] {
+        emulator_running_name = "cublasLtMatmul";
+        memset(workspace, 0xff, workspace_bytes);
+        multiply(what, scale, a, wa, b, wb, keep, c, wc, d, wd);
+    });
+    return error == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
+}

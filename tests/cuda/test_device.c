@@ -1,0 +1,172 @@
+/* The CUDA backend's device in the harness of tests/cuda/emulator/: opening, memory, transfers, the rope table. */
+#include "tests/cuda/fixture.h"
+
+static struct device *open_cuda(enum device_precision precision, struct error *e) {
+    struct device_options options = {.precision = precision};
+    return kernels_cuda()->open(&options, e);
+}
+
+/* Where the GPU is a real one, it is neither this one nor absent. */
+static void skip_on_gpu(void) {
+    if (emulator_on_gpu())
+        skip();
+}
+
+static void no_gpu(void **state) {
+    (void)state;
+    skip_on_gpu();
+    struct emulator_gpu kept = emulator_gpu;
+    emulator_gpu.count = 0;
+    struct error e = {0};
+    assert_int_equal(cuda_devices(), 0);
+    assert_null(open_cuda(DEVICE_BF16, &e));
+    assert_int_equal(e.exit_code, EXIT_USER);
+    assert_non_null(strstr(e.text, "no GPU"));
+    emulator_gpu = kept;
+    assert_int_equal(cuda_devices(), 1);
+}
+
+static void describes_itself(void **state) {
+    (void)state;
+    skip_on_gpu();
+    const struct kernels *k = kernels_cuda();
+    struct device *dev = open_cuda(DEVICE_BF16, NULL);
+    assert_string_equal(k->describe(dev), "cuda: NVIDIA H200, sm_90, 3 SMs, 2 GiB");
+    assert_true(k->peak_flops(dev) == 989e12);
+    struct device_dtypes t = k->dtypes(dev);
+    assert_true(t.compute == DTYPE_BF16 && t.gradient == DTYPE_F32 && t.master == DTYPE_F32);
+    k->close(dev);
+    dev = open_cuda(DEVICE_FP32, NULL);
+    assert_true(k->peak_flops(dev) == 0);
+    assert_true(k->dtypes(dev).compute == DTYPE_F32);
+    k->close(dev);
+    assert_int_equal(emulator_allocations(), 0);
+}
+
+static void memory(void **state) {
+    (void)state;
+    const struct kernels *k = kernels_cuda();
+    struct device *dev = open_cuda(DEVICE_FP32, NULL);
+    struct error e = {0};
+    size_t before = k->memory_available(dev);
+    assert_null(k->alloc(dev, before + 1, &e));
+    assert_int_equal(e.exit_code, EXIT_USER);
+    assert_non_null(strstr(e.text, emulator_on_gpu() ? "GB on the GPU" : "cannot allocate 2.15 GB on the GPU"));
+    void *data = k->alloc(dev, 4000, &e);
+    if (!emulator_on_gpu()) /* others may be using it, and it gives out pages */
+        assert_int_equal(before - k->memory_available(dev), 4000);
+    tensor t = tensor_of(data, DTYPE_F32, 1000, 0, 0, 0, 0);
+    float values[1000];
+    k->download(dev, t, values, DTYPE_F32);
+    for (int i = 0; i < 1000; i++)
+        assert_true(values[i] == 0);
+    for (int i = 0; i < 1000; i++)
+        values[i] = (float)i;
+    k->upload(dev, t, values, DTYPE_F32);
+    k->zero(dev, data, 2000);
+    k->download(dev, t, values, DTYPE_F32);
+    for (int i = 0; i < 1000; i++)
+        assert_true(values[i] == (i < 500 ? 0 : (float)i));
+    k->release(dev, data);
+    k->release(dev, NULL);
+    k->close(dev);
+}
+
+/* Every pair of types, there and back; and more than the pinned buffers hold, whose source the caller may
+ * change at once. */
+static void transfers(void **state) {
+    (void)state;
+    const struct kernels *k = kernels_cuda();
+    struct device *dev = open_cuda(DEVICE_BF16, NULL);
+    const enum dtype types[] = {DTYPE_F32, DTYPE_F64, DTYPE_BF16, DTYPE_I32};
+    enum { N = 300 };
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 4; j++) {
+            double numbers[N], back[N];
+            char host[N * 8];
+            void *data = k->alloc(dev, N * dtype_bytes(types[i]), NULL);
+            void *other = k->alloc(dev, N * dtype_bytes(types[j]), NULL);
+            tensor t = tensor_of(data, types[i], N, 0, 0, 0, 0),
+                   u = tensor_of(other, types[j], N, 0, 0, 0, 0);
+            for (int n = 0; n < N; n++)
+                numbers[n] = (n - 150) * (types[i] == DTYPE_I32 || types[j] == DTYPE_I32 ? 1 : 1.0078125);
+            k->upload(dev, t, numbers, DTYPE_F64);
+            k->download(dev, t, host, types[j]);
+            k->upload(dev, u, host, types[j]);
+            k->download(dev, u, back, DTYPE_F64);
+            for (int n = 0; n < N; n++)
+                assert_true(back[n] == round_to(types[j], round_to(types[i], numbers[n])));
+            k->release(dev, data);
+            k->release(dev, other);
+        }
+    enum { LARGE = 9000001 };
+    float *values = malloc(LARGE * sizeof *values);
+    for (int i = 0; i < LARGE; i++)
+        values[i] = (float)(i % 251);
+    void *data = k->alloc(dev, LARGE * 2, NULL);
+    tensor t = tensor_of(data, DTYPE_BF16, LARGE, 0, 0, 0, 0);
+    k->upload(dev, t, values, DTYPE_F32);
+    memset(values, 0, LARGE * sizeof *values);
+    k->download(dev, t, values, DTYPE_F32);
+    for (int i = 0; i < LARGE; i++)
+        if (values[i] != (float)(i % 251))
+            fail_msg("element %d is %g", i, (double)values[i]);
+    free(values);
+    k->release(dev, data);
+    k->close(dev);
+}
+
+static void count_idle(void *context) {
+    ++*(int *)context;
+}
+
+/* The host goes on while the queue is behind: tokens and targets of several passes, each in buffers of their
+ * own, without waiting once. */
+static void uploads_run_ahead(void **state) {
+    (void)state;
+    enum { UPLOADS = 14, N = 1000, ORDERS = 8 };
+    const struct kernels *k = kernels_cuda();
+    for (int order = 0; order < ORDERS; order++) {
+        struct device *dev = open_cuda(DEVICE_BF16, NULL);
+        int32_t values[N], back[N];
+        tensor t[UPLOADS];
+        int waited = 0;
+        emulator_seed((uint64_t)order);
+        k->set_idle_call(dev, count_idle, &waited);
+        for (int u = 0; u < UPLOADS; u++)
+            t[u] = tensor_of(k->alloc(dev, sizeof values, NULL), DTYPE_I32, N, 0, 0, 0, 0);
+        for (int u = 0; u < UPLOADS; u++) {
+            for (int i = 0; i < N; i++)
+                values[i] = i * 31 + u;
+            k->upload(dev, t[u], values, DTYPE_I32);
+        }
+        assert_int_equal(waited, 0);
+        for (int u = 0; u < UPLOADS; u++) {
+            k->download(dev, t[u], back, DTYPE_I32);
+            for (int i = 0; i < N; i++)
+                assert_int_equal(back[i], i * 31 + u);
+            k->release(dev, t[u].data);
+        }
+        k->close(dev);
+    }
+}
+
+static void rope_table(void **state) {
+    (void)state;
+    for (int precision = DEVICE_FP32; precision <= DEVICE_BF16; precision++) {
+        struct backends *k = backends((enum device_precision)precision);
+        struct operand table = output(k, DTYPE_F32, 200, 2, 24, 0, 0);
+        EACH(k, b)
+        b->k->rope_table(b->dev, on(table, b), 10000);
+        expect_close("rope_table", "table", k, table);
+        done(k);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(no_gpu),    cmocka_unit_test(describes_itself),  cmocka_unit_test(memory),
+        cmocka_unit_test(transfers), cmocka_unit_test(uploads_run_ahead), cmocka_unit_test(rope_table),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

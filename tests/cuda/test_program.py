@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""The whole program on GPUs of the harness in tests/cuda/emulator/, whose queues run on threads of their own.
+
+    make build/release/emulator/train_iha && python -m unittest tests.cuda.test_program
+
+The binary is emulator/train_iha in the build folder, or what EMULATOR_TRAIN_IHA names. Losses are compared with those of
+system.device = cpu.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+import unittest
+from pathlib import Path
+
+from tests.lib.tiny import tiny_config, write_shard
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BINARY = Path(os.environ.get("EMULATOR_TRAIN_IHA", ROOT / "build" / "release" / "emulator" / "train_iha")).resolve()
+TIMEOUT = 120  # seconds; 20 steps here take three
+
+
+@unittest.skipUnless(BINARY.exists(), "no CUDA headers")
+class OneGpu(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.dir = Path(tempfile.mkdtemp(prefix="iha-emulator-"))
+        rng = random.Random(3)
+        (cls.dir / "data").mkdir()
+        for name in ["train_0", "val_0"]:
+            tokens = [rng.choice(b"in the beginning was the word ") for _ in range(4000)]
+            write_shard(cls.dir / "data" / f"{name}.bin", tokens)
+        config = tiny_config(cls.dir / "data", seq_len=32, batch_tokens=128, steps=20,
+                             system="precision = fp32\nthreads = 2", run="dir = unnamed")
+        (cls.dir / "tiny.ini").write_text(config)
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.dir)
+
+    def run_program(self, *arguments, code=0, **environment):
+        done = subprocess.run(
+            [BINARY, *map(str, arguments)],
+            cwd=self.dir,
+            env={**os.environ, "GOMP_SPINCOUNT": "100", "EMULATOR_DELAY_US": "100", **environment},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
+        self.assertEqual(done.returncode, code, done.stderr)
+        return done
+
+    def train(self, run, *overrides, **environment):
+        """The metrics of a run: its lines of steps, without what depends on time."""
+        self.run_program("train", "tiny.ini", f"run.dir={run}", *overrides, **environment)
+        lines = map(json.loads, (self.dir / run / "metrics.jsonl").read_text().splitlines())
+        return [(m["step"], m["loss"], m["grad_norm"]) for m in lines if "loss" in m]
+
+    def near(self, got, want, relative):
+        self.assertEqual([step for step, _, _ in got], list(range(1, 21)))
+        for (step, loss, norm), (_, want_loss, want_norm) in zip(got, want, strict=True):
+            self.assertAlmostEqual(loss, want_loss, delta=relative * want_loss, msg=f"step {step}")
+            self.assertAlmostEqual(norm, want_norm, delta=10 * relative * want_norm, msg=f"norm of step {step}")
+
+    def test_losses_are_the_cpus(self):
+        cpu = self.train("cpu")
+        fp32 = self.train("fp32", "system.device=cuda", "system.precision=fp32")
+        bf16 = self.train("bf16", "system.device=cuda", "system.precision=bf16", EMULATOR_SEED="3")
+        self.assertGreater(cpu[0][1] - cpu[-1][1], 1)  # it learns
+        self.near(fp32, cpu, 1e-4)
+        self.near(bf16, cpu, 1e-2)  # bf16 keeps 8 bits
+        self.assertNotEqual(bf16, fp32)
+
+    def test_order_does_not_matter(self):
+        """What runs when, on the GPU, changes nothing: not a bit."""
+        cuda = ["system.device=cuda", "system.precision=bf16", "train.steps=5"]
+        self.assertEqual(self.train("order_4", *cuda, EMULATOR_SEED="4"), self.train("order_7", *cuda, EMULATOR_SEED="7"))
+
+    def test_saves_and_resumes(self):
+        cuda = ["system.device=cuda", "system.precision=bf16", "run.save_every=7"]
+        whole = self.train("whole", *cuda)
+        # What a run that was ended in step 8 leaves.
+        for left in (self.dir / "whole").glob("step_*"):
+            if int(left.name[5:]) > 7:
+                shutil.rmtree(left)
+        (self.dir / "whole").rename(self.dir / "resumed")
+        self.assertEqual(self.train("resumed", *cuda), whole)
+        self.assertTrue((self.dir / "resumed" / "step_00000020").is_dir())
+
+    def test_no_gpu(self):
+        done = self.run_program("train", "tiny.ini", "run.dir=none", "system.device=cuda", code=2, EMULATOR_GPUS="0")
+        self.assertIn("no GPU", done.stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,396 @@
+#!/usr/bin/env python3
+"""Nothing is lost: memory that runs out, disks that fail, processes killed at any moment, power cuts.
+
+    make && python -m unittest tests.faults.test_faults        a sample of the calls; FAULTS=all: every one
+
+In the manner of SQLite's anomaly tests a library (tests/faults/inject.c) makes the N-th call of a kind fail, or kills
+the process there, for one N after the other. After each fault the run has ended as the exit codes promise, every
+checkpoint in the run's directory is whole, and the same command without the fault ends with the same bytes as a run
+in which nothing went wrong.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from tests.faults import harness
+from tests.faults.harness import BINARY, ENVIRONMENT, EVERYTHING, ROOT, SANITIZED, SCRATCH, TIMEOUT, Scenario, every, \
+    need, run, try_all
+from tests.lib.tiny import tiny_config, write_shard
+
+# Kinds of calls, and of how many one is tried when only a sample is wanted.
+KINDS = {"alloc": 2, "library": 16, "map": 1, "open_read": 1, "open_write": 1, "read": 1, "write": 1, "close": 1,
+         "sync": 1, "rename": 1, "mkdir": 1, "remove": 1, "link": 1, "truncate": 1, "lock": 1, "space": 1, "stat": 1,
+         "list": 5, "thread": 1, "mpi": 1}
+EACCES, ENOSPC, EIO = 13, 28, 5
+
+
+def tiny(data):
+    return tiny_config(data, seq_len=16, batch_tokens=64, steps=6, system="threads = 1", run="""\
+dir = run
+save_every = 2
+keep = 2
+eval_every = 2
+sample_every = 1""")
+
+
+def text(seed, sentences):
+    draw = random.Random(seed)
+    return "".join(f"{draw.choice(['anna', 'boris'])} {draw.choice(['sees', 'takes'])} {draw.choice(['apples', 'cats'])}. "
+                   for _ in range(sentences)).encode()
+
+
+def byte_level_tokenizer():
+    """A tokenizer.json of 256 bytes and no merges, in the alphabet of GPT-2."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    vocabulary = {letters[b]: b for b in range(256)} | {"<|endoftext|>": 256}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return harness.json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "added_tokens": [{"id": 256, "content": "<|endoftext|>", "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False, "special": True}],
+        "pre_tokenizer": byte_level, "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary,
+                  "merges": []}})
+
+
+class Case(unittest.TestCase):
+    at_once = os.cpu_count()
+
+    @classmethod
+    def setUpClass(cls):
+        if not harness.LIBRARY.exists():
+            subprocess.run(["make", "-s", "-C", ROOT, harness.LIBRARY.relative_to(ROOT)], check=True)
+        cls.scratch = Path(tempfile.mkdtemp(dir=SCRATCH, prefix="iha_faults_"))
+        cls.addClassCleanup(shutil.rmtree, cls.scratch)
+        data = cls.scratch / "data"
+        data.mkdir()
+        write_shard(data / "train_0.bin", np.frombuffer(text(1, 60), np.uint8))
+        write_shard(data / "train_1.bin", np.frombuffer(text(2, 60), np.uint8))
+        write_shard(data / "val_0.bin", np.frombuffer(text(3, 8), np.uint8))
+        cls.tokenizer = cls.scratch / "tokenizer.json"
+        cls.tokenizer.write_text(byte_level_tokenizer())
+        cls.config = cls.scratch / "tiny.ini"
+        cls.config.write_text(tiny(data))
+        cls.val = data / "val_0.bin"
+        cls.scenarios = {}
+
+    @classmethod
+    def fresh(cls):
+        """From nothing to a finished run, with the byte tokenizer; the best checkpoint is always the newest."""
+        if "fresh" not in cls.scenarios:
+            cls.scenarios["fresh"] = Scenario("fresh", ["train", cls.config], cls.scratch)
+        return cls.scenarios["fresh"]
+
+    @classmethod
+    def killed(cls, name, args, at, wanted):
+        """A folder whose run was killed at about its `at`-th change of the disk, such that `wanted` is true of it. A
+        checkpoint is written on a thread of its own, so the changes do not always come in the same order."""
+        folder = cls.scratch / name
+        for attempt in range(60):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            offset = (attempt + 1) // 2 * (1 if attempt % 2 else -1) // 2
+            if run(args, folder, f"crash:{max(1, at + offset)}:before").code == -9 and wanted(folder / "run"):
+                return folder
+        raise AssertionError(f"{name}: never killed at the right moment")
+
+    @classmethod
+    def resumed(cls):
+        """The rest of a run that was killed just before its third checkpoint became one, and left everything about
+        that a run can leave; with a tokenizer file, and a learning rate that makes the first checkpoint the best."""
+        if "resumed" not in cls.scenarios:
+            args = ["train", cls.config, f"data.tokenizer={cls.tokenizer}", "train.steps=8", "train.lr=2",
+                    "train.schedule=constant", "train.warmup_steps=0", "train.grad_clip=0"]
+            plain = Scenario("plain", args, cls.scratch)
+            at = next(i for i, e in enumerate(plain.disk_events())
+                      if e.kind == "rename" and e.path2.endswith("step_00000006"))
+            template = cls.killed("killed", args, at + 1, lambda at: (at / "step_00000006.tmp/trainer.json").exists()
+                                  and (at / "step_00000004").exists())
+            run_dir = template / "run"
+            with open(run_dir / "metrics.jsonl", "a") as f:
+                f.write('{"step": 7, "loss": 4.')
+            with open(run_dir / "samples.txt", "a") as f:
+                f.write("---- step 7\nanna s")
+            (run_dir / "metrics.jsonl.tmp").write_text("{")
+            (run_dir / "samples.txt.tmp").write_text("--")
+            (run_dir / "best.tmp").symlink_to("step_00000006")
+            (run_dir / "step_00000002.tmp").mkdir()
+            scenario = Scenario("resumed", args, cls.scratch, template)
+            scenario.steps.update(plain.steps)
+            scenario.left, scenario.metrics = plain.left, plain.metrics
+            cls.scenarios["resumed"] = scenario
+        return cls.scenarios["resumed"]
+
+    @classmethod
+    def damaged(cls):
+        """A run whose newest checkpoint does not load: it goes back to the one before and saves the step again."""
+        if "damaged" not in cls.scenarios:
+            plain = Scenario("plain", ["train", cls.config], cls.scratch)
+            at = next(i for i, e in enumerate(plain.disk_events())
+                      if e.kind == "mkdir" and e.path.endswith("step_00000006.tmp"))
+            template = cls.killed("damaged", plain.args, at + 1, lambda at: (at / "step_00000004").exists()
+                                  and not (at / "step_00000006").exists())
+            model = template / "run" / "step_00000004" / "model.safetensors"
+            model.write_bytes(model.read_bytes()[:1000])
+            scenario = Scenario("damaged", plain.args, cls.scratch, template, damaged=[4])
+            scenario.steps.update(plain.steps)
+            cls.scenarios["damaged"] = scenario
+        return cls.scenarios["damaged"]
+
+    def try_faults(self, *specs):
+        """specs: (scenario, fault)"""
+        begin, before = time.monotonic(), Counter()
+        for scenario in {id(s): s for s, _ in specs}.values():
+            before += scenario.tried
+        wrong = try_all([lambda s=scenario, f=fault: s.fault(f) for scenario, fault in specs], self.at_once)
+        tried = sum((s.tried for s in {id(s): s for s, _ in specs}.values()), Counter()) - before
+        self.say(f"{sum(tried.values())} faults in {time.monotonic() - begin:.1f} s:",
+                 ", ".join(f"{kind} {n}" for kind, n in sorted(tried.items())))
+        self.assertEqual(len(wrong), 0, "\n" + "\n".join(wrong[:10]) + f"\n{len(wrong)} of {len(specs)} went wrong")
+
+    def say(self, *what):
+        if EVERYTHING:
+            print(f"  {self.id().split('.')[-1]}:", *what, file=sys.stderr, flush=True)
+
+
+class Faults(Case):
+    def each(self, scenario, kinds, option="", stride=1):
+        counts = scenario.counts()
+        return [(scenario, f"{kind}:{n}{option}") for kind in kinds for n in every(counts[kind], stride * KINDS[kind])]
+
+    def test_memory(self):
+        kinds = ["alloc", "library", "map", "thread"]
+        self.try_faults(*self.each(self.fresh(), kinds), *self.each(self.resumed(), kinds))
+
+    def test_memory_is_gone_for_good(self):
+        n = self.fresh().counts()["alloc"]
+        self.try_faults(*[(self.fresh(), f"alloc:{i}+") for i in every(n, 6)])
+
+    def test_reading(self):
+        kinds = ["open_read", "read", "stat", "list", "space", "lock"]
+        self.try_faults(*self.each(self.fresh(), kinds), *self.each(self.resumed(), kinds),
+                        *self.each(self.damaged(), kinds))
+
+    def test_writing(self):
+        kinds = ["open_write", "write", "close", "sync", "rename", "mkdir", "remove", "link", "truncate"]
+        self.try_faults(*self.each(self.fresh(), kinds), *self.each(self.resumed(), kinds),
+                        *self.each(self.damaged(), kinds))
+
+    def test_disk_stays_full(self):
+        kinds = ["write", "open_write", "mkdir", "link"]
+        self.try_faults(*self.each(self.fresh(), kinds, "+"), *self.each(self.resumed(), kinds, "+"))
+
+    def test_disk_breaks(self):
+        kinds = ["write", "sync", "rename", "remove", "open_read"]
+        self.try_faults(*self.each(self.fresh(), kinds, f"+:{EIO}", 2), *self.each(self.resumed(), kinds, f"+:{EIO}", 3))
+
+    def test_not_permitted(self):
+        kinds = ["open_write", "mkdir"]
+        self.try_faults(*self.each(self.fresh(), kinds, f":{EACCES}"), *self.each(self.resumed(), kinds, f":{EACCES}"))
+
+    def test_short_and_interrupted(self):
+        self.try_faults(*[(s, f"{kind}:{n}:{how}") for s in (self.fresh(), self.resumed())
+                          for kind, how in (("write", "short"), ("write", "eintr"), ("read", "short"), ("read", "eintr"))
+                          for n in range(0, s.counts()[kind] + 1)
+                          if n == 0 or self.is_plain(s, kind, n)])
+
+    @staticmethod
+    def is_plain(scenario, kind, n):
+        """Streams write on by themselves, and fgets is not read()."""
+        return [e for e in scenario.trace if e.kind == kind][n - 1].call in ("read", "pread", "write", "pwrite")
+
+
+class Crashes(Case):
+    def crash(self, moment, stride=1):
+        scenarios = [self.fresh(), self.resumed(), self.damaged()]
+        self.try_faults(*[(s, f"crash:{n}:{moment}") for s in scenarios for n in every(s.counts()["disk"], stride)
+                          if moment != "torn" or s.disk_events()[n - 1].kind == "write"])
+
+    def test_before_each_change(self):
+        self.crash("before")
+
+    def test_after_each_change(self):
+        self.crash("after", stride=4)  # that is before the next, but for the last
+
+    def test_within_each_write(self):
+        self.crash("torn")
+
+    def test_power_cut(self):
+        self.crash("cut")
+
+
+class Order(Case):
+    """What a power cut may take is what was not synced: the order of calls, from the trace."""
+
+    def check_trace(self, events):
+        unsynced, names, published = {}, {}, 0  # files written since their sync; folders with new names
+        for e in events:
+            folder = os.path.dirname(e.path)
+            if e.kind == "open_write" and not e.path.endswith("lock"):
+                path = self.at + e.path
+                names.setdefault(os.path.dirname(path), []).append(e.path)
+                if path.endswith((".safetensors", ".json")):
+                    unsynced[path] = "opened"
+            elif e.kind == "write":
+                unsynced[e.path] = "written"
+            elif e.kind == "sync":
+                unsynced.pop(e.path, None)
+                names.pop(e.path, None)
+            elif e.kind == "rename" and e.path2.startswith("run/step_") and not e.path2.endswith(".tmp"):
+                published += 1
+                self.assertTrue(e.path.endswith(".tmp"), e)
+                inside = self.at + e.path
+                self.assertFalse([p for p in unsynced if p.startswith(inside)], f"{e}: files not synced")
+                self.assertNotIn(inside, names, f"{e}: the directory was not synced")
+                names.setdefault(self.at + "run", []).append(e.path2)
+            elif e.kind in ("remove", "link") or e.kind == "rename":
+                # Nothing else before the name of the new checkpoint is safe.
+                fresh = [p for p in names.get(self.at + "run", [])
+                         if p.startswith("run/step_") and not p.endswith(".tmp")]
+                self.assertFalse(fresh, f"{e} before the directory of {fresh} was synced")
+                if e.kind == "link" or e.path2 == "run/best":
+                    names.setdefault(self.at + "run", []).append("best")
+            elif e.kind == "mkdir":
+                # The run's history up to a checkpoint must not be lost where the checkpoint is not. What comes
+                # later may be written while the checkpoint is.
+                for name in ("metrics.jsonl", "samples.txt") if e.path.startswith("run/step_") else ():
+                    self.assertNotIn(f"{self.at}run/{name}", unsynced, f"{e}: {name} was not synced")
+                names.setdefault(os.path.dirname(self.at + e.path), []).append(e.path)
+                names.pop(self.at + e.path, None)
+        for folder, what in names.items():
+            self.assertFalse([w for w in what if "step_" in w and not w.endswith(".tmp")], f"{folder} was not synced")
+        self.assertNotIn("best", names.get(self.at + "run", []))
+        return published
+
+    def test_order(self):
+        for scenario in (self.fresh(), self.resumed(), self.damaged()):
+            with self.subTest(scenario.name):
+                folder = scenario.folder()
+                self.at = str(folder) + "/"
+                done = run(scenario.args, folder, trace=folder / "trace")
+                self.assertEqual(done.code, 0)
+                self.assertGreaterEqual(self.check_trace(done.trace), 2)
+                # The run's directory itself.
+                made = [i for i, e in enumerate(done.trace) if e.kind == "mkdir" and e.path == "run"]
+                if scenario.name == "fresh":
+                    after = [e for e in done.trace[made[0]:] if e.kind == "sync"][0]
+                    self.assertEqual(after.path, str(folder))
+
+
+class OtherCommands(Case):
+    """Without memory, eval, generate and info end as train does, and leave no trace."""
+
+    def test_memory_and_reading(self):
+        folder = self.fresh().folder()
+        self.assertEqual(run(["train", self.config, f"data.tokenizer={self.tokenizer}"], folder).code, 0)
+        before, described = harness.tree(folder), Scenario.describe(folder / "run")
+        commands = (["eval", "run", f"data.val={self.val}"], ["generate", "run", "--prompt", "anna sees", "--tokens", 5],
+                    ["generate", "run/best", "--tokens", 3, "--top-k", 9], ["info", "run"], ["info", self.config],
+                    ["info", self.config, "--gpus", 2, "system.device=auto"],
+                    ["train", self.config, f"data.tokenizer={self.tokenizer}"])
+        for args in commands:
+            trace = self.scratch / "trace"
+            trace.unlink(missing_ok=True)
+            plain = run(args, folder, trace=trace)
+            self.assertEqual(plain.code, 0, plain.err)
+            counts = Counter(e.kind for e in plain.trace)
+            kinds = ("alloc", "library", "map", "open_read", "read", "stat", "list")
+            if args[0] == "train":
+                kinds = ("open_read", "list", "stat", "alloc")
+            specs = [f"{kind}:{n}" for kind in kinds for n in every(counts[kind], 4 * KINDS[kind])]
+
+            def one(spec):
+                done = run(args, folder, spec)
+                harness.check_ending(done, False, f"{args} with IHA_FAULT={spec}:")
+                # An older checkpoint may answer, with a warning; info says what memory there is just now.
+                need(done.code != 0 or done.out == plain.out or "warning: " in done.err or args[0] == "info", args,
+                     spec, done.out)
+
+            # A second process would find the run in use.
+            wrong = try_all([lambda s=s: one(s) for s in specs]) if args[0] != "train" else \
+                [w for s in specs for w in try_all([lambda: one(s)])]
+            self.say(args[0], len(specs), "faults")
+            self.assertEqual(len(wrong), 0, "\n".join(wrong[:10]))
+            # A finished run whose last checkpoint could not be read does the last steps again, to the same end.
+            left = Scenario.describe(folder / "run")
+            self.assertTrue(left == described, f"{args}: what is in the run's directory has changed")
+            self.assertTrue(args[0] == "train" or harness.tree(folder) == before, args)
+
+
+class Kills(Case):
+    """kill -9 at any moment, again and again, until the run is through."""
+
+    KILLS = int(os.environ.get("KILLS", 300 if EVERYTHING else 40))
+    SEED = int(os.environ.get("SEED", 0)) or random.SystemRandom().randrange(1, 1 << 30)
+
+    def setUp(self):
+        self.seed_line = f"SEED={self.SEED}"
+
+    def chain(self, scenario, draw, folder, seconds):
+        """Kill a run until one gets through. Returns the number of kills."""
+        kills = aimed = 0
+        while True:
+            process = subprocess.Popen([BINARY, *map(str, scenario.args)], cwd=folder, env=ENVIRONMENT,
+                                       stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            aim = draw.random() < 0.5
+            end = time.monotonic() + draw.uniform(0, seconds)
+            if aim:  # at a save: as soon as its directory is there, or a little later
+                self.wait_for_save(process, folder / "run")
+                end = time.monotonic() + draw.uniform(0, 0.002)
+            while process.poll() is None and time.monotonic() < end:
+                time.sleep(0.0002)
+            through = process.poll() is not None
+            process.kill()
+            err = process.communicate(timeout=TIMEOUT)[1].decode(errors="replace")
+            if through:
+                need(process.returncode == 0, self.seed_line, "exit code", process.returncode, err[-2000:])
+                scenario.check_end(folder, f"{self.seed_line}, after {kills} kills in {folder}:")
+                return kills, aimed
+            kills, aimed = kills + 1, aimed + aim
+            scenario.check_left(folder / "run", [], f"{self.seed_line}, kill {kills} in {folder}:")
+
+    @staticmethod
+    def wait_for_save(process, run_dir):
+        while process.poll() is None:
+            try:
+                if any(name.endswith(".tmp") for name in os.listdir(run_dir)):
+                    return
+            except FileNotFoundError:
+                pass
+
+    def test_chains(self):
+        steps = 200
+        scenario = Scenario("long", ["train", self.config, f"train.steps={steps}", "run.save_every=3", "run.eval_every=4",
+                                     "run.sample_every=5", "system.threads=2"], self.scratch)
+        begin = time.monotonic()
+        folder = scenario.folder()
+        self.assertEqual(run(scenario.args, folder).code, 0)
+        seconds = time.monotonic() - begin
+        draw, kills, aimed, chains = random.Random(self.SEED), 0, 0, 0
+        begin = time.monotonic()
+        while kills < self.KILLS and chains < 10 * self.KILLS:
+            folder = scenario.folder()
+            k, a = self.chain(scenario, draw, folder, seconds / 4)
+            kills, aimed, chains = kills + k, aimed + a, chains + 1
+            shutil.rmtree(folder)
+        self.say(f"{kills} kills, {aimed} of them aimed at a save, in {chains} chains and "
+                 f"{time.monotonic() - begin:.1f} s ({self.seed_line})")
+        self.assertGreaterEqual(kills, self.KILLS, self.seed_line)
+
+
+if __name__ == "__main__":
+    unittest.main()

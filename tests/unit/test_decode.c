@@ -1,0 +1,369 @@
+/* Decoding token by token gives what a whole forward pass gives: the logits at every position, for every
+ * layer type, mask, position rule and number of pseudo-heads, however the tokens are cut into chunks and
+ * however often the rings wrap. Then greedy decoding against recomputing the prefix, what the decoder
+ * refuses, and that sampling draws from the distribution it says. */
+#define FIXTURE_THREADS 1
+#include "tests/lib/model_fixture.h"
+
+#include "model/generate/generate.h"
+
+enum { LAYERS = 4, VOCAB = 37, HIDDEN = 24, LENGTH = 40 };
+static const double TOLERANCE = 1e-5; /* of the norm of the logits: two orders of summation in fp32 */
+
+static struct model_config base_config(void) {
+    return (struct model_config){
+        .vocab_size = VOCAB,
+        .hidden_size = HIDDEN,
+        .num_hidden_layers = LAYERS,
+        .num_attention_heads = 3,
+        .head_dim = 8,
+        .intermediate_size = 40,
+        .max_position_embeddings = LENGTH,
+        .rope_theta = 100,
+        .norm_eps = 1e-5,
+        .tie_word_embeddings = true,
+        .causal = true,
+        .layer_types = {LAYER_MHA_LOCAL, LAYER_IHA_LOCAL, LAYER_IHA_GLOBAL, LAYER_MHA_GLOBAL},
+        .local_window = 5,
+        .num_pseudo_heads = 2,
+        .iha_window = 6,
+    };
+}
+
+/* Weights far from their initial values, so that mixing, collapse and biases all matter. */
+static void fill_params(struct model *m, uint64_t seed) {
+    for (int i = 0; i < m->params.count; i++) {
+        const struct param *p = &m->params.list[i];
+        float *values = malloc((size_t)p->count * sizeof *values);
+        bool norm = strstr(p->name, "norm.weight") != NULL;
+        for (int64_t j = 0; j < p->count; j++)
+            values[j] = (float)((norm ? 1 : 0) + 0.4 * fixture_noise(&seed));
+        model_set_param(m, i, values, 0);
+        free(values);
+    }
+}
+
+static void open_model(struct model *m, const struct model_config *config) {
+    fixture_model(m, config, (struct pass_shape){1, LENGTH, RECOMPUTE_NONE, false});
+    fill_params(m, 5);
+}
+
+static struct decoder open_decoder(struct model *m, int64_t chunk) {
+    struct error e = {0};
+    struct decoder d;
+    if (decoder_create(&d, m, LENGTH, chunk, &e) != 0)
+        fail_msg("%s", e.text);
+    return d;
+}
+
+/* Logits [LENGTH, V] of one whole pass. */
+static void full_logits(struct model *m, const int32_t *tokens, float *logits) {
+    struct linear_spec spec = {LENGTH, HIDDEN, VOCAB};
+    int32_t targets[LENGTH] = {0};
+    model_upload(m, tokens, targets);
+    model_forward(m);
+    m->k->linear(m->dev, &spec, m->h, model_param(m, m->params.lm_head), tensor_none(),
+                 tensor_of(logits, DTYPE_F32, LENGTH, VOCAB, 0, 0, 0));
+}
+
+/* ---- logits ------------------------------------------------------------------------------------------- */
+
+static void compare(const struct decoder *d, const float *got, const float *all, const char *what) {
+    const float *want = all + (d->position - 1) * VOCAB;
+    double error = 0, norm = 0;
+    for (int i = 0; i < VOCAB; i++) {
+        error += ((double)got[i] - (double)want[i]) * ((double)got[i] - (double)want[i]);
+        norm += (double)want[i] * (double)want[i];
+    }
+    if (!(sqrt(error) <= TOLERANCE * sqrt(norm)))
+        fail_msg("%s, chunks of %d, position %d: error %.3g of %.3g", what, (int)d->chunk,
+                 (int)d->position - 1, sqrt(error), sqrt(norm));
+}
+
+/* `offset` tokens first, then a chunk at a time, comparing after each. */
+static void feed_from(struct decoder *d, int64_t offset, const int32_t *tokens, const float *all,
+                      const char *what) {
+    float logits[VOCAB];
+    decoder_reset(d);
+    for (int64_t n = offset; d->position < LENGTH; n = d->chunk) {
+        if (n > LENGTH - d->position)
+            n = LENGTH - d->position;
+        if (n == 0)
+            continue;
+        decoder_feed(d, tokens + d->position, n, logits);
+        compare(d, logits, all, what);
+    }
+}
+
+static void check_chunk(struct model *m, int64_t chunk, const int32_t *tokens, const float *all,
+                        const char *what) {
+    float logits[VOCAB];
+    struct decoder d = open_decoder(m, chunk);
+    for (int64_t offset = 0; offset < d.chunk; offset++) /* so that every position ends a chunk */
+        feed_from(&d, offset, tokens, all, what);
+    decoder_reset(&d);
+    decoder_feed(&d, tokens, LENGTH, logits); /* more than a chunk: split inside */
+    compare(&d, logits, all, what);
+    decoder_free(&d);
+}
+
+static void check_config(const struct model_config *config) {
+    static const int64_t chunks[] = {1, 3, 7, 64};
+    struct model m;
+    int32_t tokens[LENGTH];
+    float *all = calloc(LENGTH * VOCAB, sizeof *all);
+    char what[160];
+    snprintf(what, sizeof what, "P %d, mask %d, position %d, rope %d, windows %d and %d",
+             (int)config->num_pseudo_heads, config->iha_mask, config->position_embedding, config->iha_rope,
+             (int)config->local_window, (int)config->iha_window);
+    fixture_tokens(tokens, LENGTH, VOCAB, 7);
+    open_model(&m, config);
+    full_logits(&m, tokens, all);
+    for (int i = 0; i < 4; i++)
+        check_chunk(&m, chunks[i], tokens, all, what);
+    model_free(&m);
+    free(all);
+}
+
+static const struct {
+    enum position_embedding position;
+    enum iha_rope rope;
+} POSITIONS[] = {{POSITION_ROPE, IHA_ROPE_VIRTUAL},
+                 {POSITION_ROPE, IHA_ROPE_TOKEN},
+                 {POSITION_LEARNED, IHA_ROPE_VIRTUAL},
+                 {POSITION_NONE, IHA_ROPE_VIRTUAL}};
+static const struct {
+    int64_t local, iha;
+} WINDOWS[] = {{5, 6}, {1, 1}, {3, 8}, {2, 3}, {LENGTH + 9, 4 * LENGTH + 9}};
+
+/* The rest of the configuration takes turns. */
+static void logits_equal_the_full_pass(void **state) {
+    (void)state;
+    int turn = 0;
+    for (int64_t P = 1; P <= 4; P++)
+        for (int mask = MASK_FLAT; mask <= MASK_TOKEN; mask++)
+            for (int i = 0; i < 4; i++, turn++) {
+                struct model_config c = base_config();
+                c.num_pseudo_heads = P;
+                c.iha_mask = (enum iha_mask)mask;
+                c.position_embedding = POSITIONS[i].position;
+                c.iha_rope = POSITIONS[i].rope;
+                c.local_window = WINDOWS[turn % 5].local;
+                c.iha_window = WINDOWS[turn % 5].iha;
+                c.iha_collapse = turn % 3 ? COLLAPSE_FULL : COLLAPSE_PER_HEAD;
+                c.activation = (enum activation)(turn % 3);
+                c.norm = turn / 2 % 2 ? NORM_LAYERNORM : NORM_RMSNORM;
+                c.bias = turn / 3 % 2;
+                c.tie_word_embeddings = turn / 5 % 2;
+                check_config(&c);
+            }
+}
+
+/* The model's own buffers and workspace are as they were: a pass before and after decoding is the same. */
+static void the_model_is_left_alone(void **state) {
+    (void)state;
+    struct model_config c = base_config();
+    struct model m;
+    int32_t tokens[LENGTH];
+    float before[LENGTH * VOCAB], after[LENGTH * VOCAB], logits[VOCAB];
+    fixture_tokens(tokens, LENGTH, VOCAB, 9);
+    open_model(&m, &c);
+    full_logits(&m, tokens, before);
+    struct decoder d = open_decoder(&m, 3);
+    decoder_feed(&d, tokens, 10, logits);
+    decoder_free(&d);
+    full_logits(&m, tokens, after);
+    assert_memory_equal(before, after, sizeof before);
+    model_free(&m);
+}
+
+/* ---- generating --------------------------------------------------------------------------------------- */
+
+struct sentence {
+    int32_t tokens[LENGTH];
+    int64_t length, stop_at;
+};
+
+static bool keep_token(void *context, int32_t token) {
+    struct sentence *s = context;
+    s->tokens[s->length++] = token;
+    return s->length < s->stop_at;
+}
+
+static int32_t argmax(const float *x, int64_t n) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < n; i++)
+        best = x[i] > x[best] ? i : best;
+    return (int32_t)best;
+}
+
+enum { PROMPT = 5 };
+
+static struct sentence say(struct model *m, int64_t stop_at, const struct sampling *sampling) {
+    struct error e = {0};
+    struct sentence s = {.length = PROMPT, .stop_at = stop_at};
+    struct decoder d = open_decoder(m, 7);
+    fixture_tokens(s.tokens, PROMPT, VOCAB, 3);
+    assert_int_equal(generate(&d, s.tokens, PROMPT, LENGTH - PROMPT, sampling, keep_token, &s, &e), 0);
+    decoder_free(&d);
+    return s;
+}
+
+/* The same by whole passes: what follows the prefix does not matter to a causal model. */
+static struct sentence say_by_recomputing(struct model *m) {
+    struct sentence s = {.length = PROMPT};
+    float *logits = calloc(LENGTH * VOCAB, sizeof *logits);
+    fixture_tokens(s.tokens, PROMPT, VOCAB, 3);
+    for (; s.length < LENGTH; s.length++) {
+        full_logits(m, s.tokens, logits);
+        s.tokens[s.length] = argmax(logits + (s.length - 1) * VOCAB, VOCAB);
+    }
+    free(logits);
+    return s;
+}
+
+static void greedy_equals_recomputing_the_prefix(void **state) {
+    (void)state;
+    for (int64_t P = 1; P <= 4; P++) {
+        struct model_config c = base_config();
+        struct model m;
+        c.num_pseudo_heads = P;
+        c.iha_mask = P % 2 ? MASK_FLAT : MASK_TOKEN;
+        open_model(&m, &c);
+        struct sentence got = say(&m, LENGTH, &(struct sampling){0, 0, 1}), want = say_by_recomputing(&m);
+        assert_int_equal(got.length, LENGTH);
+        assert_memory_equal(got.tokens, want.tokens, sizeof want.tokens);
+        model_free(&m);
+    }
+}
+
+static void sampling_is_a_function_of_the_seed(void **state) {
+    (void)state;
+    struct model_config c = base_config();
+    struct model m;
+    open_model(&m, &c);
+    struct sentence a = say(&m, LENGTH, &(struct sampling){1, 0, 1});
+    struct sentence b = say(&m, LENGTH, &(struct sampling){1, 0, 1});
+    struct sentence other = say(&m, LENGTH, &(struct sampling){1, 0, 2});
+    assert_memory_equal(a.tokens, b.tokens, sizeof a.tokens);
+    assert_memory_not_equal(a.tokens, other.tokens, sizeof a.tokens);
+    model_free(&m);
+}
+
+static void emit_may_stop(void **state) {
+    (void)state;
+    struct model_config c = base_config();
+    struct model m;
+    open_model(&m, &c);
+    assert_int_equal(say(&m, PROMPT + 4, &(struct sampling){1, 0, 1}).length, PROMPT + 4);
+    model_free(&m);
+}
+
+/* ---- refusing ----------------------------------------------------------------------------------------- */
+
+static void check_refused(const struct model_config *c, int64_t capacity, const char *expected) {
+    struct model m;
+    struct decoder d;
+    struct error e = {0};
+    open_model(&m, c);
+    assert_int_equal(decoder_create(&d, &m, capacity, 8, &e), -1);
+    assert_int_equal(e.exit_code, EXIT_USER);
+    if (!strstr(e.text, expected))
+        fail_msg("\"%s\" does not say \"%s\"", e.text, expected);
+    model_free(&m);
+}
+
+static void refuses_what_it_cannot_decode(void **state) {
+    (void)state;
+    struct model_config c = base_config();
+    c.causal = false;
+    for (int i = 0; i < LAYERS; i++)
+        c.layer_types[i] = LAYER_IHA_GLOBAL;
+    check_refused(&c, 8, "not causal");
+    c = base_config();
+    c.position_embedding = POSITION_LEARNED;
+    check_refused(&c, LENGTH + 1, "learned positions");
+    struct model m;
+    open_model(&m, &c);
+    struct decoder d = open_decoder(&m, 8); /* exactly as many as there are */
+    decoder_free(&d);
+    model_free(&m);
+}
+
+/* ---- one draw ----------------------------------------------------------------------------------------- */
+
+enum { CHOICES = 8, DRAWS = 20000 };
+static const float LOGITS[CHOICES] = {0.3f, -1, 2.5f, 1.1f, 0, 2, -0.4f, 1.7f};
+
+/* How often each token is drawn. */
+static void draw(const struct sampling *s, int counts[CHOICES]) {
+    uint64_t state = s->seed;
+    memset(counts, 0, CHOICES * sizeof *counts);
+    for (int i = 0; i < DRAWS; i++) {
+        float logits[CHOICES];
+        memcpy(logits, LOGITS, sizeof logits);
+        int32_t token = sample_token(logits, CHOICES, s, &state);
+        assert_in_range(token, 0, CHOICES - 1);
+        counts[token]++;
+    }
+}
+
+/* Softmax over the tokens in `allowed`, by the chi-squared statistic; 40 is beyond 1e-5 for 7 degrees. */
+static void check_frequencies(const struct sampling *s, const bool allowed[CHOICES]) {
+    int counts[CHOICES];
+    double total = 0, chi = 0;
+    draw(s, counts);
+    for (int i = 0; i < CHOICES; i++)
+        total += allowed[i] ? exp((double)LOGITS[i] / s->temperature) : 0;
+    for (int i = 0; i < CHOICES; i++) {
+        double expected = DRAWS * exp((double)LOGITS[i] / s->temperature) / total;
+        if (allowed[i])
+            chi += (counts[i] - expected) * (counts[i] - expected) / expected;
+        else
+            assert_int_equal(counts[i], 0);
+    }
+    if (!(chi < 40))
+        fail_msg("temperature %g, top_k %d: chi-squared %.1f", s->temperature, (int)s->top_k, chi);
+}
+
+static void zero_temperature_is_argmax(void **state) {
+    (void)state;
+    int counts[CHOICES];
+    draw(&(struct sampling){0, 0, 42}, counts);
+    assert_int_equal(counts[2], DRAWS);
+    draw(&(struct sampling){0, 3, 42}, counts);
+    assert_int_equal(counts[2], DRAWS);
+}
+
+static void frequencies_follow_softmax(void **state) {
+    (void)state;
+    static const bool all[CHOICES] = {1, 1, 1, 1, 1, 1, 1, 1};
+    check_frequencies(&(struct sampling){1, 0, 42}, all);
+    check_frequencies(&(struct sampling){0.7, 0, 43}, all);
+    check_frequencies(&(struct sampling){2.5, CHOICES, 44}, all);
+    check_frequencies(&(struct sampling){2.5, CHOICES + 5, 45}, all);
+}
+
+static void top_k_keeps_the_k_largest(void **state) {
+    (void)state;
+    static const bool one[CHOICES] = {[2] = 1}, three[CHOICES] = {[2] = 1, [5] = 1, [7] = 1};
+    static const bool seven[CHOICES] = {1, 0, 1, 1, 1, 1, 1, 1};
+    check_frequencies(&(struct sampling){1, 1, 42}, one);
+    check_frequencies(&(struct sampling){1.5, 3, 42}, three);
+    check_frequencies(&(struct sampling){1, 7, 42}, seven);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(logits_equal_the_full_pass),
+        cmocka_unit_test(the_model_is_left_alone),
+        cmocka_unit_test(greedy_equals_recomputing_the_prefix),
+        cmocka_unit_test(sampling_is_a_function_of_the_seed),
+        cmocka_unit_test(emit_may_stop),
+        cmocka_unit_test(refuses_what_it_cannot_decode),
+        cmocka_unit_test(zero_temperature_is_argmax),
+        cmocka_unit_test(frequencies_follow_softmax),
+        cmocka_unit_test(top_k_keeps_the_k_largest),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

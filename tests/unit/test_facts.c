@@ -1,0 +1,262 @@
+/* Facts about interleaved heads that must hold exactly (arXiv 2602.21371, and what follows from it), in
+ * double: T = 12 tokens, H = 4 heads, P = 3 pseudo-heads unless said otherwise. */
+#define FIXTURE_THREADS 1
+#include "tests/lib/model_fixture.h"
+
+enum { MAX_T = 12, MAX_H = 4, MAX_P = 3, MAX_D = 8, MOST = MAX_T * MAX_P * MAX_H * MAX_D };
+static const double EXACT = 1e-12, DIFFERENT = 1e-3;
+
+/* One attention layer without its projections: mix, attend, collapse. */
+struct layer {
+    int64_t T, H, P, d;
+    bool causal, token_mask, rope, rope_virtual;
+    int64_t window;
+    double scale;
+    double alpha_q[MAX_P * MAX_H * MAX_H], alpha_k[MAX_P * MAX_H * MAX_H], alpha_v[MAX_P * MAX_H * MAX_H];
+    double r[MAX_H * MAX_P * MAX_H];
+};
+
+static tensor d(double *x, int64_t s0, int64_t s1, int64_t s2, int64_t s3, int64_t s4) {
+    return tensor_of(x, DTYPE_F64, s0, s1, s2, s3, s4);
+}
+
+/* out [T,H,d] from qkv [T,3,H,d]. */
+static void run_layer(const struct layer *l, double *qkv, double *out) {
+    const struct kernels *k = kernels_cpu();
+    struct device *dev = fixture_device();
+    static double q[MOST], key[MOST], v[MOST], o[MOST], saved[MOST], table[MAX_T * MAX_P * MAX_D];
+    static char workspace[16 << 20];
+    int64_t T = l->T, H = l->H, P = l->P, S = T * P, D = l->d;
+    struct mix_spec mix = {1, T, H, D, P, true, l->rope, l->rope_virtual};
+    struct attention_spec attention = {1, S, H, D, P, l->causal, l->token_mask, l->window, l->scale};
+    struct collapse_spec collapse = {1, T, H, D, P, false};
+    struct layer copy = *l; /* tensors point to mutable memory */
+    tensor rope = d(table, S, 2, D / 2, 0, 0), tq = d(q, 1, S, H, D, 0), tk = d(key, 1, S, H, D, 0);
+    tensor tv = d(v, 1, S, H, D, 0), to = d(o, 1, S, H, D, 0);
+    k->set_workspace(dev, workspace, sizeof workspace);
+    k->rope_table(dev, rope, 100);
+    k->qkv_mix(dev, &mix, d(qkv, 1, T, 3, H, D), d(copy.alpha_q, P, H, H, 0, 0),
+               d(copy.alpha_k, P, H, H, 0, 0), d(copy.alpha_v, P, H, H, 0, 0), rope, 0, tq, tk, tv);
+    k->attention(dev, &attention, tq, tk, tv, to, saved);
+    k->collapse(dev, &collapse, to, d(copy.r, H, P, H, 0, 0), d(out, 1, T, H, D, 0));
+}
+
+static void set_identity(double *alpha, int64_t P, int64_t H) {
+    for (int64_t p = 0; p < P; p++)
+        for (int64_t h = 0; h < H; h++)
+            for (int64_t m = 0; m < H; m++)
+                alpha[(p * H + h) * H + m] = h == m;
+}
+
+enum collapse_kind { LAST, MEAN };
+
+static struct layer iha(enum collapse_kind collapse) {
+    struct layer l = {.T = 12, .H = 4, .P = 3, .d = 8, .causal = true, .scale = 0.5};
+    set_identity(l.alpha_q, l.P, l.H);
+    set_identity(l.alpha_k, l.P, l.H);
+    set_identity(l.alpha_v, l.P, l.H);
+    for (int64_t h = 0; h < l.H; h++)
+        for (int64_t p = 0; p < l.P; p++)
+            l.r[(h * l.P + p) * l.H + h] = collapse == MEAN ? 1.0 / (double)l.P : p == l.P - 1;
+    return l;
+}
+
+static struct layer mha(void) {
+    struct layer l = iha(LAST);
+    l.P = 1;
+    l.r[0] = 0;
+    memset(l.r, 0, sizeof l.r);
+    for (int64_t h = 0; h < l.H; h++)
+        l.r[h * l.H + h] = 1;
+    return l;
+}
+
+static void random_qkv(const struct layer *l, double *qkv) {
+    uint64_t seed = 11;
+    for (int64_t i = 0; i < l->T * 3 * l->H * l->d; i++)
+        qkv[i] = 2 * fixture_noise(&seed);
+}
+
+/* Largest difference between two layers on the same input. */
+static double difference(const struct layer *a, const struct layer *b) {
+    static double qkv[3 * MOST], out_a[MOST], out_b[MOST];
+    double largest = 0;
+    random_qkv(a, qkv);
+    run_layer(a, qkv, out_a);
+    run_layer(b, qkv, out_b);
+    for (int64_t i = 0; i < a->T * a->H * a->d; i++)
+        largest = fmax(largest, fabs(out_a[i] - out_b[i]));
+    return largest;
+}
+
+#define EXACT_MATCH(a, b) assert_true(difference(&(a), &(b)) < EXACT)
+#define NO_MATCH(a, b) assert_true(difference(&(a), &(b)) > DIFFERENT)
+
+static void flat_mask_is_mha_for_the_last_pseudo_head_only(void **state) {
+    (void)state;
+    struct layer plain = mha(), last = iha(LAST), mean = iha(MEAN);
+    EXACT_MATCH(last, plain);
+    NO_MATCH(mean, plain);
+}
+
+static void token_mask_is_mha_for_every_pseudo_head(void **state) {
+    (void)state;
+    struct layer plain = mha(), last = iha(LAST), mean = iha(MEAN);
+    last.token_mask = mean.token_mask = true;
+    EXACT_MATCH(last, plain);
+    EXACT_MATCH(mean, plain);
+}
+
+static void rope_at_the_token_keeps_mha_and_at_the_virtual_position_does_not(void **state) {
+    (void)state;
+    for (int token_mask = 0; token_mask < 2; token_mask++) {
+        struct layer plain = mha(), own = iha(LAST);
+        plain.rope = own.rope = true;
+        own.token_mask = token_mask;
+        struct layer virtual = own;
+        virtual.rope_virtual = true;
+        EXACT_MATCH(own, plain);
+        NO_MATCH(virtual, plain);
+    }
+}
+
+static void a_window_keeps_mha_only_in_whole_tokens(void **state) {
+    (void)state;
+    for (int64_t window = 1; window <= 13; window++) {
+        struct layer plain = mha(), last = iha(LAST);
+        plain.window = (window + 2) / 3;
+        last.window = window;
+        if (window % 3 == 0 || window < 3) /* part of the query's own token is copies of one value */
+            EXACT_MATCH(last, plain);
+        else
+            NO_MATCH(last, plain);
+    }
+}
+
+/* All tokens equal: attention returns the token's value, whatever the scores, so MHA is linear in the token.
+ */
+static double departure_from_linear(const struct layer *l) {
+    static double qkv[3 * MOST], doubled[3 * MOST], out[MOST], out2[MOST];
+    int64_t width = 3 * l->H * l->d;
+    double largest = 0;
+    random_qkv(l, qkv);
+    for (int64_t i = 0; i < l->T * width; i++) {
+        qkv[i] = qkv[i % width];
+        doubled[i] = 2 * qkv[i];
+    }
+    run_layer(l, qkv, out);
+    run_layer(l, doubled, out2);
+    for (int64_t i = 0; i < l->T * l->H * l->d; i++)
+        largest = fmax(largest, fabs(out2[i] - 2 * out[i]));
+    return largest;
+}
+
+static void on_equal_tokens_mha_is_linear_and_iha_need_not_be(void **state) {
+    (void)state;
+    struct layer plain = mha(), two = iha(LAST);
+    uint64_t seed = 5;
+    two.P = 2;
+    memset(two.r, 0, sizeof two.r);
+    for (int64_t h = 0; h < two.H; h++)
+        two.r[(h * 2 + 1) * two.H + h] = 1;
+    for (int i = 0; i < 2 * 16; i++) {
+        two.alpha_q[i] += fixture_noise(&seed);
+        two.alpha_k[i] += fixture_noise(&seed);
+        two.alpha_v[i] += fixture_noise(&seed);
+    }
+    assert_true(departure_from_linear(&plain) < EXACT);
+    assert_true(departure_from_linear(&two) > DIFFERENT);
+}
+
+/* App. B.3 with H = P = 2: every head's first pseudo-query attends to one position of each pseudo-key, and
+ * the concatenated heads hold all cyclic shifts of the tokens. */
+static void cpm3_worked_example(void **state) {
+    (void)state;
+    enum { N = 4, H = 2, P = 2 };
+    struct layer l = {.T = N, .H = H, .P = P, .d = N, .scale = 1000}; /* temperature to zero */
+    double qkv[N * 3 * H * N] = {0}, out[N * H * N];
+    for (int i = 0; i < N; i++)
+        for (int m = 0; m < H; m++) {
+            double *q = qkv + ((i * 3 + 0) * H + m) * N, *k = qkv + ((i * 3 + 1) * H + m) * N;
+            double *v = qkv + ((i * 3 + 2) * H + m) * N;
+            q[(i + m * H) % N] = 1;       /* e_i shifted by (m-1)H, m counted from 1 */
+            k[(i - m + N) % N] = 1;       /* e_i shifted back by m-1 */
+            v[m] = (double)(H * (i + 1)); /* H x into coordinate m */
+        }
+    for (int p = 0; p < P; p++)
+        for (int h = 0; h < H; h++)
+            for (int m = 0; m < H; m++) {
+                l.alpha_q[(p * H + h) * H + m] = m == h && p == 0;
+                l.alpha_k[(p * H + h) * H + m] = l.alpha_v[(p * H + h) * H + m] = m == p;
+            }
+    for (int h = 0; h < H; h++)
+        l.r[(h * P + 0) * H + h] = 1;
+    run_layer(&l, qkv, out);
+    for (int i = 0; i < N; i++)
+        for (int h = 0; h < H; h++)
+            for (int m = 0; m < H; m++) {
+                double want = (i + h * H + m) % N + 1;
+                assert_true(fabs(out[(i * H + h) * N + m] - want) < 1e-9);
+            }
+}
+
+/* A whole MHA model, and the IHA model with alpha = identity and collapse = last that its weights make. */
+static double model_loss(enum layer_type type, enum position_embedding positions) {
+    struct model_config c = {.vocab_size = 13,
+                             .hidden_size = 16,
+                             .num_hidden_layers = 2,
+                             .num_attention_heads = 4,
+                             .head_dim = 4,
+                             .intermediate_size = 24,
+                             .max_position_embeddings = 12,
+                             .position_embedding = positions,
+                             .rope_theta = 100,
+                             .norm_eps = 1e-5,
+                             .tie_word_embeddings = true,
+                             .causal = true,
+                             .layer_types = {type, type},
+                             .local_window = 5,
+                             .num_pseudo_heads = 3,
+                             .iha_window = 15,
+                             .iha_rope = IHA_ROPE_TOKEN};
+    struct model m;
+    struct error e = {0};
+    int32_t tokens[12], targets[12];
+    fixture_tokens(tokens, 12, 13, 1);
+    fixture_tokens(targets, 12, 13, 2);
+    fixture_model(&m, &c, (struct pass_shape){1, 12, RECOMPUTE_NONE, true});
+    assert_int_equal(model_initialize(&m, 5, &e), 0);
+    for (int i = 0; i < m.params.count; i++) { /* initial weights are too small to tell attention apart */
+        double *values = model_param(&m, i).data;
+        for (int64_t j = 0; m.params.list[i].class == PARAM_MATRIX && j < m.params.list[i].count; j++)
+            values[j] *= 20;
+    }
+    double loss = fixture_loss(&m, tokens, targets, 1.0 / 12);
+    model_free(&m);
+    return loss;
+}
+
+static void an_mha_model_turns_into_an_iha_model_of_the_same_function(void **state) {
+    (void)state;
+    enum position_embedding positions[] = {POSITION_NONE, POSITION_LEARNED, POSITION_ROPE};
+    for (int i = 0; i < 3; i++) {
+        double global = model_loss(LAYER_MHA_GLOBAL, positions[i]),
+               local = model_loss(LAYER_MHA_LOCAL, positions[i]);
+        assert_true(fabs(global - local) > 1e-6);
+        assert_true(fabs(global - model_loss(LAYER_IHA_GLOBAL, positions[i])) < EXACT);
+        assert_true(fabs(local - model_loss(LAYER_IHA_LOCAL, positions[i])) < EXACT);
+    }
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(flat_mask_is_mha_for_the_last_pseudo_head_only),
+        cmocka_unit_test(token_mask_is_mha_for_every_pseudo_head),
+        cmocka_unit_test(rope_at_the_token_keeps_mha_and_at_the_virtual_position_does_not),
+        cmocka_unit_test(a_window_keeps_mha_only_in_whole_tokens),
+        cmocka_unit_test(on_equal_tokens_mha_is_linear_and_iha_need_not_be),
+        cmocka_unit_test(cpm3_worked_example),
+        cmocka_unit_test(an_mha_model_turns_into_an_iha_model_of_the_same_function),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}

@@ -1,0 +1,160 @@
+/* Who owns what: for every number of ranks and every stage, the shares of all ranks are the whole, their
+ * places do not meet, and what a rank allocates is what sharing promises. */
+#include "tests/lib/model_configs.h"
+#include "tests/lib/model_fixture.h"
+
+static struct params list_params(const struct model_config *c, int ranks) {
+    struct params p;
+    struct error e = {0};
+    assert_int_equal(params_create(&p, c, ranks, &e), 0);
+    return p;
+}
+
+/* Two groups whose border lies inside a bucket: [0, border) and the rest. */
+static struct partition divide(const struct params *params, int64_t border, int rank, int ranks, int stage) {
+    struct partition p;
+    struct error e = {0};
+    struct param_group groups[2] = {{0, border, 1, 0.5f}, {border, params->elements, 3, 0}};
+    assert_int_equal(partition_create(&p, params, groups, 2, rank, ranks, stage, &e), 0);
+    return p;
+}
+
+/* A vocabulary large enough that the embeddings take two buckets. */
+static struct model_config wide_config(void) {
+    struct model_config c = plain_config();
+    c.vocab_size = BUCKET_ELEMENTS / c.hidden_size + 1000;
+    return c;
+}
+
+static void check_shares(const struct model_config *c, int ranks, int stage) {
+    struct params params = list_params(c, ranks);
+    int64_t border = params.layer_at[1] + 100;
+    char *owner = calloc((size_t)params.elements, 1);
+    for (int rank = 0; rank < ranks; rank++) {
+        struct partition p = divide(&params, border, rank, ranks, stage);
+        int64_t shard = 0;
+        assert_int_equal(p.own_count, p.bucket_count);
+        for (int b = 0; b < p.own_count; b++) {
+            const struct share *s = &p.own[b];
+            assert_true(s->begin >= p.buckets[b].begin && s->end <= p.buckets[b].end);
+            assert_int_equal((s->end - s->begin) * ranks, p.buckets[b].end - p.buckets[b].begin);
+            assert_int_equal(s->shard, stage == 0 || ranks == 1 ? s->begin : shard);
+            shard += s->end - s->begin;
+            for (int64_t i = s->begin; i < s->end; i++)
+                owner[i]++;
+        }
+        assert_int_equal(shard * ranks, params.elements);
+        assert_int_equal(p.moment_elements, stage == 0 || ranks == 1 ? params.elements : shard);
+        partition_free(&p);
+    }
+    for (int64_t i = 0; i < params.elements; i++)
+        assert_int_equal(owner[i], 1);
+    free(owner);
+    params_free(&params);
+}
+
+static void every_element_has_one_owner(void **state) {
+    (void)state;
+    struct model_config configs[] = {plain_config(), other_config(), wide_config()};
+    for (int c = 0; c < 3; c++)
+        for (int ranks = 1; ranks <= 7; ranks++)
+            for (int stage = 0; stage <= 2; stage++)
+                check_shares(&configs[c], ranks, stage);
+}
+
+static void buckets_stay_within_a_unit_and_a_size(void **state) {
+    (void)state;
+    struct model_config c = wide_config();
+    struct params params = list_params(&c, 4);
+    struct partition p = divide(&params, 100, 1, 4, 1);
+    int64_t at = 0;
+    int embeddings = 0;
+    for (int b = 0; b < p.bucket_count; b++) {
+        const struct bucket *x = &p.buckets[b];
+        assert_int_equal(x->begin, at);
+        assert_true(x->begin >= p.unit_at[x->unit] && x->end <= p.unit_at[x->unit + 1]);
+        assert_true(x->end - x->begin <= BUCKET_ELEMENTS && x->end - x->begin <= p.bucket_elements);
+        embeddings += x->unit == 0;
+        at = x->end;
+    }
+    assert_int_equal(at, params.elements);
+    assert_int_equal(embeddings, 2);
+    partition_free(&p);
+    params_free(&params);
+}
+
+/* Every element this rank updates is in one group, the one it was given. */
+static void groups_are_cut_where_shares_are(void **state) {
+    (void)state;
+    struct model_config c = plain_config();
+    for (int stage = 0; stage <= 1; stage++) {
+        struct params params = list_params(&c, 3);
+        int64_t border = params.layer_at[1] + 100, covered = 0;
+        struct partition p = divide(&params, border, 2, 3, stage);
+        for (int s = 0; s < p.updated_count; s++)
+            for (int g = 0; g < p.updated[s].group_count; g++) {
+                const struct param_group *x = &p.updated[s].groups[g];
+                int64_t begin = p.updated[s].begin + x->begin, end = p.updated[s].begin + x->end;
+                assert_true(begin < end && end <= p.updated[s].end);
+                assert_true(x->lr_scale == 1 ? end <= border : begin >= border);
+                covered += end - begin;
+            }
+        assert_int_equal(covered, stage == 0 ? params.elements : params.elements / 3);
+        partition_free(&p);
+        params_free(&params);
+    }
+}
+
+/* Stage 2: a unit, the one before it in backward, the embeddings and the shard are all alive at once. */
+static void stage_2_keeps_two_units_apart(void **state) {
+    (void)state;
+    struct model_config c = other_config();
+    struct params params = list_params(&c, 4);
+    struct partition p = divide(&params, 100, 0, 4, 2);
+    for (int u = 0; u < p.units; u++) {
+        int64_t end = p.gradient_at[u] + p.unit_at[u + 1] - p.unit_at[u];
+        assert_true(end <= p.gradient_shard_at);
+        if (u > 1)
+            assert_true(end <= p.gradient_at[u - 1] ||
+                        p.gradient_at[u] >= p.gradient_at[u - 1] + p.unit_at[u] - p.unit_at[u - 1]);
+        if (u > 0)
+            assert_true(p.gradient_at[u] >= p.unit_at[1]);
+    }
+    assert_int_equal(p.gradient_elements, p.gradient_shard_at + params.elements / 4);
+    assert_true(p.gradient_elements < params.elements + params.elements / 4);
+    partition_free(&p);
+    params_free(&params);
+}
+
+static void memory_falls_with_ranks_and_stage(void **state) {
+    (void)state;
+    struct model_config c = plain_config();
+    struct pass_shape shape = {1, TOKENS, RECOMPUTE_NONE, true};
+    struct error e = {0};
+    struct memory_plan alone, plan[3];
+    assert_int_equal(model_memory(&c, kernels_cpu(), fixture_device(), &shape, 1, 2, DTYPE_F32, &alone, &e),
+                     0);
+    assert_int_equal(alone.messages, 0);
+    for (int stage = 0; stage <= 2; stage++)
+        assert_int_equal(
+            model_memory(&c, kernels_cpu(), fixture_device(), &shape, 4, stage, DTYPE_F32, &plan[stage], &e),
+            0);
+    assert_int_equal(plan[0].optimizer, 2 * plan[0].parameters);
+    assert_int_equal(plan[0].gradients, plan[0].parameters);
+    assert_int_equal(plan[1].optimizer * 4, plan[0].optimizer);
+    assert_int_equal(plan[1].gradients, plan[0].gradients);
+    assert_int_equal(plan[2].optimizer, plan[1].optimizer);
+    assert_true(plan[2].gradients < plan[1].gradients);
+    assert_true(plan[0].messages > 0);
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(every_element_has_one_owner),
+        cmocka_unit_test(buckets_stay_within_a_unit_and_a_size),
+        cmocka_unit_test(groups_are_cut_where_shares_are),
+        cmocka_unit_test(stage_2_keeps_two_units_apart),
+        cmocka_unit_test(memory_falls_with_ranks_and_stage),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
