@@ -57,7 +57,7 @@ struct run {
     size_t tokenizer_bytes;
     struct decoder decoder;
     struct metrics *metrics;
-    struct progress progress;
+    struct trainer_state trainer;
     struct saver *saver;
     int posted;            /* steps whose state has not been collected yet */
     double clock;          /* when the last was, or training went on after something else */
@@ -91,15 +91,15 @@ static void release(struct run *r) {
 }
 
 /* Rank 0 speaks for all, and writes what exists once. */
-static bool leads(const struct run *r) {
+static bool is_rank0(const struct run *r) {
     return !r->comm || r->comm->rank == 0;
 }
 
-static bool alone(const struct run *r) {
+static bool single_rank(const struct run *r) {
     return !r->comm || r->comm->ranks == 1;
 }
 
-/* ---- phases shared by the commands ------------------------------------------------------------------ */
+/* ---- phases shared by the commands ---- */
 
 static int open_device(struct run *r, struct error *e) {
     const struct system_config *s = &r->config.system;
@@ -113,7 +113,7 @@ static int open_device(struct run *r, struct error *e) {
     r->k = cuda ? kernels_cuda() : kernels_cpu();
     if (!r->k)
         return fail_user(e, "system.device = cuda, but this program was built without CUDA; use auto or cpu");
-    if (s->comm == COMM_MPI && !alone(r) && strcmp(r->comm->ops->name, "mpi") != 0)
+    if (s->comm == COMM_MPI && !single_rank(r) && strcmp(r->comm->ops->name, "mpi") != 0)
         return fail_user(e, "system.comm = mpi, but mpirun did not start these ranks; start them with "
                             "scripts/launch.sh, or use auto");
     if (r->profile_steps > 0)
@@ -122,28 +122,28 @@ static int open_device(struct run *r, struct error *e) {
     return r->dev ? 0 : -1;
 }
 
-static void let_messages_move(void *comm) {
+static void progress_comm(void *comm) {
     ((struct comm *)comm)->ops->progress(comm);
 }
 
 /* The devices of all ranks. */
 static int join_devices(struct run *r, struct error *e) {
-    static const enum join_how how[] = {
-        [COMM_AUTO] = JOIN_AUTO, [COMM_MPI] = JOIN_HOST, [COMM_NCCL] = JOIN_NCCL};
+    static const enum comm_backend how[] = {
+        [COMM_AUTO] = COMM_BACKEND_AUTO, [COMM_MPI] = COMM_BACKEND_HOST, [COMM_NCCL] = COMM_BACKEND_NCCL};
     if (comm_agree(r->comm, open_device(r, e), e) != 0)
         return -1;
-    if (!alone(r))
-        r->tensors = r->k->join(r->dev, r->comm, how[r->config.system.comm], e);
-    if (comm_agree(r->comm, r->tensors || alone(r) ? 0 : -1, e) != 0)
+    if (!single_rank(r))
+        r->tensors = r->k->open_comm(r->dev, r->comm, how[r->config.system.comm], e);
+    if (comm_agree(r->comm, r->tensors || single_rank(r) ? 0 : -1, e) != 0)
         return -1;
     if (r->tensors)
-        r->k->set_idle_call(r->dev, let_messages_move, r->tensors);
+        r->k->set_progress_callback(r->dev, progress_comm, r->tensors);
     return 0;
 }
 
 static void say_what_is_ignored(const struct run *r) {
     enum comm_kind comm = r->config.system.comm;
-    if (alone(r) && comm != COMM_AUTO)
+    if (single_rank(r) && comm != COMM_AUTO)
         fprintf(stderr, "system.comm = %s has no effect: a single process has nobody to talk to\n",
                 comm == COMM_MPI ? "mpi" : "nccl");
 }
@@ -206,7 +206,7 @@ static double evaluate(struct run *r, int64_t batches, int64_t *tokens) {
     return after.loss / (double)*tokens;
 }
 
-/* ---- printing samples -------------------------------------------------------------------------------- */
+/* ---- printing samples ---- */
 
 enum { SAMPLE_TOKENS = 256, DECODE_CHUNK = 64 };
 
@@ -221,16 +221,16 @@ static int print_sample(struct run *r, struct error *e) {
     char path[MAX_TEXT + 32];
     snprintf(path, sizeof path, "%s/samples.txt", r->config.run.dir);
     int32_t end = r->tokenizer ? tokenizer_end_of_text(r->tokenizer) : -1, start = end >= 0 ? end : 0;
-    struct sampling how = {0.8, 0, (uint64_t)(r->config.train.seed + r->progress.step)};
-    if (!leads(r))
+    struct sampling how = {0.8, 0, (uint64_t)(r->config.train.seed + r->trainer.step)};
+    if (!is_rank0(r))
         return generate(&r->decoder, &start, 1, r->decoder.capacity - 1, &how, ignore, &end, e);
     FILE *file = fopen(path, "a");
     if (!file)
         return fail_run(e, "%s: cannot write: %s; %s", path, strerror(errno), files_advice(errno));
     struct text_writer w = {r->tokenizer, stdout, file, end};
     status_break(r->metrics);
-    printf("---- sample at step %lld\n", (long long)r->progress.step);
-    fprintf(file, "---- step %lld\n", (long long)r->progress.step);
+    printf("---- sample at step %lld\n", (long long)r->trainer.step);
+    fprintf(file, "---- step %lld\n", (long long)r->trainer.step);
     int status = generate(&r->decoder, &start, 1, r->decoder.capacity - 1, &how, text_emit, &w, e);
     printf("\n----\n");
     fflush(stdout);
@@ -243,7 +243,7 @@ static int print_sample(struct run *r, struct error *e) {
     return status;
 }
 
-/* ---- train ------------------------------------------------------------------------------------------- */
+/* ---- train ---- */
 
 static int open_data(struct run *r, struct error *e) {
     const struct config *c = &r->config;
@@ -251,12 +251,12 @@ static int open_data(struct run *r, struct error *e) {
     r->train = shards_open(c->data.train, T, V, e);
     if (!r->train)
         return -1;
-    shards_fingerprint(r->train, r->progress.train_fingerprint);
+    shards_fingerprint(r->train, r->trainer.train_fingerprint);
     if (c->data.val[0]) {
         r->val = shards_open(c->data.val, T, V, e);
         if (!r->val)
             return -1;
-        shards_fingerprint(r->val, r->progress.val_fingerprint);
+        shards_fingerprint(r->val, r->trainer.val_fingerprint);
     }
     return open_tokenizer(r, c->data.tokenizer, e);
 }
@@ -265,7 +265,7 @@ static int open_data(struct run *r, struct error *e) {
 static int open_run_dir(struct run *r, struct error *e) {
     char path[MAX_TEXT + 32];
     const char *dir = r->config.run.dir;
-    if (!leads(r))
+    if (!is_rank0(r))
         return 0;
     if (files_make_dirs(dir, e) != 0)
         return -1;
@@ -278,9 +278,9 @@ static int open_run_dir(struct run *r, struct error *e) {
 }
 
 static int check_disk(const struct run *r, struct error *e) {
-    if (!leads(r))
+    if (!is_rank0(r))
         return 0;
-    double need = (double)CHECKPOINT_PARAM_BYTES * (double)r->model.params.learned;
+    double need = (double)CHECKPOINT_PARAM_BYTES * (double)r->model.params.num_params;
     int64_t have = files_free_bytes(r->config.run.dir);
     if (have >= 0 && (double)have < need)
         return fail_user(
@@ -299,15 +299,15 @@ static int open_sampler(struct run *r, struct error *e) {
 
 static void announce(struct run *r, bool saves_behind) {
     const struct config *c = &r->config;
-    if (!leads(r))
+    if (!is_rank0(r))
         return;
-    if (!alone(r))
+    if (!single_rank(r))
         fprintf(stderr, "%d ranks over %s, zero_stage %d; each ", r->comm->ranks, r->model.comm->ops->name,
                 r->model.partition.zero_stage);
     fprintf(stderr, "%s\n", r->k->describe(r->dev));
     fprintf(stderr,
             "model: %.2fM parameters, %lld layers; data: %lld tokens in %d file%s; %lld tokens a step\n",
-            (double)r->model.params.learned / 1e6, (long long)c->model.num_hidden_layers,
+            (double)r->model.params.num_params / 1e6, (long long)c->model.num_hidden_layers,
             (long long)shards_tokens(r->train), shards_files(r->train),
             shards_files(r->train) == 1 ? "" : "s", (long long)c->train.batch_tokens);
     say_what_is_ignored(r);
@@ -324,10 +324,10 @@ static void train_step(struct run *r) {
     const struct train_config *t = &c->train;
     int64_t B = t->micro_batch, T = t->seq_len, ranks = r->comm->ranks;
     int64_t passes = t->batch_tokens / (ranks * B * T);
-    r->k->step_begin(r->dev, r->model.state, r->progress.step, schedule_lr(t, r->progress.step));
+    r->k->step_begin(r->dev, r->model.state, r->trainer.step, schedule_lr(t, r->trainer.step));
     for (int64_t pass = 0; pass < passes; pass++) {
         for (int64_t b = 0; b < B; b++) {
-            int64_t draw = r->progress.sequences + (pass * ranks + r->comm->rank) * B + b;
+            int64_t draw = r->trainer.sequences + (pass * ranks + r->comm->rank) * B + b;
             int64_t i = shards_draw(r->train, draw, c->data.shuffle, (uint64_t)t->seed);
             shards_read(r->train, i, r->tokens + b * T, r->targets + b * T);
         }
@@ -338,9 +338,9 @@ static void train_step(struct run *r) {
     model_update(&r->model, &hyper);
     r->k->step_post(r->dev, r->model.state);
     r->posted++;
-    r->progress.sequences += passes * ranks * B;
-    r->progress.tokens += t->batch_tokens;
-    r->progress.step++;
+    r->trainer.sequences += passes * ranks * B;
+    r->trainer.tokens += t->batch_tokens;
+    r->trainer.step++;
 }
 
 static bool due(int64_t every, int64_t step) {
@@ -351,7 +351,7 @@ static bool due(int64_t every, int64_t step) {
  * rank has the same state; rank 0 writes it down. */
 static int record_step(struct run *r, struct error *e) {
     const struct config *c = &r->config;
-    struct progress *p = &r->progress;
+    struct trainer_state *p = &r->trainer;
     struct step_state state;
     r->k->step_collect(r->dev, &state);
     r->posted--;
@@ -370,8 +370,8 @@ static int record_step(struct run *r, struct error *e) {
                                  .tokens_per_second = rate,
                                  .mfu = peak > 0 ? rate * r->flops_per_token / peak : 0,
                                  .skipped = state.skip != STEP_APPLIED};
-    int status = leads(r) ? metrics_step(r->metrics, &record, e) : 0;
-    if (leads(r) && due(c->run.log_every, record.step))
+    int status = is_rank0(r) ? metrics_step(r->metrics, &record, e) : 0;
+    if (is_rank0(r) && due(c->run.log_every, record.step))
         status_step(r->metrics, &record);
     /* All ranks look for the worst gradient together, so one that could not write looks too. */
     return state.history.skips_run > c->train.max_skips
@@ -387,7 +387,7 @@ static int record_steps(struct run *r, int ahead, struct error *e) {
     return status;
 }
 
-/* ---- between steps ------------------------------------------------------------------------------------- */
+/* ---- between steps ---- */
 
 /* What led up to a checkpoint is on the disk before it. */
 static int save(struct run *r, bool wait, struct error *e) {
@@ -395,22 +395,22 @@ static int save(struct run *r, bool wait, struct error *e) {
                                        .config = &r->config,
                                        .tokenizer = r->tokenizer_text,
                                        .tokenizer_bytes = r->tokenizer_bytes,
-                                       .progress = r->progress,
+                                       .trainer = r->trainer,
                                        .from = {.model = &r->model}};
-    if (comm_agree(r->comm, leads(r) ? metrics_sync(r->metrics, e) : 0, e) != 0)
+    if (comm_agree(r->comm, is_rank0(r) ? metrics_sync(r->metrics, e) : 0, e) != 0)
         return -1;
     return saver_save(r->saver, &job, wait, e);
 }
 
 static int evaluate_now(struct run *r, bool saves, struct error *e) {
-    struct progress *p = &r->progress;
+    struct trainer_state *p = &r->trainer;
     int64_t tokens;
     double loss = evaluate(r, r->config.run.eval_batches, &tokens);
     if (saves && isfinite(loss) && !(loss >= p->best_val_loss)) {
         p->best_val_loss = loss;
         p->best_step = p->step;
     }
-    if (!leads(r))
+    if (!is_rank0(r))
         return 0;
     status_break(r->metrics);
     fprintf(stderr, "step %lld: val_loss %.4f over %lld tokens\n", (long long)p->step, loss,
@@ -425,11 +425,11 @@ struct pause {
 
 static struct pause pause_after(const struct run *r, bool stop) {
     const struct run_config *c = &r->config.run;
-    int64_t step = r->progress.step;
+    int64_t step = r->trainer.step;
     bool last = step == r->config.train.steps, ends = last || stop;
     return (struct pause){.ends = ends,
                           .evaluates = r->val && c->eval_every > 0 && (last || due(c->eval_every, step)),
-                          .saves = ends || (due(c->save_every, step) && r->progress.history.skips_run == 0),
+                          .saves = ends || (due(c->save_every, step) && r->trainer.history.skips_run == 0),
                           .samples = due(c->sample_every, step)};
 }
 
@@ -449,7 +449,7 @@ static int between_steps(struct run *r, bool stop, struct error *e) {
         return 0;
     if (comm_agree(r->comm, record_steps(r, 0, e), e) != 0)
         return -1;
-    model_settle(&r->model); /* on all ranks alike, before each goes its own way through what follows */
+    model_await_params(&r->model); /* on all ranks alike, before each goes its own way through what follows */
     r->k->range_begin(r->dev, PROFILE_BETWEEN_STEPS, -1);
     int status = do_between_steps(r, now_due, e);
     r->k->range_end(r->dev);
@@ -458,20 +458,20 @@ static int between_steps(struct run *r, bool stop, struct error *e) {
 }
 
 static int finish_run(struct run *r, int stop) {
-    if (!leads(r))
+    if (!is_rank0(r))
         return 0;
     status_break(r->metrics);
     if (stop)
         fprintf(stderr, "stopped by signal %d after step %lld; the same command continues\n", stop,
-                (long long)r->progress.step);
+                (long long)r->trainer.step);
     else
         fprintf(stderr, "done: %lld steps, %lld tokens in %.1f s of training; %s\n",
-                (long long)r->progress.step, (long long)r->progress.tokens, r->progress.seconds,
+                (long long)r->trainer.step, (long long)r->trainer.tokens, r->trainer.seconds,
                 r->config.run.dir);
     return 0;
 }
 
-/* ---- --profile ----------------------------------------------------------------------------------------- */
+/* ---- --profile ---- */
 
 enum { PROFILE_WARM_UP = 3 }; /* steps before the first that is traced */
 
@@ -508,34 +508,34 @@ static int check_profile(struct run *r, int64_t step, struct error *e) {
 /* After the last traced step, or where the run stops before: the trace as a table on the terminal and as a
  * file; of rank 0, the others do much the same. The run goes on whether or not it can be written. */
 static void end_profile(struct run *r) {
-    int64_t steps = r->progress.step - r->profile_from;
+    int64_t steps = r->trainer.step - r->profile_from;
     struct trace *t = steps > 0 ? r->k->trace_end(r->dev) : NULL;
     struct error e;
-    if (leads(r))
+    if (is_rank0(r))
         status_break(r->metrics);
-    if (leads(r) && !t)
+    if (is_rank0(r) && !t)
         fprintf(stderr, steps > 0 ? "warning: --profile: out of memory for the trace\n"
                                   : "--profile: the run stops before the first traced step; no table\n");
-    if (leads(r) && t && profile_report(stderr, t, r->config.run.dir, r->profile_from, steps, &e) != 0)
+    if (is_rank0(r) && t && profile_report(stderr, t, r->config.run.dir, r->profile_from, steps, &e) != 0)
         fprintf(stderr, "warning: %s\n", e.text);
     trace_free(t);
     r->profile_steps = 0;
     r->clock = clock_seconds();
 }
 
-/* ---- the loop ------------------------------------------------------------------------------------------ */
+/* ---- the loop ---- */
 
 /* What ranks tell each other after every step. */
-struct pulse {
+struct rank_status {
     int stop;   /* the signal that asks for an end */
     int failed; /* the step, or what came with it */
     enum saver_state saver;
 };
 
 /* Of all ranks: any signal, any failure, and how far the checkpoint under way is. */
-static struct pulse share_pulse(struct run *r, struct pulse mine) {
-    const struct pulse *told = comm_tell(r->comm, &mine, sizeof mine);
-    struct pulse all = told[0];
+static struct rank_status merge_rank_status(struct run *r, struct rank_status mine) {
+    const struct rank_status *told = comm_all_gather_small(r->comm, &mine, sizeof mine);
+    struct rank_status all = told[0];
     for (int i = 1; i < r->comm->ranks; i++) {
         all.stop = all.stop ? all.stop : told[i].stop;
         all.failed |= told[i].failed;
@@ -546,18 +546,19 @@ static struct pulse share_pulse(struct run *r, struct pulse mine) {
 
 static int train_loop(struct run *r, struct error *e) {
     const int64_t steps = r->config.train.steps;
-    struct pulse pulse = {0};
+    struct rank_status pulse = {0};
     r->clock = clock_seconds();
-    while (r->progress.step < steps && !pulse.stop) {
-        if (r->profile_steps > 0 && r->progress.step == r->profile_from)
+    while (r->trainer.step < steps && !pulse.stop) {
+        if (r->profile_steps > 0 && r->trainer.step == r->profile_from)
             r->k->trace_begin(r->dev);
         train_step(r);
         int status = record_steps(r, r->k->run_ahead, e);
         /* A signal is looked for once a step: one that comes while saving ends the next step. */
-        pulse = share_pulse(r, (struct pulse){signals_asked(), status != 0, saver_state(r->saver)});
+        pulse = merge_rank_status(
+            r, (struct rank_status){signals_stop_requested(), status != 0, saver_state(r->saver)});
         if (pulse.failed && comm_agree(r->comm, status, e) != 0)
             return -1;
-        if (r->profile_steps > 0 && (pulse.stop || r->progress.step == r->profile_from + r->profile_steps))
+        if (r->profile_steps > 0 && (pulse.stop || r->trainer.step == r->profile_from + r->profile_steps))
             end_profile(r);
         if (saver_advance(r->saver, pulse.saver, e) != 0 || between_steps(r, pulse.stop, e) != 0)
             return -1;
@@ -580,18 +581,18 @@ static int prepare_alone(struct run *r, int argc, char **argv, struct error *e) 
 
 static int prepare_training(struct run *r, int argc, char **argv, struct error *e) {
     if (comm_agree(r->comm, prepare_alone(r, argc, argv, e), e) != 0 ||
-        (!alone(r) && (ranks_check_alike(r->comm, &r->config, &r->progress, e) != 0 ||
-                       ranks_check_run_dir(r->comm, r->config.run.dir, e) != 0)) ||
+        (!single_rank(r) && (ranks_check_alike(r->comm, &r->config, &r->trainer, e) != 0 ||
+                             ranks_check_run_dir(r->comm, r->config.run.dir, e) != 0)) ||
         join_devices(r, e) != 0 || comm_agree(r->comm, build_model(r, true, e), e) != 0)
         return -1;
-    return start_run(&r->model, &r->config, &r->progress, e);
+    return resume_or_initialize(&r->model, &r->config, &r->trainer, e);
 }
 
 /* What only a run that has steps to do needs. */
 static int prepare_loop(struct run *r, struct error *e) {
-    if (check_profile(r, r->progress.step, e) != 0 || check_disk(r, e) != 0 || open_sampler(r, e) != 0)
+    if (check_profile(r, r->trainer.step, e) != 0 || check_disk(r, e) != 0 || open_sampler(r, e) != 0)
         return -1;
-    if (leads(r) && !(r->metrics = metrics_open(r->config.run.dir, r->progress.step, e)))
+    if (is_rank0(r) && !(r->metrics = metrics_open(r->config.run.dir, r->trainer.step, e)))
         return -1;
     return 0;
 }
@@ -603,7 +604,7 @@ static int open_ranks(struct run *r, struct error *e) {
     int status = signals_watch(&own) != 0 || !(r->saver = saver_open(&own)) ? -1 : 0;
     if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)))
         return -1;
-    signals_heed(); /* ranks that wait for others in vain have nothing to save */
+    signals_enable_graceful_stop(); /* ranks that wait for others in vain have nothing to save */
     if (status != 0)
         *e = own;
     return comm_agree(r->comm, status, e);
@@ -618,14 +619,14 @@ static size_t host_memory_left(const struct run *r) {
 }
 
 static int train(struct run *r, int argc, char **argv, struct error *e) {
-    r->progress.best_val_loss = (double)NAN;
+    r->trainer.best_val_loss = (double)NAN;
     if (take_profile_option(r, &argc, argv, e) != 0 || open_ranks(r, e) != 0 ||
         prepare_training(r, argc, argv, e) != 0)
         return -1;
-    if (r->progress.step >= r->config.train.steps) {
-        if (leads(r))
+    if (r->trainer.step >= r->config.train.steps) {
+        if (is_rank0(r))
             printf("%s: already finished: it is at step %lld, and train.steps is %lld; raise it to go on\n",
-                   r->config.run.dir, (long long)r->progress.step, (long long)r->config.train.steps);
+                   r->config.run.dir, (long long)r->trainer.step, (long long)r->config.train.steps);
         return 0;
     }
     if (comm_agree(r->comm, prepare_loop(r, e), e) != 0)
@@ -638,7 +639,7 @@ static int train(struct run *r, int argc, char **argv, struct error *e) {
     return status;
 }
 
-/* ---- commands on a checkpoint ------------------------------------------------------------------------- */
+/* ---- commands on a checkpoint ---- */
 
 /* The model of a checkpoint and the settings it was trained with; overrides come on top. */
 static int read_checkpoint(struct run *r, const char *dir, int argc, char **argv, struct error *e) {
@@ -686,7 +687,7 @@ static int eval(struct run *r, int argc, char **argv, struct error *e) {
     if (!isfinite(loss))
         return fail_run(
             e, "%s: the loss is not finite: the weights have diverged; take an earlier checkpoint", dir);
-    if (leads(r))
+    if (is_rank0(r))
         printf("val_loss %.7f %lld\n", loss, (long long)tokens);
     return 0;
 }
@@ -734,7 +735,7 @@ static int generate_text(struct run *r, const struct generate_options *o, struct
 }
 
 static int generate_command(struct run *r, int argc, char **argv, struct error *e) {
-    if (comm_started_rank() > 0)
+    if (comm_launch_rank() > 0)
         return 0; /* one rank's work: the first does it */
     char dir[MAX_TEXT];
     struct generate_options o;
@@ -755,11 +756,11 @@ static int plan_run(struct run *r, const char *path, const struct info_options *
         return fail_user(e, "info --gpus plans a run: give its configuration, not the checkpoint %s", path);
     if (config_load(&r->config, path, o->override_count, o->overrides, o->gpus, e) != 0)
         return -1;
-    return info_print_plan(stdout, &r->config, o, e);
+    return info_print_estimate(stdout, &r->config, o, e);
 }
 
 static int info(struct run *r, int argc, char **argv, struct error *e) {
-    if (comm_started_rank() > 0)
+    if (comm_launch_rank() > 0)
         return 0;
     char dir[MAX_TEXT];
     struct stat st;
@@ -781,7 +782,7 @@ static int info(struct run *r, int argc, char **argv, struct error *e) {
     return info_print(stdout, &r->config, r->k, r->dev, e);
 }
 
-/* ---- the command line ---------------------------------------------------------------------------------- */
+/* ---- the command line ---- */
 
 struct command {
     const char *name;
@@ -888,8 +889,8 @@ static int run_command(struct run *r, int argc, char **argv, struct error *e) {
 
 /* Ranks have agreed on an error, and processes that are no ranks yet find the same wrong with what was given.
  */
-static bool speaks(const struct run *r, const struct error *e) {
-    return r->comm ? leads(r) : e->exit_code != EXIT_USER || comm_started_rank() == 0;
+static bool should_print(const struct run *r, const struct error *e) {
+    return r->comm ? is_rank0(r) : e->exit_code != EXIT_USER || comm_launch_rank() == 0;
 }
 
 int main(int argc, char **argv) {
@@ -900,7 +901,7 @@ int main(int argc, char **argv) {
         status = fail_run(&e, "cannot write to the standard output: %s", strerror(errno));
     if (status != 0 && r.metrics)
         status_break(r.metrics);
-    if (status != 0 && speaks(&r, &e))
+    if (status != 0 && should_print(&r, &e))
         fprintf(stderr, "train_iha: %s\n", e.text);
     release(&r); /* only now: as soon as one rank has ended with an error, mpirun ends the others */
     if (status == 0)

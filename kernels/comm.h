@@ -26,10 +26,10 @@ struct comm {
     int rank, ranks;
     int local_rank, local_ranks; /* among those on this machine */
     double timeout;              /* peer_timeout, seconds */
-    char *said;                  /* [ranks * COMM_SAID] for comm_tell */
+    char *small_buffer;          /* [ranks * COMM_SMALL_BYTES] for comm_all_gather_small */
 };
 
-enum { COMM_SAID = 1536 };
+enum { COMM_SMALL_BYTES = 1536 };
 
 typedef int64_t comm_event; /* 0: nothing to wait for */
 
@@ -41,7 +41,7 @@ struct comm_ops {
 
     /* This rank found that the run cannot go on: say `text`, prefixed with rank and host, and take every rank
      * down, exit code 1. Does not return. */
-    void (*end_run)(struct comm *, const char *text);
+    void (*abort_run)(struct comm *, const char *text);
 
     /* Staging memory for reduce_scatter, before its first use: comm_staging_bytes of the longest buffer, of
      * `dtype`. wire: the type in which its elements travel. DTYPE_BF16: what other ranks give arrives rounded
@@ -67,10 +67,10 @@ struct comm_ops {
 
     /* Between processes alone: has a rank begun an exchange of so many bytes, in which this one has no part
      * yet? */
-    bool (*called)(struct comm *, size_t bytes);
+    bool (*probe)(struct comm *, size_t bytes);
 
     /* Host memory: all[r*bytes ...] = what rank r gave. Blocks. */
-    void (*exchange)(struct comm *, const void *mine, void *all, size_t bytes);
+    void (*all_gather_host)(struct comm *, const void *mine, void *all, size_t bytes);
 };
 
 /* The ranks this process was started among by mpirun, by srun or with torchrun's variables (launcher.h), or
@@ -80,7 +80,7 @@ struct comm_ops {
 struct comm *comm_open(double peer_timeout, struct error *e);
 
 /* Before ranks know of each other: which of the processes that were started together is this? */
-int comm_started_rank(void);
+int comm_launch_rank(void);
 
 /* One rank: no collective does anything. */
 struct comm *comm_single(void);
@@ -91,9 +91,9 @@ size_t comm_staging_bytes(int64_t elements, enum dtype dtype, enum dtype wire);
 /* peer_timeout is known only once the configuration has been read. */
 void comm_set_timeout(struct comm *comm, double seconds);
 
-/* exchange() of at most COMM_SAID bytes into memory that is there already, so that a rank which has none left
+/* all_gather_host() of at most COMM_SMALL_BYTES bytes into memory that is there already, so that a rank which has none left
  * can still tell. What each rank said, one after the other, until the next call of this or of comm_agree. */
-const void *comm_tell(struct comm *comm, const void *mine, size_t bytes);
+const void *comm_all_gather_small(struct comm *comm, const void *mine, size_t bytes);
 
 /* Ranks agree on how a phase ended: 0 where `status` is 0 on all; otherwise -1 on all, and *e is that of the
  * first rank that failed, prefixed with its number where not all failed alike. */

@@ -31,7 +31,7 @@
 extern "C" {
 #endif
 
-/* ---- operation specs ---------------------------------------------------------------------------- */
+/* ---- operation specs ---- */
 
 struct embed_spec {
     int64_t batch, tokens, vocab, hidden;
@@ -50,7 +50,7 @@ struct linear_spec {
 
 /* P = 1 without alphas is plain RoPE; without `rope` too, the operation is a copy (callers pass slices of the
  * packed qkv to attention instead). */
-struct mix_spec {
+struct qkv_mix_spec {
     int64_t batch, tokens, heads, head_dim, pseudo;
     bool mixed;        /* alphas are given */
     bool rope;         /* rotate q and k ... */
@@ -85,7 +85,7 @@ enum op_kind {
     OP_EMBED,
     OP_NORM,
     OP_LINEAR,
-    OP_MIX,
+    OP_QKV_MIX,
     OP_ATTENTION,
     OP_COLLAPSE,
     OP_ACT,
@@ -99,7 +99,7 @@ struct op_spec {
         struct embed_spec embed;
         struct norm_spec norm;
         struct linear_spec linear;
-        struct mix_spec mix;
+        struct qkv_mix_spec qkv_mix;
         struct attention_spec attention;
         struct collapse_spec collapse;
         struct act_spec act;
@@ -112,7 +112,7 @@ struct op_cost {
     size_t workspace; /* bytes of scratch while it runs; shared by all operations */
 };
 
-/* ---- the optimizer's view ------------------------------------------------------------------------ */
+/* ---- the optimizer's view ---- */
 
 /* A run of parameters, in elements of the flat buffer, that share their hyper-parameters. */
 struct param_group {
@@ -125,7 +125,7 @@ struct adamw_hyper {
     double beta1, beta2, eps;
 };
 
-/* ---- the table ------------------------------------------------------------------------------------ */
+/* ---- the table ---- */
 
 struct device; /* opaque: a processor, its queue and its library handles */
 
@@ -147,7 +147,7 @@ struct device_dtypes {
 };
 
 /* What moves tensors between the devices of several ranks. */
-enum join_how { JOIN_AUTO, JOIN_HOST /* through host memory */, JOIN_NCCL };
+enum comm_backend { COMM_BACKEND_AUTO, COMM_BACKEND_HOST /* through host memory */, COMM_BACKEND_NCCL };
 
 struct kernels {
     const char *name; /* "cpu" or "cuda" */
@@ -164,14 +164,14 @@ struct kernels {
     /* A communicator whose tensors are this device's, for the processes that `ranks` joins: `ranks` itself
      * where that is host memory. To be closed before both, where it is another. Called by all ranks at once.
      * NULL and *e: it cannot be had so. */
-    struct comm *(*join)(struct device *dev, struct comm *ranks, enum join_how how, struct error *e);
+    struct comm *(*open_comm)(struct device *dev, struct comm *ranks, enum comm_backend how, struct error *e);
     /* Bytes of device memory that its reserve takes for buffers of so many elements. */
     size_t (*staging_bytes)(struct device *dev, int64_t elements, int ranks, enum dtype dtype,
                             enum dtype wire);
 
     /* Something to call now and then while this thread computes or waits, such as letting messages move.
      * NULL: nothing. */
-    void (*set_idle_call)(struct device *dev, void (*call)(void *context), void *context);
+    void (*set_progress_callback)(struct device *dev, void (*call)(void *context), void *context);
 
     /* Zeroed device memory, or NULL and an EXIT_USER error with the size. */
     void *(*alloc)(struct device *dev, size_t bytes, struct error *e);
@@ -206,7 +206,8 @@ struct kernels {
     /* Who computes attention of this planned shape, in a few words; and the bytes of its workspace that a
      * deterministic device needs and another would not. NULL: results never depend on anything but the
      * inputs, at no price. */
-    const char *(*attention_by)(struct device *dev, const struct attention_spec *spec, size_t *deterministic);
+    const char *(*attention_backend)(struct device *dev, const struct attention_spec *spec,
+                                     size_t *deterministic);
 
     /* x[b,t,:] = W[tokens[b,t],:] + pos[first + t,:]   tokens i32 [B,T], W [V,C], pos [positions,C] or
      * absent. first: position of tokens[b,0], for decoding. Backward adds: dW[token] += dx, dpos[t] += sum_b
@@ -224,8 +225,8 @@ struct kernels {
      * gradient of both x and delta on return. */
     void (*residual_norm)(struct device *, const struct norm_spec *, tensor x, tensor delta, tensor w,
                           tensor b, tensor sum, tensor y, void *saved);
-    void (*residual_norm_again)(struct device *, const struct norm_spec *, tensor sum, tensor w, tensor b,
-                                tensor y, const void *saved);
+    void (*residual_norm_recompute)(struct device *, const struct norm_spec *, tensor sum, tensor w, tensor b,
+                                    tensor y, const void *saved);
     void (*residual_norm_backward)(struct device *, const struct norm_spec *, tensor dy, tensor sum, tensor w,
                                    const void *saved, tensor dx, tensor dw, tensor db, bool accumulate);
 
@@ -242,9 +243,9 @@ struct kernels {
     /* q~[b,t*P+p,h,:] = rotate(sum_m alpha_q[p,h,m] q[b,t,m,:]), likewise k~; v~ is not rotated.
      * qkv [B,T,3,H,d]; alphas [P,H,H] or absent; q~,k~,v~ [B,S,H,d]. first: the token position of t = 0.
      * backward reads qkv again: dqkv, and dalpha (+)= outer products. */
-    void (*qkv_mix)(struct device *, const struct mix_spec *, tensor qkv, tensor alpha_q, tensor alpha_k,
+    void (*qkv_mix)(struct device *, const struct qkv_mix_spec *, tensor qkv, tensor alpha_q, tensor alpha_k,
                     tensor alpha_v, tensor table, int64_t first, tensor q, tensor k, tensor v);
-    void (*qkv_mix_backward)(struct device *, const struct mix_spec *, tensor dq, tensor dk, tensor dv,
+    void (*qkv_mix_backward)(struct device *, const struct qkv_mix_spec *, tensor dq, tensor dk, tensor dv,
                              tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
                              tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v, bool accumulate);
 

@@ -19,7 +19,7 @@ TRACED(residual_norm,
        (DEV, const struct norm_spec *s, tensor x, tensor delta, tensor w, tensor b, tensor sum, tensor y,
         void *saved),
        (dev, s, x, delta, w, b, sum, y, saved))
-TRACED(residual_norm_again,
+TRACED(residual_norm_recompute,
        (DEV, const struct norm_spec *s, tensor sum, tensor w, tensor b, tensor y, const void *saved),
        (dev, s, sum, w, b, y, saved))
 TRACED(residual_norm_backward,
@@ -33,11 +33,11 @@ TRACED(linear_backward,
         tensor dbias, bool accumulate),
        (dev, s, dy, x, w, dx, add_dx, dw, dbias, accumulate))
 TRACED(qkv_mix,
-       (DEV, const struct mix_spec *s, tensor qkv, tensor aq, tensor ak, tensor av, tensor table,
+       (DEV, const struct qkv_mix_spec *s, tensor qkv, tensor aq, tensor ak, tensor av, tensor table,
         int64_t first, tensor q, tensor k, tensor v),
        (dev, s, qkv, aq, ak, av, table, first, q, k, v))
 TRACED(qkv_mix_backward,
-       (DEV, const struct mix_spec *s, tensor dq, tensor dk, tensor dv, tensor qkv, tensor aq, tensor ak,
+       (DEV, const struct qkv_mix_spec *s, tensor dq, tensor dk, tensor dv, tensor qkv, tensor aq, tensor ak,
         tensor av, tensor table, tensor dqkv, tensor daq, tensor dak, tensor dav, bool accumulate),
        (dev, s, dq, dk, dv, qkv, aq, ak, av, table, dqkv, daq, dak, dav, accumulate))
 TRACED(attention, (DEV, const struct attention_spec *s, tensor q, tensor k, tensor v, tensor o, void *saved),
@@ -72,7 +72,7 @@ const struct kernels *kernels_traced(const struct kernels *k) {
     table.embed = embed;
     table.embed_backward = embed_backward;
     table.residual_norm = residual_norm;
-    table.residual_norm_again = residual_norm_again;
+    table.residual_norm_recompute = residual_norm_recompute;
     table.residual_norm_backward = residual_norm_backward;
     table.linear = linear;
     table.linear_backward = linear_backward;

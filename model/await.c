@@ -18,7 +18,7 @@ void model_await_unit(struct model *m, int unit) {
             model_await(m, &m->gathered[b]);
 }
 
-void model_settle(struct model *m) {
+void model_await_params(struct model *m) {
     for (int b = 0; b < m->partition.bucket_count; b++)
         model_await(m, &m->gathered[b]);
     m->gathering = false;

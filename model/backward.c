@@ -61,7 +61,7 @@ static void attention_backward(struct model *m, int layer, bool accumulate) {
     k->attention_backward(m->dev, &s->attention, b->q, b->k, b->v, b->o_pseudo, d_o, b->attention_saved, dq,
                           dk, dv);
     if (s->mixes)
-        k->qkv_mix_backward(m->dev, &s->mix, dq, dk, dv, b->qkv, model_param(m, p->alpha_q),
+        k->qkv_mix_backward(m->dev, &s->qkv_mix, dq, dk, dv, b->qkv, model_param(m, p->alpha_q),
                             model_param(m, p->alpha_k), model_param(m, p->alpha_v), m->rope, g->dqkv,
                             model_gradient(m, p->alpha_q), model_gradient(m, p->alpha_k),
                             model_gradient(m, p->alpha_v), accumulate);

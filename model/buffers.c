@@ -88,7 +88,7 @@ static struct layer_specs specs_of(const struct model *m, int layer) {
     return (struct layer_specs){
         .iha = iha,
         .mixes = iha || rope,
-        .mix = {B, T, H, d, P, iha, rope, c->iha_rope == IHA_ROPE_VIRTUAL},
+        .qkv_mix = {B, T, H, d, P, iha, rope, c->iha_rope == IHA_ROPE_VIRTUAL},
         .attention = {B, T * P, H, d, P, c->causal, c->iha_mask == MASK_TOKEN, window, 1 / sqrt((double)d)},
         .collapse = {B, T, H, d, P, c->iha_collapse == COLLAPSE_PER_HEAD},
     };
@@ -119,7 +119,7 @@ static int plan_layer(struct model *m, int layer, struct error *e) {
         {.kind = OP_LINEAR, .linear = {N, C, F}},
         {.kind = OP_LINEAR, .linear = {N, F, C}},
         {.kind = OP_ACT, .act = {(enum act_type)c->activation, N, F}},
-        {.kind = OP_MIX, .mix = s->mix},
+        {.kind = OP_QKV_MIX, .qkv_mix = s->qkv_mix},
         {.kind = OP_COLLAPSE, .collapse = s->collapse},
     };
     int count = (int)(sizeof ops / sizeof *ops) - (s->iha ? 0 : s->mixes ? 1 : 2);
@@ -212,7 +212,7 @@ static void walk(struct model *m, struct layout *l) {
     for (int i = 0; i < SLOTS; i++)
         l->shared[i] = l->base ? take(l, l->shared_bytes[i]) : NULL;
     for (int layer = 0; layer < c->num_hidden_layers; layer++)
-        P = m->specs[layer].mix.pseudo > P ? m->specs[layer].mix.pseudo : P;
+        P = m->specs[layer].qkv_mix.pseudo > P ? m->specs[layer].qkv_mix.pseudo : P;
     tensor hidden = tensor_of(NULL, t, B * T, c->hidden_size, 0, 0, 0);
     m->tokens = take_tensor(l, tensor_of(NULL, DTYPE_I32, B, T, 0, 0, 0));
     m->targets = take_tensor(l, tensor_of(NULL, DTYPE_I32, B * T, 0, 0, 0, 0));

@@ -18,7 +18,7 @@ static void mix(struct model *m, int layer) {
     const struct layer_params *p = params_of(m, layer);
     struct layer_buffers *b = &m->layers[layer];
     if (m->specs[layer].mixes)
-        m->k->qkv_mix(m->dev, &m->specs[layer].mix, b->qkv, model_param(m, p->alpha_q),
+        m->k->qkv_mix(m->dev, &m->specs[layer].qkv_mix, b->qkv, model_param(m, p->alpha_q),
                       model_param(m, p->alpha_k), model_param(m, p->alpha_v), m->rope, 0, b->q, b->k, b->v);
 }
 
@@ -67,8 +67,8 @@ void layer_recompute(struct model *m, int layer) {
     struct layer_buffers *b = &m->layers[layer];
     if (m->shape.recompute == RECOMPUTE_NONE)
         return;
-    m->k->residual_norm_again(m->dev, &m->norm_spec, b->x_attn, model_param(m, p->attn_norm),
-                              model_param(m, p->attn_norm_bias), b->y_attn, b->attn_norm_saved);
+    m->k->residual_norm_recompute(m->dev, &m->norm_spec, b->x_attn, model_param(m, p->attn_norm),
+                                  model_param(m, p->attn_norm_bias), b->y_attn, b->attn_norm_saved);
     if (m->shape.recompute == RECOMPUTE_FULL) {
         attention_half(m, layer);
         mlp_half(m, layer);
@@ -76,8 +76,8 @@ void layer_recompute(struct model *m, int layer) {
     }
     mix(m, layer);
     collapse(m, layer);
-    m->k->residual_norm_again(m->dev, &m->norm_spec, b->x_mlp, model_param(m, p->mlp_norm),
-                              model_param(m, p->mlp_norm_bias), b->y_mlp, b->mlp_norm_saved);
+    m->k->residual_norm_recompute(m->dev, &m->norm_spec, b->x_mlp, model_param(m, p->mlp_norm),
+                                  model_param(m, p->mlp_norm_bias), b->y_mlp, b->mlp_norm_saved);
     mlp_act(m, layer);
 }
 

@@ -84,7 +84,8 @@ static int measure(struct model *m, struct memory_plan *plan, struct error *e) {
     if (m->shape.training && m->partition.ranks > 1)
         plan->messages = m->k->staging_bytes(m->dev, m->partition.bucket_elements, m->partition.ranks,
                                              m->dtypes.gradient, m->reduce_dtype);
-    plan->saving = (size_t)(m->params.learned + 2 * m->params.learned / m->partition.ranks) * sizeof(float);
+    plan->saving =
+        (size_t)(m->params.num_params + 2 * m->params.num_params / m->partition.ranks) * sizeof(float);
     return 0;
 }
 
@@ -143,14 +144,14 @@ static int allocate(struct model *m, const struct memory_plan *p, struct error *
         !(m->activations = k->alloc(m->dev, p->activations, e)) ||
         !(m->workspace = k->alloc(m->dev, p->workspace, e)))
         return -1;
-    m->masters = m->values;
+    m->master_weights = m->values;
     if (!m->shape.training)
         return 0;
     if (!(m->gradients = k->alloc(m->dev, p->gradients, e)) ||
         !(m->moments = k->alloc(m->dev, p->optimizer, e)))
         return -1;
     if (apart)
-        m->masters = (char *)m->moments + 2 * moment;
+        m->master_weights = (char *)m->moments + 2 * moment;
     if (m->comm->ranks > 1 && m->comm->ops->reserve(m->comm, m->partition.bucket_elements, m->dtypes.gradient,
                                                     m->reduce_dtype, e) != 0)
         return -1;
@@ -176,7 +177,7 @@ void model_free(struct model *m) {
     if (!m->k)
         return;
     if (m->gathered)
-        model_settle(m);
+        model_await_params(m);
     void *blocks[] = {m->values, m->gradients, m->moments, m->state, m->activations, m->workspace};
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++)
         m->k->release(m->dev, blocks[i]);
@@ -203,12 +204,12 @@ int model_initialize(struct model *m, uint64_t seed, struct error *e) {
     return 0;
 }
 
-bool model_masters_sharded(const struct model *m) {
-    return m->masters != m->values && m->partition.zero_stage > 0;
+bool model_master_weights_sharded(const struct model *m) {
+    return m->master_weights != m->values && m->partition.zero_stage > 0;
 }
 
-/* What of one parameter's masters this rank holds, from its values. */
-static void upload_masters(struct model *m, int index, const float *values) {
+/* What of one parameter's master_weights this rank holds, from its values. */
+static void upload_master_weights(struct model *m, int index, const float *values) {
     const struct param *p = &m->params.list[index];
     for (int i = 0; i < m->partition.updated_count; i++) {
         const struct share *s = &m->partition.updated[i];
@@ -216,7 +217,8 @@ static void upload_masters(struct model *m, int index, const float *values) {
         int64_t end = s->end < p->offset + p->count ? s->end : p->offset + p->count;
         if (begin >= end)
             continue;
-        char *at = (char *)m->masters + (size_t)(s->shard + begin - s->begin) * dtype_bytes(m->dtypes.master);
+        char *at =
+            (char *)m->master_weights + (size_t)(s->shard + begin - s->begin) * dtype_bytes(m->dtypes.master);
         m->k->upload(m->dev, tensor_of(at, m->dtypes.master, end - begin, 0, 0, 0, 0),
                      values + (begin - p->offset), DTYPE_F32);
     }
@@ -242,14 +244,14 @@ void model_set_param(struct model *m, int index, const float *values, int64_t up
         upload_rounded(m, index, values, updates);
     else
         m->k->upload(m->dev, model_param(m, index), values, DTYPE_F32);
-    if (m->masters != m->values)
-        upload_masters(m, index, values);
+    if (m->master_weights != m->values)
+        upload_master_weights(m, index, values);
 }
 
 void model_get_param(const struct model *m, int index, float *values) {
     const struct param *p = &m->params.list[index];
-    if (model_masters_sharded(m))
+    if (model_master_weights_sharded(m))
         abort(); /* a rank has not all of them: model_get_params */
-    char *at = (char *)m->masters + (size_t)p->offset * dtype_bytes(m->dtypes.master);
+    char *at = (char *)m->master_weights + (size_t)p->offset * dtype_bytes(m->dtypes.master);
     m->k->download(m->dev, tensor_of(at, m->dtypes.master, p->count, 0, 0, 0, 0), values, DTYPE_F32);
 }

@@ -44,7 +44,7 @@ struct layer_buffers {
 
 /* The specs of one layer's operations, which is all that tells layer types apart. */
 struct layer_specs {
-    struct mix_spec mix;
+    struct qkv_mix_spec qkv_mix;
     struct attention_spec attention;
     struct collapse_spec collapse;
     bool iha;   /* mixes and collapses */
@@ -67,7 +67,7 @@ struct model {
     struct device_dtypes dtypes;
     struct params params;
     void *values;             /* parameters in the compute type, params.elements */
-    void *masters;            /* the same in the master type; the same memory where the types agree */
+    void *master_weights;     /* the same in the master type; the same memory where the types agree */
     void *gradients;          /* NULL unless training; partition.h tells what lies where */
     void *moments;            /* first, then second, each partition.moment_elements */
     struct step_state *state; /* on the device */
@@ -124,10 +124,10 @@ int model_initialize(struct model *m, uint64_t seed, struct error *e);
 void model_set_param(struct model *m, int index, const float *values, int64_t updates);
 void model_get_param(const struct model *m, int index, float *values);
 
-/* All of them on rank 0, into values [params.learned], each at its `place`; NULL elsewhere. Where masters are
+/* All of them on rank 0, into values [params.num_params], each at its `place`; NULL elsewhere. Where master_weights are
  * sharded, ranks have to give theirs: to be called on every rank, between steps, for it uses the gradients'
  * memory. */
-bool model_masters_sharded(const struct model *m);
+bool model_master_weights_sharded(const struct model *m);
 void model_get_params(struct model *m, float *values);
 
 /* Views of one parameter, and of its gradient; absent for index -1. */
@@ -147,7 +147,7 @@ void model_forward_backward(struct model *m, const int32_t *tokens, const int32_
 void model_evaluate(struct model *m, const int32_t *tokens, const int32_t *targets, double scale);
 
 /* Before anything but a pass reads parameters: those that are still on their way have come. On every rank. */
-void model_settle(struct model *m);
+void model_await_params(struct model *m);
 
 /* The passes' parts, shared between forward.c, backward.c and parallel.c. model_await: until a collective has
  * ended, if it has not yet. model_await_unit: until the parameters of one unit of the partition have come.

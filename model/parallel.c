@@ -9,7 +9,7 @@
 
 #include "model/model.h"
 
-/* ---- a pass ------------------------------------------------------------------------------------------- */
+/* ---- a pass ---- */
 
 struct pass {
     struct model *m;
@@ -125,7 +125,7 @@ void model_train_pass(struct model *m, const int32_t *tokens, const int32_t *tar
     queue(&context, backward, GRAPH_BACKWARD + (pass > 0) + 2 * reduce, !reduce || m->comm->ops->queued);
 }
 
-/* ---- the update --------------------------------------------------------------------------------------- */
+/* ---- the update ---- */
 
 /* The squares of this rank's shares, then of all, with the loss: every rank decides alike. */
 static void decide(struct model *m, const struct update_hyper *h) {
@@ -147,11 +147,11 @@ static void update_share(struct model *m, const struct share *s, tensor g, const
     int64_t n = s->end - s->begin;
     char *value = (char *)m->values + (size_t)s->begin * dtype_bytes(m->dtypes.compute);
     tensor values = tensor_of(value, m->dtypes.compute, n, 0, 0, 0, 0);
-    bool apart = m->masters != m->values;
+    bool apart = m->master_weights != m->values;
     struct adamw_hyper hyper = {h->beta1, h->beta2, h->eps};
     m->k->adamw(m->dev, &hyper, s->groups, s->group_count, s->begin,
-                apart ? master_range(m, m->masters, s->shard, n) : values, apart ? values : tensor_none(), g,
-                master_range(m, m->moments, s->shard, n),
+                apart ? master_range(m, m->master_weights, s->shard, n) : values,
+                apart ? values : tensor_none(), g, master_range(m, m->moments, s->shard, n),
                 master_range(m, m->moments, m->partition.moment_elements + s->shard, n), m->state);
 }
 
@@ -193,8 +193,7 @@ void model_update(struct model *m, const struct update_hyper *h) {
     m->k->range_end(m->dev);
 }
 
-/* ---- the masters, for saving -----------------------------------------------------------------------------
- */
+/* ---- the master_weights, for saving ---- */
 
 /* The parameters of [begin, end) of the flat buffer, which lie in `piece`, to where each belongs in values.
  */
@@ -205,12 +204,12 @@ static void take_values(struct model *m, tensor piece, int64_t begin, int64_t en
         int64_t to = end < t->offset + t->count ? end : t->offset + t->count;
         if (from < to)
             m->k->download(m->dev, tensor_rows(piece, from - begin, to - from),
-                           values + t->place + from - t->offset, DTYPE_F32);
+                           values + t->packed_offset + from - t->offset, DTYPE_F32);
     }
 }
 
 /* A bucket at a time, where its gradients lie during a step. */
-static void gather_masters(struct model *m, float *values) {
+static void gather_master_weights(struct model *m, float *values) {
     const struct partition *p = &m->partition;
     size_t size = dtype_bytes(m->dtypes.master);
     if (m->dtypes.gradient != m->dtypes.master)
@@ -220,7 +219,8 @@ static void gather_masters(struct model *m, float *values) {
         int64_t at = p->gradient_at[u->unit] + u->begin - p->unit_at[u->unit];
         const struct share *own = &p->own[b];
         m->k->copy(m->dev, gradient_at(m, at + own->begin - u->begin),
-                   (char *)m->masters + (size_t)own->shard * size, (size_t)(own->end - own->begin) * size);
+                   (char *)m->master_weights + (size_t)own->shard * size,
+                   (size_t)(own->end - own->begin) * size);
         tensor whole = gradient_of(m, at, u->end - u->begin);
         comm_event gathered = m->comm->ops->all_gather(m->comm, whole);
         model_await(m, &gathered);
@@ -230,15 +230,14 @@ static void gather_masters(struct model *m, float *values) {
 }
 
 void model_get_params(struct model *m, float *values) {
-    model_settle(m);
-    if (model_masters_sharded(m))
-        gather_masters(m, values);
-    for (int i = 0; values && i < m->params.count && !model_masters_sharded(m); i++)
-        model_get_param(m, i, values + m->params.list[i].place);
+    model_await_params(m);
+    if (model_master_weights_sharded(m))
+        gather_master_weights(m, values);
+    for (int i = 0; values && i < m->params.count && !model_master_weights_sharded(m); i++)
+        model_get_param(m, i, values + m->params.list[i].packed_offset);
 }
 
-/* ---- what went wrong ------------------------------------------------------------------------------------
- */
+/* ---- what went wrong ---- */
 
 /* Sum of squares of one tensor's gradient, over the ranks that own parts of it. */
 static double tensor_sumsq(struct model *m, const struct param *t) {

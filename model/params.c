@@ -43,10 +43,10 @@ static int add(struct builder *b, const char *name, int64_t s0, int64_t s1, int6
     while (t->ndim < 3 && t->shape[t->ndim] > 0)
         t->count *= t->shape[t->ndim++];
     t->offset = p->elements;
-    t->place = p->learned;
+    t->packed_offset = p->num_params;
     p->elements += t->count;
     align(p, 1);
-    p->learned += t->count;
+    p->num_params += t->count;
     return p->count++;
 }
 
@@ -122,7 +122,7 @@ void params_free(struct params *p) {
     *p = (struct params){0};
 }
 
-/* ---- initial values ------------------------------------------------------------------------------- */
+/* ---- initial values ---- */
 
 /* splitmix64's finalizer: a counter in, 64 well-mixed bits out. */
 static uint64_t mix64(uint64_t x) {

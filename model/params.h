@@ -1,7 +1,7 @@
 /* The parameters of a model: every tensor's name, shape, place in the flat buffer, and how it starts and
  * decays.
  *
- * One flat buffer holds all of them, layer by layer; gradients, masters and moments have buffers of the same
+ * One flat buffer holds all of them, layer by layer; gradients, master_weights and moments have buffers of the same
  * layout, so a range of elements means the same everywhere. Names and shapes are those of a checkpoint. */
 #ifndef IHA_MODEL_PARAMS_H
 #define IHA_MODEL_PARAMS_H
@@ -29,7 +29,7 @@ struct param {
     int ndim;
     int64_t shape[3];
     int64_t offset, count; /* elements of the flat buffer */
-    int64_t place;         /* the same without padding: parameters before this one */
+    int64_t packed_offset; /* the same without padding: parameters before this one */
     int layer;             /* -1: not of a layer */
     enum param_class class;
     enum param_init init;
@@ -44,10 +44,10 @@ struct layer_params {
 struct params {
     struct param *list;
     int count;
-    int64_t elements;  /* of the flat buffer, with the padding that aligns tensors */
-    int64_t learned;   /* parameters proper */
-    int layers_count;  /* L */
-    int64_t *layer_at; /* [L + 1]: layer l is elements [layer_at[l], layer_at[l+1]) */
+    int64_t elements;   /* of the flat buffer, with the padding that aligns tensors */
+    int64_t num_params; /* parameters proper */
+    int layers_count;   /* L */
+    int64_t *layer_at;  /* [L + 1]: layer l is elements [layer_at[l], layer_at[l+1]) */
     struct layer_params *layers;
     int embed, pos_embed, final_norm, final_norm_bias, lm_head; /* lm_head = embed when tied */
 };

@@ -8,7 +8,7 @@
  * of 64 W elements (params.c sees to it), so that shares are equal and aligned.
  *
  *   stage 0  every rank holds and updates everything
- *   stage 1  moments (and masters) of its own shares only
+ *   stage 1  moments (and master_weights) of its own shares only
  *   stage 2  gradients too; whole ones exist only for the unit that backward is at, and the one before
  *
  * A rank's shares, put end to end, are its shard: the share at [begin, end) of the flat buffer lies at

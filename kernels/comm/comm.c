@@ -10,13 +10,13 @@
 #include "kernels/comm/comm_internal.h"
 #include "kernels/comm/launcher.h"
 
-/* ---- one rank ----------------------------------------------------------------------------------------- */
+/* ---- one rank ---- */
 
 static void single_close(struct comm *c) {
     (void)c;
 }
 
-static void single_end_run(struct comm *c, const char *text) {
+static void single_abort_run(struct comm *c, const char *text) {
     (void)c;
     fprintf(stderr, "\ntrain_iha: %s\n", text);
     _exit(EXIT_RUN);
@@ -52,12 +52,12 @@ static void single_progress(struct comm *c) {
     (void)c;
 }
 
-static bool single_called(struct comm *c, size_t bytes) {
+static bool single_probe(struct comm *c, size_t bytes) {
     (void)c, (void)bytes;
     return false;
 }
 
-static void single_exchange(struct comm *c, const void *mine, void *all, size_t bytes) {
+static void single_all_gather_host(struct comm *c, const void *mine, void *all, size_t bytes) {
     (void)c;
     memcpy(all, mine, bytes);
 }
@@ -72,16 +72,17 @@ struct comm *comm_single(void) {
         .all_reduce = single_all_reduce,
         .wait = single_wait,
         .progress = single_progress,
-        .called = single_called,
-        .exchange = single_exchange,
-        .end_run = single_end_run,
+        .probe = single_probe,
+        .all_gather_host = single_all_gather_host,
+        .abort_run = single_abort_run,
     };
-    static _Alignas(16) char said[COMM_SAID];
-    static struct comm single = {.ops = &ops, .ranks = 1, .local_ranks = 1, .timeout = 300, .said = said};
+    static _Alignas(16) char said[COMM_SMALL_BYTES];
+    static struct comm single = {
+        .ops = &ops, .ranks = 1, .local_ranks = 1, .timeout = 300, .small_buffer = said};
     return &single;
 }
 
-/* ---- opening ------------------------------------------------------------------------------------------ */
+/* ---- opening ---- */
 
 #ifdef WITH_MPI
 static const char WITHOUT_MPI[] = "the launcher and the MPI of this program do not match";
@@ -133,13 +134,13 @@ size_t comm_staging_bytes(int64_t elements, enum dtype dtype, enum dtype wire) {
     return COMM_IN_FLIGHT * (size_t)elements * (arriving + leaving);
 }
 
-/* ---- agreeing ----------------------------------------------------------------------------------------- */
+/* ---- agreeing ---- */
 
-const void *comm_tell(struct comm *c, const void *mine, size_t bytes) {
-    if (bytes > COMM_SAID)
+const void *comm_all_gather_small(struct comm *c, const void *mine, size_t bytes) {
+    if (bytes > COMM_SMALL_BYTES)
         abort();
-    c->ops->exchange(c, mine, c->said, bytes);
-    return c->said;
+    c->ops->all_gather_host(c, mine, c->small_buffer, bytes);
+    return c->small_buffer;
 }
 
 int comm_agree(struct comm *c, int status, struct error *e) {
@@ -152,7 +153,7 @@ int comm_agree(struct comm *c, int status, struct error *e) {
     struct report mine = {.status = status};
     if (status != 0)
         mine.error = *e;
-    const struct report *all = comm_tell(c, &mine, sizeof mine);
+    const struct report *all = comm_all_gather_small(c, &mine, sizeof mine);
     int first = 0, failed = 0;
     for (int r = c->ranks - 1; r >= 0; r--)
         if (all[r].status != 0) {

@@ -50,8 +50,7 @@ static double now(void) {
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-/* ---- the end of a run -----------------------------------------------------------------------------------
- */
+/* ---- the end of a run ---- */
 
 /* Say why and take every rank down. */
 static void die(const struct p2p *p, const char *format, ...) __attribute__((format(printf, 2, 3), noreturn));
@@ -66,7 +65,7 @@ static void die(const struct p2p *p, const char *format, ...) {
     abort();
 }
 
-static void p2p_end_run(struct comm *c, const char *text) {
+static void p2p_abort_run(struct comm *c, const char *text) {
     die(p2p_of(c), "%s", text);
 }
 
@@ -104,8 +103,7 @@ static void die_waiting(struct p2p *p, struct transfer *t, double waited) {
         late, count > 8 ? " and more" : "", waited, t->name, transport->timeout);
 }
 
-/* ---- transfers ------------------------------------------------------------------------------------------
- */
+/* ---- transfers ---- */
 
 /* type: of the sum and of this rank's own part; arrived, load: of the others' parts, and how to read one. */
 #define ADD_IN_RANK_ORDER(type, arrived, load)                                                               \
@@ -160,7 +158,7 @@ static void p2p_progress(struct comm *c) {
         advance(p, &p->transfers[i]);
 }
 
-static bool p2p_called(struct comm *c, size_t bytes) {
+static bool p2p_probe(struct comm *c, size_t bytes) {
     struct transport *t = p2p_of(c)->transport;
     bool called = false;
     for (int rank = 0; rank < c->ranks; rank++)
@@ -267,7 +265,7 @@ static comm_event p2p_all_gather(struct comm *c, tensor buffer) {
     return t->event;
 }
 
-static void p2p_exchange(struct comm *c, const void *mine, void *all, size_t bytes) {
+static void p2p_all_gather_host(struct comm *c, const void *mine, void *all, size_t bytes) {
     struct p2p *p = p2p_of(c);
     struct transfer *t = begin(p, "exchange");
     memcpy((char *)all + (size_t)c->rank * bytes, mine, bytes);
@@ -279,7 +277,7 @@ static void p2p_all_reduce(struct comm *c, double *values, int count) {
     struct p2p *p = p2p_of(c);
     if (count > SMALL)
         abort();
-    p2p_exchange(c, values, p->small, (size_t)count * sizeof *values);
+    p2p_all_gather_host(c, values, p->small, (size_t)count * sizeof *values);
     for (int i = 0; i < count; i++) {
         double sum = p->small[i];
         for (int r = 1; r < c->ranks; r++)
@@ -288,8 +286,7 @@ static void p2p_all_reduce(struct comm *c, double *values, int count) {
     }
 }
 
-/* ---- opening and closing --------------------------------------------------------------------------------
- */
+/* ---- opening and closing ---- */
 
 static int p2p_reserve(struct comm *c, int64_t elements, enum dtype dtype, enum dtype wire, struct error *e) {
     struct p2p *p = p2p_of(c);
@@ -315,7 +312,7 @@ static void release(struct p2p *p) {
         free(p->transfers[i].rounded);
     }
     free(p->small);
-    free(p->base.said);
+    free(p->base.small_buffer);
     free(p);
 }
 
@@ -343,7 +340,7 @@ static void meet(struct p2p *p) {
     struct transport *t = p->transport;
     char host[TRANSPORT_HOST];
     memcpy(host, t->hosts[c->rank], sizeof host);
-    p2p_exchange(c, host, t->hosts, sizeof host);
+    p2p_all_gather_host(c, host, t->hosts, sizeof host);
     c->local_rank = t->local_rank;
     c->local_ranks = t->local_ranks;
     for (int r = 0; r < c->ranks && t->local_ranks == 0; r++)
@@ -356,15 +353,15 @@ static void meet(struct p2p *p) {
 struct comm *comm_p2p_open(struct transport *t, struct error *e) {
     static const struct comm_ops ops = {
         .close = p2p_close,
-        .end_run = p2p_end_run,
+        .abort_run = p2p_abort_run,
         .reserve = p2p_reserve,
         .reduce_scatter = p2p_reduce_scatter,
         .all_gather = p2p_all_gather,
         .all_reduce = p2p_all_reduce,
         .wait = p2p_wait,
         .progress = p2p_progress,
-        .called = p2p_called,
-        .exchange = p2p_exchange,
+        .probe = p2p_probe,
+        .all_gather_host = p2p_all_gather_host,
     };
     struct p2p *p = t ? calloc(1, sizeof *p) : NULL;
     if (!t)
@@ -376,9 +373,9 @@ struct comm *comm_p2p_open(struct transport *t, struct error *e) {
         p->base = (struct comm){.ops = &p->ops, .rank = t->rank, .ranks = t->ranks};
         p->transport = t;
         p->small = malloc(ranks * SMALL * sizeof *p->small);
-        p->base.said = malloc(ranks * COMM_SAID);
+        p->base.small_buffer = malloc(ranks * COMM_SMALL_BYTES);
     }
-    if (!p || !p->small || !p->base.said) {
+    if (!p || !p->small || !p->base.small_buffer) {
         fail_run(e, "rank %d: out of memory opening %s", t->rank, t->ops->name);
     } else if (t->ops->reserve(t, COMM_IN_FLIGHT * 2 * t->ranks, e) == 0) {
         meet(p);

@@ -31,7 +31,7 @@ int start_mpi_ranks(void) {
     return ranks > 0 ? ranks : 0;
 }
 
-int comm_started_rank(void) {
+int comm_launch_rank(void) {
     static const char *const variables[] = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "RANK",
                                             "SLURM_PROCID"};
     int ranks = number_in("WORLD_SIZE", 0, MOST_RANKS);

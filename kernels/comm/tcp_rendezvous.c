@@ -47,7 +47,7 @@ static const char *meeting_place(const struct start *s, char text[300]) {
     return text;
 }
 
-/* ---- those who connect --------------------------------------------------------------------------------- */
+/* ---- those who connect ---- */
 
 /* What was said so far on a connection. */
 struct caller {
@@ -218,7 +218,7 @@ static int accept_ranks(struct meeting *m, double deadline, struct error *e) {
     return status;
 }
 
-/* ---- saying who one is --------------------------------------------------------------------------------- */
+/* ---- saying who one is ---- */
 
 static int say_hello(const struct meeting *m, int fd, double deadline) {
     const struct start *s = m->start;
@@ -250,7 +250,7 @@ static int introduce(struct meeting *m, int fd, double deadline, const char **wh
     return tcp_receive_all(fd, m->all, (size_t)m->start->ranks * sizeof *m->all, deadline);
 }
 
-/* ---- rank 0 -------------------------------------------------------------------------------------------- */
+/* ---- rank 0 ---- */
 
 static int resolve(const struct start *s, struct addrinfo **found, struct error *e) {
     char port[16];
@@ -329,7 +329,7 @@ static int gather_all(struct meeting *m, struct error *e) {
     return status;
 }
 
-/* ---- the others ---------------------------------------------------------------------------------------- */
+/* ---- the others ---- */
 
 /* Rank 0 may not listen yet, and its machine's name not be known yet. */
 static int come(struct meeting *m, struct error *e) {

@@ -19,7 +19,7 @@ void rest(double seconds) {
     nanosleep(&(struct timespec){.tv_nsec = (long)(seconds * 1e9)}, NULL);
 }
 
-/* ---- sockets ------------------------------------------------------------------------------------------- */
+/* ---- sockets ---- */
 
 void tcp_prepare(int fd) {
     int on = 1, idle = 10, interval = 5, probes = 3;
@@ -118,7 +118,7 @@ int tcp_listen(int port) {
     return -1;
 }
 
-/* ---- addresses ----------------------------------------------------------------------------------------- */
+/* ---- addresses ---- */
 
 static struct address address_of(const struct sockaddr_storage *s) {
     struct address a = {.family = s->ss_family};

@@ -28,8 +28,7 @@ static MPI_Request *request_of(struct transport *t, int slot) {
     return ((struct mpi_transport *)t)->requests + slot;
 }
 
-/* ---- the end of a run -----------------------------------------------------------------------------------
- */
+/* ---- the end of a run ---- */
 
 /* MPI itself waits for ranks where it opens and closes, and knows no timeout: an alarm ends the process. */
 static char overdue[256]; /* what is said then */
@@ -68,8 +67,7 @@ static void mpi_pause(struct transport *t, double seconds) {
     nanosleep(&(struct timespec){.tv_sec = (time_t)seconds}, NULL);
 }
 
-/* ---- messages -------------------------------------------------------------------------------------------
- */
+/* ---- messages ---- */
 
 static int check(int code, struct error *e) {
     char text[MPI_MAX_ERROR_STRING] = "";
@@ -114,8 +112,7 @@ static bool mpi_unasked(struct transport *t, int source, size_t bytes) {
            MPI_Get_count(&status, MPI_BYTE, &count) == MPI_SUCCESS && (size_t)count == bytes;
 }
 
-/* ---- opening and closing --------------------------------------------------------------------------------
- */
+/* ---- opening and closing ---- */
 
 static void mpi_release(struct transport *t) {
     free(((struct mpi_transport *)t)->requests);
@@ -139,7 +136,7 @@ static int place(struct transport *t, struct error *e) {
     if (MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN) != MPI_SUCCESS ||
         MPI_Comm_rank(MPI_COMM_WORLD, &t->rank) != MPI_SUCCESS ||
         MPI_Comm_size(MPI_COMM_WORLD, &t->ranks) != MPI_SUCCESS)
-        return fail_run(e, "rank %d: MPI cannot tell how many ranks there are", comm_started_rank());
+        return fail_run(e, "rank %d: MPI cannot tell how many ranks there are", comm_launch_rank());
     if (MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &local) != MPI_SUCCESS ||
         MPI_Comm_rank(local, &t->local_rank) != MPI_SUCCESS ||
         MPI_Comm_size(local, &t->local_ranks) != MPI_SUCCESS || MPI_Comm_free(&local) != MPI_SUCCESS)
@@ -167,14 +164,14 @@ struct transport *transport_mpi_open(double timeout, struct error *e) {
     struct mpi_transport *m = calloc(1, sizeof *m);
     int given;
     if (!m) {
-        fail_run(e, "rank %d: out of memory opening MPI", comm_started_rank());
+        fail_run(e, "rank %d: out of memory opening MPI", comm_launch_rank());
         return NULL;
     }
     m->base.ops = &ops;
     m->base.timeout = timeout;
-    set_alarm(&m->base, comm_started_rank(), "MPI_Init");
+    set_alarm(&m->base, comm_launch_rank(), "MPI_Init");
     if (MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &given) != MPI_SUCCESS) {
-        fail_run(e, "rank %d: MPI does not start; look at what it printed", comm_started_rank());
+        fail_run(e, "rank %d: MPI does not start; look at what it printed", comm_launch_rank());
         free(m);
         return NULL;
     }

@@ -63,7 +63,7 @@ struct tcp {
     struct message *slots; /* by slot */
     struct pollfd *polled; /* [ranks] */
     bool ending;           /* this rank ends the run: what data still come are not wanted */
-    bool said;             /* and a rank has said why */
+    bool reported;         /* and a rank has said why */
 };
 
 enum finder { FOUND_HERE, FOUND_BY_ANOTHER };
@@ -74,7 +74,7 @@ static struct tcp *tcp_of(struct transport *t) {
 
 static void end_run(struct tcp *t, const char *line, enum finder finder) __attribute__((noreturn));
 
-/* ---- queues -------------------------------------------------------------------------------------------- */
+/* ---- queues ---- */
 
 static void push(struct queue *q, struct message *m) {
     m->next = NULL;
@@ -97,7 +97,7 @@ static void hang_up(struct peer *p, int problem) {
     p->problem = problem;
 }
 
-/* ---- what arrives -------------------------------------------------------------------------------------- */
+/* ---- what arrives ---- */
 
 /* Ranks that do not agree on what comes next. */
 static void lost_step(struct tcp *t, int rank, const struct message *expected) {
@@ -140,7 +140,7 @@ static size_t space_for(struct tcp *t, int rank, char **to) {
 
 static void note_end(struct tcp *t, struct peer *p) {
     p->text[p->header_in.bytes] = '\0';
-    t->said = t->said || p->header_in.kind == END_SAID;
+    t->reported = t->reported || p->header_in.kind == END_SAID;
     if (!t->ending)
         end_run(t, p->text, FOUND_BY_ANOTHER);
 }
@@ -182,7 +182,7 @@ static void read_from(struct tcp *t, int rank) {
     }
 }
 
-/* ---- what leaves --------------------------------------------------------------------------------------- */
+/* ---- what leaves ---- */
 
 static void write_to(struct peer *p) {
     while (p->fd >= 0 && p->out.first) {
@@ -210,7 +210,7 @@ static void write_to(struct peer *p) {
     }
 }
 
-/* ---- progress ------------------------------------------------------------------------------------------ */
+/* ---- progress ---- */
 
 /* Wait at most so many milliseconds for something to move, and let it. */
 static void move(struct tcp *t, int milliseconds) {
@@ -232,11 +232,11 @@ static void move(struct tcp *t, int milliseconds) {
     }
 }
 
-/* ---- the end of a run ---------------------------------------------------------------------------------- */
+/* ---- the end of a run ---- */
 
 static void say(struct tcp *t, const char *line) {
     fprintf(stderr, "\ntrain_iha: %s\n", line);
-    t->said = true;
+    t->reported = true;
 }
 
 /* Behind the message that is half sent; those after it nobody will miss. */
@@ -244,7 +244,7 @@ static void send_end(struct tcp *t, int rank, struct message *end, const char *l
     struct peer *p = &t->peers[rank];
     bool begun = p->out.first && p->moved_out > 0;
     *end = (struct message){
-        .data = (char *)line, .bytes = strlen(line), .kind = t->said ? END_SAID : END, .peer = rank};
+        .data = (char *)line, .bytes = strlen(line), .kind = t->reported ? END_SAID : END, .peer = rank};
     p->out.last = p->out.first;
     if (begun)
         p->out.first->next = NULL;
@@ -274,19 +274,19 @@ static void end_run(struct tcp *t, const char *line, enum finder finder) {
     t->ending = true;
     while (first != t->base.rank && (t->peers[first].fd < 0 || t->peers[first].problem))
         first++;
-    if (first == t->base.rank && !t->said)
+    if (first == t->base.rank && !t->reported)
         say(t, text);
     for (int r = 0; r < ranks && ends; r++)
         if (t->peers[r].fd >= 0)
             send_end(t, r, &ends[r], text);
     double begin = now();
     for (;;) {
-        bool waits = finder == FOUND_HERE && !t->said;
+        bool waits = finder == FOUND_HERE && !t->reported;
         if (still_open(t) == 0 || now() - begin > (waits ? SAY_SECONDS : LEAVE_SECONDS))
             break;
         move(t, 20);
     }
-    if (finder == FOUND_HERE && !t->said)
+    if (finder == FOUND_HERE && !t->reported)
         say(t, text);
     _exit(EXIT_RUN);
 }
@@ -303,7 +303,7 @@ static void tcp_pause(struct transport *t, double seconds) {
     }
 }
 
-/* ---- messages ------------------------------------------------------------------------------------------ */
+/* ---- messages ---- */
 
 static int tcp_reserve(struct transport *t, int count, struct error *e) {
     struct message *slots = calloc((size_t)count, sizeof *slots);
@@ -357,7 +357,7 @@ static bool tcp_unasked(struct transport *t, int source, size_t bytes) {
            p->header_in.bytes == bytes;
 }
 
-/* ---- opening and closing ------------------------------------------------------------------------------- */
+/* ---- opening and closing ---- */
 
 static void tcp_close(struct transport *t) {
     struct tcp *tcp = tcp_of(t);

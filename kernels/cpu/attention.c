@@ -236,7 +236,7 @@ static void check_attention(const char *op, const struct attention_spec *s, tens
 
 void cpu_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v, tensor o,
                    void *saved) {
-    give_way(dev);
+    call_progress(dev);
     check_attention("attention", s, q, k, v, o);
     char *base = cpu_workspace(dev, attention_plan(dev, s).workspace, "attention");
     struct scratch unused;
@@ -335,7 +335,7 @@ static void backward_head(const struct attention_spec *s, const struct scratch *
 
 void cpu_attention_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                             tensor o, tensor d_o, const void *saved, tensor dq, tensor dk, tensor dv) {
-    give_way(dev);
+    call_progress(dev);
     check_attention("attention_backward", s, q, k, v, o);
     check_attention("attention_backward (gradients)", s, dq, dk, dv, d_o);
     char *base = cpu_workspace(dev, attention_plan(dev, s).workspace, "attention_backward");

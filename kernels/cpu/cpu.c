@@ -66,9 +66,10 @@ static double cpu_peak_flops(struct device *dev) {
 }
 
 /* Ranks' tensors are host memory already. */
-static struct comm *cpu_join(struct device *dev, struct comm *ranks, enum join_how how, struct error *e) {
+static struct comm *cpu_open_comm(struct device *dev, struct comm *ranks, enum comm_backend how,
+                                  struct error *e) {
     (void)dev;
-    if (how != JOIN_NCCL)
+    if (how != COMM_BACKEND_NCCL)
         return ranks;
     fail_user(e, "system.comm = nccl joins GPUs, and this run is on the CPU; use auto");
     return NULL;
@@ -80,9 +81,9 @@ static size_t cpu_staging_bytes(struct device *dev, int64_t elements, int ranks,
     return comm_staging_bytes(elements, dtype, wire);
 }
 
-static void cpu_set_idle_call(struct device *dev, void (*call)(void *context), void *context) {
-    dev->idle_call = call;
-    dev->idle_context = context;
+static void cpu_set_progress_callback(struct device *dev, void (*call)(void *context), void *context) {
+    dev->progress_callback = call;
+    dev->progress_context = context;
 }
 
 /* Page-aligned and fresh from the kernel, so zeroed, and placed by the thread that touches it first. */
@@ -199,8 +200,8 @@ static int cpu_plan(struct device *dev, const struct op_spec *spec, struct op_co
     case OP_NORM:
         *cost = norm_plan(dev, &spec->norm);
         break;
-    case OP_MIX:
-        *cost = mix_plan(dev, &spec->mix);
+    case OP_QKV_MIX:
+        *cost = qkv_mix_plan(dev, &spec->qkv_mix);
         break;
     case OP_ATTENTION:
         *cost = attention_plan(dev, &spec->attention);
@@ -247,9 +248,9 @@ const struct kernels *kernels_cpu(void) {
         .describe = cpu_describe,
         .dtypes = cpu_dtypes,
         .peak_flops = cpu_peak_flops,
-        .join = cpu_join,
+        .open_comm = cpu_open_comm,
         .staging_bytes = cpu_staging_bytes,
-        .set_idle_call = cpu_set_idle_call,
+        .set_progress_callback = cpu_set_progress_callback,
         .alloc = cpu_alloc,
         .release = cpu_release,
         .memory_available = cpu_memory_available,
@@ -269,7 +270,7 @@ const struct kernels *kernels_cpu(void) {
         .embed = cpu_embed,
         .embed_backward = cpu_embed_backward,
         .residual_norm = cpu_residual_norm,
-        .residual_norm_again = cpu_residual_norm_again,
+        .residual_norm_recompute = cpu_residual_norm_recompute,
         .residual_norm_backward = cpu_residual_norm_backward,
         .linear = cpu_linear,
         .linear_backward = cpu_linear_backward,

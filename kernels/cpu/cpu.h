@@ -15,17 +15,17 @@ struct device {
     char *workspace;
     size_t workspace_bytes;
     char description[256];
-    void (*idle_call)(void *context);
-    void *idle_context;
+    void (*progress_callback)(void *context);
+    void *progress_context;
     struct trace *trace; /* NULL: nobody looks */
     double trace_began;
     struct step_state posted; /* nothing is queued here, so one is enough */
 };
 
 /* To be called where an operation begins that may take long. */
-static inline void give_way(const struct device *dev) {
-    if (dev->idle_call)
-        dev->idle_call(dev->idle_context);
+static inline void call_progress(const struct device *dev) {
+    if (dev->progress_callback)
+        dev->progress_callback(dev->progress_context);
 }
 
 /* Bytes the machine, and the containers around this process, still have: this rank's share of them, or all
@@ -57,7 +57,7 @@ extern int64_t attention_tiles_visited;
 
 /* What each operation's plan says; see kernels.h. */
 struct op_cost norm_plan(const struct device *dev, const struct norm_spec *s);
-struct op_cost mix_plan(const struct device *dev, const struct mix_spec *s);
+struct op_cost qkv_mix_plan(const struct device *dev, const struct qkv_mix_spec *s);
 struct op_cost attention_plan(const struct device *dev, const struct attention_spec *s);
 struct op_cost collapse_plan(const struct device *dev, const struct collapse_spec *s);
 struct op_cost classifier_plan(const struct device *dev, const struct classifier_spec *s);
@@ -68,17 +68,17 @@ void cpu_embed_backward(struct device *, const struct embed_spec *, tensor token
                         tensor dpos);
 void cpu_residual_norm(struct device *, const struct norm_spec *, tensor x, tensor delta, tensor w, tensor b,
                        tensor sum, tensor y, void *saved);
-void cpu_residual_norm_again(struct device *, const struct norm_spec *, tensor sum, tensor w, tensor b,
-                             tensor y, const void *saved);
+void cpu_residual_norm_recompute(struct device *, const struct norm_spec *, tensor sum, tensor w, tensor b,
+                                 tensor y, const void *saved);
 void cpu_residual_norm_backward(struct device *, const struct norm_spec *, tensor dy, tensor sum, tensor w,
                                 const void *saved, tensor dx, tensor dw, tensor db, bool accumulate);
 void cpu_linear(struct device *, const struct linear_spec *, tensor x, tensor w, tensor bias, tensor y);
 void cpu_linear_backward(struct device *, const struct linear_spec *, tensor dy, tensor x, tensor w,
                          tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate);
 void cpu_rope_table(struct device *, tensor table, double theta);
-void cpu_qkv_mix(struct device *, const struct mix_spec *, tensor qkv, tensor alpha_q, tensor alpha_k,
+void cpu_qkv_mix(struct device *, const struct qkv_mix_spec *, tensor qkv, tensor alpha_q, tensor alpha_k,
                  tensor alpha_v, tensor table, int64_t first, tensor q, tensor k, tensor v);
-void cpu_qkv_mix_backward(struct device *, const struct mix_spec *, tensor dq, tensor dk, tensor dv,
+void cpu_qkv_mix_backward(struct device *, const struct qkv_mix_spec *, tensor dq, tensor dk, tensor dv,
                           tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
                           tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v, bool accumulate);
 void cpu_attention(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v, tensor o,

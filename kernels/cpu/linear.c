@@ -37,7 +37,7 @@ void sum_shares(const real *shares, int parts, int64_t stride, int64_t n, real *
 }
 
 void cpu_linear(struct device *dev, const struct linear_spec *s, tensor x, tensor w, tensor bias, tensor y) {
-    give_way(dev);
+    call_progress(dev);
     check_real("linear", "x", x, s->rows, s->in, 0, 0, 0);
     check_real("linear", "W", w, s->out, s->in, 0, 0, 0);
     check_real("linear", "y", y, s->rows, s->out, 0, 0, 0);
@@ -51,7 +51,7 @@ void cpu_linear(struct device *dev, const struct linear_spec *s, tensor x, tenso
 
 void cpu_linear_backward(struct device *dev, const struct linear_spec *s, tensor dy, tensor x, tensor w,
                          tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate) {
-    give_way(dev);
+    call_progress(dev);
     check_real("linear_backward", "dy", dy, s->rows, s->out, 0, 0, 0);
     check_real("linear_backward", "x", x, s->rows, s->in, 0, 0, 0);
     check_real("linear_backward", "dW", dw, s->out, s->in, 0, 0, 0);
@@ -59,7 +59,7 @@ void cpu_linear_backward(struct device *dev, const struct linear_spec *s, tensor
          dw.stride[0]);
     if (dbias.data)
         column_sums(dy.data, s->rows, s->out, dy.stride[0], dbias.data, accumulate);
-    give_way(dev);
+    call_progress(dev);
     if (dx.data) {
         check_real("linear_backward", "W", w, s->out, s->in, 0, 0, 0);
         check_real("linear_backward", "dx", dx, s->rows, s->in, 0, 0, 0);

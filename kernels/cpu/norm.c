@@ -64,12 +64,12 @@ void cpu_residual_norm(struct device *dev, const struct norm_spec *s, tensor x, 
     }
 }
 
-void cpu_residual_norm_again(struct device *dev, const struct norm_spec *s, tensor sum, tensor w, tensor b,
-                             tensor y, const void *saved) {
+void cpu_residual_norm_recompute(struct device *dev, const struct norm_spec *s, tensor sum, tensor w,
+                                 tensor b, tensor y, const void *saved) {
     (void)dev;
     int64_t C = s->hidden;
-    check_real("residual_norm_again", "sum", sum, s->rows, C, 0, 0, 0);
-    check_real("residual_norm_again", "y", y, s->rows, C, 0, 0, 0);
+    check_real("residual_norm_recompute", "sum", sum, s->rows, C, 0, 0, 0);
+    check_real("residual_norm_recompute", "y", y, s->rows, C, 0, 0, 0);
     const struct row_stats *stats = saved;
 #pragma omp parallel for
     for (int64_t n = 0; n < s->rows; n++)

@@ -6,17 +6,17 @@
 #include "kernels/cpu/head_mix.h"
 #include "kernels/cpu/rope.h"
 
-static int64_t rows_out(const struct mix_spec *s) {
+static int64_t rows_out(const struct qkv_mix_spec *s) {
     return s->pseudo * s->heads;
 }
 
 /* Scratch of one thread in backward: three dalphas, and a block of gradients rotated back. */
-static int64_t thread_reals(const struct mix_spec *s) {
+static int64_t thread_reals(const struct qkv_mix_spec *s) {
     int64_t dalpha = s->mixed ? 3 * rows_out(s) * s->heads : 0;
     return round_up(dalpha + MIX_TOKENS * rows_out(s) * s->head_dim, 16);
 }
 
-struct op_cost mix_plan(const struct device *dev, const struct mix_spec *s) {
+struct op_cost qkv_mix_plan(const struct device *dev, const struct qkv_mix_spec *s) {
     return (struct op_cost){.workspace = (size_t)dev->threads * (size_t)thread_reals(s) * sizeof(real)};
 }
 
@@ -34,7 +34,7 @@ void cpu_rope_table(struct device *dev, tensor table, double theta) {
 }
 
 /* Rotate the P*H rows of the token at position `token`; sign -1 rotates back. x may be out. */
-static void rotate_token(const struct mix_spec *s, const real *x, tensor table, int64_t token, real sign,
+static void rotate_token(const struct qkv_mix_spec *s, const real *x, tensor table, int64_t token, real sign,
                          real *out) {
     int64_t d = s->head_dim;
     for (int64_t p = 0; p < s->pseudo; p++) {
@@ -45,7 +45,8 @@ static void rotate_token(const struct mix_spec *s, const real *x, tensor table, 
     }
 }
 
-static void check_mix(const char *op, const struct mix_spec *s, tensor qkv, tensor q, tensor k, tensor v) {
+static void check_mix(const char *op, const struct qkv_mix_spec *s, tensor qkv, tensor q, tensor k,
+                      tensor v) {
     int64_t B = s->batch, S = s->tokens * s->pseudo, H = s->heads, d = s->head_dim;
     check_real(op, "qkv", qkv, B, s->tokens, 3, H, d);
     const char *names[3] = {"q", "k", "v"};
@@ -57,7 +58,7 @@ static void check_mix(const char *op, const struct mix_spec *s, tensor qkv, tens
     check_contiguous(op, "qkv", qkv);
 }
 
-void cpu_qkv_mix(struct device *dev, const struct mix_spec *s, tensor qkv, tensor alpha_q, tensor alpha_k,
+void cpu_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q, tensor alpha_k,
                  tensor alpha_v, tensor table, int64_t first, tensor q, tensor k, tensor v) {
     (void)dev;
     check_mix("qkv_mix", s, qkv, q, k, v);
@@ -79,7 +80,7 @@ void cpu_qkv_mix(struct device *dev, const struct mix_spec *s, tensor qkv, tenso
 }
 
 /* `count` tokens from n of one of q, k, v: rotate the gradient back, then both gradients of the mixing. */
-static void mix_backward_block(const struct mix_spec *s, int64_t n, int64_t count, const real *dout,
+static void mix_backward_block(const struct qkv_mix_spec *s, int64_t n, int64_t count, const real *dout,
                                const real *in, const real *alpha, bool rotated, tensor table, real *unrotated,
                                real *din, real *dalpha) {
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s), in_stride = 3 * H * d;
@@ -98,13 +99,13 @@ static void mix_backward_block(const struct mix_spec *s, int64_t n, int64_t coun
     head_outer(I, H, d, count, dout, I * d, in, in_stride, dalpha);
 }
 
-void cpu_qkv_mix_backward(struct device *dev, const struct mix_spec *s, tensor dq, tensor dk, tensor dv,
+void cpu_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk, tensor dv,
                           tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
                           tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v, bool accumulate) {
     check_mix("qkv_mix_backward", s, qkv, dq, dk, dv);
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s), matrix = I * H, N = s->batch * s->tokens;
     int64_t stride = thread_reals(s);
-    real *scratch = cpu_workspace(dev, mix_plan(dev, s).workspace, "qkv_mix_backward");
+    real *scratch = cpu_workspace(dev, qkv_mix_plan(dev, s).workspace, "qkv_mix_backward");
     const real *alpha[3] = {alpha_q.data, alpha_k.data, alpha_v.data};
     const real *dout[3] = {dq.data, dk.data, dv.data};
 #pragma omp parallel num_threads(dev->threads)

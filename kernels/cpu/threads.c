@@ -36,7 +36,7 @@ static void count_sharers(struct comm *comm, const cpu_set_t *allowed, int *shar
     if (!comm || comm->ranks == 1)
         return;
     gethostname(mine.host, sizeof mine.host - 1);
-    const struct place *all = comm_tell(comm, &mine, sizeof mine);
+    const struct place *all = comm_all_gather_small(comm, &mine, sizeof mine);
     *sharers = 0;
     for (int r = 0; r < comm->ranks; r++)
         if (strcmp(all[r].host, mine.host) == 0 && CPU_EQUAL(&all[r].allowed, allowed)) {

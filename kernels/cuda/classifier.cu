@@ -121,8 +121,7 @@ static __global__ void __launch_bounds__(SUM_THREADS)
         state->loss += scale * sum;
 }
 
-/* ---- the operation ---------------------------------------------------------------------------------------
- */
+/* ---- the operation ---- */
 
 /* The workspace: scratch of the products, losses, logits. */
 struct layout {

@@ -6,8 +6,7 @@
 #include <string.h>
 #include <time.h>
 
-/* ---- checks ----------------------------------------------------------------------------------------------
- */
+/* ---- checks ---- */
 
 static const char *hint_for(cudaError_t status) {
     switch (status) {
@@ -49,8 +48,7 @@ void cublas_check_status(cublasStatus_t status, const char *call, const char *fi
     abort();
 }
 
-/* ---- the device ------------------------------------------------------------------------------------------
- */
+/* ---- the device ---- */
 
 int cuda_devices(void) {
     int count = 0;
@@ -150,22 +148,22 @@ static double peak_flops(struct device *dev) {
     return 0;
 }
 
-static void set_idle_call(struct device *dev, void (*call)(void *), void *context) {
-    dev->idle = call;
-    dev->idle_context = context;
-    dev->idle_thread = pthread_self();
+static void set_progress_callback(struct device *dev, void (*call)(void *), void *context) {
+    dev->progress_callback = call;
+    dev->progress_context = context;
+    dev->progress_thread = pthread_self();
 }
 
 void cuda_host_wait(struct device *dev, cudaEvent_t event) {
     /* Ranks speak from one thread; the one that saves waits in silence. */
-    if (!dev->idle || !pthread_equal(dev->idle_thread, pthread_self())) {
+    if (!dev->progress_callback || !pthread_equal(dev->progress_thread, pthread_self())) {
         cuda_check(cudaEventSynchronize(event));
         return;
     }
     cudaError_t status;
     for (int looks = 0; (status = cudaEventQuery(event)) == cudaErrorNotReady; looks++) {
         struct timespec pause = {0, 50000};
-        dev->idle(dev->idle_context);
+        dev->progress_callback(dev->progress_context);
         if (looks > 100)
             nanosleep(&pause, NULL);
     }
@@ -180,8 +178,7 @@ void cuda_await_queue(struct device *dev) {
     cuda_check(cudaEventDestroy(event));
 }
 
-/* ---- memory ----------------------------------------------------------------------------------------------
- */
+/* ---- memory ---- */
 
 static void *alloc_zeroed(struct device *dev, size_t bytes, struct error *e) {
     void *data = NULL;
@@ -222,8 +219,7 @@ static void copy(struct device *dev, void *to, const void *from, size_t bytes) {
     cuda_check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, dev->stream));
 }
 
-/* ---- plans -----------------------------------------------------------------------------------------------
- */
+/* ---- plans ---- */
 
 static int plan(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e) {
     *cost = (struct op_cost){0, 0};
@@ -234,8 +230,8 @@ static int plan(struct device *dev, const struct op_spec *spec, struct op_cost *
         return cuda_norm_plan(dev, &spec->norm, cost, e);
     case OP_LINEAR:
         return cuda_linear_plan(dev, &spec->linear, cost, e);
-    case OP_MIX:
-        return cuda_mix_plan(dev, &spec->mix, cost, e);
+    case OP_QKV_MIX:
+        return cuda_qkv_mix_plan(dev, &spec->qkv_mix, cost, e);
     case OP_ATTENTION:
         return cuda_attention_plan(dev, &spec->attention, cost, e);
     case OP_COLLAPSE:
@@ -267,9 +263,9 @@ const struct kernels *kernels_cuda(void) {
         .describe = describe,
         .dtypes = dtypes,
         .peak_flops = peak_flops,
-        .join = cuda_join,
+        .open_comm = cuda_open_comm,
         .staging_bytes = cuda_staging_bytes,
-        .set_idle_call = set_idle_call,
+        .set_progress_callback = set_progress_callback,
         .alloc = alloc_zeroed,
         .release = release,
         .memory_available = memory_available,
@@ -286,11 +282,11 @@ const struct kernels *kernels_cuda(void) {
         .trace_end = cuda_trace_end,
         .plan = plan,
         .set_workspace = set_workspace,
-        .attention_by = cuda_attention_by,
+        .attention_backend = cuda_attention_backend,
         .embed = cuda_embed,
         .embed_backward = cuda_embed_backward,
         .residual_norm = cuda_residual_norm,
-        .residual_norm_again = cuda_residual_norm_again,
+        .residual_norm_recompute = cuda_residual_norm_recompute,
         .residual_norm_backward = cuda_residual_norm_backward,
         .linear = cuda_linear,
         .linear_backward = cuda_linear_backward,

@@ -60,9 +60,9 @@ struct device {
     struct staging *staging;
     struct graph *graphs; /* [GRAPHS]; NULL: none are kept */
     struct trace *trace;  /* NULL: nobody looks */
-    void (*idle)(void *context);
-    void *idle_context;
-    pthread_t idle_thread; /* that set it */
+    void (*progress_callback)(void *context);
+    void *progress_context;
+    pthread_t progress_thread; /* that set it */
     struct posted_step posted[POSTED_STEPS];
     int64_t posts, collects;
     char name[256], description[320];
@@ -108,7 +108,7 @@ static inline bool aligned16(std::initializer_list<const void *> addresses) {
     return true;
 }
 
-/* Until the event has come, calling what set_idle_call set. */
+/* Until the event has come, calling what set_progress_callback set. */
 void cuda_host_wait(struct device *dev, cudaEvent_t event);
 /* Until all that is queued now has been done, likewise. */
 void cuda_await_queue(struct device *dev);
@@ -152,11 +152,11 @@ int cuda_embed_plan(struct device *, const struct embed_spec *, struct op_cost *
 int cuda_norm_plan(struct device *, const struct norm_spec *, struct op_cost *, struct error *);
 int cuda_linear_plan(struct device *, const struct linear_spec *, struct op_cost *, struct error *);
 int cuda_classifier_plan(struct device *, const struct classifier_spec *, struct op_cost *, struct error *);
-int cuda_mix_plan(struct device *, const struct mix_spec *, struct op_cost *, struct error *);
+int cuda_qkv_mix_plan(struct device *, const struct qkv_mix_spec *, struct op_cost *, struct error *);
 int cuda_collapse_plan(struct device *, const struct collapse_spec *, struct op_cost *, struct error *);
 int cuda_attention_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
 void attention_plans_free(struct attention_plans *);
-const char *cuda_attention_by(struct device *, const struct attention_spec *, size_t *deterministic);
+const char *cuda_attention_backend(struct device *, const struct attention_spec *, size_t *deterministic);
 int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
 
 /* C[m,n] = op(A) op(B) (+ C) (+ bias [n]), row-major; transposed operands are stored [k,m] and [n,k]. A and B
@@ -183,7 +183,7 @@ void cuda_download(struct device *, tensor src, void *host, enum dtype host_dtyp
 /* A small piece of device memory as it is, when the queue has come so far. */
 void cuda_read(struct device *, const void *src, void *host, size_t bytes);
 struct staging *staging_create(void);
-struct comm *cuda_join(struct device *, struct comm *ranks, enum join_how how, struct error *e);
+struct comm *cuda_open_comm(struct device *, struct comm *ranks, enum comm_backend how, struct error *e);
 size_t cuda_staging_bytes(struct device *, int64_t elements, int ranks, enum dtype dtype, enum dtype wire);
 void cuda_range_begin(struct device *, const char *name, int index);
 void cuda_range_end(struct device *);
@@ -202,17 +202,17 @@ void cuda_embed_backward(struct device *, const struct embed_spec *, tensor toke
                          tensor dpos);
 void cuda_residual_norm(struct device *, const struct norm_spec *, tensor x, tensor delta, tensor w, tensor b,
                         tensor sum, tensor y, void *saved);
-void cuda_residual_norm_again(struct device *, const struct norm_spec *, tensor sum, tensor w, tensor b,
-                              tensor y, const void *saved);
+void cuda_residual_norm_recompute(struct device *, const struct norm_spec *, tensor sum, tensor w, tensor b,
+                                  tensor y, const void *saved);
 void cuda_residual_norm_backward(struct device *, const struct norm_spec *, tensor dy, tensor sum, tensor w,
                                  const void *saved, tensor dx, tensor dw, tensor db, bool accumulate);
 void cuda_linear(struct device *, const struct linear_spec *, tensor x, tensor w, tensor bias, tensor y);
 void cuda_linear_backward(struct device *, const struct linear_spec *, tensor dy, tensor x, tensor w,
                           tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate);
 void cuda_rope_table(struct device *, tensor table, double theta);
-void cuda_qkv_mix(struct device *, const struct mix_spec *, tensor qkv, tensor alpha_q, tensor alpha_k,
+void cuda_qkv_mix(struct device *, const struct qkv_mix_spec *, tensor qkv, tensor alpha_q, tensor alpha_k,
                   tensor alpha_v, tensor table, int64_t first, tensor q, tensor k, tensor v);
-void cuda_qkv_mix_backward(struct device *, const struct mix_spec *, tensor dq, tensor dk, tensor dv,
+void cuda_qkv_mix_backward(struct device *, const struct qkv_mix_spec *, tensor dq, tensor dk, tensor dv,
                            tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
                            tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v, bool accumulate);
 void cuda_attention(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v, tensor o,

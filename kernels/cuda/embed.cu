@@ -36,8 +36,7 @@ static __global__ void __launch_bounds__(THREADS)
     store_word<V>(x + n * C + c, row);
 }
 
-/* ---- the sort --------------------------------------------------------------------------------------------
- */
+/* ---- the sort ---- */
 
 static __global__ void __launch_bounds__(THREADS)
     count_tokens(const int32_t *ids, int64_t rows, int32_t *counts) {
@@ -99,8 +98,7 @@ static __global__ void __launch_bounds__(THREADS)
     sorted[from + rank] = (int32_t)n;
 }
 
-/* ---- the sums --------------------------------------------------------------------------------------------
- */
+/* ---- the sums ---- */
 
 /* Block (chunk, columns). A chunk's first run may have begun before it, and its last may go on: their sums go
  * to edges [chunks, 2, C], first and last (a chunk that is all one run leaves it in the first only). Bytes
@@ -212,8 +210,7 @@ static __global__ void __launch_bounds__(THREADS)
     store(dpos + i, sum);
 }
 
-/* ---- launches --------------------------------------------------------------------------------------------
- */
+/* ---- launches ---- */
 
 /* Backward's workspace: the sort's integers and the runs' edges. */
 struct sort_space {

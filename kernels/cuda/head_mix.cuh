@@ -63,7 +63,7 @@
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/mma.cuh"
 
-/* ---- the matrix and the order of its rows ------------------------------------------------------------- */
+/* ---- the matrix and the order of its rows ---- */
 
 enum head_storage {
     BY_PSEUDO_HEAD, /* alpha [P,H,H]: M[i,j] at i H + j */
@@ -135,7 +135,7 @@ static __device__ __forceinline__ int warp_number() {
     return __shfl_sync(0xffffffff, (int)threadIdx.x / 32, 0);
 }
 
-/* ---- columns ------------------------------------------------------------------------------------------- */
+/* ---- columns ---- */
 
 enum {
     GROUP = 32,             /* columns of either half that a warp takes at a time */
@@ -147,8 +147,7 @@ template <typename = void> bool tensor_core_shape(enum dtype type, int64_t heads
     return type == DTYPE_BF16 && heads <= 64 && head_dim % 16 == 0;
 }
 
-/* ---- tensor-core tiles -----------------------------------------------------------------------------------
- */
+/* ---- tensor-core tiles ---- */
 
 static __device__ __forceinline__ uint32_t pack(float low, float high) {
     union {
@@ -408,8 +407,7 @@ template <typename F> void by_head_tiles(int64_t heads, F f) {
         f(std::integral_constant<int, 4>());
 }
 
-/* ---- RoPE -------------------------------------------------------------------------------------------------
- */
+/* ---- RoPE ---- */
 
 /* Where the angles of token n = b T + t are. */
 struct rope_rows {

@@ -71,8 +71,7 @@ static void column_sums(struct device *dev, tensor x, float *out, bool accumulat
     });
 }
 
-/* ---- the operation ---------------------------------------------------------------------------------------
- */
+/* ---- the operation ---- */
 
 static struct matmul forward_shape(const struct linear_spec *s, enum dtype t, int64_t ldx, int64_t ldw,
                                    int64_t ldy, bool bias) {

@@ -118,8 +118,7 @@ static cublasStatus_t multiply(struct device *dev, const struct matmul_plan *p,
                           workspace, workspace_bytes, dev->stream);
 }
 
-/* ---- timing ----------------------------------------------------------------------------------------------
- */
+/* ---- timing ---- */
 
 /* Memory to time a product in: A, B, C, a bias and the workspace, one after another. */
 struct trial {
@@ -192,8 +191,7 @@ static int fastest(struct device *dev, const struct matmul_plan *p,
     return best;
 }
 
-/* ---- plans -----------------------------------------------------------------------------------------------
- */
+/* ---- plans ---- */
 
 static struct matmul_plan *find_or_build(struct device *dev, const struct matmul *shape, bool timed) {
     for (struct matmul_plan *p = dev->matmuls; p; p = p->next)

@@ -2,7 +2,7 @@
  *
  * A row of C elements belongs to one warp (eight rows to a block) or, when it is longer, to a whole block;
  * each thread keeps up to K words of V elements of it. What is normalized is the sum as it is stored,
- * rounded, so that residual_norm_again can repeat it bit for bit. saved: mean (0 for rmsnorm) and rstd of
+ * rounded, so that residual_norm_recompute can repeat it bit for bit. saved: mean (0 for rmsnorm) and rstd of
  * each row. */
 #include "kernels/cuda/cuda.cuh"
 
@@ -224,8 +224,7 @@ static __global__ void __launch_bounds__(MAX_BACKWARD)
         store_share<V>(db, C, db_shares + (int64_t)blockIdx.x * C);
 }
 
-/* ---- launches --------------------------------------------------------------------------------------------
- */
+/* ---- launches ---- */
 
 /* Threads (x along a row, y rows) when a thread keeps `elements` of a row. */
 static dim3 block_of(int64_t C, int elements) {
@@ -290,10 +289,10 @@ void cuda_residual_norm(struct device *dev, const struct norm_spec *s, tensor x,
     });
 }
 
-void cuda_residual_norm_again(struct device *dev, const struct norm_spec *s, tensor sum, tensor w, tensor b,
-                              tensor y, const void *saved) {
-    check(dev, s, "residual_norm_again", "sum", sum);
-    check(dev, s, "residual_norm_again", "y", y);
+void cuda_residual_norm_recompute(struct device *dev, const struct norm_spec *s, tensor sum, tensor w,
+                                  tensor b, tensor y, const void *saved) {
+    check(dev, s, "residual_norm_recompute", "sum", sum);
+    check(dev, s, "residual_norm_recompute", "y", y);
     by_dtype(y.dtype, [&](auto number) {
         using T = decltype(number);
         by_width<T>(s->hidden, aligned16({sum.data, w.data, b.data, y.data}), [&](auto width) {

@@ -2,8 +2,7 @@
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/rounding.h"
 
-/* ---- the step state: one thread -------------------------------------------------------------------------
- */
+/* ---- the step state: one thread ---- */
 
 static __global__ void begin_step(struct step_state *state, int64_t step, double lr) {
     state->step = step;
@@ -49,8 +48,7 @@ void cuda_step_collect(struct device *dev, struct step_state *host) {
     *host = *p->state;
 }
 
-/* ---- the norm --------------------------------------------------------------------------------------------
- */
+/* ---- the norm ---- */
 
 enum { SUM_THREADS = 256, SUM_UNROLL = 4, MAX_SUM_BLOCKS = 4096 };
 static_assert(MAX_SUM_BLOCKS * sizeof(double) <= SCRATCH_BYTES / 2,
@@ -114,8 +112,7 @@ void cuda_sumsq(struct device *dev, tensor g, struct step_state *state) {
     launch<add_parts>(dev, 1, SUM_THREADS, 0, part, (int)blocks, state);
 }
 
-/* ---- AdamW -----------------------------------------------------------------------------------------------
- */
+/* ---- AdamW ---- */
 
 enum { ADAM_THREADS = 256, ADAM_UNROLL = 4, ADAM_TILE = ADAM_THREADS * ADAM_UNROLL * 4, MAX_GROUPS = 96 };
 
@@ -160,7 +157,7 @@ static __device__ __forceinline__ void update(const struct adam_factors &f, floa
     *param -= lr * (*m * f.unbias1) / (sqrtf(*v * f.unbias2) + f.eps) + decay * *param;
 }
 
-/* The masters as parameters: bf16 by chance, fp32 as they are. */
+/* The master_weights as parameters: bf16 by chance, fp32 as they are. */
 template <int V>
 static __device__ __forceinline__ void store_rounded(bf16 *p, const float (&x)[V], uint32_t step,
                                                      int64_t index) {

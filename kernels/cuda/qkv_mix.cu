@@ -62,7 +62,7 @@ static __global__ void __launch_bounds__(ROTATE_THREADS) rotate_heads(struct rot
 }
 
 template <bool BACK>
-static void rotate_only(struct device *dev, const struct mix_spec *s, struct rope_rows rope, tensor qkv,
+static void rotate_only(struct device *dev, const struct qkv_mix_spec *s, struct rope_rows rope, tensor qkv,
                         tensor q, tensor k, tensor v) {
     by_dtype(qkv.dtype, [&](auto number) {
         using T = decltype(number);
@@ -383,11 +383,12 @@ static void launch_mix_backward(struct device *dev, struct mix_backward_job job,
  * --------------------------------------------------------------------------------------------
  */
 
-static int64_t tokens_of(const struct mix_spec *s) {
+static int64_t tokens_of(const struct qkv_mix_spec *s) {
     return s->batch * s->tokens;
 }
 
-int cuda_mix_plan(struct device *dev, const struct mix_spec *s, struct op_cost *cost, struct error *e) {
+int cuda_qkv_mix_plan(struct device *dev, const struct qkv_mix_spec *s, struct op_cost *cost,
+                      struct error *e) {
     (void)e;
     if (!s->mixed)
         return 0;
@@ -405,7 +406,7 @@ int cuda_mix_plan(struct device *dev, const struct mix_spec *s, struct op_cost *
 }
 
 /* Shapes, and where the angles are. */
-static struct rope_rows check_mix(const struct device *dev, const char *op, const struct mix_spec *s,
+static struct rope_rows check_mix(const struct device *dev, const char *op, const struct qkv_mix_spec *s,
                                   tensor qkv, tensor q, tensor k, tensor v, tensor aq, tensor ak, tensor av,
                                   tensor table, int64_t first) {
     int64_t B = s->batch, H = s->heads, P = s->pseudo, d = s->head_dim;
@@ -434,8 +435,8 @@ static struct rope_rows check_mix(const struct device *dev, const char *op, cons
     return rope;
 }
 
-void cuda_qkv_mix(struct device *dev, const struct mix_spec *s, tensor qkv, tensor alpha_q, tensor alpha_k,
-                  tensor alpha_v, tensor table, int64_t first, tensor q, tensor k, tensor v) {
+void cuda_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q,
+                  tensor alpha_k, tensor alpha_v, tensor table, int64_t first, tensor q, tensor k, tensor v) {
     struct rope_rows rope =
         check_mix(dev, "qkv_mix", s, qkv, q, k, v, alpha_q, alpha_k, alpha_v, table, first);
     if (!s->mixed) {
@@ -471,7 +472,7 @@ void cuda_qkv_mix(struct device *dev, const struct mix_spec *s, tensor qkv, tens
     });
 }
 
-void cuda_qkv_mix_backward(struct device *dev, const struct mix_spec *s, tensor dq, tensor dk, tensor dv,
+void cuda_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk, tensor dv,
                            tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
                            tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v, bool accumulate) {
     const char *op = "qkv_mix_backward";

@@ -34,8 +34,7 @@ void staging_free(struct staging *s) {
     free(s);
 }
 
-/* ---- conversion ------------------------------------------------------------------------------------------
- */
+/* ---- conversion ---- */
 
 template <typename To, typename From> static To convert_number(From x) {
     return (To)x;
@@ -100,8 +99,7 @@ static void convert(void *dst, enum dtype to, const void *src, enum dtype from, 
     }
 }
 
-/* ---- copies ----------------------------------------------------------------------------------------------
- */
+/* ---- copies ---- */
 
 void cuda_upload(struct device *dev, tensor dst, const void *host, enum dtype host_dtype) {
     check_contiguous("upload", "destination", dst);

@@ -2,25 +2,25 @@
 #include "kernels/estimate/device.h"
 
 static struct device *device_of(struct comm *c) {
-    return ((struct paper_comm *)c)->dev;
+    return ((struct estimate_comm *)c)->dev;
 }
 
-static comm_event message(struct comm *c, enum paper_message kind, double bytes, double seconds) {
+static comm_event message(struct comm *c, enum estimate_message kind, double bytes, double seconds) {
     struct device *dev = device_of(c);
     dev->account.messages[kind]++;
     dev->account.message_bytes[kind] += bytes;
     return timeline_send(&dev->timeline, kind, seconds);
 }
 
-static comm_event collective(struct comm *c, enum paper_message kind, tensor buffer, enum dtype wire) {
-    const struct paper_options *o = &device_of(c)->options;
+static comm_event collective(struct comm *c, enum estimate_message kind, tensor buffer, enum dtype wire) {
+    const struct estimate_options *o = &device_of(c)->options;
     double bytes = (double)tensor_count(buffer) * (double)dtype_bytes(wire);
     return message(c, kind, bytes, collective_seconds(o->gpu, o->link, o->ranks, bytes));
 }
 
 static comm_event reduce_scatter(struct comm *c, tensor buffer, tensor piece, bool accumulate) {
     (void)piece, (void)accumulate;
-    return collective(c, MESSAGE_REDUCE_SCATTER, buffer, ((struct paper_comm *)c)->wire);
+    return collective(c, MESSAGE_REDUCE_SCATTER, buffer, ((struct estimate_comm *)c)->wire);
 }
 
 static comm_event all_gather(struct comm *c, tensor buffer) {
@@ -32,7 +32,7 @@ static void wait_for(struct comm *c, comm_event event) {
 }
 
 static void all_reduce(struct comm *c, double *values, int count) {
-    const struct paper_options *o = &device_of(c)->options;
+    const struct estimate_options *o = &device_of(c)->options;
     (void)values;
     if (o->ranks > 1)
         wait_for(c, message(c, MESSAGE_ALL_REDUCE, (double)count * sizeof *values,
@@ -41,7 +41,7 @@ static void all_reduce(struct comm *c, double *values, int count) {
 
 static int reserve(struct comm *c, int64_t elements, enum dtype dtype, enum dtype wire, struct error *e) {
     (void)elements, (void)dtype, (void)e;
-    ((struct paper_comm *)c)->wire = wire;
+    ((struct estimate_comm *)c)->wire = wire;
     return 0;
 }
 
@@ -49,9 +49,9 @@ static void nothing(struct comm *c) {
     (void)c;
 }
 
-void paper_comm_open(struct paper_comm *c, struct device *dev) {
+void estimate_comm_open(struct estimate_comm *c, struct device *dev) {
     static const struct comm_ops ops = {
-        .name = "paper",
+        .name = "estimate",
         .queued = true,
         .close = nothing,
         .reserve = reserve,
@@ -63,5 +63,5 @@ void paper_comm_open(struct paper_comm *c, struct device *dev) {
     };
     int ranks = dev->options.ranks;
     int local = ranks < NODE_GPUS ? ranks : NODE_GPUS;
-    *c = (struct paper_comm){.base = {.ops = &ops, .ranks = ranks, .local_ranks = local}, .dev = dev};
+    *c = (struct estimate_comm){.base = {.ops = &ops, .ranks = ranks, .local_ranks = local}, .dev = dev};
 }

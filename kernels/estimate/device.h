@@ -11,22 +11,22 @@ struct counted_pairs {
     double pairs;
 };
 
-struct paper_comm {
+struct estimate_comm {
     struct comm base;
     struct device *dev;
     enum dtype wire; /* gradients travel in it */
 };
 
 struct device {
-    struct paper_options options;
-    struct paper_account account;
+    struct estimate_options options;
+    struct estimate_totals account;
     struct timeline timeline;
-    struct paper_comm comm;
+    struct estimate_comm comm;
     uintptr_t allocated; /* the next address that is handed out and never used */
     struct counted_pairs pairs[PAIRS_KEPT];
     int pairs_count;
 };
 
-void paper_comm_open(struct paper_comm *c, struct device *dev);
+void estimate_comm_open(struct estimate_comm *c, struct device *dev);
 
 #endif

@@ -12,7 +12,7 @@
 #include "kernels/estimate/hardware.h"
 #include "kernels/estimate/timeline.h"
 
-enum paper_part {
+enum estimate_part {
     PAPER_MATMUL,
     PAPER_ATTENTION,
     PAPER_MIXING, /* qkv_mix, plain RoPE too, and collapse */
@@ -22,16 +22,16 @@ enum paper_part {
     PAPER_PARTS
 };
 
-struct paper_options {
-    const struct paper_gpu *gpu;
-    const struct paper_link *link;
+struct estimate_options {
+    const struct gpu_spec *gpu;
+    const struct link_spec *link;
     int ranks; /* this is rank 0 of them */
     enum device_precision precision;
     bool deterministic;
 };
 
-/* What has been counted since paper_open. */
-struct paper_account {
+/* What has been counted since estimate_open. */
+struct estimate_totals {
     double seconds[PAPER_PARTS];
     double flops[PAPER_PARTS]; /* as model/flops.h counts: scores that attention's backward repeats do not */
     double bytes[PAPER_PARTS];
@@ -42,11 +42,11 @@ struct paper_account {
     double exposed[MESSAGES], moving[MESSAGES];
 };
 
-const struct kernels *kernels_paper(void);
+const struct kernels *kernels_estimate(void);
 /* NULL and *e when memory runs out. */
-struct device *paper_open(const struct paper_options *options, struct error *e);
+struct device *estimate_open(const struct estimate_options *options, struct error *e);
 /* Of the device, which closes it. */
-struct comm *paper_comm(struct device *dev);
-struct paper_account paper_account(const struct device *dev);
+struct comm *estimate_comm(struct device *dev);
+struct estimate_totals estimate_totals(const struct device *dev);
 
 #endif

@@ -23,7 +23,7 @@
  *   launch    a guess for a queue that never runs dry: draining one kernel, filling the next
  *   reserved  a guess: 0.5 GB of context and libraries, 1.5 GB of NCCL's buffers and fragments */
 /* clang-format on */
-static const struct paper_gpu gpus[] = {
+static const struct gpu_spec gpus[] = {
     {.name = "h200",
      .peak = 989e12,
      .matmul = 790e12,
@@ -85,22 +85,22 @@ static const struct paper_gpu gpus[] = {
     .protocols = {{1, 8.4 * MICRO, 3.4 * MICRO, 14 * MICRO}, {0.92, 14 * MICRO, 1.9 * MICRO, 4 * MICRO}},    \
     .all_reduce_base = 6.8 * MICRO, .all_reduce_step = 0.6 * MICRO,                                          \
     .all_reduce_step_between_nodes = 5 * MICRO
-static const struct paper_link links[] = {
+static const struct link_spec links[] = {
     {.name = "nvlink", .network = 0, .nvlink_attained = 0.8, .network_attained = 0, NCCL_LATENCIES},
     {.name = "ib400", .network = 50e9, .nvlink_attained = 0.8, .network_attained = 0.9, NCCL_LATENCIES},
 };
 
-const char *const paper_gpu_names[] = {"h200", "h100", "a100", NULL};
-const char *const paper_link_names[] = {"nvlink", "ib400", NULL};
+const char *const gpu_names[] = {"h200", "h100", "a100", NULL};
+const char *const link_names[] = {"nvlink", "ib400", NULL};
 
-const struct paper_gpu *paper_gpu(const char *name) {
+const struct gpu_spec *gpu_spec(const char *name) {
     for (size_t i = 0; i < sizeof gpus / sizeof *gpus; i++)
         if (strcmp(gpus[i].name, name) == 0)
             return &gpus[i];
     return NULL;
 }
 
-const struct paper_link *paper_link(const char *name) {
+const struct link_spec *link_spec(const char *name) {
     for (size_t i = 0; i < sizeof links / sizeof *links; i++)
         if (strcmp(links[i].name, name) == 0)
             return &links[i];
@@ -111,7 +111,7 @@ static int nodes_of(int ranks) {
     return (ranks + NODE_GPUS - 1) / NODE_GPUS;
 }
 
-double collective_seconds(const struct paper_gpu *g, const struct paper_link *l, int ranks, double bytes) {
+double collective_seconds(const struct gpu_spec *g, const struct link_spec *l, int ranks, double bytes) {
     int nodes = nodes_of(ranks);
     double bandwidth = g->nvlink * l->nvlink_attained, best = INFINITY;
     if (ranks == 1)
@@ -126,7 +126,7 @@ double collective_seconds(const struct paper_gpu *g, const struct paper_link *l,
     return best;
 }
 
-double all_reduce_seconds(const struct paper_link *l, int ranks) {
+double all_reduce_seconds(const struct link_spec *l, int ranks) {
     int nodes = nodes_of(ranks), inside = ranks < NODE_GPUS ? ranks : NODE_GPUS;
     if (ranks == 1)
         return 0;

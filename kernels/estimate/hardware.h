@@ -11,7 +11,7 @@ struct attention_rate {
     double forward, backward;
 };
 
-struct paper_gpu {
+struct gpu_spec {
     const char *name;
     double peak;                        /* dense bf16, FLOP/s: what MFU is a part of */
     double matmul;                      /* FLOP/s of large products */
@@ -19,12 +19,12 @@ struct paper_gpu {
     struct attention_rate own;          /* ours, where cuDNN does not serve */
     int64_t cudnn_head_dim;             /* the largest that cuDNN's backward takes */
     int cudnn_scratch;                  /* copies of q in fp32 that it works in, not deterministic */
-    bool cudnn_nan;          /* it is kept from lengths of 64 modulo 128 (kernels/cuda/attention/attention.cu) */
-    double window;           /* factor on `wide` for windows; `narrow` is a window's already */
-    double copy;             /* bytes/s, read and written together */
-    double mixing;           /* factor on `copy` for mixing and collapse ... */
-    double mixing_matmul;    /* ... and on `matmul`: small matrices, padded */
-    double launch;           /* s from one kernel's end to the next one's full speed */
+    bool cudnn_nan;       /* it is kept from lengths of 64 modulo 128 (kernels/cuda/attention/attention.cu) */
+    double window;        /* factor on `wide` for windows; `narrow` is a window's already */
+    double copy;          /* bytes/s, read and written together */
+    double mixing;        /* factor on `copy` for mixing and collapse ... */
+    double mixing_matmul; /* ... and on `matmul`: small matrices, padded */
+    double launch;        /* s from one kernel's end to the next one's full speed */
     double memory, reserved; /* bytes; what context, libraries and NCCL take of them */
     double nvlink;           /* bytes/s, one GPU, one direction */
 };
@@ -36,7 +36,7 @@ struct ring_protocol {
 
 enum { NODE_GPUS = 8, PROTOCOLS = 2 };
 
-struct paper_link {
+struct link_spec {
     const char *name;
     double network;         /* bytes/s, one GPU, one direction, between nodes; 0: one node only */
     double nvlink_attained; /* part of the nominal bandwidth that collectives get ... */
@@ -46,9 +46,9 @@ struct paper_link {
 };
 
 /* By name; NULL when there is none. Names end with NULL. */
-const struct paper_gpu *paper_gpu(const char *name);
-const struct paper_link *paper_link(const char *name);
-extern const char *const paper_gpu_names[], *const paper_link_names[];
+const struct gpu_spec *gpu_spec(const char *name);
+const struct link_spec *link_spec(const char *name);
+extern const char *const gpu_names[], *const link_names[];
 
 /* Seconds of one reduce-scatter or all-gather of `bytes` (the whole buffer) among W = `ranks` in n nodes of
  * up to NODE_GPUS:
@@ -56,9 +56,9 @@ extern const char *const paper_gpu_names[], *const paper_link_names[];
  * Every rank sends all but its own share around a ring. NCCL lays out as many rings as a node has network
  * adapters (one a GPU here), so that all of them carry traffic: between nodes the bandwidth is the smaller of
  * one GPU's NVLink and of all of a node's adapters together. */
-double collective_seconds(const struct paper_gpu *g, const struct paper_link *l, int ranks, double bytes);
+double collective_seconds(const struct gpu_spec *g, const struct link_spec *l, int ranks, double bytes);
 
 /* Of an all-reduce of a few numbers: up and down a tree. */
-double all_reduce_seconds(const struct paper_link *l, int ranks);
+double all_reduce_seconds(const struct link_spec *l, int ranks);
 
 #endif

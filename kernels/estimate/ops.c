@@ -9,8 +9,7 @@
 #define MATMUL_WORKSPACE ((size_t)32 << 20)
 #define CHUNK_BYTES ((double)(512 << 20)) /* of logits */
 
-/* ---- counting -------------------------------------------------------------------------------------------
- */
+/* ---- counting ---- */
 
 static double most(double a, double b) {
     return a > b ? a : b;
@@ -21,7 +20,7 @@ static double element(const struct device *dev) {
 }
 
 /* One kernel: flops as the model counts them, and what is really executed at `rate`. */
-static void kernel(struct device *dev, enum paper_part part, double flops, double executed, double rate,
+static void kernel(struct device *dev, enum estimate_part part, double flops, double executed, double rate,
                    double bytes, double bandwidth) {
     double seconds = most(executed / rate, bytes / bandwidth) + dev->options.gpu->launch;
     dev->account.flops[part] += flops;
@@ -32,22 +31,21 @@ static void kernel(struct device *dev, enum paper_part part, double flops, doubl
 }
 
 /* One that only moves bytes. */
-static void pass(struct device *dev, enum paper_part part, double bytes) {
+static void pass(struct device *dev, enum estimate_part part, double bytes) {
     kernel(dev, part, 0, 0, 1, bytes, dev->options.gpu->copy);
 }
 
-static void product(struct device *dev, enum paper_part part, double m, double n, double k, double bytes) {
+static void product(struct device *dev, enum estimate_part part, double m, double n, double k, double bytes) {
     double flops = 2 * m * n * k;
     kernel(dev, part, flops, flops, dev->options.gpu->matmul, bytes, dev->options.gpu->copy);
 }
 
 static void mixing(struct device *dev, double flops, double bytes) {
-    const struct paper_gpu *g = dev->options.gpu;
+    const struct gpu_spec *g = dev->options.gpu;
     kernel(dev, PAPER_MIXING, flops, flops, g->matmul * g->mixing_matmul, bytes, g->copy * g->mixing);
 }
 
-/* ---- embedding, norm, activation ------------------------------------------------------------------------
- */
+/* ---- embedding, norm, activation ---- */
 
 static void embed(struct device *dev, const struct embed_spec *s, tensor tokens, tensor w, tensor pos,
                   int64_t first, tensor x) {
@@ -76,8 +74,8 @@ static void residual_norm(struct device *dev, const struct norm_spec *s, tensor 
     norm_pass(dev, s, delta.data ? 4 : 2);
 }
 
-static void residual_norm_again(struct device *dev, const struct norm_spec *s, tensor sum, tensor w, tensor b,
-                                tensor y, const void *saved) {
+static void residual_norm_recompute(struct device *dev, const struct norm_spec *s, tensor sum, tensor w,
+                                    tensor b, tensor y, const void *saved) {
     (void)sum, (void)w, (void)b, (void)y, (void)saved;
     norm_pass(dev, s, 2);
 }
@@ -104,8 +102,7 @@ static void mlp_act_backward(struct device *dev, const struct act_spec *s, tenso
     act_pass(dev, s, s->type == ACT_SWIGLU ? 5 : 3);
 }
 
-/* ---- matrix products ------------------------------------------------------------------------------------
- */
+/* ---- matrix products ---- */
 
 static void linear(struct device *dev, const struct linear_spec *s, tensor x, tensor w, tensor bias,
                    tensor y) {
@@ -155,8 +152,7 @@ static void classifier(struct device *dev, const struct classifier_spec *s, tens
     }
 }
 
-/* ---- attention, mixing ----------------------------------------------------------------------------------
- */
+/* ---- attention, mixing ---- */
 
 static bool same_pattern(const struct attention_spec *a, const struct attention_spec *b) {
     return a->length == b->length && a->pseudo == b->pseudo && a->causal == b->causal &&
@@ -192,7 +188,7 @@ static bool cudnn_serves(const struct device *dev, const struct attention_spec *
 }
 
 static struct attention_rate rate_of(const struct device *dev, const struct attention_spec *s) {
-    const struct paper_gpu *g = dev->options.gpu;
+    const struct gpu_spec *g = dev->options.gpu;
     if (!cudnn_serves(dev, s))
         return g->own;
     if (s->head_dim <= 64)
@@ -229,7 +225,7 @@ static void attention_backward(struct device *dev, const struct attention_spec *
 }
 
 /* FLOPs of three mixtures, and bytes of one head vector of every token. */
-static double mix_flops(const struct mix_spec *s) {
+static double mix_flops(const struct qkv_mix_spec *s) {
     double H = (double)s->heads;
     return s->mixed ? 3 * 2 * (double)(s->batch * s->tokens) * (double)s->pseudo * H * H * (double)s->head_dim
                     : 0;
@@ -239,8 +235,9 @@ static double heads_bytes(const struct device *dev, int64_t tokens, int64_t head
     return (double)tokens * (double)heads * (double)head_dim * element(dev);
 }
 
-static void qkv_mix(struct device *dev, const struct mix_spec *s, tensor qkv, tensor alpha_q, tensor alpha_k,
-                    tensor alpha_v, tensor table, int64_t first, tensor q, tensor k, tensor v) {
+static void qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q,
+                    tensor alpha_k, tensor alpha_v, tensor table, int64_t first, tensor q, tensor k,
+                    tensor v) {
     double one = heads_bytes(dev, s->batch * s->tokens, s->heads, s->head_dim);
     (void)qkv, (void)alpha_q, (void)alpha_k, (void)alpha_v, (void)table, (void)first, (void)q, (void)k,
         (void)v;
@@ -248,9 +245,9 @@ static void qkv_mix(struct device *dev, const struct mix_spec *s, tensor qkv, te
 }
 
 /* dq, dk, dv; qkv again where alphas have gradients; dqkv. */
-static void qkv_mix_backward(struct device *dev, const struct mix_spec *s, tensor dq, tensor dk, tensor dv,
-                             tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
-                             tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
+static void qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk,
+                             tensor dv, tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v,
+                             tensor table, tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
                              bool accumulate) {
     double one = heads_bytes(dev, s->batch * s->tokens, s->heads, s->head_dim);
     (void)dq, (void)dk, (void)dv, (void)qkv, (void)alpha_q, (void)alpha_k, (void)alpha_v, (void)table;
@@ -276,8 +273,7 @@ static void collapse_backward(struct device *dev, const struct collapse_spec *s,
     mixing(dev, 2 * collapse_flops(s), one * (1 + 2 * (double)s->pseudo));
 }
 
-/* ---- optimizer and step state ---------------------------------------------------------------------------
- */
+/* ---- optimizer and step state ---- */
 
 static void sumsq(struct device *dev, tensor g, struct step_state *state) {
     (void)state;
@@ -304,8 +300,7 @@ static void step_decide(struct device *dev, struct step_state *state, double gra
     pass(dev, PAPER_OPTIMIZER, 0);
 }
 
-/* ---- the device -----------------------------------------------------------------------------------------
- */
+/* ---- the device ---- */
 
 static void close_device(struct device *dev) {
     free(dev);
@@ -407,9 +402,9 @@ static void rope_table(struct device *dev, tensor table, double theta) {
 }
 
 /* Training alone: what only decoding, saving or reporting calls is absent. */
-const struct kernels *kernels_paper(void) {
+const struct kernels *kernels_estimate(void) {
     static const struct kernels table = {
-        .name = "paper",
+        .name = "estimate",
         .close = close_device,
         .dtypes = dtypes,
         .alloc = alloc,
@@ -428,7 +423,7 @@ const struct kernels *kernels_paper(void) {
         .embed = embed,
         .embed_backward = embed_backward,
         .residual_norm = residual_norm,
-        .residual_norm_again = residual_norm_again,
+        .residual_norm_recompute = residual_norm_recompute,
         .residual_norm_backward = residual_norm_backward,
         .linear = linear,
         .linear_backward = linear_backward,
@@ -450,24 +445,24 @@ const struct kernels *kernels_paper(void) {
     return &table;
 }
 
-struct device *paper_open(const struct paper_options *options, struct error *e) {
+struct device *estimate_open(const struct estimate_options *options, struct error *e) {
     struct device *dev = calloc(1, sizeof *dev);
     if (!dev) {
-        fail_run(e, "out of memory for a prediction");
+        fail_run(e, "out of memory for a run_estimate");
         return NULL;
     }
     dev->options = *options;
     dev->allocated = 4096;
-    paper_comm_open(&dev->comm, dev);
+    estimate_comm_open(&dev->comm, dev);
     return dev;
 }
 
-struct comm *paper_comm(struct device *dev) {
+struct comm *estimate_comm(struct device *dev) {
     return &dev->comm.base;
 }
 
-struct paper_account paper_account(const struct device *dev) {
-    struct paper_account a = dev->account;
+struct estimate_totals estimate_totals(const struct device *dev) {
+    struct estimate_totals a = dev->account;
     a.now = dev->timeline.computed;
     memcpy(a.exposed, dev->timeline.exposed, sizeof a.exposed);
     memcpy(a.moving, dev->timeline.moving, sizeof a.moving);

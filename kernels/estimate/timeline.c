@@ -4,7 +4,7 @@ void timeline_compute(struct timeline *t, double seconds) {
     t->computed += seconds;
 }
 
-int64_t timeline_send(struct timeline *t, enum paper_message kind, double seconds) {
+int64_t timeline_send(struct timeline *t, enum estimate_message kind, double seconds) {
     double start = t->computed > t->carried ? t->computed : t->carried;
     int64_t message = ++t->last;
     t->carried = start + seconds;

@@ -6,7 +6,7 @@
 
 #include <stdint.h>
 
-enum paper_message { MESSAGE_REDUCE_SCATTER, MESSAGE_ALL_GATHER, MESSAGE_ALL_REDUCE, MESSAGES };
+enum estimate_message { MESSAGE_REDUCE_SCATTER, MESSAGE_ALL_GATHER, MESSAGE_ALL_REDUCE, MESSAGES };
 
 /* How many of the latest messages can be waited for: two a bucket, of which there are about 2^16. */
 enum { TIMELINE_MESSAGES = 1 << 18 };
@@ -17,7 +17,7 @@ struct timeline {
     int64_t last;    /* messages so far, numbered from 1 */
     struct {
         double arrives;
-        enum paper_message kind;
+        enum estimate_message kind;
     } messages[TIMELINE_MESSAGES]; /* by number modulo their count */
     double exposed[MESSAGES];      /* s that computing waited, by what it waited for */
     double moving[MESSAGES];       /* s that messages took on the link */
@@ -25,7 +25,7 @@ struct timeline {
 
 void timeline_compute(struct timeline *t, double seconds);
 /* Returns the message's number, to be waited for. */
-int64_t timeline_send(struct timeline *t, enum paper_message kind, double seconds);
+int64_t timeline_send(struct timeline *t, enum estimate_message kind, double seconds);
 /* 0: nothing to wait for. */
 void timeline_wait(struct timeline *t, int64_t message);
 

@@ -30,7 +30,7 @@ static bool exists(const char *dir, const char *name) {
     return access(path, F_OK) == 0 || (errno != ENOENT && errno != ENOTDIR);
 }
 
-/* ---- which checkpoints there are -------------------------------------------------------------------- */
+/* ---- which checkpoints there are ---- */
 
 /* The step in a directory name "step_00001000", or -1. */
 static int64_t step_of(const char *name) {
@@ -130,7 +130,7 @@ int checkpoint_find(const char *path, char dir[MAX_TEXT], struct error *e) {
     return newest_that_opens(path, dir, e);
 }
 
-/* ---- reading ------------------------------------------------------------------------------------------ */
+/* ---- reading ---- */
 
 int checkpoint_read_config(const char *dir, struct model_config *config, struct error *e) {
     char path[PATH_BYTES], *text;
@@ -154,10 +154,10 @@ int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e)
     return optimizer_read(dir, m, e);
 }
 
-int checkpoint_read_progress(const char *dir, struct progress *p, struct error *e) {
+int checkpoint_read_trainer_state(const char *dir, struct trainer_state *p, struct error *e) {
     char path[PATH_BYTES];
     join(path, dir, "trainer.json");
-    return progress_read(path, p, e);
+    return trainer_state_read(path, p, e);
 }
 
 struct wanted_setting {
@@ -181,7 +181,7 @@ int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], s
     return settings_visit(path, pick_setting, &w, e);
 }
 
-/* ---- resuming ----------------------------------------------------------------------------------------- */
+/* ---- resuming ---- */
 
 struct difference {
     const char *key, *recorded;
@@ -220,8 +220,8 @@ static void check_recorded(void *context, const char *key, const char *value) {
     r->compared += r->first.known;
 }
 
-static int check_same_run(const char *dir, const struct config *c, const struct progress *asked,
-                          const struct progress *found, struct error *e) {
+static int check_same_run(const char *dir, const struct config *c, const struct trainer_state *asked,
+                          const struct trainer_state *found, struct error *e) {
     char path[PATH_BYTES];
     struct recorded_check r = {.asked = c};
     join(path, dir, "trainer.json");
@@ -272,16 +272,16 @@ int checkpoint_check_geometry(const char *dir, const struct model_config *now, s
                      dir, differs, differs);
 }
 
-int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct progress *p,
+int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct trainer_state *p,
                       char dir[MAX_TEXT], bool warns, struct error *e) {
     int64_t *steps;
     int count = list_steps(run_dir, &steps, e), status = count == 0 ? 0 : -1;
-    struct progress asked = *p;
+    struct trainer_state asked = *p;
     for (int i = 0; i < count && status < 0; i++) {
         char name[32];
         step_name(name, steps[i]);
         snprintf(dir, MAX_TEXT, "%.*s/%s", MAX_TEXT - 40, run_dir, name);
-        if (checkpoint_read_progress(dir, p, e) == 0) {
+        if (checkpoint_read_trainer_state(dir, p, e) == 0) {
             /* Before the weights: those of another model would look damaged. */
             if (check_same_run(dir, c, &asked, p, e) != 0)
                 break;
@@ -307,7 +307,7 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
     return status;
 }
 
-/* ---- saving ------------------------------------------------------------------------------------------- */
+/* ---- saving ---- */
 
 static int write_config(const char *dir, const struct model_config *config, struct error *e) {
     char path[PATH_BYTES], *text = config_model_to_json(config);
@@ -319,7 +319,7 @@ static int write_config(const char *dir, const struct model_config *config, stru
     return status;
 }
 
-/* ---- names that come and go as a whole ---------------------------------------------------------------- */
+/* ---- names that come and go as a whole ---- */
 
 static void tmp_path(char out[PATH_BYTES], const char *run_dir, int64_t step) {
     char name[32];
@@ -367,7 +367,7 @@ static void remove_old(const char *run_dir, int64_t step, int64_t keep, int64_t 
 }
 
 /* Point run_dir/best at the checkpoint of p->best_step, if it is there and the link leads elsewhere. */
-static int mark_best(const char *run_dir, const struct progress *p, struct error *e) {
+static int mark_best(const char *run_dir, const struct trainer_state *p, struct error *e) {
     char name[32], link[PATH_BYTES], now[32] = "";
     step_name(name, p->best_step);
     join(link, run_dir, "best");
@@ -378,8 +378,8 @@ static int mark_best(const char *run_dir, const struct progress *p, struct error
     return files_link_replace(name, link, e);
 }
 
-int checkpoint_settle(const char *run_dir, const struct config *c, const struct progress *p,
-                      struct error *e) {
+int checkpoint_prune(const char *run_dir, const struct config *c, const struct trainer_state *p,
+                     struct error *e) {
     if (mark_best(run_dir, p, e) != 0)
         return -1;
     remove_old(run_dir, p->step, c->run.keep, p->best_step);
@@ -404,7 +404,7 @@ int checkpoint_begin(const char *run_dir, int64_t step, struct error *e) {
 int checkpoint_write(const struct checkpoint_job *job, struct error *e) {
     const struct partition *p = &job->from.model->partition;
     char dir[PATH_BYTES], path[PATH_BYTES + 64], name[OPTIMIZER_NAME];
-    tmp_path(dir, job->run_dir, job->progress.step);
+    tmp_path(dir, job->run_dir, job->trainer.step);
     optimizer_name(name, p->rank, p->ranks);
     snprintf(path, sizeof path, "%s/%s", dir, name);
     if (optimizer_write(path, &job->from, e) != 0)
@@ -418,23 +418,23 @@ int checkpoint_write(const struct checkpoint_job *job, struct error *e) {
     if (job->tokenizer && files_write_synced(path, job->tokenizer, job->tokenizer_bytes, e) != 0)
         return -1;
     snprintf(path, sizeof path, "%s/trainer.json", dir);
-    return progress_write(path, &job->progress, job->config, e);
+    return trainer_state_write(path, &job->trainer, job->config, e);
 }
 
 int checkpoint_publish(const struct checkpoint_job *job, struct error *e) {
-    const struct progress *p = &job->progress;
+    const struct trainer_state *p = &job->trainer;
     char tmp[PATH_BYTES], final[PATH_BYTES];
     tmp_path(tmp, job->run_dir, p->step);
     final_path(final, job->run_dir, p->step);
     /* What stands at its place did not load, or this run would not have passed here again. */
     if (remove_checkpoint(job->run_dir, p->step, e) != 0 || files_publish_dir(tmp, final, e) != 0)
         return -1;
-    return checkpoint_settle(job->run_dir, job->config, p, e);
+    return checkpoint_prune(job->run_dir, job->config, p, e);
 }
 
-int checkpoint_save(const char *run_dir, struct model *m, const struct config *c, const struct progress *p,
-                    const char *tokenizer, struct error *e) {
-    struct checkpoint_job job = {.run_dir = run_dir, .config = c, .progress = *p, .from = {.model = m}};
+int checkpoint_save(const char *run_dir, struct model *m, const struct config *c,
+                    const struct trainer_state *p, const char *tokenizer, struct error *e) {
+    struct checkpoint_job job = {.run_dir = run_dir, .config = c, .trainer = *p, .from = {.model = m}};
     char *text = NULL;
     int status = tokenizer ? checkpoint_tokenizer(tokenizer, &text, &job.tokenizer_bytes, e) : 0;
     job.tokenizer = text;

@@ -23,7 +23,7 @@ struct checkpoint_job {
     const struct config *config;
     const char *tokenizer; /* the text of tokenizer.json, or NULL */
     size_t tokenizer_bytes;
-    struct progress progress;
+    struct trainer_state trainer;
     struct checkpoint_source from;
 };
 /* The tokenizer's file, read once: it may be gone or another when a later checkpoint is saved. Freed by the
@@ -35,13 +35,13 @@ int checkpoint_write(const struct checkpoint_job *job, struct error *e);
 int checkpoint_publish(const struct checkpoint_job *job, struct error *e);
 
 /* All of it, on one rank. */
-int checkpoint_save(const char *run_dir, struct model *m, const struct config *c, const struct progress *p,
-                    const char *tokenizer, struct error *e);
+int checkpoint_save(const char *run_dir, struct model *m, const struct config *c,
+                    const struct trainer_state *p, const char *tokenizer, struct error *e);
 
 /* The newest checkpoint of run_dir that loads, into *m and *p. One that does not load is reported on stderr
  * and passed over. 1: loaded, its directory in `dir`; 0: run_dir holds none; -1: an error (EXIT_USER), also
  * when the checkpoint belongs to another model or other data: *c is what the run was asked for. */
-int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct progress *p,
+int checkpoint_resume(const char *run_dir, struct model *m, const struct config *c, struct trainer_state *p,
                       char dir[MAX_TEXT], bool warns, struct error *e);
 
 /* `path` itself when it is a checkpoint, or the newest checkpoint of the run directory `path` whose model
@@ -53,7 +53,7 @@ int checkpoint_find(const char *path, char dir[MAX_TEXT], struct error *e);
 int checkpoint_read_config(const char *dir, struct model_config *config, struct error *e);
 int checkpoint_load_weights(const char *dir, struct model *m, int64_t updates, struct error *e);
 int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e);
-int checkpoint_read_progress(const char *dir, struct progress *p, struct error *e);
+int checkpoint_read_trainer_state(const char *dir, struct trainer_state *p, struct error *e);
 
 /* Is the checkpoint's model the one of *now? Weights of another geometry may fit by their shapes and mean
  * nothing. */
@@ -64,7 +64,8 @@ int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], s
 
 /* What saving does after the checkpoint is there: point `best` at the best one, remove those past `keep`. To
  * be done on resuming too, since the run may have been killed before it came to that. */
-int checkpoint_settle(const char *run_dir, const struct config *c, const struct progress *p, struct error *e);
+int checkpoint_prune(const char *run_dir, const struct config *c, const struct trainer_state *p,
+                     struct error *e);
 
 /* Remove what a killed run left half-written or half-removed. */
 void checkpoint_clean(const char *run_dir);

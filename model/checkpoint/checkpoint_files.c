@@ -16,7 +16,7 @@
 
 enum { MAX_JSON = 16 << 20, PIECE = 1 << 20 /* elements moved at a time */ };
 
-/* ---- weights -------------------------------------------------------------------------------------- */
+/* ---- weights ---- */
 
 static void describe_param(struct safetensors_entry *s, struct param *p) {
     *s = (struct safetensors_entry){.name = p->name, .dtype = ST_F32, .ndim = p->ndim};
@@ -29,7 +29,7 @@ static int append_weights(struct safetensors_writer *w, const struct checkpoint_
     for (int i = 0; i < m->params.count; i++) {
         const struct param *p = &m->params.list[i];
         size_t bytes = (size_t)p->count * sizeof(float);
-        float *values = from->weights ? from->weights + p->place : malloc(bytes);
+        float *values = from->weights ? from->weights + p->packed_offset : malloc(bytes);
         if (!values) {
             safetensors_abandon(w);
             return fail_run(e, "out of memory saving %s (%zu bytes)", p->name, bytes);
@@ -93,12 +93,12 @@ int weights_read(const char *path, struct model *m, int64_t updates, struct erro
     return status;
 }
 
-/* ---- optimizer ------------------------------------------------------------------------------------ */
+/* ---- optimizer ---- */
 
 /* A run of parameters this rank owns: `place` counts parameters without padding, which is the same on any
  * number of ranks; `at` is where their moments lie. */
 struct owned {
-    int64_t place, count, at;
+    int64_t packed_offset, count, at;
 };
 
 static int64_t max64(int64_t a, int64_t b) {
@@ -122,7 +122,7 @@ static int list_owned(const struct model *m, const struct share *shares, int sha
             const struct param *t = &m->params.list[tensor];
             int64_t begin = max64(own->begin, t->offset), end = min64(own->end, t->offset + t->count);
             if (begin < end)
-                (*list)[count++] = (struct owned){t->place + begin - t->offset, end - begin,
+                (*list)[count++] = (struct owned){t->packed_offset + begin - t->offset, end - begin,
                                                   own->shard + begin - own->begin};
             if (t->offset + t->count > own->end)
                 break; /* the rest of it is in a later share, or another rank's */
@@ -200,7 +200,7 @@ int optimizer_copy(struct model *m, float *moments, struct error *e) {
 static int write_moments(struct safetensors_writer *w, const struct checkpoint_source *from,
                          const struct owned *list, int count, struct error *e) {
     for (int i = 0; i < count; i++) {
-        int64_t range[2] = {list[i].place, list[i].place + list[i].count};
+        int64_t range[2] = {list[i].packed_offset, list[i].packed_offset + list[i].count};
         if (safetensors_append(w, range, sizeof range, e) != 0)
             return -1;
     }
@@ -232,7 +232,7 @@ int optimizer_write(const char *path, const struct checkpoint_source *from, stru
     return status == 0 ? safetensors_finish(w, e) : -1;
 }
 
-/* ---- reading the optimizer: every rank looks into all files for what it owns now -------------------- */
+/* ---- reading the optimizer: every rank looks into all files for what it owns now ---- */
 
 struct range {
     int64_t begin, end;
@@ -303,7 +303,8 @@ static int by_begin(const void *a, const void *b) {
 }
 
 /* Every moment of the model once? */
-static int check_cover(const struct optimizer_files *o, int64_t learned, const char *dir, struct error *e) {
+static int check_cover(const struct optimizer_files *o, int64_t num_params, const char *dir,
+                       struct error *e) {
     int64_t at = 0;
     for (int i = 0; i < o->range_count; i++) {
         if (o->ranges[i].begin != at)
@@ -312,14 +313,15 @@ static int check_cover(const struct optimizer_files *o, int64_t learned, const c
                              o->ranges[i].begin > at ? "nowhere" : "twice");
         at = o->ranges[i].end;
     }
-    return at == learned ? 0
-                         : fail_user(e,
-                                     "%s: the optimizer files hold the moments of %lld parameters, and the "
-                                     "model has %lld",
-                                     dir, (long long)at, (long long)learned);
+    return at == num_params
+               ? 0
+               : fail_user(e,
+                           "%s: the optimizer files hold the moments of %lld parameters, and the "
+                           "model has %lld",
+                           dir, (long long)at, (long long)num_params);
 }
 
-static int open_optimizer(struct optimizer_files *o, const char *dir, int64_t learned, struct error *e) {
+static int open_optimizer(struct optimizer_files *o, const char *dir, int64_t num_params, struct error *e) {
     int ranks = count_ranks(dir, e);
     *o = (struct optimizer_files){0};
     if (ranks < 0)
@@ -338,14 +340,14 @@ static int open_optimizer(struct optimizer_files *o, const char *dir, int64_t le
             return -1;
     }
     qsort(o->ranges, (size_t)o->range_count, sizeof *o->ranges, by_begin);
-    return check_cover(o, learned, dir, e);
+    return check_cover(o, num_params, dir, e);
 }
 
 /* Both lists are in order, so one walk finds what each owned run needs. */
 static void upload_moments(struct model *m, const struct optimizer_files *o, const struct owned *list,
                            int count) {
     for (int i = 0, r = 0; i < count; i++) {
-        int64_t begin = list[i].place, end = begin + list[i].count;
+        int64_t begin = list[i].packed_offset, end = begin + list[i].count;
         while (r > 0 && o->ranges[r].begin > begin)
             r--;
         while (o->ranges[r].end <= begin)
@@ -353,12 +355,12 @@ static void upload_moments(struct model *m, const struct optimizer_files *o, con
         for (; begin < end; r++) {
             int64_t stop = min64(end, o->ranges[r].end);
             for (int moment = 0; moment < 2; moment++)
-                m->k->upload(
-                    m->dev,
-                    moments_piece(m,
-                                  moment * m->partition.moment_elements + list[i].at + begin - list[i].place,
-                                  stop - begin),
-                    o->ranges[r].moments[moment] + (begin - o->ranges[r].begin) * 4, DTYPE_F32);
+                m->k->upload(m->dev,
+                             moments_piece(m,
+                                           moment * m->partition.moment_elements + list[i].at + begin -
+                                               list[i].packed_offset,
+                                           stop - begin),
+                             o->ranges[r].moments[moment] + (begin - o->ranges[r].begin) * 4, DTYPE_F32);
             begin = stop;
             if (begin == end)
                 break;
@@ -373,7 +375,7 @@ void optimizer_name(char out[OPTIMIZER_NAME], int rank, int ranks) {
 int optimizer_read(const char *dir, struct model *m, struct error *e) {
     struct optimizer_files o;
     struct owned *list = NULL;
-    int status = open_optimizer(&o, dir, m->params.learned, e);
+    int status = open_optimizer(&o, dir, m->params.num_params, e);
     if (status == 0) {
         int count = list_owned(m, m->partition.updated, m->partition.updated_count, &list);
         status = count < 0 ? fail_run(e, "out of memory reading %s", dir) : 0;
@@ -385,7 +387,7 @@ int optimizer_read(const char *dir, struct model *m, struct error *e) {
     return status;
 }
 
-/* ---- trainer.json --------------------------------------------------------------------------------- */
+/* ---- trainer.json ---- */
 
 /* An object being written; whole only if every member found memory. */
 struct draft_object {
@@ -410,7 +412,8 @@ static void add_text(struct draft_object *o, const char *key, const char *format
     o->whole &= cJSON_AddRawToObject(o->object, key, text) != NULL;
 }
 
-int progress_write(const char *path, const struct progress *p, const struct config *c, struct error *e) {
+int trainer_state_write(const char *path, const struct trainer_state *p, const struct config *c,
+                        struct error *e) {
     struct draft_object root = {cJSON_CreateObject(), true};
     add_text(&root, "format_version", "%d", 1);
     add_text(&root, "step", "%" PRId64, p->step);
@@ -480,13 +483,13 @@ static void text_of(const cJSON *root, const char *key, char *out, size_t bytes)
     snprintf(out, bytes, "%s", text ? text : "");
 }
 
-int progress_read(const char *path, struct progress *p, struct error *e) {
+int trainer_state_read(const char *path, struct trainer_state *p, struct error *e) {
     cJSON *root = parse(path, e);
     if (!root)
         return -1;
     const cJSON *best = cJSON_GetObjectItemCaseSensitive(root, "best_val_loss");
     int64_t skips_run = count_of(root, "skips_run");
-    *p = (struct progress){
+    *p = (struct trainer_state){
         .step = count_of(root, "step"),
         .tokens = count_of(root, "tokens"),
         .sequences = count_of(root, "sequences"),

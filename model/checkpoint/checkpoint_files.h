@@ -5,7 +5,7 @@
 #include "model/model.h"
 
 /* What trainer.json holds beside the configuration. */
-struct progress {
+struct trainer_state {
     int64_t step;      /* optimizer steps done */
     int64_t tokens;    /* trained on */
     int64_t sequences; /* drawn from the training data: the data position */
@@ -19,7 +19,7 @@ struct progress {
 /* Where the numbers come from: the model itself, or a copy taken earlier, so that training can go on. */
 struct checkpoint_source {
     struct model *model;
-    float *weights; /* NULL, or [params.learned] */
+    float *weights; /* NULL, or [params.num_params] */
     float *moments; /* NULL, or [2 * optimizer_elements]: first, then second */
 };
 
@@ -36,8 +36,9 @@ int optimizer_copy(struct model *m, float *moments, struct error *e);
 int optimizer_write(const char *path, const struct checkpoint_source *from, struct error *e);
 int optimizer_read(const char *dir, struct model *m, struct error *e);
 
-int progress_write(const char *path, const struct progress *p, const struct config *c, struct error *e);
-int progress_read(const char *path, struct progress *p, struct error *e);
+int trainer_state_write(const char *path, const struct trainer_state *p, const struct config *c,
+                        struct error *e);
+int trainer_state_read(const char *path, struct trainer_state *p, struct error *e);
 
 /* Every setting trainer.json recorded, "section.key" and its value. */
 typedef void setting_visitor(void *context, const char *key, const char *value);

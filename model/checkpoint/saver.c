@@ -73,7 +73,7 @@ void saver_close(struct saver *s) {
 }
 
 static size_t weight_bytes(const struct model *m) {
-    return m->partition.rank == 0 ? (size_t)m->params.learned * sizeof(float) : 0;
+    return m->partition.rank == 0 ? (size_t)m->params.num_params * sizeof(float) : 0;
 }
 
 size_t saver_copy_bytes(const struct model *m) {
@@ -85,7 +85,7 @@ size_t saver_copy_bytes(const struct model *m) {
 static bool reserve_copy(struct saver *s, const struct model *m, size_t memory_free) {
     size_t bytes = saver_copy_bytes(m);
     bool room = bytes > 0 && (memory_free == 0 || bytes <= memory_free / 2);
-    if ((room || model_masters_sharded(m)) && m->partition.rank == 0)
+    if ((room || model_master_weights_sharded(m)) && m->partition.rank == 0)
         s->weights = malloc(weight_bytes(m));
     s->moments = room ? malloc(bytes - weight_bytes(m)) : NULL;
     return s->moments && (s->weights || m->partition.rank > 0);
@@ -98,10 +98,10 @@ bool saver_reserve(struct saver *s, const struct model *m, size_t memory_free) {
     return s->behind;
 }
 
-/* The copy, unless training waits anyway; of sharded masters always, which take all ranks to gather. */
+/* The copy, unless training waits anyway; of sharded master_weights always, which take all ranks to gather. */
 static int take_copy(struct saver *s, struct model *m, bool wait, struct error *e) {
-    bool gathers = model_masters_sharded(m), copies = s->copies && !wait;
-    model_settle(m);
+    bool gathers = model_master_weights_sharded(m), copies = s->copies && !wait;
+    model_await_params(m);
     if (gathers || copies) {
         model_get_params(m, s->weights);
         s->job.from.weights = s->weights;
@@ -128,7 +128,7 @@ int saver_save(struct saver *s, const struct checkpoint_job *job, bool wait, str
     bool leads = s->comm->rank == 0;
     wait = wait || !s->behind;
     if (saver_finish(s, e) != 0 ||
-        comm_agree(s->comm, leads ? checkpoint_begin(job->run_dir, job->progress.step, e) : 0, e) != 0 ||
+        comm_agree(s->comm, leads ? checkpoint_begin(job->run_dir, job->trainer.step, e) : 0, e) != 0 ||
         comm_agree(s->comm, start_writing(s, job, wait, e), e) != 0)
         return -1;
     return wait ? saver_finish(s, e) : 0;
@@ -174,7 +174,7 @@ int saver_advance(struct saver *s, enum saver_state all, struct error *e) {
 int saver_finish(struct saver *s, struct error *e) {
     for (;;) {
         enum saver_state all = SAVER_IDLE, mine = saver_state(s);
-        const enum saver_state *told = comm_tell(s->comm, &mine, sizeof mine);
+        const enum saver_state *told = comm_all_gather_small(s->comm, &mine, sizeof mine);
         for (int i = 0; i < s->comm->ranks; i++)
             all = saver_together(all, told[i]);
         if (all == SAVER_IDLE)

@@ -6,7 +6,7 @@
 #include "model/buffers.h"
 
 static int64_t layer_pseudo(const struct model *m, int layer) {
-    return m->specs[layer].mix.pseudo;
+    return m->specs[layer].qkv_mix.pseudo;
 }
 
 static int64_t most_pseudo(const struct model *m) {
@@ -19,7 +19,7 @@ static int64_t most_pseudo(const struct model *m) {
 /* Keys a layer's ring must hold at once: the window before the first query of a chunk, and the chunk. */
 static int64_t ring_of(const struct decoder *d, int layer) {
     const struct layer_specs *s = &d->m->specs[layer];
-    int64_t P = s->mix.pseudo, all = d->capacity * P, ring = s->attention.window + d->chunk * P;
+    int64_t P = s->qkv_mix.pseudo, all = d->capacity * P, ring = s->attention.window + d->chunk * P;
     return s->attention.window > 0 && ring < all ? ring : all;
 }
 
@@ -81,9 +81,9 @@ static int plan_op(struct decoder *d, struct op_spec spec, size_t *saved, struct
 /* The specs of a layer for one pass over n tokens. */
 static struct layer_specs specs_for(const struct model *m, int layer, int64_t n) {
     struct layer_specs s = m->specs[layer];
-    s.mix.batch = s.attention.batch = s.collapse.batch = 1;
-    s.mix.tokens = s.collapse.tokens = n;
-    s.attention.length = n * s.mix.pseudo;
+    s.qkv_mix.batch = s.attention.batch = s.collapse.batch = 1;
+    s.qkv_mix.tokens = s.collapse.tokens = n;
+    s.attention.length = n * s.qkv_mix.pseudo;
     return s;
 }
 
@@ -97,7 +97,7 @@ static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) 
                             {.kind = OP_LINEAR, .linear = {n, F, C}},
                             {.kind = OP_ACT, .act = {(enum act_type)c->activation, n, F}},
                             {.kind = OP_DECODE, .attention = s.attention},
-                            {.kind = OP_MIX, .mix = s.mix},
+                            {.kind = OP_QKV_MIX, .qkv_mix = s.qkv_mix},
                             {.kind = OP_COLLAPSE, .collapse = s.collapse}};
     int count = (int)(sizeof ops / sizeof *ops) - (s.iha ? 0 : s.mixes ? 1 : 2);
     for (int i = 0; i < count; i++)
@@ -200,12 +200,12 @@ static void decode_attention(struct decoder *d, int layer, int64_t n) {
     const struct kernels *k = m->k;
     const struct layer_params *p = &m->params.layers[layer];
     struct layer_specs s = specs_for(m, layer, n);
-    int64_t H = s.mix.heads, dim = s.mix.head_dim, P = s.mix.pseudo;
+    int64_t H = s.qkv_mix.heads, dim = s.qkv_mix.head_dim, P = s.qkv_mix.pseudo;
     tensor qkv = with_shape(d->qkv, 1, n, 3, H, dim), o = with_shape(d->o, 1, n, H, dim, 0);
     tensor q = with_shape(d->q, 1, n * P, H, dim, 0), key = with_shape(d->k, 1, n * P, H, dim, 0);
     tensor v = with_shape(d->v, 1, n * P, H, dim, 0), o_pseudo = with_shape(d->o_pseudo, 1, n * P, H, dim, 0);
     if (s.mixes)
-        k->qkv_mix(m->dev, &s.mix, qkv, model_param(m, p->alpha_q), model_param(m, p->alpha_k),
+        k->qkv_mix(m->dev, &s.qkv_mix, qkv, model_param(m, p->alpha_q), model_param(m, p->alpha_k),
                    model_param(m, p->alpha_v), d->rope, d->position, q, key, v);
     else {
         q = tensor_select(qkv, 2, 0);
@@ -262,7 +262,7 @@ static void feed_chunk(struct decoder *d, const int32_t *tokens, int64_t n, floa
 }
 
 void decoder_feed(struct decoder *d, const int32_t *tokens, int64_t n, float *logits) {
-    model_settle(d->m);
+    model_await_params(d->m);
     struct model *m = d->m;
     m->k->set_workspace(m->dev, d->workspace, d->workspace_bytes);
     for (int64_t at = 0, count; at < n; at += count) {

@@ -6,7 +6,7 @@ enum { LAYER_KINDS = LAYER_IHA_LOCAL + 1 };
 void determinism_print(FILE *out, const struct model *m) {
     bool seen[LAYER_KINDS] = {false};
     size_t most = 0;
-    if (!m->k->attention_by)
+    if (!m->k->attention_backend)
         return;
     fprintf(out, "deterministic: attention");
     for (int layer = 0; layer < m->config.num_hidden_layers; layer++) {
@@ -14,7 +14,7 @@ void determinism_print(FILE *out, const struct model *m) {
         size_t bytes;
         if (seen[type])
             continue;
-        const char *by = m->k->attention_by(m->dev, &m->specs[layer].attention, &bytes);
+        const char *by = m->k->attention_backend(m->dev, &m->specs[layer].attention, &bytes);
         bool first = !seen[0] && !seen[1] && !seen[2] && !seen[3];
         fprintf(out, "%s of %s layers by %s", first ? "" : ",", layer_type_name(type), by);
         if (bytes > 0)

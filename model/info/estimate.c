@@ -2,7 +2,7 @@
 
 #include "model/flops.h"
 
-double predict_room(const struct paper_gpu *gpu) {
+double estimate_room(const struct gpu_spec *gpu) {
     return gpu->memory - gpu->reserved;
 }
 
@@ -24,7 +24,7 @@ static void run_step(struct model *m, const struct config *c, int64_t step, int6
     model_update(m, &hyper);
 }
 
-static struct paper_account difference(struct paper_account after, const struct paper_account *before) {
+static struct estimate_totals difference(struct estimate_totals after, const struct estimate_totals *before) {
     for (int i = 0; i < PAPER_PARTS; i++) {
         after.seconds[i] -= before->seconds[i];
         after.flops[i] -= before->flops[i];
@@ -41,7 +41,7 @@ static struct paper_account difference(struct paper_account after, const struct 
     return after;
 }
 
-static void conclude(struct prediction *p, const struct config *c, const struct paper_options *o) {
+static void conclude(struct run_estimate *p, const struct config *c, const struct estimate_options *o) {
     struct flops f = flops_per_token(&c->model, c->train.seq_len);
     for (int i = 0; i < PAPER_PARTS; i++)
         p->compute += p->step.seconds[i];
@@ -50,51 +50,52 @@ static void conclude(struct prediction *p, const struct config *c, const struct 
 }
 
 /* The first step finds the queues empty; those after it are alike. */
-static int run_on_paper(struct prediction *p, const struct config *c, struct device *dev, struct error *e) {
+static int run_estimated_steps(struct run_estimate *p, const struct config *c, struct device *dev,
+                               struct error *e) {
     struct model m;
     struct model_options options = {.shape = shape_of(c),
                                     .weight_decay = c->train.weight_decay,
                                     .mix_lr_scale = c->train.mix_lr_scale,
-                                    .comm = paper_comm(dev),
+                                    .comm = estimate_comm(dev),
                                     .zero_stage = (int)c->system.zero_stage,
                                     .reduce_dtype = reduce_dtype_of(c)};
-    if (model_create(&m, &c->model, kernels_paper(), dev, &options, e) != 0)
+    if (model_create(&m, &c->model, kernels_estimate(), dev, &options, e) != 0)
         return -1;
     p->memory = m.plan;
     run_step(&m, c, 0, p->passes);
-    struct paper_account first = paper_account(dev);
+    struct estimate_totals first = estimate_totals(dev);
     run_step(&m, c, 1, p->passes);
-    p->step = difference(paper_account(dev), &first);
+    p->step = difference(estimate_totals(dev), &first);
     model_free(&m);
     return 0;
 }
 
-int predict(struct prediction *p, const struct config *c, const struct paper_options *o, struct error *e) {
-    struct device *dev = paper_open(o, e);
+int estimate_run(struct run_estimate *p, const struct config *c, const struct estimate_options *o,
+                 struct error *e) {
+    struct device *dev = estimate_open(o, e);
     if (!dev)
         return -1;
-    *p = (struct prediction){.passes = c->train.batch_tokens /
-                                       (c->train.micro_batch * c->train.seq_len * o->ranks)};
-    int status = run_on_paper(p, c, dev, e);
-    kernels_paper()->close(dev);
+    *p = (struct run_estimate){.passes = c->train.batch_tokens /
+                                         (c->train.micro_batch * c->train.seq_len * o->ranks)};
+    int status = run_estimated_steps(p, c, dev, e);
+    kernels_estimate()->close(dev);
     if (status == 0)
         conclude(p, c, o);
     return status;
 }
 
-/* ---- what fits ------------------------------------------------------------------------------------------
- */
+/* ---- what fits ---- */
 
-int predict_fits(const struct config *c, const struct paper_options *o, struct memory_plan *plan,
-                 struct error *e) {
+int estimate_fits(const struct config *c, const struct estimate_options *o, struct memory_plan *plan,
+                  struct error *e) {
     struct pass_shape shape = shape_of(c);
-    struct device *dev = paper_open(o, e);
+    struct device *dev = estimate_open(o, e);
     if (!dev)
         return -1;
-    int status = model_memory(&c->model, kernels_paper(), dev, &shape, o->ranks, (int)c->system.zero_stage,
+    int status = model_memory(&c->model, kernels_estimate(), dev, &shape, o->ranks, (int)c->system.zero_stage,
                               reduce_dtype_of(c), plan, e);
-    kernels_paper()->close(dev);
-    return status != 0 ? -1 : (double)memory_total(plan) <= predict_room(o->gpu);
+    kernels_estimate()->close(dev);
+    return status != 0 ? -1 : (double)memory_total(plan) <= estimate_room(o->gpu);
 }
 
 /* One notch further in one direction; false at its end. A divisor of micro_batch still divides batch_tokens.
@@ -121,14 +122,14 @@ static bool share_more(struct config *c) {
     return true;
 }
 
-int predict_fit(const struct config *c, const struct paper_options *o, int attempt, struct config *changed,
-                struct memory_plan *plan, struct error *e) {
+int estimate_fit(const struct config *c, const struct estimate_options *o, int attempt,
+                 struct config *changed, struct memory_plan *plan, struct error *e) {
     static bool (*const notches[])(struct config *) = {lower_micro_batch, recompute_more, share_more};
     int first = attempt < 3 ? attempt : 0, last = attempt < 3 ? attempt : 2;
     *changed = *c;
     for (int way = last; way >= first; way--)
         while (notches[way](changed)) {
-            int fit = predict_fits(changed, o, plan, e);
+            int fit = estimate_fits(changed, o, plan, e);
             if (fit != 0)
                 return fit;
         }

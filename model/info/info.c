@@ -49,7 +49,7 @@ static void print_parameters(FILE *out, const struct params *p) {
     static const char *const groups[] = {
         "embeddings", "attention projections", "alpha and collapse (IHA)", "MLP", "norms", "lm_head"};
     char text[32];
-    fprintf(out, "Parameters: %s (%lld)\n", human((double)p->learned, text), (long long)p->learned);
+    fprintf(out, "Parameters: %s (%lld)\n", human((double)p->num_params, text), (long long)p->num_params);
     for (size_t g = 0; g < sizeof groups / sizeof *groups; g++) {
         int64_t count = 0;
         for (int i = 0; i < p->count; i++)
@@ -57,7 +57,7 @@ static void print_parameters(FILE *out, const struct params *p) {
                 count += p->list[i].count;
         if (count > 0)
             fprintf(out, "  %-26s %14lld  %5.1f%%\n", groups[g], (long long)count,
-                    100 * (double)count / (double)p->learned);
+                    100 * (double)count / (double)p->num_params);
     }
     fputc('\n', out);
 }

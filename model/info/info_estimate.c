@@ -6,8 +6,7 @@
 #include "model/config/options.h"
 #include "model/info/estimate.h"
 
-/* ---- the command line -----------------------------------------------------------------------------------
- */
+/* ---- the command line ---- */
 
 enum { MAX_GPUS = 1 << 20, MOST_ADVISED = 1 << 14 };
 
@@ -33,8 +32,8 @@ static int parse_option(int which, const char *value, struct info_options *o, st
     if (which == 0)
         return parse_gpus(value, &o->gpus, e);
     if (which == 1)
-        return (o->gpu = paper_gpu(value)) ? 0 : unknown_name("--gpu", value, paper_gpu_names, e);
-    return (o->link = paper_link(value)) ? 0 : unknown_name("--link", value, paper_link_names, e);
+        return (o->gpu = gpu_spec(value)) ? 0 : unknown_name("--gpu", value, gpu_names, e);
+    return (o->link = link_spec(value)) ? 0 : unknown_name("--link", value, link_names, e);
 }
 
 /* What was not said: H200s, on NVLink as far as it reaches. */
@@ -44,9 +43,9 @@ static int complete(struct info_options *o, struct error *e) {
                    ? fail_user(e, "info: --gpu and --link plan a run: say on how many, --gpus N")
                    : 0;
     if (!o->gpu)
-        o->gpu = paper_gpu("h200");
+        o->gpu = gpu_spec("h200");
     if (!o->link)
-        o->link = paper_link(o->gpus <= NODE_GPUS ? "nvlink" : "ib400");
+        o->link = link_spec(o->gpus <= NODE_GPUS ? "nvlink" : "ib400");
     if (o->gpus > NODE_GPUS && o->link->network == 0)
         return fail_user(
             e, "info: --link %s joins the %d GPUs of a node, not %d; use --link ib400 for several nodes",
@@ -88,11 +87,10 @@ static int check_plannable(const struct config *c, int gpus, struct error *e) {
         mpi ? " system.comm=auto" : "");
 }
 
-/* ---- printing -------------------------------------------------------------------------------------------
- */
+/* ---- printing ---- */
 
 static void print_header(FILE *out, const struct config *c, const struct info_options *o,
-                         const struct prediction *p) {
+                         const struct run_estimate *p) {
     const char *modes[] = {"none", "light", "full"};
     int nodes = (o->gpus + NODE_GPUS - 1) / NODE_GPUS;
     fprintf(out, "Prediction for %d x %s, ", o->gpus, o->gpu->name);
@@ -103,10 +101,9 @@ static void print_header(FILE *out, const struct config *c, const struct info_op
     if (nodes == 1 && o->link->network > 0)
         fprintf(out, "  --link %s has no effect: it joins nodes, and up to %d GPUs are one\n", o->link->name,
                 NODE_GPUS);
-    fprintf(
-        out,
-        "  not measured on this hardware: ceilings and published figures (kernels/estimate/hardware.c), so read\n"
-        "  the speed as the best that is possible\n");
+    fprintf(out, "  not measured on this hardware: ceilings and published figures "
+                 "(kernels/estimate/hardware.c), so read\n"
+                 "  the speed as the best that is possible\n");
     fprintf(out,
             "  bf16, zero_stage %lld, recompute %s; a step of %lld tokens is %lld pass%s of %lld x %lld on "
             "each GPU\n\n",
@@ -116,7 +113,7 @@ static void print_header(FILE *out, const struct config *c, const struct info_op
 }
 
 static void print_speed(FILE *out, const struct config *c, const struct info_options *o,
-                        const struct prediction *p) {
+                        const struct run_estimate *p) {
     double run = p->step.now * (double)c->train.steps;
     fprintf(out, "  %-12s %10.1f ms\n", "step", 1e3 * p->step.now);
     fprintf(out, "  %-12s %10.0f tokens/s, %.0f per GPU\n", "speed", p->tokens_per_second,
@@ -134,7 +131,7 @@ static void print_share(FILE *out, const char *name, double seconds, double step
             *what ? "   " : "", what);
 }
 
-static void print_time(FILE *out, const struct prediction *p) {
+static void print_time(FILE *out, const struct run_estimate *p) {
     static const char *const parts[PAPER_PARTS] = {
         "matrix products", "attention", "mixing and collapse", "classifier", "norm, activation, embedding",
         "optimizer"};
@@ -174,12 +171,12 @@ static void print_changes(FILE *out, const struct config *was, const struct conf
 /* What is left where no change makes it fit: *c has all of them. More GPUs share the optimizer and the
  * gradients among them, but not what each keeps for itself. */
 static int print_last_resort(FILE *out, const struct config *was, const struct config *c,
-                             struct paper_options more, struct error *e) {
+                             struct estimate_options more, struct error *e) {
     struct memory_plan plan;
     int fit = 0;
     while (fit == 0 && more.ranks < MOST_ADVISED) {
         more.ranks = more.ranks < NODE_GPUS ? NODE_GPUS : 2 * more.ranks;
-        fit = predict_fits(c, &more, &plan, e);
+        fit = estimate_fits(c, &more, &plan, e);
     }
     if (fit < 0)
         return -1;
@@ -197,8 +194,9 @@ static int print_last_resort(FILE *out, const struct config *was, const struct c
 }
 
 static int print_room(FILE *out, const struct config *c, const struct info_options *o,
-                      const struct paper_options *paper, const struct memory_plan *memory, struct error *e) {
-    double room = predict_room(o->gpu), need = (double)memory_total(memory);
+                      const struct estimate_options *estimate, const struct memory_plan *memory,
+                      struct error *e) {
+    double room = estimate_room(o->gpu), need = (double)memory_total(memory);
     struct config changed;
     bool any = false;
     if (need <= room) {
@@ -212,7 +210,7 @@ static int print_room(FILE *out, const struct config *c, const struct info_optio
     /* The last attempt makes all changes together: only where none suffices alone. */
     for (int attempt = 0; attempt < FIT_ATTEMPTS && !(any && attempt == FIT_ATTEMPTS - 1); attempt++) {
         struct memory_plan plan;
-        int fit = predict_fit(c, paper, attempt, &changed, &plan, e);
+        int fit = estimate_fit(c, estimate, attempt, &changed, &plan, e);
         if (fit < 0)
             return -1;
         if (fit == 0)
@@ -222,23 +220,23 @@ static int print_room(FILE *out, const struct config *c, const struct info_optio
         print_changes(out, c, &changed);
         fprintf(out, "   (%.1f GB)\n", (double)memory_total(&plan) / 1e9);
     }
-    return any ? 0 : print_last_resort(out, c, &changed, *paper, e);
+    return any ? 0 : print_last_resort(out, c, &changed, *estimate, e);
 }
 
-int info_print_plan(FILE *out, const struct config *c, const struct info_options *o, struct error *e) {
-    struct paper_options paper = {.gpu = o->gpu,
-                                  .link = o->link,
-                                  .ranks = o->gpus,
-                                  .precision = DEVICE_BF16,
-                                  .deterministic = c->system.deterministic};
-    struct prediction p;
+int info_print_estimate(FILE *out, const struct config *c, const struct info_options *o, struct error *e) {
+    struct estimate_options estimate = {.gpu = o->gpu,
+                                        .link = o->link,
+                                        .ranks = o->gpus,
+                                        .precision = DEVICE_BF16,
+                                        .deterministic = c->system.deterministic};
+    struct run_estimate p;
     if (check_plannable(c, o->gpus, e) != 0 || info_print_counts(out, c, e) != 0 ||
-        predict(&p, c, &paper, e) != 0)
+        estimate_run(&p, c, &estimate, e) != 0)
         return -1;
     print_header(out, c, o, &p);
     print_speed(out, c, o, &p);
     print_time(out, &p);
     info_print_memory(out, c, DTYPE_BF16, &p.memory);
     fprintf(out, "  workspace is an estimate: logits, or the scratch of cuDNN's backward\n");
-    return print_room(out, c, o, &paper, &p.memory, e);
+    return print_room(out, c, o, &estimate, &p.memory, e);
 }

@@ -20,13 +20,13 @@ static void add_setting(void *context, const char *key, const char *value) {
     add_text(context, value);
 }
 
-int ranks_check_alike(struct comm *comm, const struct config *config, const struct progress *progress,
+int ranks_check_alike(struct comm *comm, const struct config *config, const struct trainer_state *trainer,
                       struct error *e) {
     struct digest mine = {HASH_START, HASH_START}, first;
     config_visit(config, add_setting, &mine.settings);
-    add_text(&mine.data, progress->train_fingerprint);
-    add_text(&mine.data, progress->val_fingerprint);
-    memcpy(&first, comm_tell(comm, &mine, sizeof mine), sizeof first);
+    add_text(&mine.data, trainer->train_fingerprint);
+    add_text(&mine.data, trainer->val_fingerprint);
+    memcpy(&first, comm_all_gather_small(comm, &mine, sizeof mine), sizeof first);
     int status = 0;
     if (first.settings != mine.settings)
         status = fail_user(e, "has another configuration than rank 0; give all the same file and overrides");
@@ -40,7 +40,7 @@ int ranks_check_run_dir(struct comm *comm, const char *run_dir, struct error *e)
     char path[MAX_TEXT + 64];
     long pid = (long)getpid(), found = -1;
     snprintf(path, sizeof path, "%s/lock", run_dir);
-    memcpy(&pid, comm_tell(comm, &pid, sizeof pid), sizeof pid); /* rank 0's */
+    memcpy(&pid, comm_all_gather_small(comm, &pid, sizeof pid), sizeof pid); /* rank 0's */
     FILE *f = fopen(path, "r");
     bool same = f && fscanf(f, "%ld", &found) == 1 && found == pid;
     if (f)
@@ -59,6 +59,6 @@ int ranks_find_checkpoint(struct comm *comm, const char *path, char dir[MAX_TEXT
     memset(dir, 0, MAX_TEXT);
     if (comm_agree(comm, comm->rank == 0 ? checkpoint_find(path, dir, e) : 0, e) != 0)
         return -1;
-    memmove(dir, comm_tell(comm, dir, MAX_TEXT), MAX_TEXT); /* rank 0's */
+    memmove(dir, comm_all_gather_small(comm, dir, MAX_TEXT), MAX_TEXT); /* rank 0's */
     return 0;
 }

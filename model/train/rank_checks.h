@@ -7,9 +7,9 @@
 #include "model/checkpoint/checkpoint_files.h"
 #include "model/config/config.h"
 
-/* The same configuration, and the same data by the fingerprints in *progress: ranks that were started with
+/* The same configuration, and the same data by the fingerprints in *trainer: ranks that were started with
  * different files would train nobody's model. */
-int ranks_check_alike(struct comm *comm, const struct config *config, const struct progress *progress,
+int ranks_check_alike(struct comm *comm, const struct config *config, const struct trainer_state *trainer,
                       struct error *e);
 
 /* A run.dir that only some hosts see would cost the first checkpoint: all must find the lock there that rank

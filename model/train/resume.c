@@ -10,7 +10,7 @@ static bool leads(const struct model *m) {
 }
 
 /* Weights, and where asked for the optimizer's state, of another run. */
-static int load_from(struct model *m, const struct config *c, struct progress *p, const char *dir,
+static int load_from(struct model *m, const struct config *c, struct trainer_state *p, const char *dir,
                      struct error *e) {
     if (checkpoint_check_geometry(dir, &c->model, e) != 0 || checkpoint_load_weights(dir, m, 0, e) != 0)
         return -1;
@@ -18,14 +18,14 @@ static int load_from(struct model *m, const struct config *c, struct progress *p
         fprintf(stderr, "weights from %s\n", dir);
     if (c->train.init_optimizer != OPTIMIZER_KEEP)
         return 0;
-    struct progress from;
-    if (checkpoint_read_progress(dir, &from, e) != 0)
+    struct trainer_state from;
+    if (checkpoint_read_trainer_state(dir, &from, e) != 0)
         return -1;
     p->history.updates = from.history.updates; /* the moments' age, for their bias correction */
     return checkpoint_load_optimizer(dir, m, e);
 }
 
-static int start_from(struct model *m, const struct config *c, struct progress *p, const char *path,
+static int start_from(struct model *m, const struct config *c, struct trainer_state *p, const char *path,
                       struct error *e) {
     char dir[MAX_TEXT];
     return ranks_find_checkpoint(m->comm, path, dir, e) != 0 ||
@@ -36,12 +36,12 @@ static int start_from(struct model *m, const struct config *c, struct progress *
 
 /* Every rank loads the newest checkpoint that loads; all must have found the same. 1: resumed, 0: there is
  * none. */
-static int resume(struct model *m, const struct config *c, struct progress *p, struct error *e) {
+static int resume(struct model *m, const struct config *c, struct trainer_state *p, struct error *e) {
     char dir[MAX_TEXT] = "";
     int status = checkpoint_resume(c->run.dir, m, c, p, dir, leads(m), e);
     if (comm_agree(m->comm, status < 0 ? -1 : 0, e) != 0)
         return -1;
-    const char *first = comm_tell(m->comm, dir, MAX_TEXT);
+    const char *first = comm_all_gather_small(m->comm, dir, MAX_TEXT);
     if (strcmp(first, dir) != 0)
         status = fail_user(e,
                            "finds \"%s\" where rank 0 finds \"%s\"; run.dir must be the same for all ranks: "
@@ -49,12 +49,12 @@ static int resume(struct model *m, const struct config *c, struct progress *p, s
                            dir, first);
     if (status == 1 && leads(m)) {
         fprintf(stderr, "resuming from %s\n", dir);
-        status = checkpoint_settle(c->run.dir, c, p, e) == 0 ? 1 : -1;
+        status = checkpoint_prune(c->run.dir, c, p, e) == 0 ? 1 : -1;
     }
     return comm_agree(m->comm, status < 0 ? -1 : 0, e) == 0 ? status : -1;
 }
 
-int start_run(struct model *m, const struct config *c, struct progress *p, struct error *e) {
+int resume_or_initialize(struct model *m, const struct config *c, struct trainer_state *p, struct error *e) {
     int status = resume(m, c, p, e);
     if (status < 0)
         return -1;

@@ -6,6 +6,6 @@
 
 /* Numbers for *m, and how far the run has come for *p, whose fingerprints are those of the data at hand. All
  * ranks of the model's comm call it, and find the same. */
-int start_run(struct model *m, const struct config *c, struct progress *p, struct error *e);
+int resume_or_initialize(struct model *m, const struct config *c, struct trainer_state *p, struct error *e);
 
 #endif

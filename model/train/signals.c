@@ -50,10 +50,10 @@ int signals_watch(struct error *e) {
     return 0;
 }
 
-void signals_heed(void) {
+void signals_enable_graceful_stop(void) {
     atomic_store(&heeded, true);
 }
 
-int signals_asked(void) {
+int signals_stop_requested(void) {
     return atomic_load(&asked);
 }

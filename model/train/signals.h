@@ -9,13 +9,13 @@
 /* No handler may run on a thread that computes: oneDNN's matrix products keep their stack pointer inside heap
  * memory at times, where a signal's frame would overwrite what lies below. So all threads block these
  * signals, and one that does nothing else waits for them. To be called before any other thread exists. Until
- * signals_heed the first one ends the process at once. */
+ * signals_enable_graceful_stop the first one ends the process at once. */
 int signals_watch(struct error *e);
 
 /* The run will look for them from now on. */
-void signals_heed(void);
+void signals_enable_graceful_stop(void);
 
 /* The signal that has asked, or 0. */
-int signals_asked(void);
+int signals_stop_requested(void);
 
 #endif

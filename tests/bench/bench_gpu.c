@@ -17,7 +17,7 @@
 enum { MATMUL_SIZE = 8192 };
 static const size_t GPU_COPY_BYTES = (size_t)1 << 30;
 
-/* ---- measuring ---------------------------------------------------------------------------------------- */
+/* ---- measuring ---- */
 
 /* Operands of one operation, and what its plan asked for. */
 enum { OPERANDS = 16 };
@@ -97,8 +97,7 @@ static void flops_row(struct table *t, struct job *j, void (*run)(struct job *),
     row_progress(row);
 }
 
-/* ---- ceilings -------------------------------------------------------------------------------------------
- */
+/* ---- ceilings ---- */
 
 static void run_device_copy(struct job *j) {
     timing_copy(j->b->dev, j->t[1].data, j->t[0].data, GPU_COPY_BYTES);
@@ -150,14 +149,15 @@ enum { QKV, ALPHA_Q, ALPHA_K, ALPHA_V, ROPE, MQ, MK, MV, DQKV, DALPHA_Q, DALPHA_
 
 static void run_mix(struct job *j) {
     tensor *t = j->t;
-    j->b->k->qkv_mix(j->b->dev, &j->spec.mix, t[QKV], t[ALPHA_Q], t[ALPHA_K], t[ALPHA_V], t[ROPE], 0, t[MQ],
-                     t[MK], t[MV]);
+    j->b->k->qkv_mix(j->b->dev, &j->spec.qkv_mix, t[QKV], t[ALPHA_Q], t[ALPHA_K], t[ALPHA_V], t[ROPE], 0,
+                     t[MQ], t[MK], t[MV]);
 }
 
 static void run_mix_backward(struct job *j) {
     tensor *t = j->t;
-    j->b->k->qkv_mix_backward(j->b->dev, &j->spec.mix, t[MQ], t[MK], t[MV], t[QKV], t[ALPHA_Q], t[ALPHA_K],
-                              t[ALPHA_V], t[ROPE], t[DQKV], t[DALPHA_Q], t[DALPHA_K], t[DALPHA_V], true);
+    j->b->k->qkv_mix_backward(j->b->dev, &j->spec.qkv_mix, t[MQ], t[MK], t[MV], t[QKV], t[ALPHA_Q],
+                              t[ALPHA_K], t[ALPHA_V], t[ROPE], t[DQKV], t[DALPHA_Q], t[DALPHA_K], t[DALPHA_V],
+                              true);
 }
 
 enum { COLLAPSE_O, COLLAPSE_R, COLLAPSE_OUT, COLLAPSE_DO, COLLAPSE_DR };
@@ -178,7 +178,7 @@ static void bench_mixing_of(struct bench *b, struct table *table, int64_t T, int
     struct job j;
     char what[CELL];
     double row = 2.0 * (double)(T * H * d); /* bytes of one [T,H,d] */
-    job_open(&j, b, (struct op_spec){.kind = OP_MIX, .mix = {1, T, H, d, P, true, true, true}});
+    job_open(&j, b, (struct op_spec){.kind = OP_QKV_MIX, .qkv_mix = {1, T, H, d, P, true, true, true}});
     job_operand(&j, 1, T, 3, H, d);
     for (int i = 0; i < 3; i++)
         job_operand(&j, P, H, H, 0, 0);
@@ -218,8 +218,7 @@ static void bench_mix(struct bench *b, struct table *t) {
             bench_mixing_of(b, t, i < 2 ? 16384 : 4096, sizes[i][0], sizes[i][1], d);
 }
 
-/* ---- attention, own and cuDNN's --------------------------------------------------------------------------
- */
+/* ---- attention, own and cuDNN's ---- */
 
 enum { AQ, AK, AV, AO, ADO, ADQ, ADK, ADV, ATTENTION_TENSORS };
 
@@ -294,8 +293,7 @@ static void bench_attention_both(struct bench *b, struct table *t) {
     }
 }
 
-/* ---- the other operations ---------------------------------------------------------------------------------
- */
+/* ---- the other operations ---- */
 
 static void run_norm(struct job *j) {
     tensor *t = j->t;
@@ -412,8 +410,7 @@ static void bench_others(struct bench *b, struct table *t) {
     bench_optimizer(b, t);
 }
 
-/* ---- between ranks ----------------------------------------------------------------------------------------
- */
+/* ---- between ranks ---- */
 
 enum { SUMMED_RANKS = 8 };
 
@@ -454,8 +451,7 @@ static void bench_ranks(struct bench *b, struct table *t) {
     cell(table_row(t, "reduce-scatter and all-gather over NCCL")->took, "not measured: takes two GPUs");
 }
 
-/* ---- whole steps ------------------------------------------------------------------------------------------
- */
+/* ---- whole steps ---- */
 
 /* Does the model of this configuration fit on the device? */
 static bool fits(struct bench *b, const struct config *c) {

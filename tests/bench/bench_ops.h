@@ -137,14 +137,14 @@ enum { PSEUDO_O, R, OUT, D_PSEUDO_O, DR };
 static inline void mix_forward(void *context) {
     struct op_run *r = context;
     tensor *t = r->t;
-    r->b->k->qkv_mix(r->b->dev, &r->spec.mix, t[QKV], t[ALPHA_Q], t[ALPHA_K], t[ALPHA_V], t[TABLE], 0,
+    r->b->k->qkv_mix(r->b->dev, &r->spec.qkv_mix, t[QKV], t[ALPHA_Q], t[ALPHA_K], t[ALPHA_V], t[TABLE], 0,
                      t[MIX_Q], t[MIX_K], t[MIX_V]);
 }
 
 static inline void mix_backward(void *context) {
     struct op_run *r = context;
     tensor *t = r->t;
-    r->b->k->qkv_mix_backward(r->b->dev, &r->spec.mix, t[MIX_Q], t[MIX_K], t[MIX_V], t[QKV], t[ALPHA_Q],
+    r->b->k->qkv_mix_backward(r->b->dev, &r->spec.qkv_mix, t[MIX_Q], t[MIX_K], t[MIX_V], t[QKV], t[ALPHA_Q],
                               t[ALPHA_K], t[ALPHA_V], t[TABLE], t[DQKV], t[DALPHA_Q], t[DALPHA_K],
                               t[DALPHA_V], false);
 }
@@ -173,8 +173,8 @@ static inline double operand_bytes(const struct op_run *r, int first, int last) 
 /* A row for one direction of one operation that reads and writes `bytes`, each operand once. */
 static inline void bandwidth_row(struct op_run *r, struct table *t, const char *name, void (*work)(void *),
                                  double bytes) {
-    const struct mix_spec *s = &r->spec.mix;
-    bool mix = r->spec.kind == OP_MIX;
+    const struct qkv_mix_spec *s = &r->spec.qkv_mix;
+    bool mix = r->spec.kind == OP_QKV_MIX;
     int64_t H = mix ? s->heads : r->spec.collapse.heads, d = mix ? s->head_dim : r->spec.collapse.head_dim;
     int64_t P = mix ? s->pseudo : r->spec.collapse.pseudo, T = mix ? s->tokens : r->spec.collapse.tokens;
     struct finding f = measure(r->b, work, r);
@@ -189,8 +189,8 @@ static inline void bandwidth_row(struct op_run *r, struct table *t, const char *
 
 static inline void bench_mix(struct bench *b, struct table *t, int64_t T, int64_t H, int64_t P, int64_t d) {
     struct op_run r;
-    struct mix_spec s = {1, T, H, d, P, .mixed = true, .rope = true, .rope_virtual = true};
-    op_open(&r, b, (struct op_spec){.kind = OP_MIX, .mix = s});
+    struct qkv_mix_spec s = {1, T, H, d, P, .mixed = true, .rope = true, .rope_virtual = true};
+    op_open(&r, b, (struct op_spec){.kind = OP_QKV_MIX, .qkv_mix = s});
     op_operand(&r, 1, T, 3, H, d);
     for (int i = 0; i < 3; i++)
         op_operand(&r, P, H, H, 0, 0);

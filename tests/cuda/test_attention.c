@@ -148,7 +148,7 @@ static double largest_score(struct backends *k, const struct attention_case *c, 
 static bool by_cudnn(struct backends *k, const struct attention_spec *s) {
     size_t bytes;
     struct backend *b = &k->each[CUDA];
-    return strcmp(b->k->attention_by(b->dev, s, &bytes), "cuDNN") == 0;
+    return strcmp(b->k->attention_backend(b->dev, s, &bytes), "cuDNN") == 0;
 }
 
 static bool cudnn_may_serve(void) {
@@ -183,8 +183,7 @@ static void check_case(enum device_precision precision, struct attention_case c)
     done(k);
 }
 
-/* ---- the table ------------------------------------------------------------------------------------------
- */
+/* ---- the table ---- */
 
 static const int64_t LENGTHS[] = {1, 7, 63, 64, 65, 130, 200};
 static const int64_t WINDOWS[] = {0, 1, 2, 32, 63, 64, 65, 201};
@@ -275,8 +274,7 @@ static void extreme_scores(void **state) {
     large_scores(DEVICE_FP32);
 }
 
-/* ---- NaN -------------------------------------------------------------------------------------------------
- */
+/* ---- NaN ---- */
 
 static bool visible(const struct attention_spec *a, int64_t s, int64_t key) {
     bool before = !a->causal || (a->token_mask ? key / a->pseudo <= s / a->pseudo : key <= s);
@@ -362,8 +360,7 @@ static void nan_is_not_swallowed(void **state) {
         }
 }
 
-/* ---- tiles ----------------------------------------------------------------------------------------------
- */
+/* ---- tiles ---- */
 
 /* Tiles of `queries` by `keys` scores that hold a visible pair. */
 static int64_t tiles_needed(const struct attention_spec *a, int64_t queries, int64_t keys) {
@@ -410,8 +407,7 @@ static void no_empty_tile_is_visited(void **state) {
     check_tiles(DEVICE_FP32, (struct attention_spec){2, 200, 2, 128, 3, true, true, 40, 0.1});
 }
 
-/* ---- bits -----------------------------------------------------------------------------------------------
- */
+/* ---- bits ---- */
 
 /* The order in which threads and blocks run does not show. */
 static void two_runs_give_the_same_bits(void **state) {

@@ -18,7 +18,7 @@
     ",\"totalGlobalMem\":" MEMORY "}"
 
 static const struct described {
-    const char *name, *paper, *json;
+    const char *name, *gpu, *json;
 } H200 = {"H200", "h200", DEVICE("H200", "900", "132", "232448", "62914560", "150000000000")},
   A100 = {"A100", "a100", DEVICE("A100-SXM4-80GB", "800", "108", "166912", "41943040", "85000000000")};
 
@@ -76,7 +76,7 @@ static struct op_cost planned(const struct kernels *k, struct device *dev, struc
 
 static const char *server_of(struct device *dev, struct attention_spec spec) {
     size_t deterministic;
-    return kernels_cuda()->attention_by(dev, &spec, &deterministic);
+    return kernels_cuda()->attention_backend(dev, &spec, &deterministic);
 }
 
 /* cuDNN serves the shape, and wants the workspace that `info` counts. */
@@ -84,15 +84,15 @@ static void serves(const struct described *on, const struct served *c, bool dete
     gpu = on;
     struct error e = {0};
     struct device *dev = device_of(DEVICE_BF16, deterministic);
-    struct paper_options options = {.gpu = paper_gpu(on->paper),
-                                    .link = paper_link("nvlink"),
-                                    .ranks = 1,
-                                    .precision = DEVICE_BF16,
-                                    .deterministic = deterministic};
-    struct device *paper = paper_open(&options, &e);
-    assert_non_null(paper);
+    struct estimate_options options = {.gpu = gpu_spec(on->gpu),
+                                       .link = link_spec("nvlink"),
+                                       .ranks = 1,
+                                       .precision = DEVICE_BF16,
+                                       .deterministic = deterministic};
+    struct device *estimate = estimate_open(&options, &e);
+    assert_non_null(estimate);
     struct op_cost real = planned(kernels_cuda(), dev, c->spec),
-                   counted = planned(kernels_paper(), paper, c->spec);
+                   counted = planned(kernels_estimate(), estimate, c->spec);
     if (strcmp(server_of(dev, c->spec), "cuDNN") != 0)
         fail_msg("%s, %s: served by %s", on->name, c->of, server_of(dev, c->spec));
     if (real.saved != counted.saved || real.workspace > counted.workspace ||
@@ -100,7 +100,7 @@ static void serves(const struct described *on, const struct served *c, bool dete
         fail_msg("%s, %s: cuDNN wants %zu + %zu bytes, info counts %zu + %zu", on->name, c->of, real.saved,
                  real.workspace, counted.saved, counted.workspace);
     kernels_cuda()->close(dev);
-    kernels_paper()->close(paper);
+    kernels_estimate()->close(estimate);
 }
 
 static void on_hopper(void **state) {

@@ -124,7 +124,7 @@ static const char *served(size_t cudnn, bool graphs) {
         size_t bytes;
         struct op_spec s = {.kind = OP_ATTENTION, .attention = {1, lengths[i], 2, 8, 1, true, false, 0, 1}};
         assert_int_equal(k->plan(dev, &s, &cost, NULL), 0);
-        text[i] = strcmp(k->attention_by(dev, &s.attention, &bytes), "cuDNN") == 0 ? 'c' : 'o';
+        text[i] = strcmp(k->attention_backend(dev, &s.attention, &bytes), "cuDNN") == 0 ? 'c' : 'o';
     }
     k->close(dev);
     version = 91900;

@@ -51,7 +51,8 @@ static void memory(void **state) {
     size_t before = k->memory_available(dev);
     assert_null(k->alloc(dev, before + 1, &e));
     assert_int_equal(e.exit_code, EXIT_USER);
-    assert_non_null(strstr(e.text, emulator_on_gpu() ? "GB on the GPU" : "cannot allocate 2.15 GB on the GPU"));
+    assert_non_null(
+        strstr(e.text, emulator_on_gpu() ? "GB on the GPU" : "cannot allocate 2.15 GB on the GPU"));
     void *data = k->alloc(dev, 4000, &e);
     if (!emulator_on_gpu()) /* others may be using it, and it gives out pages */
         assert_int_equal(before - k->memory_available(dev), 4000);
@@ -132,7 +133,7 @@ static void uploads_run_ahead(void **state) {
         tensor t[UPLOADS];
         int waited = 0;
         emulator_seed((uint64_t)order);
-        k->set_idle_call(dev, count_idle, &waited);
+        k->set_progress_callback(dev, count_idle, &waited);
         for (int u = 0; u < UPLOADS; u++)
             t[u] = tensor_of(k->alloc(dev, sizeof values, NULL), DTYPE_I32, N, 0, 0, 0, 0);
         for (int u = 0; u < UPLOADS; u++) {

@@ -158,10 +158,10 @@ static void bits_bf16(void **state) {
 }
 
 /* `info --gpus` counts memory without a GPU: the same bytes, but for scratch, which depends on the chip. */
-static void memory_on_paper_is_the_same(void **state) {
+static void estimated_memory_is_the_same(void **state) {
     (void)state;
-    struct paper_options o = {
-        .gpu = paper_gpu("h200"), .link = paper_link("nvlink"), .ranks = 4, .deterministic = true};
+    struct estimate_options o = {
+        .gpu = gpu_spec("h200"), .link = link_spec("nvlink"), .ranks = 4, .deterministic = true};
     struct pass_shape shape = {BATCH, TOKENS, RECOMPUTE_NONE, true};
     struct model_config configs[] = {plain_config(), other_config()};
     struct error e = {0};
@@ -170,19 +170,19 @@ static void memory_on_paper_is_the_same(void **state) {
         shape.recompute = (enum recompute)(i / 4);
         struct backends *k = backends(o.precision);
         struct backend *b = &k->each[CUDA];
-        struct device *dev = paper_open(&o, &e);
-        struct memory_plan cuda, paper;
+        struct device *dev = estimate_open(&o, &e);
+        struct memory_plan cuda, estimate;
         for (int wire = DTYPE_F32; wire <= DTYPE_BF16; wire++) {
             enum dtype t = (enum dtype)wire;
             struct model_config *c = &configs[i / 2 % 2];
             if (t != DTYPE_F32 && t != DTYPE_BF16)
                 continue;
             assert_int_equal(model_memory(c, b->k, b->dev, &shape, 4, 1, t, &cuda, &e), 0);
-            assert_int_equal(model_memory(c, kernels_paper(), dev, &shape, 4, 1, t, &paper, &e), 0);
-            paper.workspace = cuda.workspace;
-            assert_memory_equal(&paper, &cuda, sizeof cuda);
+            assert_int_equal(model_memory(c, kernels_estimate(), dev, &shape, 4, 1, t, &estimate, &e), 0);
+            estimate.workspace = cuda.workspace;
+            assert_memory_equal(&estimate, &cuda, sizeof cuda);
         }
-        kernels_paper()->close(dev);
+        kernels_estimate()->close(dev);
         done(k);
     }
 }
@@ -194,7 +194,7 @@ int main(void) {
         cmocka_unit_test(gradients_bf16),
         cmocka_unit_test(bits_fp32),
         cmocka_unit_test(bits_bf16),
-        cmocka_unit_test(memory_on_paper_is_the_same),
+        cmocka_unit_test(estimated_memory_is_the_same),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

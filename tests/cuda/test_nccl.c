@@ -22,7 +22,7 @@ enum { MAX_RANKS = 4, SEEDS = 6 };
     } while (0)
 #define ok(call) check((call) == 0)
 
-/* ---- ranks ------------------------------------------------------------------------------------------- */
+/* ---- ranks ---- */
 
 struct rank {
     int rank, ranks;
@@ -107,7 +107,7 @@ static bool aborted(int status) {
     return WIFSIGNALED(status) && WTERMSIG(status) == SIGABRT;
 }
 
-/* ---- numbers ----------------------------------------------------------------------------------------- */
+/* ---- numbers ---- */
 
 struct type {
     ncclDataType_t type;
@@ -159,7 +159,7 @@ static void expect_bytes(const void *on_device, const void *want, size_t bytes) 
     free(got);
 }
 
-/* ---- what it computes -------------------------------------------------------------------------------- */
+/* ---- what it computes ---- */
 
 static void each_collective(struct rank *r, struct type t, size_t n, bool in_place) {
     size_t W = (size_t)r->ranks, R = (size_t)r->rank, bytes = n * t.bytes;
@@ -364,7 +364,7 @@ static void graphs(void **state) {
         all_well(3, run_graph, seed, seed >= 4, 0);
 }
 
-/* ---- what it catches --------------------------------------------------------------------------------- */
+/* ---- what it catches ---- */
 
 /* Rank 1 does something else than the others. */
 static void run_mismatch(struct rank *r) {
@@ -499,7 +499,7 @@ static void buffers_in_flight(void **state) {
         all_well(2, run_reuse, seed, seed == 5, 3);
 }
 
-/* ---- faults ------------------------------------------------------------------------------------------ */
+/* ---- faults ---- */
 
 static double seconds(void) {
     struct timespec t;

@@ -32,7 +32,7 @@ static void check(enum device_precision precision, enum norm_type type, bool bia
             p->k->residual_norm(p->dev, &s, on(sum, p), tensor_none(), on(w, p), on(b, p), tensor_none(),
                                 on(y, p), p->saved);
         }
-        p->k->residual_norm_again(p->dev, &s, on(sum, p), on(w, p), on(b, p), on(again, p), p->saved);
+        p->k->residual_norm_recompute(p->dev, &s, on(sum, p), on(w, p), on(b, p), on(again, p), p->saved);
         p->k->residual_norm_backward(p->dev, &s, on(dy, p), on(sum, p), on(w, p), p->saved, on(dx, p),
                                      on(dw, p), on(db, p), accumulate);
     }

@@ -112,23 +112,23 @@ static void check_adamw(enum device_precision precision, int count, int64_t star
     expect_close("adamw", "master", k, master);
     expect_close("adamw", "m", k, m);
     expect_close("adamw", "v", k, v);
-    if (separate) { /* the values are the masters, rounded; gaps are left alone */
-        double *values = values_on(&k->each[CUDA], p), *masters = values_on(&k->each[CUDA], master);
+    if (separate) { /* the values are the master_weights, rounded; gaps are left alone */
+        double *values = values_on(&k->each[CUDA], p), *master_weights = values_on(&k->each[CUDA], master);
         int64_t i = 0;
         for (int group = 0; group <= count; group++) {
             for (; i < (group < count ? groups[group].begin : n); i++)
                 assert_true(values[i] == before[i]);
             for (; group < count && i < groups[group].end; i++) {
-                uint32_t bits =
-                    (uint32_t)round_stochastic((float)masters[i], (uint32_t)steps, (uint64_t)(PLACE + i))
-                    << 16;
+                uint32_t bits = (uint32_t)round_stochastic((float)master_weights[i], (uint32_t)steps,
+                                                           (uint64_t)(PLACE + i))
+                                << 16;
                 float rounded;
                 memcpy(&rounded, &bits, sizeof rounded);
                 assert_true(values[i] == (double)rounded);
             }
         }
         free(values);
-        free(masters);
+        free(master_weights);
         free(before);
     }
     done(k);

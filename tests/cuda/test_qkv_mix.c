@@ -2,7 +2,7 @@
 #include "tests/cuda/fixture.h"
 
 static const struct mix_case {
-    struct mix_spec s;
+    struct qkv_mix_spec s;
     int64_t first;
 } CASES[] = {
     /* batch, tokens, heads, head_dim, pseudo; mixed, rope, rope_virtual; first */
@@ -31,14 +31,14 @@ static const struct mix_case {
     {{1, 3, 2, 9, 1, false, false, false}, 0},
 };
 
-static void forward(struct backend *b, const struct mix_spec *s, int64_t first, struct operand qkv,
+static void forward(struct backend *b, const struct qkv_mix_spec *s, int64_t first, struct operand qkv,
                     struct operand alpha[3], struct operand table, struct operand out[3]) {
     b->k->qkv_mix(b->dev, s, on(qkv, b), on(alpha[0], b), on(alpha[1], b), on(alpha[2], b), on(table, b),
                   first, on(out[0], b), on(out[1], b), on(out[2], b));
 }
 
-static void backward(struct backend *b, const struct mix_spec *s, struct operand dout[3], struct operand qkv,
-                     struct operand alpha[3], struct operand table, struct operand dqkv,
+static void backward(struct backend *b, const struct qkv_mix_spec *s, struct operand dout[3],
+                     struct operand qkv, struct operand alpha[3], struct operand table, struct operand dqkv,
                      struct operand dalpha[3], bool accumulate) {
     b->k->qkv_mix_backward(b->dev, s, on(dout[0], b), on(dout[1], b), on(dout[2], b), on(qkv, b),
                            on(alpha[0], b), on(alpha[1], b), on(alpha[2], b), on(table, b), on(dqkv, b),
@@ -48,7 +48,7 @@ static void backward(struct backend *b, const struct mix_spec *s, struct operand
 /* In bf16 dalpha's factors are bf16, as in every computation whose matrix products take bf16: the gradient
  * that was rotated back is rounded. So the plain computation's is, too: it gets gradients that have been
  * rotated back and rounded already, and does not rotate. dqkv is compared without that indulgence. */
-static void plain_backward(struct backends *k, const struct mix_spec *s, struct operand dout[3],
+static void plain_backward(struct backends *k, const struct qkv_mix_spec *s, struct operand dout[3],
                            struct operand qkv, struct operand alpha[3], struct operand table,
                            struct operand dqkv, struct operand dalpha[3], bool accumulate) {
     struct backend *b = &k->each[PLAIN];
@@ -71,7 +71,7 @@ static void plain_backward(struct backends *k, const struct mix_spec *s, struct 
         free(x);
     }
     free(angles);
-    struct mix_spec unrotated = *s;
+    struct qkv_mix_spec unrotated = *s;
     unrotated.rope = false;
     backward(b, &unrotated, rotated, qkv, alpha, absent(), unused, dalpha, accumulate);
     backward(b, s, dout, qkv, alpha, table, dqkv, ignored, false);
@@ -79,7 +79,7 @@ static void plain_backward(struct backends *k, const struct mix_spec *s, struct 
 
 static void check(enum device_precision precision, struct mix_case c, bool accumulate) {
     struct backends *k = backends(precision);
-    struct mix_spec s = c.s;
+    struct qkv_mix_spec s = c.s;
     int64_t B = s.batch, T = s.tokens, H = s.heads, d = s.head_dim, P = s.pseudo, S = T * P;
     int64_t positions = (c.first + T) * P;
     struct operand qkv = input(k, k->compute, B, T, 3, H, d), dqkv = output(k, k->compute, B, T, 3, H, d);
@@ -97,7 +97,7 @@ static void check(enum device_precision precision, struct mix_case c, bool accum
     char name[160];
     snprintf(name, sizeof name, "qkv_mix%s B=%d T=%d H=%d d=%d P=%d", precision == DEVICE_BF16 ? " bf16" : "",
              (int)B, (int)T, (int)H, (int)d, (int)P);
-    plan(k, (struct op_spec){.kind = OP_MIX, .mix = s});
+    plan(k, (struct op_spec){.kind = OP_QKV_MIX, .qkv_mix = s});
     bool rounds = precision == DEVICE_BF16 && s.mixed && s.rope;
     EACH(k, b) {
         if (s.rope)

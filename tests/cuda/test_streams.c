@@ -58,7 +58,7 @@ static int value(int buffer) {
     return host[0];
 }
 
-/* ---- streams and events ------------------------------------------------------------------------------ */
+/* ---- streams and events ---- */
 
 static void one_stream(void **state) {
     (void)state;
@@ -226,7 +226,7 @@ static void destroyed_too_early(void **state) {
     expect_death(use_destroyed, 1, "is not an event");
 }
 
-/* ---- capture ----------------------------------------------------------------------------------------- */
+/* ---- capture ---- */
 
 static void begin(void) {
     ok(cudaStreamBeginCapture(T.s[0], cudaStreamCaptureModeGlobal));
@@ -361,7 +361,7 @@ static void forks(void **state) {
     ok(cudaStreamWaitEvent(T.s[1], T.e[0], 0));
 }
 
-/* ---- graphs ------------------------------------------------------------------------------------------ */
+/* ---- graphs ---- */
 
 /* 1 = 0 in one stream, 2 = 1 in another, 3 = 2 in the first again. */
 static cudaGraphExec_t capture_chain(bool wait) {
@@ -462,7 +462,7 @@ static void external_events(void **state) {
     ok(cudaGraphExecDestroy(exec));
 }
 
-/* ---- the GPU as a thread ----------------------------------------------------------------------------- */
+/* ---- the GPU as a thread ---- */
 
 /* In a process of its own, as there is no way back. */
 static void go_on_in_background(int seed) {

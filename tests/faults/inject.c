@@ -87,7 +87,7 @@ static int trace = -1;
 static atomic_long counts[CLASS_COUNT], disk_changes;
 static _Thread_local bool die_after, die_within;
 
-/* ---- whose call it is ------------------------------------------------------------------------------ */
+/* ---- whose call it is ---- */
 
 static bool in_text(const void *address, bool library) {
     for (int i = 0; i < text_count; i++)
@@ -122,7 +122,7 @@ static int note_object(struct dl_phdr_info *object, size_t size, void *count) {
     return 0;
 }
 
-/* ---- what was asked for ---------------------------------------------------------------------------- */
+/* ---- what was asked for ---- */
 
 __attribute__((noreturn)) static void misuse(const char *text) {
     dprintf(2, "inject: IHA_FAULT=%s: not understood; see tests/faults/inject.c\n", text);
@@ -197,7 +197,7 @@ __attribute__((constructor)) static void start(void) {
     dl_iterate_phdr(note_object, &count);
 }
 
-/* ---- a power cut ----------------------------------------------------------------------------------- */
+/* ---- a power cut ---- */
 
 /* Files open for writing so far: a descriptor of our own, and how much of each is on the disk. */
 static struct {
@@ -255,7 +255,7 @@ __attribute__((noreturn)) static void die(void) {
         syscall(SYS_pause);
 }
 
-/* ---- counting, deciding ---------------------------------------------------------------------------- */
+/* ---- counting, deciding ---- */
 
 static void write_trace(enum fault_class c, long number, const char *call, const char *path,
                         const char *path2, int fd) {

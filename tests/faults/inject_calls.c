@@ -29,7 +29,7 @@
         return result;                                                                                       \
     }
 
-/* ---- memory ---------------------------------------------------------------------------------------- */
+/* ---- memory ---- */
 
 /* dlsym may allocate while the real allocator is being looked up: a little memory for that time. */
 static char nursery[1 << 16] __attribute__((aligned(64)));
@@ -120,7 +120,7 @@ void *mmap(void *at, size_t bytes, int protection, int flags, int fd, off_t offs
     return (void *)syscall(SYS_mmap, at, bytes, protection, flags, fd, offset);
 }
 
-/* ---- opening --------------------------------------------------------------------------------------- */
+/* ---- opening ---- */
 
 static bool writes(int flags) {
     return (flags & O_ACCMODE) != O_RDONLY || flags & O_CREAT;
@@ -175,7 +175,7 @@ FILE *open_memstream(char **data, size_t *length) {
     return enter(ALLOC, "open_memstream", NULL, NULL, -1) == FAIL ? NULL : stream_memory(data, length);
 }
 
-/* ---- reading and writing --------------------------------------------------------------------------- */
+/* ---- reading and writing ---- */
 
 /* A number of bytes that is not all of them, and not none. */
 static size_t half(size_t bytes) {
@@ -256,7 +256,7 @@ int close(int fd) {
     return fail ? -1 : result;
 }
 
-/* ---- names ----------------------------------------------------------------------------------------- */
+/* ---- names ---- */
 
 PLAIN(int, rename, (const char *from, const char *to), (from, to), RENAME, from, to, -1, -1)
 PLAIN(int, renameat, (int d, const char *from, int d2, const char *to), (d, from, d2, to), RENAME, from, to,
@@ -284,7 +284,7 @@ PLAIN(DIR *, opendir, (const char *path), (path), LIST, path, NULL, -1, NULL)
 PLAIN(DIR *, fdopendir, (int fd), (fd), LIST, NULL, NULL, fd, NULL)
 PLAIN(struct dirent *, readdir, (DIR * dir), (dir), LIST, NULL, NULL, dirfd(dir), NULL)
 
-/* ---- threads and ranks ------------------------------------------------------------------------------ */
+/* ---- threads and ranks ---- */
 
 PLAIN(int, pthread_create, (pthread_t * thread, const pthread_attr_t *a, void *(*f)(void *), void *x),
       (thread, a, f, x), THREAD, NULL, NULL, -1, errno)

@@ -70,7 +70,7 @@ int fileno(FILE *f) {
     return NEXT(fileno)(f);
 }
 
-/* ---- into memory ------------------------------------------------------------------------------------ */
+/* ---- into memory ---- */
 
 static ssize_t put_memory(void *cookie, const char *data, size_t bytes) {
     struct stream *s = cookie;

@@ -20,7 +20,7 @@ static char run_dir[256], dir[300], paths[FILES][400];
 static uint8_t *good[FILES];
 static size_t good_size[FILES];
 static struct config config;
-static struct progress progress = {
+static struct trainer_state progress = {
     .step = 1, .tokens = 4, .sequences = 2, .history.updates = 1, .best_val_loss = 2.5};
 static struct model model;
 
@@ -100,9 +100,9 @@ static float *snapshot(enum file f, int64_t *count) {
 /* Where the parameter counted `place` lies in the flat buffer. */
 static int64_t offset_of(int64_t place) {
     int i = 0;
-    while (place >= model.params.list[i].place + model.params.list[i].count)
+    while (place >= model.params.list[i].packed_offset + model.params.list[i].count)
         i++;
-    return model.params.list[i].offset + place - model.params.list[i].place;
+    return model.params.list[i].offset + place - model.params.list[i].packed_offset;
 }
 
 /* Every range's moments, wherever the file has them. */
@@ -121,7 +121,7 @@ static void check_moments(const struct safetensors *s) {
                 CHECK(memcmp((const char *)moments[i]->data + 4 * at,
                              (float *)model.moments + i * model.params.elements + offset_of(place), 4) == 0);
     }
-    CHECK(at == model.params.learned);
+    CHECK(at == model.params.num_params);
 }
 
 static void check_loaded(const struct safetensors *s, enum file f) {
@@ -160,7 +160,7 @@ static void check_tensors(enum file f) {
 static void check_trainer(void) {
     static struct config c;
     struct error e = {0};
-    struct progress p = progress;
+    struct trainer_state p = progress;
     char found[MAX_TEXT], value[MAX_TEXT], text[MAX_TEXT + 64], *setting = text;
     if (checkpoint_resume(run_dir, &model, &config, &p, found, true, &e) == 1) {
         CHECK(p.step >= 0 && p.tokens >= 0 && p.sequences >= 0 && p.history.updates >= 0 &&

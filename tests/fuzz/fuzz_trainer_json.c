@@ -9,7 +9,7 @@ static void check_setting(void *context, const char *key, const char *value) {
     *(size_t *)context += strlen(key) + strlen(value);
 }
 
-static void check_progress(const struct progress *p) {
+static void check_progress(const struct trainer_state *p) {
     static const int64_t most = INT64_C(1) << 53;
     CHECK(p->step >= 0 && p->step < most && p->tokens >= 0 && p->tokens < most);
     CHECK(p->sequences >= 0 && p->sequences < most && p->history.updates >= 0 && p->history.updates < most);
@@ -19,13 +19,13 @@ static void check_progress(const struct progress *p) {
     CHECK(strnlen(p->train_fingerprint, 17) < 17 && strnlen(p->val_fingerprint, 17) < 17);
 }
 
-static void check_again(const struct progress *p) {
+static void check_again(const struct trainer_state *p) {
     static struct config c;
-    struct progress q;
+    struct trainer_state q;
     struct error e = {0};
     const char *path = fuzz_file(1, NULL, 0);
     config_defaults(&c);
-    CHECK(progress_write(path, p, &c, &e) == 0 && progress_read(path, &q, &e) == 0);
+    CHECK(trainer_state_write(path, p, &c, &e) == 0 && trainer_state_read(path, &q, &e) == 0);
     CHECK(p->step == q.step && p->tokens == q.tokens && p->sequences == q.sequences);
     CHECK(p->history.updates == q.history.updates && p->history.skips_run == q.history.skips_run &&
           p->best_step == q.best_step);
@@ -36,11 +36,11 @@ static void check_again(const struct progress *p) {
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    struct progress p;
+    struct trainer_state p;
     struct error e = {0};
     size_t letters = 0;
     const char *path = fuzz_file(0, data, size);
-    if (progress_read(path, &p, &e) == 0) {
+    if (trainer_state_read(path, &p, &e) == 0) {
         check_progress(&p);
         check_again(&p);
     } else {

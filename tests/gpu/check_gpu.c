@@ -49,7 +49,7 @@ static void report(bool ok, const char *name, const char *precision, const char 
     failures += !ok;
 }
 
-/* ---- three models with the same weights --------------------------------------------------------------- */
+/* ---- three models with the same weights ---- */
 
 static void open_side(struct trio *t, int side, const struct kernels *k, enum device_precision precision,
                       const struct model_config *c, enum recompute recompute) {
@@ -96,7 +96,7 @@ static void trio_close(struct trio *t) {
     }
 }
 
-/* ---- tokens with a rule that can be learned ----------------------------------------------------------- */
+/* ---- tokens with a rule that can be learned ---- */
 
 /* Each token follows from the one before, one in eight at random: [BATCH, TOKENS] and the same shifted by
  * one. */
@@ -112,8 +112,7 @@ static void draw_tokens(int32_t *tokens, int32_t *targets, uint64_t seed) {
     }
 }
 
-/* ---- loss and gradients ---------------------------------------------------------------------------------
- */
+/* ---- loss and gradients ---- */
 
 static double loss_of(struct model *m, const int32_t *tokens, const int32_t *targets) {
     struct step_state state;
@@ -210,8 +209,7 @@ static void check_all_gradients(void) {
     }
 }
 
-/* ---- a hundred steps --------------------------------------------------------------------------------------
- */
+/* ---- a hundred steps ---- */
 
 enum { STEPS = 100 };
 
@@ -229,7 +227,7 @@ static void train(struct model *m, double *losses) {
 }
 
 /* Two runs part company as rounding errors grow from step to step, so no step's loss is compared by itself:
- * the mean distance over the run may be 0.1 % in fp32 and, as bf16 weights follow their masters in steps of
+ * the mean distance over the run may be 0.1 % in fp32 and, as bf16 weights follow their master_weights in steps of
  * 0.4 %, 1 % in bf16; and the model must have learned. (The plain computation's are 0.000 % and 0.013 %.) */
 static void check_training(enum device_precision precision) {
     static struct trio t;

@@ -44,9 +44,9 @@ static void rounded_norm(struct device *dev, const struct norm_spec *s, tensor x
     round_view(y);
 }
 
-static void rounded_norm_again(struct device *dev, const struct norm_spec *s, tensor sum, tensor w, tensor b,
-                               tensor y, const void *saved) {
-    kernels_cpu()->residual_norm_again(dev, s, sum, w, b, y, saved);
+static void rounded_norm_recompute(struct device *dev, const struct norm_spec *s, tensor sum, tensor w,
+                                   tensor b, tensor y, const void *saved) {
+    kernels_cpu()->residual_norm_recompute(dev, s, sum, w, b, y, saved);
     round_view(y);
 }
 
@@ -70,19 +70,19 @@ static void rounded_linear_backward(struct device *dev, const struct linear_spec
     round_view(dx);
 }
 
-static void rounded_mix(struct device *dev, const struct mix_spec *s, tensor qkv, tensor alpha_q,
-                        tensor alpha_k, tensor alpha_v, tensor table, int64_t first, tensor q, tensor k,
-                        tensor v) {
+static void rounded_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q,
+                            tensor alpha_k, tensor alpha_v, tensor table, int64_t first, tensor q, tensor k,
+                            tensor v) {
     kernels_cpu()->qkv_mix(dev, s, qkv, alpha_q, alpha_k, alpha_v, table, first, q, k, v);
     round_view(q);
     round_view(k);
     round_view(v);
 }
 
-static void rounded_mix_backward(struct device *dev, const struct mix_spec *s, tensor dq, tensor dk,
-                                 tensor dv, tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v,
-                                 tensor table, tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
-                                 bool accumulate) {
+static void rounded_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk,
+                                     tensor dv, tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v,
+                                     tensor table, tensor dqkv, tensor dalpha_q, tensor dalpha_k,
+                                     tensor dalpha_v, bool accumulate) {
     kernels_cpu()->qkv_mix_backward(dev, s, dq, dk, dv, qkv, alpha_q, alpha_k, alpha_v, table, dqkv, dalpha_q,
                                     dalpha_k, dalpha_v, accumulate);
     round_view(dqkv);
@@ -140,12 +140,12 @@ static inline const struct kernels *kernels_cpu_rounded(void) {
     table.name = "cpu, rounded to bf16";
     table.embed = rounded_embed;
     table.residual_norm = rounded_norm;
-    table.residual_norm_again = rounded_norm_again;
+    table.residual_norm_recompute = rounded_norm_recompute;
     table.residual_norm_backward = rounded_norm_backward;
     table.linear = rounded_linear;
     table.linear_backward = rounded_linear_backward;
-    table.qkv_mix = rounded_mix;
-    table.qkv_mix_backward = rounded_mix_backward;
+    table.qkv_mix = rounded_qkv_mix;
+    table.qkv_mix_backward = rounded_qkv_mix_backward;
     table.attention = rounded_attention;
     table.attention_backward = rounded_attention_backward;
     table.collapse = rounded_collapse;

@@ -32,7 +32,7 @@ struct thread_comm {
     struct thread_world *world;
     comm_event last;
     void (*on_start)(struct thread_comm *, enum collective); /* NULL, or what a test watches with */
-    _Alignas(16) char said[THREAD_RANKS * COMM_SAID];
+    _Alignas(16) char small_buffer[THREAD_RANKS * COMM_SMALL_BYTES];
 };
 
 static void meet(struct comm *c) {
@@ -89,7 +89,7 @@ static void thread_wait(struct comm *c, comm_event event) {
     meet(c);
 }
 
-static void thread_exchange(struct comm *c, const void *mine, void *all, size_t bytes) {
+static void thread_all_gather_host(struct comm *c, const void *mine, void *all, size_t bytes) {
     struct thread_comm *t = (struct thread_comm *)c;
     t->world->given[c->rank] = mine;
     meet(c);
@@ -100,7 +100,7 @@ static void thread_exchange(struct comm *c, const void *mine, void *all, size_t 
 
 static void thread_all_reduce(struct comm *c, double *values, int count) {
     double all[THREAD_RANKS][8];
-    thread_exchange(c, values, all, (size_t)count * sizeof *values);
+    thread_all_gather_host(c, values, all, (size_t)count * sizeof *values);
     for (int i = 0; i < count; i++) {
         values[i] = 0;
         for (int r = 0; r < c->ranks; r++)
@@ -114,7 +114,7 @@ static int thread_reserve(struct comm *c, int64_t elements, enum dtype dtype, en
     return 0;
 }
 
-static void thread_end_run(struct comm *c, const char *text) {
+static void thread_abort_run(struct comm *c, const char *text) {
     (void)c, (void)text;
     abort();
 }
@@ -127,21 +127,21 @@ static inline void thread_comm_open(struct thread_comm *t, struct thread_world *
     static const struct comm_ops ops = {
         .name = "threads",
         .close = thread_nothing,
-        .end_run = thread_end_run,
+        .abort_run = thread_abort_run,
         .reserve = thread_reserve,
         .reduce_scatter = thread_reduce_scatter,
         .all_gather = thread_all_gather,
         .all_reduce = thread_all_reduce,
         .wait = thread_wait,
         .progress = thread_nothing,
-        .exchange = thread_exchange,
+        .all_gather_host = thread_all_gather_host,
     };
     *t = (struct thread_comm){.base = {.ops = &ops,
                                        .rank = rank,
                                        .ranks = w->ranks,
                                        .local_rank = rank,
                                        .local_ranks = w->ranks,
-                                       .said = t->said},
+                                       .small_buffer = t->small_buffer},
                               .world = w};
 }
 

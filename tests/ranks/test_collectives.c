@@ -21,8 +21,7 @@
 
 enum { MOST_RANKS = 3, N = 5003 /* elements of a share; more than one block of a sum */ };
 
-/* ---- a transport that counts -----------------------------------------------------------------------------
- */
+/* ---- a transport that counts ---- */
 
 struct counter {
     struct transport base; /* what comm_p2p.c sees: the inner one's, but for the operations */
@@ -277,8 +276,7 @@ static void every_sum_is_in_rank_order(void **state) {
         }
 }
 
-/* ---- ranks as processes, for those that end ---------------------------------------------------------------
- */
+/* ---- ranks as processes, for those that end ---- */
 
 /* Each rank does `what` in a process of its own, and all have to end with exit code 1. What they say. */
 static void run_to_the_end(int ranks, void (*what)(struct comm *), char *said, size_t room) {
@@ -313,13 +311,13 @@ static void run_to_the_end(int ranks, void (*what)(struct comm *), char *said, s
 
 static void barrier(struct comm *c) {
     char all[MOST_RANKS];
-    c->ops->exchange(c, "", all, 1);
+    c->ops->all_gather_host(c, "", all, 1);
 }
 
 static void last_gives_up(struct comm *c) {
     barrier(c);
     if (c->rank == c->ranks - 1)
-        c->ops->end_run(c, "the roof is gone");
+        c->ops->abort_run(c, "the roof is gone");
     barrier(c);
 }
 
@@ -327,7 +325,7 @@ static void last_gives_up(struct comm *c) {
 static void lose_step(struct comm *c) {
     char all[64];
     barrier(c);
-    c->ops->exchange(c, all, all, c->rank == 1 ? 16 : 8);
+    c->ops->all_gather_host(c, all, all, c->rank == 1 ? 16 : 8);
 }
 
 /* Before what it did last can be known to be all. */

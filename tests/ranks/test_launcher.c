@@ -104,7 +104,7 @@ static void torchrun(void **state) {
     assert_int_equal(s.local_ranks, 2);
     assert_int_equal(s.port, 29500);
     assert_string_equal(s.address, "node1");
-    assert_int_equal(comm_started_rank(), 3);
+    assert_int_equal(comm_launch_rank(), 3);
     s = started(TORCH "RANK=3 WORLD_SIZE=8 LOCAL_RANK=1");
     assert_int_equal(s.local_ranks, 0); /* the names of hosts will tell */
     assert_int_equal(s.local_rank, 0);
@@ -118,11 +118,11 @@ static void wrong(void **state) {
     refused("RANK=0", "WORLD_SIZE");
     refused(TORCH "WORLD_SIZE=2", "RANK");
     refused(TORCH "RANK=2 WORLD_SIZE=2", "RANK = 2");
-    assert_int_equal(comm_started_rank(), 0); /* it speaks for itself */
-    refused("RANK=1", "WORLD_SIZE"); /* left over from something else */
-    assert_int_equal(comm_started_rank(), 0);
+    assert_int_equal(comm_launch_rank(), 0); /* it speaks for itself */
+    refused("RANK=1", "WORLD_SIZE");         /* left over from something else */
+    assert_int_equal(comm_launch_rank(), 0);
     started(TORCH "RANK=0 WORLD_SIZE=2 SLURM_PROCID=1"); /* torchrun numbers as it likes */
-    assert_int_equal(comm_started_rank(), 0);
+    assert_int_equal(comm_launch_rank(), 0);
     refused(TORCH "RANK=-1 WORLD_SIZE=2", "RANK = -1");
     refused(TORCH "RANK=0 WORLD_SIZE=two", "WORLD_SIZE = two");
     refused(TORCH "RANK=0 WORLD_SIZE=0", "WORLD_SIZE = 0");
@@ -144,7 +144,7 @@ static void slurm(void **state) {
     assert_int_equal(s.rank, 1);
     assert_int_equal(s.ranks, 4);
     assert_string_equal(s.address, "n4");
-    assert_int_equal(comm_started_rank(), 1);
+    assert_int_equal(comm_launch_rank(), 1);
     assert_in_range(s.port, 1024, 32767); /* not one that the system gives to others */
     int port = s.port;
     assert_int_equal(started(STEP "SLURM_JOB_ID=77 SLURM_STEP_ID=2 SLURM_JOB_NODELIST=n[4-5]").port, port);

@@ -13,14 +13,14 @@ struct job {
     struct thread_world *world;
     const struct model_config *config;
     int rank, stage, passes;
-    float *weights; /* [learned] at the end */
+    float *weights; /* [num_params] at the end */
     double loss, norm;
     int64_t dirty;
     int forgotten;                           /* collectives that nobody waited for */
     int collectives_before_the_last_product; /* in one pass */
 };
 
-/* ---- one rank ----------------------------------------------------------------------------------------- */
+/* ---- one rank ---- */
 
 static __thread int products, started;
 static __thread int products_at_start[256];
@@ -86,13 +86,13 @@ static void train(struct job *j, struct comm *comm, struct device *dev) {
                 j->collectives_before_the_last_product += products_at_start[i] < products;
         model_update(&m, &HYPER);
     }
-    model_settle(&m);
+    model_await_params(&m);
     j->loss = m.state->loss;
     j->norm = m.state->grad_norm;
     j->dirty = dirty_padding(&m);
-    j->weights = malloc((size_t)m.params.learned * sizeof *j->weights);
+    j->weights = malloc((size_t)m.params.num_params * sizeof *j->weights);
     for (int i = 0; i < m.params.count; i++)
-        model_get_param(&m, i, j->weights + m.params.list[i].place);
+        model_get_param(&m, i, j->weights + m.params.list[i].packed_offset);
     model_free(&m);
 }
 
@@ -111,8 +111,7 @@ static void *run_rank(void *context) {
     return NULL;
 }
 
-/* ---- all ranks ------------------------------------------------------------------------------------------
- */
+/* ---- all ranks ---- */
 
 static void run_ranks(struct job *jobs, const struct model_config *c, int ranks, int stage, int passes) {
     static struct thread_world world;
@@ -127,11 +126,11 @@ static void run_ranks(struct job *jobs, const struct model_config *c, int ranks,
     pthread_barrier_destroy(&world.barrier);
 }
 
-static int64_t learned(const struct model_config *c) {
+static int64_t num_params(const struct model_config *c) {
     struct params p;
     struct error e = {0};
     assert_int_equal(params_create(&p, c, 1, &e), 0);
-    int64_t n = p.learned;
+    int64_t n = p.num_params;
     params_free(&p);
     return n;
 }
@@ -146,7 +145,7 @@ static double distance(const float *a, const float *b, int64_t n) {
 }
 
 static void check_config(const struct model_config *c) {
-    int64_t n = learned(c);
+    int64_t n = num_params(c);
     struct job one = {.config = c, .passes = 1}, jobs[THREAD_RANKS];
     train(&one, NULL, fixture_device());
     for (int ranks = 2; ranks <= 3; ranks++)

@@ -17,7 +17,7 @@ static const float SENTINEL = 12345.5f;
 
 static uint64_t SEED = 11;
 
-/* ---- the reference ------------------------------------------------------------------------------------ */
+/* ---- the reference ---- */
 
 static bool visible(const struct attention_spec *a, int64_t s, int64_t key) {
     bool before = !a->causal || (a->token_mask ? key / a->pseudo <= s / a->pseudo : key <= s);
@@ -95,7 +95,7 @@ static struct head head_alloc(const struct attention_spec *a) {
                          block + 5 * n, block + 6 * n, block + 7 * n, block + 8 * n, 0};
 }
 
-/* ---- tensors with sentinels around them ---------------------------------------------------------------- */
+/* ---- tensors with sentinels around them ---- */
 
 /* A view into a buffer of its own, or into the one it shares with its neighbours. */
 struct buffer {
@@ -156,8 +156,7 @@ static void clear_row(float *row, int64_t d, void *unused) {
         row[i] = SENTINEL;
 }
 
-/* ---- one case -------------------------------------------------------------------------------------------
- */
+/* ---- one case ---- */
 
 struct attention_case {
     struct attention_spec spec;
@@ -315,8 +314,7 @@ static void check_case(struct attention_spec spec, bool packed, float magnitude)
     case_close(&c);
 }
 
-/* ---- the table ------------------------------------------------------------------------------------------
- */
+/* ---- the table ---- */
 
 static const int64_t LENGTHS[] = {1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 130, 200};
 static const int64_t WINDOWS[] = {0, 1, 2, 3, 16, 63, 64, 65, 201};
@@ -362,7 +360,7 @@ static void every_head_dim(void **state) {
         }
 }
 
-/* ---- extreme numbers ----------------------------------------------------------------------------------- */
+/* ---- extreme numbers ---- */
 
 /* Scores of 1e4 leave one key with all of the weight, or two that fp32 can hardly tell apart. */
 static void large_scores(void **state) {
@@ -423,8 +421,7 @@ static void nan_is_not_swallowed(void **state) {
         }
 }
 
-/* ---- tiles ----------------------------------------------------------------------------------------------
- */
+/* ---- tiles ---- */
 
 enum { TILE_SIDE = 64 };
 

@@ -35,15 +35,14 @@ int fsync(int fd) {
     return (int)syscall(SYS_fsync, fd);
 }
 
-/* ---- a run ----------------------------------------------------------------------------------------------
- */
+/* ---- a run ---- */
 
 /* Every test has its own run directory, named after it. */
 struct run {
     char dir[64];
     struct config config;
     struct model model;
-    struct progress progress;
+    struct trainer_state trainer;
 };
 
 static void load_config(struct config *c, const char *extra) {
@@ -72,9 +71,9 @@ static void load_config(struct config *c, const char *extra) {
 /* A model of the run, with initial values by `seed`. */
 static void open_run(struct run *r, const char *dir, const char *extra, uint64_t seed) {
     struct error e = {0};
-    *r = (struct run){.progress = {.best_val_loss = NAN}};
+    *r = (struct run){.trainer = {.best_val_loss = NAN}};
     snprintf(r->dir, sizeof r->dir, "%s", dir);
-    strcpy(r->progress.train_fingerprint, "0123456789abcdef");
+    strcpy(r->trainer.train_fingerprint, "0123456789abcdef");
     load_config(&r->config, extra);
     assert_int_equal(files_make_dirs(dir, &e), 0);
     fixture_model(&r->model, &r->config.model, (struct pass_shape){2, 6, RECOMPUTE_NONE, true});
@@ -88,18 +87,18 @@ static void close_run(struct run *r) {
 static void train_step(struct run *r) {
     struct model *m = &r->model;
     int32_t tokens[12], targets[12];
-    fixture_tokens(tokens, 12, 30, (uint64_t)r->progress.step * 2 + 1);
-    fixture_tokens(targets, 12, 30, (uint64_t)r->progress.step * 2 + 2);
-    m->k->step_begin(m->dev, m->state, r->progress.step, 1e-2);
+    fixture_tokens(tokens, 12, 30, (uint64_t)r->trainer.step * 2 + 1);
+    fixture_tokens(targets, 12, 30, (uint64_t)r->trainer.step * 2 + 2);
+    m->k->step_begin(m->dev, m->state, r->trainer.step, 1e-2);
     model_forward_backward(m, tokens, targets, 1.0 / 12, false, NULL, NULL);
     model_update(m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0});
-    r->progress.step++;
-    r->progress.tokens += 12;
-    r->progress.history.updates++;
+    r->trainer.step++;
+    r->trainer.tokens += 12;
+    r->trainer.history.updates++;
 }
 
 static int save(struct run *r, struct error *e) {
-    return checkpoint_save(r->dir, &r->model, &r->config, &r->progress, NULL, e);
+    return checkpoint_save(r->dir, &r->model, &r->config, &r->trainer, NULL, e);
 }
 
 static void step_and_save(struct run *r) {
@@ -111,8 +110,8 @@ static void step_and_save(struct run *r) {
 
 /* As the trainer does it: AdamW's count goes back to the device. */
 static int resume(struct run *r, char dir[MAX_TEXT], struct error *e) {
-    int status = checkpoint_resume(r->dir, &r->model, &r->config, &r->progress, dir, true, e);
-    struct step_state state = {.history = r->progress.history};
+    int status = checkpoint_resume(r->dir, &r->model, &r->config, &r->trainer, dir, true, e);
+    struct step_state state = {.history = r->trainer.history};
     r->model.k->step_write(r->model.dev, r->model.state, &state);
     return status;
 }
@@ -139,7 +138,7 @@ static void check_resumes(const struct run *like, const char *extra, int64_t ste
     open_run(&r, like->dir, extra, 99);
     if (resume(&r, dir, &e) != 1)
         fail_msg("%s", e.text);
-    assert_int_equal(r.progress.step, step);
+    assert_int_equal(r.trainer.step, step);
     check_same_numbers(&r.model, &like->model);
     close_run(&r);
 }
@@ -184,7 +183,7 @@ static void check_error(const struct error *e, int exit_code, const char *expect
         fail_msg("exit %d, \"%s\": not exit %d with \"%s\"", e->exit_code, e->text, exit_code, expected);
 }
 
-/* ---- there and back ------------------------------------------------------------------------------------ */
+/* ---- there and back ---- */
 
 static void what_is_saved_comes_back(void **state) {
     (void)state;
@@ -194,16 +193,16 @@ static void what_is_saved_comes_back(void **state) {
     open_run(&r, "back", NULL, 1);
     for (int i = 0; i < 3; i++)
         train_step(&r);
-    r.progress.sequences = (1LL << 52) + 1;
-    r.progress.history.skips_run = 2;
-    r.progress.seconds = 0.1 + 0.2;
-    r.progress.best_val_loss = 1.0 / 3;
-    r.progress.best_step = 2;
+    r.trainer.sequences = (1LL << 52) + 1;
+    r.trainer.history.skips_run = 2;
+    r.trainer.seconds = 0.1 + 0.2;
+    r.trainer.best_val_loss = 1.0 / 3;
+    r.trainer.best_step = 2;
     assert_int_equal(save(&r, &e), 0);
     open_run(&other, "back", NULL, 2);
     assert_int_equal(resume(&other, dir, &e), 1);
     assert_string_equal(dir, "back/step_00000003");
-    assert_memory_equal(&other.progress, &r.progress, sizeof r.progress);
+    assert_memory_equal(&other.trainer, &r.trainer, sizeof r.trainer);
     check_same_numbers(&other.model, &r.model);
     for (int i = 0; i < 3; i++) { /* and both go on alike */
         train_step(&r);
@@ -227,10 +226,10 @@ static void an_empty_run_has_nothing_to_resume(void **state) {
 static void no_best_loss_yet_stays_none(void **state) {
     (void)state;
     struct run r;
-    struct progress p;
+    struct trainer_state p;
     open_run(&r, "none", NULL, 1);
     step_and_save(&r);
-    assert_int_equal(checkpoint_read_progress("none/step_00000001", &p, NULL), 0);
+    assert_int_equal(checkpoint_read_trainer_state("none/step_00000001", &p, NULL), 0);
     assert_true(isnan(p.best_val_loss));
     assert_false(exists("none/best"));
     close_run(&r);
@@ -243,7 +242,7 @@ static void settings_and_tokenizer_are_kept(void **state) {
     char value[MAX_TEXT], *text;
     open_run(&r, "settings", NULL, 1);
     assert_int_equal(files_write_synced("tok.json", "{\"a\": 1}", 8, &e), 0);
-    assert_int_equal(checkpoint_save("settings", &r.model, &r.config, &r.progress, "tok.json", &e), 0);
+    assert_int_equal(checkpoint_save("settings", &r.model, &r.config, &r.trainer, "tok.json", &e), 0);
     assert_int_equal(files_read_all("settings/step_00000000/tokenizer.json", 100, &text, NULL, &e), 0);
     assert_string_equal(text, "{\"a\": 1}");
     free(text);
@@ -273,7 +272,7 @@ static void find_takes_a_checkpoint_or_a_run(void **state) {
     close_run(&r);
 }
 
-/* ---- config.json --------------------------------------------------------------------------------------- */
+/* ---- config.json ---- */
 
 static const char *const CONFIG_KEYS[] = {
     "model_type",
@@ -339,7 +338,7 @@ static void config_json_reads_as_the_model(void **state) {
     close_run(&r);
 }
 
-/* ---- which stay ---------------------------------------------------------------------------------------- */
+/* ---- which stay ---- */
 
 static void check_steps(const struct run *r, const char *expected) {
     for (int step = 1; step <= 9; step++)
@@ -355,8 +354,8 @@ static void check_best(const struct run *r, const char *expected) {
 }
 
 static void improve(struct run *r, double loss) {
-    r->progress.best_val_loss = loss;
-    r->progress.best_step = r->progress.step + 1;
+    r->trainer.best_val_loss = loss;
+    r->trainer.best_step = r->trainer.step + 1;
 }
 
 static void the_newest_and_the_best_stay(void **state) {
@@ -398,7 +397,7 @@ static void saving_a_step_again_replaces_it(void **state) {
     open_run(&r, "again", NULL, 1);
     step_and_save(&r);
     train_step(&r);
-    r.progress.step = 1;
+    r.trainer.step = 1;
     assert_int_equal(save(&r, &e), 0);
     check_resumes(&r, NULL, 1);
     close_run(&r);
@@ -425,7 +424,7 @@ static void leftovers_are_cleaned(void **state) {
     close_run(&r);
 }
 
-/* ---- damaged ------------------------------------------------------------------------------------------- */
+/* ---- damaged ---- */
 
 enum damage { TRUNCATED, EMPTY, REMOVED, OVERWRITTEN, DAMAGES };
 
@@ -478,14 +477,14 @@ static void a_damaged_newest_is_passed_over(void **state) {
 static void put_file(const struct run *r, const char *file, const char *text, size_t length) {
     char path[256];
     struct error e = {0};
-    path_in(path, r, r->progress.step, file);
+    path_in(path, r, r->trainer.step, file);
     assert_int_equal(files_write_synced(path, text, length, &e), 0);
 }
 
 /* trainer.json of `r` with the text of one of its lines replaced. */
 static void edit_trainer(const struct run *r, const char *from, const char *to) {
     char path[256], *text, edited[8192];
-    path_in(path, r, r->progress.step, "trainer.json");
+    path_in(path, r, r->trainer.step, "trainer.json");
     assert_int_equal(files_read_all(path, sizeof edited / 2, &text, NULL, NULL), 0);
     char *at = strstr(text, from);
     assert_non_null(at);
@@ -498,12 +497,12 @@ static void edit_trainer(const struct run *r, const char *from, const char *to) 
 static void numbers_beyond_sense_are_left_out(void **state) {
     (void)state;
     struct run r;
-    struct progress p;
+    struct trainer_state p;
     open_run(&r, "beyond", NULL, 1);
     step_and_save(&r);
     edit_trainer(&r, "\"best_val_loss\":\tnull", "\"best_val_loss\": -1e999");
     edit_trainer(&r, "\"seconds\":\t0", "\"seconds\": -5");
-    assert_int_equal(checkpoint_read_progress("beyond/step_00000001", &p, NULL), 0);
+    assert_int_equal(checkpoint_read_trainer_state("beyond/step_00000001", &p, NULL), 0);
     assert_true(isnan(p.best_val_loss));
     assert_true(p.seconds == 0);
     close_run(&r);
@@ -512,13 +511,13 @@ static void numbers_beyond_sense_are_left_out(void **state) {
 static void text_after_the_json_is_damage(void **state) {
     (void)state;
     struct run r;
-    struct progress p;
+    struct trainer_state p;
     struct model_config m;
     struct error e = {0};
     open_run(&r, "after", NULL, 1);
     step_and_save(&r);
     put_file(&r, "trainer.json", "{\"format_version\": 1} x", 23);
-    assert_int_equal(checkpoint_read_progress("after/step_00000001", &p, &e), -1);
+    assert_int_equal(checkpoint_read_trainer_state("after/step_00000001", &p, &e), -1);
     check_error(&e, EXIT_USER, "damaged");
     char *json = config_model_to_json(&r.config.model);
     put_file(&r, "config.json", json, strlen(json) + 1);
@@ -562,7 +561,7 @@ static void none_that_loads_is_an_error(void **state) {
     close_run(&r);
 }
 
-/* ---- another run --------------------------------------------------------------------------------------- */
+/* ---- another run ---- */
 
 /* Resuming run directory `dir` as a run configured with `extra` and these shards is refused. */
 static void check_refused(const char *dir, const char *extra, const char *fingerprint, const char *expected) {
@@ -570,7 +569,7 @@ static void check_refused(const char *dir, const char *extra, const char *finger
     struct error e = {0};
     char found[MAX_TEXT];
     open_run(&r, dir, extra, 1);
-    strcpy(r.progress.train_fingerprint, fingerprint);
+    strcpy(r.trainer.train_fingerprint, fingerprint);
     size_t bytes = (size_t)r.model.params.elements * sizeof(float);
     char *before = malloc(bytes);
     memcpy(before, r.model.values, bytes);
@@ -626,8 +625,7 @@ static void weights_of_another_model_name_the_tensor(void **state) {
     close_run(&r);
 }
 
-/* ---- failing while saving -------------------------------------------------------------------------------
- */
+/* ---- failing while saving ---- */
 
 static void check_save_fails(struct run *r, const char *expected) {
     struct error e = {0};
@@ -657,7 +655,7 @@ static void a_tokenizer_that_went_away(void **state) {
     struct error e = {0};
     open_run(&r, "tokenizer", NULL, 1);
     step_and_save(&r);
-    struct progress next = r.progress;
+    struct trainer_state next = r.trainer;
     next.step = 2;
     assert_int_equal(checkpoint_save(r.dir, &r.model, &r.config, &next, "absent.json", &e), -1);
     check_error(&e, EXIT_RUN, "absent.json");

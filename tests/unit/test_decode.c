@@ -66,7 +66,7 @@ static void full_logits(struct model *m, const int32_t *tokens, float *logits) {
                  tensor_of(logits, DTYPE_F32, LENGTH, VOCAB, 0, 0, 0));
 }
 
-/* ---- logits ------------------------------------------------------------------------------------------- */
+/* ---- logits ---- */
 
 static void compare(const struct decoder *d, const float *got, const float *all, const char *what) {
     const float *want = all + (d->position - 1) * VOCAB;
@@ -177,7 +177,7 @@ static void the_model_is_left_alone(void **state) {
     model_free(&m);
 }
 
-/* ---- generating --------------------------------------------------------------------------------------- */
+/* ---- generating ---- */
 
 struct sentence {
     int32_t tokens[LENGTH];
@@ -259,7 +259,7 @@ static void emit_may_stop(void **state) {
     model_free(&m);
 }
 
-/* ---- refusing ----------------------------------------------------------------------------------------- */
+/* ---- refusing ---- */
 
 static void check_refused(const struct model_config *c, int64_t capacity, const char *expected) {
     struct model m;
@@ -290,7 +290,7 @@ static void refuses_what_it_cannot_decode(void **state) {
     model_free(&m);
 }
 
-/* ---- one draw ----------------------------------------------------------------------------------------- */
+/* ---- one draw ---- */
 
 enum { CHOICES = 8, DRAWS = 20000 };
 static const float LOGITS[CHOICES] = {0.3f, -1, 2.5f, 1.1f, 0, 2, -0.4f, 1.7f};

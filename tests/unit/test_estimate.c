@@ -13,41 +13,40 @@ static void expect_near(const char *what, double is, double want) {
         fail_msg("%s: %.17g instead of %.17g", what, is, want);
 }
 
-/* ---- machines that calculate by hand --------------------------------------------------------------------
- */
+/* ---- machines that calculate by hand ---- */
 
 /* Everything infinitely fast; tests slow down what they look at. */
-static struct paper_gpu fast_gpu(void) {
+static struct gpu_spec fast_gpu(void) {
     const double inf = INFINITY;
-    return (struct paper_gpu){.name = "fast",
-                              .peak = 1e15,
-                              .matmul = inf,
-                              .wide = {inf, inf},
-                              .narrow = {inf, inf},
-                              .own = {inf, inf},
-                              .cudnn_head_dim = 256,
-                              .cudnn_scratch = 1,
-                              .cudnn_nan = true,
-                              .window = 1,
-                              .copy = inf,
-                              .mixing = 1,
-                              .mixing_matmul = 1,
-                              .launch = 0,
-                              .memory = 80e9,
-                              .reserved = 2e9,
-                              .nvlink = inf};
+    return (struct gpu_spec){.name = "fast",
+                             .peak = 1e15,
+                             .matmul = inf,
+                             .wide = {inf, inf},
+                             .narrow = {inf, inf},
+                             .own = {inf, inf},
+                             .cudnn_head_dim = 256,
+                             .cudnn_scratch = 1,
+                             .cudnn_nan = true,
+                             .window = 1,
+                             .copy = inf,
+                             .mixing = 1,
+                             .mixing_matmul = 1,
+                             .launch = 0,
+                             .memory = 80e9,
+                             .reserved = 2e9,
+                             .nvlink = inf};
 }
 
-static struct paper_link fast_link(void) {
-    return (struct paper_link){.name = "fast",
-                               .network = INFINITY,
-                               .nvlink_attained = 1,
-                               .network_attained = 1,
-                               .protocols = {{1, 0, 0, 0}, {1, 0, 0, 0}}};
+static struct link_spec fast_link(void) {
+    return (struct link_spec){.name = "fast",
+                              .network = INFINITY,
+                              .nvlink_attained = 1,
+                              .network_attained = 1,
+                              .protocols = {{1, 0, 0, 0}, {1, 0, 0, 0}}};
 }
 
-static struct paper_options options_of(const struct paper_gpu *g, const struct paper_link *l, int ranks) {
-    return (struct paper_options){.gpu = g, .link = l, .ranks = ranks, .precision = DEVICE_BF16};
+static struct estimate_options options_of(const struct gpu_spec *g, const struct link_spec *l, int ranks) {
+    return (struct estimate_options){.gpu = g, .link = l, .ranks = ranks, .precision = DEVICE_BF16};
 }
 
 static struct config config_of(struct model_config model, int ranks, int passes, int stage) {
@@ -60,10 +59,10 @@ static struct config config_of(struct model_config model, int ranks, int passes,
                            .system = {.zero_stage = stage}};
 }
 
-static struct prediction predicted(const struct config *c, const struct paper_options *o) {
-    struct prediction p;
+static struct run_estimate predicted(const struct config *c, const struct estimate_options *o) {
+    struct run_estimate p;
     struct error e = {0};
-    if (predict(&p, c, o, &e) != 0)
+    if (estimate_run(&p, c, o, &e) != 0)
         fail_msg("%s", e.text);
     return p;
 }
@@ -75,8 +74,7 @@ static double sum(const double *values, int count) {
     return s;
 }
 
-/* ---- operations -----------------------------------------------------------------------------------------
- */
+/* ---- operations ---- */
 
 /* FLOPs of a layer's matrix products that recompute = full runs again: all but `down`. */
 static double repeated_products(const struct model_config *m) {
@@ -86,15 +84,15 @@ static double repeated_products(const struct model_config *m) {
 }
 
 static void check_flops(struct model_config model) {
-    struct paper_gpu g = fast_gpu();
-    struct paper_link l = fast_link();
-    struct paper_options o = options_of(&g, &l, 1);
+    struct gpu_spec g = fast_gpu();
+    struct link_spec l = fast_link();
+    struct estimate_options o = options_of(&g, &l, 1);
     struct flops f = flops_per_token(&model, TOKENS);
     for (int passes = 1; passes <= 2; passes++)
         for (enum recompute mode = RECOMPUTE_NONE; mode <= RECOMPUTE_FULL; mode++) {
             struct config c = config_of(model, 1, passes, 0);
             c.system.recompute = mode;
-            struct prediction p = predicted(&c, &o);
+            struct run_estimate p = predicted(&c, &o);
             double again = mode == RECOMPUTE_FULL ? passes * repeated_products(&model) : 0;
             const double *is = p.step.flops, tokens = (double)ROWS * passes;
             expect_near("products", is[PAPER_MATMUL] + is[PAPER_CLASSIFIER] - again, tokens * f.matmul);
@@ -114,21 +112,21 @@ static void operations_are_those_that_flops_count(void **state) {
 }
 
 /* One operation on a GPU of round figures. */
-static struct device *device_with(struct paper_gpu *g, struct paper_options *o) {
-    static struct paper_link l;
+static struct device *device_with(struct gpu_spec *g, struct estimate_options *o) {
+    static struct link_spec l;
     struct error e = {0};
     l = fast_link();
     bool exact = o->deterministic;
     *o = options_of(g, &l, 1);
     o->deterministic = exact;
-    struct device *dev = paper_open(o, &e);
+    struct device *dev = estimate_open(o, &e);
     assert_non_null(dev);
     return dev;
 }
 
 static void a_product_takes_the_longer_of_its_two_times(void **state) {
-    struct paper_gpu g = fast_gpu();
-    struct paper_options o = {0};
+    struct gpu_spec g = fast_gpu();
+    struct estimate_options o = {0};
     struct linear_spec s = {8, 4, 16}; /* 1024 FLOPs, 2 * (32 + 64 + 128) = 448 bytes */
     (void)state;
     g.launch = 1;
@@ -136,52 +134,52 @@ static void a_product_takes_the_longer_of_its_two_times(void **state) {
         g.matmul = bound ? 1e9 : 512;
         g.copy = bound ? 64 : 1e9;
         struct device *dev = device_with(&g, &o);
-        kernels_paper()->linear(dev, &s, tensor_none(), tensor_none(), tensor_none(), tensor_none());
-        struct paper_account a = paper_account(dev);
+        kernels_estimate()->linear(dev, &s, tensor_none(), tensor_none(), tensor_none(), tensor_none());
+        struct estimate_totals a = estimate_totals(dev);
         assert_true(a.now == (bound ? 7 + 1 : 2 + 1));
         assert_true(a.flops[PAPER_MATMUL] == 1024 && a.bytes[PAPER_MATMUL] == 448 && a.launches == 1);
-        kernels_paper()->close(dev);
+        kernels_estimate()->close(dev);
     }
 }
 
 /* dW (fp32, read as well when added to), the column sums, dx. */
 static void backward_of_a_product_by_hand(void **state) {
-    struct paper_gpu g = fast_gpu();
-    struct paper_options o = {0};
+    struct gpu_spec g = fast_gpu();
+    struct estimate_options o = {0};
     struct linear_spec s = {8, 4, 16};
     tensor some = {.data = &g};
     (void)state;
     for (int more = 0; more < 2; more++) {
         struct device *dev = device_with(&g, &o);
-        kernels_paper()->linear_backward(dev, &s, some, some, some, some, more, some,
-                                         more ? some : tensor_none(), more);
-        struct paper_account a = paper_account(dev);
+        kernels_estimate()->linear_backward(dev, &s, some, some, some, some, more, some,
+                                            more ? some : tensor_none(), more);
+        struct estimate_totals a = estimate_totals(dev);
         double dw = 2 * (128 + 32) + 4 * 64 * (more ? 2 : 1), dx = 2 * (128 + 64 + 32 * (more ? 2 : 1));
         assert_true(a.flops[PAPER_MATMUL] == 2048 && a.bytes[PAPER_MATMUL] == dw + dx);
         assert_true(a.bytes[PAPER_ELEMENTWISE] == (more ? 256 : 0) && a.launches == 2 + more);
-        kernels_paper()->close(dev);
+        kernels_estimate()->close(dev);
     }
 }
 
 static bool deterministic;
 
-static double attention_seconds(struct paper_gpu *g, struct attention_spec s, bool backward) {
-    struct paper_options o = {.deterministic = deterministic};
+static double attention_seconds(struct gpu_spec *g, struct attention_spec s, bool backward) {
+    struct estimate_options o = {.deterministic = deterministic};
     tensor none = tensor_none();
     struct device *dev = device_with(g, &o);
     if (backward)
-        kernels_paper()->attention_backward(dev, &s, none, none, none, none, none, NULL, none, none, none);
+        kernels_estimate()->attention_backward(dev, &s, none, none, none, none, none, NULL, none, none, none);
     else
-        kernels_paper()->attention(dev, &s, none, none, none, none, NULL);
-    double seconds = paper_account(dev).now;
-    kernels_paper()->close(dev);
+        kernels_estimate()->attention(dev, &s, none, none, none, none, NULL);
+    double seconds = estimate_totals(dev).now;
+    kernels_estimate()->close(dev);
     return seconds;
 }
 
 /* A causal square of 128 has 128 * 129 / 2 visible pairs. Backward has five products where forward has two.
  */
 static void attention_goes_at_the_rate_of_who_serves_it(void **state) {
-    struct paper_gpu g = fast_gpu();
+    struct gpu_spec g = fast_gpu();
     (void)state;
     g.wide = (struct attention_rate){1000, 500};
     g.narrow = (struct attention_rate){100, 50};
@@ -217,9 +215,9 @@ static void attention_goes_at_the_rate_of_who_serves_it(void **state) {
 }
 
 static void mixing_moves_what_it_reads_and_writes(void **state) {
-    struct paper_gpu g = fast_gpu();
-    struct paper_options o = {0};
-    struct mix_spec s = {1, 10, 4, 8, 3, true, true, true};
+    struct gpu_spec g = fast_gpu();
+    struct estimate_options o = {0};
+    struct qkv_mix_spec s = {1, 10, 4, 8, 3, true, true, true};
     struct collapse_spec r = {1, 10, 4, 8, 3, false};
     const double one = 10 * 4 * 8 * 2; /* bytes of one of q, k, v */
     tensor t = tensor_none();
@@ -227,31 +225,31 @@ static void mixing_moves_what_it_reads_and_writes(void **state) {
     g.copy = 100;
     g.mixing = 0.5;
     struct device *dev = device_with(&g, &o);
-    const struct kernels *k = kernels_paper();
+    const struct kernels *k = kernels_estimate();
     double want = 0;
     k->qkv_mix(dev, &s, t, t, t, t, t, 0, t, t, t);
-    assert_true(paper_account(dev).bytes[PAPER_MIXING] == (want += 3 * 4 * one));
+    assert_true(estimate_totals(dev).bytes[PAPER_MIXING] == (want += 3 * 4 * one));
     k->qkv_mix_backward(dev, &s, t, t, t, t, t, t, t, t, t, t, t, t, false);
-    assert_true(paper_account(dev).bytes[PAPER_MIXING] == (want += 3 * 5 * one));
+    assert_true(estimate_totals(dev).bytes[PAPER_MIXING] == (want += 3 * 5 * one));
     k->collapse(dev, &r, t, t, t);
-    assert_true(paper_account(dev).bytes[PAPER_MIXING] == (want += 4 * one));
+    assert_true(estimate_totals(dev).bytes[PAPER_MIXING] == (want += 4 * one));
     k->collapse_backward(dev, &r, t, t, t, t, t, false);
-    assert_true(paper_account(dev).bytes[PAPER_MIXING] == (want += 7 * one));
-    expect_near("seconds", paper_account(dev).now, want / 50);
+    assert_true(estimate_totals(dev).bytes[PAPER_MIXING] == (want += 7 * one));
+    expect_near("seconds", estimate_totals(dev).now, want / 50);
     k->close(dev);
 }
 
 /* What an operation has added to *seen bytes. */
-static double added(const struct device *dev, enum paper_part part, double *seen) {
+static double added(const struct device *dev, enum estimate_part part, double *seen) {
     double before = *seen;
-    *seen = paper_account(dev).bytes[part];
+    *seen = estimate_totals(dev).bytes[part];
     return *seen - before;
 }
 
 /* Bytes of each operation that only moves them, in units of its rows times its width. */
 static void the_rest_moves_what_it_reads_and_writes(void **state) {
-    struct paper_gpu g = fast_gpu();
-    struct paper_options o = {0};
+    struct gpu_spec g = fast_gpu();
+    struct estimate_options o = {0};
     struct norm_spec norm = {NORM_TYPE_RMS, 1e-5, 6, 10};
     struct act_spec gelu = {ACT_GELU_TANH, 6, 10}, swiglu = {ACT_SWIGLU, 6, 10};
     struct embed_spec embed = {2, 3, 50, 10};
@@ -259,13 +257,13 @@ static void the_rest_moves_what_it_reads_and_writes(void **state) {
     const double one = 6 * 10 * 2, positions = 3 * 10;
     (void)state;
     struct device *dev = device_with(&g, &o);
-    const struct kernels *k = kernels_paper();
+    const struct kernels *k = kernels_estimate();
     double seen = 0;
     k->residual_norm(dev, &norm, yes, no, yes, no, no, yes, NULL);
     assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 2 * one);
     k->residual_norm(dev, &norm, yes, yes, yes, no, yes, yes, NULL);
     assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 4 * one);
-    k->residual_norm_again(dev, &norm, yes, yes, no, yes, NULL);
+    k->residual_norm_recompute(dev, &norm, yes, yes, no, yes, NULL);
     assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 2 * one);
     k->residual_norm_backward(dev, &norm, yes, yes, yes, NULL, yes, yes, no, false);
     assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 4 * one);
@@ -301,26 +299,25 @@ static void the_rest_moves_what_it_reads_and_writes(void **state) {
 /* Logits of 1 GiB in bf16 are made in two chunks: each reads W twice and adds to dW, the second reads it too.
  * Evaluation makes logits and reads them once. */
 static void a_classifier_works_in_chunks(void **state) {
-    struct paper_gpu g = fast_gpu();
-    struct paper_options o = {0};
+    struct gpu_spec g = fast_gpu();
+    struct estimate_options o = {0};
     struct classifier_spec s = {1 << 11, 8, 1 << 18};
     const double h = 2.0 * (1 << 11) * 8, w = 2.0 * 8 * (1 << 18), logits = 1 << 30;
     tensor no = tensor_none(), yes = {.data = &g};
     (void)state;
     struct device *dev = device_with(&g, &o);
-    kernels_paper()->classifier(dev, &s, yes, yes, yes, 1, NULL, yes, yes, false);
-    struct paper_account a = paper_account(dev);
+    kernels_estimate()->classifier(dev, &s, yes, yes, yes, 1, NULL, yes, yes, false);
+    struct estimate_totals a = estimate_totals(dev);
     expect_near("bytes", a.bytes[PAPER_CLASSIFIER], 5 * logits + 3 * h + 2 * 2 * w + 2 * w * 3);
     expect_near("flops", a.flops[PAPER_CLASSIFIER], 6.0 * 8 * (1 << 18) * (1 << 11));
     assert_int_equal(a.launches, 8);
-    kernels_paper()->classifier(dev, &s, yes, yes, yes, 1, NULL, no, no, false);
-    double more = paper_account(dev).bytes[PAPER_CLASSIFIER] - a.bytes[PAPER_CLASSIFIER];
+    kernels_estimate()->classifier(dev, &s, yes, yes, yes, 1, NULL, no, no, false);
+    double more = estimate_totals(dev).bytes[PAPER_CLASSIFIER] - a.bytes[PAPER_CLASSIFIER];
     expect_near("evaluation", more, 2 * logits + h + 2 * w);
-    kernels_paper()->close(dev);
+    kernels_estimate()->close(dev);
 }
 
-/* ---- messages -------------------------------------------------------------------------------------------
- */
+/* ---- messages ---- */
 
 struct sent {
     int64_t messages[MESSAGES];
@@ -337,7 +334,7 @@ struct job {
 static __thread struct sent *counting;
 static __thread const struct comm_ops *real_ops;
 
-static void count(enum paper_message kind, double bytes) {
+static void count(enum estimate_message kind, double bytes) {
     counting->messages[kind]++;
     counting->bytes[kind] += bytes;
 }
@@ -412,7 +409,7 @@ static void run_ranks(struct job *jobs, const struct config *c, int ranks) {
 
 /* Gradients in fp32, summed in every pass in stage 2; what is gathered is gradients in stage 0, and
  * parameters in the type they are read in otherwise. */
-static void check_bytes(const struct config *c, const struct prediction *p, int ranks, double parameter) {
+static void check_bytes(const struct config *c, const struct run_estimate *p, int ranks, double parameter) {
     struct params params;
     struct error e = {0};
     assert_int_equal(params_create(&params, &c->model, ranks, &e), 0);
@@ -423,14 +420,14 @@ static void check_bytes(const struct config *c, const struct prediction *p, int 
 }
 
 static void check_messages(struct model_config model, int ranks, int stage, int passes) {
-    struct paper_gpu g = fast_gpu();
-    struct paper_link l = fast_link();
-    struct paper_options o = options_of(&g, &l, ranks);
+    struct gpu_spec g = fast_gpu();
+    struct link_spec l = fast_link();
+    struct estimate_options o = options_of(&g, &l, ranks);
     struct config c = config_of(model, ranks, passes, stage);
     struct job jobs[THREAD_RANKS];
     o.precision = DEVICE_FP32;
     run_ranks(jobs, &c, ranks);
-    struct prediction p = predicted(&c, &o);
+    struct run_estimate p = predicted(&c, &o);
     assert_int_equal(p.passes, passes);
     for (int r = 0; r < ranks; r++)
         for (int kind = 0; kind < MESSAGES; kind++) {
@@ -452,20 +449,19 @@ static void messages_are_those_that_real_ranks_send(void **state) {
 }
 
 static void one_rank_sends_nothing(void **state) {
-    struct paper_gpu g = fast_gpu();
-    struct paper_link l = {.name = "broken"};
-    struct paper_options o = options_of(&g, &l, 1);
+    struct gpu_spec g = fast_gpu();
+    struct link_spec l = {.name = "broken"};
+    struct estimate_options o = options_of(&g, &l, 1);
     (void)state;
     for (int stage = 0; stage <= 2; stage++) {
         struct config c = config_of(plain_config(), 1, 2, stage);
-        struct prediction p = predicted(&c, &o);
+        struct run_estimate p = predicted(&c, &o);
         assert_true(sum(p.step.moving, MESSAGES) == 0 && sum(p.step.exposed, MESSAGES) == 0);
         assert_true(p.step.messages[MESSAGE_REDUCE_SCATTER] == 0 && p.step.messages[MESSAGE_ALL_REDUCE] == 0);
     }
 }
 
-/* ---- times ----------------------------------------------------------------------------------------------
- */
+/* ---- times ---- */
 
 static void a_timeline_by_hand(void **state) {
     static struct timeline t;
@@ -490,8 +486,8 @@ static void a_timeline_by_hand(void **state) {
 }
 
 static void a_ring_by_hand(void **state) {
-    struct paper_gpu g = fast_gpu();
-    struct paper_link l = fast_link();
+    struct gpu_spec g = fast_gpu();
+    struct link_spec l = fast_link();
     (void)state;
     g.nvlink = 1000;
     l.nvlink_attained = 0.5;
@@ -513,24 +509,24 @@ static void a_ring_by_hand(void **state) {
 /* The table of figures is written by hand: what must hold between them. */
 static void figures_are_possible(void **state) {
     (void)state;
-    for (int i = 0; paper_gpu_names[i]; i++) {
-        const struct paper_gpu *g = paper_gpu(paper_gpu_names[i]);
+    for (int i = 0; gpu_names[i]; i++) {
+        const struct gpu_spec *g = gpu_spec(gpu_names[i]);
         assert_non_null(g);
         assert_true(g->matmul < g->peak && g->wide.forward < g->matmul && g->own.forward < g->wide.forward);
         assert_true(g->narrow.forward < g->wide.forward && g->wide.backward < g->wide.forward);
         assert_true(g->narrow.backward < g->narrow.forward && g->own.backward < g->own.forward);
         assert_true(g->window < 1 && g->mixing < 1 && g->copy > 1e12 && g->copy < 5e12);
         assert_true(g->reserved < 0.1 * g->memory && g->nvlink > 50e9 && g->launch < 1e-5);
-        for (int j = 0; paper_link_names[j]; j++) {
-            const struct paper_link *l = paper_link(paper_link_names[j]);
+        for (int j = 0; link_names[j]; j++) {
+            const struct link_spec *l = link_spec(link_names[j]);
             assert_non_null(l);
             double node = collective_seconds(g, l, 8, 1e9);
             assert_true(node > 0.875e9 / g->nvlink && node < 2 * 0.875e9 / g->nvlink);
             assert_true(l->network == 0 || collective_seconds(g, l, 16, 1e9) > node);
         }
     }
-    assert_null(paper_gpu("h20"));
-    assert_null(paper_link(""));
+    assert_null(gpu_spec("h20"));
+    assert_null(link_spec(""));
 }
 
 static struct model_config layers(int count) {
@@ -542,11 +538,11 @@ static struct model_config layers(int count) {
 }
 
 /* A GPU on which a step takes milliseconds, and a link with `bandwidth` bytes/s. */
-static struct prediction on_link(struct model_config model, int ranks, int stage, double bandwidth) {
-    struct paper_gpu g = *paper_gpu("h200");
-    struct paper_link l = fast_link();
+static struct run_estimate on_link(struct model_config model, int ranks, int stage, double bandwidth) {
+    struct gpu_spec g = *gpu_spec("h200");
+    struct link_spec l = fast_link();
     g.nvlink = bandwidth;
-    struct paper_options o = options_of(&g, &l, ranks);
+    struct estimate_options o = options_of(&g, &l, ranks);
     struct config c = config_of(model, ranks, 1, stage);
     return predicted(&c, &o);
 }
@@ -554,7 +550,7 @@ static struct prediction on_link(struct model_config model, int ranks, int stage
 static void a_fast_link_is_hidden_and_a_slow_one_is_all_there_is(void **state) {
     (void)state;
     for (int stage = 0; stage <= 2; stage++) {
-        struct prediction p = on_link(layers(4), 4, stage, INFINITY);
+        struct run_estimate p = on_link(layers(4), 4, stage, INFINITY);
         assert_true(sum(p.step.exposed, MESSAGES) == 0);
         assert_true(p.step.message_bytes[MESSAGE_REDUCE_SCATTER] > 0);
         expect_near("step", p.step.now, p.compute);
@@ -571,7 +567,7 @@ static void a_step_is_computing_and_waiting(void **state) {
     (void)state;
     for (double bandwidth = 1e6; bandwidth < 1e12; bandwidth *= 4)
         for (int stage = 0; stage <= 2; stage++) {
-            struct prediction p = on_link(layers(4), 4, stage, bandwidth);
+            struct run_estimate p = on_link(layers(4), 4, stage, bandwidth);
             double moving = sum(p.step.moving, MESSAGES), exposed = sum(p.step.exposed, MESSAGES);
             assert_true(fabs(p.step.now - p.compute - exposed) < 1e-9 * p.step.now);
             assert_true(exposed <= moving * (1 + 1e-9));
@@ -585,7 +581,7 @@ static void a_step_is_computing_and_waiting(void **state) {
 /* Gradients of all but what backward ends with travel while it runs: of many layers less is exposed than of
  * one, by their number. */
 static void layers_hide_each_other(void **state) {
-    struct prediction one, many;
+    struct run_estimate one, many;
     (void)state;
     for (int stage = 1; stage <= 2; stage++) {
         /* A link on which a layer's gradients take half as long as its backward. */
@@ -606,10 +602,10 @@ static void layers_hide_each_other(void **state) {
 }
 
 static void speed_and_mfu_follow_from_the_step(void **state) {
-    struct paper_link l = *paper_link("ib400");
-    struct paper_options o = options_of(paper_gpu("a100"), &l, 16);
+    struct link_spec l = *link_spec("ib400");
+    struct estimate_options o = options_of(gpu_spec("a100"), &l, 16);
     struct config c = config_of(plain_config(), 16, 3, 2);
-    struct prediction p = predicted(&c, &o);
+    struct run_estimate p = predicted(&c, &o);
     struct flops f = flops_per_token(&c.model, TOKENS);
     (void)state;
     assert_int_equal(p.passes, 3);
@@ -617,24 +613,23 @@ static void speed_and_mfu_follow_from_the_step(void **state) {
     expect_near("MFU", p.mfu, (f.matmul + f.attention + f.mixing) * ROWS * 3 / (p.step.now * 312e12));
 }
 
-/* ---- memory ---------------------------------------------------------------------------------------------
- */
+/* ---- memory ---- */
 
 static void memory_is_what_the_model_plans(void **state) {
-    struct paper_gpu g = fast_gpu();
-    struct paper_link l = fast_link();
+    struct gpu_spec g = fast_gpu();
+    struct link_spec l = fast_link();
     struct pass_shape shape = {BATCH, TOKENS, RECOMPUTE_LIGHT, true};
     struct error e = {0};
     (void)state;
     for (int stage = 0; stage <= 2; stage++) {
-        struct paper_options o = options_of(&g, &l, 4);
+        struct estimate_options o = options_of(&g, &l, 4);
         struct config c = config_of(other_config(), 4, 1, stage);
         c.system.recompute = RECOMPUTE_LIGHT;
         struct memory_plan cpu, paper = predicted(&c, &o).memory;
         assert_int_equal(
             model_memory(&c.model, kernels_cpu(), fixture_device(), &shape, 4, stage, DTYPE_F32, &cpu, &e),
             0);
-        /* Parameters and activations in 2 bytes, and masters beside the moments, in 4. */
+        /* Parameters and activations in 2 bytes, and master_weights beside the moments, in 4. */
         assert_int_equal(2 * paper.parameters, cpu.parameters);
         assert_int_equal(paper.gradients, cpu.gradients);
         assert_int_equal(2 * paper.optimizer, 3 * cpu.optimizer);
@@ -651,9 +646,9 @@ static void memory_is_what_the_model_plans(void **state) {
 
 /* A GPU that is a little too small for what is asked, then one for which nothing is small enough. */
 static void advice_fits(void **state) {
-    struct paper_gpu g = fast_gpu();
-    struct paper_link l = fast_link();
-    struct paper_options o = options_of(&g, &l, 4);
+    struct gpu_spec g = fast_gpu();
+    struct link_spec l = fast_link();
+    struct estimate_options o = options_of(&g, &l, 4);
     struct config c = config_of(layers(24), 4, 1, 0), changed;
     struct memory_plan plan = {0};
     struct error e = {0};
@@ -666,17 +661,17 @@ static void advice_fits(void **state) {
     plan = predicted(&c, &o).memory;
     g.memory = g.reserved + 0.9 * (double)memory_total(&plan);
     for (int attempt = 0; attempt < FIT_ATTEMPTS; attempt++) {
-        assert_int_equal(predict_fit(&c, &o, attempt, &changed, &plan, &e), 1);
+        assert_int_equal(estimate_fit(&c, &o, attempt, &changed, &plan, &e), 1);
         struct memory_plan again = predicted(&changed, &o).memory;
         assert_int_equal(memory_total(&again), memory_total(&plan));
-        assert_true((double)memory_total(&plan) <= predict_room(&g));
+        assert_true((double)memory_total(&plan) <= estimate_room(&g));
         assert_int_equal(changed.train.micro_batch, attempt == 0 ? 4 : 8);
         assert_int_equal(changed.system.recompute, attempt == 1 ? RECOMPUTE_LIGHT : RECOMPUTE_NONE);
         assert_int_equal(changed.system.zero_stage, attempt >= 2);
     }
     g.memory = g.reserved + 1;
     for (int attempt = 0; attempt < FIT_ATTEMPTS; attempt++)
-        assert_int_equal(predict_fit(&c, &o, attempt, &changed, &plan, &e), 0);
+        assert_int_equal(estimate_fit(&c, &o, attempt, &changed, &plan, &e), 0);
     assert_true(changed.train.micro_batch == 1 && changed.system.recompute == RECOMPUTE_FULL &&
                 changed.system.zero_stage == 2); /* all that could be tried */
 }

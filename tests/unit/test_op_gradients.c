@@ -98,8 +98,7 @@ static void compare(struct op_test *t, const void *spec, loss_function *loss) {
     free(t->saved);
 }
 
-/* ---- embed ----------------------------------------------------------------------------------------------
- */
+/* ---- embed ---- */
 
 static int32_t TOKENS[] = {3, 0, 3, 6, 1, 3};
 
@@ -122,8 +121,7 @@ static void embed(void **state) {
     compare(&t, &s, embed_loss);
 }
 
-/* ---- residual_norm ----------------------------------------------------------------------------------------
- */
+/* ---- residual_norm ---- */
 
 /* Outputs: y, then the sum, which the residual path reads as well. */
 static double norm_loss(struct op_test *t, const void *spec) {
@@ -208,16 +206,16 @@ static void linear(void **state) {
 
 static double *ROPE;
 
-static tensor alpha(const struct mix_spec *s, double *x) {
+static tensor alpha(const struct qkv_mix_spec *s, double *x) {
     return s->mixed ? d(x, s->pseudo, s->heads, s->heads, 0, 0) : tensor_none();
 }
 
-static tensor rope_rows(const struct mix_spec *s) {
+static tensor rope_rows(const struct qkv_mix_spec *s) {
     return d(ROPE, s->tokens * s->pseudo, 2, s->head_dim / 2, 0, 0);
 }
 
 static double mix_loss(struct op_test *t, const void *spec) {
-    const struct mix_spec *s = spec;
+    const struct qkv_mix_spec *s = spec;
     int64_t B = s->batch, S = s->tokens * s->pseudo, H = s->heads, D = s->head_dim, n = B * S * H * D;
     K->qkv_mix(DEV, s, d(t->x[0], B, s->tokens, 3, H, D), alpha(s, t->x[1]), alpha(s, t->x[2]),
                alpha(s, t->x[3]), rope_rows(s), 0, d(t->out, B, S, H, D, 0), d(t->out + n, B, S, H, D, 0),
@@ -225,7 +223,7 @@ static double mix_loss(struct op_test *t, const void *spec) {
     return weighted(t);
 }
 
-static void check_mix(struct mix_spec s) {
+static void check_mix(struct qkv_mix_spec s) {
     struct op_test t = {.name = s.mixed ? "qkv_mix" : "qkv_mix (rope alone)"};
     int64_t B = s.batch, S = s.tokens * s.pseudo, H = s.heads, D = s.head_dim, n = B * S * H * D;
     ROPE = noise(S * D);
@@ -234,7 +232,7 @@ static void check_mix(struct mix_spec s) {
     for (int i = 0; s.mixed && i < 3; i++)
         add_input(&t, "alpha", s.pseudo * H * H);
     add_output(&t, 3 * n);
-    plan(&t, (struct op_spec){.kind = OP_MIX, .mix = s});
+    plan(&t, (struct op_spec){.kind = OP_QKV_MIX, .qkv_mix = s});
     K->qkv_mix_backward(DEV, &s, d(t.weights, B, S, H, D, 0), d(t.weights + n, B, S, H, D, 0),
                         d(t.weights + 2 * n, B, S, H, D, 0), d(t.x[0], B, s.tokens, 3, H, D),
                         alpha(&s, t.x[1]), alpha(&s, t.x[2]), alpha(&s, t.x[3]), rope_rows(&s),
@@ -246,12 +244,12 @@ static void check_mix(struct mix_spec s) {
 
 static void qkv_mix(void **state) {
     (void)state;
-    check_mix((struct mix_spec){2, 5, 3, 6, 2, true, true, true});
+    check_mix((struct qkv_mix_spec){2, 5, 3, 6, 2, true, true, true});
     check_mix(
-        (struct mix_spec){1, 20, 5, 10, 3, true, true, false}); /* more tokens than one backward block */
-    check_mix((struct mix_spec){2, 3, 2, 8, 4, true, false, true});
-    check_mix((struct mix_spec){2, 5, 3, 6, 1, false, true, true});
-    check_mix((struct mix_spec){1, 4, 4, 16, 1, true, true, true});
+        (struct qkv_mix_spec){1, 20, 5, 10, 3, true, true, false}); /* more tokens than one backward block */
+    check_mix((struct qkv_mix_spec){2, 3, 2, 8, 4, true, false, true});
+    check_mix((struct qkv_mix_spec){2, 5, 3, 6, 1, false, true, true});
+    check_mix((struct qkv_mix_spec){1, 4, 4, 16, 1, true, true, true});
 }
 
 /* ---- attention

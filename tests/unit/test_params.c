@@ -8,7 +8,7 @@
 
 #define COUNT(a) (sizeof(a) / sizeof *(a))
 
-/* ---- parameters ---------------------------------------------------------------------------------------- */
+/* ---- parameters ---- */
 
 static struct params list_params(const struct model_config *c) {
     struct params p;
@@ -31,17 +31,17 @@ struct named_shape {
 
 static void check_shapes(const struct model_config *c, const struct named_shape *expected, size_t count) {
     struct params p = list_params(c);
-    int64_t learned = 0;
+    int64_t num_params = 0;
     for (size_t i = 0; i < count; i++) {
         char shape[64];
         const struct param *t = find(&p, expected[i].name);
         param_shape_text(t, shape, sizeof shape);
         if (strcmp(shape, expected[i].shape) != 0)
             fail_msg("%s is %s, not %s", t->name, shape, expected[i].shape);
-        learned += t->count;
+        num_params += t->count;
     }
     assert_int_equal(p.count, count);
-    assert_int_equal(p.learned, learned);
+    assert_int_equal(p.num_params, num_params);
     params_free(&p);
 }
 
@@ -245,7 +245,7 @@ static void initial_values_are_a_function_of_the_seed(void **state) {
         free(all[i]);
 }
 
-/* ---- FLOPs --------------------------------------------------------------------------------------------- */
+/* ---- FLOPs ---- */
 
 static struct model_config counted_config(enum layer_type type) {
     return (struct model_config){
@@ -301,7 +301,7 @@ static void flops_of_iha(void **state) {
     assert_true(attention_pairs_as_charged(&c, LAYER_IHA_GLOBAL, 4) == 8 * 8);
 }
 
-/* ---- memory -------------------------------------------------------------------------------------------- */
+/* ---- memory ---- */
 
 static size_t reserved[16];
 static int reservations;
@@ -381,7 +381,7 @@ static void memory_is_what_the_plan_says(void **state) {
     }
 }
 
-/* By hand: every tensor rounded up to 64 elements; two moments, and masters that are the parameters. */
+/* By hand: every tensor rounded up to 64 elements; two moments, and master_weights that are the parameters. */
 static void memory_of_a_small_model(void **state) {
     (void)state;
     struct model_config c = counted_config(LAYER_IHA_LOCAL); /* no positions: RoPE's table is no parameter */

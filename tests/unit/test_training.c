@@ -43,7 +43,7 @@ static double distance(const float *a, const float *b, int64_t n, double *norm) 
     return sqrt(sum);
 }
 
-/* ---- recompute, accumulate, announce ------------------------------------------------------------------- */
+/* ---- recompute, accumulate, announce ---- */
 
 static void check_recompute(const struct model_config *c) {
     int32_t tokens[ROWS], targets[ROWS];
@@ -149,7 +149,7 @@ static void gradients_are_announced_once(void **state) {
     check_announced(&other);
 }
 
-/* ---- AdamW --------------------------------------------------------------------------------------------- */
+/* ---- AdamW ---- */
 
 enum { N = 333 };
 static const struct param_group GROUPS[] = {{0, 100, 1, 0.1f}, {100, 201, 1, 0}, {201, N, 5, 0.3f}};
@@ -303,7 +303,7 @@ static void updates_survive_step_write(void **state) {
     free(t);
 }
 
-/* ---- a step of a model --------------------------------------------------------------------------------- */
+/* ---- a step of a model ---- */
 
 static const struct param_group *group_of(const struct model *m, int64_t element) {
     for (int i = 0; i < m->group_count; i++)
@@ -391,7 +391,7 @@ static void a_model_learns_one_batch_by_heart(void **state) {
     check_overfits(&other);
 }
 
-/* ---- learning rate ------------------------------------------------------------------------------------- */
+/* ---- learning rate ---- */
 
 static void check_lr(enum schedule schedule, int64_t warmup, int64_t at, double expected) {
     struct train_config t = {

@@ -48,8 +48,7 @@ void attention_plans_free(struct attention_plans *p) {
     free(p);
 }
 
-/* ---- cuDNN's side ----------------------------------------------------------------------------------------
- */
+/* ---- cuDNN's side ---- */
 
 /* A window that reaches over the whole sequence is none. With P = 1, or a mask over virtual tokens, the
  * spec's `pseudo` means nothing to attention. */
@@ -146,8 +145,7 @@ static void *scratch_for(struct device *dev, const struct cudnn_attention_shape 
     return cuda_workspace(dev, bytes, op);
 }
 
-/* ---- the choice ------------------------------------------------------------------------------------------
- */
+/* ---- the choice ---- */
 
 enum preference { PREFER_CUDNN, ONLY_CUDNN, ONLY_OWN };
 
@@ -227,8 +225,9 @@ static bool by_cudnn(const struct device *dev, const struct attention_spec *s, c
     return c->cudnn;
 }
 
-const char *cuda_attention_by(struct device *dev, const struct attention_spec *s, size_t *deterministic) {
-    bool cudnn = by_cudnn(dev, s, "attention_by");
+const char *cuda_attention_backend(struct device *dev, const struct attention_spec *s,
+                                   size_t *deterministic) {
+    bool cudnn = by_cudnn(dev, s, "attention_backend");
     *deterministic = cudnn && dev->deterministic ? cudnn_deterministic_bytes(s) : 0;
     return cudnn ? "cuDNN" : "own kernels";
 }

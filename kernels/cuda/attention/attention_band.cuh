@@ -11,8 +11,7 @@
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/mma.cuh"
 
-/* ---- who sees whom ---------------------------------------------------------------------------------------
- */
+/* ---- who sees whom ---- */
 
 struct band {
     int length, pseudo, window /* 0: none */;
@@ -72,8 +71,7 @@ static __device__ __forceinline__ void count_tile() {
 #endif
 }
 
-/* ---- where rows lie --------------------------------------------------------------------------------------
- */
+/* ---- where rows lie ---- */
 
 /* A [B,S,H,d] tensor; strides in elements. */
 template <typename T> struct rows {
@@ -103,8 +101,7 @@ rows_aligned(std::initializer_list<tensor> tensors) {
     return true;
 }
 
-/* ---- tiles in shared memory ------------------------------------------------------------------------------
- */
+/* ---- tiles in shared memory ---- */
 
 /* Elements from one row of a tile to the next: 16 bytes more than D, so that rows start at different banks.
  */

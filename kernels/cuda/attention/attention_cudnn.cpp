@@ -110,8 +110,7 @@ void cudnn_attention_close(struct cudnn_attention *a) {
     delete a;
 }
 
-/* ---- graphs ----------------------------------------------------------------------------------------------
- */
+/* ---- graphs ---- */
 
 static graph_key key_of(const struct cudnn_attention_shape *s, const struct cudnn_attention_layout *l,
                         bool backward) {

@@ -5,8 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---- two queues ------------------------------------------------------------------------------------------
- */
+/* ---- two queues ---- */
 
 void gpu_comm_open(struct gpu_comm *g, struct device *dev, struct comm *ranks, const struct comm_ops *ops) {
     int least, greatest;
@@ -47,18 +46,17 @@ void gpu_comm_wait(struct comm *c, comm_event event) {
         cuda_check(cudaStreamWaitEvent(g->dev->stream, g->done[event % COMM_EVENTS], 0));
 }
 
-void gpu_comm_exchange(struct comm *c, const void *mine, void *all, size_t bytes) {
+void gpu_comm_all_gather_host(struct comm *c, const void *mine, void *all, size_t bytes) {
     struct comm *ranks = gpu_comm_of(c)->ranks;
-    ranks->ops->exchange(ranks, mine, all, bytes);
+    ranks->ops->all_gather_host(ranks, mine, all, bytes);
 }
 
-void gpu_comm_end_run(struct comm *c, const char *text) {
+void gpu_comm_abort_run(struct comm *c, const char *text) {
     struct comm *ranks = gpu_comm_of(c)->ranks;
-    ranks->ops->end_run(ranks, text);
+    ranks->ops->abort_run(ranks, text);
 }
 
-/* ---- the choice ------------------------------------------------------------------------------------------
- */
+/* ---- the choice ---- */
 
 /* How many ranks this rank's GPU has, and whether every rank has one to itself. Ranks may each see GPUs of
  * their own as number 0, so only the GPU's name in the world tells. */
@@ -66,7 +64,7 @@ static bool gpus_apart(struct device *dev, struct comm *ranks) {
     struct cudaDeviceProp p;
     bool apart = true;
     cuda_check(cudaGetDeviceProperties(&p, dev->index));
-    const cudaUUID_t *all = (const cudaUUID_t *)comm_tell(ranks, &p.uuid, sizeof p.uuid);
+    const cudaUUID_t *all = (const cudaUUID_t *)comm_all_gather_small(ranks, &p.uuid, sizeof p.uuid);
     dev->sharers = 0;
     for (int r = 0; r < ranks->ranks; r++) {
         dev->sharers += memcmp(&all[r], &p.uuid, sizeof *all) == 0;
@@ -84,19 +82,19 @@ size_t cuda_staging_bytes(struct device *dev, int64_t elements, int ranks, enum 
     return (size_t)(dev->deterministic ? elements : elements / ranks) * dtype_bytes(dtype);
 }
 
-struct comm *cuda_join(struct device *dev, struct comm *ranks, enum join_how how, struct error *e) {
+struct comm *cuda_open_comm(struct device *dev, struct comm *ranks, enum comm_backend how, struct error *e) {
     bool apart = gpus_apart(dev, ranks);
-    if (how == JOIN_NCCL && !apart) {
+    if (how == COMM_BACKEND_NCCL && !apart) {
         fail_user(
             e, "system.comm = nccl needs a GPU for every rank, and here ranks share one; start fewer ranks "
                "a machine, or use auto");
         return NULL;
     }
 #ifdef WITH_NCCL
-    if (how == JOIN_NCCL || (how == JOIN_AUTO && apart))
+    if (how == COMM_BACKEND_NCCL || (how == COMM_BACKEND_AUTO && apart))
         return comm_nccl_open(dev, ranks, e);
 #else
-    if (how == JOIN_NCCL) {
+    if (how == COMM_BACKEND_NCCL) {
         fail_user(e,
                   "system.comm = nccl, but this program was built without NCCL; use auto, or install it and "
                   "build again");

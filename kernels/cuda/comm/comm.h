@@ -29,8 +29,8 @@ void gpu_comm_follow(struct gpu_comm *g);
 /* Mark what has been queued on g->stream; the device's queue waits for it in gpu_comm_wait. */
 comm_event gpu_comm_mark(struct gpu_comm *g);
 void gpu_comm_wait(struct comm *c, comm_event event);
-void gpu_comm_exchange(struct comm *c, const void *mine, void *all, size_t bytes);
-void gpu_comm_end_run(struct comm *c, const char *text);
+void gpu_comm_all_gather_host(struct comm *c, const void *mine, void *all, size_t bytes);
+void gpu_comm_abort_run(struct comm *c, const char *text);
 
 /* NCCL, one rank a GPU; NULL and *e where that cannot be. Called by all ranks at once. */
 extern "C" struct comm *comm_nccl_open(struct device *dev, struct comm *ranks, struct error *e);

@@ -56,8 +56,7 @@ static struct nccl_comm *nccl_of(struct comm *c) {
     return (struct nccl_comm *)c;
 }
 
-/* ---- the end of a run ------------------------------------------------------------------------------------
- */
+/* ---- the end of a run ---- */
 
 /* Of the ranks that find the same the first speaks. The communicator is not aborted before: that would wait
  * for every graph that holds it, and the end of the processes lets go of their peers as well. */
@@ -71,7 +70,7 @@ static void end_run(struct nccl_comm *n, const char *format, ...) {
     va_end(args);
     if (n->g.base.rank > 0)
         sleep(TURN_SECONDS);
-    gpu_comm_end_run(&n->g.base, text);
+    gpu_comm_abort_run(&n->g.base, text);
     _exit(EXIT_RUN);
 }
 
@@ -102,7 +101,7 @@ static void end_together(struct nccl_comm *n, double waited, const char *error) 
     int ranks = n->g.base.ranks;
     struct report mine = {.reached = n->places->reached, .waited = waited};
     snprintf(mine.why, sizeof mine.why, "%s", error);
-    const struct report *all = (const struct report *)comm_tell(n->g.ranks, &mine, sizeof mine);
+    const struct report *all = (const struct report *)comm_all_gather_small(n->g.ranks, &mine, sizeof mine);
     const char *why = "";
     name_late(all, ranks, late, sizeof late);
     for (int r = ranks - 1; r >= 0; r--) {
@@ -136,8 +135,7 @@ static void end_failed(struct nccl_comm *n, ncclResult_t result, const char *cal
     end_together(n, 0, why);
 }
 
-/* ---- a host that cannot look ------------------------------------------------------------------------------
- */
+/* ---- a host that cannot look ---- */
 
 enum { WATCH_MS = 500, LATE_SECONDS = 10 /* for the host to find out by itself, and to name the rank */ };
 
@@ -181,8 +179,7 @@ static void end_watch(struct nccl_comm *n) {
     n->watched = false;
 }
 
-/* ---- calls that do not block -----------------------------------------------------------------------------
- */
+/* ---- calls that do not block ---- */
 
 /* A wait that goes on. While we were stopped (by a scheduler that suspends jobs, say) nobody was late: of a
  * longer gap a second counts. */
@@ -206,7 +203,7 @@ static void look(struct nccl_comm *n) {
         end_together(n, n->waited, "");
     if (n->last - n->asked > 0.1) {
         n->asked = n->last;
-        if (ranks->ops->called(ranks, sizeof(struct report)))
+        if (ranks->ops->probe(ranks, sizeof(struct report)))
             end_together(n, n->waited, "");
     }
 }
@@ -245,8 +242,7 @@ static ncclResult_t settled(struct nccl_comm *n, ncclResult_t result) {
             end_failed(n, result_, #call);                                                                   \
     } while (0)
 
-/* ---- collectives -----------------------------------------------------------------------------------------
- */
+/* ---- collectives ---- */
 
 static __global__ void count(volatile int64_t *place) {
     *place = *place + 1;
@@ -326,8 +322,7 @@ static void nccl_all_reduce(struct comm *c, double *values, int count) {
     gpu_comm_wait(c, leave(n));
 }
 
-/* ---- opening and closing ---------------------------------------------------------------------------------
- */
+/* ---- opening and closing ---- */
 
 static int nccl_reserve(struct comm *c, int64_t elements, enum dtype dtype, enum dtype wire,
                         struct error *e) {
@@ -390,7 +385,7 @@ static int connect(struct nccl_comm *n, struct error *e) {
         result == ncclSuccess ? 0 : fail_run(e, "NCCL does not start: %s", ncclGetErrorString(result));
     if (comm_agree(ranks, status, e) != 0)
         return -1;
-    memcpy(&id, comm_tell(ranks, &id, sizeof id), sizeof id);
+    memcpy(&id, comm_all_gather_small(ranks, &id, sizeof id), sizeof id);
     result = ncclCommInitRankConfig(&n->nccl, ranks->ranks, id, ranks->rank, &config);
     /* Half the time that ranks give each other: those that have failed wait for the others to find out. */
     for (double since = clock_seconds(); result == ncclInProgress; usleep(1000)) {
@@ -416,14 +411,14 @@ struct comm *comm_nccl_open(struct device *dev, struct comm *ranks, struct error
         .name = "NCCL",
         .queued = true,
         .close = nccl_close,
-        .end_run = gpu_comm_end_run,
+        .abort_run = gpu_comm_abort_run,
         .reserve = nccl_reserve,
         .reduce_scatter = nccl_reduce_scatter,
         .all_gather = nccl_all_gather,
         .all_reduce = nccl_all_reduce,
         .wait = gpu_comm_wait,
         .progress = nccl_progress,
-        .exchange = gpu_comm_exchange,
+        .all_gather_host = gpu_comm_all_gather_host,
     };
     struct nccl_comm *n = (struct nccl_comm *)calloc(1, sizeof *n);
     if (!n) {

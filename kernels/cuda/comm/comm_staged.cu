@@ -3,7 +3,7 @@
  * The host takes part, so it must run the collectives behind this in the same order on every rank. One that
  * is begun here is begun there when the next is begun, or when it is waited for: its copy out goes on in the
  * meantime, and the order follows from the calls alone, so ranks that are about to call different things wait
- * for everything first (model_settle). */
+ * for everything first (model_await_params). */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -183,14 +183,14 @@ static void staged_close(struct comm *c) {
 struct comm *comm_staged_open(struct device *dev, struct comm *ranks, struct error *e) {
     static const struct comm_ops any = {
         .close = staged_close,
-        .end_run = gpu_comm_end_run,
+        .abort_run = gpu_comm_abort_run,
         .reserve = staged_reserve,
         .reduce_scatter = staged_reduce_scatter,
         .all_gather = staged_all_gather,
         .all_reduce = staged_all_reduce,
         .wait = staged_wait,
         .progress = staged_progress,
-        .exchange = gpu_comm_exchange,
+        .all_gather_host = gpu_comm_all_gather_host,
     };
     static struct comm_ops ops;
     static char name[64];

@@ -230,8 +230,9 @@ static void check_matrix(const void *p, const struct layout &l, const char *what
 
 static void check_address(const void *p, uint32_t multiple_of, const char *what) {
     if ((uintptr_t)p % multiple_of != 0)
-        emulator_fail("cublasLtMatmul: %s at %p is no multiple of the %u bytes that its algorithm was chosen for",
-                  what, p, multiple_of);
+        emulator_fail(
+            "cublasLtMatmul: %s at %p is no multiple of the %u bytes that its algorithm was chosen for", what,
+            p, multiple_of);
 }
 
 static void check_promises(const cublasLtMatmulAlgo_t *algorithm, const struct desc &d, const void *a,

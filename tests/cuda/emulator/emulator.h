@@ -71,8 +71,7 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-/* ---- the scheduler's side (fibers.cc) ----------------------------------------------------------------------
- */
+/* ---- the scheduler's side (fibers.cc) ---- */
 
 [[noreturn]] void emulator_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
@@ -97,13 +96,13 @@ void emulator_copy(void *shared, const void *global, int bytes, int valid);
 void emulator_copy_commit();
 void emulator_copy_wait(int groups_left);
 
-/* ---- launches --------------------------------------------------------------------------------------------
- */
+/* ---- launches ---- */
 
 /* What the next launch is called in messages. */
 extern const char *emulator_kernel_name;
 
-cudaError_t emulator_launch(const cudaLaunchConfig_t *config, const void *kernel, std::function<void()> thread);
+cudaError_t emulator_launch(const cudaLaunchConfig_t *config, const void *kernel,
+                            std::function<void()> thread);
 
 template <typename... P, typename... A>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(P...), A &&...args) {
@@ -111,8 +110,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(
     return emulator_launch(config, (const void *)kernel, [=] { std::apply(kernel, kept); });
 }
 
-/* ---- what CUDA C++ offers a kernel ------------------------------------------------------------------------
- */
+/* ---- what CUDA C++ offers a kernel ---- */
 
 inline void __syncthreads(const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
     emulator_barrier(false, file, line);
@@ -169,7 +167,8 @@ template <typename T> T __shfl_up_sync(uint32_t mask, T value, unsigned delta, i
 
 template <typename T> T __shfl_down_sync(uint32_t mask, T value, unsigned delta, int width = 32) {
     int lane = emulator_lane(), from = lane + (int)delta;
-    return emulator_exchange_lanes(mask, "__shfl_down_sync", value, from > (lane | (width - 1)) ? lane : from);
+    return emulator_exchange_lanes(mask, "__shfl_down_sync", value,
+                                   from > (lane | (width - 1)) ? lane : from);
 }
 
 template <typename T> T __shfl_xor_sync(uint32_t mask, T value, int with, int width = 32) {
@@ -191,7 +190,8 @@ inline int __all_sync(uint32_t mask, int predicate) {
     return __ballot_sync(mask, predicate) == mask;
 }
 
-template <typename T, typename F> T emulator_reduce(uint32_t mask, const char *operation, T value, F combine) {
+template <typename T, typename F>
+T emulator_reduce(uint32_t mask, const char *operation, T value, F combine) {
     static_assert(sizeof(T) == 4 && std::is_integral_v<T>);
     T result = value;
     for (int lane = 0; lane < 32; lane++) { /* every lane reads all; the order does not matter for integers */

@@ -15,8 +15,7 @@ uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 const char *emulator_kernel_name = "?";
 
-/* ---- fibers ----------------------------------------------------------------------------------------------
- */
+/* ---- fibers ---- */
 
 enum { STACK_BYTES = 256 << 10, GUARD_BYTES = 4096, MAX_THREADS = 1024 };
 
@@ -165,8 +164,7 @@ static void start_fiber(struct fiber *f) {
     f->context = make_context(f->stack, fiber_main);
 }
 
-/* ---- errors ----------------------------------------------------------------------------------------------
- */
+/* ---- errors ---- */
 
 void emulator_fail(const char *format, ...) {
     /* A launch is called "... [with auto kernel = name<types>; A = ...]" */
@@ -196,12 +194,12 @@ void emulator_fail(const char *format, ...) {
             snprintf(barrier, sizeof barrier, " (%s:%d)", S.fibers[i].file, S.fibers[i].line);
         else if (S.fibers[i].waiting == AT_WARP && ++at_warp)
             snprintf(operation, sizeof operation, " (%s)", S.warps[i / 32][0].operation);
-    emulator_fail("deadlock: of %d threads %d wait at a barrier%s, %d at a warp operation%s, %d have returned",
-              S.threads, S.at_barrier, barrier, at_warp, operation, S.returned);
+    emulator_fail(
+        "deadlock: of %d threads %d wait at a barrier%s, %d at a warp operation%s, %d have returned",
+        S.threads, S.at_barrier, barrier, at_warp, operation, S.returned);
 }
 
-/* ---- sentinels -------------------------------------------------------------------------------------------
- */
+/* ---- sentinels ---- */
 
 void emulator_guard(void *p) {
     memset(p, 0xa5, EMULATOR_SENTINEL);
@@ -224,8 +222,7 @@ __attribute__((no_sanitize_address)) bool emulator_guard_intact(const void *p) {
     return true;
 }
 
-/* ---- the order -------------------------------------------------------------------------------------------
- */
+/* ---- the order ---- */
 
 void emulator_seed(uint64_t seed) {
     S.seed = seed;
@@ -280,8 +277,7 @@ static int pick() {
     return warp * 32 + lane;
 }
 
-/* ---- blocks ----------------------------------------------------------------------------------------------
- */
+/* ---- blocks ---- */
 
 static int poison_thread_local(struct dl_phdr_info *info, size_t, void *) {
     for (int i = 0; i < info->dlpi_phnum; i++)
@@ -294,7 +290,7 @@ static void release_barrier() {
     for (int i = 0; i < S.threads; i++)
         if (S.fibers[i].line != S.fibers[0].line || strcmp(S.fibers[i].file, S.fibers[0].file) != 0)
             emulator_fail("threads wait at different barriers, %s:%d and %s:%d", S.fibers[0].file,
-                      S.fibers[0].line, S.fibers[i].file, S.fibers[i].line);
+                          S.fibers[0].line, S.fibers[i].file, S.fibers[i].line);
     S.at_barrier = 0;
     for (int i = 0; i < S.threads; i++)
         make_runnable(i);
@@ -350,8 +346,7 @@ void emulator_run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::fu
     S.threads = 0;
 }
 
-/* ---- what threads call -----------------------------------------------------------------------------------
- */
+/* ---- what threads call ---- */
 
 void emulator_yield() {
     make_runnable(S.self->number);
@@ -433,8 +428,7 @@ void emulator_complete_ballot(void *const *lanes, uint32_t mask) {
             ((struct emulator_exchange *)lanes[i])->result = ballot;
 }
 
-/* ---- cp.async --------------------------------------------------------------------------------------------
- */
+/* ---- cp.async ---- */
 
 void emulator_copy(void *shared, const void *global, int bytes, int valid) {
     if ((uintptr_t)shared % (unsigned)bytes || (uintptr_t)global % (unsigned)bytes)

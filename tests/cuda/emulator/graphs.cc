@@ -19,8 +19,7 @@ static int64_t launches;
 static const char *refused = "";
 static std::vector<emulator_capture *> &active = *new std::vector<emulator_capture *>();
 
-/* ---- capture ---------------------------------------------------------------------------------------------
- */
+/* ---- capture ---- */
 
 cudaError_t emulator_capture_failed(emulator_capture *c, cudaError_t error) {
     c->invalid = true;
@@ -69,7 +68,8 @@ static emulator_capture *capture_of(cudaEvent_t e) {
 
 cudaError_t emulator_captured_event(cudaEvent_t e) {
     emulator_capture *from = capture_of(e);
-    return from ? emulator_capture_failed(from, cudaErrorCapturedEvent) : emulator_error(cudaErrorCapturedEvent);
+    return from ? emulator_capture_failed(from, cudaErrorCapturedEvent)
+                : emulator_error(cudaErrorCapturedEvent);
 }
 
 cudaError_t emulator_capture_wait(cudaStream_t s, cudaEvent_t e, unsigned flags) {
@@ -163,8 +163,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus *
     return cudaSuccess;
 }
 
-/* ---- graphs ----------------------------------------------------------------------------------------------
- */
+/* ---- graphs ---- */
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long) {
     if (!graph)

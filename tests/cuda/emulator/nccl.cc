@@ -66,8 +66,7 @@ const char *ncclGetLastError(ncclComm_t) {
     return C.last_error.c_str();
 }
 
-/* ---- communicators ---------------------------------------------------------------------------------------
- */
+/* ---- communicators ---- */
 
 ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
     std::string name = nccl_shared_create();
@@ -184,8 +183,7 @@ ncclResult_t ncclCommAbort(ncclComm_t c) {
     return ncclSuccess;
 }
 
-/* ---- operations ------------------------------------------------------------------------------------------
- */
+/* ---- operations ---- */
 
 static ncclResult_t queue(ncclComm_t c, cudaStream_t stream, std::vector<struct nccl_op> ops) {
     if (emulator_enqueue_steps(stream, nccl_task(c, std::move(ops)), &c->chain) != cudaSuccess)

@@ -13,7 +13,7 @@ struct ncclComm {
     uint64_t collectives;      /* begun */
     std::atomic<bool> aborted; /* what is pending ends at once */
     std::atomic<bool> closed;  /* finalized or destroyed */
-    emulator_chain chain;          /* its tasks run in the order of the calls */
+    emulator_chain chain;      /* its tasks run in the order of the calls */
 };
 
 enum nccl_kind { REDUCE_SCATTER, ALL_GATHER, ALL_REDUCE, BROADCAST, SEND, RECV };

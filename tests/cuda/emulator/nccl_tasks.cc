@@ -29,8 +29,7 @@ static int64_t now_ns() {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-/* ---- shapes ----------------------------------------------------------------------------------------------
- */
+/* ---- shapes ---- */
 
 size_t nccl_type_bytes(ncclDataType_t type) {
     switch (type) {
@@ -67,8 +66,7 @@ size_t nccl_recv_bytes(const struct nccl_op &op, const struct ncclComm *c) {
     return op.kind == SEND ? 0 : shares * op.count * nccl_type_bytes(op.type);
 }
 
-/* ---- sums ------------------------------------------------------------------------------------------------
- */
+/* ---- sums ---- */
 
 template <typename T> static void add(void *sum, const void *more, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -111,8 +109,7 @@ static void sum_ring(char *out, const std::vector<const char *> &from, int owner
         add_typed(out, from[((size_t)owner + i) % ranks] + first * bytes, n, type);
 }
 
-/* ---- faults ----------------------------------------------------------------------------------------------
- */
+/* ---- faults ---- */
 
 static uint64_t operations; /* begun by this process */
 
@@ -146,8 +143,7 @@ static int64_t delay_ns() {
     return text && atoi(text) > 0 ? (int64_t)emulator_random((uint64_t)atoi(text) + 1) * 1000 : 0;
 }
 
-/* ---- tasks -----------------------------------------------------------------------------------------------
- */
+/* ---- tasks ---- */
 
 /* What a message begins with. */
 struct header {
@@ -271,7 +267,7 @@ static bool move(struct ncclComm *c, struct message *m) {
             return false;
         if (!m->out && memcmp(&m->came, &m->header, head) != 0)
             emulator_fail("ranks do not agree: rank %d calls %s; rank %d calls %s", c->rank,
-                      describe(m->header).c_str(), m->peer, describe(m->came).c_str());
+                          describe(m->header).c_str(), m->peer, describe(m->came).c_str());
     }
     char *data = m->data + (m->moved - head);
     size_t left = m->bytes - (m->moved - head);
@@ -328,9 +324,10 @@ static void deliver(const struct task *t, const struct nccl_op &op, const std::v
 static void end(struct task *t) {
     for (size_t i = 0; i < t->own.size(); i++)
         if (checksum(t->own[i].data, t->own[i].bytes) != t->own[i].checksum)
-            emulator_fail("rank %d: the buffer that %s %s was written by something else while it was in flight; "
-                      "that has to wait for the collective, or the collective for that",
-                      t->comm->rank, nccl_kind_name(t->ops[i / 2].kind), i % 2 ? "receives" : "sends");
+            emulator_fail(
+                "rank %d: the buffer that %s %s was written by something else while it was in flight; "
+                "that has to wait for the collective, or the collective for that",
+                t->comm->rank, nccl_kind_name(t->ops[i / 2].kind), i % 2 ? "receives" : "sends");
     for (size_t i = 0; i < t->ops.size(); i++)
         deliver(t, t->ops[i], t->received[i]);
 }

@@ -39,8 +39,7 @@ bool emulator_on_queue() {
     return Q.busy && pthread_equal(Q.runner, pthread_self());
 }
 
-/* ---- order -----------------------------------------------------------------------------------------------
- */
+/* ---- order ---- */
 
 bool emulator_done(const work &w) {
     return !w || w->done;
@@ -95,8 +94,7 @@ void emulator_room(emulator_lock &lock) {
         Q.moved.wait(lock);
 }
 
-/* ---- running ---------------------------------------------------------------------------------------------
- */
+/* ---- running ---- */
 
 enum progress { NOTHING_READY, OTHERS_AWAITED, MOVED };
 
@@ -221,8 +219,7 @@ void emulator_queued(emulator_lock &lock) {
     emulator_close_memory();
 }
 
-/* ---- the GPU as a thread ---------------------------------------------------------------------------------
- */
+/* ---- the GPU as a thread ---- */
 
 static void run_in_background() {
     emulator_lock lock;

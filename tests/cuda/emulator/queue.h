@@ -11,14 +11,13 @@
 #include <memory>
 #include <mutex>
 
-/* ---- work ------------------------------------------------------------------------------------------------
- */
+/* ---- work ---- */
 
 struct emulator_work {
-    uint64_t number; /* in the order of queueing */
-    emulator_step run;   /* empty: a mark in a stream, done as soon as what it comes after is */
+    uint64_t number;   /* in the order of queueing */
+    emulator_step run; /* empty: a mark in a stream, done as soon as what it comes after is */
     std::vector<std::shared_ptr<emulator_work>> after, then; /* until done */
-    int missing;                                         /* of `after`, those not done */
+    int missing;                                             /* of `after`, those not done */
     bool done, started, needed /* by a host that waits */;
     double done_at; /* seconds */
 };
@@ -53,8 +52,7 @@ void emulator_queued(emulator_lock &lock);
 /* An error of a call, kept for cudaGetLastError. */
 cudaError_t emulator_error(cudaError_t error);
 
-/* ---- streams, events, graphs -----------------------------------------------------------------------------
- */
+/* ---- streams, events, graphs ---- */
 
 struct emulator_capture;
 
@@ -62,7 +60,7 @@ struct CUstream_st {
     bool blocking; /* waits for the legacy stream, and it for this one */
     int priority;
     work tail;                   /* the last work queued */
-    emulator_capture *capture;       /* what it is captured by, or NULL */
+    emulator_capture *capture;   /* what it is captured by, or NULL */
     std::vector<int> last_nodes; /* of the capture: what its next node comes after */
 };
 

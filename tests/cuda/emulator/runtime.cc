@@ -35,8 +35,7 @@ static struct runtime {
     int device;
 } &R = *new struct runtime();
 
-/* ---- device memory ---------------------------------------------------------------------------------------
- */
+/* ---- device memory ---- */
 
 static void protect(int access) {
     size_t bytes = (R.used + PAGE - 1) / PAGE * PAGE;
@@ -191,10 +190,10 @@ int emulator_allocations(void) {
     return (int)(R.blocks.size() + R.pinned.size());
 }
 
-/* ---- launches and copies ---------------------------------------------------------------------------------
- */
+/* ---- launches and copies ---- */
 
-cudaError_t emulator_launch(const cudaLaunchConfig_t *config, const void *kernel, std::function<void()> thread) {
+cudaError_t emulator_launch(const cudaLaunchConfig_t *config, const void *kernel,
+                            std::function<void()> thread) {
     dim3 grid = config->gridDim, block = config->blockDim;
     size_t shared = config->dynamicSmemBytes, most = SHARED_DEFAULT - SHARED_STATIC;
     const char *name = emulator_kernel_name;
@@ -208,8 +207,8 @@ cudaError_t emulator_launch(const cudaLaunchConfig_t *config, const void *kernel
     }
     if (block.x * block.y * block.z > 1024 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
         block.x == 0 || block.y == 0 || block.z == 0 || grid.y > 65535 || grid.z > 65535)
-        emulator_fail("a grid of (%u, %u, %u) blocks of (%u, %u, %u) threads cannot be launched", grid.x, grid.y,
-                  grid.z, block.x, block.y, block.z);
+        emulator_fail("a grid of (%u, %u, %u) blocks of (%u, %u, %u) threads cannot be launched", grid.x,
+                      grid.y, grid.z, block.x, block.y, block.z);
     if (shared > most)
         emulator_fail("%zu bytes of shared memory are more than cudaFuncSetAttribute allowed", shared);
     if (sticks)
@@ -304,8 +303,7 @@ cudaError_t cudaMemset(void *data, int value, size_t bytes) {
     return cudaMemsetAsync(data, value, bytes, nullptr);
 }
 
-/* ---- the device ------------------------------------------------------------------------------------------
- */
+/* ---- the device ---- */
 
 cudaError_t cudaGetDeviceCount(int *count) {
     *count = emulator_gpu.count;

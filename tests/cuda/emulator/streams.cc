@@ -29,8 +29,7 @@ cudaError_t cudaPeekAtLastError() {
     return last_error;
 }
 
-/* ---- streams ---------------------------------------------------------------------------------------------
- */
+/* ---- streams ---- */
 
 static cudaStream_t create_stream(bool blocking, int priority) {
     cudaStream_t s = new CUstream_st();
@@ -178,8 +177,7 @@ cudaError_t cudaDeviceSynchronize() {
     return error;
 }
 
-/* ---- events ----------------------------------------------------------------------------------------------
- */
+/* ---- events ---- */
 
 cudaEvent_t emulator_event(cudaEvent_t handle) {
     if (std::find(H.events.begin(), H.events.end(), handle) == H.events.end())
