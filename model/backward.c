@@ -25,9 +25,8 @@ static void mlp_backward(struct model *m, int layer, bool accumulate) {
     struct layer_buffers *b = &m->layers[layer];
     struct gradient_buffers *g = &m->grad;
     int64_t C = m->config.hidden_size, F = m->config.intermediate_size;
-    struct act_spec act = {(enum act_type)m->config.activation, m->norm_spec.rows, F};
     linear_backward(m, g->dx, b->act, F, p->down, p->down_bias, C, g->dact, false, accumulate);
-    m->k->mlp_act_backward(m->dev, &act, g->dact, b->up, b->gate, g->dact, g->dgate);
+    m->k->mlp_act_backward(m->dev, &m->act_spec, g->dact, b->up, b->gate, g->dact, g->dgate);
     linear_backward(m, g->dact, b->y_mlp, C, p->up, p->up_bias, F, g->dy, false, accumulate);
     if (b->gate.data)
         linear_backward(m, g->dgate, b->y_mlp, C, p->gate, -1, F, g->dy, true, accumulate);

@@ -78,6 +78,29 @@ static tensor take_tensor(struct layout *l, tensor shape) {
     return shape;
 }
 
+/* The configuration's names for the kernels' operations. No default: the compiler reports a missing case. */
+static enum norm_type norm_type_of(enum norm norm) {
+    switch (norm) {
+    case NORM_RMSNORM:
+        return NORM_TYPE_RMS;
+    case NORM_LAYERNORM:
+        return NORM_TYPE_LAYER;
+    }
+    abort();
+}
+
+static enum act_type act_type_of(enum activation activation) {
+    switch (activation) {
+    case ACTIVATION_GELU_TANH:
+        return ACT_GELU_TANH;
+    case ACTIVATION_RELU2:
+        return ACT_RELU2;
+    case ACTIVATION_SWIGLU:
+        return ACT_SWIGLU;
+    }
+    abort();
+}
+
 static struct layer_specs specs_of(const struct model *m, int layer) {
     const struct model_config *c = &m->config;
     enum layer_type type = c->layer_types[layer];
@@ -113,14 +136,10 @@ static int plan_layer(struct model *m, int layer, struct error *e) {
     int64_t width = c->num_attention_heads * c->head_dim;
     *s = specs_of(m, layer);
     struct op_spec ops[] = {
-        {.kind = OP_ATTENTION, .attention = s->attention},
-        {.kind = OP_LINEAR, .linear = {N, C, 3 * width}},
-        {.kind = OP_LINEAR, .linear = {N, width, C}},
-        {.kind = OP_LINEAR, .linear = {N, C, F}},
-        {.kind = OP_LINEAR, .linear = {N, F, C}},
-        {.kind = OP_ACT, .act = {(enum act_type)c->activation, N, F}},
-        {.kind = OP_QKV_MIX, .qkv_mix = s->qkv_mix},
-        {.kind = OP_COLLAPSE, .collapse = s->collapse},
+        {.kind = OP_ATTENTION, .attention = s->attention}, {.kind = OP_LINEAR, .linear = {N, C, 3 * width}},
+        {.kind = OP_LINEAR, .linear = {N, width, C}},      {.kind = OP_LINEAR, .linear = {N, C, F}},
+        {.kind = OP_LINEAR, .linear = {N, F, C}},          {.kind = OP_ACT, .act = m->act_spec},
+        {.kind = OP_QKV_MIX, .qkv_mix = s->qkv_mix},       {.kind = OP_COLLAPSE, .collapse = s->collapse},
     };
     int count = (int)(sizeof ops / sizeof *ops) - (s->iha ? 0 : s->mixes ? 1 : 2);
     for (int i = 0; i < count; i++)
@@ -133,7 +152,8 @@ static int plan_all(struct model *m, struct error *e) {
     const struct model_config *c = &m->config;
     int64_t N = m->shape.batch * m->shape.tokens, C = c->hidden_size;
     m->workspace_bytes = 0;
-    m->norm_spec = (struct norm_spec){(enum norm_type)c->norm, c->norm_eps, N, C};
+    m->norm_spec = (struct norm_spec){norm_type_of(c->norm), c->norm_eps, N, C};
+    m->act_spec = (struct act_spec){act_type_of(c->activation), N, c->intermediate_size};
     struct op_spec norm = {.kind = OP_NORM, .norm = m->norm_spec};
     struct op_spec embed = {.kind = OP_EMBED, .embed = {m->shape.batch, m->shape.tokens, c->vocab_size, C}};
     struct op_spec classifier = {.kind = OP_CLASSIFIER, .classifier = {N, C, c->vocab_size}};

@@ -37,7 +37,7 @@ struct flops flops_per_token(const struct model_config *m, int64_t seq_len) {
     double d = (double)m->head_dim, P = (double)m->num_pseudo_heads;
     double mlp = (m->activation == ACTIVATION_SWIGLU ? 3 : 2) * C * F;
     struct flops f = {.matmul = 6 * (double)m->vocab_size * C};
-    double pairs[4] = {0};
+    double pairs[LAYER_IHA_LOCAL + 1] = {0}; /* by layer type, once computed */
     for (int i = 0; i < m->num_hidden_layers; i++) {
         enum layer_type type = m->layer_types[i];
         if (pairs[type] == 0)

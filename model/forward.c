@@ -32,9 +32,7 @@ static void collapse(struct model *m, int layer) {
 
 static void mlp_act(struct model *m, int layer) {
     struct layer_buffers *b = &m->layers[layer];
-    struct act_spec spec = {(enum act_type)m->config.activation, m->norm_spec.rows,
-                            m->config.intermediate_size};
-    m->k->mlp_act(m->dev, &spec, b->up, b->gate, b->act);
+    m->k->mlp_act(m->dev, &m->act_spec, b->up, b->gate, b->act);
 }
 
 /* From y_attn, the norm of what enters the layer, to y_mlp. */

@@ -86,6 +86,7 @@ struct model {
     void *activations, *workspace;
     size_t workspace_bytes, norm_saved_bytes;
     struct norm_spec norm_spec;
+    struct act_spec act_spec;
     tensor tokens, targets; /* i32 [B,T] */
     tensor rope;            /* [positions, 2, d/2] */
     tensor delta;           /* [N,C] what a sublayer adds to the residual stream */

@@ -67,6 +67,12 @@ static struct norm_spec norm_of(const struct decoder *d, int64_t n) {
     return s;
 }
 
+static struct act_spec act_of(const struct decoder *d, int64_t n) {
+    struct act_spec s = d->m->act_spec;
+    s.rows = n;
+    return s;
+}
+
 /* Plan one operation; its workspace counts towards the largest. */
 static int plan_op(struct decoder *d, struct op_spec spec, size_t *saved, struct error *e) {
     struct op_cost cost;
@@ -95,7 +101,7 @@ static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) 
                             {.kind = OP_LINEAR, .linear = {n, width, C}},
                             {.kind = OP_LINEAR, .linear = {n, C, F}},
                             {.kind = OP_LINEAR, .linear = {n, F, C}},
-                            {.kind = OP_ACT, .act = {(enum act_type)c->activation, n, F}},
+                            {.kind = OP_ACT, .act = act_of(d, n)},
                             {.kind = OP_DECODE, .attention = s.attention},
                             {.kind = OP_QKV_MIX, .qkv_mix = s.qkv_mix},
                             {.kind = OP_COLLAPSE, .collapse = s.collapse}};
@@ -233,7 +239,7 @@ static void decode_layer(struct decoder *d, int layer, int64_t n, tensor delta) 
     linear(d, n, d->y, C, p->up, p->up_bias, F, d->up);
     if (p->gate >= 0)
         linear(d, n, d->y, C, p->gate, -1, F, d->gate);
-    struct act_spec act = {(enum act_type)c->activation, n, F};
+    struct act_spec act = act_of(d, n);
     tensor gate = p->gate >= 0 ? with_shape(d->gate, n, F, 0, 0, 0) : tensor_none();
     m->k->mlp_act(m->dev, &act, with_shape(d->up, n, F, 0, 0, 0), gate, with_shape(d->act, n, F, 0, 0, 0));
     linear(d, n, d->act, F, p->down, p->down_bias, C, d->delta);
