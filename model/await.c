@@ -13,9 +13,8 @@ void model_await(struct model *m, comm_event *event) {
 
 void model_await_unit(struct model *m, int unit) {
     const struct partition *p = &m->partition;
-    for (int b = 0; b < p->bucket_count && m->gathering; b++)
-        if (p->buckets[b].unit == unit)
-            model_await(m, &m->gathered[b]);
+    for (int b = p->first_bucket[unit]; b < p->first_bucket[unit + 1] && m->gathering; b++)
+        model_await(m, &m->gathered[b]);
 }
 
 void model_await_params(struct model *m) {

@@ -100,10 +100,9 @@ static void embed_backward(struct model *m, bool accumulate) {
 
 void model_backward(struct model *m, double scale, bool accumulate, gradients_ready *ready, void *context) {
     int layers = (int)m->config.num_hidden_layers;
-    const int64_t *at = m->params.layer_at;
     head_backward(m, scale, accumulate);
     if (ready)
-        ready(context, at[layers], m->params.elements);
+        ready(context, layers + 1);
     for (int layer = layers - 1; layer >= 0; layer--) {
         m->k->range_begin(m->dev, "layer", layer);
         layer_recompute(m, layer);
@@ -111,11 +110,11 @@ void model_backward(struct model *m, double scale, bool accumulate, gradients_re
         attention_backward(m, layer, accumulate);
         m->k->range_end(m->dev);
         if (ready)
-            ready(context, at[layer], at[layer + 1]);
+            ready(context, layer + 1);
     }
     embed_backward(m, accumulate);
     if (ready)
-        ready(context, 0, at[0]);
+        ready(context, 0);
 }
 
 void model_forward_backward(struct model *m, const int32_t *tokens, const int32_t *targets, double scale,

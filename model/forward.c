@@ -107,7 +107,7 @@ void model_forward(struct model *m) {
         delta = m->delta;
         k->range_end(m->dev);
     }
-    model_await_unit(m, m->partition.units - 1);
+    model_await_unit(m, m->params.unit_count - 1);
     m->gathering = false;
     k->residual_norm(m->dev, &m->norm_spec, x, delta, model_param(m, m->params.final_norm),
                      model_param(m, m->params.final_norm_bias), m->x_final, m->h, m->final_norm_saved);

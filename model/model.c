@@ -20,11 +20,8 @@ tensor model_gradient(const struct model *m, int index) {
     if (index < 0)
         return tensor_none();
     const struct param *p = &m->params.list[index];
-    int unit = p->layer >= 0                                              ? p->layer + 1
-               : index == m->params.embed || index == m->params.pos_embed ? 0
-                                                                          : m->partition.units - 1;
-    int64_t element = m->partition.gradient_at[unit] + p->offset - m->partition.unit_at[unit];
-    char *at = (char *)m->gradients + (size_t)element * dtype_bytes(m->dtypes.gradient);
+    int64_t offset = gradient_offset(&m->partition, p->unit, p->offset);
+    char *at = (char *)m->gradients + (size_t)offset * dtype_bytes(m->dtypes.gradient);
     return tensor_of(at, m->dtypes.gradient, p->shape[0], p->shape[1], p->shape[2], 0, 0);
 }
 

@@ -135,8 +135,8 @@ void model_get_params(struct model *m, float *values);
 tensor model_param(const struct model *m, int index);
 tensor model_gradient(const struct model *m, int index);
 
-/* Called as backward finishes a range of the flat gradient buffer: [begin, end) elements. */
-typedef void gradients_ready(void *context, int64_t begin, int64_t end);
+/* Called as backward finishes the gradients of a unit of params, from last to first. */
+typedef void gradients_ready(void *context, int unit);
 
 /* One pass over B*T tokens: forward, loss, backward. tokens, targets: host, [B,T]; a target < 0 does not
  * count. state.loss += scale * sum of nats; gradients are of that loss, added to what is there when

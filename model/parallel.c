@@ -16,7 +16,6 @@ struct pass {
     double scale;
     bool first;  /* of the step: gradients are written, not added to */
     bool reduce; /* this pass's gradients are summed over ranks */
-    int unit;    /* whose gradients are ready next, from last to first */
 };
 
 static char *gradient_at(const struct model *m, int64_t element) {
@@ -39,44 +38,40 @@ static void reduce_unit(struct pass *pass, int unit) {
     struct model *m = pass->m;
     const struct partition *p = &m->partition;
     bool accumulate = p->zero_stage == 2 && !pass->first; /* the shard holds the passes before */
-    for (int b = 0; b < p->bucket_count; b++) {
-        if (p->buckets[b].unit != unit)
-            continue;
-        int64_t at = p->gradient_at[unit] + p->buckets[b].begin - p->unit_at[unit];
-        tensor whole = gradient_of(m, at, p->buckets[b].end - p->buckets[b].begin);
+    for (int b = p->first_bucket[unit]; b < p->first_bucket[unit + 1]; b++) {
+        const struct bucket *bucket = &p->buckets[b];
+        tensor whole = gradient_of(m, gradient_offset(p, unit, bucket->begin), bucket->end - bucket->begin);
         m->reduced[b] = m->comm->ops->reduce_scatter(m->comm, whole, reduced_share(m, b), accumulate);
     }
 }
 
 static void await_reduced(struct model *m, int unit) {
-    for (int b = 0; b < m->partition.bucket_count; b++)
-        if (m->partition.buckets[b].unit == unit)
-            model_await(m, &m->reduced[b]);
+    for (int b = m->partition.first_bucket[unit]; b < m->partition.first_bucket[unit + 1]; b++)
+        model_await(m, &m->reduced[b]);
 }
 
 /* What a unit of another layout left in the gaps between tensors would be summed with the rest. */
 static void clear_unit(struct model *m, int unit) {
     const struct partition *p = &m->partition;
-    size_t bytes = (size_t)(p->unit_at[unit + 1] - p->unit_at[unit]) * dtype_bytes(m->dtypes.gradient);
-    m->k->zero(m->dev, gradient_at(m, p->gradient_at[unit]), bytes);
+    int64_t count = p->unit_offset[unit + 1] - p->unit_offset[unit];
+    m->k->zero(m->dev, gradient_at(m, p->unit_gradient_offset[unit]),
+               (size_t)count * dtype_bytes(m->dtypes.gradient));
 }
 
 /* Called as backward finishes a unit. In stage 2 the unit before this one used the memory that the next will
  * use. With the last unit the pass has ended: its sums belong to it, since it may be kept as a graph. */
-static void unit_ready(void *context, int64_t begin, int64_t end) {
+static void unit_ready(void *context, int unit) {
     struct pass *pass = context;
     struct model *m = pass->m;
     const struct partition *p = &m->partition;
-    int unit = pass->unit--;
-    (void)begin, (void)end;
     if (pass->reduce)
         reduce_unit(pass, unit);
     if (p->zero_stage == 2 && unit > 1) {
-        if (unit + 1 < p->units)
+        if (unit + 1 < p->unit_count)
             await_reduced(m, unit + 1);
         clear_unit(m, unit - 1);
     }
-    for (int u = 0; u < p->units && unit == 0; u++)
+    for (int u = 0; u < p->unit_count && unit == 0; u++)
         await_reduced(m, u);
 }
 
@@ -89,9 +84,8 @@ static void forward(struct pass *pass) {
 static void backward(struct pass *pass) {
     const struct partition *p = &pass->m->partition;
     bool sharded = p->zero_stage == 2;
-    pass->unit = p->units - 1;
     if (sharded)
-        clear_unit(pass->m, pass->unit);
+        clear_unit(pass->m, p->unit_count - 1);
     pass->m->k->range_begin(pass->m->dev, "backward", -1);
     model_backward(pass->m, pass->scale, !pass->first && !sharded, unit_ready, pass);
     pass->m->k->range_end(pass->m->dev);
@@ -216,7 +210,7 @@ static void gather_master_weights(struct model *m, float *values) {
         abort();
     for (int b = 0; b < p->bucket_count; b++) {
         const struct bucket *u = &p->buckets[b];
-        int64_t at = p->gradient_at[u->unit] + u->begin - p->unit_at[u->unit];
+        int64_t at = gradient_offset(p, u->unit, u->begin);
         const struct share *own = &p->own[b];
         m->k->copy(m->dev, gradient_at(m, at + own->begin - u->begin),
                    (char *)m->master_weights + (size_t)own->shard * size,

@@ -10,7 +10,7 @@ enum { ALIGN_ELEMENTS = 64 }; /* tensors start on 256 bytes of fp32: every vecto
 struct builder {
     struct params *p;
     int capacity;
-    int layer;
+    int layer, unit;
     bool failed;
 };
 
@@ -35,7 +35,8 @@ static int add(struct builder *b, const char *name, int64_t s0, int64_t s1, int6
         p->list = list;
     }
     struct param *t = &p->list[p->count];
-    *t = (struct param){.shape = {s0, s1, s2}, .layer = b->layer, .class = class, .init = init, .count = 1};
+    *t = (struct param){
+        .shape = {s0, s1, s2}, .layer = b->layer, .unit = b->unit, .class = class, .init = init, .count = 1};
     if (b->layer >= 0)
         snprintf(t->name, sizeof t->name, "layers.%d.%s", b->layer, name);
     else
@@ -81,25 +82,30 @@ static void add_layer(struct builder *b, const struct model_config *m, int layer
     l->down_bias = add_bias(b, m->bias, "mlp.down.bias", C);
 }
 
+/* The parameters added from here on are of this unit. */
+static void begin_unit(struct builder *b, int unit, int ranks) {
+    align(b->p, ranks);
+    b->unit = unit;
+    if (!b->failed)
+        b->p->unit_offset[unit] = b->p->elements;
+}
+
 int params_create(struct params *p, const struct model_config *m, int ranks, struct error *e) {
     int L = (int)m->num_hidden_layers;
-    *p = (struct params){.layers_count = L};
+    *p = (struct params){.unit_count = L + 2};
     p->layers = calloc((size_t)L, sizeof *p->layers);
-    p->layer_at = calloc((size_t)L + 1, sizeof *p->layer_at);
-    struct builder b = {.p = p, .layer = -1, .failed = !p->layers || !p->layer_at};
+    p->unit_offset = calloc((size_t)p->unit_count + 1, sizeof *p->unit_offset);
+    struct builder b = {.p = p, .layer = -1, .failed = !p->layers || !p->unit_offset};
     p->embed = add(&b, "embed.weight", m->vocab_size, m->hidden_size, 0, PARAM_MATRIX, INIT_NORMAL);
     p->pos_embed = -1;
     if (m->position_embedding == POSITION_LEARNED)
         p->pos_embed = add(&b, "pos_embed.weight", m->max_position_embeddings, m->hidden_size, 0,
                            PARAM_MATRIX, INIT_NORMAL);
     for (int layer = 0; layer < L && !b.failed; layer++) {
-        align(p, ranks);
-        p->layer_at[layer] = p->elements;
+        begin_unit(&b, layer + 1, ranks);
         add_layer(&b, m, layer, &p->layers[layer]);
     }
-    align(p, ranks);
-    if (!b.failed)
-        p->layer_at[L] = p->elements;
+    begin_unit(&b, L + 1, ranks);
     b.layer = -1;
     p->final_norm = add(&b, "final_norm.weight", m->hidden_size, 0, 0, PARAM_VECTOR, INIT_ONES);
     p->final_norm_bias =
@@ -112,13 +118,14 @@ int params_create(struct params *p, const struct model_config *m, int ranks, str
         params_free(p);
         return fail_run(e, "out of memory listing the model's parameters");
     }
+    p->unit_offset[p->unit_count] = p->elements;
     return 0;
 }
 
 void params_free(struct params *p) {
     free(p->list);
     free(p->layers);
-    free(p->layer_at);
+    free(p->unit_offset);
     *p = (struct params){0};
 }
 

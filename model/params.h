@@ -31,6 +31,7 @@ struct param {
     int64_t offset, count; /* elements of the flat buffer */
     int64_t packed_offset; /* the same without padding: parameters before this one */
     int layer;             /* -1: not of a layer */
+    int unit;              /* see struct params */
     enum param_class class;
     enum param_init init;
 };
@@ -46,14 +47,16 @@ struct params {
     int count;
     int64_t elements;   /* of the flat buffer, with the padding that aligns tensors */
     int64_t num_params; /* parameters proper */
-    int layers_count;   /* L */
-    int64_t *layer_at;  /* [L + 1]: layer l is elements [layer_at[l], layer_at[l+1]) */
+    /* Units, in the order of the buffer: 0 the embeddings, 1 + l layer l, and last the head (final norm, and
+     * lm_head when untied). Backward finishes one after the other, from last to first. */
+    int unit_count;       /* L + 2 */
+    int64_t *unit_offset; /* [unit_count + 1]: unit u is elements [unit_offset[u], unit_offset[u+1]) */
     struct layer_params *layers;
     int embed, pos_embed, final_norm, final_norm_bias, lm_head; /* lm_head = embed when tied */
 };
 
-/* Layers begin, and the buffer ends, at multiples of 64 * ranks elements, so that ranks can share them evenly
- * (see partition.h). */
+/* Units begin, and the buffer ends, at multiples of 64 * ranks elements, so that every rank's part of a unit
+ * is of the same size and aligned (see partition.h). */
 int params_create(struct params *p, const struct model_config *m, int ranks, struct error *e);
 void params_free(struct params *p);
 

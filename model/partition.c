@@ -5,20 +5,20 @@
 /* Stage 2's gradient buffers: the embeddings' own, since a tied table is written at both ends of backward;
  * two that the other units use in turn; the reduced shard. */
 static void place_gradients(struct partition *p) {
-    int64_t elements = p->unit_at[p->units], slot[2] = {0, 0};
-    for (int u = 0; u < p->units; u++)
-        p->gradient_at[u] = p->unit_at[u];
+    int64_t elements = p->unit_offset[p->unit_count], slot[2] = {0, 0};
+    for (int u = 0; u < p->unit_count; u++)
+        p->unit_gradient_offset[u] = p->unit_offset[u];
     p->gradient_elements = elements;
     if (p->zero_stage < 2)
         return;
-    for (int u = 1; u < p->units; u++) {
-        int64_t length = p->unit_at[u + 1] - p->unit_at[u];
+    for (int u = 1; u < p->unit_count; u++) {
+        int64_t length = p->unit_offset[u + 1] - p->unit_offset[u];
         slot[u % 2] = length > slot[u % 2] ? length : slot[u % 2];
     }
-    int64_t embeddings = p->unit_at[1];
-    p->gradient_at[0] = 0;
-    for (int u = 1; u < p->units; u++)
-        p->gradient_at[u] = embeddings + (u % 2 ? slot[0] : 0);
+    int64_t embeddings = p->unit_offset[1];
+    p->unit_gradient_offset[0] = 0;
+    for (int u = 1; u < p->unit_count; u++)
+        p->unit_gradient_offset[u] = embeddings + (u % 2 ? slot[0] : 0);
     p->gradient_shard_at = embeddings + slot[0] + slot[1];
     p->gradient_elements = p->gradient_shard_at + elements / p->ranks;
 }
@@ -41,11 +41,12 @@ static int clip_groups(struct share *s, const struct param_group *groups, int co
 }
 
 static void cut(struct partition *p) {
-    int64_t grain = 64 * p->ranks, most = p->unit_at[p->units] / MAX_BUCKETS;
+    int64_t grain = 64 * p->ranks, most = p->unit_offset[p->unit_count] / MAX_BUCKETS;
     most = most > BUCKET_ELEMENTS ? most : BUCKET_ELEMENTS;
     most = most > (int64_t)SHARE_ELEMENTS * p->ranks ? most : (int64_t)SHARE_ELEMENTS * p->ranks;
-    for (int u = 0; u < p->units; u++) {
-        int64_t begin = p->unit_at[u], end = p->unit_at[u + 1];
+    for (int u = 0; u < p->unit_count; u++) {
+        int64_t begin = p->unit_offset[u], end = p->unit_offset[u + 1];
+        p->first_bucket[u] = p->bucket_count;
         int64_t parts = (end - begin + most - 1) / most;
         int64_t each = parts ? ((end - begin + parts - 1) / parts + grain - 1) / grain * grain : 0;
         for (; begin < end; begin += each) {
@@ -56,6 +57,7 @@ static void cut(struct partition *p) {
             p->bucket_elements = stop - begin > p->bucket_elements ? stop - begin : p->bucket_elements;
         }
     }
+    p->first_bucket[p->unit_count] = p->bucket_count;
 }
 
 static int list_shares(struct partition *p, const struct param_group *groups, int group_count) {
@@ -77,22 +79,21 @@ static int list_shares(struct partition *p, const struct param_group *groups, in
     if (!p->updated)
         return -1;
     p->updated_count = 1;
-    p->updated->end = p->unit_at[p->units];
+    p->updated->end = p->unit_offset[p->unit_count];
     return clip_groups(p->updated, groups, group_count, &first);
 }
 
 int partition_create(struct partition *p, const struct params *params, const struct param_group *groups,
                      int group_count, int rank, int ranks, int zero_stage, struct error *e) {
-    int layers = params->layers_count;
-    *p = (struct partition){
-        .rank = rank, .ranks = ranks, .zero_stage = ranks > 1 ? zero_stage : 0, .units = layers + 2};
-    p->unit_at = calloc((size_t)p->units + 1, sizeof *p->unit_at);
-    p->gradient_at = calloc((size_t)p->units, sizeof *p->gradient_at);
-    if (!p->unit_at || !p->gradient_at)
+    *p = (struct partition){.rank = rank,
+                            .ranks = ranks,
+                            .zero_stage = ranks > 1 ? zero_stage : 0,
+                            .unit_count = params->unit_count,
+                            .unit_offset = params->unit_offset};
+    p->first_bucket = calloc((size_t)p->unit_count + 1, sizeof *p->first_bucket);
+    p->unit_gradient_offset = calloc((size_t)p->unit_count, sizeof *p->unit_gradient_offset);
+    if (!p->first_bucket || !p->unit_gradient_offset)
         return fail_run(e, "out of memory dividing the parameters");
-    for (int l = 0; l <= layers; l++)
-        p->unit_at[l + 1] = params->layer_at[l];
-    p->unit_at[p->units] = params->elements;
     place_gradients(p);
     p->moment_elements = p->zero_stage == 0 ? params->elements : params->elements / ranks;
     cut(p); /* to count them */
@@ -116,7 +117,7 @@ void partition_free(struct partition *p) {
     }
     free(p->own);
     free(p->buckets);
-    free(p->unit_at);
-    free(p->gradient_at);
+    free(p->first_bucket);
+    free(p->unit_gradient_offset);
     *p = (struct partition){0};
 }

@@ -40,23 +40,29 @@ struct share {
 
 struct partition {
     int rank, ranks, zero_stage;
-    int units;        /* layers + 2 */
-    int64_t *unit_at; /* [units + 1]; unit u is elements [unit_at[u], unit_at[u+1]) */
+    int unit_count;             /* these two are those of params.h, which must outlive the partition */
+    const int64_t *unit_offset; /* [unit_count + 1] */
     struct bucket *buckets;
     int bucket_count;
+    int *first_bucket;       /* [unit_count + 1]: unit u is buckets [first_bucket[u], first_bucket[u+1]) */
     int64_t bucket_elements; /* of the longest */
     struct share *own;       /* [bucket_count] this rank's share of each bucket */
     struct share *updated;   /* what it updates: `own`, or one share of everything */
     int own_count, updated_count;
-    int64_t moment_elements;   /* of each moment's buffer */
-    int64_t gradient_elements; /* of all gradient buffers together */
-    int64_t gradient_shard_at; /* stage 2: where the reduced shard begins in them */
-    int64_t *gradient_at;      /* [units] where a unit's whole gradient lies in them */
+    int64_t moment_elements;       /* of each moment's buffer */
+    int64_t gradient_elements;     /* of all gradient buffers together */
+    int64_t gradient_shard_at;     /* stage 2: where the reduced shard begins in them */
+    int64_t *unit_gradient_offset; /* [unit_count] where a unit's whole gradient begins in them */
 };
 
 /* groups cover the flat buffer. EXIT_RUN when out of memory. */
 int partition_create(struct partition *p, const struct params *params, const struct param_group *groups,
                      int group_count, int rank, int ranks, int zero_stage, struct error *e);
 void partition_free(struct partition *p);
+
+/* Where the gradient of an element of the flat buffer, which is of this unit, lies in the gradient buffers. */
+static inline int64_t gradient_offset(const struct partition *p, int unit, int64_t element) {
+    return p->unit_gradient_offset[unit] + element - p->unit_offset[unit];
+}
 
 #endif

@@ -28,7 +28,7 @@ static struct model_config wide_config(void) {
 
 static void check_shares(const struct model_config *c, int ranks, int stage) {
     struct params params = list_params(c, ranks);
-    int64_t border = params.layer_at[1] + 100;
+    int64_t border = params.unit_offset[2] + 100;
     char *owner = calloc((size_t)params.elements, 1);
     for (int rank = 0; rank < ranks; rank++) {
         struct partition p = divide(&params, border, rank, ranks, stage);
@@ -72,7 +72,7 @@ static void buckets_stay_within_a_unit_and_a_size(void **state) {
     for (int b = 0; b < p.bucket_count; b++) {
         const struct bucket *x = &p.buckets[b];
         assert_int_equal(x->begin, at);
-        assert_true(x->begin >= p.unit_at[x->unit] && x->end <= p.unit_at[x->unit + 1]);
+        assert_true(x->begin >= p.unit_offset[x->unit] && x->end <= p.unit_offset[x->unit + 1]);
         assert_true(x->end - x->begin <= BUCKET_ELEMENTS && x->end - x->begin <= p.bucket_elements);
         embeddings += x->unit == 0;
         at = x->end;
@@ -89,7 +89,7 @@ static void groups_are_cut_where_shares_are(void **state) {
     struct model_config c = plain_config();
     for (int stage = 0; stage <= 1; stage++) {
         struct params params = list_params(&c, 3);
-        int64_t border = params.layer_at[1] + 100, covered = 0;
+        int64_t border = params.unit_offset[2] + 100, covered = 0;
         struct partition p = divide(&params, border, 2, 3, stage);
         for (int s = 0; s < p.updated_count; s++)
             for (int g = 0; g < p.updated[s].group_count; g++) {
@@ -111,14 +111,15 @@ static void stage_2_keeps_two_units_apart(void **state) {
     struct model_config c = other_config();
     struct params params = list_params(&c, 4);
     struct partition p = divide(&params, 100, 0, 4, 2);
-    for (int u = 0; u < p.units; u++) {
-        int64_t end = p.gradient_at[u] + p.unit_at[u + 1] - p.unit_at[u];
+    for (int u = 0; u < p.unit_count; u++) {
+        int64_t end = p.unit_gradient_offset[u] + p.unit_offset[u + 1] - p.unit_offset[u];
         assert_true(end <= p.gradient_shard_at);
         if (u > 1)
-            assert_true(end <= p.gradient_at[u - 1] ||
-                        p.gradient_at[u] >= p.gradient_at[u - 1] + p.unit_at[u] - p.unit_at[u - 1]);
+            assert_true(end <= p.unit_gradient_offset[u - 1] ||
+                        p.unit_gradient_offset[u] >=
+                            p.unit_gradient_offset[u - 1] + p.unit_offset[u] - p.unit_offset[u - 1]);
         if (u > 0)
-            assert_true(p.gradient_at[u] >= p.unit_at[1]);
+            assert_true(p.unit_gradient_offset[u] >= p.unit_offset[1]);
     }
     assert_int_equal(p.gradient_elements, p.gradient_shard_at + params.elements / 4);
     assert_true(p.gradient_elements < params.elements + params.elements / 4);

@@ -112,31 +112,31 @@ static void halves_accumulate_to_the_whole(void **state) {
 struct announced {
     const struct model *m;
     float *copy; /* the gradients as they were when announced */
-    int64_t next;
-    int calls;
+    int next_unit;
 };
 
-static void take_announced(void *context, int64_t begin, int64_t end) {
+static void take_announced(void *context, int unit) {
     struct announced *a = context;
-    assert_int_equal(end, a->next);
+    int64_t begin = a->m->params.unit_offset[unit], end = a->m->params.unit_offset[unit + 1];
+    assert_int_equal(unit, a->next_unit--);
     assert_true(begin < end);
     memcpy(a->copy + begin, (float *)a->m->gradients + begin, (size_t)(end - begin) * sizeof(float));
-    a->next = begin;
-    a->calls++;
 }
 
-/* From the end of the flat buffer to its beginning without a gap, and final when announced. */
+/* Every unit once, from last to first, and with its final gradients; together they are the whole buffer. */
 static void check_announced(const struct model_config *c) {
     int32_t tokens[ROWS], targets[ROWS];
     struct model m;
     make_batch(tokens, targets);
     open_model(&m, c, BATCH, RECOMPUTE_LIGHT);
     size_t bytes = (size_t)m.params.elements * sizeof(float);
-    struct announced a = {&m, calloc(1, bytes), m.params.elements, 0};
+    struct announced a = {&m, calloc(1, bytes), m.params.unit_count - 1};
     m.k->step_begin(m.dev, m.state, 0, 0);
     model_forward_backward(&m, tokens, targets, 0.01, false, take_announced, &a);
-    assert_int_equal(a.next, 0);
-    assert_int_equal(a.calls, c->num_hidden_layers + 2);
+    assert_int_equal(a.next_unit, -1);
+    assert_int_equal(m.params.unit_count, c->num_hidden_layers + 2);
+    assert_int_equal(m.params.unit_offset[0], 0);
+    assert_int_equal(m.params.unit_offset[m.params.unit_count], m.params.elements);
     assert_memory_equal(a.copy, m.gradients, bytes);
     free(a.copy);
     model_free(&m);
