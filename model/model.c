@@ -5,7 +5,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/rounding.h"
 #include "model/buffers.h"
 
 tensor model_param(const struct model *m, int index) {
@@ -186,69 +185,4 @@ void model_free(struct model *m) {
     free(m->layers);
     free(m->specs);
     *m = (struct model){0};
-}
-
-int model_initialize(struct model *m, uint64_t seed, struct error *e) {
-    for (int i = 0; i < m->params.count; i++) {
-        const struct param *p = &m->params.list[i];
-        float *values = malloc((size_t)p->count * sizeof *values);
-        if (!values)
-            return fail_run(e, "out of memory initialising %s", p->name);
-        params_initial(p, &m->config, seed, values);
-        model_set_param(m, i, values, 0);
-        free(values);
-    }
-    return 0;
-}
-
-bool model_master_weights_sharded(const struct model *m) {
-    return m->master_weights != m->values && m->partition.zero_stage > 0;
-}
-
-/* What of one parameter's master_weights this rank holds, from its values. */
-static void upload_master_weights(struct model *m, int index, const float *values) {
-    const struct param *p = &m->params.list[index];
-    for (int i = 0; i < m->partition.updated_count; i++) {
-        const struct share *s = &m->partition.updated[i];
-        int64_t begin = s->begin > p->offset ? s->begin : p->offset;
-        int64_t end = s->end < p->offset + p->count ? s->end : p->offset + p->count;
-        if (begin >= end)
-            continue;
-        char *at =
-            (char *)m->master_weights + (size_t)(s->shard + begin - s->begin) * dtype_bytes(m->dtypes.master);
-        m->k->upload(m->dev, tensor_of(at, m->dtypes.master, end - begin, 0, 0, 0, 0),
-                     values + (begin - p->offset), DTYPE_F32);
-    }
-}
-
-/* As the optimizer rounds what it has updated so often. */
-static void upload_rounded(struct model *m, int index, const float *values, int64_t updates) {
-    enum { PIECE = 4096 };
-    const struct param *p = &m->params.list[index];
-    uint16_t bits[PIECE];
-    for (int64_t begin = 0; begin < p->count; begin += PIECE) {
-        int64_t count = p->count - begin < PIECE ? p->count - begin : PIECE;
-        for (int64_t i = 0; i < count; i++)
-            bits[i] =
-                round_stochastic(values[begin + i], (uint32_t)updates, (uint64_t)(p->offset + begin + i));
-        char *at = (char *)m->values + (size_t)(p->offset + begin) * dtype_bytes(DTYPE_BF16);
-        m->k->upload(m->dev, tensor_of(at, DTYPE_BF16, count, 0, 0, 0, 0), bits, DTYPE_BF16);
-    }
-}
-
-void model_set_param(struct model *m, int index, const float *values, int64_t updates) {
-    if (m->dtypes.compute == DTYPE_BF16 && updates > 0)
-        upload_rounded(m, index, values, updates);
-    else
-        m->k->upload(m->dev, model_param(m, index), values, DTYPE_F32);
-    if (m->master_weights != m->values)
-        upload_master_weights(m, index, values);
-}
-
-void model_get_param(const struct model *m, int index, float *values) {
-    const struct param *p = &m->params.list[index];
-    if (model_master_weights_sharded(m))
-        abort(); /* a rank has not all of them: model_get_params */
-    char *at = (char *)m->master_weights + (size_t)p->offset * dtype_bytes(m->dtypes.master);
-    m->k->download(m->dev, tensor_of(at, m->dtypes.master, p->count, 0, 0, 0, 0), values, DTYPE_F32);
 }

@@ -117,19 +117,10 @@ int model_memory(const struct model_config *config, const struct kernels *k, str
                  struct memory_plan *plan, struct error *e);
 size_t memory_total(const struct memory_plan *plan);
 
-/* Initial values by seed. */
-int model_initialize(struct model *m, uint64_t seed, struct error *e);
-
-/* One parameter's master values, to and from host memory. updates: how many the optimizer has made of them,
- * on which the rounding of bf16 parameters depends; 0 rounds to the nearest. */
-void model_set_param(struct model *m, int index, const float *values, int64_t updates);
-void model_get_param(const struct model *m, int index, float *values);
-
-/* All of them on rank 0, into values [params.num_params], each at its `place`; NULL elsewhere. Where master_weights are
- * sharded, ranks have to give theirs: to be called on every rank, between steps, for it uses the gradients'
- * memory. */
-bool model_master_weights_sharded(const struct model *m);
-void model_get_params(struct model *m, float *values);
+/* Elements [offset, offset + count) of a flat buffer. */
+static inline tensor flat_range(void *buffer, enum dtype dtype, int64_t offset, int64_t count) {
+    return tensor_of((char *)buffer + (size_t)offset * dtype_bytes(dtype), dtype, count, 0, 0, 0, 0);
+}
 
 /* Views of one parameter, and of its gradient; absent for index -1. */
 tensor model_param(const struct model *m, int index);

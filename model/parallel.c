@@ -18,12 +18,8 @@ struct pass {
     bool reduce; /* this pass's gradients are summed over ranks */
 };
 
-static char *gradient_at(const struct model *m, int64_t element) {
-    return (char *)m->gradients + (size_t)element * dtype_bytes(m->dtypes.gradient);
-}
-
-static tensor gradient_of(const struct model *m, int64_t at, int64_t count) {
-    return tensor_of(gradient_at(m, at), m->dtypes.gradient, count, 0, 0, 0, 0);
+static tensor gradient_of(const struct model *m, int64_t offset, int64_t count) {
+    return flat_range(m->gradients, m->dtypes.gradient, offset, count);
 }
 
 /* A rank's share of a bucket, reduced: in the whole buffer, or in stage 2's shard. */
@@ -54,7 +50,7 @@ static void await_reduced(struct model *m, int unit) {
 static void clear_unit(struct model *m, int unit) {
     const struct partition *p = &m->partition;
     int64_t count = p->unit_offset[unit + 1] - p->unit_offset[unit];
-    m->k->zero(m->dev, gradient_at(m, p->unit_gradient_offset[unit]),
+    m->k->zero(m->dev, gradient_of(m, p->unit_gradient_offset[unit], count).data,
                (size_t)count * dtype_bytes(m->dtypes.gradient));
 }
 
@@ -132,15 +128,13 @@ static void decide(struct model *m, const struct update_hyper *h) {
     m->k->step_decide(m->dev, m->state, h->grad_clip, h->skip_zscore);
 }
 
-static tensor master_range(const struct model *m, void *base, int64_t at, int64_t count) {
-    return tensor_of((char *)base + (size_t)at * dtype_bytes(m->dtypes.master), m->dtypes.master, count, 0, 0,
-                     0, 0);
+static tensor master_range(const struct model *m, void *base, int64_t offset, int64_t count) {
+    return flat_range(base, m->dtypes.master, offset, count);
 }
 
 static void update_share(struct model *m, const struct share *s, tensor g, const struct update_hyper *h) {
     int64_t n = s->end - s->begin;
-    char *value = (char *)m->values + (size_t)s->begin * dtype_bytes(m->dtypes.compute);
-    tensor values = tensor_of(value, m->dtypes.compute, n, 0, 0, 0, 0);
+    tensor values = flat_range(m->values, m->dtypes.compute, s->begin, n);
     bool apart = m->master_weights != m->values;
     struct adamw_hyper hyper = {h->beta1, h->beta2, h->eps};
     m->k->adamw(m->dev, &hyper, s->groups, s->group_count, s->begin,
@@ -151,8 +145,7 @@ static void update_share(struct model *m, const struct share *s, tensor g, const
 
 static tensor bucket_values(const struct model *m, int bucket) {
     const struct bucket *b = &m->partition.buckets[bucket];
-    char *at = (char *)m->values + (size_t)b->begin * dtype_bytes(m->dtypes.compute);
-    return tensor_of(at, m->dtypes.compute, b->end - b->begin, 0, 0, 0, 0);
+    return flat_range(m->values, m->dtypes.compute, b->begin, b->end - b->begin);
 }
 
 /* Stage 0: everyone gets all gradients and updates everything. */
@@ -185,50 +178,6 @@ void model_update(struct model *m, const struct update_hyper *h) {
     else
         update_shards(m, h);
     m->k->range_end(m->dev);
-}
-
-/* ---- the master_weights, for saving ---- */
-
-/* The parameters of [begin, end) of the flat buffer, which lie in `piece`, to where each belongs in values.
- */
-static void take_values(struct model *m, tensor piece, int64_t begin, int64_t end, float *values) {
-    for (int i = 0; i < m->params.count; i++) {
-        const struct param *t = &m->params.list[i];
-        int64_t from = begin > t->offset ? begin : t->offset;
-        int64_t to = end < t->offset + t->count ? end : t->offset + t->count;
-        if (from < to)
-            m->k->download(m->dev, tensor_rows(piece, from - begin, to - from),
-                           values + t->packed_offset + from - t->offset, DTYPE_F32);
-    }
-}
-
-/* A bucket at a time, where its gradients lie during a step. */
-static void gather_master_weights(struct model *m, float *values) {
-    const struct partition *p = &m->partition;
-    size_t size = dtype_bytes(m->dtypes.master);
-    if (m->dtypes.gradient != m->dtypes.master)
-        abort();
-    for (int b = 0; b < p->bucket_count; b++) {
-        const struct bucket *u = &p->buckets[b];
-        int64_t at = gradient_offset(p, u->unit, u->begin);
-        const struct share *own = &p->own[b];
-        m->k->copy(m->dev, gradient_at(m, at + own->begin - u->begin),
-                   (char *)m->master_weights + (size_t)own->shard * size,
-                   (size_t)(own->end - own->begin) * size);
-        tensor whole = gradient_of(m, at, u->end - u->begin);
-        comm_event gathered = m->comm->ops->all_gather(m->comm, whole);
-        model_await(m, &gathered);
-        if (values)
-            take_values(m, whole, u->begin, u->end, values);
-    }
-}
-
-void model_get_params(struct model *m, float *values) {
-    model_await_params(m);
-    if (model_master_weights_sharded(m))
-        gather_master_weights(m, values);
-    for (int i = 0; values && i < m->params.count && !model_master_weights_sharded(m); i++)
-        model_get_param(m, i, values + m->params.list[i].packed_offset);
 }
 
 /* ---- what went wrong ---- */

@@ -13,6 +13,7 @@
 
 #include "model/checkpoint/files.h"
 #include "model/checkpoint/safetensors.h"
+#include "model/state_dict.h"
 
 enum { MAX_JSON = 16 << 20, PIECE = 1 << 20 /* elements moved at a time */ };
 

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "model/state_dict.h"
+
 struct saver {
     pthread_t thread;
     pthread_mutex_t mutex;

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "model/train/rank_checks.h"
+#include "model/state_dict.h"
 
 static bool leads(const struct model *m) {
     return m->comm->rank == 0;

@@ -7,6 +7,7 @@
 
 #include "model/flops.h"
 #include "model/model.h"
+#include "model/state_dict.h"
 #include "tests/bench/bench_table.h"
 
 /* A model in training, on random tokens. */
@@ -125,7 +126,7 @@ static inline void bench_quickstart(struct bench *b, struct table *table) {
     double rate = (double)c->train.batch_tokens / f.seconds.median;
     double flops = (each.matmul + each.attention + each.mixing) * rate;
     struct row *row = table_row(table, "%s, one optimizer step: %.2fM parameters, %d tokens", b->quickstart,
-                                (double)t.model.params.learned / 1e6, (int)c->train.batch_tokens);
+                                (double)t.model.params.num_params / 1e6, (int)c->train.batch_tokens);
     cell_seconds(row->took, f.seconds);
     cell(row->rate, "%.0f tokens/s; %.1f GFLOP/s", rate, flops / 1e9);
     cell(row->beside, "sgemm %.0f GFLOP/s", f.sgemm / 1e9);

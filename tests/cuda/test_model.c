@@ -4,6 +4,7 @@
 
 #include "kernels/estimate/estimate.h"
 #include "model/model.h"
+#include "model/state_dict.h"
 #include "tests/lib/model_configs.h"
 
 enum { SEED = 3 };

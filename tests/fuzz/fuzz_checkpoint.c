@@ -11,6 +11,7 @@
 #include "model/checkpoint/checkpoint.h"
 #include "model/checkpoint/checkpoint_files.h"
 #include "model/checkpoint/safetensors.h"
+#include "model/state_dict.h"
 
 enum file { WEIGHTS, OPTIMIZER, TRAINER, CONFIG, FILES };
 static const char *const names[FILES] = {"model.safetensors", "optimizer-00000-of-00001.safetensors",

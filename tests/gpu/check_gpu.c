@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "model/model.h"
+#include "model/state_dict.h"
 #include "tests/lib/rounded.h"
 #include "tests/lib/model_configs.h"
 

@@ -13,6 +13,7 @@
 #include <cmocka.h>
 
 #include "model/model.h"
+#include "model/state_dict.h"
 
 #ifndef FIXTURE_THREADS
 #define FIXTURE_THREADS 2
