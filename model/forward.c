@@ -1,10 +1,19 @@
-/* The forward pass, and what of it backward repeats. */
+/* The forward pass, and the parts of it that backward repeats.
+ *
+ * A block is  x += attn(norm(x)); x += mlp(norm(x)).  Each half leaves what it adds to the residual stream in
+ * m->delta; the norm in front of the next half adds it, because residual_norm is one operation:
+ *
+ *   x_attn = x + delta       y_attn = norm(x_attn)     attention_norm
+ *   delta  = attn(y_attn)                              attention_half
+ *   x_mlp  = x_attn + delta  y_mlp  = norm(x_mlp)      mlp_norm
+ *   delta  = mlp(y_mlp)                                mlp_half */
 #include "model/model.h"
 
 static const struct layer_params *params_of(const struct model *m, int layer) {
     return &m->params.layers[layer];
 }
 
+/* y [N,out] = x [N,in] W^T (+ bias) */
 static void linear(struct model *m, tensor x, int64_t in, int weight, int bias, int64_t out, tensor y) {
     int64_t N = m->shape.batch * m->shape.tokens;
     struct linear_spec spec = {N, in, out};
@@ -13,8 +22,24 @@ static void linear(struct model *m, tensor x, int64_t in, int weight, int bias, 
     m->k->linear(m->dev, &spec, x, model_param(m, weight), model_param(m, bias), y);
 }
 
+/* x [N,C] = embed[tokens] (+ pos_embed, where positions are learned). Sequences start at position 0. */
+static void embed(struct model *m, tensor x) {
+    struct embed_spec spec = {m->shape.batch, m->shape.tokens, m->config.vocab_size, m->config.hidden_size};
+    m->k->embed(m->dev, &spec, m->tokens, model_param(m, m->params.embed),
+                model_param(m, m->params.pos_embed), 0, x);
+}
+
+/* ---- attention ---- */
+
+static void attention_norm(struct model *m, int layer, tensor x, tensor delta) {
+    const struct layer_params *p = params_of(m, layer);
+    struct layer_buffers *b = &m->layers[layer];
+    m->k->residual_norm(m->dev, &m->norm_spec, x, delta, model_param(m, p->attn_norm),
+                        model_param(m, p->attn_norm_bias), b->x_attn, b->y_attn, b->attn_norm_saved);
+}
+
 /* q~, k~, v~ from qkv (paper: steps 2-4). */
-static void mix(struct model *m, int layer) {
+static void mix_heads(struct model *m, int layer) {
     const struct layer_params *p = params_of(m, layer);
     struct layer_buffers *b = &m->layers[layer];
     if (m->specs[layer].mixes)
@@ -30,27 +55,34 @@ static void collapse(struct model *m, int layer) {
                        model_param(m, params_of(m, layer)->collapse), b->o);
 }
 
+/* delta = attn(y_attn) */
+static void attention_half(struct model *m, int layer) {
+    const struct layer_params *p = params_of(m, layer);
+    struct layer_buffers *b = &m->layers[layer];
+    int64_t C = m->config.hidden_size, width = m->config.num_attention_heads * m->config.head_dim;
+    linear(m, b->y_attn, C, p->qkv, p->qkv_bias, 3 * width, b->qkv);
+    mix_heads(m, layer);
+    m->k->attention(m->dev, &m->specs[layer].attention, b->q, b->k, b->v, b->o_pseudo, b->attention_saved);
+    collapse(m, layer);
+    linear(m, b->o, width, p->out, p->out_bias, C, m->delta);
+}
+
+/* ---- MLP ---- */
+
+static void mlp_norm(struct model *m, int layer) {
+    const struct layer_params *p = params_of(m, layer);
+    struct layer_buffers *b = &m->layers[layer];
+    m->k->residual_norm(m->dev, &m->norm_spec, b->x_attn, m->delta, model_param(m, p->mlp_norm),
+                        model_param(m, p->mlp_norm_bias), b->x_mlp, b->y_mlp, b->mlp_norm_saved);
+}
+
 static void mlp_act(struct model *m, int layer) {
     struct layer_buffers *b = &m->layers[layer];
     m->k->mlp_act(m->dev, &m->act_spec, b->up, b->gate, b->act);
 }
 
-/* From y_attn, the norm of what enters the layer, to y_mlp. */
-static void attention_half(struct model *m, int layer) {
-    const struct model_config *c = &m->config;
-    const struct layer_params *p = params_of(m, layer);
-    struct layer_buffers *b = &m->layers[layer];
-    int64_t C = c->hidden_size, width = c->num_attention_heads * c->head_dim;
-    linear(m, b->y_attn, C, p->qkv, p->qkv_bias, 3 * width, b->qkv);
-    mix(m, layer);
-    m->k->attention(m->dev, &m->specs[layer].attention, b->q, b->k, b->v, b->o_pseudo, b->attention_saved);
-    collapse(m, layer);
-    linear(m, b->o, width, p->out, p->out_bias, C, m->delta);
-    m->k->residual_norm(m->dev, &m->norm_spec, b->x_attn, m->delta, model_param(m, p->mlp_norm),
-                        model_param(m, p->mlp_norm_bias), b->x_mlp, b->y_mlp, b->mlp_norm_saved);
-}
-
-static void mlp_half(struct model *m, int layer) {
+/* act [N,F] from y_mlp [N,C]: all of the MLP but its last product, whose output backward does not read. */
+static void mlp_hidden(struct model *m, int layer) {
     const struct layer_params *p = params_of(m, layer);
     struct layer_buffers *b = &m->layers[layer];
     int64_t C = m->config.hidden_size, F = m->config.intermediate_size;
@@ -60,24 +92,15 @@ static void mlp_half(struct model *m, int layer) {
     mlp_act(m, layer);
 }
 
-void layer_recompute(struct model *m, int layer) {
+/* delta = mlp(y_mlp) */
+static void mlp_half(struct model *m, int layer) {
     const struct layer_params *p = params_of(m, layer);
-    struct layer_buffers *b = &m->layers[layer];
-    if (m->shape.recompute == RECOMPUTE_NONE)
-        return;
-    m->k->residual_norm_recompute(m->dev, &m->norm_spec, b->x_attn, model_param(m, p->attn_norm),
-                                  model_param(m, p->attn_norm_bias), b->y_attn, b->attn_norm_saved);
-    if (m->shape.recompute == RECOMPUTE_FULL) {
-        attention_half(m, layer);
-        mlp_half(m, layer);
-        return;
-    }
-    mix(m, layer);
-    collapse(m, layer);
-    m->k->residual_norm_recompute(m->dev, &m->norm_spec, b->x_mlp, model_param(m, p->mlp_norm),
-                                  model_param(m, p->mlp_norm_bias), b->y_mlp, b->mlp_norm_saved);
-    mlp_act(m, layer);
+    int64_t C = m->config.hidden_size, F = m->config.intermediate_size;
+    mlp_hidden(m, layer);
+    linear(m, m->layers[layer].act, F, p->down, p->down_bias, C, m->delta);
 }
+
+/* ---- passes ---- */
 
 void model_upload(struct model *m, const int32_t *tokens, const int32_t *targets) {
     m->k->upload(m->dev, m->tokens, tokens, DTYPE_I32);
@@ -85,25 +108,18 @@ void model_upload(struct model *m, const int32_t *tokens, const int32_t *targets
 }
 
 void model_forward(struct model *m) {
-    const struct model_config *c = &m->config;
     const struct kernels *k = m->k;
-    int64_t C = c->hidden_size, F = c->intermediate_size;
-    model_await_unit(m, 0);
-    struct embed_spec embed = {m->shape.batch, m->shape.tokens, c->vocab_size, C};
     tensor x = m->layers[0].x_attn, delta = tensor_none(); /* the residual stream is x + delta */
-    k->embed(m->dev, &embed, m->tokens, model_param(m, m->params.embed), model_param(m, m->params.pos_embed),
-             0, x);
-    for (int layer = 0; layer < c->num_hidden_layers; layer++) {
-        const struct layer_params *p = params_of(m, layer);
-        struct layer_buffers *b = &m->layers[layer];
+    model_await_unit(m, 0);
+    embed(m, x);
+    for (int layer = 0; layer < m->config.num_hidden_layers; layer++) {
         model_await_unit(m, layer + 1);
         k->range_begin(m->dev, "layer", layer);
-        k->residual_norm(m->dev, &m->norm_spec, x, delta, model_param(m, p->attn_norm),
-                         model_param(m, p->attn_norm_bias), b->x_attn, b->y_attn, b->attn_norm_saved);
+        attention_norm(m, layer, x, delta);
         attention_half(m, layer);
+        mlp_norm(m, layer);
         mlp_half(m, layer);
-        linear(m, b->act, F, p->down, p->down_bias, C, m->delta);
-        x = b->x_mlp;
+        x = m->layers[layer].x_mlp;
         delta = m->delta;
         k->range_end(m->dev);
     }
@@ -119,4 +135,41 @@ void model_evaluate(struct model *m, const int32_t *tokens, const int32_t *targe
     struct classifier_spec spec = {m->norm_spec.rows, m->config.hidden_size, m->config.vocab_size};
     m->k->classifier(m->dev, &spec, m->h, model_param(m, m->params.lm_head), m->targets, scale, m->state,
                      tensor_none(), tensor_none(), false);
+}
+
+/* ---- recompute ---- */
+
+static void recompute_attention_norm(struct model *m, int layer) {
+    const struct layer_params *p = params_of(m, layer);
+    struct layer_buffers *b = &m->layers[layer];
+    m->k->residual_norm_recompute(m->dev, &m->norm_spec, b->x_attn, model_param(m, p->attn_norm),
+                                  model_param(m, p->attn_norm_bias), b->y_attn, b->attn_norm_saved);
+}
+
+static void recompute_mlp_norm(struct model *m, int layer) {
+    const struct layer_params *p = params_of(m, layer);
+    struct layer_buffers *b = &m->layers[layer];
+    m->k->residual_norm_recompute(m->dev, &m->norm_spec, b->x_mlp, model_param(m, p->mlp_norm),
+                                  model_param(m, p->mlp_norm_bias), b->y_mlp, b->mlp_norm_saved);
+}
+
+/* full: everything from x_attn to act. light: what needs no matrix product and no attention. */
+void layer_recompute(struct model *m, int layer) {
+    switch (m->shape.recompute) {
+    case RECOMPUTE_NONE:
+        return;
+    case RECOMPUTE_LIGHT:
+        recompute_attention_norm(m, layer);
+        mix_heads(m, layer);
+        collapse(m, layer);
+        recompute_mlp_norm(m, layer);
+        mlp_act(m, layer);
+        return;
+    case RECOMPUTE_FULL:
+        recompute_attention_norm(m, layer);
+        attention_half(m, layer);
+        mlp_norm(m, layer);
+        mlp_hidden(m, layer);
+        return;
+    }
 }

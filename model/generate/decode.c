@@ -5,59 +5,56 @@
 
 #include "model/buffers.h"
 
-static int64_t layer_pseudo(const struct model *m, int layer) {
-    return m->specs[layer].qkv_mix.pseudo;
-}
-
-static int64_t most_pseudo(const struct model *m) {
+/* The largest P of any layer. */
+static int64_t max_pseudo(const struct model *m) {
     int64_t P = 1;
     for (int layer = 0; layer < m->config.num_hidden_layers; layer++)
-        P = layer_pseudo(m, layer) > P ? layer_pseudo(m, layer) : P;
+        P = m->specs[layer].qkv_mix.pseudo > P ? m->specs[layer].qkv_mix.pseudo : P;
     return P;
 }
 
-/* Keys a layer's ring must hold at once: the window before the first query of a chunk, and the chunk. */
-static int64_t ring_of(const struct decoder *d, int layer) {
+/* Keys that a layer's ring cache holds: all, or the window before the first query of a chunk and the chunk. */
+static int64_t ring_length(const struct decoder *d, int layer) {
     const struct layer_specs *s = &d->m->specs[layer];
     int64_t P = s->qkv_mix.pseudo, all = d->capacity * P, ring = s->attention.window + d->chunk * P;
     return s->attention.window > 0 && ring < all ? ring : all;
 }
 
-static tensor take(struct decoder *d, tensor shape) {
+static tensor assign(struct decoder *d, tensor shape) {
     shape.data = d->memory ? (char *)d->memory + d->bytes : NULL;
     d->bytes += ((size_t)tensor_count(shape) * dtype_bytes(shape.dtype) + 255) / 256 * 256;
     return shape;
 }
 
-/* Assign every buffer; with no memory yet, only count. */
-static void walk(struct decoder *d, size_t norm_saved) {
+/* Assign every buffer its address in d->memory; as long as there is none, only count d->bytes. */
+static void assign_buffers(struct decoder *d, size_t norm_saved) {
     const struct model_config *c = &d->m->config;
     enum dtype t = d->m->dtypes.compute;
     int64_t n = d->chunk, C = c->hidden_size, H = c->num_attention_heads, dim = c->head_dim;
-    int64_t P = most_pseudo(d->m);
+    int64_t P = max_pseudo(d->m);
     d->bytes = 0;
     tensor hidden = tensor_of(NULL, t, n, C, 0, 0, 0),
            wide = tensor_of(NULL, t, n, c->intermediate_size, 0, 0, 0);
     tensor pseudo = tensor_of(NULL, t, 1, n * P, H, dim, 0);
-    d->tokens = take(d, tensor_of(NULL, DTYPE_I32, 1, n, 0, 0, 0));
+    d->tokens = assign(d, tensor_of(NULL, DTYPE_I32, 1, n, 0, 0, 0));
     d->rope = c->position_embedding == POSITION_ROPE
-                  ? take(d, tensor_of(NULL, d->m->dtypes.master, d->capacity * P, 2, dim / 2, 0, 0))
+                  ? assign(d, tensor_of(NULL, d->m->dtypes.master, d->capacity * P, 2, dim / 2, 0, 0))
                   : tensor_none();
     tensor *hiddens[] = {&d->x, &d->y, &d->delta}, *pseudos[] = {&d->q, &d->k, &d->v, &d->o_pseudo};
     tensor *wides[] = {&d->up, &d->gate, &d->act};
     for (size_t i = 0; i < 3; i++)
-        *hiddens[i] = take(d, hidden);
+        *hiddens[i] = assign(d, hidden);
     for (size_t i = 0; i < 4; i++)
-        *pseudos[i] = take(d, pseudo);
+        *pseudos[i] = assign(d, pseudo);
     for (size_t i = 0; i < 3; i++)
-        *wides[i] = take(d, wide);
-    d->qkv = take(d, tensor_of(NULL, t, 1, n, 3, H, dim));
-    d->o = take(d, tensor_of(NULL, t, 1, n, H, dim, 0));
-    d->logits = take(d, tensor_of(NULL, t, 1, c->vocab_size, 0, 0, 0));
-    d->norm_saved = take(d, tensor_of(NULL, DTYPE_I32, (int64_t)(norm_saved + 3) / 4, 0, 0, 0, 0)).data;
+        *wides[i] = assign(d, wide);
+    d->qkv = assign(d, tensor_of(NULL, t, 1, n, 3, H, dim));
+    d->o = assign(d, tensor_of(NULL, t, 1, n, H, dim, 0));
+    d->logits = assign(d, tensor_of(NULL, t, 1, c->vocab_size, 0, 0, 0));
+    d->norm_saved = assign(d, tensor_of(NULL, DTYPE_I32, (int64_t)(norm_saved + 3) / 4, 0, 0, 0, 0)).data;
     for (int layer = 0; layer < c->num_hidden_layers; layer++) {
-        d->cache_k[layer] = take(d, tensor_of(NULL, t, 1, ring_of(d, layer), H, dim, 0));
-        d->cache_v[layer] = take(d, tensor_of(NULL, t, 1, ring_of(d, layer), H, dim, 0));
+        d->cache_k[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), H, dim, 0));
+        d->cache_v[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), H, dim, 0));
     }
 }
 
@@ -84,7 +81,7 @@ static int plan_op(struct decoder *d, struct op_spec spec, size_t *saved, struct
     return 0;
 }
 
-/* The specs of a layer for one pass over n tokens. */
+/* A layer's specs for one pass over n tokens of one sequence. */
 static struct layer_specs specs_for(const struct model *m, int layer, int64_t n) {
     struct layer_specs s = m->specs[layer];
     s.qkv_mix.batch = s.attention.batch = s.collapse.batch = 1;
@@ -105,6 +102,7 @@ static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) 
                             {.kind = OP_DECODE, .attention = s.attention},
                             {.kind = OP_QKV_MIX, .qkv_mix = s.qkv_mix},
                             {.kind = OP_COLLAPSE, .collapse = s.collapse}};
+    /* The last two only where the layer runs them. */
     int count = (int)(sizeof ops / sizeof *ops) - (s.iha ? 0 : s.mixes ? 1 : 2);
     for (int i = 0; i < count; i++)
         if (plan_op(d, ops[i], NULL, e) != 0)
@@ -112,7 +110,7 @@ static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) 
     return 0;
 }
 
-/* Plan what a pass over n tokens runs; the norm's saved bytes are returned in *saved. */
+/* Plan every operation of a pass over n tokens. *saved: the bytes that a norm saves. */
 static int plan(struct decoder *d, int64_t n, size_t *saved, struct error *e) {
     const struct model_config *c = &d->m->config;
     struct op_spec norm = {.kind = OP_NORM, .norm = norm_of(d, n)};
@@ -149,10 +147,10 @@ int decoder_create(struct decoder *d, struct model *m, int64_t capacity, int64_t
     }
     if (plan(d, 1, &saved_one, e) != 0 || plan(d, d->chunk, &saved, e) != 0)
         goto failed;
-    walk(d, saved);
+    assign_buffers(d, saved);
     if (!(d->memory = m->k->alloc(m->dev, d->bytes, e)))
         goto failed;
-    walk(d, saved);
+    assign_buffers(d, saved);
     if (!(d->workspace = m->k->alloc(m->dev, d->workspace_bytes, e)))
         goto failed;
     if (d->rope.data)
@@ -189,7 +187,7 @@ static void linear(struct decoder *d, int64_t n, tensor x, int64_t in, int weigh
                  with_shape(y, n, out, 0, 0, 0));
 }
 
-/* y = norm(x + delta), x += delta; delta may be absent. */
+/* x += delta; y = norm(x).  delta may be absent. */
 static void norm(struct decoder *d, int64_t n, tensor delta, int weight, int bias) {
     struct model *m = d->m;
     struct norm_spec spec = norm_of(d, n);
@@ -201,7 +199,8 @@ static void norm(struct decoder *d, int64_t n, tensor delta, int weight, int bia
                         d->norm_saved);
 }
 
-static void decode_attention(struct decoder *d, int layer, int64_t n) {
+/* o [n,H,d] from qkv [n,3,H,d] and the caches, to which the n tokens' keys and values are appended. */
+static void attention(struct decoder *d, int layer, int64_t n) {
     struct model *m = d->m;
     const struct kernels *k = m->k;
     const struct layer_params *p = &m->params.layers[layer];
@@ -226,16 +225,21 @@ static void decode_attention(struct decoder *d, int layer, int64_t n) {
         k->collapse(m->dev, &s.collapse, o_pseudo, model_param(m, p->collapse), o);
 }
 
-static void decode_layer(struct decoder *d, int layer, int64_t n, tensor delta) {
-    struct model *m = d->m;
-    const struct model_config *c = &m->config;
-    const struct layer_params *p = &m->params.layers[layer];
-    int64_t C = c->hidden_size, F = c->intermediate_size, width = c->num_attention_heads * c->head_dim;
-    norm(d, n, delta, p->attn_norm, p->attn_norm_bias);
+/* delta = attn(y) */
+static void attention_half(struct decoder *d, int layer, int64_t n) {
+    const struct model_config *c = &d->m->config;
+    const struct layer_params *p = &d->m->params.layers[layer];
+    int64_t C = c->hidden_size, width = c->num_attention_heads * c->head_dim;
     linear(d, n, d->y, C, p->qkv, p->qkv_bias, 3 * width, d->qkv);
-    decode_attention(d, layer, n);
+    attention(d, layer, n);
     linear(d, n, d->o, width, p->out, p->out_bias, C, d->delta);
-    norm(d, n, d->delta, p->mlp_norm, p->mlp_norm_bias);
+}
+
+/* delta = mlp(y) */
+static void mlp_half(struct decoder *d, int layer, int64_t n) {
+    struct model *m = d->m;
+    const struct layer_params *p = &m->params.layers[layer];
+    int64_t C = m->config.hidden_size, F = m->config.intermediate_size;
     linear(d, n, d->y, C, p->up, p->up_bias, F, d->up);
     if (p->gate >= 0)
         linear(d, n, d->y, C, p->gate, -1, F, d->gate);
@@ -243,6 +247,15 @@ static void decode_layer(struct decoder *d, int layer, int64_t n, tensor delta) 
     tensor gate = p->gate >= 0 ? with_shape(d->gate, n, F, 0, 0, 0) : tensor_none();
     m->k->mlp_act(m->dev, &act, with_shape(d->up, n, F, 0, 0, 0), gate, with_shape(d->act, n, F, 0, 0, 0));
     linear(d, n, d->act, F, p->down, p->down_bias, C, d->delta);
+}
+
+/* x += delta, what the layer before adds; the layer's own output is left in d->delta. */
+static void decode_layer(struct decoder *d, int layer, int64_t n, tensor delta) {
+    const struct layer_params *p = &d->m->params.layers[layer];
+    norm(d, n, delta, p->attn_norm, p->attn_norm_bias);
+    attention_half(d, layer, n);
+    norm(d, n, d->delta, p->mlp_norm, p->mlp_norm_bias);
+    mlp_half(d, layer, n);
 }
 
 static void feed_chunk(struct decoder *d, const int32_t *tokens, int64_t n, float *logits) {
@@ -271,9 +284,9 @@ void decoder_feed(struct decoder *d, const int32_t *tokens, int64_t n, float *lo
     model_await_params(d->m);
     struct model *m = d->m;
     m->k->set_workspace(m->dev, d->workspace, d->workspace_bytes);
-    for (int64_t at = 0, count; at < n; at += count) {
-        count = n - at < d->chunk ? 1 : d->chunk; /* the two sizes that were planned */
-        feed_chunk(d, tokens + at, count, at + count == n ? logits : NULL);
+    for (int64_t fed = 0, count; fed < n; fed += count) {
+        count = n - fed < d->chunk ? 1 : d->chunk; /* the two sizes that were planned */
+        feed_chunk(d, tokens + fed, count, fed + count == n ? logits : NULL);
     }
     m->k->set_workspace(m->dev, m->workspace, m->workspace_bytes);
 }

@@ -1,7 +1,7 @@
 /* Decoding with a key/value cache: tokens in, the logits of the next one out.
  *
- * A token is P virtual tokens in an IHA layer, so a step appends P keys and values. Local layers keep a ring
- * as long as their window and one chunk; global layers keep everything. */
+ * A token is P virtual tokens in an IHA layer, so a step appends P keys and values. A local layer's cache is a
+ * ring of its window and one chunk; a global layer's holds everything. */
 #ifndef IHA_MODEL_GENERATE_DECODE_H
 #define IHA_MODEL_GENERATE_DECODE_H
 
@@ -9,9 +9,9 @@
 
 struct decoder {
     struct model *m;
-    int64_t capacity; /* tokens */
-    int64_t chunk;    /* tokens at most in one pass */
-    int64_t position; /* tokens seen */
+    int64_t capacity; /* the most tokens in all */
+    int64_t chunk;    /* the most tokens in one pass */
+    int64_t position; /* tokens fed so far */
     void *memory;     /* caches and buffers, one allocation */
     size_t bytes;
     void *workspace;
@@ -21,14 +21,14 @@ struct decoder {
     void *norm_saved;
 };
 
-/* For at most `capacity` tokens, fed at most `chunk` at a time. The model keeps its own buffers. Refuses
- * (EXIT_USER) a model that is not causal, or learned positions fewer than the capacity. */
+/* For at most `capacity` tokens, in passes of at most `chunk`. The decoder has buffers of its own: the model's
+ * are left as they are. EXIT_USER: the model is not causal, or has fewer learned positions than `capacity`. */
 int decoder_create(struct decoder *d, struct model *m, int64_t capacity, int64_t chunk, struct error *e);
 void decoder_free(struct decoder *d);
 void decoder_reset(struct decoder *d);
 
-/* Append n tokens (any n: it is split into chunks) and give the logits [V] after the last. The caller keeps
- * position + n <= capacity. */
+/* Append n tokens (any n: it is split into chunks). logits [V]: of the token after the last; NULL: not wanted.
+ * The caller keeps position + n <= capacity. */
 void decoder_feed(struct decoder *d, const int32_t *tokens, int64_t n, float *logits);
 
 #endif
