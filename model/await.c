@@ -1,5 +1,5 @@
-/* What is on its way between ranks, and waiting for it: where a pass comes to parameters that the last update
- * changed, and where anything else reads them. */
+/* Waiting for collectives: a pass waits for the parameters of a unit just before it uses them, everything else
+ * for all parameters. */
 #include "model/model.h"
 
 void model_await(struct model *m, comm_event *event) {
@@ -13,12 +13,12 @@ void model_await(struct model *m, comm_event *event) {
 
 void model_await_unit(struct model *m, int unit) {
     const struct partition *p = &m->partition;
-    for (int b = p->first_bucket[unit]; b < p->first_bucket[unit + 1] && m->gathering; b++)
-        model_await(m, &m->gathered[b]);
+    for (int b = p->first_bucket[unit]; b < p->first_bucket[unit + 1] && m->gather_pending; b++)
+        model_await(m, &m->gather_events[b]);
 }
 
 void model_await_params(struct model *m) {
     for (int b = 0; b < m->partition.bucket_count; b++)
-        model_await(m, &m->gathered[b]);
-    m->gathering = false;
+        model_await(m, &m->gather_events[b]);
+    m->gather_pending = false;
 }

@@ -33,12 +33,13 @@ static void mlp_backward(struct model *m, int layer, bool accumulate) {
     norm_backward(m, b->x_mlp, p->mlp_norm, p->mlp_norm_bias, b->mlp_norm_saved, accumulate);
 }
 
-/* The gradient of q~, k~ or v~: a buffer of its own, or a slice of dqkv where nothing was mixed. */
-static tensor gradient_like(tensor like, void *data) {
+/* A tensor of the shape [B,S,H,d] of `like`, at `data`. */
+static tensor with_data(tensor like, void *data) {
     return tensor_of(data, like.dtype, like.shape[0], like.shape[1], like.shape[2], like.shape[3], 0);
 }
 
-/* On entry grad.dx is the gradient of x_mlp; on return, of x_attn. */
+/* On entry grad.dx is the gradient of x_mlp; on return, of x_attn. Where nothing is mixed, dq, dk and dv are
+ * slices of dqkv. */
 static void attention_backward(struct model *m, int layer, bool accumulate) {
     const struct model_config *c = &m->config;
     const struct kernels *k = m->k;
@@ -50,13 +51,13 @@ static void attention_backward(struct model *m, int layer, bool accumulate) {
     linear_backward(m, g->dx, b->o, width, p->out, p->out_bias, C, g->d_o, false, accumulate);
     tensor d_o = g->d_o;
     if (s->iha) {
-        d_o = gradient_like(b->o_pseudo, g->d_o_pseudo);
+        d_o = with_data(b->o_pseudo, g->d_o_pseudo);
         k->collapse_backward(m->dev, &s->collapse, g->d_o, b->o_pseudo, model_param(m, p->collapse), d_o,
                              model_gradient(m, p->collapse), accumulate);
     }
-    tensor dq = s->mixes ? gradient_like(b->q, g->dq) : tensor_select(g->dqkv, 2, 0);
-    tensor dk = s->mixes ? gradient_like(b->k, g->dk) : tensor_select(g->dqkv, 2, 1);
-    tensor dv = s->mixes ? gradient_like(b->v, g->dv) : tensor_select(g->dqkv, 2, 2);
+    tensor dq = s->mixes ? with_data(b->q, g->dq) : tensor_select(g->dqkv, 2, 0);
+    tensor dk = s->mixes ? with_data(b->k, g->dk) : tensor_select(g->dqkv, 2, 1);
+    tensor dv = s->mixes ? with_data(b->v, g->dv) : tensor_select(g->dqkv, 2, 2);
     k->attention_backward(m->dev, &s->attention, b->q, b->k, b->v, b->o_pseudo, d_o, b->attention_saved, dq,
                           dk, dv);
     if (s->mixes)
@@ -68,7 +69,7 @@ static void attention_backward(struct model *m, int layer, bool accumulate) {
     norm_backward(m, b->x_attn, p->attn_norm, p->attn_norm_bias, b->attn_norm_saved, accumulate);
 }
 
-/* Loss, and the gradient of the last residual stream in grad.dx. */
+/* state.loss, and in grad.dx the gradient of x_final. */
 static void head_backward(struct model *m, double scale, bool accumulate) {
     const struct kernels *k = m->k;
     struct classifier_spec spec = {m->norm_spec.rows, m->config.hidden_size, m->config.vocab_size};
@@ -86,7 +87,8 @@ static void clear_gradient(struct model *m, int index) {
         m->k->zero(m->dev, g.data, (size_t)tensor_count(g) * dtype_bytes(g.dtype));
 }
 
-/* The scatter adds; where the classifier has not just written the (tied) table, it starts from zero. */
+/* embed_backward adds to the tables' gradients. The first pass has to clear them, except that of a tied table,
+ * which the classifier's backward has just written. */
 static void embed_backward(struct model *m, bool accumulate) {
     struct embed_spec spec = {m->shape.batch, m->shape.tokens, m->config.vocab_size, m->config.hidden_size};
     if (!accumulate) {

@@ -1,11 +1,12 @@
-/* Laying out activations. One walk over the layers assigns every buffer; it runs twice, first with no memory
- * to learn the size, then with it. What a recompute mode does not keep shares one slot among all layers. */
+/* Laying out activations. One walk over the layers assigns every buffer; it runs first without memory, to learn
+ * the size, then with it. Buffers that backward does not need kept share one slot among all layers. */
 #include "model/buffers.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
+/* The buffers of a layer that either are the layer's own or share memory with those of the other layers. */
 enum slot {
     SLOT_X_ATTN,
     SLOT_Y_ATTN,
@@ -25,27 +26,33 @@ enum slot {
 };
 
 struct layout {
-    char *base; /* NULL while measuring */
-    size_t at;
-    size_t shared_bytes[SLOTS]; /* the largest any layer asked for */
+    char *base; /* NULL: only count */
+    size_t offset;
+    size_t shared_bytes[SLOTS]; /* the most that any layer needs */
     void *shared[SLOTS];
 };
 
-static void *take(struct layout *l, size_t bytes) {
-    void *p = l->base ? l->base + l->at : NULL;
-    l->at += (bytes + 255) / 256 * 256;
+/* The next free bytes, on a boundary of 256. */
+static void *allocate(struct layout *l, size_t bytes) {
+    void *p = l->base ? l->base + l->offset : NULL;
+    l->offset += (bytes + 255) / 256 * 256;
     return p;
 }
 
-/* Does backward find this buffer as forward left it? */
-static bool kept(const struct model *m, const struct layer_specs *s, enum slot slot) {
+static tensor allocate_tensor(struct layout *l, tensor shape) {
+    shape.data = allocate(l, (size_t)tensor_count(shape) * dtype_bytes(shape.dtype));
+    return shape;
+}
+
+/* Does this buffer keep its contents from forward to backward? */
+static bool is_kept(const struct model *m, const struct layer_specs *s, enum slot slot) {
     if (!m->shape.training)
         return false;
     if (m->shape.recompute == RECOMPUTE_NONE)
         return true;
     if (m->shape.recompute == RECOMPUTE_FULL)
         return slot == SLOT_X_ATTN;
-    switch (slot) { /* light: what costs no matrix product or attention is recomputed */
+    switch (slot) { /* light: what needs no matrix product and no attention is recomputed */
     case SLOT_Y_ATTN:
     case SLOT_Y_MLP:
     case SLOT_ACT:
@@ -60,23 +67,20 @@ static bool kept(const struct model *m, const struct layer_specs *s, enum slot s
     }
 }
 
-static void *place(struct model *m, struct layout *l, int layer, enum slot slot, size_t bytes) {
-    if (kept(m, &m->specs[layer], slot))
-        return take(l, bytes);
+static void *allocate_slot(struct model *m, struct layout *l, int layer, enum slot slot, size_t bytes) {
+    if (is_kept(m, &m->specs[layer], slot))
+        return allocate(l, bytes);
     if (bytes > l->shared_bytes[slot])
         l->shared_bytes[slot] = bytes;
     return l->shared[slot];
 }
 
-static tensor place_tensor(struct model *m, struct layout *l, int layer, enum slot slot, tensor shape) {
-    shape.data = place(m, l, layer, slot, (size_t)tensor_count(shape) * dtype_bytes(shape.dtype));
+static tensor slot_tensor(struct model *m, struct layout *l, int layer, enum slot slot, tensor shape) {
+    shape.data = allocate_slot(m, l, layer, slot, (size_t)tensor_count(shape) * dtype_bytes(shape.dtype));
     return shape;
 }
 
-static tensor take_tensor(struct layout *l, tensor shape) {
-    shape.data = take(l, (size_t)tensor_count(shape) * dtype_bytes(shape.dtype));
-    return shape;
-}
+/* ---- planning ---- */
 
 /* The configuration's names for the kernels' operations. No default: the compiler reports a missing case. */
 static enum norm_type norm_type_of(enum norm norm) {
@@ -101,7 +105,7 @@ static enum act_type act_type_of(enum activation activation) {
     abort();
 }
 
-static struct layer_specs specs_of(const struct model *m, int layer) {
+static struct layer_specs specs_for_layer(const struct model *m, int layer) {
     const struct model_config *c = &m->config;
     enum layer_type type = c->layer_types[layer];
     bool iha = layer_is_iha(type), rope = c->position_embedding == POSITION_ROPE;
@@ -117,7 +121,7 @@ static struct layer_specs specs_of(const struct model *m, int layer) {
     };
 }
 
-/* One operation's plan: its workspace counts towards the largest, its saved bytes are returned. */
+/* Plan one operation. Workspace is shared, so only the largest counts. *saved: the bytes it saves. */
 static int plan(struct model *m, struct op_spec spec, size_t *saved, struct error *e) {
     struct op_cost cost;
     if (m->k->plan(m->dev, &spec, &cost, e) != 0)
@@ -134,13 +138,14 @@ static int plan_layer(struct model *m, int layer, struct error *e) {
     struct layer_specs *s = &m->specs[layer];
     int64_t N = m->shape.batch * m->shape.tokens, C = c->hidden_size, F = c->intermediate_size;
     int64_t width = c->num_attention_heads * c->head_dim;
-    *s = specs_of(m, layer);
+    *s = specs_for_layer(m, layer);
     struct op_spec ops[] = {
         {.kind = OP_ATTENTION, .attention = s->attention}, {.kind = OP_LINEAR, .linear = {N, C, 3 * width}},
         {.kind = OP_LINEAR, .linear = {N, width, C}},      {.kind = OP_LINEAR, .linear = {N, C, F}},
         {.kind = OP_LINEAR, .linear = {N, F, C}},          {.kind = OP_ACT, .act = m->act_spec},
         {.kind = OP_QKV_MIX, .qkv_mix = s->qkv_mix},       {.kind = OP_COLLAPSE, .collapse = s->collapse},
     };
+    /* qkv_mix and collapse, the last two, only where the layer runs them. */
     int count = (int)(sizeof ops / sizeof *ops) - (s->iha ? 0 : s->mixes ? 1 : 2);
     for (int i = 0; i < count; i++)
         if (plan(m, ops[i], i == 0 ? &s->attention_saved_bytes : NULL, e) != 0)
@@ -166,7 +171,9 @@ static int plan_all(struct model *m, struct error *e) {
     return 0;
 }
 
-static void place_layer(struct model *m, struct layout *l, int layer) {
+/* ---- addresses ---- */
+
+static void assign_layer(struct model *m, struct layout *l, int layer) {
     const struct model_config *c = &m->config;
     struct layer_buffers *b = &m->layers[layer];
     const struct layer_specs *s = &m->specs[layer];
@@ -175,40 +182,40 @@ static void place_layer(struct model *m, struct layout *l, int layer) {
     int64_t H = c->num_attention_heads, d = c->head_dim, S = s->attention.length;
     tensor hidden = tensor_of(NULL, t, N, C, 0, 0, 0), wide = tensor_of(NULL, t, N, F, 0, 0, 0);
     tensor pseudo = tensor_of(NULL, t, B, S, H, d, 0);
-    b->attn_norm_saved = take(l, m->norm_saved_bytes);
-    b->mlp_norm_saved = take(l, m->norm_saved_bytes);
-    b->attention_saved = place(m, l, layer, SLOT_ATTENTION_SAVED, s->attention_saved_bytes);
-    b->x_attn = place_tensor(m, l, layer, SLOT_X_ATTN, hidden);
-    b->y_attn = place_tensor(m, l, layer, SLOT_Y_ATTN, hidden);
-    b->qkv = place_tensor(m, l, layer, SLOT_QKV, tensor_of(NULL, t, B, T, 3, H, d));
-    b->q = s->mixes ? place_tensor(m, l, layer, SLOT_Q, pseudo) : tensor_select(b->qkv, 2, 0);
-    b->k = s->mixes ? place_tensor(m, l, layer, SLOT_K, pseudo) : tensor_select(b->qkv, 2, 1);
-    b->v = s->mixes ? place_tensor(m, l, layer, SLOT_V, pseudo) : tensor_select(b->qkv, 2, 2);
-    b->o_pseudo = place_tensor(m, l, layer, SLOT_O_PSEUDO, pseudo);
-    b->o = s->iha ? place_tensor(m, l, layer, SLOT_O, tensor_of(NULL, t, B, T, H, d, 0)) : b->o_pseudo;
-    b->x_mlp = place_tensor(m, l, layer, SLOT_X_MLP, hidden);
-    b->y_mlp = place_tensor(m, l, layer, SLOT_Y_MLP, hidden);
-    b->up = place_tensor(m, l, layer, SLOT_UP, wide);
-    b->gate = c->activation == ACTIVATION_SWIGLU ? place_tensor(m, l, layer, SLOT_GATE, wide) : tensor_none();
-    b->act = place_tensor(m, l, layer, SLOT_ACT, wide);
+    b->attn_norm_saved = allocate(l, m->norm_saved_bytes);
+    b->mlp_norm_saved = allocate(l, m->norm_saved_bytes);
+    b->attention_saved = allocate_slot(m, l, layer, SLOT_ATTENTION_SAVED, s->attention_saved_bytes);
+    b->x_attn = slot_tensor(m, l, layer, SLOT_X_ATTN, hidden);
+    b->y_attn = slot_tensor(m, l, layer, SLOT_Y_ATTN, hidden);
+    b->qkv = slot_tensor(m, l, layer, SLOT_QKV, tensor_of(NULL, t, B, T, 3, H, d));
+    b->q = s->mixes ? slot_tensor(m, l, layer, SLOT_Q, pseudo) : tensor_select(b->qkv, 2, 0);
+    b->k = s->mixes ? slot_tensor(m, l, layer, SLOT_K, pseudo) : tensor_select(b->qkv, 2, 1);
+    b->v = s->mixes ? slot_tensor(m, l, layer, SLOT_V, pseudo) : tensor_select(b->qkv, 2, 2);
+    b->o_pseudo = slot_tensor(m, l, layer, SLOT_O_PSEUDO, pseudo);
+    b->o = s->iha ? slot_tensor(m, l, layer, SLOT_O, tensor_of(NULL, t, B, T, H, d, 0)) : b->o_pseudo;
+    b->x_mlp = slot_tensor(m, l, layer, SLOT_X_MLP, hidden);
+    b->y_mlp = slot_tensor(m, l, layer, SLOT_Y_MLP, hidden);
+    b->up = slot_tensor(m, l, layer, SLOT_UP, wide);
+    b->gate = c->activation == ACTIVATION_SWIGLU ? slot_tensor(m, l, layer, SLOT_GATE, wide) : tensor_none();
+    b->act = slot_tensor(m, l, layer, SLOT_ACT, wide);
 }
 
-/* The MLP's and the attention's gradients are never alive together: they start at the same place. */
-static void place_gradients(struct model *m, struct layout *l) {
+/* The MLP's gradients and attention's are never needed at the same time, so they share memory. */
+static void assign_gradients(struct model *m, struct layout *l) {
     const struct model_config *c = &m->config;
     enum dtype t = m->dtypes.compute;
     int64_t B = m->shape.batch, T = m->shape.tokens, N = B * T, H = c->num_attention_heads, d = c->head_dim;
     tensor hidden = tensor_of(NULL, t, N, c->hidden_size, 0, 0, 0);
     tensor wide = tensor_of(NULL, t, N, c->intermediate_size, 0, 0, 0);
     struct gradient_buffers *g = &m->grad;
-    g->dx = take_tensor(l, hidden);
-    g->dy = take_tensor(l, hidden);
-    size_t mark = l->at;
-    g->dact = take_tensor(l, wide);
-    g->dgate = c->activation == ACTIVATION_SWIGLU ? take_tensor(l, wide) : tensor_none();
-    size_t mlp_end = l->at;
-    l->at = mark;
-    int64_t S = T;
+    g->dx = allocate_tensor(l, hidden);
+    g->dy = allocate_tensor(l, hidden);
+    size_t shared = l->offset;
+    g->dact = allocate_tensor(l, wide);
+    g->dgate = c->activation == ACTIVATION_SWIGLU ? allocate_tensor(l, wide) : tensor_none();
+    size_t mlp_end = l->offset;
+    l->offset = shared;
+    int64_t S = T; /* the largest of any layer */
     bool mixes = false, iha = false;
     for (int layer = 0; layer < c->num_hidden_layers; layer++) {
         S = m->specs[layer].attention.length > S ? m->specs[layer].attention.length : S;
@@ -216,56 +223,57 @@ static void place_gradients(struct model *m, struct layout *l) {
         iha |= m->specs[layer].iha;
     }
     size_t pseudo_bytes = (size_t)(B * S * H * d) * dtype_bytes(t);
-    g->d_o = take_tensor(l, tensor_of(NULL, t, B, T, H, d, 0));
-    g->dqkv = take_tensor(l, tensor_of(NULL, t, B, T, 3, H, d));
+    g->d_o = allocate_tensor(l, tensor_of(NULL, t, B, T, H, d, 0));
+    g->dqkv = allocate_tensor(l, tensor_of(NULL, t, B, T, 3, H, d));
     void **pseudo[] = {&g->d_o_pseudo, &g->dq, &g->dk, &g->dv};
     for (int i = iha ? 0 : 1; i < 4 && mixes; i++)
-        *pseudo[i] = take(l, pseudo_bytes);
-    if (l->at < mlp_end)
-        l->at = mlp_end;
+        *pseudo[i] = allocate(l, pseudo_bytes);
+    if (l->offset < mlp_end)
+        l->offset = mlp_end;
 }
 
-static void walk(struct model *m, struct layout *l) {
+static void assign_all(struct model *m, struct layout *l) {
     const struct model_config *c = &m->config;
     enum dtype t = m->dtypes.compute;
     int64_t B = m->shape.batch, T = m->shape.tokens, d = c->head_dim, P = 1;
+    /* The shared slots come first; while only counting, last, when their sizes are known. */
     for (int i = 0; i < SLOTS; i++)
-        l->shared[i] = l->base ? take(l, l->shared_bytes[i]) : NULL;
+        l->shared[i] = l->base ? allocate(l, l->shared_bytes[i]) : NULL;
     for (int layer = 0; layer < c->num_hidden_layers; layer++)
         P = m->specs[layer].qkv_mix.pseudo > P ? m->specs[layer].qkv_mix.pseudo : P;
     tensor hidden = tensor_of(NULL, t, B * T, c->hidden_size, 0, 0, 0);
-    m->tokens = take_tensor(l, tensor_of(NULL, DTYPE_I32, B, T, 0, 0, 0));
-    m->targets = take_tensor(l, tensor_of(NULL, DTYPE_I32, B * T, 0, 0, 0, 0));
-    /* In the master type: an angle rounded to bf16 would turn every pair by a wrong amount. */
+    m->tokens = allocate_tensor(l, tensor_of(NULL, DTYPE_I32, B, T, 0, 0, 0));
+    m->targets = allocate_tensor(l, tensor_of(NULL, DTYPE_I32, B * T, 0, 0, 0, 0));
+    /* In the master type: angles rounded to bf16 would rotate every pair by a wrong amount. */
     m->rope = c->position_embedding == POSITION_ROPE
-                  ? take_tensor(l, tensor_of(NULL, m->dtypes.master, T * P, 2, d / 2, 0, 0))
+                  ? allocate_tensor(l, tensor_of(NULL, m->dtypes.master, T * P, 2, d / 2, 0, 0))
                   : tensor_none();
-    m->delta = take_tensor(l, hidden);
-    m->x_final = take_tensor(l, hidden);
-    m->h = take_tensor(l, hidden);
-    m->final_norm_saved = take(l, m->norm_saved_bytes);
+    m->delta = allocate_tensor(l, hidden);
+    m->x_final = allocate_tensor(l, hidden);
+    m->h = allocate_tensor(l, hidden);
+    m->final_norm_saved = allocate(l, m->norm_saved_bytes);
     for (int layer = 0; layer < c->num_hidden_layers; layer++)
-        place_layer(m, l, layer);
+        assign_layer(m, l, layer);
     if (m->shape.training)
-        place_gradients(m, l);
+        assign_gradients(m, l);
     if (!l->base)
         for (int i = 0; i < SLOTS; i++)
-            take(l, l->shared_bytes[i]);
+            allocate(l, l->shared_bytes[i]);
 }
 
-int buffers_measure(struct model *m, size_t *activation_bytes, struct error *e) {
+int buffers_plan(struct model *m, size_t *activation_bytes, struct error *e) {
     if (plan_all(m, e) != 0)
         return -1;
     struct layout l = {0};
-    walk(m, &l);
-    *activation_bytes = l.at;
+    assign_all(m, &l);
+    *activation_bytes = l.offset;
     return 0;
 }
 
-void buffers_place(struct model *m, void *block) {
+void buffers_assign(struct model *m, void *memory) {
     struct layout l = {0};
-    walk(m, &l); /* learns the shared slots' sizes */
-    l.base = block;
-    l.at = 0;
-    walk(m, &l);
+    assign_all(m, &l); /* to learn the sizes of the shared slots */
+    l.base = memory;
+    l.offset = 0;
+    assign_all(m, &l);
 }

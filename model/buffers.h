@@ -1,13 +1,13 @@
-/* Where every activation lives: laid out once, in one block, from the pass's shape. */
+/* The activations of a pass: all buffers in one allocation, their addresses fixed before the first step. */
 #ifndef IHA_MODEL_BUFFERS_H
 #define IHA_MODEL_BUFFERS_H
 
 #include "model/model.h"
 
-/* Fill m->specs, and plan every operation: m->workspace_bytes, and *activation_bytes. */
-int buffers_measure(struct model *m, size_t *activation_bytes, struct error *e);
+/* Plan every operation of the pass: m->specs, m->workspace_bytes, and the bytes of all buffers. */
+int buffers_plan(struct model *m, size_t *activation_bytes, struct error *e);
 
-/* Point every buffer of *m into `block`, which is as large as buffers_measure said. */
-void buffers_place(struct model *m, void *block);
+/* Give every buffer of *m its address in `memory`, which holds the bytes that buffers_plan returned. */
+void buffers_assign(struct model *m, void *memory);
 
 #endif

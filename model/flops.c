@@ -26,8 +26,8 @@ double attention_pairs(const struct model_config *m, enum layer_type type, int64
     return pairs;
 }
 
-/* The paper counts O(T^2) for MHA and S * W for a window, causal or not. */
-double attention_pairs_as_charged(const struct model_config *m, enum layer_type type, int64_t seq_len) {
+/* S^2, or S * window, causal or not. */
+double attention_pairs_in_paper(const struct model_config *m, enum layer_type type, int64_t seq_len) {
     double S = (double)(seq_len * pseudo_of(m, type)), window = (double)window_of(m, type);
     return layer_is_local(type) && window < S ? S * window : S * S;
 }

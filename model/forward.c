@@ -124,7 +124,7 @@ void model_forward(struct model *m) {
         k->range_end(m->dev);
     }
     model_await_unit(m, m->params.unit_count - 1);
-    m->gathering = false;
+    m->gather_pending = false;
     k->residual_norm(m->dev, &m->norm_spec, x, delta, model_param(m, m->params.final_norm),
                      model_param(m, m->params.final_norm_bias), m->x_final, m->h, m->final_norm_saved);
 }

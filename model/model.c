@@ -11,8 +11,8 @@ tensor model_param(const struct model *m, int index) {
     if (index < 0)
         return tensor_none();
     const struct param *p = &m->params.list[index];
-    char *at = (char *)m->values + (size_t)p->offset * dtype_bytes(m->dtypes.compute);
-    return tensor_of(at, m->dtypes.compute, p->shape[0], p->shape[1], p->shape[2], 0, 0);
+    tensor flat = flat_range(m->values, m->dtypes.compute, p->offset, p->count);
+    return tensor_of(flat.data, flat.dtype, p->shape[0], p->shape[1], p->shape[2], 0, 0);
 }
 
 tensor model_gradient(const struct model *m, int index) {
@@ -20,11 +20,11 @@ tensor model_gradient(const struct model *m, int index) {
         return tensor_none();
     const struct param *p = &m->params.list[index];
     int64_t offset = gradient_offset(&m->partition, p->unit, p->offset);
-    char *at = (char *)m->gradients + (size_t)offset * dtype_bytes(m->dtypes.gradient);
-    return tensor_of(at, m->dtypes.gradient, p->shape[0], p->shape[1], p->shape[2], 0, 0);
+    tensor flat = flat_range(m->gradients, m->dtypes.gradient, offset, p->count);
+    return tensor_of(flat.data, flat.dtype, p->shape[0], p->shape[1], p->shape[2], 0, 0);
 }
 
-/* Neighbours in the flat buffer that share a class become one group. */
+/* Consecutive parameters of one class are one group. */
 static int build_groups(struct model *m, double weight_decay, double mix_lr_scale, struct error *e) {
     m->groups = calloc((size_t)m->params.count, sizeof *m->groups);
     if (!m->groups)
@@ -46,9 +46,10 @@ static int build_groups(struct model *m, double weight_decay, double mix_lr_scal
     return 0;
 }
 
-/* Everything but device memory. */
-static int describe(struct model *m, const struct model_config *config, const struct kernels *k,
-                    struct device *dev, const struct model_options *o, int rank, int ranks, struct error *e) {
+/* All of *m that takes no device memory. */
+static int create_host_side(struct model *m, const struct model_config *config, const struct kernels *k,
+                            struct device *dev, const struct model_options *o, int rank, int ranks,
+                            struct error *e) {
     *m = (struct model){.config = *config, .k = k, .dev = dev, .dtypes = k->dtypes(dev), .shape = o->shape};
     m->comm = o->comm ? o->comm : comm_single();
     m->reduce_dtype = o->reduce_dtype == DTYPE_BF16 ? DTYPE_BF16 : m->dtypes.gradient;
@@ -59,14 +60,15 @@ static int describe(struct model *m, const struct model_config *config, const st
         return -1;
     m->layers = calloc((size_t)config->num_hidden_layers, sizeof *m->layers);
     m->specs = calloc((size_t)config->num_hidden_layers, sizeof *m->specs);
-    m->reduced = calloc((size_t)m->partition.bucket_count, sizeof *m->reduced);
-    m->gathered = calloc((size_t)m->partition.bucket_count, sizeof *m->gathered);
-    if (!m->layers || !m->specs || !m->reduced || !m->gathered)
-        return fail_run(e, "out of memory describing %lld layers", (long long)config->num_hidden_layers);
+    m->reduce_events = calloc((size_t)m->partition.bucket_count, sizeof *m->reduce_events);
+    m->gather_events = calloc((size_t)m->partition.bucket_count, sizeof *m->gather_events);
+    if (!m->layers || !m->specs || !m->reduce_events || !m->gather_events)
+        return fail_run(e, "out of memory for the descriptions of %lld layers",
+                        (long long)config->num_hidden_layers);
     return 0;
 }
 
-static int measure(struct model *m, struct memory_plan *plan, struct error *e) {
+static int plan_memory(struct model *m, struct memory_plan *plan, struct error *e) {
     size_t master = dtype_bytes(m->dtypes.master);
     *plan = (struct memory_plan){.parameters = (size_t)m->params.elements * dtype_bytes(m->dtypes.compute)};
     if (m->shape.training) {
@@ -74,18 +76,17 @@ static int measure(struct model *m, struct memory_plan *plan, struct error *e) {
         plan->optimizer =
             (size_t)m->partition.moment_elements * master * (m->dtypes.master == m->dtypes.compute ? 2 : 3);
     }
-    if (buffers_measure(m, &plan->activations, e) != 0)
+    if (buffers_plan(m, &plan->activations, e) != 0)
         return -1;
     plan->workspace = m->workspace_bytes;
     if (m->shape.training && m->partition.ranks > 1)
         plan->messages = m->k->staging_bytes(m->dev, m->partition.bucket_elements, m->partition.ranks,
                                              m->dtypes.gradient, m->reduce_dtype);
-    plan->saving =
+    plan->snapshot =
         (size_t)(m->params.num_params + 2 * m->params.num_params / m->partition.ranks) * sizeof(float);
     return 0;
 }
 
-/* Without `saving`, which a run can do without. */
 size_t memory_total(const struct memory_plan *p) {
     return p->parameters + p->gradients + p->optimizer + p->activations + p->workspace + p->messages;
 }
@@ -95,14 +96,14 @@ int model_memory(const struct model_config *config, const struct kernels *k, str
                  struct memory_plan *plan, struct error *e) {
     struct model m;
     struct model_options options = {.shape = *shape, .zero_stage = zero_stage, .reduce_dtype = reduce};
-    int status = describe(&m, config, k, dev, &options, 0, ranks, e);
+    int status = create_host_side(&m, config, k, dev, &options, 0, ranks, e);
     if (status == 0)
-        status = measure(&m, plan, e);
+        status = plan_memory(&m, plan, e);
     model_free(&m);
     return status;
 }
 
-/* What to change when it does not fit: less at once helps only where the model itself fits. */
+/* What to change when it does not fit. A smaller micro_batch helps only where the model itself fits. */
 static const char *memory_advice(const struct model *m, const struct memory_plan *p, size_t have) {
     if (p->parameters + p->gradients + p->optimizer + p->workspace > have)
         return m->shape.training
@@ -116,9 +117,7 @@ static const char *memory_advice(const struct model *m, const struct memory_plan
 
 static int check_memory(struct model *m, const struct memory_plan *p, struct error *e) {
     size_t need = memory_total(p), have = m->k->memory_available(m->dev);
-    if (have == 0)
-        return 0;
-    if (need <= have)
+    if (have == 0 || need <= have) /* 0: not known */
         return 0;
     return fail_user(
         e,
@@ -133,7 +132,6 @@ static int check_memory(struct model *m, const struct memory_plan *p, struct err
 
 static int allocate(struct model *m, const struct memory_plan *p, struct error *e) {
     const struct kernels *k = m->k;
-    bool apart = m->dtypes.master != m->dtypes.compute;
     size_t moment = (size_t)m->partition.moment_elements * dtype_bytes(m->dtypes.master);
     if (!(m->values = k->alloc(m->dev, p->parameters, e)) ||
         !(m->state = k->alloc(m->dev, sizeof *m->state, e)) ||
@@ -146,7 +144,7 @@ static int allocate(struct model *m, const struct memory_plan *p, struct error *
     if (!(m->gradients = k->alloc(m->dev, p->gradients, e)) ||
         !(m->moments = k->alloc(m->dev, p->optimizer, e)))
         return -1;
-    if (apart)
+    if (m->dtypes.master != m->dtypes.compute)
         m->master_weights = (char *)m->moments + 2 * moment;
     if (m->comm->ranks > 1 && m->comm->ops->reserve(m->comm, m->partition.bucket_elements, m->dtypes.gradient,
                                                     m->reduce_dtype, e) != 0)
@@ -157,12 +155,13 @@ static int allocate(struct model *m, const struct memory_plan *p, struct error *
 int model_create(struct model *m, const struct model_config *config, const struct kernels *k,
                  struct device *dev, const struct model_options *options, struct error *e) {
     struct comm *comm = options->comm ? options->comm : comm_single();
-    if (describe(m, config, k, dev, options, comm->rank, comm->ranks, e) != 0 ||
-        measure(m, &m->plan, e) != 0 || check_memory(m, &m->plan, e) != 0 || allocate(m, &m->plan, e) != 0) {
+    if (create_host_side(m, config, k, dev, options, comm->rank, comm->ranks, e) != 0 ||
+        plan_memory(m, &m->plan, e) != 0 || check_memory(m, &m->plan, e) != 0 ||
+        allocate(m, &m->plan, e) != 0) {
         model_free(m);
         return -1;
     }
-    buffers_place(m, m->activations);
+    buffers_assign(m, m->activations);
     k->set_workspace(dev, m->workspace, m->workspace_bytes);
     if (m->rope.data)
         k->rope_table(dev, m->rope, config->rope_theta);
@@ -172,15 +171,15 @@ int model_create(struct model *m, const struct model_config *config, const struc
 void model_free(struct model *m) {
     if (!m->k)
         return;
-    if (m->gathered)
+    if (m->gather_events)
         model_await_params(m);
     void *blocks[] = {m->values, m->gradients, m->moments, m->state, m->activations, m->workspace};
     for (size_t i = 0; i < sizeof blocks / sizeof *blocks; i++)
         m->k->release(m->dev, blocks[i]);
     params_free(&m->params);
     partition_free(&m->partition);
-    free(m->reduced);
-    free(m->gathered);
+    free(m->reduce_events);
+    free(m->gather_events);
     free(m->groups);
     free(m->layers);
     free(m->specs);

@@ -1,13 +1,24 @@
-/* Where gradients meet: a training pass whose gradients travel to their owners while backward still runs, and
+/* Data-parallel training: a pass whose gradients are reduced bucket by bucket while backward still runs, and
  * the update of what this rank owns.
  *
- * With accumulation, stages 0 and 1 sum over ranks once a step, in the last pass. Stage 2 has room for two
- * units' whole gradients only, so it sums in every pass, into this rank's shard: `passes` times the traffic
- * for 1/W of the memory. */
+ * With gradient accumulation, stages 0 and 1 reduce once a step, in the last pass. Stage 2 has memory for the
+ * unsharded gradients of two units only, so it reduces in every pass and accumulates in this rank's shards:
+ * `passes` times the traffic for 1/W of the memory. */
 #include <math.h>
-#include <stdlib.h>
 
 #include "model/model.h"
+
+static tensor gradients(const struct model *m, int64_t offset, int64_t count) {
+    return flat_range(m->gradients, m->dtypes.gradient, offset, count);
+}
+
+/* This rank's shard of a bucket's gradients, reduced: in place, or among the shards of stage 2. */
+static tensor gradient_shard(const struct model *m, int bucket) {
+    const struct partition *p = &m->partition;
+    const struct shard *s = &p->shards[bucket];
+    int64_t offset = p->zero_stage == 2 ? p->gradient_shard_offset + s->local_offset : s->begin;
+    return gradients(m, offset, s->end - s->begin);
+}
 
 /* ---- a pass ---- */
 
@@ -15,53 +26,43 @@ struct pass {
     struct model *m;
     double scale;
     bool first;  /* of the step: gradients are written, not added to */
-    bool reduce; /* this pass's gradients are summed over ranks */
+    bool reduce; /* this pass's gradients are reduced over ranks */
 };
 
-static tensor gradient_of(const struct model *m, int64_t offset, int64_t count) {
-    return flat_range(m->gradients, m->dtypes.gradient, offset, count);
-}
-
-/* A rank's share of a bucket, reduced: in the whole buffer, or in stage 2's shard. */
-static tensor reduced_share(const struct model *m, int bucket) {
-    const struct partition *p = &m->partition;
-    const struct share *s = &p->own[bucket];
-    int64_t at = p->zero_stage == 2 ? p->gradient_shard_at + s->shard : s->begin;
-    return gradient_of(m, at, s->end - s->begin);
-}
-
-static void reduce_unit(struct pass *pass, int unit) {
+static void reduce_scatter_unit(const struct pass *pass, int unit) {
     struct model *m = pass->m;
     const struct partition *p = &m->partition;
-    bool accumulate = p->zero_stage == 2 && !pass->first; /* the shard holds the passes before */
+    bool accumulate = p->zero_stage == 2 && !pass->first; /* onto the passes before */
     for (int b = p->first_bucket[unit]; b < p->first_bucket[unit + 1]; b++) {
         const struct bucket *bucket = &p->buckets[b];
-        tensor whole = gradient_of(m, gradient_offset(p, unit, bucket->begin), bucket->end - bucket->begin);
-        m->reduced[b] = m->comm->ops->reduce_scatter(m->comm, whole, reduced_share(m, b), accumulate);
+        tensor whole = gradients(m, gradient_offset(p, unit, bucket->begin), bucket->end - bucket->begin);
+        m->reduce_events[b] = m->comm->ops->reduce_scatter(m->comm, whole, gradient_shard(m, b), accumulate);
     }
 }
 
 static void await_reduced(struct model *m, int unit) {
-    for (int b = m->partition.first_bucket[unit]; b < m->partition.first_bucket[unit + 1]; b++)
-        model_await(m, &m->reduced[b]);
+    const struct partition *p = &m->partition;
+    for (int b = p->first_bucket[unit]; b < p->first_bucket[unit + 1]; b++)
+        model_await(m, &m->reduce_events[b]);
 }
 
-/* What a unit of another layout left in the gaps between tensors would be summed with the rest. */
+/* The gaps between tensors are reduced too, and hold what a unit of another layout has left there. */
 static void clear_unit(struct model *m, int unit) {
     const struct partition *p = &m->partition;
     int64_t count = p->unit_offset[unit + 1] - p->unit_offset[unit];
-    m->k->zero(m->dev, gradient_of(m, p->unit_gradient_offset[unit], count).data,
-               (size_t)count * dtype_bytes(m->dtypes.gradient));
+    tensor g = gradients(m, p->unit_gradient_offset[unit], count);
+    m->k->zero(m->dev, g.data, (size_t)count * dtype_bytes(g.dtype));
 }
 
-/* Called as backward finishes a unit. In stage 2 the unit before this one used the memory that the next will
- * use. With the last unit the pass has ended: its sums belong to it, since it may be kept as a graph. */
+/* Called when backward has finished a unit: start reducing it. In stage 2, unit + 1 is in the memory that
+ * unit - 1, the next, is about to use. The pass ends with unit 0 and waits for all that it reduces, since a
+ * pass may be kept as a graph. */
 static void unit_ready(void *context, int unit) {
-    struct pass *pass = context;
+    const struct pass *pass = context;
     struct model *m = pass->m;
     const struct partition *p = &m->partition;
     if (pass->reduce)
-        reduce_unit(pass, unit);
+        reduce_scatter_unit(pass, unit);
     if (p->zero_stage == 2 && unit > 1) {
         if (unit + 1 < p->unit_count)
             await_reduced(m, unit + 1);
@@ -89,11 +90,11 @@ static void backward(struct pass *pass) {
 
 enum { GRAPH_FORWARD, GRAPH_BACKWARD /* and three more: not the first pass, reducing, both */ };
 
-/* As a graph, if it may be one: all that it waits for is queued, and by itself. */
-static void queue(struct pass *pass, void (*operations)(struct pass *), int graph, bool kept) {
+/* Queue the operations, as a graph where they can be one: then they wait for nothing but the queue. */
+static void queue(struct pass *pass, void (*operations)(struct pass *), int graph, bool can_be_graph) {
     const struct kernels *k = pass->m->k;
     struct device *dev = pass->m->dev;
-    if (!kept) {
+    if (!can_be_graph) {
         operations(pass);
         return;
     }
@@ -111,68 +112,66 @@ void model_train_pass(struct model *m, const int32_t *tokens, const int32_t *tar
     bool reduce = p->ranks > 1 && (p->zero_stage == 2 || pass + 1 == passes);
     struct pass context = {.m = m, .scale = scale, .first = pass == 0, .reduce = reduce};
     model_upload(m, tokens, targets);
-    queue(&context, forward, GRAPH_FORWARD, !m->gathering);
+    queue(&context, forward, GRAPH_FORWARD, !m->gather_pending);
     queue(&context, backward, GRAPH_BACKWARD + (pass > 0) + 2 * reduce, !reduce || m->comm->ops->queued);
 }
 
 /* ---- the update ---- */
 
-/* The squares of this rank's shares, then of all, with the loss: every rank decides alike. */
-static void decide(struct model *m, const struct update_hyper *h) {
+/* Squares of this rank's gradients, summed over ranks together with the loss, so that every rank comes to the
+ * same norm, clip factor and decision to skip. */
+static void reduce_norm_and_loss(struct model *m, const struct update_hyper *h) {
     const struct partition *p = &m->partition;
     for (int b = 0; b < p->bucket_count && p->ranks > 1; b++)
-        m->k->sumsq(m->dev, reduced_share(m, b), m->state);
+        m->k->sumsq(m->dev, gradient_shard(m, b), m->state);
     if (p->ranks == 1)
-        m->k->sumsq(m->dev, gradient_of(m, 0, m->params.elements), m->state);
-    m->comm->ops->all_reduce(m->comm, &m->state->loss, 2); /* and sumsq, its neighbour */
+        m->k->sumsq(m->dev, gradients(m, 0, m->params.elements), m->state);
+    m->comm->ops->all_reduce(m->comm, &m->state->loss, 2); /* and sumsq, the next field */
     m->k->step_decide(m->dev, m->state, h->grad_clip, h->skip_zscore);
 }
 
-static tensor master_range(const struct model *m, void *base, int64_t offset, int64_t count) {
-    return flat_range(base, m->dtypes.master, offset, count);
-}
-
-static void update_share(struct model *m, const struct share *s, tensor g, const struct update_hyper *h) {
-    int64_t n = s->end - s->begin;
-    tensor values = flat_range(m->values, m->dtypes.compute, s->begin, n);
-    bool apart = m->master_weights != m->values;
+/* AdamW on one shard, whose reduced gradients are g. */
+static void update_shard(struct model *m, const struct shard *s, tensor g, const struct update_hyper *h) {
+    int64_t n = s->end - s->begin, second = m->partition.moment_elements;
+    enum dtype master = m->dtypes.master;
     struct adamw_hyper hyper = {h->beta1, h->beta2, h->eps};
-    m->k->adamw(m->dev, &hyper, s->groups, s->group_count, s->begin,
-                apart ? master_range(m, m->master_weights, s->shard, n) : values,
-                apart ? values : tensor_none(), g, master_range(m, m->moments, s->shard, n),
-                master_range(m, m->moments, m->partition.moment_elements + s->shard, n), m->state);
+    tensor weights = flat_range(m->values, m->dtypes.compute, s->begin, n), rounded = tensor_none();
+    if (m->master_weights != m->values) {
+        rounded = weights;
+        weights = flat_range(m->master_weights, master, s->local_offset, n);
+    }
+    m->k->adamw(m->dev, &hyper, s->groups, s->group_count, s->begin, weights, rounded, g,
+                flat_range(m->moments, master, s->local_offset, n),
+                flat_range(m->moments, master, second + s->local_offset, n), m->state);
 }
 
-static tensor bucket_values(const struct model *m, int bucket) {
-    const struct bucket *b = &m->partition.buckets[bucket];
-    return flat_range(m->values, m->dtypes.compute, b->begin, b->end - b->begin);
-}
-
-/* Stage 0: everyone gets all gradients and updates everything. */
+/* Stage 0: every rank gathers all gradients and updates everything. */
 static void update_replicas(struct model *m, const struct update_hyper *h) {
     const struct partition *p = &m->partition;
     for (int b = 0; b < p->bucket_count && p->ranks > 1; b++)
-        m->reduced[b] = m->comm->ops->all_gather(
-            m->comm, gradient_of(m, p->buckets[b].begin, p->buckets[b].end - p->buckets[b].begin));
+        m->reduce_events[b] = m->comm->ops->all_gather(
+            m->comm, gradients(m, p->buckets[b].begin, p->buckets[b].end - p->buckets[b].begin));
     for (int b = 0; b < p->bucket_count; b++)
-        model_await(m, &m->reduced[b]);
-    update_share(m, p->updated, gradient_of(m, 0, m->params.elements), h);
+        model_await(m, &m->reduce_events[b]);
+    update_shard(m, p->updates, gradients(m, 0, m->params.elements), h);
 }
 
-/* Stages 1 and 2: each bucket's new parameters travel while the next is updated, and until the next forward
- * pass comes to them, in this order. */
+/* Stages 1 and 2: a bucket's new parameters are gathered while the next bucket is updated, and further until
+ * the next forward pass needs them, which is in the order of the buckets. */
 static void update_shards(struct model *m, const struct update_hyper *h) {
     const struct partition *p = &m->partition;
     for (int b = 0; b < p->bucket_count; b++) {
-        update_share(m, &p->own[b], reduced_share(m, b), h);
-        m->gathered[b] = m->comm->ops->all_gather(m->comm, bucket_values(m, b));
+        const struct bucket *bucket = &p->buckets[b];
+        update_shard(m, &p->shards[b], gradient_shard(m, b), h);
+        m->gather_events[b] = m->comm->ops->all_gather(
+            m->comm, flat_range(m->values, m->dtypes.compute, bucket->begin, bucket->end - bucket->begin));
     }
-    m->gathering = p->ranks > 1;
+    m->gather_pending = p->ranks > 1;
 }
 
 void model_update(struct model *m, const struct update_hyper *h) {
     m->k->range_begin(m->dev, "update", -1);
-    decide(m, h);
+    reduce_norm_and_loss(m, h);
     if (m->partition.zero_stage == 0)
         update_replicas(m, h);
     else
@@ -180,20 +179,20 @@ void model_update(struct model *m, const struct update_hyper *h) {
     m->k->range_end(m->dev);
 }
 
-/* ---- what went wrong ---- */
+/* ---- which gradient was bad ---- */
 
-/* Sum of squares of one tensor's gradient, over the ranks that own parts of it. */
+/* Sum of squares of one tensor's gradient, over all ranks. Leaves the step state as it was. */
 static double tensor_sumsq(struct model *m, const struct param *t) {
     const struct partition *p = &m->partition;
     struct step_state before, state = {0};
     m->k->step_read(m->dev, m->state, &before);
     m->k->step_write(m->dev, m->state, &state);
     for (int b = 0; b < p->bucket_count; b++) {
-        tensor share = reduced_share(m, b);
-        int64_t begin = p->own[b].begin > t->offset ? p->own[b].begin : t->offset;
-        int64_t end = p->own[b].end < t->offset + t->count ? p->own[b].end : t->offset + t->count;
-        if (begin < end)
-            m->k->sumsq(m->dev, tensor_rows(share, begin - p->own[b].begin, end - begin), m->state);
+        const struct shard *s = &p->shards[b];
+        struct element_range in = param_overlap(t, s->begin, s->end);
+        if (in.begin < in.end)
+            m->k->sumsq(m->dev, tensor_rows(gradient_shard(m, b), in.begin - s->begin, in.end - in.begin),
+                        m->state);
     }
     m->comm->ops->all_reduce(m->comm, &m->state->sumsq, 1);
     m->k->step_read(m->dev, m->state, &state);
@@ -203,14 +202,14 @@ static double tensor_sumsq(struct model *m, const struct param *t) {
 
 int model_worst_gradient(struct model *m, bool *finite) {
     int worst = 0;
-    double most = -1;
+    double largest = -1;
     *finite = false;
     for (int i = m->params.count - 1; i >= 0; i--) {
         double sum = tensor_sumsq(m, &m->params.list[i]);
         if (!isfinite(sum))
-            return i; /* nearest to the loss, where backward met it first */
-        if (sum > most) {
-            most = sum;
+            return i; /* the nearest to the loss, so the first in backward */
+        if (sum > largest) {
+            largest = sum;
             worst = i;
         }
     }

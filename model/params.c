@@ -5,7 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { ALIGN_ELEMENTS = 64 }; /* tensors start on 256 bytes of fp32: every vector and cache-line width */
+enum { ALIGN_ELEMENTS = 64 }; /* 256 bytes of fp32: enough for every vector and cache-line width */
 
 struct builder {
     struct params *p;
@@ -129,9 +129,14 @@ void params_free(struct params *p) {
     *p = (struct params){0};
 }
 
+struct element_range param_overlap(const struct param *t, int64_t begin, int64_t end) {
+    int64_t t_end = t->offset + t->count;
+    return (struct element_range){begin > t->offset ? begin : t->offset, end < t_end ? end : t_end};
+}
+
 /* ---- initial values ---- */
 
-/* splitmix64's finalizer: a counter in, 64 well-mixed bits out. */
+/* splitmix64's finalizer: a hash of x. */
 static uint64_t mix64(uint64_t x) {
     x += 0x9e3779b97f4a7c15u;
     x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -139,7 +144,7 @@ static uint64_t mix64(uint64_t x) {
     return x ^ (x >> 31);
 }
 
-/* A standard normal number from (key, index), by Box and Muller. */
+/* A standard normal number from (key, index), by the Box-Muller transform. */
 static double normal(uint64_t key, uint64_t index) {
     uint64_t bits = mix64(key + mix64(index));
     double u = ((double)(bits >> 32) + 0.5) / 4294967296.0, v = (double)(bits & 0xffffffffu) / 4294967296.0;
@@ -158,9 +163,9 @@ static void initial_collapse(const struct param *t, enum init_collapse how, floa
     for (int64_t h = 0; h < H; h++)
         for (int64_t p = 0; p < P; p++)
             for (int64_t g = 0; g < G; g++) {
-                bool own = t->ndim == 2 || g == h;
+                bool same_head = t->ndim == 2 || g == h;
                 float weight = how == COLLAPSE_MEAN ? 1.0f / (float)P : p == P - 1;
-                values[(h * P + p) * G + g] = own ? weight : 0;
+                values[(h * P + p) * G + g] = same_head ? weight : 0;
             }
 }
 
@@ -190,9 +195,10 @@ void params_initial(const struct param *t, const struct model_config *m, uint64_
 }
 
 void param_shape_text(const struct param *t, char *out, size_t bytes) {
-    size_t at = 0;
-    for (int i = 0; i < t->ndim && at < bytes; i++)
-        at += (size_t)snprintf(out + at, bytes - at, "%s%lld", i ? ", " : "[", (long long)t->shape[i]);
-    if (at < bytes)
-        snprintf(out + at, bytes - at, "]");
+    size_t length = 0;
+    for (int i = 0; i < t->ndim && length < bytes; i++)
+        length +=
+            (size_t)snprintf(out + length, bytes - length, "%s%lld", i ? ", " : "[", (long long)t->shape[i]);
+    if (length < bytes)
+        snprintf(out + length, bytes - length, "]");
 }

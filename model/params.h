@@ -1,8 +1,7 @@
-/* The parameters of a model: every tensor's name, shape, place in the flat buffer, and how it starts and
- * decays.
+/* The parameters of a model: every tensor's name, shape, offset in the flat buffer, initial values and class.
  *
- * One flat buffer holds all of them, layer by layer; gradients, master_weights and moments have buffers of the same
- * layout, so a range of elements means the same everywhere. Names and shapes are those of a checkpoint. */
+ * One flat buffer holds all of them, layer by layer; gradients, master weights and moments are laid out in the
+ * same way, or in shards of it (partition.h). Names and shapes are those of a checkpoint. */
 #ifndef IHA_MODEL_PARAMS_H
 #define IHA_MODEL_PARAMS_H
 
@@ -10,9 +9,9 @@
 #include "model/config/config.h"
 
 enum param_class {
-    PARAM_MATRIX, /* decays */
-    PARAM_VECTOR, /* norms and biases: no decay */
-    PARAM_MIX,    /* alpha and collapse: no decay, and their own factor on the learning rate */
+    PARAM_MATRIX, /* weight decay */
+    PARAM_VECTOR, /* norms and biases: no weight decay */
+    PARAM_MIX,    /* alpha and collapse: no weight decay, and the learning rate is times mix_lr_scale */
 };
 
 enum param_init {
@@ -20,8 +19,8 @@ enum param_init {
     INIT_NORMAL_OUTPUT, /* the same over sqrt(2L): projections that write to the residual stream */
     INIT_ONES,
     INIT_ZEROS,
-    INIT_ALPHA,    /* per pseudo-head the identity, optionally with noise */
-    INIT_COLLAPSE, /* select the last pseudo-head, or average them */
+    INIT_ALPHA,    /* the identity for each pseudo-head, optionally with noise */
+    INIT_COLLAPSE, /* selects the last pseudo-head, or averages them */
 };
 
 struct param {
@@ -29,8 +28,8 @@ struct param {
     int ndim;
     int64_t shape[3];
     int64_t offset, count; /* elements of the flat buffer */
-    int64_t packed_offset; /* the same without padding: parameters before this one */
-    int layer;             /* -1: not of a layer */
+    int64_t packed_offset; /* offset without padding: how many parameters come before */
+    int layer;             /* -1: of none */
     int unit;              /* see struct params */
     enum param_class class;
     enum param_init init;
@@ -46,7 +45,7 @@ struct params {
     struct param *list;
     int count;
     int64_t elements;   /* of the flat buffer, with the padding that aligns tensors */
-    int64_t num_params; /* parameters proper */
+    int64_t num_params; /* without the padding */
     /* Units, in the order of the buffer: 0 the embeddings, 1 + l layer l, and last the head (final norm, and
      * lm_head when untied). Backward finishes one after the other, from last to first. */
     int unit_count;       /* L + 2 */
@@ -60,7 +59,13 @@ struct params {
 int params_create(struct params *p, const struct model_config *m, int ranks, struct error *e);
 void params_free(struct params *p);
 
-/* Initial values of one tensor, a function of (seed, name, index) alone: values [count]. */
+/* The part of a parameter in [begin, end) of the flat buffer; none where the result's begin >= end. */
+struct element_range {
+    int64_t begin, end;
+};
+struct element_range param_overlap(const struct param *t, int64_t begin, int64_t end);
+
+/* Initial values of one tensor: values [count]. They depend on seed, name and index alone, not on the layout. */
 void params_initial(const struct param *t, const struct model_config *m, uint64_t seed, float *values);
 
 /* Printable shape, such as "[768, 768]". */

@@ -2,85 +2,98 @@
 
 #include <stdlib.h>
 
-/* Stage 2's gradient buffers: the embeddings' own, since a tied table is written at both ends of backward;
- * two that the other units use in turn; the reduced shard. */
-static void place_gradients(struct partition *p) {
+static int64_t max64(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+
+static int64_t min64(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+/* Stage 2's gradient buffer: the embeddings' memory, which is theirs alone because a tied table gets gradients
+ * at both ends of backward; two slots that the other units use in turn; the reduced shards. */
+static void lay_out_gradients(struct partition *p) {
     int64_t elements = p->unit_offset[p->unit_count], slot[2] = {0, 0};
     for (int u = 0; u < p->unit_count; u++)
         p->unit_gradient_offset[u] = p->unit_offset[u];
     p->gradient_elements = elements;
     if (p->zero_stage < 2)
         return;
-    for (int u = 1; u < p->unit_count; u++) {
-        int64_t length = p->unit_offset[u + 1] - p->unit_offset[u];
-        slot[u % 2] = length > slot[u % 2] ? length : slot[u % 2];
-    }
+    for (int u = 1; u < p->unit_count; u++)
+        slot[u % 2] = max64(slot[u % 2], p->unit_offset[u + 1] - p->unit_offset[u]);
     int64_t embeddings = p->unit_offset[1];
     p->unit_gradient_offset[0] = 0;
     for (int u = 1; u < p->unit_count; u++)
         p->unit_gradient_offset[u] = embeddings + (u % 2 ? slot[0] : 0);
-    p->gradient_shard_at = embeddings + slot[0] + slot[1];
-    p->gradient_elements = p->gradient_shard_at + elements / p->ranks;
+    p->gradient_shard_offset = embeddings + slot[0] + slot[1];
+    p->gradient_elements = p->gradient_shard_offset + elements / p->ranks;
 }
 
-/* The groups within [s->begin, s->end). Shares come in order, so the search goes on where it ended: *from. */
-static int clip_groups(struct share *s, const struct param_group *groups, int count, int *from) {
-    int last;
-    while (*from < count && groups[*from].end <= s->begin)
-        ++*from;
-    for (last = *from; last < count && groups[last].begin < s->end; last++)
-        ;
-    s->groups = malloc((size_t)(last - *from + 1) * sizeof *s->groups);
-    for (int i = *from; s->groups && i < last; i++) {
-        struct param_group g = groups[i];
-        g.begin = (g.begin > s->begin ? g.begin : s->begin) - s->begin;
-        g.end = (g.end < s->end ? g.end : s->end) - s->begin;
-        s->groups[s->group_count++] = g;
-    }
-    return s->groups ? 0 : -1;
-}
-
-static void cut(struct partition *p) {
-    int64_t grain = 64 * p->ranks, most = p->unit_offset[p->unit_count] / MAX_BUCKETS;
-    most = most > BUCKET_ELEMENTS ? most : BUCKET_ELEMENTS;
-    most = most > (int64_t)SHARE_ELEMENTS * p->ranks ? most : (int64_t)SHARE_ELEMENTS * p->ranks;
+/* Every unit in as few buckets of one size as the limit allows. Until p->buckets is allocated, counts only. */
+static void make_buckets(struct partition *p) {
+    int64_t grain = 64 * p->ranks;
+    int64_t limit = max64(BUCKET_ELEMENTS, (int64_t)SHARD_ELEMENTS * p->ranks);
+    limit = max64(limit, p->unit_offset[p->unit_count] / MAX_BUCKETS);
+    p->bucket_count = 0;
     for (int u = 0; u < p->unit_count; u++) {
         int64_t begin = p->unit_offset[u], end = p->unit_offset[u + 1];
+        int64_t parts = (end - begin + limit - 1) / limit;
+        int64_t size = parts ? ((end - begin + parts - 1) / parts + grain - 1) / grain * grain : 0;
         p->first_bucket[u] = p->bucket_count;
-        int64_t parts = (end - begin + most - 1) / most;
-        int64_t each = parts ? ((end - begin + parts - 1) / parts + grain - 1) / grain * grain : 0;
-        for (; begin < end; begin += each) {
-            int64_t stop = begin + each < end ? begin + each : end;
+        for (; begin < end; begin += size) {
+            int64_t bucket_end = min64(begin + size, end);
             if (p->buckets)
-                p->buckets[p->bucket_count] = (struct bucket){begin, stop, u};
+                p->buckets[p->bucket_count] = (struct bucket){begin, bucket_end, u};
             p->bucket_count++;
-            p->bucket_elements = stop - begin > p->bucket_elements ? stop - begin : p->bucket_elements;
+            p->bucket_elements = max64(p->bucket_elements, bucket_end - begin);
         }
     }
     p->first_bucket[p->unit_count] = p->bucket_count;
 }
 
-static int list_shares(struct partition *p, const struct param_group *groups, int group_count) {
-    int from = 0, first = 0;
+/* The groups within [s->begin, s->end), relative to begin. Shards come in order, so the search goes on from
+ * *first, the group where the shard before ended. */
+static int clip_groups(struct shard *s, const struct param_group *groups, int count, int *first) {
+    int last;
+    while (*first < count && groups[*first].end <= s->begin)
+        ++*first;
+    for (last = *first; last < count && groups[last].begin < s->end; last++)
+        ;
+    s->groups = malloc((size_t)(last - *first + 1) * sizeof *s->groups);
+    for (int i = *first; s->groups && i < last; i++) {
+        struct param_group g = groups[i];
+        g.begin = max64(g.begin, s->begin) - s->begin;
+        g.end = min64(g.end, s->end) - s->begin;
+        s->groups[s->group_count++] = g;
+    }
+    return s->groups ? 0 : -1;
+}
+
+static int make_shards(struct partition *p, const struct param_group *groups, int group_count) {
+    int first = 0;
     for (int b = 0; b < p->bucket_count; b++) {
-        int64_t length = (p->buckets[b].end - p->buckets[b].begin) / p->ranks;
-        int64_t begin = p->buckets[b].begin + p->rank * length;
-        int64_t shard = p->zero_stage == 0 ? begin : p->buckets[b].begin / p->ranks;
-        p->own[p->own_count] = (struct share){begin, begin + length, shard, NULL, 0};
-        if (clip_groups(&p->own[p->own_count++], groups, group_count, &from) != 0)
+        int64_t count = (p->buckets[b].end - p->buckets[b].begin) / p->ranks;
+        int64_t begin = p->buckets[b].begin + p->rank * count;
+        int64_t local_offset = p->zero_stage == 0 ? begin : p->buckets[b].begin / p->ranks;
+        p->shards[b] = (struct shard){begin, begin + count, local_offset, NULL, 0};
+        if (clip_groups(&p->shards[b], groups, group_count, &first) != 0)
             return -1;
     }
-    if (p->zero_stage > 0) {
-        p->updated = p->own;
-        p->updated_count = p->own_count;
+    return 0;
+}
+
+static int make_updates(struct partition *p, const struct param_group *groups, int group_count) {
+    int first = 0;
+    p->updates = p->shards;
+    p->update_count = p->bucket_count;
+    if (p->zero_stage > 0)
         return 0;
-    }
-    p->updated = calloc(1, sizeof *p->updated);
-    if (!p->updated)
+    p->updates = calloc(1, sizeof *p->updates);
+    if (!p->updates)
         return -1;
-    p->updated_count = 1;
-    p->updated->end = p->unit_offset[p->unit_count];
-    return clip_groups(p->updated, groups, group_count, &first);
+    p->update_count = 1;
+    p->updates->end = p->unit_offset[p->unit_count];
+    return clip_groups(p->updates, groups, group_count, &first);
 }
 
 int partition_create(struct partition *p, const struct params *params, const struct param_group *groups,
@@ -94,28 +107,27 @@ int partition_create(struct partition *p, const struct params *params, const str
     p->unit_gradient_offset = calloc((size_t)p->unit_count, sizeof *p->unit_gradient_offset);
     if (!p->first_bucket || !p->unit_gradient_offset)
         return fail_run(e, "out of memory dividing the parameters");
-    place_gradients(p);
+    lay_out_gradients(p);
     p->moment_elements = p->zero_stage == 0 ? params->elements : params->elements / ranks;
-    cut(p); /* to count them */
+    make_buckets(p); /* to count them */
     p->buckets = calloc((size_t)p->bucket_count, sizeof *p->buckets);
-    p->own = calloc((size_t)p->bucket_count, sizeof *p->own);
-    if (!p->buckets || !p->own)
+    p->shards = calloc((size_t)p->bucket_count, sizeof *p->shards);
+    if (!p->buckets || !p->shards)
         return fail_run(e, "out of memory dividing the parameters");
-    p->bucket_count = 0;
-    cut(p);
-    if (list_shares(p, groups, group_count) != 0)
+    make_buckets(p);
+    if (make_shards(p, groups, group_count) != 0 || make_updates(p, groups, group_count) != 0)
         return fail_run(e, "out of memory dividing the optimizer's groups");
     return 0;
 }
 
 void partition_free(struct partition *p) {
-    for (int i = 0; p->own && i < p->own_count; i++)
-        free(p->own[i].groups);
-    if (p->updated && p->updated != p->own) {
-        free(p->updated->groups);
-        free(p->updated);
+    for (int b = 0; p->shards && b < p->bucket_count; b++)
+        free(p->shards[b].groups);
+    if (p->updates && p->updates != p->shards) {
+        free(p->updates->groups);
+        free(p->updates);
     }
-    free(p->own);
+    free(p->shards);
     free(p->buckets);
     free(p->first_bucket);
     free(p->unit_gradient_offset);

@@ -4,8 +4,10 @@
 
 #include "kernels/rounding.h"
 
+/* offset: elements of the whole flat buffer, or of this rank's shards where master weights are sharded. */
 static tensor master_weights(const struct model *m, int64_t offset, int64_t count) {
-    return flat_range(m->master_weights, m->dtypes.master, offset, count);
+    enum dtype dtype = m->master_weights == m->values ? m->dtypes.compute : m->dtypes.master;
+    return flat_range(m->master_weights, dtype, offset, count);
 }
 
 /* ---- in ---- */
@@ -26,13 +28,12 @@ int model_initialize(struct model *m, uint64_t seed, struct error *e) {
 /* The part of a parameter's master weights that this rank holds. */
 static void upload_master_weights(struct model *m, int index, const float *values) {
     const struct param *p = &m->params.list[index];
-    for (int i = 0; i < m->partition.updated_count; i++) {
-        const struct share *s = &m->partition.updated[i];
-        int64_t begin = s->begin > p->offset ? s->begin : p->offset;
-        int64_t end = s->end < p->offset + p->count ? s->end : p->offset + p->count;
-        if (begin < end)
-            m->k->upload(m->dev, master_weights(m, s->shard + begin - s->begin, end - begin),
-                         values + (begin - p->offset), DTYPE_F32);
+    for (int i = 0; i < m->partition.update_count; i++) {
+        const struct shard *s = &m->partition.updates[i];
+        struct element_range in = param_overlap(p, s->begin, s->end);
+        if (in.begin < in.end)
+            m->k->upload(m->dev, master_weights(m, s->local_offset + in.begin - s->begin, in.end - in.begin),
+                         values + (in.begin - p->offset), DTYPE_F32);
     }
 }
 
@@ -76,11 +77,10 @@ void model_get_param(const struct model *m, int index, float *values) {
 static void download_packed(struct model *m, tensor range, int64_t begin, int64_t end, float *values) {
     for (int i = 0; i < m->params.count; i++) {
         const struct param *t = &m->params.list[i];
-        int64_t from = begin > t->offset ? begin : t->offset;
-        int64_t to = end < t->offset + t->count ? end : t->offset + t->count;
-        if (from < to)
-            m->k->download(m->dev, tensor_rows(range, from - begin, to - from),
-                           values + t->packed_offset + from - t->offset, DTYPE_F32);
+        struct element_range in = param_overlap(t, begin, end);
+        if (in.begin < in.end)
+            m->k->download(m->dev, tensor_rows(range, in.begin - begin, in.end - in.begin),
+                           values + t->packed_offset + in.begin - t->offset, DTYPE_F32);
     }
 }
 
@@ -91,11 +91,12 @@ static void gather_master_weights(struct model *m, float *values) {
         abort();
     for (int b = 0; b < p->bucket_count; b++) {
         const struct bucket *bucket = &p->buckets[b];
-        const struct share *own = &p->own[b];
-        int64_t count = own->end - own->begin, offset = gradient_offset(p, bucket->unit, bucket->begin);
+        const struct shard *s = &p->shards[b];
+        int64_t offset = gradient_offset(p, bucket->unit, bucket->begin), count = s->end - s->begin;
         tensor whole = flat_range(m->gradients, m->dtypes.gradient, offset, bucket->end - bucket->begin);
-        m->k->copy(m->dev, tensor_rows(whole, own->begin - bucket->begin, count).data,
-                   master_weights(m, own->shard, count).data, (size_t)count * dtype_bytes(m->dtypes.master));
+        tensor own = tensor_rows(whole, s->begin - bucket->begin, count);
+        m->k->copy(m->dev, own.data, master_weights(m, s->local_offset, count).data,
+                   (size_t)count * dtype_bytes(m->dtypes.master));
         comm_event gathered = m->comm->ops->all_gather(m->comm, whole);
         model_await(m, &gathered);
         if (values)

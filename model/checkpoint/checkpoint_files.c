@@ -110,23 +110,23 @@ static int64_t min64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-/* Of `shares`: those a rank owns and writes, or all that it updates and so must read (in stage 0,
+/* What `shards` holds: those that a rank owns and writes, or all that it updates and so must read (in stage 0,
  * everything). A malloc'd list, in the order of the flat buffer, and its length; -1 when out of memory. */
-static int list_owned(const struct model *m, const struct share *shares, int share_count,
+static int list_owned(const struct model *m, const struct shard *shards, int shard_count,
                       struct owned **list) {
     int count = 0, tensor = 0;
-    *list = malloc(((size_t)share_count + (size_t)m->params.count) * sizeof **list);
+    *list = malloc(((size_t)shard_count + (size_t)m->params.count) * sizeof **list);
     if (!*list)
         return -1;
-    for (int s = 0; s < share_count; s++)
-        for (const struct share *own = &shares[s]; tensor < m->params.count; tensor++) {
+    for (int s = 0; s < shard_count; s++)
+        for (const struct shard *own = &shards[s]; tensor < m->params.count; tensor++) {
             const struct param *t = &m->params.list[tensor];
             int64_t begin = max64(own->begin, t->offset), end = min64(own->end, t->offset + t->count);
             if (begin < end)
                 (*list)[count++] = (struct owned){t->packed_offset + begin - t->offset, end - begin,
-                                                  own->shard + begin - own->begin};
+                                                  own->local_offset + begin - own->begin};
             if (t->offset + t->count > own->end)
-                break; /* the rest of it is in a later share, or another rank's */
+                break; /* the rest of it is in a later shard, or another rank's */
         }
     return count;
 }
@@ -181,7 +181,7 @@ static int64_t owned_total(const struct owned *list, int count) {
 int64_t optimizer_elements(const struct model *m) {
     const struct partition *p = &m->partition;
     struct owned *list;
-    int count = list_owned(m, p->own, p->own_count, &list);
+    int count = list_owned(m, p->shards, p->bucket_count, &list);
     int64_t total = count < 0 ? -1 : owned_total(list, count);
     free(list);
     return total;
@@ -189,7 +189,7 @@ int64_t optimizer_elements(const struct model *m) {
 
 int optimizer_copy(struct model *m, float *moments, struct error *e) {
     struct owned *list;
-    int count = list_owned(m, m->partition.own, m->partition.own_count, &list);
+    int count = list_owned(m, m->partition.shards, m->partition.bucket_count, &list);
     struct moments_copy copy = {m, moments, NULL};
     int status = count < 0 ? fail_run(e, "out of memory saving the optimizer")
                            : visit_moments(m, list, count, copy_piece, &copy, e);
@@ -219,7 +219,8 @@ static int write_moments(struct safetensors_writer *w, const struct checkpoint_s
 
 int optimizer_write(const char *path, const struct checkpoint_source *from, struct error *e) {
     struct owned *list;
-    int count = list_owned(from->model, from->model->partition.own, from->model->partition.own_count, &list);
+    int count =
+        list_owned(from->model, from->model->partition.shards, from->model->partition.bucket_count, &list);
     if (count < 0)
         return fail_run(e, "out of memory saving %s", path);
     int64_t total = owned_total(list, count);
@@ -378,7 +379,7 @@ int optimizer_read(const char *dir, struct model *m, struct error *e) {
     struct owned *list = NULL;
     int status = open_optimizer(&o, dir, m->params.num_params, e);
     if (status == 0) {
-        int count = list_owned(m, m->partition.updated, m->partition.updated_count, &list);
+        int count = list_owned(m, m->partition.updates, m->partition.update_count, &list);
         status = count < 0 ? fail_run(e, "out of memory reading %s", dir) : 0;
         if (status == 0)
             upload_moments(m, &o, list, count);

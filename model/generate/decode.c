@@ -102,7 +102,7 @@ static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) 
                             {.kind = OP_DECODE, .attention = s.attention},
                             {.kind = OP_QKV_MIX, .qkv_mix = s.qkv_mix},
                             {.kind = OP_COLLAPSE, .collapse = s.collapse}};
-    /* The last two only where the layer runs them. */
+    /* qkv_mix and collapse, the last two, only where the layer runs them. */
     int count = (int)(sizeof ops / sizeof *ops) - (s.iha ? 0 : s.mixes ? 1 : 2);
     for (int i = 0; i < count; i++)
         if (plan_op(d, ops[i], NULL, e) != 0)

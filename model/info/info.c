@@ -74,7 +74,7 @@ static void print_schedule(FILE *out, const struct model_config *m, int64_t seq_
         while (last + 1 < m->num_hidden_layers && m->layer_types[last + 1] == type)
             last++;
         double pairs = attention_pairs(m, type, seq_len),
-               paper = attention_pairs_as_charged(m, type, seq_len);
+               paper = attention_pairs_in_paper(m, type, seq_len);
         char range[32], window[48] = "-";
         snprintf(range, sizeof range, first == last ? "%d" : "%d-%d", first, last);
         if (layer_is_local(type))
@@ -123,7 +123,7 @@ void info_print_memory(FILE *out, const struct config *c, enum dtype compute, co
     for (size_t i = 0; i < count; i++)
         fprintf(out, "  %-12s %12s\n", rows[i].name, human_bytes(rows[i].bytes, text));
     fprintf(out, "  and %s to save while training goes on, where there is room\n",
-            human_bytes(p->saving, text));
+            human_bytes(p->snapshot, text));
 }
 
 /* What sharing leaves to each rank, stage by stage. */

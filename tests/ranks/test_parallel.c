@@ -51,10 +51,10 @@ static int64_t dirty_padding(const struct model *m) {
     int64_t dirty = 0;
     for (int i = 0; i < m->params.count; i++)
         memset(used + m->params.list[i].offset, 1, (size_t)m->params.list[i].count);
-    for (int s = 0; s < m->partition.own_count; s++) {
-        const struct share *own = &m->partition.own[s];
-        for (int64_t i = own->begin; i < own->end; i++)
-            dirty += !used[i] && ((const float *)m->moments)[own->shard + i - own->begin] != 0;
+    for (int b = 0; b < m->partition.bucket_count; b++) {
+        const struct shard *s = &m->partition.shards[b];
+        for (int64_t i = s->begin; i < s->end; i++)
+            dirty += !used[i] && ((const float *)m->moments)[s->local_offset + i - s->begin] != 0;
     }
     free(used);
     return dirty;

@@ -640,7 +640,7 @@ static void memory_is_what_the_model_plans(void **state) {
         assert_int_equal(paper.optimizer, cpu.optimizer);
         /* A GPU sums one share at a time; the CPU keeps three whole buckets in flight. */
         assert_int_equal(3 * 4 * paper.messages, cpu.messages);
-        assert_int_equal(paper.saving, cpu.saving);
+        assert_int_equal(paper.snapshot, cpu.snapshot);
     }
 }
 

@@ -297,8 +297,8 @@ static void flops_of_iha(void **state) {
     check_flops(&c, matmul, 12 * 8 * (2 + 2 + 4 + 3 + 4 + 3 + 4 + 3) / 4.0, per_head);
     c.layer_types[0] = LAYER_IHA_GLOBAL;
     check_flops(&c, matmul, 12 * 8 * (2 * (2 + 4 + 6 + 8)) / 4.0, per_head);
-    assert_true(attention_pairs_as_charged(&c, LAYER_IHA_LOCAL, 4) == 8 * 3);
-    assert_true(attention_pairs_as_charged(&c, LAYER_IHA_GLOBAL, 4) == 8 * 8);
+    assert_true(attention_pairs_in_paper(&c, LAYER_IHA_LOCAL, 4) == 8 * 3);
+    assert_true(attention_pairs_in_paper(&c, LAYER_IHA_GLOBAL, 4) == 8 * 8);
 }
 
 /* ---- memory ---- */

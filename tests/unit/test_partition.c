@@ -26,25 +26,24 @@ static struct model_config wide_config(void) {
     return c;
 }
 
-static void check_shares(const struct model_config *c, int ranks, int stage) {
+static void check_shards(const struct model_config *c, int ranks, int stage) {
     struct params params = list_params(c, ranks);
     int64_t border = params.unit_offset[2] + 100;
     char *owner = calloc((size_t)params.elements, 1);
     for (int rank = 0; rank < ranks; rank++) {
         struct partition p = divide(&params, border, rank, ranks, stage);
-        int64_t shard = 0;
-        assert_int_equal(p.own_count, p.bucket_count);
-        for (int b = 0; b < p.own_count; b++) {
-            const struct share *s = &p.own[b];
+        int64_t owned = 0;
+        for (int b = 0; b < p.bucket_count; b++) {
+            const struct shard *s = &p.shards[b];
             assert_true(s->begin >= p.buckets[b].begin && s->end <= p.buckets[b].end);
             assert_int_equal((s->end - s->begin) * ranks, p.buckets[b].end - p.buckets[b].begin);
-            assert_int_equal(s->shard, stage == 0 || ranks == 1 ? s->begin : shard);
-            shard += s->end - s->begin;
+            assert_int_equal(s->local_offset, stage == 0 || ranks == 1 ? s->begin : owned);
+            owned += s->end - s->begin;
             for (int64_t i = s->begin; i < s->end; i++)
                 owner[i]++;
         }
-        assert_int_equal(shard * ranks, params.elements);
-        assert_int_equal(p.moment_elements, stage == 0 || ranks == 1 ? params.elements : shard);
+        assert_int_equal(owned * ranks, params.elements);
+        assert_int_equal(p.moment_elements, stage == 0 || ranks == 1 ? params.elements : owned);
         partition_free(&p);
     }
     for (int64_t i = 0; i < params.elements; i++)
@@ -59,7 +58,7 @@ static void every_element_has_one_owner(void **state) {
     for (int c = 0; c < 3; c++)
         for (int ranks = 1; ranks <= 7; ranks++)
             for (int stage = 0; stage <= 2; stage++)
-                check_shares(&configs[c], ranks, stage);
+                check_shards(&configs[c], ranks, stage);
 }
 
 static void buckets_stay_within_a_unit_and_a_size(void **state) {
@@ -84,18 +83,18 @@ static void buckets_stay_within_a_unit_and_a_size(void **state) {
 }
 
 /* Every element this rank updates is in one group, the one it was given. */
-static void groups_are_cut_where_shares_are(void **state) {
+static void groups_are_split_at_shard_boundaries(void **state) {
     (void)state;
     struct model_config c = plain_config();
     for (int stage = 0; stage <= 1; stage++) {
         struct params params = list_params(&c, 3);
         int64_t border = params.unit_offset[2] + 100, covered = 0;
         struct partition p = divide(&params, border, 2, 3, stage);
-        for (int s = 0; s < p.updated_count; s++)
-            for (int g = 0; g < p.updated[s].group_count; g++) {
-                const struct param_group *x = &p.updated[s].groups[g];
-                int64_t begin = p.updated[s].begin + x->begin, end = p.updated[s].begin + x->end;
-                assert_true(begin < end && end <= p.updated[s].end);
+        for (int s = 0; s < p.update_count; s++)
+            for (int g = 0; g < p.updates[s].group_count; g++) {
+                const struct param_group *x = &p.updates[s].groups[g];
+                int64_t begin = p.updates[s].begin + x->begin, end = p.updates[s].begin + x->end;
+                assert_true(begin < end && end <= p.updates[s].end);
                 assert_true(x->lr_scale == 1 ? end <= border : begin >= border);
                 covered += end - begin;
             }
@@ -113,7 +112,7 @@ static void stage_2_keeps_two_units_apart(void **state) {
     struct partition p = divide(&params, 100, 0, 4, 2);
     for (int u = 0; u < p.unit_count; u++) {
         int64_t end = p.unit_gradient_offset[u] + p.unit_offset[u + 1] - p.unit_offset[u];
-        assert_true(end <= p.gradient_shard_at);
+        assert_true(end <= p.gradient_shard_offset);
         if (u > 1)
             assert_true(end <= p.unit_gradient_offset[u - 1] ||
                         p.unit_gradient_offset[u] >=
@@ -121,7 +120,7 @@ static void stage_2_keeps_two_units_apart(void **state) {
         if (u > 0)
             assert_true(p.unit_gradient_offset[u] >= p.unit_offset[1]);
     }
-    assert_int_equal(p.gradient_elements, p.gradient_shard_at + params.elements / 4);
+    assert_int_equal(p.gradient_elements, p.gradient_shard_offset + params.elements / 4);
     assert_true(p.gradient_elements < params.elements + params.elements / 4);
     partition_free(&p);
     params_free(&params);
@@ -153,7 +152,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_element_has_one_owner),
         cmocka_unit_test(buckets_stay_within_a_unit_and_a_size),
-        cmocka_unit_test(groups_are_cut_where_shares_are),
+        cmocka_unit_test(groups_are_split_at_shard_boundaries),
         cmocka_unit_test(stage_2_keeps_two_units_apart),
         cmocka_unit_test(memory_falls_with_ranks_and_stage),
     };
