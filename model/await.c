@@ -1,5 +1,5 @@
-/* Waiting for collectives: a pass waits for the parameters of a unit just before it uses them, everything else
- * for all parameters. */
+/* Waiting for collectives: a pass waits for the parameters of a unit just before it uses them, everything
+ * else for all parameters. */
 #include "model/model.h"
 
 void model_await(struct model *m, comm_event *event) {

@@ -87,8 +87,8 @@ static void clear_gradient(struct model *m, int index) {
         m->k->zero(m->dev, g.data, (size_t)tensor_count(g) * dtype_bytes(g.dtype));
 }
 
-/* embed_backward adds to the tables' gradients. The first pass has to clear them, except that of a tied table,
- * which the classifier's backward has just written. */
+/* embed_backward adds to the tables' gradients. The first pass has to clear them, except that of a tied
+ * table, which the classifier's backward has just written. */
 static void embed_backward(struct model *m, bool accumulate) {
     struct embed_spec spec = {m->shape.batch, m->shape.tokens, m->config.vocab_size, m->config.hidden_size};
     if (!accumulate) {

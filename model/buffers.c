@@ -1,5 +1,5 @@
-/* Laying out activations. One walk over the layers assigns every buffer; it runs first without memory, to learn
- * the size, then with it. Buffers that backward does not need kept share one slot among all layers. */
+/* Laying out activations. One walk over the layers assigns every buffer; it runs first without memory, to
+ * learn the size, then with it. Buffers that backward does not need kept share one slot among all layers. */
 #include "model/buffers.h"
 
 #include <math.h>

@@ -7,7 +7,7 @@
 /* FLOPs of training on one token, forward and backward (backward costs twice the forward):
  *   matmul     6 * weights of qkv, out, up, gate, down in every layer, and of the vocabulary projection
  *   attention  12 * H * d * visible (virtual query, virtual key) pairs per token
- *   mixing     6 * d * P * H * (3 H + H) per IHA layer: three alphas and a full collapse (per head: 3 H + 1) */
+ *   mixing     6 * d * P * H * (3 H + H) per IHA layer: alphas, and a full collapse (per head: 3 H + 1) */
 struct flops {
     double matmul, attention, mixing;
 };

@@ -1,9 +1,9 @@
 /* A GPT with MHA and IHA layers: parameters, activations, forward, backward, one optimizer step.
  *
- * The block is  x += attn(norm(x)); x += mlp(norm(x)).  kernels/ computes every operation, and the model knows
- * no device. parallel.c trains it on several ranks through kernels/comm.h. All memory is allocated before the
- * first step, one allocation per family (parameters, gradients, optimizer, activations); addresses never
- * change. */
+ * The block is  x += attn(norm(x)); x += mlp(norm(x)).  kernels/ computes every operation, and the model
+ * knows no device. parallel.c trains it on several ranks through kernels/comm.h. All memory is allocated
+ * before the first step, one allocation per family (parameters, gradients, optimizer, activations); addresses
+ * never change. */
 #ifndef IHA_MODEL_MODEL_H
 #define IHA_MODEL_MODEL_H
 
@@ -146,9 +146,9 @@ void model_evaluate(struct model *m, const int32_t *tokens, const int32_t *targe
 void model_await_params(struct model *m);
 
 /* Parts of a pass, for forward.c, backward.c and parallel.c. model_await: wait for a collective, if it is
- * pending. model_await_unit: wait until the parameters of one unit are gathered. model_forward ends with m->h,
- * the norm of the final residual stream. layer_recompute: compute again what m->shape.recompute did not keep
- * for the layer's backward, by the same operations on the same inputs, so with the same bits. */
+ * pending. model_await_unit: wait until the parameters of one unit are gathered. model_forward ends with
+ * m->h, the norm of the final residual stream. layer_recompute: compute again what m->shape.recompute did not
+ * keep for the layer's backward, by the same operations on the same inputs, so with the same bits. */
 void model_upload(struct model *m, const int32_t *tokens, const int32_t *targets);
 void model_await(struct model *m, comm_event *event);
 void model_await_unit(struct model *m, int unit);
@@ -172,8 +172,8 @@ struct update_hyper {
  * this rank owns. The new parameters are then gathered by all ranks while the next forward pass runs. */
 void model_update(struct model *m, const struct update_hyper *h);
 
-/* After a bad step, the parameter with the worst gradient: the first in backward order that is not finite, or,
- * where all are finite, the one of the largest norm. An index into params.list. Called on every rank. */
+/* After a bad step, the parameter with the worst gradient: the first in backward order that is not finite,
+ * or, where all are finite, the one of the largest norm. An index into params.list. Called on every rank. */
 int model_worst_gradient(struct model *m, bool *finite);
 
 #endif

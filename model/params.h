@@ -1,7 +1,7 @@
 /* The parameters of a model: every tensor's name, shape, offset in the flat buffer, initial values and class.
  *
- * One flat buffer holds all of them, layer by layer; gradients, master weights and moments are laid out in the
- * same way, or in shards of it (partition.h). Names and shapes are those of a checkpoint. */
+ * One flat buffer holds all of them, layer by layer; gradients, master weights and moments are laid out in
+ * the same way, or in shards of it (partition.h). Names and shapes are those of a checkpoint. */
 #ifndef IHA_MODEL_PARAMS_H
 #define IHA_MODEL_PARAMS_H
 
@@ -65,7 +65,7 @@ struct element_range {
 };
 struct element_range param_overlap(const struct param *t, int64_t begin, int64_t end);
 
-/* Initial values of one tensor: values [count]. They depend on seed, name and index alone, not on the layout. */
+/* Initial values of one tensor: values [count]. They depend on seed, name and index, not on the layout. */
 void params_initial(const struct param *t, const struct model_config *m, uint64_t seed, float *values);
 
 /* Printable shape, such as "[768, 768]". */

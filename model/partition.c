@@ -10,8 +10,8 @@ static int64_t min64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-/* Stage 2's gradient buffer: the embeddings' memory, which is theirs alone because a tied table gets gradients
- * at both ends of backward; two slots that the other units use in turn; the reduced shards. */
+/* Stage 2's gradient buffer: the embeddings' memory, which is theirs alone because a tied table gets
+ * gradients at both ends of backward; two slots that the other units use in turn; the reduced shards. */
 static void lay_out_gradients(struct partition *p) {
     int64_t elements = p->unit_offset[p->unit_count], slot[2] = {0, 0};
     for (int u = 0; u < p->unit_count; u++)
@@ -29,7 +29,7 @@ static void lay_out_gradients(struct partition *p) {
     p->gradient_elements = p->gradient_shard_offset + elements / p->ranks;
 }
 
-/* Every unit in as few buckets of one size as the limit allows. Until p->buckets is allocated, counts only. */
+/* Every unit in as few buckets of one size as the limit allows. While p->buckets is NULL, only counts. */
 static void make_buckets(struct partition *p) {
     int64_t grain = 64 * p->ranks;
     int64_t limit = max64(BUCKET_ELEMENTS, (int64_t)SHARD_ELEMENTS * p->ranks);

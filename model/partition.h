@@ -1,9 +1,9 @@
 /* Which rank owns which parameters when several ranks train one model (ZeRO, Rajbhandari et al. 2020).
  *
- * The flat buffer is divided into units (params.h), a unit into buckets, and a bucket into W equal shards: rank
- * r owns shard r of every bucket. A bucket is reduced and gathered as a whole, by one collective. It has at
- * most BUCKET_ELEMENTS, so that the first reduce-scatter can start early, or SHARD_ELEMENTS per rank where that
- * is more: the latency of a collective grows with the number of ranks. Units begin at multiples of 64 W
+ * The flat buffer is divided into units (params.h), a unit into buckets, and a bucket into W equal shards:
+ * rank r owns shard r of every bucket. A bucket is reduced and gathered as a whole, by one collective. It has
+ * at most BUCKET_ELEMENTS, so that the first reduce-scatter can start early, or SHARD_ELEMENTS per rank where
+ * that is more: the latency of a collective grows with the number of ranks. Units begin at multiples of 64 W
  * elements (params.c), so shards are of one size and aligned.
  *
  *   stage 0  every rank holds and updates everything

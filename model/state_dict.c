@@ -73,7 +73,7 @@ void model_get_param(const struct model *m, int index, float *values) {
     m->k->download(m->dev, master_weights(m, p->offset, p->count), values, DTYPE_F32);
 }
 
-/* Elements [begin, end) of the flat buffer, in `range`, into values [params.num_params] without the padding. */
+/* Elements [begin, end) of the flat buffer, in `range`, into values [params.num_params], without padding. */
 static void download_packed(struct model *m, tensor range, int64_t begin, int64_t end, float *values) {
     for (int i = 0; i < m->params.count; i++) {
         const struct param *t = &m->params.list[i];

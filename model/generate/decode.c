@@ -13,7 +13,7 @@ static int64_t max_pseudo(const struct model *m) {
     return P;
 }
 
-/* Keys that a layer's ring cache holds: all, or the window before the first query of a chunk and the chunk. */
+/* Keys in a layer's ring cache: all, or the window before the first query of a chunk, and the chunk. */
 static int64_t ring_length(const struct decoder *d, int layer) {
     const struct layer_specs *s = &d->m->specs[layer];
     int64_t P = s->qkv_mix.pseudo, all = d->capacity * P, ring = s->attention.window + d->chunk * P;
