@@ -46,8 +46,7 @@ struct partition {
     int64_t bucket_elements; /* of the largest */
     int *first_bucket;       /* [unit_count + 1]: unit u is buckets [first_bucket[u], first_bucket[u+1]) */
     struct shard *shards;    /* [bucket_count] this rank's shard of each bucket */
-    struct shard
-        *updates; /* [update_count] what this rank updates: `shards`, or in stage 0 the whole buffer */
+    struct shard *updates;   /* [update_count] what it updates: `shards`, or in stage 0 the whole buffer */
     int update_count;
     int64_t moment_elements;       /* of each of the two moments' buffers */
     int64_t gradient_elements;     /* of the gradient buffer */

@@ -1,5 +1,5 @@
-/* The two small models that tests of parameters and of training are made with: one choice at every fork, and
- * the other. */
+/* Two small models for tests of parameters and of training. Between them they use nearly every option of
+ * [model]. */
 #ifndef IHA_TESTS_LIB_MODEL_CONFIGS_H
 #define IHA_TESTS_LIB_MODEL_CONFIGS_H
 
@@ -29,7 +29,7 @@ static inline struct model_config plain_config(void) {
     };
 }
 
-/* The other choice at every fork: biases, layernorm, swiglu, untied, learned positions, per-head collapse. */
+/* What plain_config() leaves out: biases, layernorm, swiglu, untied, learned positions, per-head collapse. */
 static inline struct model_config other_config(void) {
     struct model_config c = plain_config();
     c.norm = NORM_LAYERNORM;

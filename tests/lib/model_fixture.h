@@ -1,4 +1,4 @@
-/* A small model on the CPU device, shared by the tests of whole models. Everything fails loudly. */
+/* A small model on the CPU device, for the tests of whole models. Every error fails the test. */
 #ifndef IHA_TESTS_LIB_MODEL_FIXTURE_H
 #define IHA_TESTS_LIB_MODEL_FIXTURE_H
 
@@ -49,7 +49,7 @@ static inline void fixture_tokens(int32_t *tokens, int64_t n, int64_t vocab, uin
         tokens[i] = (int32_t)((fixture_noise(&seed) + 1) / 2 * (double)vocab);
 }
 
-/* Loss of one pass with gradients left in the model. */
+/* Loss of one pass, forward and backward; the gradients are in the model afterwards. */
 static inline double fixture_loss(struct model *m, const int32_t *tokens, const int32_t *targets,
                                   double scale) {
     m->k->step_begin(m->dev, m->state, 0, 0);

@@ -1,6 +1,6 @@
-/* Training on several ranks, with a communicator that moves bytes as late as it may: no buffer is touched
- * while it travels, gradients set out while backward runs, and the result is one rank's. */
-#define FIXTURE_THREADS 1
+/* Training on several ranks equals training on one, with a communicator that moves bytes only when a wait
+ * forces it to, so no buffer may be used while a collective on it is pending. Reduce-scatter overlaps
+ * backward. */
 #include "tests/lib/model_configs.h"
 #include "tests/lib/model_fixture.h"
 #include "tests/lib/thread_comm.h"
@@ -16,8 +16,8 @@ struct job {
     float *weights; /* [num_params] at the end */
     double loss, norm;
     int64_t dirty;
-    int forgotten;                           /* collectives that nobody waited for */
-    int collectives_before_the_last_product; /* in one pass */
+    int not_waited_for;          /* collectives without a wait */
+    int started_during_backward; /* reduce-scatters begun before the last matrix product of a pass */
 };
 
 /* ---- one rank ---- */
@@ -37,15 +37,15 @@ static void note_start(struct thread_comm *t, enum collective kind) {
         products_at_start[started++] = products;
 }
 
-/* The batch of one step, the same however it is divided. */
-static void fill(int32_t *tokens, int32_t *targets, int step, int first, int count) {
+/* Sequences first .. first + count - 1 of a step's batch; the batch does not depend on ranks or passes. */
+static void fill_batch(int32_t *tokens, int32_t *targets, int step, int first, int count) {
     for (int b = 0; b < count; b++) {
         fixture_tokens(tokens + b * TOKENS, TOKENS, VOCAB, (uint64_t)(step * 100 + first + b));
         fixture_tokens(targets + b * TOKENS, TOKENS, VOCAB, (uint64_t)(step * 100 + first + b + 7000));
     }
 }
 
-/* The gaps between tensors get no gradient, or they would count in the norm. */
+/* How many elements of padding got a gradient: none may, or they would count in the norm. */
 static int64_t dirty_padding(const struct model *m) {
     char *used = calloc((size_t)m->params.elements, 1);
     int64_t dirty = 0;
@@ -78,12 +78,12 @@ static void train(struct job *j, struct comm *comm, struct device *dev) {
         k.step_begin(dev, m.state, step, 0.01);
         for (int pass = 0; pass < j->passes; pass++) {
             products = started = 0;
-            fill(tokens, targets, step, (pass * ranks + j->rank) * batch, batch);
+            fill_batch(tokens, targets, step, (pass * ranks + j->rank) * batch, batch);
             model_train_pass(&m, tokens, targets, 1.0 / (GLOBAL_BATCH * TOKENS), pass, j->passes);
         }
         for (int i = 0; i < started; i++)
             if (step == STEPS - 1)
-                j->collectives_before_the_last_product += products_at_start[i] < products;
+                j->started_during_backward += products_at_start[i] < products;
         model_update(&m, &HYPER);
     }
     model_await_params(&m);
@@ -106,7 +106,7 @@ static void *run_rank(void *context) {
     struct device *dev = kernels_cpu()->open(&options, &e);
     train(j, &comm.base, dev);
     for (comm_event i = 1; i <= comm.last; i++)
-        j->forgotten += !j->world->events[j->rank][i].done;
+        j->not_waited_for += !j->world->events[j->rank][i].done;
     kernels_cpu()->close(dev);
     return NULL;
 }
@@ -160,7 +160,7 @@ static void check_config(const struct model_config *c) {
                         !(fabs(one.norm - jobs[r].norm) < 1e-5 * one.norm))
                         fail_msg("%d ranks, stage %d, %d passes: rank %d is %.2g away", ranks, stage, passes,
                                  r, d);
-                    assert_int_equal(jobs[r].forgotten, 0);
+                    assert_int_equal(jobs[r].not_waited_for, 0);
                     assert_int_equal(jobs[r].dirty, 0);
                     assert_memory_equal(jobs[r].weights, jobs[0].weights, (size_t)n * sizeof(float));
                 }
@@ -170,10 +170,10 @@ static void check_config(const struct model_config *c) {
     free(one.weights);
 }
 
-static void ranks_train_what_one_trains(void **state) {
+static void several_ranks_train_like_one(void **state) {
     (void)state;
     struct model_config plain = plain_config(), other = other_config();
-    /* Units that take turns in stage 2's memory lay out theirs differently. */
+    /* Layer types in an order in which units that share stage 2's memory differ in their layout. */
     plain.num_hidden_layers = 5;
     plain.layer_types[1] = LAYER_IHA_GLOBAL;
     plain.layer_types[2] = LAYER_MHA_GLOBAL;
@@ -182,15 +182,15 @@ static void ranks_train_what_one_trains(void **state) {
     check_config(&other);
 }
 
-/* The head and every layer but the first set out before the last matrix product of backward. */
-static void gradients_leave_while_backward_runs(void **state) {
+/* Reduction of the head and of every layer but the first begins before backward's last matrix product. */
+static void reduction_overlaps_backward(void **state) {
     (void)state;
     struct model_config c = plain_config();
     struct job jobs[THREAD_RANKS];
     for (int stage = 0; stage <= 2; stage++) {
         run_ranks(jobs, &c, 2, stage, 1);
         for (int r = 0; r < 2; r++) {
-            assert_int_equal(jobs[r].collectives_before_the_last_product, (int)c.num_hidden_layers);
+            assert_int_equal(jobs[r].started_during_backward, (int)c.num_hidden_layers);
             free(jobs[r].weights);
         }
     }
@@ -198,8 +198,8 @@ static void gradients_leave_while_backward_runs(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(ranks_train_what_one_trains),
-        cmocka_unit_test(gradients_leave_while_backward_runs),
+        cmocka_unit_test(several_ranks_train_like_one),
+        cmocka_unit_test(reduction_overlaps_backward),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

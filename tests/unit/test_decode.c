@@ -1,7 +1,7 @@
-/* Decoding token by token gives what a whole forward pass gives: the logits at every position, for every
- * layer type, mask, position rule and number of pseudo-heads, however the tokens are cut into chunks and
- * however often the rings wrap. Then greedy decoding against recomputing the prefix, what the decoder
- * refuses, and that sampling draws from the distribution it says. */
+/* Decoding with a cache gives the logits of a whole forward pass at every position: for every layer type,
+ * mask, position rule and number of pseudo-heads, for every split into chunks, and after the ring caches have
+ * wrapped. Also: greedy decoding against recomputing the prefix, models that the decoder refuses, and the
+ * distribution of sampled tokens. */
 #define FIXTURE_THREADS 1
 #include "tests/lib/model_fixture.h"
 
@@ -30,7 +30,7 @@ static struct model_config base_config(void) {
     };
 }
 
-/* Weights far from their initial values, so that mixing, collapse and biases all matter. */
+/* Weights far from their initial values, so that mixing, collapse and biases have an effect. */
 static void fill_params(struct model *m, uint64_t seed) {
     for (int i = 0; i < m->params.count; i++) {
         const struct param *p = &m->params.list[i];
@@ -136,7 +136,7 @@ static const struct {
     int64_t local, iha;
 } WINDOWS[] = {{5, 6}, {1, 1}, {3, 8}, {2, 3}, {LENGTH + 9, 4 * LENGTH + 9}};
 
-/* The rest of the configuration takes turns. */
+/* Every P, mask and position rule; the other options vary along with them. */
 static void logits_equal_the_full_pass(void **state) {
     (void)state;
     int turn = 0;
@@ -159,8 +159,8 @@ static void logits_equal_the_full_pass(void **state) {
             }
 }
 
-/* The model's own buffers and workspace are as they were: a pass before and after decoding is the same. */
-static void the_model_is_left_alone(void **state) {
+/* The model's buffers and workspace are not touched: a pass gives the same before and after decoding. */
+static void decoding_does_not_change_the_model(void **state) {
     (void)state;
     struct model_config c = base_config();
     struct model m;
@@ -179,13 +179,13 @@ static void the_model_is_left_alone(void **state) {
 
 /* ---- generating ---- */
 
-struct sentence {
+struct generated {
     int32_t tokens[LENGTH];
     int64_t length, stop_at;
 };
 
 static bool keep_token(void *context, int32_t token) {
-    struct sentence *s = context;
+    struct generated *s = context;
     s->tokens[s->length++] = token;
     return s->length < s->stop_at;
 }
@@ -199,9 +199,10 @@ static int32_t argmax(const float *x, int64_t n) {
 
 enum { PROMPT = 5 };
 
-static struct sentence say(struct model *m, int64_t stop_at, const struct sampling *sampling) {
+static struct generated generate_from_prompt(struct model *m, int64_t stop_at,
+                                             const struct sampling *sampling) {
     struct error e = {0};
-    struct sentence s = {.length = PROMPT, .stop_at = stop_at};
+    struct generated s = {.length = PROMPT, .stop_at = stop_at};
     struct decoder d = open_decoder(m, 7);
     fixture_tokens(s.tokens, PROMPT, VOCAB, 3);
     assert_int_equal(generate(&d, s.tokens, PROMPT, LENGTH - PROMPT, sampling, keep_token, &s, &e), 0);
@@ -209,9 +210,9 @@ static struct sentence say(struct model *m, int64_t stop_at, const struct sampli
     return s;
 }
 
-/* The same by whole passes: what follows the prefix does not matter to a causal model. */
-static struct sentence say_by_recomputing(struct model *m) {
-    struct sentence s = {.length = PROMPT};
+/* The same by whole passes: in a causal model, tokens after the prefix have no effect on it. */
+static struct generated generate_by_recomputing(struct model *m) {
+    struct generated s = {.length = PROMPT};
     float *logits = calloc(LENGTH * VOCAB, sizeof *logits);
     fixture_tokens(s.tokens, PROMPT, VOCAB, 3);
     for (; s.length < LENGTH; s.length++) {
@@ -230,7 +231,8 @@ static void greedy_equals_recomputing_the_prefix(void **state) {
         c.num_pseudo_heads = P;
         c.iha_mask = P % 2 ? MASK_FLAT : MASK_TOKEN;
         open_model(&m, &c);
-        struct sentence got = say(&m, LENGTH, &(struct sampling){0, 0, 1}), want = say_by_recomputing(&m);
+        struct generated got = generate_from_prompt(&m, LENGTH, &(struct sampling){0, 0, 1}),
+                         want = generate_by_recomputing(&m);
         assert_int_equal(got.length, LENGTH);
         assert_memory_equal(got.tokens, want.tokens, sizeof want.tokens);
         model_free(&m);
@@ -242,24 +244,24 @@ static void sampling_is_a_function_of_the_seed(void **state) {
     struct model_config c = base_config();
     struct model m;
     open_model(&m, &c);
-    struct sentence a = say(&m, LENGTH, &(struct sampling){1, 0, 1});
-    struct sentence b = say(&m, LENGTH, &(struct sampling){1, 0, 1});
-    struct sentence other = say(&m, LENGTH, &(struct sampling){1, 0, 2});
+    struct generated a = generate_from_prompt(&m, LENGTH, &(struct sampling){1, 0, 1});
+    struct generated b = generate_from_prompt(&m, LENGTH, &(struct sampling){1, 0, 1});
+    struct generated other = generate_from_prompt(&m, LENGTH, &(struct sampling){1, 0, 2});
     assert_memory_equal(a.tokens, b.tokens, sizeof a.tokens);
     assert_memory_not_equal(a.tokens, other.tokens, sizeof a.tokens);
     model_free(&m);
 }
 
-static void emit_may_stop(void **state) {
+static void emit_can_stop_generation(void **state) {
     (void)state;
     struct model_config c = base_config();
     struct model m;
     open_model(&m, &c);
-    assert_int_equal(say(&m, PROMPT + 4, &(struct sampling){1, 0, 1}).length, PROMPT + 4);
+    assert_int_equal(generate_from_prompt(&m, PROMPT + 4, &(struct sampling){1, 0, 1}).length, PROMPT + 4);
     model_free(&m);
 }
 
-/* ---- refusing ---- */
+/* ---- models the decoder refuses ---- */
 
 static void check_refused(const struct model_config *c, int64_t capacity, const char *expected) {
     struct model m;
@@ -273,7 +275,7 @@ static void check_refused(const struct model_config *c, int64_t capacity, const 
     model_free(&m);
 }
 
-static void refuses_what_it_cannot_decode(void **state) {
+static void unsupported_models_are_refused(void **state) {
     (void)state;
     struct model_config c = base_config();
     c.causal = false;
@@ -356,11 +358,11 @@ static void top_k_keeps_the_k_largest(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(logits_equal_the_full_pass),
-        cmocka_unit_test(the_model_is_left_alone),
+        cmocka_unit_test(decoding_does_not_change_the_model),
         cmocka_unit_test(greedy_equals_recomputing_the_prefix),
         cmocka_unit_test(sampling_is_a_function_of_the_seed),
-        cmocka_unit_test(emit_may_stop),
-        cmocka_unit_test(refuses_what_it_cannot_decode),
+        cmocka_unit_test(emit_can_stop_generation),
+        cmocka_unit_test(unsupported_models_are_refused),
         cmocka_unit_test(zero_temperature_is_argmax),
         cmocka_unit_test(frequencies_follow_softmax),
         cmocka_unit_test(top_k_keeps_the_k_largest),

@@ -1,5 +1,5 @@
-/* Facts about interleaved heads that must hold exactly (arXiv 2602.21371, and what follows from it), in
- * double: T = 12 tokens, H = 4 heads, P = 3 pseudo-heads unless said otherwise. */
+/* Properties of interleaved head attention that must hold exactly (arXiv 2602.21371, and what follows from
+ * it), in double: T = 12 tokens, H = 4 heads, P = 3 pseudo-heads unless said otherwise. */
 #define FIXTURE_THREADS 1
 #include "tests/lib/model_fixture.h"
 
@@ -92,14 +92,14 @@ static double difference(const struct layer *a, const struct layer *b) {
 #define EXACT_MATCH(a, b) assert_true(difference(&(a), &(b)) < EXACT)
 #define NO_MATCH(a, b) assert_true(difference(&(a), &(b)) > DIFFERENT)
 
-static void flat_mask_is_mha_for_the_last_pseudo_head_only(void **state) {
+static void with_the_flat_mask_only_collapse_last_equals_mha(void **state) {
     (void)state;
     struct layer plain = mha(), last = iha(LAST), mean = iha(MEAN);
     EXACT_MATCH(last, plain);
     NO_MATCH(mean, plain);
 }
 
-static void token_mask_is_mha_for_every_pseudo_head(void **state) {
+static void with_the_token_mask_every_collapse_equals_mha(void **state) {
     (void)state;
     struct layer plain = mha(), last = iha(LAST), mean = iha(MEAN);
     last.token_mask = mean.token_mask = true;
@@ -107,20 +107,20 @@ static void token_mask_is_mha_for_every_pseudo_head(void **state) {
     EXACT_MATCH(mean, plain);
 }
 
-static void rope_at_the_token_keeps_mha_and_at_the_virtual_position_does_not(void **state) {
+static void token_rope_equals_mha_and_virtual_rope_does_not(void **state) {
     (void)state;
     for (int token_mask = 0; token_mask < 2; token_mask++) {
-        struct layer plain = mha(), own = iha(LAST);
-        plain.rope = own.rope = true;
-        own.token_mask = token_mask;
-        struct layer virtual = own;
+        struct layer plain = mha(), token_rope = iha(LAST);
+        plain.rope = token_rope.rope = true;
+        token_rope.token_mask = token_mask;
+        struct layer virtual = token_rope;
         virtual.rope_virtual = true;
-        EXACT_MATCH(own, plain);
+        EXACT_MATCH(token_rope, plain);
         NO_MATCH(virtual, plain);
     }
 }
 
-static void a_window_keeps_mha_only_in_whole_tokens(void **state) {
+static void windows_of_whole_tokens_equal_mha(void **state) {
     (void)state;
     for (int64_t window = 1; window <= 13; window++) {
         struct layer plain = mha(), last = iha(LAST);
@@ -133,8 +133,7 @@ static void a_window_keeps_mha_only_in_whole_tokens(void **state) {
     }
 }
 
-/* All tokens equal: attention returns the token's value, whatever the scores, so MHA is linear in the token.
- */
+/* All tokens equal: attention returns their value whatever the scores, so MHA is linear in the token. */
 static double departure_from_linear(const struct layer *l) {
     static double qkv[3 * MOST], doubled[3 * MOST], out[MOST], out2[MOST];
     int64_t width = 3 * l->H * l->d;
@@ -151,7 +150,7 @@ static double departure_from_linear(const struct layer *l) {
     return largest;
 }
 
-static void on_equal_tokens_mha_is_linear_and_iha_need_not_be(void **state) {
+static void on_equal_tokens_mha_is_linear_and_iha_is_not(void **state) {
     (void)state;
     struct layer plain = mha(), two = iha(LAST);
     uint64_t seed = 5;
@@ -200,7 +199,8 @@ static void cpm3_worked_example(void **state) {
             }
 }
 
-/* A whole MHA model, and the IHA model with alpha = identity and collapse = last that its weights make. */
+/* The loss of a model whose layers are all of one type. An IHA model starts with alpha = identity and
+ * collapse = last; its other weights are those of the MHA model. */
 static double model_loss(enum layer_type type, enum position_embedding positions) {
     struct model_config c = {.vocab_size = 13,
                              .hidden_size = 16,
@@ -236,7 +236,7 @@ static double model_loss(enum layer_type type, enum position_embedding positions
     return loss;
 }
 
-static void an_mha_model_turns_into_an_iha_model_of_the_same_function(void **state) {
+static void an_iha_model_with_identity_mixing_equals_its_mha_model(void **state) {
     (void)state;
     enum position_embedding positions[] = {POSITION_NONE, POSITION_LEARNED, POSITION_ROPE};
     for (int i = 0; i < 3; i++) {
@@ -250,13 +250,13 @@ static void an_mha_model_turns_into_an_iha_model_of_the_same_function(void **sta
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(flat_mask_is_mha_for_the_last_pseudo_head_only),
-        cmocka_unit_test(token_mask_is_mha_for_every_pseudo_head),
-        cmocka_unit_test(rope_at_the_token_keeps_mha_and_at_the_virtual_position_does_not),
-        cmocka_unit_test(a_window_keeps_mha_only_in_whole_tokens),
-        cmocka_unit_test(on_equal_tokens_mha_is_linear_and_iha_need_not_be),
+        cmocka_unit_test(with_the_flat_mask_only_collapse_last_equals_mha),
+        cmocka_unit_test(with_the_token_mask_every_collapse_equals_mha),
+        cmocka_unit_test(token_rope_equals_mha_and_virtual_rope_does_not),
+        cmocka_unit_test(windows_of_whole_tokens_equal_mha),
+        cmocka_unit_test(on_equal_tokens_mha_is_linear_and_iha_is_not),
         cmocka_unit_test(cpm3_worked_example),
-        cmocka_unit_test(an_mha_model_turns_into_an_iha_model_of_the_same_function),
+        cmocka_unit_test(an_iha_model_with_identity_mixing_equals_its_mha_model),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

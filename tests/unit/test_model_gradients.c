@@ -1,6 +1,6 @@
 /* Whole-model gradients against central differences, in double: every layer type, mask, RoPE, collapse, norm,
  * activation, bias and tying. For each tensor, norm of the error over norm of the gradient is under 1e-6. */
-#define FIXTURE_THREADS 1 /* thousands of tiny passes: waking threads would cost more than the work */
+#define FIXTURE_THREADS 1 /* thousands of tiny passes: waking threads would take longer than the work */
 #include "tests/lib/model_fixture.h"
 
 enum { MAX_TOKENS = 64 };
@@ -27,7 +27,7 @@ static const struct model_config BASE = {
     .iha_window = 4,
 };
 
-/* Every parameter away from its special start, so that no term is hidden by a zero or a one. */
+/* Every parameter away from its initial value, so that no zero or one hides a term. */
 static void randomize(struct model *m) {
     uint64_t seed = 7;
     for (int i = 0; i < m->params.count; i++) {
@@ -55,7 +55,7 @@ static void check_tensor(struct model *m, int index, const int32_t *tokens, cons
         error += (numeric - gradient[i]) * (numeric - gradient[i]);
         norm += numeric * numeric;
     }
-    /* A tensor whose gradient is exactly zero (a key bias, which softmax cannot feel) compares absolutely. */
+    /* A gradient that is exactly zero (of a key bias, which cancels in softmax) compares absolutely. */
     if (sqrt(error) > 1e-6 * sqrt(norm) + 1e-10)
         fail_msg("%s: %s: error %.3g against a gradient of norm %.3g", name, p->name, sqrt(error),
                  sqrt(norm));

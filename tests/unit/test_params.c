@@ -1,6 +1,5 @@
-/* What a model is, counted: the parameters with their names, shapes and initial values as the contract has
- * them, FLOPs per token against sums made by hand, and memory, which is reserved and used to the byte as
- * planned. */
+/* Parameters with their names, shapes and initial values; FLOPs per token against sums by hand; memory, which
+ * must be allocated and used exactly as planned. */
 #include "tests/lib/model_configs.h"
 #include "tests/lib/model_fixture.h"
 
@@ -56,7 +55,7 @@ static struct model_config small_config(void) {
     return c;
 }
 
-static void names_and_shapes_keep_the_contract(void **state) {
+static void names_and_shapes(void **state) {
     (void)state;
     static const struct named_shape expected[] = {
         {"embed.weight", "[31, 10]"},
@@ -100,7 +99,7 @@ static void names_and_shapes_keep_the_contract(void **state) {
 }
 
 /* rmsnorm has no bias even where the projections have; a per-head collapse is [H,P]. */
-static void a_tied_rmsnorm_model_has_fewer(void **state) {
+static void names_and_shapes_of_a_tied_rmsnorm_model(void **state) {
     (void)state;
     static const struct named_shape expected[] = {
         {"embed.weight", "[31, 10]"},
@@ -130,6 +129,25 @@ static void a_tied_rmsnorm_model_has_fewer(void **state) {
     check_shapes(&c, expected, COUNT(expected));
 }
 
+/* Units cover the buffer in order, and every parameter is within its unit. */
+static void every_parameter_is_within_its_unit(void **state) {
+    (void)state;
+    struct model_config configs[] = {plain_config(), other_config()};
+    for (size_t i = 0; i < COUNT(configs); i++) {
+        struct params p = list_params(&configs[i]);
+        assert_int_equal(p.unit_count, configs[i].num_hidden_layers + 2);
+        assert_int_equal(p.unit_offset[0], 0);
+        assert_int_equal(p.unit_offset[p.unit_count], p.elements);
+        for (int j = 0; j < p.count; j++) {
+            const struct param *t = &p.list[j];
+            assert_true(t->offset >= p.unit_offset[t->unit]);
+            assert_true(t->offset + t->count <= p.unit_offset[t->unit + 1]);
+            assert_true(t->layer < 0 ? t->unit == 0 || t->unit == p.unit_count - 1 : t->unit == t->layer + 1);
+        }
+        params_free(&p);
+    }
+}
+
 /* Initial values of one tensor; the caller frees them. */
 static float *initial(const struct model_config *c, const char *name, uint64_t seed, int64_t *count) {
     struct params p = list_params(c);
@@ -141,7 +159,7 @@ static float *initial(const struct model_config *c, const char *name, uint64_t s
     return values;
 }
 
-/* Mean and deviation as they should be, within five of their own standard errors. */
+/* Mean and deviation, within five standard errors of each. */
 static void check_normal(const struct model_config *c, const char *name, double deviation) {
     int64_t n;
     float *x = initial(c, name, 1, &n);
@@ -164,7 +182,7 @@ static void check_constant(const struct model_config *c, const char *name, float
     free(x);
 }
 
-static void matrices_start_normal(void **state) {
+static void matrices_are_initially_normal(void **state) {
     (void)state;
     struct model_config c = other_config();
     double output = 0.02 / sqrt(8); /* four layers */
@@ -209,7 +227,7 @@ static void check_collapse(const struct model_config *c) {
     free(x);
 }
 
-static void mixing_starts_at_the_identity(void **state) {
+static void mixing_is_initially_the_identity(void **state) {
     (void)state;
     for (int how = 0; how < 4; how++) {
         struct model_config c = small_config();
@@ -224,7 +242,7 @@ static void mixing_starts_at_the_identity(void **state) {
     }
 }
 
-static void initial_values_are_a_function_of_the_seed(void **state) {
+static void initial_values_depend_on_seed_and_name_only(void **state) {
     (void)state;
     struct model_config c = plain_config(), deeper = c;
     deeper.norm = NORM_LAYERNORM;
@@ -237,7 +255,7 @@ static void initial_values_are_a_function_of_the_seed(void **state) {
     float *layer = initial(&c, "layers.1.mlp.up.weight", 1, &n);
     size_t bytes = (size_t)n * sizeof *a;
     assert_memory_equal(a, b, bytes);
-    assert_memory_equal(a, moved, bytes); /* wherever it lies in the buffer */
+    assert_memory_equal(a, moved, bytes); /* whatever the offset in the buffer */
     assert_memory_not_equal(a, seed, bytes);
     assert_memory_not_equal(a, layer, bytes);
     float *all[] = {a, b, moved, seed, layer};
@@ -303,15 +321,15 @@ static void flops_of_iha(void **state) {
 
 /* ---- memory ---- */
 
-static size_t reserved[16];
-static int reservations;
+static size_t allocated[16];
+static int allocation_count;
 
-/* From the heap and no byte more, so that a sanitizer sees whoever writes past a family's end. */
+/* From the heap, of the exact size, so that a sanitizer finds a write past its end. */
 static void *counting_alloc(struct device *dev, size_t bytes, struct error *e) {
     (void)dev;
     (void)e;
-    assert_true(reservations < (int)COUNT(reserved));
-    reserved[reservations++] = bytes;
+    assert_true(allocation_count < (int)COUNT(allocated));
+    allocated[allocation_count++] = bytes;
     void *data = aligned_alloc(64, bytes + !bytes);
     assert_non_null(data);
     return memset(data, 0, bytes);
@@ -322,16 +340,17 @@ static void counting_release(struct device *dev, void *data) {
     free(data);
 }
 
-static void take_reserved(size_t bytes) {
-    for (int i = 0; i < reservations; i++)
-        if (reserved[i] == bytes) {
-            reserved[i] = reserved[--reservations];
+/* Strike one allocation of this size off the list. */
+static void expect_allocated(size_t bytes) {
+    for (int i = 0; i < allocation_count; i++)
+        if (allocated[i] == bytes) {
+            allocated[i] = allocated[--allocation_count];
             return;
         }
-    fail_msg("%zu bytes are planned and not reserved", bytes);
+    fail_msg("%zu bytes are planned but not allocated", bytes);
 }
 
-/* The whole model runs a step in exactly the memory that the plan announced. */
+/* The model allocates exactly what is planned, and runs a step in it. */
 static struct memory_plan check_memory(const struct model_config *c, struct pass_shape shape) {
     struct memory_plan plan;
     struct error e = {0};
@@ -343,9 +362,9 @@ static struct memory_plan check_memory(const struct model_config *c, struct pass
     counting.release = counting_release;
     fixture_tokens(tokens, ROWS, VOCAB, 1);
     fixture_tokens(targets, ROWS, VOCAB, 2);
-    reservations = 0;
+    allocation_count = 0;
     assert_int_equal(model_memory(c, &counting, fixture_device(), &shape, 1, 0, DTYPE_F32, &plan, &e), 0);
-    assert_int_equal(reservations, 0);
+    assert_int_equal(allocation_count, 0);
     assert_int_equal(model_create(&m, c, &counting, fixture_device(), &options, &e), 0);
     model_initialize(&m, 1, &e);
     if (shape.training) {
@@ -357,13 +376,13 @@ static struct memory_plan check_memory(const struct model_config *c, struct pass
                         plan.activations, plan.workspace, sizeof(struct step_state)};
     for (size_t i = 0; i < COUNT(planned); i++)
         if (planned[i] > 0)
-            take_reserved(planned[i]);
-    assert_int_equal(reservations, 0);
+            expect_allocated(planned[i]);
+    assert_int_equal(allocation_count, 0);
     model_free(&m);
     return plan;
 }
 
-static void memory_is_what_the_plan_says(void **state) {
+static void memory_matches_the_plan(void **state) {
     (void)state;
     struct model_config configs[] = {plain_config(), other_config()};
     for (size_t i = 0; i < COUNT(configs); i++) {
@@ -381,7 +400,7 @@ static void memory_is_what_the_plan_says(void **state) {
     }
 }
 
-/* By hand: every tensor rounded up to 64 elements; two moments, and master_weights that are the parameters. */
+/* By hand: every tensor rounded up to 64 elements; two moments; the master weights are the parameters. */
 static void memory_of_a_small_model(void **state) {
     (void)state;
     struct model_config c = counted_config(LAYER_IHA_LOCAL); /* no positions: RoPE's table is no parameter */
@@ -400,8 +419,8 @@ static void memory_of_a_small_model(void **state) {
     assert_int_equal(plan.optimizer, 8 * elements);
 }
 
-/* What is free on a machine is for all ranks on it. */
-static void ranks_share_memory(void **state) {
+/* Each of a machine's ranks may use an equal part of what is free. */
+static void free_memory_is_divided_among_local_ranks(void **state) {
     (void)state;
     const struct kernels *k = kernels_cpu();
     struct comm comm = *comm_single();
@@ -410,22 +429,23 @@ static void ranks_share_memory(void **state) {
     struct device_options options = {.threads = 1, .precision = DEVICE_FP32, .comm = &comm};
     struct device *dev = k->open(&options, &e);
     assert_non_null(dev);
-    double share = (double)k->memory_available(dev), all = (double)k->memory_available(NULL);
-    assert_true(fabs(4 * share / all - 1) < 0.2); /* others on this machine take and give all the time */
+    double part = (double)k->memory_available(dev), all = (double)k->memory_available(NULL);
+    assert_true(fabs(4 * part / all - 1) < 0.2); /* other processes allocate and free meanwhile */
     k->close(dev);
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(ranks_share_memory),
-        cmocka_unit_test(names_and_shapes_keep_the_contract),
-        cmocka_unit_test(a_tied_rmsnorm_model_has_fewer),
-        cmocka_unit_test(matrices_start_normal),
-        cmocka_unit_test(mixing_starts_at_the_identity),
-        cmocka_unit_test(initial_values_are_a_function_of_the_seed),
+        cmocka_unit_test(free_memory_is_divided_among_local_ranks),
+        cmocka_unit_test(names_and_shapes),
+        cmocka_unit_test(names_and_shapes_of_a_tied_rmsnorm_model),
+        cmocka_unit_test(every_parameter_is_within_its_unit),
+        cmocka_unit_test(matrices_are_initially_normal),
+        cmocka_unit_test(mixing_is_initially_the_identity),
+        cmocka_unit_test(initial_values_depend_on_seed_and_name_only),
         cmocka_unit_test(flops_of_mha),
         cmocka_unit_test(flops_of_iha),
-        cmocka_unit_test(memory_is_what_the_plan_says),
+        cmocka_unit_test(memory_matches_the_plan),
         cmocka_unit_test(memory_of_a_small_model),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

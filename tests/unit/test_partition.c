@@ -1,5 +1,6 @@
-/* Who owns what: for every number of ranks and every stage, the shares of all ranks are the whole, their
- * places do not meet, and what a rank allocates is what sharing promises. */
+/* The partition over ranks, for several numbers of ranks and every ZeRO stage: the shards of all ranks cover
+ * the flat buffer once, gradients in use at the same time do not overlap, and memory decreases with the
+ * stage. */
 #include "tests/lib/model_configs.h"
 #include "tests/lib/model_fixture.h"
 
@@ -10,11 +11,12 @@ static struct params list_params(const struct model_config *c, int ranks) {
     return p;
 }
 
-/* Two groups whose border lies inside a bucket: [0, border) and the rest. */
-static struct partition divide(const struct params *params, int64_t border, int rank, int ranks, int stage) {
+/* Two groups whose boundary is inside a bucket: [0, boundary) and the rest. */
+static struct partition make_partition(const struct params *params, int64_t boundary, int rank, int ranks,
+                                       int stage) {
     struct partition p;
     struct error e = {0};
-    struct param_group groups[2] = {{0, border, 1, 0.5f}, {border, params->elements, 3, 0}};
+    struct param_group groups[2] = {{0, boundary, 1, 0.5f}, {boundary, params->elements, 3, 0}};
     assert_int_equal(partition_create(&p, params, groups, 2, rank, ranks, stage, &e), 0);
     return p;
 }
@@ -28,10 +30,10 @@ static struct model_config wide_config(void) {
 
 static void check_shards(const struct model_config *c, int ranks, int stage) {
     struct params params = list_params(c, ranks);
-    int64_t border = params.unit_offset[2] + 100;
+    int64_t boundary = params.unit_offset[2] + 100;
     char *owner = calloc((size_t)params.elements, 1);
     for (int rank = 0; rank < ranks; rank++) {
-        struct partition p = divide(&params, border, rank, ranks, stage);
+        struct partition p = make_partition(&params, boundary, rank, ranks, stage);
         int64_t owned = 0;
         for (int b = 0; b < p.bucket_count; b++) {
             const struct shard *s = &p.shards[b];
@@ -61,41 +63,44 @@ static void every_element_has_one_owner(void **state) {
                 check_shards(&configs[c], ranks, stage);
 }
 
-static void buckets_stay_within_a_unit_and_a_size(void **state) {
+static void buckets_are_within_a_unit_and_the_size_limit(void **state) {
     (void)state;
     struct model_config c = wide_config();
     struct params params = list_params(&c, 4);
-    struct partition p = divide(&params, 100, 1, 4, 1);
-    int64_t at = 0;
+    struct partition p = make_partition(&params, 100, 1, 4, 1);
+    int64_t end = 0;
     int embeddings = 0;
     for (int b = 0; b < p.bucket_count; b++) {
         const struct bucket *x = &p.buckets[b];
-        assert_int_equal(x->begin, at);
+        assert_int_equal(x->begin, end);
+        assert_true(p.first_bucket[x->unit] <= b && b < p.first_bucket[x->unit + 1]);
         assert_true(x->begin >= p.unit_offset[x->unit] && x->end <= p.unit_offset[x->unit + 1]);
         assert_true(x->end - x->begin <= BUCKET_ELEMENTS && x->end - x->begin <= p.bucket_elements);
         embeddings += x->unit == 0;
-        at = x->end;
+        end = x->end;
     }
-    assert_int_equal(at, params.elements);
+    assert_int_equal(end, params.elements);
+    assert_int_equal(p.first_bucket[0], 0);
+    assert_int_equal(p.first_bucket[p.unit_count], p.bucket_count);
     assert_int_equal(embeddings, 2);
     partition_free(&p);
     params_free(&params);
 }
 
-/* Every element this rank updates is in one group, the one it was given. */
+/* Every element that a rank updates is in exactly one group, and it is the one it was given. */
 static void groups_are_split_at_shard_boundaries(void **state) {
     (void)state;
     struct model_config c = plain_config();
     for (int stage = 0; stage <= 1; stage++) {
         struct params params = list_params(&c, 3);
-        int64_t border = params.unit_offset[2] + 100, covered = 0;
-        struct partition p = divide(&params, border, 2, 3, stage);
+        int64_t boundary = params.unit_offset[2] + 100, covered = 0;
+        struct partition p = make_partition(&params, boundary, 2, 3, stage);
         for (int s = 0; s < p.update_count; s++)
             for (int g = 0; g < p.updates[s].group_count; g++) {
                 const struct param_group *x = &p.updates[s].groups[g];
                 int64_t begin = p.updates[s].begin + x->begin, end = p.updates[s].begin + x->end;
                 assert_true(begin < end && end <= p.updates[s].end);
-                assert_true(x->lr_scale == 1 ? end <= border : begin >= border);
+                assert_true(x->lr_scale == 1 ? end <= boundary : begin >= boundary);
                 covered += end - begin;
             }
         assert_int_equal(covered, stage == 0 ? params.elements : params.elements / 3);
@@ -104,12 +109,12 @@ static void groups_are_split_at_shard_boundaries(void **state) {
     }
 }
 
-/* Stage 2: a unit, the one before it in backward, the embeddings and the shard are all alive at once. */
-static void stage_2_keeps_two_units_apart(void **state) {
+/* Stage 2: a unit, the one before it in backward, the embeddings and the shards are all in use at once. */
+static void stage_2_gradients_do_not_overlap(void **state) {
     (void)state;
     struct model_config c = other_config();
     struct params params = list_params(&c, 4);
-    struct partition p = divide(&params, 100, 0, 4, 2);
+    struct partition p = make_partition(&params, 100, 0, 4, 2);
     for (int u = 0; u < p.unit_count; u++) {
         int64_t end = p.unit_gradient_offset[u] + p.unit_offset[u + 1] - p.unit_offset[u];
         assert_true(end <= p.gradient_shard_offset);
@@ -126,15 +131,15 @@ static void stage_2_keeps_two_units_apart(void **state) {
     params_free(&params);
 }
 
-static void memory_falls_with_ranks_and_stage(void **state) {
+static void memory_decreases_with_ranks_and_stage(void **state) {
     (void)state;
     struct model_config c = plain_config();
     struct pass_shape shape = {1, TOKENS, RECOMPUTE_NONE, true};
     struct error e = {0};
-    struct memory_plan alone, plan[3];
-    assert_int_equal(model_memory(&c, kernels_cpu(), fixture_device(), &shape, 1, 2, DTYPE_F32, &alone, &e),
+    struct memory_plan single, plan[3];
+    assert_int_equal(model_memory(&c, kernels_cpu(), fixture_device(), &shape, 1, 2, DTYPE_F32, &single, &e),
                      0);
-    assert_int_equal(alone.messages, 0);
+    assert_int_equal(single.messages, 0);
     for (int stage = 0; stage <= 2; stage++)
         assert_int_equal(
             model_memory(&c, kernels_cpu(), fixture_device(), &shape, 4, stage, DTYPE_F32, &plan[stage], &e),
@@ -151,10 +156,10 @@ static void memory_falls_with_ranks_and_stage(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_element_has_one_owner),
-        cmocka_unit_test(buckets_stay_within_a_unit_and_a_size),
+        cmocka_unit_test(buckets_are_within_a_unit_and_the_size_limit),
         cmocka_unit_test(groups_are_split_at_shard_boundaries),
-        cmocka_unit_test(stage_2_keeps_two_units_apart),
-        cmocka_unit_test(memory_falls_with_ranks_and_stage),
+        cmocka_unit_test(stage_2_gradients_do_not_overlap),
+        cmocka_unit_test(memory_decreases_with_ranks_and_stage),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

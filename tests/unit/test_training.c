@@ -1,7 +1,6 @@
-/* What a training step is made of, beside the gradients themselves: recomputing changes no bit, halves
- * accumulate to the whole, finished gradients are announced once each, AdamW is the equation in kernels.h and
- * never applies a bad step, learning rates are what the schedules say, and a model learns a batch by heart.
- */
+/* The parts of a training step, except the gradients themselves: recompute is bit-identical, accumulated
+ * passes equal one pass, every unit is announced once, AdamW follows the equation in kernels.h and skips bad
+ * steps, learning rates follow the schedules, and a model overfits one batch. */
 #include "tests/lib/model_configs.h"
 #include "tests/lib/model_fixture.h"
 
@@ -43,7 +42,7 @@ static double distance(const float *a, const float *b, int64_t n, double *norm) 
     return sqrt(sum);
 }
 
-/* ---- recompute, accumulate, announce ---- */
+/* ---- recompute, accumulation, finished units ---- */
 
 static void check_recompute(const struct model_config *c) {
     int32_t tokens[ROWS], targets[ROWS];
@@ -62,7 +61,7 @@ static void check_recompute(const struct model_config *c) {
     model_free(&kept);
 }
 
-static void recompute_changes_no_bit(void **state) {
+static void recompute_is_bit_identical(void **state) {
     (void)state;
     struct model_config plain = plain_config(), other = other_config();
     check_recompute(&plain);
@@ -72,8 +71,8 @@ static void recompute_changes_no_bit(void **state) {
     check_recompute(&plain);
 }
 
-/* The halves start from gradients that hold something, which the first of them must overwrite. */
-static double run_halves(struct model *m, const int32_t *tokens, const int32_t *targets) {
+/* Two passes of half a batch. The first must overwrite the gradients that are there. */
+static double run_two_passes(struct model *m, const int32_t *tokens, const int32_t *targets) {
     fixture_loss(m, tokens + 7, targets, 1);
     m->k->step_begin(m->dev, m->state, 0, 0);
     for (int half = 0; half < 2; half++)
@@ -89,7 +88,7 @@ static void check_accumulate(const struct model_config *c) {
     make_batch(tokens, targets);
     open_model(&whole, c, BATCH, RECOMPUTE_NONE);
     open_model(&halves, c, BATCH / 2, RECOMPUTE_NONE);
-    double loss = fixture_loss(&whole, tokens, targets, 0.01), sum = run_halves(&halves, tokens, targets);
+    double loss = fixture_loss(&whole, tokens, targets, 0.01), sum = run_two_passes(&halves, tokens, targets);
     assert_true(fabs(sum - loss) < 1e-6 * loss);
     for (int i = 0; i < whole.params.count; i++) {
         const struct param *p = &whole.params.list[i];
@@ -102,7 +101,7 @@ static void check_accumulate(const struct model_config *c) {
     model_free(&halves);
 }
 
-static void halves_accumulate_to_the_whole(void **state) {
+static void accumulated_passes_equal_one_pass(void **state) {
     (void)state;
     struct model_config plain = plain_config(), other = other_config();
     check_accumulate(&plain);
@@ -115,7 +114,7 @@ struct announced {
     int next_unit;
 };
 
-static void take_announced(void *context, int unit) {
+static void copy_announced(void *context, int unit) {
     struct announced *a = context;
     int64_t begin = a->m->params.unit_offset[unit], end = a->m->params.unit_offset[unit + 1];
     assert_int_equal(unit, a->next_unit--);
@@ -132,7 +131,7 @@ static void check_announced(const struct model_config *c) {
     size_t bytes = (size_t)m.params.elements * sizeof(float);
     struct announced a = {&m, calloc(1, bytes), m.params.unit_count - 1};
     m.k->step_begin(m.dev, m.state, 0, 0);
-    model_forward_backward(&m, tokens, targets, 0.01, false, take_announced, &a);
+    model_forward_backward(&m, tokens, targets, 0.01, false, copy_announced, &a);
     assert_int_equal(a.next_unit, -1);
     assert_int_equal(m.params.unit_count, c->num_hidden_layers + 2);
     assert_int_equal(m.params.unit_offset[0], 0);
@@ -142,7 +141,7 @@ static void check_announced(const struct model_config *c) {
     model_free(&m);
 }
 
-static void gradients_are_announced_once(void **state) {
+static void every_unit_is_announced_once(void **state) {
     (void)state;
     struct model_config plain = plain_config(), other = other_config();
     check_announced(&plain);
@@ -226,7 +225,7 @@ static void compare_adamw(const struct adamw_test *t) {
 }
 
 /* Gradients above and below the clip, and no clip; learning rates that change. */
-static void adamw_is_its_equation(void **state) {
+static void adamw_follows_its_equation(void **state) {
     (void)state;
     static const struct {
         double size, clip, lr;
@@ -258,7 +257,7 @@ static void clip_and_norm_are_reported(void **state) {
     free(t);
 }
 
-/* Bad numbers: nothing moves, t included, and the run of skips grows until a good step ends it. */
+/* A bad step changes nothing, t included, and skips_run counts bad steps until a good one. */
 static void bad_steps_are_skipped(void **state) {
     (void)state;
     static const struct {
@@ -289,8 +288,8 @@ static void bad_steps_are_skipped(void **state) {
     free(t);
 }
 
-/* A resumed run writes the counter back: AdamW goes on with the t it had. */
-static void updates_survive_step_write(void **state) {
+/* A resumed run writes the update count back: AdamW continues with the same t. */
+static void step_write_restores_the_update_count(void **state) {
     (void)state;
     struct adamw_test *t = adamw_open();
     struct step_state resumed = {.history = {.updates = 41, .skips_run = 2}};
@@ -312,8 +311,8 @@ static const struct param_group *group_of(const struct model *m, int64_t element
     return NULL;
 }
 
-/* Every parameter is in one group; matrices decay, alpha and collapse have their factor. */
-static void groups_follow_the_classes(void **state) {
+/* Every parameter is in one group: matrices with weight decay, alpha and collapse with their own lr_scale. */
+static void groups_follow_the_parameter_classes(void **state) {
     (void)state;
     struct model_config c = other_config();
     struct model m;
@@ -343,7 +342,7 @@ static void step(struct model *m, const int32_t *tokens, const int32_t *targets,
     model_update(m, &(struct update_hyper){HYPER.beta1, HYPER.beta2, HYPER.eps, 1, 0});
 }
 
-static void a_nan_never_reaches_the_parameters(void **state) {
+static void nan_gradients_leave_the_parameters_unchanged(void **state) {
     (void)state;
     struct model_config c = plain_config();
     int32_t tokens[ROWS], targets[ROWS];
@@ -384,7 +383,7 @@ static void check_overfits(const struct model_config *c) {
     model_free(&m);
 }
 
-static void a_model_learns_one_batch_by_heart(void **state) {
+static void a_model_overfits_one_batch(void **state) {
     (void)state;
     struct model_config plain = plain_config(), other = other_config();
     check_overfits(&plain);
@@ -430,9 +429,9 @@ static float bf16_value(uint16_t bits) {
     return x;
 }
 
-/* Between two neighbours, the nearer the more often; what bf16 holds exactly stays, and so does what is none.
- */
-static void stochastic_rounding_is_exact_on_average(void **state) {
+/* To one of the two neighbours, with the value as the mean; numbers that bf16 holds exactly, inf and NaN
+ * stay. */
+static void stochastic_rounding_is_unbiased(void **state) {
     (void)state;
     enum { DRAWS = 200000 };
     const float numbers[] = {1.001f, -0.3337f, 3e-30f};
@@ -458,8 +457,8 @@ static void stochastic_rounding_is_exact_on_average(void **state) {
     assert_true(same > 300 && same < 700); /* each step draws anew */
 }
 
-/* Which tensor spoiled a step: the one nearest to the loss with a bad number, else the largest. */
-static void the_worst_gradient_is_named(void **state) {
+/* The tensor nearest to the loss whose gradient is not finite; if all are finite, the largest. */
+static void worst_gradient_is_found(void **state) {
     (void)state;
     struct model_config c = plain_config();
     struct model m;
@@ -481,8 +480,8 @@ static void the_worst_gradient_is_named(void **state) {
     model_free(&m);
 }
 
-/* The state is that of the step that gives up, which need not be the last that was begun. */
-static void giving_up_names_the_steps(void **state) {
+/* The state is that of the last bad step; later ones may have begun. */
+static void too_many_skips_report_the_steps(void **state) {
     (void)state;
     struct model_config c = plain_config();
     struct step_state seen = {.step = 6, .loss = 3, .skip = STEP_OUTLIER, .grad_norm = 41.5, .zscore = 9.25};
@@ -505,19 +504,19 @@ static void giving_up_names_the_steps(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(the_worst_gradient_is_named),
-        cmocka_unit_test(giving_up_names_the_steps),
-        cmocka_unit_test(stochastic_rounding_is_exact_on_average),
-        cmocka_unit_test(recompute_changes_no_bit),
-        cmocka_unit_test(halves_accumulate_to_the_whole),
-        cmocka_unit_test(gradients_are_announced_once),
-        cmocka_unit_test(adamw_is_its_equation),
+        cmocka_unit_test(worst_gradient_is_found),
+        cmocka_unit_test(too_many_skips_report_the_steps),
+        cmocka_unit_test(stochastic_rounding_is_unbiased),
+        cmocka_unit_test(recompute_is_bit_identical),
+        cmocka_unit_test(accumulated_passes_equal_one_pass),
+        cmocka_unit_test(every_unit_is_announced_once),
+        cmocka_unit_test(adamw_follows_its_equation),
         cmocka_unit_test(clip_and_norm_are_reported),
         cmocka_unit_test(bad_steps_are_skipped),
-        cmocka_unit_test(updates_survive_step_write),
-        cmocka_unit_test(groups_follow_the_classes),
-        cmocka_unit_test(a_nan_never_reaches_the_parameters),
-        cmocka_unit_test(a_model_learns_one_batch_by_heart),
+        cmocka_unit_test(step_write_restores_the_update_count),
+        cmocka_unit_test(groups_follow_the_parameter_classes),
+        cmocka_unit_test(nan_gradients_leave_the_parameters_unchanged),
+        cmocka_unit_test(a_model_overfits_one_batch),
         cmocka_unit_test(learning_rates_at_known_points),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
