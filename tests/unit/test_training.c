@@ -1,6 +1,6 @@
 /* The parts of a training step, except the gradients themselves: recompute is bit-identical, accumulated
- * passes equal one pass, every unit is announced once, AdamW follows the equation in kernels.h and skips bad
- * steps, learning rates follow the schedules, and a model overfits one batch. */
+ * passes equal one pass, every unit is announced once, AdamW follows its equation and skips bad steps,
+ * learning rates follow the schedules, and a model overfits one batch. */
 #include "tests/lib/model_configs.h"
 #include "tests/lib/model_fixture.h"
 
