@@ -196,48 +196,8 @@ void cuda_graph_begin(struct device *, int id);
 bool cuda_graph_end(struct device *, int id);
 void staging_free(struct staging *);
 
-void cuda_embed(struct device *, const struct embed_spec *, tensor tokens, tensor w, tensor pos,
-                int64_t first, tensor x);
-void cuda_embed_backward(struct device *, const struct embed_spec *, tensor tokens, tensor dx, tensor dw,
-                         tensor dpos);
-void cuda_residual_norm(struct device *, const struct norm_spec *, tensor x, tensor delta, tensor w, tensor b,
-                        tensor sum, tensor y, void *saved);
-void cuda_residual_norm_recompute(struct device *, const struct norm_spec *, tensor sum, tensor w, tensor b,
-                                  tensor y, const void *saved);
-void cuda_residual_norm_backward(struct device *, const struct norm_spec *, tensor dy, tensor sum, tensor w,
-                                 const void *saved, tensor dx, tensor dw, tensor db, bool accumulate);
-void cuda_linear(struct device *, const struct linear_spec *, tensor x, tensor w, tensor bias, tensor y);
-void cuda_linear_backward(struct device *, const struct linear_spec *, tensor dy, tensor x, tensor w,
-                          tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate);
-void cuda_rope_table(struct device *, tensor table, double theta);
-void cuda_qkv_mix(struct device *, const struct qkv_mix_spec *, tensor qkv, tensor alpha_q, tensor alpha_k,
-                  tensor alpha_v, tensor table, int64_t first, tensor q, tensor k, tensor v);
-void cuda_qkv_mix_backward(struct device *, const struct qkv_mix_spec *, tensor dq, tensor dk, tensor dv,
-                           tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
-                           tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v, bool accumulate);
-void cuda_attention(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v, tensor o,
-                    void *saved);
-void cuda_attention_backward(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v,
-                             tensor o, tensor d_o, const void *saved, tensor dq, tensor dk, tensor dv);
-void cuda_attention_decode(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v,
-                           tensor cache_k, tensor cache_v, int64_t first, tensor o);
-void cuda_collapse(struct device *, const struct collapse_spec *, tensor o, tensor r, tensor out);
-void cuda_collapse_backward(struct device *, const struct collapse_spec *, tensor dout, tensor o, tensor r,
-                            tensor d_o, tensor dr, bool accumulate);
-void cuda_mlp_act(struct device *, const struct act_spec *, tensor u, tensor gate, tensor out);
-void cuda_mlp_act_backward(struct device *, const struct act_spec *, tensor dout, tensor u, tensor gate,
-                           tensor du, tensor dgate);
-void cuda_classifier(struct device *, const struct classifier_spec *, tensor h, tensor w, tensor targets,
-                     double scale, struct step_state *state, tensor dh, tensor dw, bool accumulate);
-void cuda_step_begin(struct device *, struct step_state *, int64_t step, double lr);
-void cuda_sumsq(struct device *, tensor g, struct step_state *);
-void cuda_step_decide(struct device *, struct step_state *, double grad_clip, double skip_zscore);
-void cuda_step_post(struct device *, const struct step_state *);
-void cuda_step_collect(struct device *, struct step_state *host);
-void cuda_step_read(struct device *, const struct step_state *, struct step_state *host);
-void cuda_step_write(struct device *, struct step_state *, const struct step_state *host);
-void cuda_adamw(struct device *, const struct adamw_hyper *, const struct param_group *groups, int count,
-                int64_t first, tensor master, tensor p, tensor g, tensor m, tensor v,
-                const struct step_state *);
+/* The operations: cuda_embed, cuda_embed_backward, ... */
+#define OP(name, parameters, arguments) op_##name cuda_##name;
+#include "kernels/ops.def"
 
 #endif
