@@ -1,9 +1,9 @@
-/* The interface of a backend: a table of functions for its device and of operations on tensors. The backends are
- * kernels/cpu/, kernels/cuda/ and, to estimate speed and memory, kernels/estimate/.
+/* The interface of a backend: a table of functions for its device and of operations on tensors. The backends
+ * are kernels/cpu/, kernels/cuda/ and, to estimate speed and memory, kernels/estimate/.
  *
- * The operations themselves, with shapes and equations, are listed in kernels/ops.def. They are cut where a GPU
- * would fuse them, each with its backward beside it. They know nothing of transformers: they take views of memory
- * and a `*_spec` that holds the sizes and choices they were planned with. Rules for every backend:
+ * The operations themselves, with shapes and equations, are listed in kernels/ops.def. They are cut where a
+ * GPU would fuse them, each with its backward beside it. They know nothing of transformers: they take views
+ * of memory and a `*_spec` that holds the sizes and choices they were planned with. Rules for every backend:
  *  - plan() is called once for each distinct spec, before the first use: it says how many bytes the operation
  *    saves for its backward and how much scratch it needs, and builds library plans. After that nothing
  *    allocates. The layout of `saved` is private to the backend.
@@ -139,8 +139,8 @@ struct device_options {
     struct comm *comm; /* ranks on the same machine share its processors; NULL: single process */
 };
 
-/* The types a device works in. Parameters are read in `compute`; where `master` is more precise, the optimizer
- * keeps a copy in it. */
+/* The types a device works in. Parameters are read in `compute`; where `master` is more precise, the
+ * optimizer keeps a copy in it. */
 struct device_dtypes {
     enum dtype compute;  /* activations and parameters */
     enum dtype gradient; /* of parameters */
@@ -171,11 +171,12 @@ struct kernels {
     /* Dense peak of the compute precision in FLOP/s, 0 when it is not known. */
     double (*peak_flops)(struct device *dev);
 
-    /* A communicator between the processes of `ranks` for tensors on this device: `ranks` itself where that is
-     * host memory. A new one is closed before the device and `ranks`. All ranks call this at the same time.
-     * NULL and *e when `how` is not possible. */
+    /* A communicator between the processes of `ranks` for tensors on this device: `ranks` itself where that
+     * is host memory. A new one is closed before the device and `ranks`. All ranks call this at the same
+     * time. NULL and *e when `how` is not possible. */
     struct comm *(*open_comm)(struct device *dev, struct comm *ranks, enum comm_backend how, struct error *e);
-    /* Bytes of device memory that the communicator's reserve() allocates for buffers of `elements` elements. */
+    /* Bytes of device memory that the communicator's reserve() allocates for buffers of `elements` elements.
+     * */
     size_t (*staging_bytes)(struct device *dev, int64_t elements, int ranks, enum dtype dtype,
                             enum dtype wire);
 
@@ -186,8 +187,8 @@ struct kernels {
     /* Zeroed device memory, or NULL and an EXIT_USER error with the size. */
     void *(*alloc)(struct device *dev, size_t bytes, struct error *e);
     void (*release)(struct device *dev, void *data);
-    /* Free bytes that this rank may use, when other ranks share the device; 0: not known. On the CPU dev may be
-     * NULL: all free memory of the machine. */
+    /* Free bytes that this rank may use, when other ranks share the device; 0: not known. On the CPU dev may
+     * be NULL: all free memory of the machine. */
     size_t (*memory_available)(struct device *dev);
     void (*zero)(struct device *dev, void *data, size_t bytes);
     void (*copy)(struct device *dev, void *to, const void *from, size_t bytes);
@@ -198,8 +199,8 @@ struct kernels {
 
     /* A sequence of operations that is the same every time, arguments included, may be kept as a graph and
      * launched at once. id: below GRAPHS. replay returns true if it launched the graph. Otherwise queue the
-     * operations between begin and end. If end returns false, they were not run: queue them once more. Between
-     * begin and end nothing may read back or wait. */
+     * operations between begin and end. If end returns false, they were not run: queue them once more.
+     * Between begin and end nothing may read back or wait. */
     bool (*graph_replay)(struct device *dev, int id);
     void (*graph_begin)(struct device *dev, int id);
     bool (*graph_end)(struct device *dev, int id);
@@ -214,8 +215,8 @@ struct kernels {
     int (*plan)(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e);
     void (*set_workspace)(struct device *dev, void *data, size_t bytes);
     /* The library or kernels that compute attention of this planned shape, as a word or two for the user.
-     * *deterministic: bytes of its workspace that are needed for deterministic results only. The member is NULL
-     * in a backend whose results are always deterministic, at no extra cost. */
+     * *deterministic: bytes of its workspace that are needed for deterministic results only. The member is
+     * NULL in a backend whose results are always deterministic, at no extra cost. */
     const char *(*attention_backend)(struct device *dev, const struct attention_spec *spec,
                                      size_t *deterministic);
 
@@ -229,7 +230,8 @@ struct kernels {
 const struct kernels *kernels_cpu(void);
 const struct kernels *kernels_cuda(void); /* NULL when built without CUDA */
 
-/* A copy of the table whose operations are recorded as ranges of their name. Each call replaces the last one's. */
+/* A copy of the table whose operations are recorded as ranges of their name. Each call replaces the last
+ * one's. */
 const struct kernels *kernels_traced(const struct kernels *k);
 
 /* The number of usable GPUs: 0 without a driver. */

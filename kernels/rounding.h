@@ -2,8 +2,8 @@
  *
  * Stochastic rounding goes up or down with the odds that make the result exact on average. The
  * odds are drawn from a hash of (step, index), not from a generator with a state: so a parameter's value is a
- * function of its master, its place and the updates so far, and a run that resumes from master_weights has the same
- * values as one that never stopped. */
+ * function of its master, its place and the updates so far, and a run that resumes from master_weights has
+ * the same values as one that never stopped. */
 #ifndef IHA_KERNELS_ROUNDING_H
 #define IHA_KERNELS_ROUNDING_H
 

@@ -1,4 +1,5 @@
-/* A table whose operations are recorded as ranges of their own name: what a profile shows below the model's layers. */
+/* A table whose operations are recorded as ranges of their own name: what a profile shows below the model's
+ * layers. */
 #include "kernels/kernels.h"
 
 static const struct kernels *inner;
