@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "kernels/comm.h"
+#include "kernels/hash.h"
 
 enum { MOST_RANKS = 1 << 16, PORTS = 15000, FIRST_PORT = 15000 }; /* below those the system gives away */
 
@@ -75,12 +76,12 @@ static uint64_t token_of(const struct start *s) {
     static const char *const variables[] = {"IHA_TOKEN", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID",
                                             "SLURM_STEP_ID"};
     bool slurm = !variable("RANK");
-    uint64_t hash = 0xcbf29ce484222325u ^ (uint64_t)s->port;
+    uint64_t hash = FNV1A_START ^ (uint64_t)s->port;
     for (int i = 0; i < (slurm ? 4 : 2); i++) {
         const char *text = variable(variables[i]);
-        for (; text && *text; text++)
-            hash = (hash ^ (unsigned char)*text) * 0x100000001b3u;
-        hash = (hash ^ ' ') * 0x100000001b3u;
+        if (text)
+            hash = fnv1a(hash, text, strlen(text));
+        hash = fnv1a(hash, " ", 1);
     }
     return hash;
 }

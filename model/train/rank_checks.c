@@ -12,7 +12,7 @@ struct digest {
 };
 
 static void add_text(uint64_t *hash, const char *text) {
-    *hash = hash_bytes(*hash, text, strlen(text) + 1);
+    *hash = fnv1a(*hash, text, strlen(text) + 1);
 }
 
 static void add_setting(void *context, const char *key, const char *value) {
@@ -22,7 +22,7 @@ static void add_setting(void *context, const char *key, const char *value) {
 
 int ranks_check_alike(struct comm *comm, const struct config *config, const struct trainer_state *trainer,
                       struct error *e) {
-    struct digest mine = {HASH_START, HASH_START}, first;
+    struct digest mine = {FNV1A_START, FNV1A_START}, first;
     config_visit(config, add_setting, &mine.settings);
     add_text(&mine.data, trainer->train_fingerprint);
     add_text(&mine.data, trainer->val_fingerprint);
