@@ -1,13 +1,11 @@
-/* What cuDNN's deterministic attention costs: for the backend that runs it, and for the GPU on paper that
- * only counts.
- */
+/* Workspace of cuDNN's deterministic attention backward, for the CUDA backend and for the estimate. */
 #ifndef IHA_KERNELS_CUDNN_SCRATCH_H
 #define IHA_KERNELS_CUDNN_SCRATCH_H
 
 #include "kernels/kernels.h"
 
-/* Its backward wants 2 B H S^2 bytes, S rounded up to its tiles (9.19); beyond this much, our own attention
- * serves, which is deterministic for none. */
+/* It needs 2 B H S^2 bytes, S rounded up to its tiles (cuDNN 9.19). Above this limit our own attention
+ * kernels are used, which are deterministic without extra memory. */
 #define CUDNN_DETERMINISTIC_LIMIT ((size_t)256 << 20)
 
 static inline size_t cudnn_deterministic_bytes(const struct attention_spec *s) {

@@ -1,5 +1,5 @@
-/* Matrix products. In float they go to oneDNN, which finds the processor's best kernel by itself; in double,
- * which only gradient tests use and oneDNN does not have, plain loops do. */
+/* Matrix products. In float by oneDNN, which chooses the best kernel for the processor at run time. In
+ * double, which oneDNN does not have and only gradient tests use, by plain loops. */
 #include "kernels/cpu/cpu.h"
 
 #ifndef KERNELS_DOUBLE

@@ -175,7 +175,7 @@ class Curves(Case):
                            "mpi": "2 ranks over mpi through host memory",
                            "not mpi": "system.comm = mpi, but mpirun did not start these ranks",
                            "shared": "system.comm = nccl needs a GPU for every rank",
-                           "cpu": "system.comm = nccl joins GPUs, and this run is on the CPU"}.items():
+                           "cpu": "system.comm = nccl needs GPUs, but this run is on the CPU"}.items():
             self.assertEqual(runs[name].text.count(said), 1, runs[name].text)
             if runs[name].codes[0] == 2:
                 self.assertEqual(runs[name].text.count("train_iha: "), 1, runs[name].text)
