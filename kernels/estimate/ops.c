@@ -16,7 +16,7 @@ static double max_double(double a, double b) {
     return a > b ? a : b;
 }
 
-static double element(const struct device *dev) {
+static double element_bytes(const struct device *dev) {
     return dev->options.precision == DEVICE_BF16 ? 2 : 4;
 }
 
@@ -52,7 +52,7 @@ static void count_mixing(struct device *dev, double flops, double bytes) {
 
 void estimate_embed(struct device *dev, const struct embed_spec *s, tensor tokens, tensor w, tensor pos,
                     int64_t first, tensor x) {
-    double values = (double)(s->batch * s->tokens * s->hidden), E = element(dev);
+    double values = (double)(s->batch * s->tokens * s->hidden), E = element_bytes(dev);
     count_pass(dev, ESTIMATE_ELEMENTWISE,
                2 * values * E + (pos.data ? (double)(s->tokens * s->hidden) * E : 0));
 }
@@ -60,14 +60,14 @@ void estimate_embed(struct device *dev, const struct embed_spec *s, tensor token
 /* Rows of dw are read, added to and written. */
 void estimate_embed_backward(struct device *dev, const struct embed_spec *s, tensor tokens, tensor dx,
                              tensor dw, tensor dpos) {
-    double values = (double)(s->batch * s->tokens * s->hidden), E = element(dev);
+    double values = (double)(s->batch * s->tokens * s->hidden), E = element_bytes(dev);
     count_pass(dev, ESTIMATE_ELEMENTWISE, values * (E + 8));
     if (dpos.data)
         count_pass(dev, ESTIMATE_ELEMENTWISE, values * E + (double)(s->tokens * s->hidden) * 8);
 }
 
 static void count_norm(struct device *dev, const struct norm_spec *s, double tensors) {
-    count_pass(dev, ESTIMATE_ELEMENTWISE, tensors * (double)(s->rows * s->hidden) * element(dev));
+    count_pass(dev, ESTIMATE_ELEMENTWISE, tensors * (double)(s->rows * s->hidden) * element_bytes(dev));
 }
 
 void estimate_residual_norm(struct device *dev, const struct norm_spec *s, tensor x, tensor delta, tensor w,
@@ -87,7 +87,7 @@ void estimate_residual_norm_backward(struct device *dev, const struct norm_spec 
 }
 
 static void count_act(struct device *dev, const struct act_spec *s, double tensors) {
-    count_pass(dev, ESTIMATE_ELEMENTWISE, tensors * (double)(s->rows * s->hidden) * element(dev));
+    count_pass(dev, ESTIMATE_ELEMENTWISE, tensors * (double)(s->rows * s->hidden) * element_bytes(dev));
 }
 
 void estimate_mlp_act(struct device *dev, const struct act_spec *s, tensor u, tensor gate, tensor out) {
@@ -104,7 +104,7 @@ void estimate_mlp_act_backward(struct device *dev, const struct act_spec *s, ten
 void estimate_linear(struct device *dev, const struct linear_spec *s, tensor x, tensor w, tensor bias,
                      tensor y) {
     double N = (double)s->rows, in = (double)s->in, out = (double)s->out;
-    count_matmul(dev, ESTIMATE_MATMUL, N, out, in, (N * in + out * in + N * out) * element(dev));
+    count_matmul(dev, ESTIMATE_MATMUL, N, out, in, (N * in + out * in + N * out) * element_bytes(dev));
 }
 
 /* dW is kept in fp32; adding to it reads it as well. */
@@ -114,7 +114,7 @@ static double gradient_bytes(double elements, bool accumulate) {
 
 void estimate_linear_backward(struct device *dev, const struct linear_spec *s, tensor dy, tensor x, tensor w,
                               tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate) {
-    double N = (double)s->rows, in = (double)s->in, out = (double)s->out, E = element(dev);
+    double N = (double)s->rows, in = (double)s->in, out = (double)s->out, E = element_bytes(dev);
     count_matmul(dev, ESTIMATE_MATMUL, out, in, N,
                  (N * out + N * in) * E + gradient_bytes(out * in, accumulate));
     if (dbias.data)
@@ -125,7 +125,7 @@ void estimate_linear_backward(struct device *dev, const struct linear_spec *s, t
 
 /* Rows whose logits exist at once. */
 static int64_t chunk_rows(const struct device *dev, const struct classifier_spec *s) {
-    double row = (double)s->vocab * element(dev);
+    double row = (double)s->vocab * element_bytes(dev);
     double rows = CHUNK_BYTES / row < 128 ? 128 : CHUNK_BYTES / row;
     return rows < (double)s->rows ? (int64_t)rows : s->rows;
 }
@@ -133,7 +133,7 @@ static int64_t chunk_rows(const struct device *dev, const struct classifier_spec
 void estimate_classifier(struct device *dev, const struct classifier_spec *s, tensor h, tensor w,
                          tensor targets, double scale, struct step_state *state, tensor dh, tensor dw,
                          bool accumulate) {
-    double C = (double)s->hidden, V = (double)s->vocab, E = element(dev);
+    double C = (double)s->hidden, V = (double)s->vocab, E = element_bytes(dev);
     int64_t chunk = chunk_rows(dev, s);
     for (int64_t begin = 0; begin < s->rows; begin += chunk) {
         double N = (double)(s->rows - begin < chunk ? s->rows - begin : chunk);
@@ -169,26 +169,26 @@ static double visible_pairs(struct device *dev, const struct attention_spec *s) 
     return pairs;
 }
 
-static bool in_window(const struct attention_spec *s) {
+static bool has_window(const struct attention_spec *s) {
     return s->window > 0 && s->window < s->length;
 }
 
 /* The same decision as in kernels/cuda/attention/attention.cu. */
 static bool uses_cudnn(const struct device *dev, const struct attention_spec *s) {
     return dev->options.precision == DEVICE_BF16 && !(s->token_mask && s->causal && s->pseudo > 1) &&
-           (s->causal || !in_window(s)) && s->head_dim % 8 == 0 &&
+           (s->causal || !has_window(s)) && s->head_dim % 8 == 0 &&
            s->head_dim <= dev->options.gpu->cudnn_head_dim && s->length > 1 &&
            !(dev->options.gpu->cudnn_nan && s->length % 128 == 64) &&
            !(dev->options.deterministic && cudnn_deterministic_bytes(s) > CUDNN_DETERMINISTIC_LIMIT);
 }
 
-static struct attention_rate rate_of(const struct device *dev, const struct attention_spec *s) {
+static struct attention_rate rate_for(const struct device *dev, const struct attention_spec *s) {
     const struct gpu_spec *g = dev->options.gpu;
     if (!uses_cudnn(dev, s))
         return g->own;
     if (s->head_dim <= 64)
         return g->narrow;
-    double factor = in_window(s) ? g->window : 1;
+    double factor = has_window(s) ? g->window : 1;
     return (struct attention_rate){g->wide.forward * factor, g->wide.backward * factor};
 }
 
@@ -205,8 +205,8 @@ static double attention_values(const struct attention_spec *s) {
 void estimate_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                         tensor o, void *saved) {
     double flops = 2 * pair_flops(dev, s);
-    count_kernel(dev, ESTIMATE_ATTENTION, flops, flops, rate_of(dev, s).forward,
-                 4 * attention_values(s) * element(dev), dev->options.gpu->copy);
+    count_kernel(dev, ESTIMATE_ATTENTION, flops, flops, rate_for(dev, s).forward,
+                 4 * attention_values(s) * element_bytes(dev), dev->options.gpu->copy);
 }
 
 /* Five products: the scores again, and the gradients of v, of the weights, of q and of k. */
@@ -214,8 +214,8 @@ void estimate_attention_backward(struct device *dev, const struct attention_spec
                                  tensor v, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
                                  tensor dv) {
     double one = pair_flops(dev, s);
-    count_kernel(dev, ESTIMATE_ATTENTION, 4 * one, 5 * one, rate_of(dev, s).backward,
-                 8 * attention_values(s) * element(dev), dev->options.gpu->copy);
+    count_kernel(dev, ESTIMATE_ATTENTION, 4 * one, 5 * one, rate_for(dev, s).backward,
+                 8 * attention_values(s) * element_bytes(dev), dev->options.gpu->copy);
 }
 
 /* ---- mixing ---- */
@@ -229,7 +229,7 @@ static double mix_flops(const struct qkv_mix_spec *s) {
 
 /* Bytes of one vector for every head and token. */
 static double heads_bytes(const struct device *dev, int64_t tokens, int64_t heads, int64_t head_dim) {
-    return (double)tokens * (double)heads * (double)head_dim * element(dev);
+    return (double)tokens * (double)heads * (double)head_dim * element_bytes(dev);
 }
 
 void estimate_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q,
@@ -314,7 +314,7 @@ int estimate_plan(struct device *dev, const struct op_spec *spec, struct op_cost
     }
     if (spec->kind == OP_CLASSIFIER)
         cost->workspace += (size_t)((double)chunk_rows(dev, &spec->classifier) *
-                                    (double)spec->classifier.vocab * element(dev)) +
+                                    (double)spec->classifier.vocab * element_bytes(dev)) +
                            (size_t)spec->classifier.rows * sizeof(double);
     return 0;
 }

@@ -7,7 +7,7 @@
 /* The widest head there are kernels for. */
 enum { ATTENTION_MAX_DIM = 256 };
 
-/* As attention and attention_backward in kernels/kernels.h, for scale > 0. Two runs give the same bits. */
+/* As attention and attention_backward in kernels/ops.def, for scale > 0. Two runs give the same bits. */
 int own_attention_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
 void own_attention(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v, tensor o,
                    void *saved);
