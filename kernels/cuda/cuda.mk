@@ -65,20 +65,20 @@ comma := ,
 ifeq ($(CUDA_MISSING),)
 CUDA_LINKED = $(CUDA_OBJECTS) $(CUDNN_OBJECTS)
 CUDA_LINK = $(CUDA_LIBS) $(CUDA_RPATH) -lstdc++
-CUDA_SAYS = with CUDA ($(NVCC)), attention \
-    $(if $(CUDNN_MISSING),by own kernels alone ($(CUDNN_MISSING)),also by cuDNN ($(CUDNN))), ranks over \
+CUDA_SUMMARY = with CUDA ($(NVCC)), attention \
+    $(if $(CUDNN_MISSING),by the built-in kernels alone ($(CUDNN_MISSING)),also by cuDNN ($(CUDNN))), ranks over \
     $(if $(NCCL_MISSING),host memory alone ($(NCCL_MISSING)),NCCL ($(NCCL)))
 else
 CUDA_LINKED =
 CUDA_LINK =
-CUDA_SAYS = without CUDA ($(CUDA_MISSING)): the CPU backend alone
+CUDA_SUMMARY = without CUDA ($(CUDA_MISSING)): the CPU backend alone
 endif
 
 # Files that change when what they name does; what depends on them is then built again.
 CUDA_STAMPS = $(addprefix $(BUILD)/cuda/,compiled-with cudnn-with linked-with)
 $(BUILD)/cuda/compiled-with: WITH = $(NVCC) $(CUDA_ARCHS) $(CUDA_ISYSTEM) $(NCCL_FLAGS)
 $(BUILD)/cuda/cudnn-with: WITH = $(CUDNN_HEADER) $(CUDNN_FRONTEND) $(CUDA_ISYSTEM) $(NVRTC)
-$(BUILD)/cuda/linked-with: WITH = $(CUDA_SAYS) $(CUDA_LINK)
+$(BUILD)/cuda/linked-with: WITH = $(CUDA_SUMMARY) $(CUDA_LINK)
 $(CUDA_STAMPS): FORCE
 	@mkdir -p $(@D)
 	@echo '$(WITH)' | cmp -s - $@ || echo '$(WITH)' >$@

@@ -55,7 +55,7 @@ $(FAKE_DRIVER): tests/cuda/emulator/fake_driver.c
 	@$(CC) $(filter-out -MMD -fsanitize%,$(CFLAGS)) -shared -fPIC -Wl,-soname,libcuda.so.1 $< -o $@
 
 $(BUILD)/tests/cuda/test_cudnn: $(CUDNN_OBJECTS) | $(FAKE_DRIVER)
-$(BUILD)/tests/cuda/test_cudnn: LIBS += -Wl,--wrap=cudnn_attention_open -Wl,--no-as-needed $(FAKE_DRIVER) $(CUDNN) \
+$(BUILD)/tests/cuda/test_cudnn: LIBS += -Wl,--wrap=attention_cudnn_open -Wl,--no-as-needed $(FAKE_DRIVER) $(CUDNN) \
     -Wl,-rpath,$(abspath $(dir $(FAKE_DRIVER))) $(patsubst %,-Wl$(comma)-rpath$(comma)%,$(abspath $(dir $(CUDNN))))
 
 # The whole program on the harness's GPUs. program.o comes after the harness, whose variables must be there when it
