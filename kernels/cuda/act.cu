@@ -49,8 +49,7 @@ static __device__ __forceinline__ float gradient(float dout, float u, float gate
     return dout * gate * s;
 }
 
-/* Grid: n / (THREADS UNROLL V) blocks; V elements a thread at a time, the last n mod V elements one by one.
- */
+/* Grid: n / (THREADS UNROLL V) blocks; V elements a thread at a time, the last n mod V one by one. */
 template <typename T, enum act_type TYPE, int V>
 static __global__ void __launch_bounds__(THREADS) act_forward(const T *u, const T *gate, T *out, int64_t n) {
     int64_t first = ((int64_t)blockIdx.x * UNROLL * THREADS + threadIdx.x) * V;
@@ -80,8 +79,7 @@ static __global__ void __launch_bounds__(THREADS) act_forward(const T *u, const 
     }
 }
 
-/* The same grid. du may be u or dout, dgate may be gate: a thread reads its elements before it writes them.
- */
+/* The same grid. du may be u or dout, dgate may be gate: threads read their elements before they write. */
 template <typename T, enum act_type TYPE, int V>
 static __global__ void __launch_bounds__(THREADS)
     act_backward(const T *dout, const T *u, const T *gate, T *du, T *dgate, int64_t n) {

@@ -3,8 +3,7 @@
  *
  * A matrix product writes a chunk's logits in the type of the activations. One kernel then computes each
  * row's loss and replaces the row by its gradient, in place. Two products compute dh and add to dW, in fp32.
- * The losses of all rows are kept in the workspace and added up at the end, in double and in a fixed order.
- */
+ * The losses of all rows are kept in the workspace and added up at the end, in double, in a fixed order. */
 #include "kernels/cuda/cuda.cuh"
 
 /* Every chunk reads and writes dW once more, so chunks should be long: at 4096 rows that takes about 5% of
@@ -27,8 +26,7 @@ static __device__ __forceinline__ float2 merge(float2 a, float2 b) {
     return {max, (a.x == max ? a.y : a.y * expf(a.x - max)) + (b.x == max ? b.y : b.y * expf(b.x - max))};
 }
 
-/* Call use(i, word) for each of the thread's words of V elements, with the next two words' loads in flight.
- */
+/* Call use(i, word) for each of the thread's words of V elements, with the next two loads in flight. */
 template <typename T, int V, typename F>
 static __device__ __forceinline__ void for_each_word(const T *x, int vocab, F use) {
     int i = (int)threadIdx.x * V, step = THREADS * V;
@@ -129,8 +127,8 @@ static __global__ void __launch_bounds__(SUM_THREADS)
 
 /* The workspace: scratch of the products, losses, logits. */
 struct layout {
-    int64_t chunk,
-        stride; /* rows of a chunk; elements from one row of logits to the next: whole cache lines */
+    int64_t chunk;  /* rows */
+    int64_t stride; /* elements from one row of logits to the next: whole cache lines */
     size_t losses_offset, logits_offset, bytes;
 };
 

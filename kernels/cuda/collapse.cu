@@ -52,8 +52,7 @@ static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(
     while (n < job.count) {
         int column = group + t * 8;
         bf16 *out = job.out + (int64_t)n * H * d + column;
-        /* The next group of columns, or the next token; its first tiles are loaded while this one is summed.
-         */
+        /* The next group of columns, or token; its first tiles are loaded while this one is summed. */
         group += GROUP;
         if (group >= half) {
             group = 0;

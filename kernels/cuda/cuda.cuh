@@ -1,5 +1,4 @@
-/* What kernels share: vector loads and stores, conversion, and sums over warps and blocks in a fixed order.
- */
+/* What kernels share: vector loads and stores, conversion, sums over warps and blocks in a fixed order. */
 #ifndef IHA_KERNELS_CUDA_CUDA_CUH
 #define IHA_KERNELS_CUDA_CUDA_CUH
 

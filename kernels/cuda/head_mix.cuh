@@ -146,8 +146,7 @@ enum {
     STAGED = 2 * GROUP + 8, /* elements from one staged row to the next: 8 more avoid bank conflicts */
 };
 
-/* Whether the tensor-core kernels support this shape. Both halves of a row must be whole vectors of 16 bytes.
- */
+/* Whether the tensor-core kernels support this shape. Half a row must be whole vectors of 16 bytes. */
 static inline bool tensor_core_shape(enum dtype type, int64_t heads, int64_t head_dim) {
     return type == DTYPE_BF16 && heads <= 64 && head_dim % 16 == 0;
 }

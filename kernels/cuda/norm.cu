@@ -146,7 +146,7 @@ static __global__ void __launch_bounds__(MAX_FORWARD)
 template <int V>
 static __device__ __forceinline__ void store_partial(const float (&sums)[WORDS<V>][V], int C,
                                                      float *partial) {
-    float *sum = dynamic_shared<float>();
+    float *block_sums = dynamic_shared<float>();
     int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
     for (unsigned y = 0; y < blockDim.y; y++) {
         if (threadIdx.y == y) {
@@ -156,13 +156,13 @@ static __device__ __forceinline__ void store_partial(const float (&sums)[WORDS<V
 #pragma unroll
                     for (int j = 0; j < V; j++) {
                         int c = first + k * step + j;
-                        sum[c] = y > 0 ? sum[c] + sums[k][j] : sums[k][j];
+                        block_sums[c] = y > 0 ? block_sums[c] + sums[k][j] : sums[k][j];
                     }
         }
         __syncthreads();
     }
     for (int c = (int)(threadIdx.y * blockDim.x + threadIdx.x); c < C; c += (int)(blockDim.x * blockDim.y))
-        partial[c] = sum[c];
+        partial[c] = block_sums[c];
     __syncthreads(); /* the shared memory is used again by the next call */
 }
 

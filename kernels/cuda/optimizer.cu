@@ -1,6 +1,6 @@
-/* The optimizer: the step state on the device, the gradient's sum of squares, and AdamW over flat ranges. The
- * host never waits for a result here: learning rate, clip factor and the decision to skip a step are read
- * from the step state by the kernels. */
+/* The optimizer: the step state on the device, the gradient's sum of squares, and AdamW over flat ranges.
+ * Kernels read the learning rate, the clip factor and the decision to skip a step from the step state, so the
+ * host does not have to wait for them. */
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/rounding.h"
 
@@ -130,7 +130,7 @@ struct group_table {
     } group[MAX_GROUPS];
 };
 
-/* What all elements of a step share, computed once by prepare_adamw(). */
+/* What all elements of a step share, from prepare_adamw(); bias_correction is 1 / (1 - beta^t). */
 struct adam_factors {
     float beta1, beta2, one_minus_beta1, one_minus_beta2, bias_correction1, bias_correction2, eps, clip, lr;
     int skip;
@@ -196,8 +196,7 @@ static __global__ void __launch_bounds__(ADAM_THREADS)
     struct adam_factors f = *factors;
     if (f.skip)
         return;
-    int low = 0,
-        high = groups.count - 1; /* binary search: the last group that begins at or before this tile */
+    int low = 0, high = groups.count - 1; /* binary search for the tile's group */
     while (low < high) {
         int middle = (low + high + 1) / 2;
         if (groups.group[middle].first_tile <= blockIdx.x)

@@ -62,8 +62,7 @@ static __device__ __forceinline__ bool contains(interval a, int begin, int count
 }
 
 #ifdef CUDA_EMULATOR
-/* Tiles visited since the program began; counted by the emulator, so that tests can check which are skipped.
- */
+/* Tiles visited since the program began: tests check that those without a visible pair are skipped. */
 extern "C" int64_t cuda_attention_tiles;
 #endif
 

@@ -49,8 +49,7 @@ attention_cudnn_open_deviceless(const char *json, char why[ATTENTION_CUDNN_REASO
 __attribute__((weak)) void attention_cudnn_close(struct attention_cudnn *);
 
 /* Build one direction's graph, unless it was built before; takes about a second. 0, with the bytes it needs
- * as workspace; or -1 and why, when cuDNN does not support it. Forward uses the layout of q, k, v and o only.
- */
+ * as workspace; or -1 and why, when cuDNN does not support it. Forward uses the layout of q, k, v, o only. */
 __attribute__((weak)) int attention_cudnn_plan(struct attention_cudnn *, const struct attention_cudnn_shape *,
                                                const struct attention_cudnn_layout *, bool backward,
                                                size_t *workspace, char why[ATTENTION_CUDNN_REASON]);

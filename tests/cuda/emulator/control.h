@@ -45,8 +45,7 @@ void emulator_limit_queue(int64_t works);
 /* Which call of CUDA graphs fails: "begin" or "end" of a capture, or "instantiate"; NULL: none. */
 void emulator_refuse_graphs(const char *what);
 
-/* Whether the program is linked with the real CUDA runtime (tests/gpu/); the functions above then do nothing.
- */
+/* Whether the program is linked with the real CUDA runtime (tests/gpu/); the above then does nothing. */
 bool emulator_on_gpu(void);
 
 #ifdef __cplusplus

@@ -4,10 +4,10 @@
  * tests/cuda/emulator/emulator.h, which defines CUDA_EMULATOR). The emulator has its own CUDA runtime,
  * cuBLASLt and NCCL.
  *
- * Threads. A block's threads are fibers (fibers.cc). Each runs until it reaches a barrier, a warp operation or
- * an atomic; then the scheduler picks the next one by the seed (0: the first, 1: the last, others: at random;
- * odd seeds let one warp run ahead of the others as far as it can). Blocks run one after another, in an order
- * chosen in the same way. These are errors, reported with the kernel's name:
+ * Threads. A block's threads are fibers (fibers.cc). Each runs until it reaches a barrier, a warp operation
+ * or an atomic; then the scheduler picks the next one by the seed (0: the first, 1: the last, others: at
+ * random; odd seeds let one warp run ahead of the others as far as it can). Blocks run one after another, in
+ * an order chosen in the same way. These are errors, reported with the kernel's name:
  *  - a barrier or warp operation that not all its threads reach, or that they reach at different places;
  *  - a store beside an allocation: every allocation of device and dynamic shared memory is followed, and
  *    device memory preceded, by a sentinel. With SANITIZE=1, AddressSanitizer also catches loads, where they

@@ -99,8 +99,7 @@ static void add_typed(void *sum, const void *more, size_t n, ncclDataType_t type
     }
 }
 
-/* out [n] = the sum of each rank's elements [first, first + n) in the order of the ring that ends at `owner`.
- */
+/* out [n] = the sum of the ranks' elements [first, first + n), in the order of a ring that ends at owner. */
 static void sum_ring(char *out, const std::vector<const char *> &from, int owner, size_t first, size_t n,
                      ncclDataType_t type) {
     size_t ranks = from.size(), bytes = nccl_type_bytes(type);
