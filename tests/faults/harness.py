@@ -16,8 +16,8 @@ from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
+from tests.lib.runs import BINARY, ROOT, tree
+
 LIBRARY = ROOT / "build" / "faults" / "inject.so"
 EVERYTHING = os.environ.get("FAULTS") == "all"  # every call, not a sample
 SANITIZED = "sanitize" in BINARY
@@ -61,12 +61,6 @@ def run(args, cwd, fault=None, trace=None, binary=BINARY):
     done = subprocess.run([binary, *map(str, args)], cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True,
                           timeout=TIMEOUT)
     return Done(done.returncode, done.stdout, done.stderr.decode(errors="replace"), read_trace(trace) if trace else [])
-
-
-def tree(folder):
-    """{path: bytes, or where a link leads} of everything below a folder; directories are None."""
-    return {str(p.relative_to(folder)): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
-            for p in Path(folder).rglob("*")}
 
 
 def checkpoint(folder):
@@ -116,6 +110,15 @@ def check_ending(done, started, what):
     if done.code:
         need(done.err.splitlines()[-1] == lines[0] and len(lines[0]) > 20, what, "stderr ends", done.err[-500:])
     need(not (started and done.code == 2), what, "exit code 2 after the first step:", lines)
+
+
+def wait_for_save(process, run_dir):
+    while process.poll() is None:
+        try:
+            if any(name.endswith(".tmp") for name in os.listdir(run_dir)):
+                return
+        except FileNotFoundError:
+            pass
 
 
 class Scenario:

@@ -12,21 +12,15 @@ in which nothing went wrong.
 import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
-import tempfile
 import time
 import unittest
 from collections import Counter
-from pathlib import Path
-
-import numpy as np
 
 from tests.faults import harness
-from tests.faults.harness import BINARY, ENVIRONMENT, EVERYTHING, ROOT, SANITIZED, SCRATCH, TIMEOUT, Scenario, every, \
-    need, run, try_all
-from tests.lib.tiny import tiny_config, write_shard
+from tests.faults.fault_case import FaultCase
+from tests.faults.harness import BINARY, ENVIRONMENT, EVERYTHING, TIMEOUT, Scenario, every, need, run, try_all, \
+    wait_for_save
 
 # Kinds of calls, and of how many one is tried when only a sample is wanted.
 KINDS = {"alloc": 2, "library": 16, "map": 1, "open_read": 1, "open_write": 1, "read": 1, "write": 1, "close": 1,
@@ -35,59 +29,7 @@ KINDS = {"alloc": 2, "library": 16, "map": 1, "open_read": 1, "open_write": 1, "
 EACCES, ENOSPC, EIO = 13, 28, 5
 
 
-def tiny(data):
-    return tiny_config(data, seq_len=16, batch_tokens=64, steps=6, system="threads = 1", run="""\
-dir = run
-save_every = 2
-keep = 2
-eval_every = 2
-sample_every = 1""")
-
-
-def text(seed, sentences):
-    draw = random.Random(seed)
-    return "".join(f"{draw.choice(['anna', 'boris'])} {draw.choice(['sees', 'takes'])} {draw.choice(['apples', 'cats'])}. "
-                   for _ in range(sentences)).encode()
-
-
-def byte_level_tokenizer():
-    """A tokenizer.json of 256 bytes and no merges, in the alphabet of GPT-2."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-    vocabulary = {letters[b]: b for b in range(256)} | {"<|endoftext|>": 256}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return harness.json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-        "added_tokens": [{"id": 256, "content": "<|endoftext|>", "single_word": False, "lstrip": False,
-                          "rstrip": False, "normalized": False, "special": True}],
-        "pre_tokenizer": byte_level, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary,
-                  "merges": []}})
-
-
-class Case(unittest.TestCase):
-    at_once = os.cpu_count()
-
-    @classmethod
-    def setUpClass(cls):
-        if not harness.LIBRARY.exists():
-            subprocess.run(["make", "-s", "-C", ROOT, harness.LIBRARY.relative_to(ROOT)], check=True)
-        cls.scratch = Path(tempfile.mkdtemp(dir=SCRATCH, prefix="iha_faults_"))
-        cls.addClassCleanup(shutil.rmtree, cls.scratch)
-        data = cls.scratch / "data"
-        data.mkdir()
-        write_shard(data / "train_0.bin", np.frombuffer(text(1, 60), np.uint8))
-        write_shard(data / "train_1.bin", np.frombuffer(text(2, 60), np.uint8))
-        write_shard(data / "val_0.bin", np.frombuffer(text(3, 8), np.uint8))
-        cls.tokenizer = cls.scratch / "tokenizer.json"
-        cls.tokenizer.write_text(byte_level_tokenizer())
-        cls.config = cls.scratch / "tiny.ini"
-        cls.config.write_text(tiny(data))
-        cls.val = data / "val_0.bin"
-        cls.scenarios = {}
-
+class Case(FaultCase):
     @classmethod
     def fresh(cls):
         """From nothing to a finished run, with the byte tokenizer; the best checkpoint is always the newest."""
@@ -150,21 +92,6 @@ class Case(unittest.TestCase):
             scenario.steps.update(plain.steps)
             cls.scenarios["damaged"] = scenario
         return cls.scenarios["damaged"]
-
-    def try_faults(self, *specs):
-        """specs: (scenario, fault)"""
-        begin, before = time.monotonic(), Counter()
-        for scenario in {id(s): s for s, _ in specs}.values():
-            before += scenario.tried
-        wrong = try_all([lambda s=scenario, f=fault: s.fault(f) for scenario, fault in specs], self.at_once)
-        tried = sum((s.tried for s in {id(s): s for s, _ in specs}.values()), Counter()) - before
-        self.say(f"{sum(tried.values())} faults in {time.monotonic() - begin:.1f} s:",
-                 ", ".join(f"{kind} {n}" for kind, n in sorted(tried.items())))
-        self.assertEqual(len(wrong), 0, "\n" + "\n".join(wrong[:10]) + f"\n{len(wrong)} of {len(specs)} went wrong")
-
-    def say(self, *what):
-        if EVERYTHING:
-            print(f"  {self.id().split('.')[-1]}:", *what, file=sys.stderr, flush=True)
 
 
 class Faults(Case):
@@ -349,7 +276,7 @@ class Kills(Case):
             aim = draw.random() < 0.5
             end = time.monotonic() + draw.uniform(0, seconds)
             if aim:  # at a save: as soon as its directory is there, or a little later
-                self.wait_for_save(process, folder / "run")
+                wait_for_save(process, folder / "run")
                 end = time.monotonic() + draw.uniform(0, 0.002)
             while process.poll() is None and time.monotonic() < end:
                 time.sleep(0.0002)
@@ -362,15 +289,6 @@ class Kills(Case):
                 return kills, aimed
             kills, aimed = kills + 1, aimed + aim
             scenario.check_left(folder / "run", [], f"{self.seed_line}, kill {kills} in {folder}:")
-
-    @staticmethod
-    def wait_for_save(process, run_dir):
-        while process.poll() is None:
-            try:
-                if any(name.endswith(".tmp") for name in os.listdir(run_dir)):
-                    return
-            except FileNotFoundError:
-                pass
 
     def test_chains(self):
         steps = 200

@@ -11,18 +11,17 @@ is whole; and the same command without the fault ends with the same bytes as a r
 import os
 import random
 import shutil
-import signal
 import subprocess
 import time
 import unittest
 from collections import Counter, namedtuple
 from pathlib import Path
 
-from tests.faults import test_faults
 from tests.faults import harness
+from tests.faults.fault_case import FaultCase
 from tests.faults.harness import BINARY, ENVIRONMENT, EVERYTHING, LIBRARY, SANITIZED, Done, Scenario, checkpoints, need, \
-    try_all
-from tests.faults.test_ranks_faults import MARK, MPIRUN, end, marked
+    try_all, wait_for_save
+from tests.lib.ranks import AS_ROOT, MARK, MPIRUN, kill, marked
 
 PEER_TIMEOUT = 20 if SANITIZED else 6  # seconds without an answer
 LIMIT = PEER_TIMEOUT + 30  # the others wait for it, leave the word to the first, and tell Open MPI
@@ -41,7 +40,7 @@ MEMORY = ("alloc", "library", "map", "thread")
 
 def environment(scratch, mark):
     """Whatever Open MPI leaves behind when it is killed goes with the scratch folder."""
-    return {**ENVIRONMENT, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", MARK: mark,
+    return {**ENVIRONMENT, **AS_ROOT, MARK: mark,
             "OMPI_MCA_orte_tmpdir_base": str(scratch), "OMPI_MCA_btl_vader_backing_directory": str(scratch),
             "ASAN_OPTIONS": ENVIRONMENT["ASAN_OPTIONS"] + ":detect_leaks=0"}
 
@@ -54,7 +53,7 @@ def wait_until_gone(mark, limit):
     found = left
     while left:
         for pid in left:
-            end(pid)
+            kill(pid)
         time.sleep(0.02)
         left = marked(mark)
     return found
@@ -157,7 +156,7 @@ class RanksScenario(Job, Scenario):
 
 
 @unittest.skipUnless(shutil.which("mpirun"), "mpirun is not installed: run make deps")
-class Case(test_faults.Case):
+class Case(FaultCase):
     at_once = 3 * os.cpu_count()  # much of a run's time is Open MPI waiting
 
     @classmethod
@@ -356,7 +355,7 @@ class Kills(Case):
                                    start_new_session=True)
         delay, victim = draw.uniform(0, seconds), draw.randrange(3)
         if draw.random() < 0.7:  # at a save: as soon as its directory is there, or a little later
-            test_faults.Kills.wait_for_save(process, run_dir)
+            wait_for_save(process, run_dir)
             delay = draw.uniform(0, 0.004)
         until = time.monotonic() + delay
         while process.poll() is None and time.monotonic() < until:
@@ -367,7 +366,7 @@ class Kills(Case):
         ranks = self.children(process.pid)
         through = process.poll() is not None
         if not through:
-            end(ranks[victim - 1] if victim and len(ranks) == 2 else process.pid)
+            kill(ranks[victim - 1] if victim and len(ranks) == 2 else process.pid)
         try:
             err = process.communicate(timeout=LIMIT)[1].decode(errors="replace")
         except subprocess.TimeoutExpired:

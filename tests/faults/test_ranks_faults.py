@@ -10,13 +10,11 @@ root and iproute2; without them one machine's ranks talk over TCP, and no cable 
 """
 
 import fcntl
-import json
 import os
 import pty
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import termios
@@ -24,49 +22,11 @@ import time
 import unittest
 from pathlib import Path
 
-from tests.cli import test_cli as cli
+from tests.lib.ranks import ENDLESS, HOST, LIMIT, MARK, MPI_ENVIRONMENT, MPIRUN, RanksCase, kill, marked, \
+    num_metrics, wait_until
+from tests.lib.runs import BINARY, ROOT, step_dir, steps_in
 
-LAUNCH = cli.ROOT / "scripts" / "launch.sh"
-MARK = "IHA_RANKS_TEST"
-LIMIT = 60 if "sanitize" in cli.BINARY else 20  # seconds for what should take one or two
-ENVIRONMENT = {**cli.ENVIRONMENT, "TRAIN_IHA": cli.BINARY, "OMPI_ALLOW_RUN_AS_ROOT": "1",
-               "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-               "ASAN_OPTIONS": "detect_leaks=0"}  # MPI's own
-MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none"]
-ENDLESS = ["train.steps=1000000000", "train.schedule=constant", "data.val=none"]
-HOST = socket.gethostname()
-
-
-def marked(mark):
-    """{process id: (program, rank or None)} of the living processes that carry a mark."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = dict(x.split(b"=", 1) for x in (folder / "environ").read_bytes().split(b"\0") if b"=" in x)
-            program = os.readlink(folder / "exe")
-        except OSError:  # it has ended
-            continue
-        if environment.get(MARK.encode()) == mark.encode():
-            rank = environment.get(b"OMPI_COMM_WORLD_RANK") if program == cli.BINARY else None
-            found[int(folder.name)] = (Path(program).name, None if rank is None else int(rank))
-    return found
-
-
-def end(pid, number=signal.SIGKILL):
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
-
-
-def until(condition, limit, what):
-    """Wait for a condition; the seconds it took."""
-    begin = time.monotonic()
-    while not condition():
-        if time.monotonic() - begin > limit:
-            raise AssertionError(f"{what}: not within {limit} s")
-        time.sleep(0.02)
-    return time.monotonic() - begin
+LAUNCH = ROOT / "scripts" / "launch.sh"
 
 
 class Run:
@@ -87,12 +47,12 @@ class Run:
         if terminal is not None:
             stream = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
         self.process = subprocess.Popen([*map(str, command)], start_new_session=True, cwd=case.tmp, **stream, preexec_fn=begin,
-                                        env={**ENVIRONMENT, **dict(environment), MARK: self.mark})
+                                        env={**MPI_ENVIRONMENT, **dict(environment), MARK: self.mark})
 
     def kill(self):
         while left := marked(self.mark):
             for pid in left:
-                end(pid)
+                kill(pid)
             time.sleep(0.02)
         self.process.wait()
 
@@ -102,11 +62,10 @@ class Run:
         return self.output.read().decode()
 
     def steps(self):
-        metrics = self.run_dir / "metrics.jsonl"
-        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        return num_metrics(self.run_dir)
 
     def reach(self, step):
-        until(lambda: self.steps() >= step or self.process.poll() is not None, LIMIT, f"step {step}")
+        wait_until(lambda: self.steps() >= step or self.process.poll() is not None, LIMIT, f"step {step}")
         if self.process.poll() is not None:
             raise AssertionError(f"ended early ({self.process.returncode}):\n{self.printed()}")
         return self
@@ -126,20 +85,14 @@ class Run:
             raise AssertionError(f"still running after {limit} s: {marked(self.mark)}\n{self.printed()}") from None
 
     def nothing_left(self, limit=3):
-        until(lambda: not marked(self.mark), limit, f"processes left behind: {marked(self.mark)}")
+        wait_until(lambda: not marked(self.mark), limit, f"processes left behind: {marked(self.mark)}")
 
 
 @unittest.skipUnless(shutil.which("mpirun"), "mpirun is not installed")
-class Case(cli.Case):
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        text = cls.config.read_text().replace("threads = 2", "threads = 1")
-        cls.config.write_text(text.replace("batch_tokens = 128", "batch_tokens = 384"))  # two or three ranks
-
+class Case(RanksCase):
     def mpirun(self, ranks, *overrides, run_dir=None, **options):
         run_dir = run_dir or self.new_dir()
-        return Run(self, [*MPIRUN, "-n", ranks, cli.BINARY, "train", self.config, f"run.dir={run_dir}", *overrides],
+        return Run(self, [*MPIRUN, "-n", ranks, BINARY, "train", self.config, f"run.dir={run_dir}", *overrides],
                    run_dir, **options)
 
     def launch(self, ranks, *overrides, run_dir=None, **options):
@@ -156,28 +109,15 @@ class Case(cli.Case):
 
     def assert_goes_on(self, run_dir, ranks):
         """The newest checkpoint continues on as many ranks, and two steps later all is as if never stopped."""
-        last = cli.steps_in(run_dir)[-1]
+        last = steps_in(run_dir)[-1]
         more = [f"train.steps={last + 2}", "train.schedule=constant", "data.val=none"]
         resumed = self.mpirun(ranks, *more, run_dir=run_dir)
         code, text = resumed.wait()
         self.assertEqual(code, 0, text)
-        self.assertIn(f"resuming from {cli.step_dir(run_dir, last)}\n", text)
+        self.assertIn(f"resuming from {step_dir(run_dir, last)}\n", text)
         straight = self.mpirun(ranks, *more)
         self.assertEqual(straight.wait()[0], 0)
         self.assert_same_end(run_dir, straight.run_dir, last + 2)
-
-    def assert_same_end(self, run_dir, other, step):
-        a, b = (cli.tree(cli.step_dir(folder, step)) for folder in (run_dir, other))
-        self.assertEqual(set(a), set(b))
-        for name in set(a) - {"trainer.json"}:
-            self.assertEqual(a[name], b[name], name)
-        a, b = (json.loads(t["trainer.json"]) for t in (a, b))
-        for t in (a, b):
-            t.pop("seconds")
-            t["config"] = {key: x for key, x in t["config"].items() if not key.startswith(("run.", "system."))}
-        self.assertEqual(a, b)
-        a, b = (cli.without_timings(cli.lines_of(folder / "metrics.jsonl")) for folder in (run_dir, other))
-        self.assertEqual(a, b)
 
 
 class Peers(Case):
@@ -222,7 +162,7 @@ class Signals(Case):
         self.assertEqual(code, 0, text)
         done = run.steps()
         self.assertEqual(text.count(f"stopped by signal {int(number)} after step {done};"), 1, text)
-        self.assertEqual(cli.steps_in(run.run_dir), [done])
+        self.assertEqual(steps_in(run.run_dir), [done])
         run.nothing_left()
         return text
 
@@ -247,7 +187,7 @@ class Signals(Case):
         except OSError:  # the other end is closed
             pass
         self.assertEqual(run.wait()[0], 0, text)
-        self.assertEqual(cli.steps_in(run.run_dir), [run.steps()])
+        self.assertEqual(steps_in(run.run_dir), [run.steps()])
         for what in ("launch: mpirun ", "2 ranks over mpi", "step 1/", "launch: asked to stop", "stopped by signal"):
             self.assertEqual(text.count(what), 1, text)
         self.assertNotIn("\033", text)
@@ -266,7 +206,7 @@ class Signals(Case):
         run.process.send_signal(signal.SIGTERM)
         code, text = run.wait(10)
         self.assertEqual(code, 143, text)
-        self.assertEqual(cli.steps_in(run_dir), [])
+        self.assertEqual(steps_in(run_dir), [])
         run.nothing_left()
 
     def test_mpirun(self):
@@ -279,7 +219,7 @@ class Signals(Case):
             run = self.mpirun(3, *ENDLESS).reach(4)
             os.kill(run.rank(2), number)
             self.assert_saved(run, number)
-            names = [p.name for p in cli.step_dir(run.run_dir, run.steps()).glob("optimizer-*")]
+            names = [p.name for p in step_dir(run.run_dir, run.steps()).glob("optimizer-*")]
             self.assertEqual(sorted(names), [f"optimizer-0000{r}-of-00003.safetensors" for r in range(3)])
 
 
@@ -297,14 +237,14 @@ class Errors(Case):
     def test_of_all(self):
         self.assert_refused(self.mpirun(3, "train.learning_rate=1"), "learning_rate")
         self.assert_refused(self.launch(3, "model.hidden_size=-1"), "hidden_size")
-        self.assert_refused(Run(self, [*MPIRUN, "-n", 3, cli.BINARY, "trian", self.config], ""), "trian", "train")
-        self.assert_refused(Run(self, [*MPIRUN, "-n", 3, cli.BINARY, "eval", self.tmp / "none"], ""), "none")
+        self.assert_refused(Run(self, [*MPIRUN, "-n", 3, BINARY, "trian", self.config], ""), "trian", "train")
+        self.assert_refused(Run(self, [*MPIRUN, "-n", 3, BINARY, "eval", self.tmp / "none"], ""), "none")
 
     def test_of_one(self):
         def differing(*overrides):
             """The last rank is given other arguments."""
             run_dir = self.new_dir()
-            common = [cli.BINARY, "train", self.config, f"run.dir={run_dir}"]
+            common = [BINARY, "train", self.config, f"run.dir={run_dir}"]
             return Run(self, [*MPIRUN, "-n", 1, *common, ":", "-n", 1, *common, *overrides], run_dir)
 
         self.assert_refused(differing("data.train=/missing/*.bin"), "rank 1: ", "/missing/*.bin")
@@ -319,7 +259,7 @@ class Errors(Case):
             self.assert_refused(self.mpirun(2, run_dir=run_dir), run_dir, "in use")
 
     def launcher(self, *args, code, **environment):
-        done = subprocess.run([LAUNCH, *map(str, args)], env={**ENVIRONMENT, **environment}, capture_output=True,
+        done = subprocess.run([LAUNCH, *map(str, args)], env={**MPI_ENVIRONMENT, **environment}, capture_output=True,
                               text=True, timeout=LIMIT, stdin=subprocess.DEVNULL, cwd=self.tmp)
         self.assertEqual(done.returncode, code, done.stderr)
         return done
@@ -344,7 +284,7 @@ class Errors(Case):
     def test_spaces(self):
         run_dir = self.new_dir("a run")
         self.launcher("-n", 2, "train", self.config, f"run.dir={run_dir}", "train.steps=2", "data.val=none", code=0)
-        self.assertEqual(cli.steps_in(run_dir), [2])
+        self.assertEqual(steps_in(run_dir), [2])
 
 
 # What mpirun starts on another machine with, in place of ssh: it enters the namespace of that name.
@@ -431,23 +371,23 @@ class Machines(Case):
         run.process.send_signal(signal.SIGTERM)
         code, text = run.wait()
         self.assertEqual(code, 0, text)
-        self.assertEqual(cli.steps_in(run.run_dir), [run.steps()])
+        self.assertEqual(steps_in(run.run_dir), [run.steps()])
         run.nothing_left()
 
     def test_cut_off(self):
         # The ranks find it before Open MPI does.
         self.needs_network()
         run = self.start(*ENDLESS, "system.peer_timeout=3", "run.save_every=3").reach(8)
-        last = cli.steps_in(run.run_dir)[-1]
+        last = steps_in(run.run_dir)[-1]
         self.cut(2)
-        until(lambda: not run.ranks(), 3 + 20, "ranks left")  # on either side of the cut
+        wait_until(lambda: not run.ranks(), 3 + 20, "ranks left")  # on either side of the cut
         code, text = run.wait(15)  # mpirun itself would wait for the lost machine for many minutes
         self.assertEqual(code, 1, text)
         # With a daemon that does not answer, mpirun takes seconds to end the ranks it still reaches.
         self.assert_names(text, 2, self.hosts[2], once=False)
         # Open MPI's daemon beyond the cut has words unsent, and lives until the system gives up sending them.
         self.assertLessEqual({name for name, _ in marked(run.mark).values()}, {"orted"})
-        self.assertGreaterEqual(cli.steps_in(run.run_dir)[-1], last)
+        self.assertGreaterEqual(steps_in(run.run_dir)[-1], last)
         run.kill()
         self.assert_goes_on(run.run_dir, 3)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.faults import test_faults
+from tests.faults.fault_case import byte_level_tokenizer, text, tiny
 from tests.faults.harness import ENVIRONMENT, ROOT
 from tests.lib.tiny import write_shard
 
@@ -31,10 +31,10 @@ TOOLS = {
 
 def prepare(folder):
     for name, seed, n in (("train_0", 1, 60), ("val_0", 3, 8)):
-        write_shard(folder / f"{name}.bin", np.frombuffer(test_faults.text(seed, n), np.uint8))
-    (folder / "tiny.ini").write_text(test_faults.tiny("."))
-    (folder / "bad.ini").write_text(test_faults.tiny(".").replace("lr =", "lrr ="))
-    (folder / "tokenizer.json").write_text(test_faults.byte_level_tokenizer())
+        write_shard(folder / f"{name}.bin", np.frombuffer(text(seed, n), np.uint8))
+    (folder / "tiny.ini").write_text(tiny("."))
+    (folder / "bad.ini").write_text(tiny(".").replace("lr =", "lrr ="))
+    (folder / "tokenizer.json").write_text(byte_level_tokenizer())
     (folder / "no.json").write_text("{")
     (folder / "blocked" / "samples.txt").mkdir(parents=True)
 

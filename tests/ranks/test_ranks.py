@@ -5,7 +5,6 @@ ranks continues.
     make && python -m unittest tests.ranks.test_ranks
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -15,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.cli.test_cli import BINARY, ENVIRONMENT, TIMEOUT, Case, losses, lines_of, step_dir, val_losses, without_timings
+from tests.lib.ranks import AS_ROOT, MPIRUN
+from tests.lib.runs import BINARY, ENVIRONMENT, TIMEOUT, Case, lines_of, losses, step_dir, val_losses, \
+    without_timings
 
-# Ranks share this machine's processors, whoever the user is.
-MPI = {**ENVIRONMENT, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+MPI = {**ENVIRONMENT, **AS_ROOT}
 COMMON = ["train.seq_len=16", "model.max_position_embeddings=32", "train.micro_batch=1", "train.batch_tokens=128",
           "train.steps=8", "system.threads=1", "run.eval_every=4", "run.eval_batches=5", "run.save_every=4"]
 # The other choice at every fork: untied and biased, so that every unit has something of its own.
@@ -30,7 +30,7 @@ OTHER = ["model.tie_word_embeddings=false", "model.bias=true", "model.norm=layer
 class Ranks(Case):
     def on(self, ranks, run_dir, *overrides, command="train", what=None, status=0):
         """Run on so many ranks; returns the CompletedProcess."""
-        launch = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks)] if ranks > 1 else []
+        launch = [*MPIRUN, "-np", str(ranks)] if ranks > 1 else []
         where = [f"run.dir={run_dir}"] if command == "train" else []
         p = subprocess.run([*launch, BINARY, command, str(what or self.config), *where, *overrides], env=MPI, text=True,
                            capture_output=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL, cwd=self.tmp)
@@ -133,7 +133,7 @@ class Ranks(Case):
         data.write_text(Path(self.config).read_text().replace("train_*.bin", "val_*.bin"))
         for config, message in ((other, "rank 1: has another configuration than rank 0"),
                                 (data, "rank 1: ")):
-            p = subprocess.run(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "1", BINARY, "train",
+            p = subprocess.run([*MPIRUN, "-np", "1", BINARY, "train",
                                 str(self.config), f"run.dir={self.tmp}/alike", *COMMON, ":", "-np", "1", BINARY, "train",
                                 str(config), f"run.dir={self.tmp}/alike", *COMMON], env=MPI, text=True,
                                capture_output=True, timeout=TIMEOUT, cwd=self.tmp)
@@ -147,7 +147,7 @@ class Ranks(Case):
             folder.mkdir()
             shutil.copy(self.data / name, folder / "shard.bin")
         command = [BINARY, "train", str(self.config), f"run.dir={self.tmp}/named", "data.train=shard.bin", *COMMON]
-        p = subprocess.run(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "1", "-wdir", str(here), *command,
+        p = subprocess.run([*MPIRUN, "-np", "1", "-wdir", str(here), *command,
                             ":", "-np", "1", "-wdir", str(there), *command], env=MPI, text=True, capture_output=True,
                            timeout=TIMEOUT, cwd=self.tmp)
         self.assertEqual(p.returncode, 2, p.stderr)
@@ -190,15 +190,14 @@ class Ranks(Case):
         loaded = int(re.search(r"peak (\d+)", p.stdout)[1]) / 1e3 * 1.024
         for stage in (0, 1, 2):
             run = self.tmp / f"memory_{stage}"
-            p = subprocess.run(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "2", "python3", "-c", measure, BINARY,
-                                "train", self.config, f"run.dir={run}", *COMMON, *large, f"system.zero_stage={stage}"], capture_output=True, text=True, env=MPI, cwd=self.tmp, timeout=TIMEOUT)
+            p = subprocess.run([*MPIRUN, "-np", "2", "python3", "-c", measure, BINARY, "train", self.config,
+                                f"run.dir={run}", *COMMON, *large, f"system.zero_stage={stage}"],
+                               capture_output=True, text=True, env=MPI, cwd=self.tmp, timeout=TIMEOUT)
             self.assertEqual(p.returncode, 0, p.stderr)
             for peak in map(int, re.findall(r"peak (\d+)", p.stdout)):
                 self.assertLess(peak / 1e3 * 1.024, 1.1 * announced[stage] + loaded + 40, f"stage {stage}")
                 self.assertGreater(peak / 1e3 * 1.024, 0.8 * announced[stage] + loaded / 2, f"stage {stage}")
 
-
-del Case  # its tests are test_cli's
 
 if __name__ == "__main__":
     unittest.main()

@@ -18,18 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.cli import test_cli as cli
-from tests.faults.test_ranks_faults import ENDLESS, ENVIRONMENT, MPIRUN, end, until
-
-SLOW = 4 if "sanitize" in cli.BINARY else 1
-LIMIT = 20 * SLOW  # seconds for what should take one or two
-HOST = socket.gethostname()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("", 0))
-        return s.getsockname()[1]
+from tests.lib.ranks import ENDLESS, HOST, LIMIT, MPI_ENVIRONMENT, MPIRUN, SLOW, RanksCase, free_port, \
+    kill, num_metrics, wait_until, without_launcher
+from tests.lib.runs import BINARY, losses, step_dir, steps_in, tree
 
 
 class Ranks:
@@ -50,18 +41,18 @@ class Ranks:
         return {"RANK": rank, "WORLD_SIZE": self.ranks, "MASTER_ADDR": "localhost", "MASTER_PORT": self.port}
 
     def start(self, rank, place=None):
-        environment = {k: v for k, v in ENVIRONMENT.items() if not k.startswith(("OMPI_COMM", "PMI", "SLURM_"))}
+        environment = without_launcher(MPI_ENVIRONMENT)
         environment |= {"IHA_START_TIMEOUT": self.patience} | self.variables(rank) | self.each.get(rank, {})
         place = rank if place is None else place
         self.outputs[place] = open(self.case.tmp / f"output_{time.monotonic_ns()}", "w+b")
         self.case.addCleanup(self.outputs[place].close)
         self.processes[place] = subprocess.Popen(
-            [cli.BINARY, *map(str, self.args)], cwd=self.case.tmp, stdin=subprocess.DEVNULL,
+            [BINARY, *map(str, self.args)], cwd=self.case.tmp, stdin=subprocess.DEVNULL,
             stdout=self.outputs[place], stderr=self.outputs[place], env={k: str(v) for k, v in environment.items()})
 
     def kill(self):
         for process in self.processes.values():
-            end(process.pid)
+            kill(process.pid)
             process.wait()
 
     def printed(self, rank):
@@ -73,12 +64,11 @@ class Ranks:
         return "".join(f"---- {rank}\n{self.printed(rank)}" for rank in self.processes)
 
     def steps(self):
-        metrics = self.run_dir / "metrics.jsonl"
-        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        return num_metrics(self.run_dir)
 
     def reach(self, step):
         ended = lambda: any(p.poll() is not None for p in self.processes.values())
-        until(lambda: self.steps() >= step or ended(), LIMIT, f"step {step}")
+        wait_until(lambda: self.steps() >= step or ended(), LIMIT, f"step {step}")
         self.case.assertFalse(ended(), self.all_printed())
         return self
 
@@ -117,23 +107,12 @@ class Ranks:
         return self
 
     def files(self, step=20):
-        return cli.tree(cli.step_dir(self.run_dir, step))
+        return tree(step_dir(self.run_dir, step))
 
 
-class Case(cli.Case):
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        text = cls.config.read_text().replace("threads = 2", "threads = 1")
-        cls.config.write_text(text.replace("batch_tokens = 128", "batch_tokens = 384"))  # two or three ranks
-
-    def assert_same(self, a, b):
-        self.assertEqual(set(a), set(b))
-        for name in set(a) - {"trainer.json"}:
-            self.assertEqual(a[name], b[name], name)
-
+class Case(RanksCase):
     def one(self, *overrides):
-        return cli.losses(self.train(*overrides))
+        return losses(self.train(*overrides))
 
 
 class Training(Case):
@@ -147,24 +126,24 @@ class Training(Case):
             for rank in range(1, ranks):
                 self.assertEqual(run.printed(rank), "")
             mpi = self.new_dir()
-            subprocess.run([*MPIRUN, "-n", str(ranks), cli.BINARY, "train", self.config, f"run.dir={mpi}", *settings],
-                           env=ENVIRONMENT, check=True, capture_output=True, timeout=LIMIT, cwd=self.tmp)
-            self.assert_same(run.files(), cli.tree(cli.step_dir(mpi, 20)))
+            subprocess.run([*MPIRUN, "-n", str(ranks), BINARY, "train", self.config, f"run.dir={mpi}", *settings],
+                           env=MPI_ENVIRONMENT, check=True, capture_output=True, timeout=LIMIT, cwd=self.tmp)
+            self.assert_same_files(run.files(), tree(step_dir(mpi, 20)))
 
     def test_curve_of_one_process(self):
-        np.testing.assert_allclose(cli.losses(Ranks(self, 3).succeed().run_dir), self.one(), rtol=2e-6)
+        np.testing.assert_allclose(losses(Ranks(self, 3).succeed().run_dir), self.one(), rtol=2e-6)
 
     def test_other_number_resumes(self):
         first = Ranks(self, 2, "train.steps=8", "train.schedule=constant").succeed()
         second = Ranks(self, 3, "train.schedule=constant", run_dir=first.run_dir).succeed()
         self.assertIn("resuming from", second.printed(0))
-        np.testing.assert_allclose(cli.losses(first.run_dir), self.one("train.schedule=constant"), rtol=2e-6)
+        np.testing.assert_allclose(losses(first.run_dir), self.one("train.schedule=constant"), rtol=2e-6)
 
     def test_gradients_in_bf16(self):
         fp32 = Ranks(self, 2).succeed()
         for stage in (1, 2):
             bf16 = Ranks(self, 2, "system.reduce_dtype=bf16", f"system.zero_stage={stage}").succeed()
-            a, b = cli.losses(fp32.run_dir), cli.losses(bf16.run_dir)
+            a, b = losses(fp32.run_dir), losses(bf16.run_dir)
             self.assertEqual(a[0], b[0])  # before the first update
             self.assertTrue((a[1:] != b[1:]).any())
             np.testing.assert_allclose(b, a, rtol=3e-3)
@@ -184,11 +163,11 @@ class Training(Case):
 
         run = Ranks(self, 2, variables=variables).succeed()
         self.assertIn("2 ranks over tcp", run.printed(0))
-        self.assert_same(run.files(), Ranks(self, 2).succeed().files())
+        self.assert_same_files(run.files(), Ranks(self, 2).succeed().files())
 
     def test_signal(self):
         run = Ranks(self, 3, *ENDLESS).reach(4).signal(2, signal.SIGUSR1).succeed()
-        self.assertEqual(cli.steps_in(run.run_dir), [run.steps()])
+        self.assertEqual(steps_in(run.run_dir), [run.steps()])
 
     def test_other_commands(self):
         trained = Ranks(self, 2).succeed()
@@ -205,11 +184,11 @@ class Peers(Case):
         for dead, speaker in ((1, 0), (0, 1)):
             run = Ranks(self, 3, *ENDLESS, "run.save_every=3").reach(8).signal(dead, signal.SIGKILL)
             run.fail(1, speaker, f"rank {dead} ({HOST})", "start again", but=[dead], limit=8 * SLOW)
-        last = cli.steps_in(run.run_dir)[-1]
+        last = steps_in(run.run_dir)[-1]
         more = Ranks(self, 3, f"train.steps={last + 2}", "train.schedule=constant", "data.val=none",
                      run_dir=run.run_dir).succeed()
         whole = Ranks(self, 3, f"train.steps={last + 2}", "train.schedule=constant", "data.val=none").succeed()
-        self.assert_same(more.files(last + 2), whole.files(last + 2))
+        self.assert_same_files(more.files(last + 2), whole.files(last + 2))
 
     def test_stopped(self):
         begin = time.monotonic()
@@ -252,7 +231,7 @@ class Start(Case):
         """In one line, after five seconds; a rank that rank 0 has heard leaves it to rank 0."""
         run = Ranks(self, 4, patience=300, started=[0, 2])
         alone = Ranks(self, 2, patience=300, started=[1], each={1: {"MASTER_ADDR": "::1"}})
-        until(lambda: run.printed(0) and alone.printed(1), 5 + LIMIT, "two lines")
+        wait_until(lambda: run.printed(0) and alone.printed(1), 5 + LIMIT, "two lines")
         time.sleep(0.5)  # for more of them
         left = r"\(29\d s left\)\n"
         self.assertRegex(run.printed(0), rf"\Awaiting for ranks 1, 3 of 4 at localhost:{run.port} {left}\Z")
@@ -264,18 +243,18 @@ class Start(Case):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             for rank in range(2):
                 run = Ranks(self, 2, patience=10 * LIMIT, started=[rank])
-                until(lambda: self.listening(run.processes[rank].pid), LIMIT, "a rank that listens")
+                wait_until(lambda: self.listening(run.processes[rank].pid), LIMIT, "a rank that listens")
                 run.signal(rank, number)
                 self.assertEqual(run.wait(), {rank: -number}, run.all_printed())
                 self.assertFalse(run.run_dir.joinpath("lock").exists())
 
     def test_two_of_rank_0(self):
         run = Ranks(self, 3, started=[0])
-        until(lambda: self.can_connect(run.port), LIMIT, "rank 0 listens")
+        wait_until(lambda: self.can_connect(run.port), LIMIT, "rank 0 listens")
         run.start(0, place=1)
         run.fail(2, 0, "two processes were started as rank 0", "RANK")
         run = Ranks(self, 3, started=[0])  # of another run, it takes nothing from this one
-        until(lambda: self.can_connect(run.port), LIMIT, "rank 0 listens")
+        wait_until(lambda: self.can_connect(run.port), LIMIT, "rank 0 listens")
         other = Ranks(self, 3, started=[], each={0: {"IHA_TOKEN": "another"}})
         other.port = run.port
         other.start(0)
@@ -339,7 +318,7 @@ class Start(Case):
                 except OSError:
                     pass
 
-        until(lambda: self.can_connect(run.port), LIMIT, "rank 0 listens")
+        wait_until(lambda: self.can_connect(run.port), LIMIT, "rank 0 listens")
         with socket.create_connection(("localhost", run.port), LIMIT) as s:
             s.sendall(b"GET / ")
             self.assertEqual(s.recv(1), b"")  # hung up on at the first wrong word
@@ -357,7 +336,7 @@ class Start(Case):
         ports.join()
         for s in sockets:
             s.close()
-        self.assert_same(run.files(), Ranks(self, 3).succeed().files())
+        self.assert_same_files(run.files(), Ranks(self, 3).succeed().files())
 
     @staticmethod
     def can_connect(port):
