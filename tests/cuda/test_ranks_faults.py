@@ -24,14 +24,14 @@ class Faults(EmulatorRanksCase):
     def begin(self, *overrides, run_dir=None, **environment):
         """Two ranks under way; their output goes to files."""
         self.run_dir = run_dir or self.new_dir()
-        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "EMULATOR_GPUS": "2"}
+        rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "EMULATOR_GPUS": "2"}
         self.outputs, self.processes = [], []
         for rank in range(2):
             output = open(self.tmp / f"output_{time.monotonic_ns()}", "w+b")
             self.addCleanup(output.close)
             p = subprocess.Popen([str(EMULATOR_BINARY), "train", str(self.config), f"run.dir={self.run_dir}", *COMMON,
                                   *ENDLESS, *overrides], cwd=self.tmp, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                 env=EMULATOR_ENVIRONMENT | meeting | {"RANK": str(rank)} | environment)
+                                 env=EMULATOR_ENVIRONMENT | rendezvous | {"RANK": str(rank)} | environment)
             self.addCleanup(lambda p=p: (p.kill(), p.wait()))
             self.outputs.append(output)
             self.processes.append(p)
@@ -96,20 +96,20 @@ class Faults(EmulatorRanksCase):
         """Both GPUs have come to it: nobody can say whose fault it is."""
         self.begin(EMULATOR_NCCL_FAULT="1:150:hang")
         text, _ = self.ends(0, 1)
-        self.assertIn("a collective has not ended for", text)
+        self.assertIn("a collective that the GPUs of all ranks have started has not finished for", text)
         self.goes_on()
 
     def test_full_queue(self):
         """The host waits in a launch, where it cannot look."""
         self.begin("system.graph=off", EMULATOR_NCCL_FAULT="1:150:hang", EMULATOR_QUEUE="20")
         text, _ = self.ends(0, 1)
-        self.assertIn("its queue is full", text)
+        self.assertIn("its launch queue is full", text)
         self.goes_on()
 
     def test_stuck_gpu(self):
         self.begin("system.graph=off", EMULATOR_STUCK="1:1500")
         text, _ = self.ends(0, 1)
-        self.assertIn("the GPU of rank 1 has not come to a collective", text)
+        self.assertIn("the GPU of rank 1 has not started a collective", text)
         self.goes_on()
 
 
