@@ -1,4 +1,4 @@
-"""What the tests of failing calls share: small inputs, and a test case that tries one fault after the other."""
+"""What the fault tests share: small inputs, and a test case that tries many faults."""
 
 import json
 import os

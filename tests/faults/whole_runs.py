@@ -1,10 +1,10 @@
-"""Every command once, well and badly, under a tool that watches the process: what leaks, what races.
+"""Every command once, with good and bad input, under a leak or race detector.
 
     python -m tests.faults.whole_runs lsan|tsan|valgrind BINARY
 
-lsan and tsan are sanitizers that the binary was built with. A run fails when its exit code is not the one it has
-without the tool; the tools' own codes are others. All runs compute with one thread: libgomp's barriers are made of
-futexes, which neither TSan nor Helgrind can follow, so that with two every parallel loop is reported.
+lsan and tsan are sanitizers that the binary was built with. A run fails when its exit code differs from the one without
+the tool; the tools use codes of their own. All runs compute with one thread, because neither TSan nor Helgrind understands
+the futexes of libgomp's barriers, and with two threads would report every parallel loop.
 """
 
 import shutil
@@ -53,8 +53,8 @@ def train(*overrides):
 
 GOOD = [
     (0, train("train.steps=4")),
-    (0, train("train.steps=8")),  # goes on
-    (0, train("train.steps=8")),  # is through
+    (0, train("train.steps=8")),  # resumes
+    (0, train("train.steps=8")),  # finished already
     (0, ["eval", "run", "data.val=val_0.bin"]),
     (0, ["generate", "run/best", "--prompt", "anna", "--tokens", "3", "--top-k", "4"]),
     (0, ["info", "run"]),
@@ -71,7 +71,7 @@ BAD = [
 
 
 def main(tool, binary, commands=None):
-    """Returns what went wrong, one text each."""
+    """Returns a text for each failure."""
     wrong, binary = [], str(Path(binary).resolve())
     with tempfile.TemporaryDirectory(prefix="iha_whole_runs_") as folder:
         folder = Path(folder)
@@ -79,7 +79,7 @@ def main(tool, binary, commands=None):
         for i, (code, args) in enumerate(commands or GOOD + BAD):
             if i == len(GOOD):
                 damage(folder)
-            process = subprocess.Popen([*TOOLS[tool], binary, *args], cwd=folder, env={**ENVIRONMENT, **CODES},
+            process = subprocess.Popen([*TOOLS[tool], binary, *args], cwd=folder, env={**ENVIRONMENT, **TOOL_ENVIRONMENT},
                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             if "run.dir=stopped" in args:
                 stop(process, folder / "stopped" / "metrics.jsonl")
@@ -96,8 +96,8 @@ def stop(process, metrics):
     process.send_signal(signal.SIGTERM)
 
 
-# eval and the like take all processors unless told otherwise.
-CODES = {"OMP_NUM_THREADS": "1", "LSAN_OPTIONS": "exitcode=86", "ASAN_OPTIONS": "exitcode=86",
+# eval and others use all cores by default.
+TOOL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "LSAN_OPTIONS": "exitcode=86", "ASAN_OPTIONS": "exitcode=86",
          "TSAN_OPTIONS": "exitcode=66"}
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from tests.lib.runs import ROOT, Case, lines_of, step_dir, tree, without_timings
 EMULATOR_BINARY = Path(os.environ.get("EMULATOR_TRAIN_IHA", ROOT / "build/release/emulator/train_iha")).resolve()
 EMULATOR_TIMEOUT = 120  # seconds; a run here takes one or two
 EMULATOR_ENVIRONMENT = without_launcher(MPI_ENVIRONMENT)
-# Units of different lengths, so that stage 2's memory is laid out anew for each.
+# Layers of different sizes, so that stage 2 lays out its gradient memory differently for each.
 MODEL = ["model.num_hidden_layers=3", "model.layer_pattern=iha_local mha_global iha_global",
          "model.max_position_embeddings=8"]
 COMMON = [*MODEL, "system.device=cuda", "train.seq_len=8", "train.micro_batch=1", "train.steps=4", "system.threads=1",
@@ -27,7 +27,7 @@ EXACT = ["system.deterministic=true", "system.precision=bf16"]
 
 
 class EmulatorRun:
-    """What a run left, and what its ranks printed."""
+    """The files of a finished run, and what its ranks printed."""
 
     def __init__(self, run_dir, codes, printed):
         self.dir, self.codes, self.printed = run_dir, codes, printed
@@ -37,7 +37,7 @@ class EmulatorRun:
         return without_timings(lines_of(self.dir / "metrics.jsonl"))
 
     def files(self, step):
-        """{name: bytes} of a checkpoint, without what depends on time and on the settings of the system."""
+        """{name: bytes} of a checkpoint, without trainer.json, which holds timings and [system] settings."""
         files = tree(step_dir(self.dir, step))
         return {name: data for name, data in files.items() if name != "trainer.json"}
 
@@ -52,15 +52,15 @@ class EmulatorRun:
 class EmulatorRanksCase(Case):
     def on(self, ranks, *overrides, gpus=None, start="tcp", run_dir=None, binary=EMULATOR_BINARY, code=0, command="train",
            **environment):
-        """Train on so many ranks, each with a GPU unless `gpus` says how many there are."""
+        """Train on so many ranks, with a GPU each unless `gpus` is given."""
         run_dir = run_dir or self.new_dir()
         arguments = [binary, command, self.config, f"run.dir={run_dir}", *COMMON, *overrides]
         environment = EMULATOR_ENVIRONMENT | {"EMULATOR_GPUS": str(ranks if gpus is None else gpus)} | environment
         if ranks == 1 or start == "mpi":
             launched = [(([*MPIRUN, "-np", str(ranks)] if ranks > 1 else []) + arguments, environment)]
         else:
-            meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-            launched = [(arguments, environment | meeting | {"RANK": str(r)}) for r in range(ranks)]
+            rendezvous = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+            launched = [(arguments, environment | rendezvous | {"RANK": str(r)}) for r in range(ranks)]
         processes = [subprocess.Popen([*map(str, what)], env=env, cwd=self.tmp, stdin=subprocess.DEVNULL,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
                      for what, env in launched]
@@ -76,7 +76,7 @@ class EmulatorRanksCase(Case):
         return done
 
     def all_of(self, jobs):
-        """Runs by name of {name: (ranks, overrides, options)}, two at a time."""
+        """{name: run} of {name: (ranks, overrides, options)}, two at a time."""
         with ThreadPoolExecutor(2) as pool:
             futures = {name: pool.submit(self.on, ranks, *overrides, **options)
                        for name, (ranks, overrides, options) in jobs.items()}

@@ -1,7 +1,7 @@
 """What tests of several ranks share: how ranks are started, waited for and killed.
 
-Every process that a test starts with an environment variable MARK of its own can be found in /proc by that mark, with
-everything it has started in turn.
+A test gives the processes it starts a unique value of the environment variable MARK. Their children inherit it, so
+all of them are found in /proc.
 """
 
 import json
@@ -17,8 +17,7 @@ MARK = "IHA_RANKS_TEST"
 SLOW = 4 if "sanitize" in BINARY else 1
 LIMIT = 20 * SLOW  # seconds for what should take one or two
 HOST = socket.gethostname()
-# Ranks share this machine's processors, whoever the user is.
-MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none"]
+MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none"]  # ranks share the cores
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 MPI_ENVIRONMENT = {**ENVIRONMENT, **AS_ROOT, "TRAIN_IHA": BINARY, "ASAN_OPTIONS": "detect_leaks=0"}  # MPI itself leaks
 ENDLESS = ["train.steps=1000000000", "train.schedule=constant", "data.val=none"]
@@ -36,7 +35,7 @@ def free_port():
 
 
 def marked(mark):
-    """{process id: (program, rank or None)} of the living processes that carry a mark."""
+    """{process id: (program, rank or None)} of the running processes with this mark."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -58,7 +57,7 @@ def kill(pid):
 
 
 def wait_until(condition, limit, what):
-    """Wait for a condition; the seconds it took."""
+    """Wait for a condition. Returns the seconds it took."""
     begin = time.monotonic()
     while not condition():
         if time.monotonic() - begin > limit:

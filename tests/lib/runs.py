@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
 CHECK = ROOT / "tests" / "reference" / "export_check.py"
 TIMEOUT = 60  # seconds; runs here take less than one
-# Threads that spin while they wait cost much where other programs want the cores too.
+# libgomp's threads spin while they wait, which slows down other programs on the same cores.
 ENVIRONMENT = {**os.environ, "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "100")}
 
-END = 256  # the byte tokenizer's end of a document
-T = 32
+END_OF_DOCUMENT = 256  # the byte tokenizer's
+T = 32  # sequence length
 CPU = ["system.device=cpu", "system.precision=fp32", "system.threads=2"]
 
 
@@ -39,7 +39,7 @@ def tiny(data):
 
 
 def sentences(count, seed):
-    """Text with a grammar: much of the next byte can be learned."""
+    """Text with a simple grammar, which a model can learn."""
     draw = random.Random(seed)
     names, verbs, things = ("anna", "boris", "clara", "david"), ("sees", "takes", "likes"), ("apples", "books", "cats")
     return [f"{draw.choice(names)} {draw.choice(verbs)} {draw.choice(things)}. " for _ in range(count)]
@@ -51,7 +51,7 @@ def documents(count, seed):
     for i, sentence in enumerate(sentences(count, seed)):
         ids += sentence.encode()
         if i % 4 == 3:
-            ids.append(END)
+            ids.append(END_OF_DOCUMENT)
     return ids
 
 
@@ -80,7 +80,7 @@ def step_dir(run_dir, step):
 
 
 def tree(folder):
-    """{path: bytes, or where a link leads} of everything in a folder."""
+    """{path: bytes, or the target of a link} of everything in a folder; directories are None."""
     return {str(p.relative_to(folder)): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
             for p in Path(folder).rglob("*")}
 
@@ -133,7 +133,7 @@ class Case(unittest.TestCase):
         return float(match[1]), int(match[2]), match[1]
 
     def refused(self, *args, names=(), warnings=False, cwd=None):
-        """Exit code 2 and one line on stderr, which names what is wrong. Returns the line."""
+        """Exit code 2 and one line on stderr, which contains `names`. Returns the line."""
         done = self.run_cli(*args, code=2, cwd=cwd)
         lines = done.stderr.decode().splitlines()
         if warnings:
@@ -146,7 +146,7 @@ class Case(unittest.TestCase):
         return lines[0]
 
     def check_export(self, checkpoint, shard=None, rtol=1e-5, **kind):
-        """The checkpoint as other programs read it: names, shapes, types, and the loss NumPy finds."""
+        """The checkpoint as other programs read it: names, shapes, types, and the loss that NumPy computes."""
         shard = shard or self.val
         loss, tokens, _ = self.evaluate(checkpoint, f"data.val={shard}")
         done = subprocess.run([sys.executable, CHECK, checkpoint, "--numpy-loss", shard, str(T), str(tokens // T)],
@@ -160,8 +160,8 @@ class Case(unittest.TestCase):
         return load_file(checkpoint / "model.safetensors")
 
     def stop_between_steps(self, step, *overrides):
-        """A run that has done `step` steps, with what belongs to it, and waits before the next one.
-        Returns (process, run directory); free(process, directory) lets it go on."""
+        """A run that has finished `step` steps and blocks before the next one. Returns (process, run directory);
+        free(process, directory) lets it continue."""
         run_dir = self.new_dir()
         run_dir.mkdir()
         os.mkfifo(run_dir / "samples.txt")
