@@ -2,7 +2,7 @@
  *
  * MPI's own collectives are not used, for three reasons: a sum in rank order does not depend on the library's
  * choice of algorithm; every byte travels once, (W-1)/W of a buffer out and in per rank, the minimum for both
- * halves of an all-reduce; and when a message does not arrive, the rank it should come from is known.
+ * halves of an all-reduce; and when a message does not arrive, it is known from which rank.
  *
  * Messages make progress only while the transport is called, so progress() is called between operations. */
 #include <sched.h>

@@ -1,8 +1,8 @@
 """Runs of train_iha in which one call fails or the process is killed, and checks of what they leave.
 
 A Scenario is a command, the state it starts from, and a reference: what the same command leaves without a fault.
-Scenario.fault() runs it once with a fault, checks the files the run left, runs the same command again without a fault and
-checks that it ends with the same bytes as the reference. inject.c describes the faults.
+Scenario.fault() runs it once with a fault, checks the files the run left, runs the same command again without a fault
+and checks that it ends with the same bytes as the reference. inject.c describes the faults.
 """
 
 import json
@@ -101,8 +101,8 @@ def need(condition, *what):
 
 
 def check_ending(done, started, what):
-    """Exit codes: 0 done, 1 failed while running, 2 refused before the first step, with one line on stderr. Never a signal,
-    never a sanitizer's report."""
+    """Exit codes: 0 done, 1 failed while running, 2 refused before the first step, with one line on stderr. Never a
+    signal, never a sanitizer's report."""
     need(done.code in (0, 1, 2), what, "exit code", done.code, done.err[-3000:])
     need("Sanitizer" not in done.err and "runtime error" not in done.err, what, done.err[-3000:])
     lines = [line for line in done.err.splitlines() if line.startswith("train_iha: ")]
@@ -262,7 +262,8 @@ class Scenario:
         made = any(e.kind == "open_write" and e.path.startswith("run/") for e in before)
         if failed.kind == "mkdir" and failed.path == "run":
             return not made  # the directory exists, or later calls would have failed
-        return failed.kind == "close" and "/step_" not in failed.path and (failed.path.endswith("/lock") or (touched and touched[-1].kind == "sync"))
+        return failed.kind == "close" and "/step_" not in failed.path and (
+            failed.path.endswith("/lock") or (touched and touched[-1].kind == "sync"))
 
 
 def checkpoint_bytes(run_dir, step):

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from tests.faults import harness
 from tests.faults.fault_case import FaultCase
-from tests.faults.harness import BINARY, ENVIRONMENT, EVERYTHING, LIBRARY, SANITIZED, Done, Scenario, checkpoints, need, \
-    try_all, wait_for_save
+from tests.faults.harness import BINARY, ENVIRONMENT, EVERYTHING, LIBRARY, SANITIZED, Done, Scenario, \
+    checkpoints, need, try_all, wait_for_save
 from tests.lib.ranks import AS_ROOT, MARK, MPIRUN, kill, marked
 
 PEER_TIMEOUT = 20 if SANITIZED else 6  # seconds without an answer

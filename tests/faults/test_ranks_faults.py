@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Failures of runs on several ranks: a rank is killed or hangs, a signal stops the run, one rank finds an error, a machine
-is disconnected.
+"""Failures of runs on several ranks: a rank is killed or hangs, a signal stops the run, one rank finds an error, a
+machine is disconnected.
 
     make && python -m unittest tests.faults.test_ranks_faults
 
@@ -46,8 +46,8 @@ class Run:
         stream = {"stdin": subprocess.DEVNULL, "stdout": self.output, "stderr": self.output}
         if terminal is not None:
             stream = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-        self.process = subprocess.Popen([*map(str, command)], start_new_session=True, cwd=case.tmp, **stream, preexec_fn=begin,
-                                        env={**MPI_ENVIRONMENT, **dict(environment), MARK: self.mark})
+        self.process = subprocess.Popen([*map(str, command)], start_new_session=True, cwd=case.tmp, preexec_fn=begin,
+                                        env={**MPI_ENVIRONMENT, **dict(environment), MARK: self.mark}, **stream)
 
     def kill(self):
         while left := marked(self.mark):

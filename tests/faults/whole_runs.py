@@ -2,9 +2,9 @@
 
     python -m tests.faults.whole_runs lsan|tsan|valgrind BINARY
 
-lsan and tsan are sanitizers that the binary was built with. A run fails when its exit code differs from the one without
-the tool; the tools use codes of their own. All runs compute with one thread, because neither TSan nor Helgrind understands
-the futexes of libgomp's barriers, and with two threads would report every parallel loop.
+lsan and tsan are sanitizers that the binary was built with. A run fails when its exit code differs from the one
+without the tool; the tools use codes of their own. All runs compute with one thread, because neither TSan nor Helgrind
+understands the futexes of libgomp's barriers, and with two threads would report every parallel loop.
 """
 
 import shutil

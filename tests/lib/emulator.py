@@ -1,4 +1,4 @@
-"""What tests of ranks on emulated GPUs share: train_iha linked with the emulator of tests/cuda/emulator/, and how it is run.
+"""What tests of ranks on emulated GPUs share: train_iha linked with the emulator of tests/cuda/emulator/.
 
 The binary is emulator/train_iha in the build folder, or the one that EMULATOR_TRAIN_IHA names.
 """
@@ -50,8 +50,8 @@ class EmulatorRun:
 
 @unittest.skipUnless(EMULATOR_BINARY.exists(), "no CUDA headers")
 class EmulatorRanksCase(Case):
-    def on(self, ranks, *overrides, gpus=None, start="tcp", run_dir=None, binary=EMULATOR_BINARY, code=0, command="train",
-           **environment):
+    def on(self, ranks, *overrides, gpus=None, start="tcp", run_dir=None, binary=EMULATOR_BINARY, code=0,
+           command="train", **environment):
         """Train on so many ranks, with a GPU each unless `gpus` is given."""
         run_dir = run_dir or self.new_dir()
         arguments = [binary, command, self.config, f"run.dir={run_dir}", *COMMON, *overrides]

@@ -197,7 +197,8 @@ class Peers(Case):
         for stopped, run in runs:
             run.reach(4).signal(stopped, signal.SIGSTOP)
         for stopped, run in runs:
-            run.fail(1, 1 - stopped, f"no answer from rank {stopped} ({HOST}) for 2 s in ", but=[stopped], limit=2 + 10 * SLOW)
+            run.fail(1, 1 - stopped, f"no answer from rank {stopped} ({HOST}) for 2 s in ", but=[stopped],
+                     limit=2 + 10 * SLOW)
             self.assertGreater(time.monotonic() - begin, 1.9)
             run.signal(stopped, signal.SIGCONT)  # it finds that the others have ended
             self.assertEqual(run.wait()[stopped], 1)
