@@ -1,10 +1,10 @@
-/* Monotonic time, for speeds and deadlines: it does not jump when the system's clock is set. */
+/* Monotonic time, for speeds and deadlines: unlike the wall clock it never jumps. */
 #ifndef IHA_KERNELS_CLOCK_H
 #define IHA_KERNELS_CLOCK_H
 
 #include <time.h>
 
-/* Seconds since an unspecified moment. Deadlines are in this time. */
+/* Seconds since an arbitrary start. */
 static inline double clock_seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
 CHECK = ROOT / "tests" / "reference" / "export_check.py"
 TIMEOUT = 60  # seconds; runs here take less than one
-# libgomp's threads spin while they wait, which slows down other programs on the same cores.
+# Threads that spin while they wait take the cores from other programs.
 ENVIRONMENT = {**os.environ, "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "100")}
 
 END_OF_DOCUMENT = 256  # the byte tokenizer's
@@ -160,8 +160,8 @@ class Case(unittest.TestCase):
         return load_file(checkpoint / "model.safetensors")
 
     def stop_between_steps(self, step, *overrides):
-        """A run that has finished `step` steps and blocks before the next one. Returns (process, run directory);
-        free(process, directory) lets it continue."""
+        """A run that has done `step` steps, their metrics and checkpoints, and is blocked before the next one.
+        Returns (process, run directory); free(process, directory) unblocks it."""
         run_dir = self.new_dir()
         run_dir.mkdir()
         os.mkfifo(run_dir / "samples.txt")
