@@ -120,17 +120,17 @@ $(BINARY): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS) $(CUDA_LINKED
 $(BUILD)/train_iha.o: train_iha.cu | build/headers-found
 	@mkdir -p $(@D)
 	@echo "  CC   $<"
-	@$(CC) $(CFLAGS) -MMD -x c -c $< -o $@
+	@$(CC) $(CFLAGS) -MMD -MP -x c -c $< -o $@
 
 $(BUILD)/double/%.o: %.c | build/headers-found
 	@mkdir -p $(@D)
 	@echo "  CC   $<"
-	@$(CC) $(CFLAGS) -DKERNELS_DOUBLE -MMD -c $< -o $@
+	@$(CC) $(CFLAGS) -DKERNELS_DOUBLE -MMD -MP -c $< -o $@
 
 $(BUILD)/%.o: %.c | build/headers-found
 	@mkdir -p $(@D)
 	@echo "  CC   $<"
-	@$(CC) $(CFLAGS) -MMD -c $< -o $@
+	@$(CC) $(CFLAGS) -MMD -MP -c $< -o $@
 
 BENCH = $(BUILD)/tests/bench/bench
 $(C_TESTS) $(BENCH): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)

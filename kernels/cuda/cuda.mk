@@ -89,14 +89,14 @@ $(BUILD)/cuda/%.o: %.cu $(BUILD)/cuda/compiled-with
 	@mkdir -p $(@D)
 	@echo "  NVCC $<"
 	@$(NVCC) -std=c++17 -O3 -lineinfo -I. $(CUDA_ISYSTEM) $(CUDA_ARCHS) $(NCCL_FLAGS) -Werror all-warnings \
-	    $(addprefix -Xcompiler ,$(CUDA_WARNINGS)) -MMD -c $< -o $@
+	    $(addprefix -Xcompiler ,$(CUDA_WARNINGS)) -MMD -MP -c $< -o $@
 
 # The cuDNN frontend is header-only and large: optimizing it takes four times as long and saves only microseconds.
 $(BUILD)/cuda/%.o: %.cpp $(BUILD)/cuda/cudnn-with
 	@mkdir -p $(@D)
 	@echo "  CXX  $<"
 	@$(CXX) -std=c++17 -O0 -I. -isystem $(CUDNN_FRONTEND) -isystem $(dir $(CUDNN_HEADER)) $(CUDA_ISYSTEM) \
-	    -DCUDNN_FRONTEND_SKIP_JSON_LIB $(NVRTC:%=-DNVRTC_LIBRARY='"%"') $(CUDA_WARNINGS) -MMD -c $< -o $@
+	    -DCUDNN_FRONTEND_SKIP_JSON_LIB $(NVRTC:%=-DNVRTC_LIBRARY='"%"') $(CUDA_WARNINGS) -MMD -MP -c $< -o $@
 
 .PHONY: cuda-objects
 cuda-objects: $(CUDA_OBJECTS) $(CUDNN_OBJECTS)

@@ -24,12 +24,12 @@ EMULATOR_PROGRAM = $(BUILD)/emulator/train_iha
 $(BUILD)/tests/cuda/emulator/%.o: tests/cuda/emulator/%.cc
 	@mkdir -p $(@D)
 	@echo "  CXX  $<"
-	@$(CXX) -std=gnu++17 $(EMULATOR_FLAGS) -MMD -c $< -o $@
+	@$(CXX) -std=gnu++17 $(EMULATOR_FLAGS) -MMD -MP -c $< -o $@
 
 $(BUILD)/emulator/%.o: %.cu
 	@mkdir -p $(@D)
 	@echo "  EMU  $<"
-	@$(CXX) -std=gnu++17 $(EMULATOR_FLAGS) -x c++ -include tests/cuda/emulator/emulator.h -MMD -c $< -o $@
+	@$(CXX) -std=gnu++17 $(EMULATOR_FLAGS) -x c++ -include tests/cuda/emulator/emulator.h -MMD -MP -c $< -o $@
 
 # These call the runtime and NCCL themselves.
 $(patsubst %,$(BUILD)/tests/cuda/test_%.o,streams nccl comm determinism): CFLAGS += -isystem tests/cuda/emulator/include/first \

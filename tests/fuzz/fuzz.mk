@@ -29,7 +29,7 @@ $(FUZZ_BUILD)/compiler-found:
 $(FUZZ_BUILD)/%.o: %.c | build/headers-found $(FUZZ_BUILD)/compiler-found
 	@mkdir -p $(@D)
 	@echo "  FUZZ $<"
-	@$(FUZZ_CC) $(FUZZ_CFLAGS) -fsanitize=fuzzer-no-link,$(FUZZ_SANITIZERS) -MMD -c $< -o $@
+	@$(FUZZ_CC) $(FUZZ_CFLAGS) -fsanitize=fuzzer-no-link,$(FUZZ_SANITIZERS) -MMD -MP -c $< -o $@
 
 $(FUZZ_TARGETS): $(FUZZ_BUILD)/%: $(FUZZ_BUILD)/tests/fuzz/%.o $(FUZZ_OBJECTS)
 	@echo "  LINK $@"

@@ -29,7 +29,7 @@ $(BUILD)/cuda/tests/bench/%.o: tests/bench/%.cu $(BUILD)/cuda/compiled-with
 	@mkdir -p $(@D)
 	@echo "  NVCC $<"
 	@$(NVCC) -std=c++17 -O2 -I. $(CUDA_ISYSTEM) $(CUDA_ARCHS) $(CUPTI_FLAGS) -Werror all-warnings \
-	    $(addprefix -Xcompiler ,$(CUDA_WARNINGS)) -MMD -c $< -o $@
+	    $(addprefix -Xcompiler ,$(CUDA_WARNINGS)) -MMD -MP -c $< -o $@
 
 $(BUILD)/tests/bench/bench_gpu.o: CFLAGS += $(CUDA_ISYSTEM)
 $(BUILD)/gpu/bench_gpu: $(BUILD)/tests/bench/bench_gpu.o $(BUILD)/cuda/tests/bench/timing.o $(BUILD)/cuda/tests/bench/activity.o \
