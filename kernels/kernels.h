@@ -213,6 +213,9 @@ struct kernels {
     struct trace *(*trace_end)(struct device *dev);
 
     int (*plan)(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e);
+    /* Compute what libraries were planned for and not checked yet on small inputs, and compare it with plain
+     * computation: -1 and an EXIT_RUN error where one is wrong. NULL: no libraries. */
+    int (*check_libraries)(struct device *dev, struct error *e);
     void (*set_workspace)(struct device *dev, void *data, size_t bytes);
     /* The library or kernels that compute attention of this planned shape, as a word or two for the user.
      * *deterministic: bytes of its workspace that are needed for deterministic results only. The member is

@@ -165,6 +165,10 @@ int model_create(struct model *m, const struct model_config *config, const struc
     k->set_workspace(dev, m->workspace, m->workspace_bytes);
     if (m->rope.data)
         k->rope_table(dev, m->rope, config->rope_theta);
+    if (k->check_libraries && k->check_libraries(dev, e) != 0) {
+        model_free(m);
+        return -1;
+    }
     return 0;
 }
 

@@ -26,8 +26,10 @@ static void read_processor_name(char *out, size_t bytes) {
 }
 
 static struct device *cpu_open(const struct device_options *options, struct error *e) {
-    int threads =
-        cpu_set_threads(options->threads, options->comm); /* collective, so before any rank can fail */
+    char note[96];
+    int threads = cpu_set_threads(options->threads, options->comm, note, e);
+    if (threads < 0)
+        return NULL;
     if (options->precision != DEVICE_FP32) {
         fail_user(
             e, "system.precision = bf16 needs a GPU; on the CPU leave it out or set system.precision = fp32");
@@ -42,12 +44,13 @@ static struct device *cpu_open(const struct device_options *options, struct erro
     dev->local_ranks = options->comm ? options->comm->local_ranks : 1;
     char name[128];
     read_processor_name(name, sizeof name);
-    snprintf(dev->description, sizeof dev->description, "cpu: %s, %d thread%s, %d-bit vectors", name,
-             dev->threads, dev->threads == 1 ? "" : "s", VECTOR_BYTES * 8);
+    snprintf(dev->description, sizeof dev->description, "cpu: %s, %d thread%s%s, %d-bit vectors", name,
+             dev->threads, dev->threads == 1 ? "" : "s", note, VECTOR_BYTES * 8);
     return dev;
 }
 
 static void cpu_close(struct device *dev) {
+    free(dev->products);
     free(dev);
 }
 
@@ -214,9 +217,13 @@ static int cpu_plan(struct device *dev, const struct op_spec *spec, struct op_co
         break;
     case OP_CLASSIFIER:
         *cost = classifier_plan(dev, &spec->classifier);
+        plan_product(dev, spec->classifier.rows, spec->classifier.hidden, spec->classifier.vocab);
+        break;
+    case OP_LINEAR:
+        *cost = (struct op_cost){0};
+        plan_product(dev, spec->linear.rows, spec->linear.in, spec->linear.out);
         break;
     case OP_EMBED:
-    case OP_LINEAR:
     case OP_ACT:
     case OP_DECODE:
         *cost = (struct op_cost){0};
@@ -269,6 +276,7 @@ const struct kernels *kernels_cpu(void) {
         .trace_begin = cpu_trace_begin,
         .trace_end = cpu_trace_end,
         .plan = cpu_plan,
+        .check_libraries = cpu_check_libraries,
         .set_workspace = cpu_set_workspace,
         .run_ahead = 0,
 #define OP(name, parameters, arguments) .name = cpu_##name,

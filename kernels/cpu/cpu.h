@@ -9,6 +9,11 @@
 #include "kernels/cpu/real.h"
 #include "kernels/kernels.h"
 
+/* The shapes of a linear layer's products: y = x W^T with x [rows,in], W [out,in]. */
+struct product {
+    int64_t rows, in, out;
+};
+
 struct device {
     int threads;
     int local_ranks; /* on this machine */
@@ -19,6 +24,8 @@ struct device {
     void *progress_context;
     struct trace *trace; /* NULL: not recording */
     double trace_start;
+    struct product *products; /* planned; the first products_checked have been checked */
+    int product_count, products_checked;
     struct step_state posted; /* operations are synchronous here, so one is enough */
 };
 
@@ -32,9 +39,11 @@ static inline void call_progress_callback(const struct device *dev) {
  * NULL. */
 size_t cpu_memory_available(struct device *dev);
 
-/* Sets the number of OpenMP threads (0: this rank's share of the processors), pins them, and returns the
- * number. All ranks call this at the same time. */
-int cpu_set_threads(int threads, struct comm *comm);
+/* Start the team of threads that every operation and library uses: `asked`, or 0 for this rank's part of the
+ * processors that affinity, CPU quota and OMP_NUM_THREADS leave. Returns its size, and in `note` what limited it
+ * (text for the device's description, or empty). -1 and an EXIT_USER error: so many cannot be had, or their stacks
+ * are too small. With several ranks it is collective. */
+int cpu_set_threads(int asked, struct comm *comm, char note[96], struct error *e);
 
 /* The first bytes of the workspace, for the running operation until it returns. */
 void *cpu_workspace(struct device *dev, size_t bytes, const char *op);
@@ -47,6 +56,10 @@ void check_i32(const char *op, const char *what, tensor t, int64_t s0, int64_t s
 /* C[m,n] = op(A) op(B) + beta C, row-major; transposed operands are stored [k,m] and [n,k]. */
 void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const real *a, int64_t lda,
           const real *b, int64_t ldb, real beta, real *c, int64_t ldc);
+
+/* Remember that these products will be asked for; check all that were not checked yet (check_products.c). */
+void plan_product(struct device *dev, int64_t rows, int64_t in, int64_t out);
+int cpu_check_libraries(struct device *dev, struct error *e);
 
 /* out[i] (+)= sum over p < parts of partials[p*stride + i]. Adds the threads' partial gradients in a fixed
  * order, so that two runs give the same bits. */

@@ -13,8 +13,8 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, c
     dnnl_status_t status = dnnl_sgemm(transpose_a ? 'T' : 'N', transpose_b ? 'T' : 'N', m, n, k, 1.0f, a, lda,
                                       b, ldb, beta, c, ldc);
     if (status != dnnl_success) {
-        fprintf(stderr, "gemm: oneDNN failed for %lld x %lld x %lld (status %d)\n", (long long)m, (long long)n,
-                (long long)k, (int)status);
+        fprintf(stderr, "gemm: oneDNN failed for %lld x %lld x %lld (status %d)\n", (long long)m,
+                (long long)n, (long long)k, (int)status);
         abort();
     }
 }

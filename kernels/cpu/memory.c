@@ -1,11 +1,9 @@
-/* Free memory: the machine's, or that of the container or job of this process if it is less.
- *
- * Control groups (cgroups) are nested, and each may have a limit. Version 2 has one tree for all resources,
- * version 1 a separate one for memory. Inside a container, its own group may be mounted as the root of the
- * tree. Used bytes include the page cache, which the kernel frees when memory is needed. */
+/* Free memory: the machine's, or that of the container or job of this process if it is less. What control groups
+ * count as used includes the page cache, which the kernel frees when memory is needed. */
 #include <stdio.h>
 #include <string.h>
 
+#include "kernels/cpu/cgroup.h"
 #include "kernels/cpu/cpu.h"
 
 enum { PATH = 512 };
@@ -49,45 +47,13 @@ static size_t group_free(const char *folder, bool version2) {
     return limit > used ? limit - used : 1;
 }
 
-/* The least of a group and the groups around it. */
-static size_t nested_groups_free(const char *root, const char *group, bool version2) {
-    char folder[PATH];
-    size_t least = SIZE_MAX;
-    snprintf(folder, sizeof folder, "%s%s", root, group);
-    for (;;) {
-        size_t bytes = group_free(folder, version2);
-        least = bytes < least ? bytes : least;
-        char *slash = strrchr(folder, '/');
-        if (strlen(folder) <= strlen(root) || !slash)
-            return least;
-        *slash = '\0';
-    }
-}
-
-static size_t all_groups_free(void) {
-    FILE *f = fopen("/proc/self/cgroup", "r");
-    char line[PATH], group[PATH];
-    size_t least = group_free("/sys/fs/cgroup", true); /* inside a container: its own group */
-    while (f && fgets(line, sizeof line, f)) {
-        size_t bytes = SIZE_MAX;
-        line[strcspn(line, "\n")] = '\0';
-        char *kind = strchr(line, ':'), *path = kind ? strchr(kind + 1, ':') : NULL;
-        if (!path)
-            continue;
-        *path++ = '\0';
-        snprintf(group, sizeof group, "%s", strcmp(path, "/") == 0 ? "" : path);
-        if (strcmp(kind, ":") == 0)
-            bytes = nested_groups_free("/sys/fs/cgroup", group, true);
-        else if (strcmp(kind, ":memory") == 0)
-            bytes = nested_groups_free("/sys/fs/cgroup/memory", group, false);
-        least = bytes < least ? bytes : least;
-    }
-    if (f)
-        fclose(f);
-    return least;
+static void keep_least(void *context, const char *folder, bool version2) {
+    size_t *least = context, bytes = group_free(folder, version2);
+    *least = bytes < *least ? bytes : *least;
 }
 
 size_t cpu_memory_available(struct device *dev) {
-    size_t machine = sum_of("/proc/meminfo", "MemAvailable:", "") * 1024, group = all_groups_free();
+    size_t machine = sum_of("/proc/meminfo", "MemAvailable:", "") * 1024, group = SIZE_MAX;
+    cgroup_visit("memory", keep_least, &group);
     return (machine < group ? machine : group) / (size_t)(dev ? dev->local_ranks : 1);
 }

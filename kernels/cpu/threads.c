@@ -1,19 +1,52 @@
-/* The number of threads, and pinning them to processors.
+/* How many threads compute, and which processor each runs on.
  *
- * An operation is a parallel loop with a barrier at its end, thousands of times a second. If the system puts
- * two of our threads on one processor, even briefly, the barrier waits for a whole time slice. Some virtual
- * machines do so by default while another processor is idle (measured on one: six times slower). So if we use
- * all processors that we may use, thread i is pinned to the i-th of them. With fewer threads the system
- * chooses: two such runs on one machine must not both be pinned to the first processors. OMP_PROC_BIND or
- * GOMP_CPU_AFFINITY, if set, take precedence.
+ * A library that splits its work by omp_get_max_threads() leaves part of a result unwritten when the parallel
+ * region then gets fewer threads (OMP_DYNAMIC, OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS; oneDNN's sgemm does so).
+ * So the team is made once, here: what could change its size is switched off or respected, a region is opened,
+ * and the number of threads that really came is the number that everything uses from then on.
+ *
+ * A kernel is a parallel loop with a barrier at its end, thousands of times a second. When the system runs two
+ * of our threads on one processor, even for a tick, the barrier waits for a whole time slice; some virtual
+ * machines do so by default while another processor idles (measured there: six times slower). So where all
+ * processors are used, thread i is pinned to the i-th of them. With fewer threads the system chooses: two such
+ * runs side by side must not both be pinned to the first processors. OMP_PROC_BIND or GOMP_CPU_AFFINITY, when
+ * set, decide instead.
  *
  * Ranks on one machine that may use the same processors divide them, in rank order. */
 #define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
 #include <sched.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
+#include "kernels/cpu/cgroup.h"
 #include "kernels/cpu/cpu.h"
+
+/* Frames of ours take up to 33 KiB; the rest is for libraries. */
+enum { MIN_STACK_BYTES = 256 << 10 };
+
+/* ---- processors ---- */
+
+/* What this process may run on, as it was started; later calls would see where a thread was pinned. */
+static const cpu_set_t *allowed_processors(void) {
+    static cpu_set_t allowed;
+    static bool known;
+    if (!known && sched_getaffinity(0, sizeof allowed, &allowed) != 0)
+        CPU_ZERO(&allowed); /* more processors than a cpu_set_t holds: not pinned */
+    known = true;
+    return &allowed;
+}
+
+static int count_processors(const cpu_set_t *allowed) {
+    int count = CPU_COUNT(allowed);
+    if (count == 0)
+        count = (int)sysconf(_SC_NPROCESSORS_ONLN);
+    return count > 0 ? count : 1;
+}
 
 /* The n-th processor of a set. */
 static int nth_processor(const cpu_set_t *set, int n) {
@@ -28,52 +61,199 @@ struct host_processors {
     cpu_set_t allowed;
 };
 
-/* The number of ranks that may use the same processors as this one, and its index among them. */
-static void find_sharing_ranks(struct comm *comm, const cpu_set_t *allowed, int *sharing, int *index) {
+/* How many ranks may use the same processors as this one, and the index of this one among them. */
+static void count_sharers(struct comm *comm, const cpu_set_t *allowed, int *sharers, int *index) {
     struct host_processors mine = {.allowed = *allowed};
-    *sharing = 1;
+    *sharers = 1;
     *index = 0;
     if (!comm || comm->ranks == 1)
         return;
     gethostname(mine.host, sizeof mine.host - 1);
     const struct host_processors *all = comm_all_gather_small(comm, &mine, sizeof mine);
-    *sharing = 0;
+    *sharers = 0;
     for (int r = 0; r < comm->ranks; r++)
         if (strcmp(all[r].host, mine.host) == 0 && CPU_EQUAL(&all[r].allowed, allowed)) {
             *index += r < comm->rank;
-            ++*sharing;
+            ++*sharers;
         }
 }
 
-/* one_each: pin thread i to the (first + i)-th allowed processor; otherwise threads may use all of them. */
-static void pin_threads(const cpu_set_t *allowed, int threads, bool one_each, int first) {
-    (void)threads; /* in a build without OpenMP */
-#pragma omp parallel num_threads(threads)
-    {
-        cpu_set_t mine = *allowed;
-        if (one_each) {
-            CPU_ZERO(&mine);
-            CPU_SET(nth_processor(allowed, first + omp_get_thread_num()), &mine);
-        }
-        sched_setaffinity(0, sizeof mine, &mine); /* errors are ignored: at worst it is slower */
-    }
-}
+/* ---- how many threads ---- */
 
-int cpu_set_threads(int threads, struct comm *comm) {
-    static cpu_set_t allowed; /* when the process started: pinning changes what the system says */
-    static bool known;
-    int sharing, index;
-    if (!known && sched_getaffinity(0, sizeof allowed, &allowed) != 0)
-        CPU_ZERO(&allowed);
-    known = true;
-    find_sharing_ranks(comm, &allowed, &sharing, &index);
-    int processors = CPU_COUNT(&allowed), share = processors / sharing > 1 ? processors / sharing : 1;
-    if (threads > 0)
-        omp_set_num_threads(threads);
-    else if (sharing > 1 && !getenv("OMP_NUM_THREADS"))
-        omp_set_num_threads(share);
-    threads = omp_get_max_threads();
-    if (processors > 0 && !getenv("OMP_PROC_BIND") && !getenv("GOMP_CPU_AFFINITY"))
-        pin_threads(&allowed, threads, threads == share && share * sharing <= processors, index * share);
+struct team {
+    int processors; /* that the process may use, by affinity and by quota */
+    int wanted;
+    bool asked; /* by system.threads; otherwise `wanted` is what is best */
+    char note[96];
+};
+
+/* As OMP_NUM_THREADS was at the start: omp_set_num_threads changes what OpenMP tells later. */
+static int environment_threads(void) {
+    static int threads = -1;
+    if (threads < 0)
+        threads = getenv("OMP_NUM_THREADS") ? omp_get_max_threads() : 0;
     return threads;
+}
+
+static int choose(struct team *t, int asked, int sharers, struct error *e) {
+    int from_environment = environment_threads(), limit = omp_get_thread_limit();
+    double quota = cgroup_cpu_quota();
+    int processors = t->processors;
+    t->asked = asked > 0;
+    if (asked > processors)
+        return fail_user(
+            e,
+            "system.threads = %d, and this process may use %d processor%s; lower it to %d or set "
+            "system.threads = all",
+            asked, processors, processors == 1 ? "" : "s", processors);
+    if (quota > 0 &&
+        quota < processors) { /* more threads than that would wait for each other's next period */
+        t->processors = quota < 1 ? 1 : (int)(quota + 0.5);
+        snprintf(t->note, sizeof t->note, ", CPU quota %.3g", quota);
+    }
+    int share = t->processors / sharers > 1 ? t->processors / sharers : 1;
+    t->wanted = asked > 0 ? asked : from_environment > 0 ? from_environment : share;
+    if (t->wanted > processors) {
+        t->wanted = processors;
+        snprintf(t->note, sizeof t->note, ", OMP_NUM_THREADS = %d limited to the processors",
+                 from_environment);
+    }
+    if (t->wanted > limit && t->asked)
+        return fail_user(
+            e, "system.threads = %d, and OMP_THREAD_LIMIT allows %d; unset it or lower system.threads", asked,
+            limit);
+    t->wanted = t->wanted < limit ? t->wanted : limit;
+    return 0;
+}
+
+/* ---- making the team ---- */
+
+/* The bytes of a stack that OpenMP will ask for, by OMP_STACKSIZE or GOMP_STACKSIZE (a number of KiB, or with a
+ * letter B, K, M or G); 0: the system's default. */
+static size_t environment_stack(const char **name) {
+    static const char *const names[] = {"OMP_STACKSIZE", "GOMP_STACKSIZE"};
+    for (int i = 0; i < 2; i++) {
+        const char *text = getenv(names[i]);
+        char *end;
+        if (!text)
+            continue;
+        unsigned long long n = strtoull(text, &end, 10);
+        while (*end == ' ')
+            end++;
+        int shift = *end == 'B' || *end == 'b'   ? 0
+                    : *end == 'M' || *end == 'm' ? 20
+                    : *end == 'G' || *end == 'g' ? 30
+                                                 : 10;
+        if (end == text || n == 0)
+            continue; /* OpenMP has said so by itself */
+        *name = names[i];
+        return n > SIZE_MAX >> shift ? SIZE_MAX : (size_t)n << shift;
+    }
+    return 0;
+}
+
+struct latch {
+    pthread_mutex_t mutex;
+    pthread_cond_t opened;
+    bool open;
+};
+
+static void *wait_for_latch(void *latch) {
+    struct latch *l = latch;
+    pthread_mutex_lock(&l->mutex);
+    while (!l->open)
+        pthread_cond_wait(&l->opened, &l->mutex);
+    pthread_mutex_unlock(&l->mutex);
+    return NULL;
+}
+
+/* Can so many threads more be had at once? OpenMP would end the program where they cannot. */
+static int try_threads(int count, struct error *e) {
+    struct latch latch = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false};
+    pthread_t *threads = malloc((size_t)(count > 0 ? count : 1) * sizeof *threads);
+    pthread_attr_t attributes;
+    const char *name = "";
+    size_t stack = environment_stack(&name);
+    int started = 0, status = threads ? 0 : ENOMEM;
+    pthread_attr_init(&attributes);
+    if (stack > 0 && pthread_attr_setstacksize(&attributes, stack) != 0)
+        status = EINVAL;
+    while (status == 0 && started < count &&
+           (status = pthread_create(&threads[started], &attributes, wait_for_latch, &latch)) == 0)
+        started++;
+    pthread_mutex_lock(&latch.mutex);
+    latch.open = true;
+    pthread_cond_broadcast(&latch.opened);
+    pthread_mutex_unlock(&latch.mutex);
+    for (int i = 0; i < started; i++)
+        pthread_join(threads[i], NULL);
+    pthread_attr_destroy(&attributes);
+    free(threads);
+    if (status == 0)
+        return 0;
+    if (stack > 0)
+        return fail_user(e, "cannot start %d threads with stacks of %s = %s: %s; unset it, or set 8M",
+                         count + 1, name, getenv(name), strerror(status));
+    return fail_user(
+        e,
+        "cannot start %d threads: %s; lower system.threads, or raise the limits on processes and "
+        "memory (ulimit -u, ulimit -v, the container's pids.max)",
+        count + 1, strerror(status));
+}
+
+static size_t stack_of_this_thread(void) {
+    pthread_attr_t attributes;
+    void *address;
+    size_t bytes = SIZE_MAX;
+    if (pthread_getattr_np(pthread_self(), &attributes) != 0)
+        return bytes;
+    pthread_attr_getstack(&attributes, &address, &bytes);
+    pthread_attr_destroy(&attributes);
+    return bytes;
+}
+
+static void pin_this_thread(const cpu_set_t *allowed, bool each, int processor) {
+    cpu_set_t mine = *allowed;
+    if (each) {
+        CPU_ZERO(&mine);
+        CPU_SET(nth_processor(allowed, processor), &mine);
+    }
+    sched_setaffinity(0, sizeof mine, &mine); /* a failure costs speed alone */
+}
+
+int cpu_set_threads(int asked, struct comm *comm, char note[96], struct error *e) {
+    const cpu_set_t *allowed = allowed_processors();
+    struct team t = {.processors = count_processors(allowed)};
+    int sharers, index, team = 0;
+    count_sharers(comm, allowed, &sharers, &index); /* all ranks together, so before any fails */
+    if (choose(&t, asked, sharers, e) != 0 || try_threads(t.wanted - 1, e) != 0)
+        return -1;
+    omp_set_dynamic(0);
+    if (omp_get_max_active_levels() < 1)
+        omp_set_max_active_levels(1);
+    omp_set_num_threads(t.wanted);
+    int share = CPU_COUNT(allowed) / sharers;
+    bool pins = CPU_COUNT(allowed) > 0 && !getenv("OMP_PROC_BIND") && !getenv("GOMP_CPU_AFFINITY");
+    bool each = t.wanted == share && t.wanted <= t.processors; /* together, all processors are used */
+    size_t stack = SIZE_MAX;
+#pragma omp parallel reduction(min : stack)
+    {
+        stack = stack_of_this_thread();
+        if (pins)
+            pin_this_thread(allowed, each, index * share + omp_get_thread_num());
+#pragma omp master
+        team = omp_get_num_threads();
+    }
+    if (stack < MIN_STACK_BYTES)
+        return fail_user(
+            e,
+            "threads have stacks of %zu KiB, and at least %d KiB are needed; unset OMP_STACKSIZE and "
+            "GOMP_STACKSIZE, or raise ulimit -s",
+            stack >> 10, MIN_STACK_BYTES >> 10);
+    if (team < t.wanted && t.asked)
+        return fail_user(e, "system.threads = %d, and OpenMP gives %d; unset the OMP_ variables or lower it",
+                         asked, team);
+    omp_set_num_threads(team);
+    snprintf(note, 96, "%s", t.note);
+    return team;
 }

@@ -153,6 +153,8 @@ int decoder_create(struct decoder *d, struct model *m, int64_t capacity, int64_t
     assign_buffers(d, saved);
     if (!(d->workspace = m->k->alloc(m->dev, d->workspace_bytes, e)))
         goto failed;
+    if (m->k->check_libraries && m->k->check_libraries(m->dev, e) != 0)
+        goto failed;
     if (d->rope.data)
         m->k->rope_table(m->dev, d->rope, m->config.rope_theta);
     return 0;

@@ -7,7 +7,27 @@ static inline void omp_set_num_threads(int threads) {
     (void)threads;
 }
 
+static inline void omp_set_dynamic(int dynamic) {
+    (void)dynamic;
+}
+
+static inline void omp_set_max_active_levels(int levels) {
+    (void)levels;
+}
+
+static inline int omp_get_max_active_levels(void) {
+    return 1;
+}
+
 static inline int omp_get_max_threads(void) {
+    return 1;
+}
+
+static inline int omp_get_thread_limit(void) {
+    return 1;
+}
+
+static inline int omp_get_num_threads(void) {
     return 1;
 }
 

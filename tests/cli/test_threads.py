@@ -1,0 +1,154 @@
+"""OpenMP's variables, affinity masks, CPU quotas and stack limits: a run has the losses of its number of threads, to the
+bit, or ends with exit code 2 and one line.
+
+    make && python -m unittest tests.cli.test_threads        a sample; FAULTS=all: every combination
+"""
+
+import itertools
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import tempfile
+import unittest
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from tests.lib.tiny import tiny_config, write_shard
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BINARY = os.environ.get("TRAIN_IHA", str(ROOT / "train_iha"))
+PROCESSORS = sorted(os.sched_getaffinity(0))
+CGROUP = Path("/sys/fs/cgroup")
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | {"GOMP_SPINCOUNT": "100"}
+
+
+class Threads(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.dir = Path(tempfile.mkdtemp(prefix="iha-threads-"))
+        cls.addClassCleanup(shutil.rmtree, cls.dir)
+        rng = np.random.default_rng(7)
+        for name in ("train_0", "val_0"):
+            write_shard(cls.dir / f"{name}.bin", rng.integers(0, 257, 3000))
+        # Wide enough for products to be split over threads.
+        text = tiny_config(cls.dir, seq_len=64, batch_tokens=128, steps=2, system="precision = fp32",
+                           run="eval_every = 2").replace("hidden_size = 16", "hidden_size = 64")
+        cls.config = cls.dir / "threads.ini"
+        cls.config.write_text(text)
+        cls.losses = {n: cls.run_ok(f"system.threads={n}")[1] for n in (1, 2) if n <= len(PROCESSORS)}
+
+    @classmethod
+    def run_once(cls, *overrides, env=(), before=None):
+        run_dir = tempfile.mkdtemp(dir=cls.dir)
+        done = subprocess.run([BINARY, "train", cls.config, f"run.dir={run_dir}", *overrides], text=True,
+                              capture_output=True, env=CLEAN | dict(env), preexec_fn=before, timeout=120)
+        lines = []
+        if done.returncode == 0:
+            lines = [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+        shutil.rmtree(run_dir)
+        losses = [line.get("loss", line.get("val_loss")) for line in lines]
+        threads = re.search(r"(\d+) threads?\b", done.stderr)
+        return done.returncode, losses, int(threads[1]) if threads else None, done.stderr
+
+    @classmethod
+    def run_ok(cls, *overrides, **how):
+        code, losses, threads, text = cls.run_once(*overrides, **how)
+        if code != 0:
+            raise AssertionError(text)
+        return threads, losses
+
+    def check(self, *overrides, env=(), before=None, code=None, threads=None):
+        """The losses of the threads it says it has, or exit code 2 with one line of ours."""
+        with self.subTest(overrides=overrides, env=env):
+            got, losses, had, text = self.run_once(*overrides, env=env, before=before)
+            self.assertIn(got, (0, 2) if code is None else (code,), text)
+            if got == 0:
+                self.assertEqual(losses, self.losses[had], text)
+                if threads:
+                    self.assertEqual(had, threads, text)
+            else:
+                self.assertEqual(len([line for line in text.splitlines() if line.startswith("train_iha: ")]), 1, text)
+                self.assertLessEqual(len(text.splitlines()), 3, text)  # and what OpenMP says by itself
+            return text
+
+    def test_every_combination(self):
+        settings = {"OMP_DYNAMIC": (None, "true"), "OMP_THREAD_LIMIT": (None, "1", "2"),
+                    "OMP_MAX_ACTIVE_LEVELS": (None, "0", "3"), "OMP_NESTED": (None, "true"),
+                    "OMP_NUM_THREADS": (None, "1", "2", "1,2", "2,1", "20000")}
+        masks, asked = (None, PROCESSORS[:1], PROCESSORS[-1:]), (None, 1, 2)
+        every = list(itertools.product(*settings.values(), masks, asked))
+        if os.environ.get("FAULTS") != "all":
+            every = random.Random(5).sample(every, 40)
+        for *values, mask, threads in every:
+            env = {k: v for k, v in zip(settings, values) if v is not None}
+            before = (lambda mask=mask: os.sched_setaffinity(0, mask)) if mask else None
+            self.check(*([f"system.threads={threads}"] if threads else []), env=env, before=before)
+
+    def test_smaller_teams(self):
+        # What gave wrong losses: a team smaller than the number of threads that the library splits its work by.
+        self.check(env={"OMP_DYNAMIC": "true"}, code=0, threads=len(PROCESSORS[:2]))
+        self.check(env={"OMP_THREAD_LIMIT": "1"}, code=0, threads=1)
+        self.check(env={"OMP_MAX_ACTIVE_LEVELS": "0"}, code=0)
+
+    @unittest.skipIf(len(PROCESSORS) < 2, "needs two processors")
+    def test_refused(self):
+        text = self.check("system.threads=2", env={"OMP_THREAD_LIMIT": "1"}, code=2)
+        self.assertIn("OMP_THREAD_LIMIT allows 1", text)
+        text = self.check("system.threads=4096", code=2)
+        self.assertIn(f"may use {len(PROCESSORS)} processors", text)
+        text = self.check("system.threads=2", before=lambda: os.sched_setaffinity(0, PROCESSORS[:1]), code=2)
+        self.assertIn("may use 1 processor;", text)
+
+    def test_odd_values(self):
+        self.check(env={"OMP_NUM_THREADS": "20000"}, code=0)
+        for value in ("0", "-3", "many", "", "1e9", "99999999999999999999"):
+            self.check(env={"OMP_NUM_THREADS": value}, code=0)
+
+    def test_stacks(self):
+        for size in ("1k", "16k", "64k", "1B", "99999999G"):
+            self.assertIn("OMP_STACKSIZE", self.check(env={"OMP_STACKSIZE": size}, code=2))
+        for size in ("512k", "8M", "1 M"):
+            self.check(env={"OMP_STACKSIZE": size}, code=0)
+        self.assertIn("GOMP_STACKSIZE", self.check(env={"GOMP_STACKSIZE": "20"}, code=2))
+        stack = lambda size: lambda: resource.setrlimit(resource.RLIMIT_STACK, (size, size))
+        self.assertIn("ulimit -s", self.check(before=stack(128 << 10), code=2))
+        self.check(before=stack(1 << 20), code=0)
+
+    @contextmanager
+    def quota(self, processors):
+        """A control group with so many processors' time; skipped where this process may not make one."""
+        name = f"iha-test-{os.getpid()}"
+        try:
+            if (CGROUP / "cpu" / "cpu.cfs_quota_us").exists():
+                group, files = CGROUP / "cpu" / name, {"cpu.cfs_quota_us": int(processors * 100000)}
+            else:
+                group, files = CGROUP / name, {"cpu.max": f"{int(processors * 100000)} 100000"}
+            group.mkdir()
+        except OSError as e:
+            self.skipTest(f"no control group can be made here: {e}")
+        try:
+            for file, value in files.items():
+                (group / file).write_text(str(value))
+            yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
+        except OSError as e:
+            self.skipTest(f"no CPU quota can be set here: {e}")
+        finally:
+            group.rmdir()
+
+    @unittest.skipIf(len(PROCESSORS) < 2, "needs two processors")
+    def test_quota(self):
+        for quota, threads in ((0.5, 1), (1, 1), (1.2, 1), (1.6, 2), (2, 2)):
+            with self.quota(quota) as enter:
+                text = self.check(before=enter, code=0, threads=threads)
+                self.assertEqual("CPU quota" in text, quota < len(PROCESSORS), text)
+                self.check("system.threads=2", before=enter, code=0, threads=2)
+
+
+if __name__ == "__main__":
+    unittest.main()
