@@ -325,7 +325,7 @@ static void test_long_lines_and_zero_bytes(void **state) {
     strcpy(text + 9000, "\n");
     refused(":2: line of", text, NULL);
     write_file("[model]\nvo\0cab_size = 3\n", 24);
-    check_error(config_load(&config, file, 0, NULL, 1, &error), ":2: a zero byte");
+    check_error(config_load(&config, file, 0, NULL, 1, &error), ":2: contains a zero byte");
 }
 
 static void test_overrides(void **state) {
@@ -373,7 +373,7 @@ static void test_values_refused(void **state) {
         {"model.local_window=0", "out of range"},
         {"model.local_window=auto", "not a whole number"},
         {"model.norm_eps=0", "out of range; norm_eps takes a number from 1e-30 to 1"},
-        {"model.bias=yes", "not true or false; bias takes only these two words"},
+        {"model.bias=yes", "not true or false; bias takes only these two values"},
         {"model.causal=1", "not true or false"},
         {"model.norm=rms", "unknown value 'rms'; norm takes rmsnorm or layernorm"},
         {"model.norm=RMSNorm", "did you mean 'rmsnorm'?"},
@@ -435,9 +435,9 @@ static void test_relations(void **state) {
     refused("tokenizer = bytes needs model.vocab_size >= 257", small, "data.tokenizer=bytes",
             "model.vocab_size=256", NULL);
     loads(small, "data.tokenizer=bytes", "model.vocab_size=257", NULL);
-    refused("tokens in one pass; at most 4294967296", small, "train.micro_batch=65536",
+    refused("tokens in one pass; the limit is 4294967296", small, "train.micro_batch=65536",
             "train.seq_len=16777216", NULL);
-    refused("beyond 2^44 numbers", small, "train.micro_batch=65536", "train.seq_len=65536",
+    refused("above the limit of 2^44 numbers", small, "train.micro_batch=65536", "train.seq_len=65536",
             "model.num_pseudo_heads=4096", NULL);
 }
 
@@ -723,7 +723,7 @@ static void test_help(void **state) {
 static void test_nearest(void **state) {
     (void)state;
     static const char *const names[] = {"train", "eval", "generate", "info", NULL};
-    assert_string_equal(nearest_name("trian", names), "train"); /* a swap is one slip */
+    assert_string_equal(nearest_name("trian", names), "train"); /* a swap of adjacent letters counts as one error */
     assert_string_equal(nearest_name("GENERATE", names), "generate");
     assert_string_equal(nearest_name("evla", names), "eval");
     assert_null(nearest_name("serve", names));
