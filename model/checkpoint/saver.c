@@ -144,7 +144,7 @@ enum saver_state saver_state(struct saver *s) {
 }
 
 /* The one that is furthest from done; an idle rank has nothing to say. */
-enum saver_state saver_together(enum saver_state one, enum saver_state other) {
+enum saver_state saver_state_merge(enum saver_state one, enum saver_state other) {
     return other == SAVER_WRITING || (other != SAVER_IDLE && one != SAVER_WRITING) ? other : one;
 }
 
@@ -178,7 +178,7 @@ int saver_finish(struct saver *s, struct error *e) {
         enum saver_state all = SAVER_IDLE, mine = saver_state(s);
         const enum saver_state *told = comm_all_gather_small(s->comm, &mine, sizeof mine);
         for (int i = 0; i < s->comm->ranks; i++)
-            all = saver_together(all, told[i]);
+            all = saver_state_merge(all, told[i]);
         if (all == SAVER_IDLE)
             return 0;
         if (all != SAVER_WRITING)

@@ -34,10 +34,10 @@ bool saver_reserve(struct saver *s, const struct model *m, size_t memory_free);
  * at must stay. A failure (EXIT_RUN) leaves earlier checkpoints as they were. */
 int saver_save(struct saver *s, const struct checkpoint_job *job, bool wait, struct error *e);
 
-/* Once a step: publish if all ranks have written. `all` is what saver_together makes of every rank's state.
+/* Once a step: publish if all ranks have written. `all` is what saver_state_merge makes of every rank's state.
  */
 enum saver_state saver_state(struct saver *s);
-enum saver_state saver_together(enum saver_state one, enum saver_state other);
+enum saver_state saver_state_merge(enum saver_state one, enum saver_state other);
 int saver_advance(struct saver *s, enum saver_state all, struct error *e);
 
 /* Wait for the checkpoint that is being written, if there is one, and make it appear. */

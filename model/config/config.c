@@ -50,7 +50,7 @@ const struct config_row config_rows[] = {
     {MODEL(tie_word_embeddings), .kind = KIND_BOOL, .initial = "true",
      .help = "classifier and embedding share one matrix"},
     {MODEL(causal), .kind = KIND_BOOL, .initial = "true",
-     .help = "attend only to the token itself and earlier ones"},
+     .help = "no attention to later tokens"},
     {.section = "model",
      .name = "layer_pattern",
      .kind = KIND_PATTERN,

@@ -664,7 +664,7 @@ static void advice_fits(void **state) {
         assert_int_equal(estimate_fit(&c, &o, attempt, &changed, &plan, &e), 1);
         struct memory_plan again = predicted(&changed, &o).memory;
         assert_int_equal(memory_total(&again), memory_total(&plan));
-        assert_true((double)memory_total(&plan) <= estimate_room(&g));
+        assert_true((double)memory_total(&plan) <= estimate_usable_memory(&g));
         assert_int_equal(changed.train.micro_batch, attempt == 0 ? 4 : 8);
         assert_int_equal(changed.system.recompute, attempt == 1 ? RECOMPUTE_LIGHT : RECOMPUTE_NONE);
         assert_int_equal(changed.system.zero_stage, attempt >= 2);
