@@ -154,7 +154,7 @@ static int save(struct run *r, bool wait, struct error *e) {
                                        .tokenizer = r->tokenizer_text,
                                        .tokenizer_bytes = r->tokenizer_bytes,
                                        .trainer = r->trainer,
-                                       .from = {.model = &r->model}};
+                                       .model = &r->model};
     if (comm_agree(r->comm, is_rank0(r) ? metrics_sync(r->metrics, e) : 0, e) != 0)
         return -1;
     return saver_save(r->saver, &job, wait, e);

@@ -27,5 +27,5 @@ void banner_print(const struct run *r, bool async_saving) {
         info_print_determinism(stderr, &r->model);
     if (!async_saving)
         fprintf(stderr, "checkpointing synchronously: not enough host memory for a snapshot (%.2f GB)\n",
-                (double)saver_copy_bytes(&r->model) / 1e9);
+                (double)saver_snapshot_bytes(&r->model) / 1e9);
 }

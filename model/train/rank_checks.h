@@ -4,7 +4,7 @@
 #define IHA_MODEL_TRAIN_RANK_CHECKS_H
 
 #include "kernels/comm.h"
-#include "model/checkpoint/checkpoint_files.h"
+#include "model/checkpoint/trainer_state.h"
 #include "model/config/config.h"
 
 /* The same configuration, and the same data by the fingerprints in *trainer: ranks that were started with

@@ -9,7 +9,7 @@
 #include <sys/stat.h>
 
 #include "model/checkpoint/checkpoint.h"
-#include "model/checkpoint/checkpoint_files.h"
+#include "model/checkpoint/trainer_state.h"
 #include "model/checkpoint/safetensors.h"
 #include "model/state_dict.h"
 
