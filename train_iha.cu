@@ -370,7 +370,7 @@ static int prepare_rank(struct run *r, const struct command_line *line, struct e
 
 static int prepare_training(struct run *r, const struct command_line *line, struct error *e) {
     if (comm_agree(r->comm, prepare_rank(r, line, e), e) != 0 ||
-        (!single_rank(r) && (ranks_check_alike(r->comm, &r->config, &r->trainer, e) != 0 ||
+        (!single_rank(r) && (ranks_check_same_run(r->comm, &r->config, &r->trainer, e) != 0 ||
                              ranks_check_run_dir(r->comm, r->config.run.dir, e) != 0)) ||
         run_join_devices(r, e) != 0 || comm_agree(r->comm, run_build_model(r, true, e), e) != 0)
         return -1;

@@ -60,7 +60,7 @@ int checkpoint_read_trainer_state(const char *dir, struct trainer_state *p, stru
 
 /* Check that the checkpoint's model has the architecture of *now. Weights of another one can have the same
  * shapes. */
-int checkpoint_check_geometry(const char *dir, const struct model_config *now, struct error *e);
+int checkpoint_check_architecture(const char *dir, const struct model_config *now, struct error *e);
 
 /* The value of "section.key" in the checkpoint's trainer.json, or an empty string. */
 int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], struct error *e);

@@ -79,7 +79,7 @@ static int check_same_run(const char *dir, const struct config *c, const struct 
     return 0;
 }
 
-int checkpoint_check_geometry(const char *dir, const struct model_config *now, struct error *e) {
+int checkpoint_check_architecture(const char *dir, const struct model_config *now, struct error *e) {
     struct model_config then;
     if (checkpoint_read_config(dir, &then, e) != 0)
         return -1;

@@ -1099,7 +1099,7 @@ class Profile(Case):
                 self.assertIn("steps 4 to 5, ", err)
                 self.check(err, run_dir, traced, 1)
             else:
-                self.assertNotIn("own time", err)
+                self.assertNotIn("self time", err)
 
     def test_a_file_that_cannot_be_written(self):
         run_dir = self.new_dir()
@@ -1108,7 +1108,7 @@ class Profile(Case):
         text = self.last.stderr.decode()
         self.assertRegex(text, rf"\nwarning: {run_dir}/profile.json: cannot write: .*\n")
         self.table(text)
-        self.assertEqual(text.count("own time of"), 1)
+        self.assertEqual(text.count("self time of"), 1)
         self.assertEqual(steps_in(run_dir), [20])
 
     def test_refused(self):
