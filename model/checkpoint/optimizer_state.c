@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "model/checkpoint/files.h"
 #include "model/checkpoint/safetensors.h"
 
 enum { PIECE = 1 << 20 }; /* elements copied at a time */
@@ -177,7 +178,8 @@ static int count_ranks(const char *dir, struct error *e) {
     struct dirent *item;
     int ranks = 0, rank, of, length;
     if (!entries)
-        return fail_user(e, "%s: cannot list the directory: %s", dir, strerror(errno));
+        return fail_user(e, "%s: cannot list the directory: %s; %s", dir, strerror(errno),
+                         files_advice(errno));
     while ((item = readdir(entries)))
         if (sscanf(item->d_name, "optimizer-%5d-of-%5d.safetensors%n", &rank, &of, &length) == 2 && of > 0)
             ranks = of;
@@ -197,7 +199,7 @@ static int list_ranges(struct optimizer_files *o, const struct safetensors *file
     if (!ranges || !first || !second || ranges->dtype != ST_I64 || first->dtype != ST_F32 ||
         second->dtype != ST_F32 || ranges->ndim != 2 || ranges->shape[1] != 2 ||
         first->bytes != second->bytes || ranges->shape[0] > INT32_MAX / 2 - o->range_count)
-        return fail_user(e, "%s: not an optimizer file of this program", path);
+        return fail_user(e, "%s: not an optimizer file of this program, or damaged", path);
     int count = (int)ranges->shape[0];
     int64_t moments = (int64_t)(first->bytes / sizeof(float)), used = 0;
     struct range *grown = realloc(o->ranges, (size_t)(o->range_count + count + 1) * sizeof *grown);
@@ -230,9 +232,9 @@ static int check_cover(const struct optimizer_files *o, int64_t num_params, cons
     int64_t at = 0;
     for (int i = 0; i < o->range_count; i++) {
         if (o->ranges[i].begin != at)
-            return fail_user(e, "%s: the optimizer files hold the moments of parameter %lld %s", dir,
-                             (long long)min64(at, o->ranges[i].begin),
-                             o->ranges[i].begin > at ? "nowhere" : "twice");
+            return fail_user(
+                e, "%s: the optimizer files hold the moments of parameter %lld %s: they are damaged", dir,
+                (long long)min64(at, o->ranges[i].begin), o->ranges[i].begin > at ? "not at all" : "twice");
         at = o->ranges[i].end;
     }
     return at == num_params

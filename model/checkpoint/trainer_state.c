@@ -135,7 +135,7 @@ int trainer_state_read(const char *path, struct trainer_state *p, struct error *
     int64_t version = count_of(root, "format_version");
     cJSON_Delete(root);
     if (version != 1)
-        return fail_user(e, "%s: format version %lld, and this program reads version 1", path,
+        return fail_user(e, "%s: format version %lld; this program reads version 1 only", path,
                          (long long)version);
     if (p->step < 0 || p->tokens < 0 || p->sequences < 0 || p->history.updates < 0 ||
         p->history.skips_run < 0 || p->history.norm_count < 0)

@@ -89,7 +89,7 @@ int check_required(const struct draft *d) {
         }
     if (!count)
         return 0;
-    return fail_at(d, NULL, "missing %s without a default: %s", count > 1 ? "keys" : "key", missing);
+    return fail_at(d, NULL, "missing required %s: %s", count > 1 ? "keys" : "key", missing);
 }
 
 int check_positions(const struct draft *d, int64_t seq_len) {
@@ -98,7 +98,8 @@ int check_positions(const struct draft *d, int64_t seq_len) {
     const struct config_row *row = find_row("model", "max_position_embeddings");
     if (!was_given(d, row))
         row = find_row("train", "seq_len");
-    return fail_at(d, row, "train.seq_len = %lld is longer than model.max_position_embeddings = %lld",
+    return fail_at(d, row,
+                   "train.seq_len = %lld is longer than model.max_position_embeddings = %lld; make them fit",
                    (long long)seq_len, (long long)d->config->model.max_position_embeddings);
 }
 

@@ -176,7 +176,8 @@ static int model_from_json(struct draft *d, const cJSON *root) {
         return -1;
     if (d->origin[find_row("model", "layer_pattern") - config_rows] &&
         d->pattern_count != m->num_hidden_layers)
-        return fail_at(d, NULL, "layer_types names %d layers, num_hidden_layers is %" PRId64,
+        return fail_at(d, NULL,
+                       "layer_types names %d layers, num_hidden_layers is %" PRId64 "; make them equal",
                        d->pattern_count, m->num_hidden_layers);
     return finish_model(d, m->max_position_embeddings);
 }
@@ -196,7 +197,7 @@ int config_model_from_json(struct model_config *m, const char *json, const char 
         int line = 1;
         for (const char *p = json; end && p < end; p++)
             line += *p == '\n';
-        fail_user(e, "%s:%d: not valid JSON", where, line);
+        fail_user(e, "%s:%d: not valid JSON: the file is damaged", where, line);
     }
     if (!status)
         *m = c->model;

@@ -123,7 +123,7 @@ void info_print_memory(FILE *out, const struct config *c, enum dtype compute, co
     size_t count = sizeof rows / sizeof *rows - (p->messages == 0);
     for (size_t i = 0; i < count; i++)
         fprintf(out, "  %-12s %12s\n", rows[i].name, human_bytes(rows[i].bytes, text));
-    fprintf(out, "  and %s of host memory to checkpoint while training goes on, if there is as much\n",
+    fprintf(out, "  and %s of host memory for checkpoint snapshots, if available\n",
             human_bytes(p->snapshot, text));
 }
 

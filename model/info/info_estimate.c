@@ -50,7 +50,7 @@ static void print_header(FILE *out, const struct config *c, const struct info_op
     else
         fprintf(out, "%s\n", o->gpus > 1 ? "one node, NVLink" : "no communication");
     if (nodes == 1 && o->link->network > 0)
-        fprintf(out, "  --link %s has no effect: it joins nodes, and up to %d GPUs are one\n", o->link->name,
+        fprintf(out, "  --link %s ignored: up to %d GPUs are one node, joined by NVLink\n", o->link->name,
                 NODE_GPUS);
     fprintf(
         out,
@@ -89,7 +89,7 @@ static void print_time(FILE *out, const struct run_estimate *p) {
         "optimizer"};
     static const char *const waits[MESSAGES] = {"waiting for reduce-scatter", "waiting for all-gather",
                                                 "waiting for the gradient norm"};
-    fprintf(out, "Where the time of a step goes:\n");
+    fprintf(out, "Time of a step:\n");
     for (int i = 0; i < PAPER_PARTS; i++) {
         char rates[64];
         double t = p->step.seconds[i];

@@ -99,8 +99,8 @@ int profile_report(FILE *out, const struct trace *t, const char *run_dir, int64_
                    struct error *e) {
     char path[MAX_TEXT + 32];
     snprintf(path, sizeof path, "%s/profile.json", run_dir);
-    fprintf(out, "steps %lld to %lld, operation by operation; timeline for ui.perfetto.dev: %s\n", (long long)first + 1,
-            (long long)(first + steps), path);
+    fprintf(out, "steps %lld to %lld, operation by operation; timeline for ui.perfetto.dev: %s\n",
+            (long long)first + 1, (long long)(first + steps), path);
     print_table(out, t, steps);
     return write_timeline(path, t, e);
 }
