@@ -27,7 +27,7 @@ static void compare_setting(void *context, const char *key, const char *value) {
 }
 
 struct recorded_check {
-    const struct config *asked;
+    const struct config *requested;
     int compared;
     struct difference first;
 };
@@ -42,14 +42,14 @@ static void check_recorded(void *context, const char *key, const char *value) {
     r->first.key = key;
     r->first.recorded = value;
     r->first.known = false;
-    config_visit(r->asked, compare_setting, &r->first);
+    config_visit(r->requested, compare_setting, &r->first);
     r->compared += r->first.known;
 }
 
-static int check_same_run(const char *dir, const struct config *c, const struct trainer_state *asked,
+static int check_same_run(const char *dir, const struct config *c, const struct trainer_state *requested,
                           const struct trainer_state *found, struct error *e) {
     char path[PATH_BYTES];
-    struct recorded_check r = {.asked = c};
+    struct recorded_check r = {.requested = c};
     path_join(path, dir, "trainer.json");
     if (settings_visit(path, check_recorded, &r, e) != 0)
         return -1;
@@ -62,15 +62,15 @@ static int check_same_run(const char *dir, const struct config *c, const struct 
     if (r.first.found)
         return fail_user(e, "%s is a checkpoint of another run: %s; change it back, or set another run.dir",
                          dir, r.first.text);
-    bool val_changed = asked->val_fingerprint[0] && found->val_fingerprint[0] &&
-                       strcmp(asked->val_fingerprint, found->val_fingerprint) != 0;
+    bool val_changed = requested->val_fingerprint[0] && found->val_fingerprint[0] &&
+                       strcmp(requested->val_fingerprint, found->val_fingerprint) != 0;
     if (val_changed)
         return fail_user(
             e,
             "%s: the validation data has changed since this checkpoint, so its losses are not comparable; "
             "give the same shards, or set another run.dir",
             dir);
-    if (strcmp(asked->train_fingerprint, found->train_fingerprint) != 0)
+    if (strcmp(requested->train_fingerprint, found->train_fingerprint) != 0)
         return fail_user(
             e,
             "%s: the training data has changed since this checkpoint; give the same shards, or set "
@@ -106,14 +106,14 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
                       char dir[MAX_TEXT], bool warns, struct error *e) {
     int64_t *steps;
     int count = checkpoint_list_steps(run_dir, &steps, e), status = count == 0 ? 0 : -1;
-    struct trainer_state asked = *p;
+    struct trainer_state requested = *p;
     for (int i = 0; i < count && status < 0; i++) {
         char name[CHECKPOINT_NAME];
         checkpoint_name(name, steps[i]);
         snprintf(dir, MAX_TEXT, "%.*s/%s", MAX_TEXT - 40, run_dir, name);
         if (checkpoint_read_trainer_state(dir, p, e) == 0) {
             /* Before the weights, since those of another model would be reported as damaged. */
-            if (check_same_run(dir, c, &asked, p, e) != 0)
+            if (check_same_run(dir, c, &requested, p, e) != 0)
                 break;
             if (p->step != steps[i])
                 fail_user(e, "trainer.json is of step %lld", (long long)p->step);
@@ -133,6 +133,6 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
     }
     free(steps);
     if (status == 1)
-        snprintf(p->val_fingerprint, sizeof p->val_fingerprint, "%s", asked.val_fingerprint);
+        snprintf(p->val_fingerprint, sizeof p->val_fingerprint, "%s", requested.val_fingerprint);
     return status;
 }

@@ -53,8 +53,8 @@ int weights_write(const char *path, struct model *m, const float *weights, struc
 
 static int check_weight(const struct safetensors_entry *s, const struct param *p, const char *path,
                         struct error *e) {
-    char want[64];
-    param_shape_text(p, want, sizeof want);
+    char expected[64];
+    param_shape_text(p, expected, sizeof expected);
     if (!s)
         return fail_user(e, "%s: tensor %s is missing: this checkpoint is of another model", path, p->name);
     bool same = s->ndim == p->ndim;
@@ -63,7 +63,7 @@ static int check_weight(const struct safetensors_entry *s, const struct param *p
     if (!same)
         return fail_user(
             e, "%s: the shape of tensor %s is not the model's %s: this checkpoint is of another model", path,
-            p->name, want);
+            p->name, expected);
     if (s->dtype != ST_F32)
         return fail_user(e, "%s: tensor %s is not fp32; convert the file", path, p->name);
     return 0;

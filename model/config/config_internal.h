@@ -16,7 +16,7 @@ struct config_row {
     const char *section, *name;
     const char *initial;       /* the default as a user would write it; NULL: required, or derived */
     const char *derived;       /* the default as --help shows it, when it depends on other keys */
-    const char *zero;          /* the word that stands for 0 or for an empty text: "auto", "all", "none" */
+    const char *zero;          /* the word for 0 or an empty text: "auto", "all", "none" */
     const char *const *values; /* KIND_ENUM: names in the order of the enum, NULL-terminated */
     const char *help;
     double min, max; /* numbers; every bound is exact in a double */

@@ -93,14 +93,14 @@ static char *strip(char *line) {
 }
 
 /* Check that inih will split a stripped line as the user meant it. */
-static int check_line(struct reader *r, char *line, size_t room) {
+static int check_line(struct reader *r, char *line, size_t capacity) {
     char quote[MAX_QUOTE];
     size_t n = strlen(line);
-    if (n + 2 > room)
+    if (n + 2 > capacity)
         return fail_line(r,
                          "line of %zu bytes; the limit is %zu: shorten it, or give the value as an override "
                          "section.key=value",
-                         n, room - 2);
+                         n, capacity - 2);
     if (*line == '[') {
         if (n < 2 || strchr(line, ']') != line + n - 1)
             return fail_line(r, "'%s' is not a section; write [name]", quotable(line, quote));
@@ -121,7 +121,7 @@ static int check_line(struct reader *r, char *line, size_t room) {
 }
 
 /* inih's fgets: the next line, clean, into out; NULL at the end or after an error. */
-static char *read_line(char *out, int room, void *stream) {
+static char *read_line(char *out, int capacity, void *stream) {
     struct reader *r = stream;
     if (r->failed)
         return NULL;
@@ -141,13 +141,13 @@ static char *read_line(char *out, int room, void *stream) {
     }
     bool has_bom = r->line == 1 && !strncmp(r->buffer, "\xEF\xBB\xBF", 3); /* UTF-8 byte order mark */
     char *line = strip(r->buffer + (has_bom ? 3 : 0));
-    if (check_line(r, line, (size_t)room))
+    if (check_line(r, line, (size_t)capacity))
         return NULL;
-    snprintf(out, (size_t)room, "%s\n", line);
+    snprintf(out, (size_t)capacity, "%s\n", line);
     return out;
 }
 
-/* inih's handler: one key = value. Returns 0 for an error, as inih wants it. */
+/* inih's handler: one key = value. Returns 0 for an error, as inih requires. */
 static int set_key(void *user, const char *section, const char *name, const char *text) {
     struct reader *r = user;
     struct draft *d = r->draft;
@@ -229,7 +229,7 @@ static int apply_override(struct draft *d, int index, bool model_is_given) {
     return 0;
 }
 
-/* ---- defaults, the file and the overrides together ---- */
+/* ---- defaults, then the file, then the overrides ---- */
 
 void config_defaults(struct config *c) {
     memset(c, 0, sizeof *c);

@@ -15,7 +15,7 @@ struct info_options {
 };
 
 /* From --gpus (0: not given), --gpu and --link (names in gpu_names and link_names, or NULL), with defaults for
- * what is not given. EXIT_USER for options that do not go together. */
+ * what is not given. EXIT_USER for options that contradict each other. */
 int info_options_set(struct info_options *o, int gpus, const char *gpu, const char *link, struct error *e);
 
 /* The model's counts and the estimate, for a configuration resolved for o->gpus ranks. EXIT_USER if its [system]

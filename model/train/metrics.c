@@ -194,12 +194,12 @@ void status_step(struct metrics *m, const struct step_record *r) {
         return;
     }
     /* Fit into one line: shorten the bar first, then cut the numbers. */
-    int room = terminal_columns() - 2 - (int)strlen(head) - (int)strlen(tail),
-        cells = room < BAR ? room : BAR;
+    int columns_left = terminal_columns() - 2 - (int)strlen(head) - (int)strlen(tail),
+        cells = columns_left < BAR ? columns_left : BAR;
     for (int i = 0; i < cells; i++)
         strcat(bar, i < (int)(cells * r->step / r->steps) ? "━" : "─");
     fprintf(stderr, "\r\033[K%s%s%s%.*s", head, bar, cells > 0 ? " " : "",
-            room < 0 ? (int)strlen(tail) + room : (int)strlen(tail), tail);
+            columns_left < 0 ? (int)strlen(tail) + columns_left : (int)strlen(tail), tail);
     m->line_open = m->terminal;
     fflush(stderr);
 }

@@ -58,9 +58,9 @@ static void print_table(FILE *out, const struct trace *t, int64_t steps) {
             continue;
         }
         double seconds = self_seconds(t, i);
-        struct row *l = row_of(rows, &count, r->name);
-        l->seconds += seconds;
-        l->calls++;
+        struct row *row = row_of(rows, &count, r->name);
+        row->seconds += seconds;
+        row->calls++;
         total += seconds;
     }
     qsort(rows, (size_t)count, sizeof *rows, by_time);

@@ -20,6 +20,6 @@ int skips_fail(struct model *m, const struct step_state *state, double skip_zsco
         "the data of these steps, or resume from an earlier checkpoint: remove the newest step_... "
         "directories",
         isfinite(state->loss) ? "gradient" : "loss", count, first, last,
-        finite ? "every parameter's gradient is finite, the largest is " : "the first in backward is ",
+        finite ? "every parameter's gradient is finite, the largest is " : "the first one in backward is ",
         worst->name);
 }
