@@ -115,7 +115,7 @@ help:
 
 $(BINARY): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS) $(CUDA_LINKED) $(BUILD)/cuda/linked-with
 	@mkdir -p $(@D)
-	@echo "  LINK $@ $(CUDA_SAYS)"
+	@echo "  LINK $@ $(CUDA_SUMMARY)"
 	@$(CC) $(CFLAGS) $(filter %.o,$^) -o $@ $(LIBS) $(CUDA_LINK)
 
 $(BUILD)/train_iha.o: train_iha.cu | build/headers-found

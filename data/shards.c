@@ -328,7 +328,7 @@ int64_t shards_draw(const struct shards *s, int64_t g, bool shuffle, uint64_t se
 
 /* Eight bytes, whatever the width of the tokens. */
 static uint64_t absorb(uint64_t hash, uint64_t value) {
-    return hash_bytes(hash, &value, sizeof value);
+    return fnv1a(hash, &value, sizeof value);
 }
 
 static uint64_t absorb_shard(uint64_t hash, const struct shard *f) {
@@ -342,7 +342,7 @@ static uint64_t absorb_shard(uint64_t hash, const struct shard *f) {
 }
 
 void shards_fingerprint(const struct shards *s, char out[17]) {
-    uint64_t hash = absorb(HASH_START, (uint64_t)s->count);
+    uint64_t hash = absorb(FNV1A_START, (uint64_t)s->count);
     for (int i = 0; i < s->count; i++)
         hash = absorb_shard(hash, &s->files[i]);
     snprintf(out, 17, "%016" PRIx64, hash);

@@ -311,7 +311,7 @@ static int repeat_ids(struct encoding *x, const struct cached_piece *piece) {
 int encode_piece(struct encoding *x, const char *bytes, size_t length) {
     if (!x->cache || length > CACHE_KEY)
         return compute_piece(x, bytes, length);
-    struct cached_piece *piece = &x->cache[hash_bytes(bytes, length) % CACHE_SLOTS];
+    struct cached_piece *piece = &x->cache[hash_piece(bytes, length) % CACHE_SLOTS];
     if (piece->length == length && memcmp(piece->key, bytes, length) == 0)
         return repeat_ids(x, piece);
     int64_t at = x->count;

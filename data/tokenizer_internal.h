@@ -48,7 +48,7 @@ int pair_map_put(struct pair_map *m, uint32_t a, uint32_t b, uint32_t rank, int3
 const struct pair_slot *pair_map_get(const struct pair_map *m, uint32_t a, uint32_t b);
 void pair_map_free(struct pair_map *m);
 
-uint64_t hash_bytes(const char *bytes, size_t length);
+uint64_t hash_piece(const char *bytes, size_t length);
 
 /* ---- splitting ---- */
 

@@ -12,7 +12,7 @@ static uint64_t scramble(uint64_t x) {
 }
 
 /* Eight bytes at a time: tokens are short, and this runs once per piece of text. */
-uint64_t hash_bytes(const char *bytes, size_t length) {
+uint64_t hash_piece(const char *bytes, size_t length) {
     uint64_t hash = length * UINT64_C(0x9e3779b97f4a7c15), word;
     for (; length >= 8; bytes += 8, length -= 8) {
         memcpy(&word, bytes, 8);
@@ -27,7 +27,7 @@ uint64_t hash_bytes(const char *bytes, size_t length) {
 /* ---- strings ---- */
 
 static struct string_slot *find_string(const struct string_map *m, const char *key, size_t length) {
-    size_t i = hash_bytes(key, length) & (m->capacity - 1);
+    size_t i = hash_piece(key, length) & (m->capacity - 1);
     while (m->slots[i].key && (m->slots[i].length != length || memcmp(m->slots[i].key, key, length) != 0))
         i = (i + 1) & (m->capacity - 1);
     return &m->slots[i];

@@ -3,7 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-static _Noreturn void shape_bug(const char *op, const char *what, tensor t) {
+static _Noreturn void abort_bad_tensor(const char *op, const char *what, tensor t) {
     fprintf(stderr, "%s: wrong shape, strides, alignment or type for %s: dtype %d, at %p, [", op, what,
             (int)t.dtype, t.data);
     for (int i = 0; i < t.ndim; i++)
@@ -14,21 +14,21 @@ static _Noreturn void shape_bug(const char *op, const char *what, tensor t) {
 
 void check_shape(const char *op, const char *what, tensor t, enum dtype dtype, int64_t s0, int64_t s1,
                  int64_t s2, int64_t s3, int64_t s4) {
-    const int64_t want[TENSOR_MAX_DIMS] = {s0, s1, s2, s3, s4};
+    const int64_t expected[TENSOR_MAX_DIMS] = {s0, s1, s2, s3, s4};
     int ndim = 0;
-    while (ndim < TENSOR_MAX_DIMS && want[ndim] > 0)
+    while (ndim < TENSOR_MAX_DIMS && expected[ndim] > 0)
         ndim++;
     bool ok =
         t.data && t.dtype == dtype && t.ndim == ndim && (t.stride[ndim - 1] == 1 || t.shape[ndim - 1] == 1);
     for (int i = 0; ok && i < ndim; i++)
-        ok = t.shape[i] == want[i];
+        ok = t.shape[i] == expected[i];
     if (!ok)
-        shape_bug(op, what, t);
+        abort_bad_tensor(op, what, t);
 }
 
 void check_contiguous(const char *op, const char *what, tensor t) {
     if (!t.data || !tensor_contiguous(t) || (uintptr_t)t.data % dtype_bytes(t.dtype) != 0)
-        shape_bug(op, what, t);
+        abort_bad_tensor(op, what, t);
 }
 
 void *check_workspace(const char *op, void *workspace, size_t has, size_t needs) {

@@ -1,5 +1,5 @@
-/* What every backend checks of its arguments before it computes. A violation is a mistake in this program,
- * not in what the user gave: it prints the operation's name and the tensor, and aborts. */
+/* Checks that every backend makes of an operation's arguments. A violation is a bug in this program, not in
+ * the user's input: print the operation's name and the tensor, and abort. */
 #ifndef IHA_KERNELS_CHECK_H
 #define IHA_KERNELS_CHECK_H
 
@@ -9,14 +9,15 @@
 extern "C" {
 #endif
 
-/* t is there, of that type, [s0, s1, ...] (0 ends the list), with contiguous rows. */
+/* t is present, of that type and of shape [s0, s1, ...] (0 ends the list), and its last dimension is
+ * contiguous. */
 void check_shape(const char *op, const char *what, tensor t, enum dtype dtype, int64_t s0, int64_t s1,
                  int64_t s2, int64_t s3, int64_t s4);
 
-/* t is there, without gaps, and aligned to its type. */
+/* t is present, contiguous and aligned to its type. */
 void check_contiguous(const char *op, const char *what, tensor t);
 
-/* The workspace, of which an operation that needs so many bytes planned for has enough. */
+/* Returns `workspace`, which has `has` bytes, if that is at least `needs`. */
 void *check_workspace(const char *op, void *workspace, size_t has, size_t needs);
 
 #ifdef __cplusplus

@@ -1,15 +1,15 @@
-/* Collectives between ranks, once, with their manners; behind them messages over MPI or TCP
- * (kernels/comm/comm_p2p.c), NCCL or a detour through host memory for tensors on GPUs
- * (kernels/cuda/comm/), and, for one process, nothing at all.
+/* Collectives between ranks. Implementations: point-to-point messages over MPI or TCP for host memory
+ * (kernels/comm/comm_p2p.c), NCCL or staging through host memory for GPUs (kernels/cuda/comm/), and no-ops
+ * for a single process.
  *
  * A rank is one process with one device. Every rank calls the same collectives in the same order. Those on
- * tensors are asynchronous: they return an event, and the memory they were given is theirs until a wait on
- * that event returns. Sums are taken in rank order, so every rank, and every run on the same number of ranks,
- * gets the same bits; NCCL's own sums alone, of fp32 without system.deterministic, are in an order of its
- * own.
+ * tensors are asynchronous: they return an event, and their buffers must not be touched until a wait on that
+ * event returns. Sums are taken in rank order, so every rank, and every run on the same number of ranks, gets
+ * the same bits. The exception is fp32 over NCCL without system.deterministic, where NCCL chooses the order.
  *
- * A rank that dies or hangs must not leave the others waiting: whoever waits longer than peer_timeout for a
- * rank ends the whole run, exit code 1, with a line that names that rank. So collectives return no errors. */
+ * A rank that dies or hangs must not leave the others waiting: a rank that waits for another longer than
+ * system.peer_timeout aborts the whole run, exit code 1, with a line that names that rank. So collectives
+ * return no errors. */
 #ifndef IHA_KERNELS_COMM_H
 #define IHA_KERNELS_COMM_H
 
@@ -20,7 +20,9 @@
 extern "C" {
 #endif
 
-/* This process's place. */
+/* What to do after an aborted run, for messages. */
+#define COMM_RESUME_HINT "start the run again to resume from the last checkpoint"
+
 struct comm {
     const struct comm_ops *ops;
     int rank, ranks;
@@ -35,68 +37,67 @@ typedef int64_t comm_event; /* 0: nothing to wait for */
 
 struct comm_ops {
     const char *name;
-    bool queued; /* collectives on tensors only join the device's queue: they may be part of a graph */
+    bool queued; /* collectives on tensors run on the device's queue, so a CUDA graph can hold them */
 
     void (*close)(struct comm *);
 
-    /* This rank found that the run cannot go on: say `text`, prefixed with rank and host, and take every rank
-     * down, exit code 1. Does not return. */
+    /* The run cannot go on: print `text`, prefixed with this rank and its host, and end every rank with exit
+     * code 1. Does not return. */
     void (*abort_run)(struct comm *, const char *text);
 
-    /* Staging memory for reduce_scatter, before its first use: comm_staging_bytes of the longest buffer, of
-     * `dtype`. wire: the type in which its elements travel. DTYPE_BF16: what other ranks give arrives rounded
-     * to the nearest bf16, and is summed in the buffer's own type; this rank's own part is not rounded. Any
-     * other: the buffer's own. */
+    /* Allocate staging memory for reduce_scatter, before its first use; `elements` of the longest buffer,
+     * of `dtype`. wire: the type in which elements are sent. DTYPE_BF16: the other ranks' elements are
+     * rounded to the nearest bf16 and summed in `dtype`; this rank's own are not rounded. Any other:
+     * `dtype`. */
     int (*reserve)(struct comm *, int64_t elements, enum dtype dtype, enum dtype wire, struct error *e);
 
     /* piece (+)= this rank's share of the sum over ranks of `buffer`. buffer [ranks*n]: rank r's share is
      * elements [r*n, (r+1)*n). piece [n] may be this rank's share of buffer itself. */
     comm_event (*reduce_scatter)(struct comm *, tensor buffer, tensor piece, bool accumulate);
 
-    /* buffer [ranks*n]: each rank gives its own share and gets the others'. */
+    /* buffer [ranks*n]: each rank fills in its own share and receives the others'. */
     comm_event (*all_gather)(struct comm *, tensor buffer);
 
-    /* A few doubles on the device, summed in place; returns when they are (or will be, on a queue). */
+    /* A few doubles on the device, summed over ranks in place; on return done, or queued on the device. */
     void (*all_reduce)(struct comm *, double *values, int count);
 
-    /* Until the event's collective is done; later operations on the device's queue see its result. */
+    /* Wait for the event's collective; later operations on the device's queue see its result. */
     void (*wait)(struct comm *, comm_event event);
 
-    /* Let messages move. To be called now and then while the host computes. */
+    /* Make progress with messages. To be called now and then while the host computes. */
     void (*progress)(struct comm *);
 
-    /* Between processes alone: has a rank begun an exchange of so many bytes, in which this one has no part
-     * yet? */
+    /* Communicators of processes only: whether a rank has started an all_gather_host of so many bytes that
+     * this rank has not. */
     bool (*probe)(struct comm *, size_t bytes);
 
-    /* Host memory: all[r*bytes ...] = what rank r gave. Blocks. */
+    /* Host memory: all[r*bytes ...] = `mine` of rank r. Blocks. */
     void (*all_gather_host)(struct comm *, const void *mine, void *all, size_t bytes);
 };
 
-/* The ranks this process was started among by mpirun, by srun or with torchrun's variables (launcher.h), or
- * itself alone. peer_timeout in seconds; IHA_START_TIMEOUT, a variable,
- * says how many to wait for ranks to
- * come. NULL and *e: started among several that cannot find each other. */
+/* Connects the ranks that mpirun, srun or torchrun's variables started (launcher.h); a single rank without
+ * these. peer_timeout in seconds; the environment variable IHA_START_TIMEOUT limits the wait for the other
+ * ranks to start. NULL and *e: the ranks cannot be connected. */
 struct comm *comm_open(double peer_timeout, struct error *e);
 
-/* Before ranks know of each other: which of the processes that were started together is this? */
+/* This process's rank according to its launcher, before ranks are connected; 0 where it is not known. */
 int comm_launch_rank(void);
 
-/* One rank: no collective does anything. */
+/* The communicator of a single rank; its collectives do nothing. */
 struct comm *comm_single(void);
 
-/* Host memory that several ranks reserve, each. */
+/* Host memory that reserve() allocates on each of several ranks. */
 size_t comm_staging_bytes(int64_t elements, enum dtype dtype, enum dtype wire);
 
-/* peer_timeout is known only once the configuration has been read. */
+/* Ranks are connected before the configuration, and with it peer_timeout, has been read. */
 void comm_set_timeout(struct comm *comm, double seconds);
 
-/* all_gather_host() of at most COMM_SMALL_BYTES bytes into memory that is there already, so that a rank which has none left
- * can still tell. What each rank said, one after the other, until the next call of this or of comm_agree. */
+/* all_gather_host() of at most COMM_SMALL_BYTES bytes into preallocated memory, so that it works on a rank
+ * that is out of memory too. Returns [ranks * bytes], valid until the next call of this or of comm_agree. */
 const void *comm_all_gather_small(struct comm *comm, const void *mine, size_t bytes);
 
-/* Ranks agree on how a phase ended: 0 where `status` is 0 on all; otherwise -1 on all, and *e is that of the
- * first rank that failed, prefixed with its number where not all failed alike. */
+/* Whether all ranks succeeded: 0 where `status` is 0 on all of them. Otherwise -1 on all, and *e is the
+ * error of the lowest rank that failed, prefixed with its number unless all failed with the same error. */
 int comm_agree(struct comm *comm, int status, struct error *e);
 
 #ifdef __cplusplus

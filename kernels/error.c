@@ -3,8 +3,8 @@
 #include <stdarg.h>
 #include <stdio.h>
 
-/* One line that a terminal shows as it is, whatever a file or a path put into it: control characters become
- * question marks, those that Unicode has at U+0080 to U+009F too. */
+/* Texts may contain parts of files and paths, so control characters, U+0080 to U+009F included, become
+ * question marks: what a terminal shows is one plain line. */
 static void make_printable(char *text) {
     for (unsigned char *c = (unsigned char *)text; *c; c++) {
         if (*c < ' ' || *c == 0x7f)
@@ -14,7 +14,7 @@ static void make_printable(char *text) {
     }
 }
 
-static int fill(struct error *e, int exit_code, const char *format, va_list args) {
+static int set_error(struct error *e, int exit_code, const char *format, va_list args) {
     if (e) {
         e->exit_code = exit_code;
         vsnprintf(e->text, sizeof e->text, format, args);
@@ -26,7 +26,7 @@ static int fill(struct error *e, int exit_code, const char *format, va_list args
 int fail_user(struct error *e, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    fill(e, EXIT_USER, format, args);
+    set_error(e, EXIT_USER, format, args);
     va_end(args);
     return -1;
 }
@@ -34,7 +34,7 @@ int fail_user(struct error *e, const char *format, ...) {
 int fail_run(struct error *e, const char *format, ...) {
     va_list args;
     va_start(args, format);
-    fill(e, EXIT_RUN, format, args);
+    set_error(e, EXIT_RUN, format, args);
     va_end(args);
     return -1;
 }

@@ -1,8 +1,9 @@
-/* One way to report what went wrong, used by every folder above kernels/.
+/* Errors, in every folder: a function that can fail takes a `struct error *` last and returns 0 or -1 (or
+ * NULL).
  *
- * A function that can fail takes a `struct error *` last and returns 0 or -1 (or NULL).
- * The text is one line that says what is wrong, where, and what to do about it; the exit code
- * tells whose fault it is: EXIT_USER, found before the first step, or EXIT_RUN, while running. */
+ * The text is one line that says what is wrong, where, and what to do about it. The exit code is EXIT_USER if
+ * the user's input is wrong, which is found before the first step, and EXIT_RUN if the run failed while
+ * running. */
 #ifndef IHA_KERNELS_ERROR_H
 #define IHA_KERNELS_ERROR_H
 

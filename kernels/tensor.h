@@ -1,5 +1,4 @@
-/* Small views of memory, passed by value. A view says where, of what type, and in what shape; it owns
- * nothing. */
+/* Tensors: views of memory (address, type, shape, strides) that own nothing and are passed by value. */
 #ifndef IHA_KERNELS_TENSOR_H
 #define IHA_KERNELS_TENSOR_H
 
@@ -26,7 +25,7 @@ static inline tensor tensor_none(void) {
     return (tensor){0};
 }
 
-/* A contiguous view of 1 to 5 dimensions; trailing zeros end the shape. */
+/* A contiguous view of 1 to 5 dimensions; zeros after the last one. */
 static inline tensor tensor_of(void *data, enum dtype dtype, int64_t s0, int64_t s1, int64_t s2, int64_t s3,
                                int64_t s4) {
     tensor t = {.data = data, .dtype = dtype, .shape = {s0, s1, s2, s3, s4}};
@@ -57,7 +56,7 @@ static inline bool tensor_contiguous(tensor t) {
     return true;
 }
 
-/* t[..., index, ...] along `dim`, which disappears. */
+/* t[..., index, ...] along `dim`, which is removed. */
 static inline tensor tensor_select(tensor t, int dim, int64_t index) {
     t.data = t.data ? (char *)t.data + (size_t)(index * t.stride[dim]) * dtype_bytes(t.dtype) : NULL;
     for (int i = dim; i + 1 < t.ndim; i++) {
@@ -68,7 +67,7 @@ static inline tensor tensor_select(tensor t, int dim, int64_t index) {
     return t;
 }
 
-/* count entries of the first dimension from begin. */
+/* `count` entries of the first dimension, from `begin`. */
 static inline tensor tensor_rows(tensor t, int64_t begin, int64_t count) {
     t.data = (char *)t.data + (size_t)(begin * t.stride[0]) * dtype_bytes(t.dtype);
     t.shape[0] = count;

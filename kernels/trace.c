@@ -32,7 +32,7 @@ struct traced_range *trace_enter(struct trace *t, const char *name, int index) {
 
 struct traced_range *trace_leave(struct trace *t) {
     if (t->depth == 0)
-        return NULL; /* it began before the trace did */
+        return NULL; /* the range began before the trace */
     int i = t->open[--t->depth];
     return i < 0 ? NULL : &t->list[i];
 }

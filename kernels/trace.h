@@ -1,8 +1,8 @@
-/* Ranges: named stretches of a device's work, one within the other, and how long they took.
+/* Ranges: named and nested sections of a device's work, and their times.
  *
- * Model and operations name what they do with range_begin and range_end of the table (kernels.h), which costs
- * next to nothing unless somebody looks: NVIDIA's tools do at any time, the program between trace_begin and
- * trace_end. */
+ * The model and the wrappers of trace_ops.c mark them with range_begin and range_end of the table
+ * (kernels.h). NVIDIA's profilers see them at any time (NVTX). This program records them between trace_begin
+ * and trace_end; otherwise they cost next to nothing. */
 #ifndef IHA_KERNELS_TRACE_H
 #define IHA_KERNELS_TRACE_H
 
@@ -14,16 +14,16 @@ extern "C" {
 
 struct traced_range {
     const char *name;  /* a literal */
-    int index;         /* the layer, say; -1: none */
-    int depth;         /* ranges around it */
+    int index;         /* such as the layer; -1: none */
+    int depth;         /* number of enclosing ranges */
     double begin, end; /* seconds from trace_begin */
-    void *marks[2];    /* the backend's */
+    void *marks[2];    /* private to the backend: events at begin and end */
 };
 
 enum { TRACE_DEPTH = 16 };
 
 struct trace {
-    struct traced_range *list; /* in the order they began */
+    struct traced_range *list; /* in the order of their begin */
     int count, capacity, depth;
     int open[TRACE_DEPTH];
     bool full; /* out of memory: later ranges are missing */
@@ -32,7 +32,7 @@ struct trace {
 struct trace *trace_create(void); /* NULL: out of memory */
 void trace_free(struct trace *t);
 
-/* The range that begins, or ends, now; NULL when there is no memory for it. */
+/* Begin and end a range: the caller sets the times of what they return, which is NULL when out of memory. */
 struct traced_range *trace_enter(struct trace *t, const char *name, int index);
 struct traced_range *trace_leave(struct trace *t);
 

@@ -1,5 +1,4 @@
-/* What every kind of communicator shares: opening the right one, agreeing on errors, and the one of a single
- * rank, whose collectives are copies at most. */
+/* Choosing and opening a communicator, agreeing on errors, and the communicator of a single rank. */
 #include "kernels/comm.h"
 
 #include <stdio.h>
@@ -7,7 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "kernels/comm/comm_internal.h"
+#include "kernels/comm/comm_p2p.h"
 #include "kernels/comm/launcher.h"
 
 /* ---- one rank ---- */
@@ -31,7 +30,7 @@ static int single_reserve(struct comm *c, int64_t elements, enum dtype dtype, en
 static comm_event single_reduce_scatter(struct comm *c, tensor buffer, tensor piece, bool accumulate) {
     (void)c;
     if (buffer.data != piece.data || accumulate)
-        abort(); /* a single rank has no shards: there is nothing to move */
+        abort(); /* a single rank's share is the whole buffer: there is nothing to do */
     return 0;
 }
 
@@ -76,22 +75,21 @@ struct comm *comm_single(void) {
         .all_gather_host = single_all_gather_host,
         .abort_run = single_abort_run,
     };
-    static _Alignas(16) char said[COMM_SMALL_BYTES];
+    static _Alignas(16) char small_buffer[COMM_SMALL_BYTES];
     static struct comm single = {
-        .ops = &ops, .ranks = 1, .local_ranks = 1, .timeout = 300, .small_buffer = said};
+        .ops = &ops, .ranks = 1, .local_ranks = 1, .timeout = 300, .small_buffer = small_buffer};
     return &single;
 }
 
 /* ---- opening ---- */
 
 #ifdef WITH_MPI
-static const char WITHOUT_MPI[] = "the launcher and the MPI of this program do not match";
+static const char MPI_HINT[] = "use the mpirun of the MPI library that this program was built with";
 #else
-static const char WITHOUT_MPI[] =
-    "this program was built without MPI: install it (make deps) and build again";
+static const char MPI_HINT[] = "this program was built without MPI: install it (make deps) and build again";
 #endif
 
-/* One rank: no ranks of MPI's to be had, *e as it was. */
+/* The communicator of a single rank where MPI has only one. NULL and *e: MPI fails. */
 static struct comm *open_mpi(double timeout, struct error *e) {
 #ifdef WITH_MPI
     struct comm *c = comm_p2p_open(transport_mpi_open(timeout, e), e);
@@ -105,36 +103,40 @@ static struct comm *open_mpi(double timeout, struct error *e) {
 }
 
 struct comm *comm_open(double peer_timeout, struct error *e) {
-    struct start start;
-    int started = start_mpi_ranks();
-    if (start_by_mpi()) { /* alone, MPI would only cost a helper process and half a second */
+    struct launcher_env env;
+    int mpi_ranks = launcher_mpi_ranks();
+    if (launcher_is_mpi()) { /* otherwise MPI_Init would only cost half a second and a helper process */
         struct comm *c = open_mpi(peer_timeout, e);
         if (!c || c->ranks > 1)
             return c;
     }
-    if (started > 1) { /* they would train the same model side by side */
-        fail_user(e, "started as %d processes that do not see each other; %s", started, WITHOUT_MPI);
+    if (mpi_ranks > 1) { /* each process would train the whole model by itself */
+        fail_user(e, "mpirun started %d processes, but MPI connects each only to itself; %s", mpi_ranks,
+                  MPI_HINT);
         return NULL;
     }
-    if (started == 0 && start_read(&start, e) != 0)
+    if (mpi_ranks == 0 && launcher_read_env(&env, e) != 0)
         return NULL;
-    if (started == 0 && start.ranks > 1)
-        return comm_p2p_open(transport_tcp_open(&start, peer_timeout, e), e);
+    if (mpi_ranks == 0 && env.ranks > 1)
+        return comm_p2p_open(transport_tcp_open(&env, peer_timeout, e), e);
     return comm_single();
+}
+
+int comm_launch_rank(void) {
+    return launcher_rank();
 }
 
 void comm_set_timeout(struct comm *c, double seconds) {
     c->timeout = seconds;
-    if (c->ranks > 1) /* of processes; those of devices take theirs over when they are opened */
+    if (c->ranks > 1) /* `c` is of processes: comm_p2p.c's; those of GPUs copy its timeout when opened */
         comm_p2p_set_timeout(c, seconds);
 }
 
 size_t comm_staging_bytes(int64_t elements, enum dtype dtype, enum dtype wire) {
-    size_t arriving = dtype_bytes(wire == DTYPE_BF16 ? wire : dtype), leaving = wire == DTYPE_BF16 ? 2 : 0;
-    return COMM_IN_FLIGHT * (size_t)elements * (arriving + leaving);
+    return comm_p2p_staging_bytes(elements, dtype, wire);
 }
 
-/* ---- agreeing ---- */
+/* ---- exchanging small values and errors ---- */
 
 const void *comm_all_gather_small(struct comm *c, const void *mine, size_t bytes) {
     if (bytes > COMM_SMALL_BYTES)
@@ -160,12 +162,12 @@ int comm_agree(struct comm *c, int status, struct error *e) {
             first = r;
             failed++;
         }
-    bool alike = failed == c->ranks;
-    for (int r = 0; alike && r < c->ranks; r++)
-        alike = strcmp(all[r].error.text, all[0].error.text) == 0;
+    bool all_equal = failed == c->ranks;
+    for (int r = 0; all_equal && r < c->ranks; r++)
+        all_equal = strcmp(all[r].error.text, all[0].error.text) == 0;
     if (failed) {
         e->exit_code = all[first].error.exit_code;
-        if (alike)
+        if (all_equal)
             memcpy(e->text, all[0].error.text, sizeof e->text);
         else
             snprintf(e->text, sizeof e->text, "rank %d: %.1000s", first, all[first].error.text);

@@ -4,49 +4,53 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kernels/comm.h"
+#include "kernels/hash.h"
 
-enum { MOST_RANKS = 1 << 16, PORTS = 15000, FIRST_PORT = 15000 }; /* below those the system gives away */
+enum {
+    MAX_RANKS = 1 << 16,
+    FIRST_PORT = 15000, /* for Slurm jobs without MASTER_PORT: below the ephemeral ports */
+    NUM_PORTS = 15000,
+};
 
-/* NULL when not set, or empty. */
-static const char *variable(const char *name) {
+/* NULL when unset or empty. */
+static const char *env_text(const char *name) {
     const char *text = getenv(name);
     return text && text[0] ? text : NULL;
 }
 
-/* A whole number from low to high; -1 when it is not set or no such number. */
-static int number_in(const char *name, int low, int high) {
-    const char *text = variable(name);
+/* -1 when unset, or not a whole number from low to high. */
+static int env_int(const char *name, int low, int high) {
+    const char *text = env_text(name);
     char *end;
     long number = text ? strtol(text, &end, 10) : -1;
     return text && *end == '\0' && number >= low && number <= high ? (int)number : -1;
 }
 
-bool start_by_mpi(void) {
-    return variable("OMPI_COMM_WORLD_SIZE") || variable("PMIX_RANK") || variable("PMI_RANK");
+bool launcher_is_mpi(void) {
+    return env_text("OMPI_COMM_WORLD_SIZE") || env_text("PMIX_RANK") || env_text("PMI_RANK");
 }
 
-int start_mpi_ranks(void) {
-    int ranks = number_in("OMPI_COMM_WORLD_SIZE", 0, MOST_RANKS);
+int launcher_mpi_ranks(void) {
+    int ranks = env_int("OMPI_COMM_WORLD_SIZE", 0, MAX_RANKS);
     return ranks > 0 ? ranks : 0;
 }
 
-int comm_launch_rank(void) {
+int launcher_rank(void) {
     static const char *const variables[] = {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "RANK",
                                             "SLURM_PROCID"};
-    int ranks = number_in("WORLD_SIZE", 0, MOST_RANKS);
+    int ranks = env_int("WORLD_SIZE", 0, MAX_RANKS);
     for (size_t i = 0; i < sizeof variables / sizeof *variables; i++) {
-        int rank = number_in(variables[i], 0, MOST_RANKS);
+        int rank = env_int(variables[i], 0, MAX_RANKS);
         if (rank < 0)
             continue;
         if (strcmp(variables[i], "RANK") == 0 && rank >= ranks)
-            return 0; /* it is none, and nobody else will find out */
+            return 0; /* an invalid rank must report the error itself */
         return rank;
     }
     return 0;
 }
 
-int start_first_host(const char *list, char *host, size_t bytes) {
+int launcher_first_host(const char *list, char *host, size_t bytes) {
     size_t used = 0, length = strcspn(list, "[,");
     while (*list && *list != ',') {
         if (used + length >= bytes)
@@ -69,107 +73,107 @@ int start_first_host(const char *list, char *host, size_t bytes) {
     return used > 0 && !strpbrk(host, "] ") ? 0 : -1;
 }
 
-/* What tells one run from another: FNV-1a of what their launchers number runs by, and IHA_TOKEN. Not
- * MASTER_ADDR: rank 0 may know itself by another name than the others. */
-static uint64_t token_of(const struct start *s) {
+/* FNV-1a of the port, IHA_TOKEN and the launcher's run id. Without MASTER_ADDR, which may be another name on
+ * rank 0 than on other ranks. */
+static uint64_t run_token(const struct launcher_env *env) {
     static const char *const variables[] = {"IHA_TOKEN", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID",
                                             "SLURM_STEP_ID"};
-    bool slurm = !variable("RANK");
-    uint64_t hash = 0xcbf29ce484222325u ^ (uint64_t)s->port;
+    bool slurm = !env_text("RANK");
+    uint64_t hash = FNV1A_START ^ (uint64_t)env->master_port;
     for (int i = 0; i < (slurm ? 4 : 2); i++) {
-        const char *text = variable(variables[i]);
-        for (; text && *text; text++)
-            hash = (hash ^ (unsigned char)*text) * 0x100000001b3u;
-        hash = (hash ^ ' ') * 0x100000001b3u;
+        const char *text = env_text(variables[i]);
+        if (text)
+            hash = fnv1a(hash, text, strlen(text));
+        hash = fnv1a(hash, " ", 1);
     }
     return hash;
 }
 
-static int need_number(const char *name, int low, int high, int *out, const char *what, struct error *e) {
-    *out = number_in(name, low, high);
+static int require_int(const char *name, int low, int high, int *out, const char *what, struct error *e) {
+    *out = env_int(name, low, high);
     if (*out >= 0)
         return 0;
-    const char *text = variable(name);
+    const char *text = env_text(name);
     return text ? fail_user(e, "%s = %.40s: not a whole number from %d to %d; it must be %s", name, text, low,
                             high, what)
                 : fail_user(e, "%s is not set, though %s is; it must be %s", name,
-                            variable("RANK") ? "RANK" : "WORLD_SIZE", what);
+                            env_text("RANK") ? "RANK" : "WORLD_SIZE", what);
 }
 
-/* torchrun itself listens on MASTER_PORT where it says so; then rank 0 takes the next one. */
-static int read_port(struct start *s, struct error *e) {
-    const char *agent = variable("TORCHELASTIC_USE_AGENT_STORE");
-    bool taken = agent && strcmp(agent, "True") == 0;
-    if (need_number("MASTER_PORT", 1, 65535 - taken, &s->port, "a free port of rank 0's machine", e) != 0)
+/* With TORCHELASTIC_USE_AGENT_STORE torchrun itself listens on MASTER_PORT; rank 0 then uses the next one. */
+static int read_port(struct launcher_env *env, struct error *e) {
+    const char *agent = env_text("TORCHELASTIC_USE_AGENT_STORE");
+    bool in_use = agent && strcmp(agent, "True") == 0;
+    if (require_int("MASTER_PORT", 1, 65535 - in_use, &env->master_port, "a free port on rank 0's machine",
+                    e) != 0)
         return -1;
-    s->port += taken;
-    s->port_from = taken ? "MASTER_PORT + 1, as torchrun has MASTER_PORT" : "MASTER_PORT";
+    env->master_port += in_use;
+    env->port_source = in_use ? "MASTER_PORT + 1, because torchrun listens on MASTER_PORT" : "MASTER_PORT";
     return 0;
 }
 
-static int read_torch(struct start *s, struct error *e) {
-    if (need_number("WORLD_SIZE", 1, MOST_RANKS, &s->ranks, "the number of processes", e) != 0 ||
-        need_number("RANK", 0, s->ranks - 1, &s->rank, "this process's number below WORLD_SIZE", e) != 0)
+static int read_torchrun_env(struct launcher_env *env, struct error *e) {
+    if (require_int("WORLD_SIZE", 1, MAX_RANKS, &env->ranks, "the number of processes", e) != 0 ||
+        require_int("RANK", 0, env->ranks - 1, &env->rank, "this process's rank, below WORLD_SIZE", e) != 0)
         return -1;
-    if (s->ranks == 1)
+    if (env->ranks == 1)
         return 0;
-    const char *address = variable("MASTER_ADDR");
-    if (!address || strlen(address) >= sizeof s->address)
+    const char *address = env_text("MASTER_ADDR");
+    if (!address || strlen(address) >= sizeof env->master_addr)
         return fail_user(e,
                          "MASTER_ADDR is not set, though WORLD_SIZE = %d is; it must be the address of rank "
                          "0's machine, which all ranks can reach",
-                         s->ranks);
-    strcpy(s->address, address);
-    s->local_rank = number_in("LOCAL_RANK", 0, s->ranks - 1);
-    s->local_ranks = number_in("LOCAL_WORLD_SIZE", 1, s->ranks);
-    if (s->local_rank < 0 || s->local_ranks <= s->local_rank)
-        s->local_rank = s->local_ranks = 0;
-    return read_port(s, e);
+                         env->ranks);
+    strcpy(env->master_addr, address);
+    env->local_rank = env_int("LOCAL_RANK", 0, env->ranks - 1);
+    env->local_ranks = env_int("LOCAL_WORLD_SIZE", 1, env->ranks);
+    if (env->local_rank < 0 || env->local_ranks <= env->local_rank)
+        env->local_rank = env->local_ranks = 0;
+    return read_port(env, e);
 }
 
-/* Within a step alone: the script that sbatch runs sees variables of the job's size too, and is one process.
- */
+/* Only within a job step: the batch script is a single process, but sees the job's SLURM_NTASKS too. */
 static int slurm_tasks(void) {
-    int tasks = number_in("SLURM_STEP_NUM_TASKS", 1, MOST_RANKS);
-    if (tasks < 0 && variable("SLURM_STEP_NODELIST"))
-        tasks = number_in("SLURM_NTASKS", 1, MOST_RANKS);
-    return variable("SLURM_PROCID") ? tasks : -1;
+    int tasks = env_int("SLURM_STEP_NUM_TASKS", 1, MAX_RANKS);
+    if (tasks < 0 && env_text("SLURM_STEP_NODELIST"))
+        tasks = env_int("SLURM_NTASKS", 1, MAX_RANKS);
+    return env_text("SLURM_PROCID") ? tasks : -1;
 }
 
-static int read_slurm(struct start *s, struct error *e) {
-    const char *list = variable("SLURM_STEP_NODELIST"), *address = variable("MASTER_ADDR");
-    s->ranks = slurm_tasks();
-    s->rank = number_in("SLURM_PROCID", 0, s->ranks - 1);
-    list = list ? list : variable("SLURM_JOB_NODELIST");
-    if (s->rank < 0)
+static int read_slurm_env(struct launcher_env *env, struct error *e) {
+    const char *list = env_text("SLURM_STEP_NODELIST"), *address = env_text("MASTER_ADDR");
+    env->ranks = slurm_tasks();
+    env->rank = env_int("SLURM_PROCID", 0, env->ranks - 1);
+    list = list ? list : env_text("SLURM_JOB_NODELIST");
+    if (env->rank < 0)
         return fail_user(e,
                          "SLURM_PROCID = %.40s is not a number below the step's %d tasks; start the ranks "
                          "with srun",
-                         variable("SLURM_PROCID"), s->ranks);
-    if (address ? strlen(address) >= sizeof s->address
-                : !list || start_first_host(list, s->address, sizeof s->address) != 0)
+                         env_text("SLURM_PROCID"), env->ranks);
+    if (address ? strlen(address) >= sizeof env->master_addr
+                : !list || launcher_first_host(list, env->master_addr, sizeof env->master_addr) != 0)
         return fail_user(e,
-                         "SLURM_STEP_NODELIST = %.200s: no list of hosts; set MASTER_ADDR to the address of "
-                         "the first",
+                         "SLURM_STEP_NODELIST = %.200s: not a host list; set MASTER_ADDR to the address of "
+                         "the first host",
                          list ? list : "");
     if (address)
-        strcpy(s->address, address);
-    if (variable("MASTER_PORT"))
-        return read_port(s, e);
-    const char *job = variable("SLURM_JOB_ID"), *step = variable("SLURM_STEP_ID");
+        strcpy(env->master_addr, address);
+    if (env_text("MASTER_PORT"))
+        return read_port(env, e);
+    const char *job = env_text("SLURM_JOB_ID"), *step = env_text("SLURM_STEP_ID");
     unsigned long id = (job ? strtoul(job, NULL, 10) : 0) * 31 + (step ? strtoul(step, NULL, 10) : 0);
-    s->port = FIRST_PORT + (int)(id % PORTS);
-    s->port_from = "a port made of SLURM_JOB_ID; MASTER_PORT sets another";
+    env->master_port = FIRST_PORT + (int)(id % NUM_PORTS);
+    env->port_source = "derived from SLURM_JOB_ID; MASTER_PORT sets another";
     return 0;
 }
 
-int start_read(struct start *s, struct error *e) {
-    *s = (struct start){.ranks = 1};
+int launcher_read_env(struct launcher_env *env, struct error *e) {
+    *env = (struct launcher_env){.ranks = 1};
     int status = 0;
-    if (variable("RANK") || variable("WORLD_SIZE"))
-        status = read_torch(s, e);
+    if (env_text("RANK") || env_text("WORLD_SIZE"))
+        status = read_torchrun_env(env, e);
     else if (slurm_tasks() > 1)
-        status = read_slurm(s, e);
-    s->token = token_of(s);
+        status = read_slurm_env(env, e);
+    env->run_token = run_token(env);
     return status;
 }

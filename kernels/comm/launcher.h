@@ -1,8 +1,8 @@
-/* How this process was started among others, read from the variables that launchers set.
+/* How this process was launched among others, read from the environment variables that launchers set.
  *
- * mpirun's ranks find each other through MPI. Others need to be told how many they are and where the first
- * one listens: by torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), which a user can set by
- * hand too, or by Slurm's, for every task that srun starts. */
+ * Ranks of mpirun find each other through MPI. Without MPI each process must be told its rank, the number of
+ * ranks and where rank 0 listens: by torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), which
+ * can also be set by hand, or by the variables of Slurm's srun. */
 #ifndef IHA_KERNELS_COMM_LAUNCHER_H
 #define IHA_KERNELS_COMM_LAUNCHER_H
 
@@ -12,25 +12,28 @@
 
 #include "kernels/error.h"
 
-struct start {
+struct launcher_env {
     int rank, ranks;
-    int local_rank, local_ranks; /* on this machine; local_ranks 0: not told */
-    char address[256];           /* where rank 0 listens: a name, IPv4 or IPv6 */
-    int port;
-    const char *port_from; /* for messages: what the port comes from */
-    uint64_t token;        /* the same for all ranks of a run, and most likely not for those of another */
+    int local_rank, local_ranks; /* on this machine; local_ranks 0: not set */
+    char master_addr[256];       /* where rank 0 listens: a host name, IPv4 or IPv6 address */
+    int master_port;
+    const char *port_source; /* for messages: which variable the port comes from */
+    uint64_t run_token;      /* equal on all ranks of a run; almost certainly another in other runs */
 };
 
-/* ranks 1: alone. -1 and an EXIT_USER error: the variables make no sense. */
-int start_read(struct start *start, struct error *e);
+/* ranks 1: a single process. -1 and an EXIT_USER error: the variables are incomplete or contradictory. */
+int launcher_read_env(struct launcher_env *env, struct error *e);
 
-/* Was this process started by a launcher that MPI may know? And how many does mpirun say it started, 0: it
- * says nothing. */
-bool start_by_mpi(void);
-int start_mpi_ranks(void);
+/* Whether a launcher that MPI may know started this process. */
+bool launcher_is_mpi(void);
+/* The number of processes that mpirun started; 0: unknown. */
+int launcher_mpi_ranks(void);
 
-/* The first host of Slurm's short form of a list: node03 of "node[03-07,9],x1". -1: it is no such list, or
- * does not fit. */
-int start_first_host(const char *list, char *host, size_t bytes);
+/* This process's rank before ranks are connected; 0 where it is not known. */
+int launcher_rank(void);
+
+/* The first host of Slurm's compact host list: node03 of "node[03-07,9],x1". -1: not such a list, or `host`
+ * is too small. */
+int launcher_first_host(const char *list, char *host, size_t bytes);
 
 #endif

@@ -1,10 +1,10 @@
-/* Rank 0 listens at the address that all were told, the others on ports that the system chooses. Each
- * connects to rank 0 and says who it is; when all have come, rank 0 answers each with the addresses of all,
- * and every rank connects to those of lower number. That makes W-1 sockets a rank, W (W-1) / 2 in all.
+/* Rank 0 listens at MASTER_ADDR:MASTER_PORT, the others on ports that the system chooses. Each connects to
+ * rank 0 and identifies itself with a `hello`; once all have, rank 0 sends everyone the addresses of all, and
+ * every rank connects to the lower ones. That makes W-1 sockets a rank, W (W-1) / 2 in all.
  *
- * Ports are open to anybody while ranks meet, so who connects must say the right words: `hello`, with the
- * token of the run. Port scanners, and ranks of other runs, are hung up on and change nothing; one that says
- * nothing is not waited for. */
+ * The ports accept connections from any program until the rendezvous is over, so a connection counts only
+ * once it has sent a valid `hello` with the run's token. Unidentified connections (port scanners, ranks of
+ * other runs) are closed and change nothing; one that sends nothing does not block the others. */
 #define _GNU_SOURCE
 #include "kernels/comm/tcp_rendezvous.h"
 
@@ -16,73 +16,79 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "kernels/clock.h"
 #include "kernels/comm/tcp_socket.h"
 
 enum {
     VERSION = 1,
-    STRANGERS = 64,  /* connections at once that have not said who they are, beside the ranks' */
-    ANOTHER_RUN = 9, /* a verdict */
-    BUSY_SECONDS = 2,
-    CONNECT_SECONDS = 30, /* to a rank that listens already */
-    SLACK_SECONDS = 10,   /* for rank 0, which knows who is missing, to speak first */
-    QUIET_SECONDS = 5,    /* of waiting, before a line says for whom */
+    MAX_UNIDENTIFIED = 64,   /* pending connections, beside the ranks' */
+    PORT_IN_USE_SECONDS = 2, /* retry binding MASTER_PORT: a run that has just ended may still hold it */
+    CONNECT_SECONDS = 30,    /* to a rank that is listening already */
+    GRACE_SECONDS = 10,      /* beyond the timeout: rank 0, which knows the missing ranks, reports first */
+    QUIET_SECONDS = 5,       /* of waiting, before a line names the missing ranks */
+    RETRY_MS = 100,
 };
+
+static const double RETRY_SECONDS = 1e-3 * RETRY_MS;
 
 static const char MAGIC[8] = "IHA-TCP";
 
 struct hello {
     char magic[8];
-    uint64_t token;
+    uint64_t run_token;
     uint32_t version, ranks, rank, port;
 };
 
-struct answer {
+enum { ACCEPTED = 0, ANOTHER_RUN = 9 };
+
+struct reply {
     char magic[8];
-    uint32_t verdict; /* 0: welcome; EXIT_USER, EXIT_RUN: the run ends, and rank 0 says why; ANOTHER_RUN */
+    uint32_t status; /* ACCEPTED; EXIT_USER, EXIT_RUN: the run ends, rank 0 reports why; ANOTHER_RUN */
 };
 
 /* "HOST:PORT" of rank 0. */
-static const char *meeting_place(const struct start *s, char text[300]) {
-    snprintf(text, 300, strchr(s->address, ':') ? "[%s]:%d" : "%s:%d", s->address, s->port);
+static const char *master_address(const struct launcher_env *env, char text[300]) {
+    snprintf(text, 300, strchr(env->master_addr, ':') ? "[%s]:%d" : "%s:%d", env->master_addr,
+             env->master_port);
     return text;
 }
 
-/* ---- those who connect ---- */
+/* ---- accepting connections ---- */
 
-/* What was said so far on a connection. */
-struct caller {
+/* An accepted connection whose hello is not complete yet. */
+struct pending {
     int fd;
-    size_t got;
+    size_t received;
     struct hello hello;
 };
 
-static void answer(int fd, int verdict) {
-    struct answer a = {.verdict = (uint32_t)verdict};
-    memcpy(a.magic, MAGIC, sizeof a.magic);
-    tcp_send_all(fd, &a, sizeof a, now() + 1);
+static void send_reply(int fd, int status) {
+    struct reply reply = {.status = (uint32_t)status};
+    memcpy(reply.magic, MAGIC, sizeof reply.magic);
+    tcp_send_all(fd, &reply, sizeof reply, clock_seconds() + 1);
 }
 
-/* Rank 0: none of those who came is to wait for the others any longer. */
-static void answer_all(const struct meeting *m, const struct error *e) {
-    for (int r = 1; r < m->start->ranks; r++)
-        if (m->sockets[r] >= 0)
-            answer(m->sockets[r], e->exit_code);
+/* Rank 0: tell the ranks that have connected that the run ends. */
+static void send_failure(const struct tcp_rendezvous *rdzv, const struct error *e) {
+    for (int r = 1; r < rdzv->env->ranks; r++)
+        if (rdzv->sockets[r] >= 0)
+            send_reply(rdzv->sockets[r], e->exit_code);
 }
 
-/* 1: a rank has come; 0: nobody of ours; -1: ranks were started so that they cannot run together. */
-static int judge(struct meeting *m, const struct caller *c, struct error *e) {
+/* 1: a rank of this run; 0: not one; -1 and *e: the ranks' settings contradict each other. */
+static int check_hello(struct tcp_rendezvous *rdzv, const struct pending *c, struct error *e) {
     const struct hello *h = &c->hello;
-    int own = m->start->rank, ranks = m->start->ranks, rank = (int)h->rank;
-    if (h->token != m->start->token) {
+    int own = rdzv->env->rank, ranks = rdzv->env->ranks, rank = (int)h->rank;
+    if (h->run_token != rdzv->env->run_token) {
         if (own == 0)
-            answer(c->fd, ANOTHER_RUN);
+            send_reply(c->fd, ANOTHER_RUN);
         return 0;
     }
     if (own != 0 && (h->version != VERSION || (int)h->ranks != ranks || rank <= own || rank >= ranks ||
-                     m->sockets[rank] >= 0))
-        return 0; /* rank 0 would not have let it come so far */
+                     rdzv->sockets[rank] >= 0))
+        return 0; /* not a rank that rank 0 has accepted */
     if (h->version != VERSION)
-        return fail_user(e, "rank %d is of another version of this program than rank 0; build them alike",
+        return fail_user(e, "rank %d runs another version of this program than rank 0; use the same build",
                          rank);
     if ((int)h->ranks != ranks)
         return fail_user(e,
@@ -90,81 +96,84 @@ static int judge(struct meeting *m, const struct caller *c, struct error *e) {
                          "the same for all",
                          rank, (int)h->ranks, ranks);
     if (rank <= 0 || rank >= ranks)
-        return fail_user(e, "two processes were started as rank 0; RANK must be another for each");
-    if (m->sockets[rank] >= 0)
-        return fail_user(e, "two processes were started as rank %d; RANK must be another for each", rank);
+        return fail_user(e, "two processes were started as rank 0; RANK must differ between processes");
+    if (rdzv->sockets[rank] >= 0)
+        return fail_user(e, "two processes were started as rank %d; RANK must differ between processes",
+                         rank);
     return 1;
 }
 
-static void let_in(struct meeting *m, const struct caller *c) {
+static void accept_rank(struct tcp_rendezvous *rdzv, const struct pending *c) {
     int rank = (int)c->hello.rank;
-    m->sockets[rank] = c->fd;
-    if (m->start->rank == 0) {
-        m->all[rank] = tcp_peer(c->fd);
-        m->all[rank].port = c->hello.port;
+    rdzv->sockets[rank] = c->fd;
+    if (rdzv->env->rank == 0) {
+        rdzv->addresses[rank] = tcp_peer_address(c->fd);
+        rdzv->addresses[rank].port = c->hello.port;
     }
 }
 
-/* 1: all is said that has to be, 0: not yet, -1: that was no rank. */
-static int listen_to(struct caller *c) {
-    ssize_t n = recv(c->fd, (char *)&c->hello + c->got, sizeof c->hello - c->got, 0);
+/* 1: the hello is complete; 0: not yet; -1: closed, or not a hello. */
+static int receive_hello(struct pending *c) {
+    ssize_t n = recv(c->fd, (char *)&c->hello + c->received, sizeof c->hello - c->received, 0);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return 0;
     if (n <= 0)
         return -1;
-    c->got += (size_t)n;
-    if (memcmp(c->hello.magic, MAGIC, c->got < sizeof MAGIC ? c->got : sizeof MAGIC) != 0)
+    c->received += (size_t)n;
+    if (memcmp(c->hello.magic, MAGIC, c->received < sizeof MAGIC ? c->received : sizeof MAGIC) != 0)
         return -1;
-    return c->got == sizeof c->hello;
+    return c->received == sizeof c->hello;
 }
 
-static void forget(struct caller *callers, int *count, int i, bool hang_up) {
-    if (hang_up)
-        close(callers[i].fd);
-    memmove(callers + i, callers + i + 1, (size_t)(--*count - i) * sizeof *callers);
+static void remove_pending(struct pending *pending, int *count, int i, bool close_it) {
+    if (close_it)
+        close(pending[i].fd);
+    memmove(pending + i, pending + i + 1, (size_t)(--*count - i) * sizeof *pending);
 }
 
-/* Whoever is waiting at the door; where there are too many, the one that has been silent longest goes. */
-static int accept_all(struct meeting *m, struct caller *callers, int *count, int room, struct error *e) {
+/* Accept all waiting connections; when there are too many, the oldest unidentified one is closed. */
+static int accept_waiting(struct tcp_rendezvous *rdzv, struct pending *pending, int *count, int capacity,
+                          struct error *e) {
     for (;;) {
-        int fd = accept4(m->listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        int fd = accept4(rdzv->listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
         if (fd < 0 && (errno == EMFILE || errno == ENFILE))
             return fail_run(e, "too many open files for %d ranks; raise the limit (ulimit -n)",
-                            m->start->ranks);
+                            rdzv->env->ranks);
         if (fd < 0)
             return 0;
-        if (*count == room)
-            forget(callers, count, 0, true);
-        tcp_prepare(fd);
-        callers[(*count)++] = (struct caller){.fd = fd};
+        if (*count == capacity)
+            remove_pending(pending, count, 0, true);
+        tcp_set_options(fd);
+        pending[(*count)++] = (struct pending){.fd = fd};
     }
 }
 
-static int hear_all(struct meeting *m, struct caller *callers, int *count, struct error *e) {
+static int read_hellos(struct tcp_rendezvous *rdzv, struct pending *pending, int *count, struct error *e) {
     for (int i = 0; i < *count;) {
-        int heard = listen_to(&callers[i]), verdict = heard == 1 ? judge(m, &callers[i], e) : heard;
-        if (heard == 1 && verdict < 0) {
-            answer(callers[i].fd, e->exit_code);
+        int received = receive_hello(&pending[i]);
+        int status = received == 1 ? check_hello(rdzv, &pending[i], e) : received;
+        if (received == 1 && status < 0) {
+            send_reply(pending[i].fd, e->exit_code);
             return -1;
         }
-        if (heard == 0) {
+        if (received == 0) {
             i++;
             continue;
         }
-        if (verdict == 1)
-            let_in(m, &callers[i]);
-        forget(callers, count, i, verdict != 1);
+        if (status == 1)
+            accept_rank(rdzv, &pending[i]);
+        remove_pending(pending, count, i, status != 1);
     }
     return 0;
 }
 
-/* Those of higher number that have not come; 0: all are here. */
-static int missing(const struct meeting *m, char text[256]) {
+/* The number of higher ranks that have not connected, and their list in `text`. */
+static int missing_ranks(const struct tcp_rendezvous *rdzv, char text[256]) {
     int count = 0;
     text[0] = '\0';
-    for (int r = m->start->rank + 1; r < m->start->ranks; r++) {
+    for (int r = rdzv->env->rank + 1; r < rdzv->env->ranks; r++) {
         size_t used = strlen(text);
-        if (m->sockets[r] < 0 && count++ < 16)
+        if (rdzv->sockets[r] < 0 && count++ < 16)
             snprintf(text + used, 256 - used, "%s%d", used ? ", " : "", r);
     }
     if (count > 16)
@@ -172,180 +181,186 @@ static int missing(const struct meeting *m, char text[256]) {
     return count;
 }
 
-/* Rank 0: who came and has ended since, may come again. */
-static void drop_gone(struct meeting *m) {
-    for (int r = 1; r < m->start->ranks; r++)
-        if (m->sockets[r] >= 0 && tcp_has_hung_up(m->sockets[r])) {
-            close(m->sockets[r]);
-            m->sockets[r] = -1;
+/* Rank 0: a rank whose process has ended since may be started again and connect again. */
+static void drop_closed(struct tcp_rendezvous *rdzv) {
+    for (int r = 1; r < rdzv->env->ranks; r++)
+        if (rdzv->sockets[r] >= 0 && tcp_is_closed(rdzv->sockets[r])) {
+            close(rdzv->sockets[r]);
+            rdzv->sockets[r] = -1;
         }
 }
 
-static void say_who_is_missing(const struct meeting *m, double left) {
-    char text[256], place[300];
-    int count = missing(m, text);
+static void print_missing(const struct tcp_rendezvous *rdzv, double seconds_left) {
+    char text[256], address[300];
+    int count = missing_ranks(rdzv, text);
     fprintf(stderr, "waiting for rank%s %s of %d at %s (%.0f s left)\n", count > 1 ? "s" : "", text,
-            m->start->ranks, meeting_place(m->start, place), left);
+            rdzv->env->ranks, master_address(rdzv->env, address), seconds_left);
 }
 
-/* Until every rank of higher number has connected. */
-static int accept_ranks(struct meeting *m, double deadline, struct error *e) {
-    double patience = now() + QUIET_SECONDS;
-    int room = m->start->ranks + STRANGERS, count = 0, status = 0;
+/* Wait until every higher rank has connected, or the deadline has passed. */
+static int accept_ranks(struct tcp_rendezvous *rdzv, double deadline, struct error *e) {
+    double quiet_until = clock_seconds() + QUIET_SECONDS;
+    int capacity = rdzv->env->ranks + MAX_UNIDENTIFIED, count = 0, status = 0;
     char text[256];
-    struct caller *callers = malloc((size_t)room * sizeof *callers);
-    struct pollfd *polled = malloc((size_t)(room + 1) * sizeof *polled);
-    if (!callers || !polled)
+    struct pending *pending = malloc((size_t)capacity * sizeof *pending);
+    struct pollfd *polled = malloc((size_t)(capacity + 1) * sizeof *polled);
+    if (!pending || !polled)
         status = fail_run(e, "out of memory waiting for the other ranks");
-    while (status == 0 && missing(m, text) > 0 && now() < deadline) {
-        polled[0] = (struct pollfd){.fd = m->listener, .events = POLLIN};
+    while (status == 0 && missing_ranks(rdzv, text) > 0 && clock_seconds() < deadline) {
+        polled[0] = (struct pollfd){.fd = rdzv->listener, .events = POLLIN};
         for (int i = 0; i < count; i++)
-            polled[i + 1] = (struct pollfd){.fd = callers[i].fd, .events = POLLIN};
-        poll(polled, (nfds_t)count + 1, 100);
-        if (m->start->rank == 0)
-            drop_gone(m);
-        if (m->start->rank == 0 && now() > patience && now() < deadline) {
-            say_who_is_missing(m, deadline - now());
-            patience = deadline;
+            polled[i + 1] = (struct pollfd){.fd = pending[i].fd, .events = POLLIN};
+        poll(polled, (nfds_t)count + 1, RETRY_MS);
+        if (rdzv->env->rank == 0)
+            drop_closed(rdzv);
+        if (rdzv->env->rank == 0 && clock_seconds() > quiet_until && clock_seconds() < deadline) {
+            print_missing(rdzv, clock_seconds_left(deadline));
+            quiet_until = deadline;
         }
-        status =
-            accept_all(m, callers, &count, room, e) != 0 || hear_all(m, callers, &count, e) != 0 ? -1 : 0;
+        if (accept_waiting(rdzv, pending, &count, capacity, e) != 0 ||
+            read_hellos(rdzv, pending, &count, e) != 0)
+            status = -1;
     }
     while (count > 0)
-        forget(callers, &count, 0, true);
-    free(callers);
+        remove_pending(pending, &count, 0, true);
+    free(pending);
     free(polled);
     return status;
 }
 
-/* ---- saying who one is ---- */
+/* ---- identifying this rank ---- */
 
-static int say_hello(const struct meeting *m, int fd, double deadline) {
-    const struct start *s = m->start;
-    struct hello h = {.token = s->token,
+static int send_hello(const struct tcp_rendezvous *rdzv, int fd, double deadline) {
+    const struct launcher_env *env = rdzv->env;
+    struct hello h = {.run_token = env->run_token,
                       .version = VERSION,
-                      .ranks = (uint32_t)s->ranks,
-                      .rank = (uint32_t)s->rank,
-                      .port = (uint32_t)tcp_port(m->listener)};
+                      .ranks = (uint32_t)env->ranks,
+                      .rank = (uint32_t)env->rank,
+                      .port = (uint32_t)tcp_local_port(rdzv->listener)};
     memcpy(h.magic, MAGIC, sizeof h.magic);
     return tcp_send_all(fd, &h, sizeof h, deadline);
 }
 
-/* Say hello, and wait for rank 0's answer. -1: it was none, and *why. */
-static int introduce(struct meeting *m, int fd, double deadline, const char **why) {
-    struct answer a;
-    *why = "whoever listens there is not rank 0";
-    if (say_hello(m, fd, deadline) != 0 || tcp_receive_all(fd, &a, sizeof a, deadline) != 0) {
-        *why = errno ? strerror(errno) : "it hangs up";
+/* Send hello, and wait for rank 0's reply and the addresses. -1 and *why: no valid reply. */
+static int register_with_rank0(struct tcp_rendezvous *rdzv, int fd, double deadline, const char **why) {
+    struct reply reply;
+    *why = "another program listens there";
+    if (send_hello(rdzv, fd, deadline) != 0 || tcp_receive_all(fd, &reply, sizeof reply, deadline) != 0) {
+        *why = errno ? strerror(errno) : "the connection was closed without a reply";
         return -1;
     }
-    if (memcmp(a.magic, MAGIC, sizeof a.magic) != 0)
+    if (memcmp(reply.magic, MAGIC, sizeof reply.magic) != 0)
         return -1;
-    if (a.verdict == ANOTHER_RUN) {
+    if (reply.status == ANOTHER_RUN) {
         *why = "rank 0 of another run answers";
         return -1;
     }
-    if (a.verdict != 0) /* which rank 0 has said */
-        _exit(a.verdict == EXIT_USER ? EXIT_USER : EXIT_RUN);
-    return tcp_receive_all(fd, m->all, (size_t)m->start->ranks * sizeof *m->all, deadline);
+    if (reply.status != ACCEPTED) /* rank 0 has reported why */
+        _exit(reply.status == EXIT_USER ? EXIT_USER : EXIT_RUN);
+    return tcp_receive_all(fd, rdzv->addresses, (size_t)rdzv->env->ranks * sizeof *rdzv->addresses, deadline);
 }
 
 /* ---- rank 0 ---- */
 
-static int resolve(const struct start *s, struct addrinfo **found, struct error *e) {
+static int resolve(const struct launcher_env *env, struct addrinfo **found, struct error *e) {
     char port[16];
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
-    snprintf(port, sizeof port, "%d", s->port);
-    int problem = getaddrinfo(s->address, port, &hints, found);
-    if (problem == 0)
+    snprintf(port, sizeof port, "%d", env->master_port);
+    int status = getaddrinfo(env->master_addr, port, &hints, found);
+    if (status == 0)
         return 0;
     return fail_user(e, "MASTER_ADDR = %.200s: %s; it must be the name or the address of rank 0's machine",
-                     s->address, gai_strerror(problem));
+                     env->master_addr, gai_strerror(status));
 }
 
-/* Another process has the port. One that was started as rank 0 too, of this very run, says so and ends the
- * run, this process included. */
-static void ask_who_listens(struct meeting *m, const struct addrinfo *found) {
+/* Another process has the port. If it is a second rank 0 of this very run, it reports that and ends the run,
+ * this process included. */
+static void check_duplicate_rank0(struct tcp_rendezvous *rdzv, const struct addrinfo *found) {
     for (const struct addrinfo *a = found; a; a = a->ai_next) {
         const char *why;
-        int fd = tcp_connect(a->ai_addr, a->ai_addrlen, now() + 1);
+        int fd = tcp_connect(a->ai_addr, a->ai_addrlen, clock_seconds() + 1);
         if (fd < 0)
             continue;
-        introduce(m, fd, now() + 1, &why);
+        register_with_rank0(rdzv, fd, clock_seconds() + 1, &why);
         close(fd);
     }
 }
 
-/* A run that has just ended may have the port for a moment more. */
-static int open_door(struct meeting *m, struct error *e) {
-    const struct start *s = m->start;
-    double deadline = now() + BUSY_SECONDS;
+static int listen_at_master_port(struct tcp_rendezvous *rdzv, struct error *e) {
+    const struct launcher_env *env = rdzv->env;
+    double deadline = clock_seconds() + PORT_IN_USE_SECONDS;
     struct addrinfo *found = NULL;
-    while (resolve(s, &found, e) != 0) /* names may come late where machines are new */
-        if (now() > deadline)
+    while (resolve(env, &found, e) != 0) /* on new machines DNS may lag behind */
+        if (clock_seconds() > deadline)
             return -1;
         else
-            rest(0.1);
-    while ((m->listener = tcp_listen(s->port)) < 0 && errno == EADDRINUSE && now() < deadline) {
-        ask_who_listens(m, found);
-        rest(0.1);
+            clock_sleep(RETRY_SECONDS);
+    while ((rdzv->listener = tcp_listen(env->master_port)) < 0 && errno == EADDRINUSE &&
+           clock_seconds() < deadline) {
+        check_duplicate_rank0(rdzv, found);
+        clock_sleep(RETRY_SECONDS);
     }
-    int problem = errno;
+    int error_number = errno;
     freeaddrinfo(found);
-    if (m->listener >= 0)
+    if (rdzv->listener >= 0)
         return 0;
     return fail_user(e,
-                     "cannot listen on port %d (%s): %s; another run here may have it: choose another "
-                     "MASTER_PORT",
-                     s->port, s->port_from, strerror(problem));
+                     "cannot listen on port %d (%s): %s; another run on this machine may use it: choose "
+                     "another MASTER_PORT",
+                     env->master_port, env->port_source, strerror(error_number));
 }
 
-static int welcome_all(struct meeting *m, struct error *e) {
-    int ranks = m->start->ranks;
+static int send_addresses(struct tcp_rendezvous *rdzv, struct error *e) {
+    int ranks = rdzv->env->ranks;
     for (int r = 1; r < ranks; r++) {
-        answer(m->sockets[r], 0);
-        if (tcp_send_all(m->sockets[r], m->all, (size_t)ranks * sizeof *m->all, now() + SLACK_SECONDS) != 0)
-            return fail_run(e, "rank %d has gone while the ranks met: look at what it says", r);
+        send_reply(rdzv->sockets[r], ACCEPTED);
+        if (tcp_send_all(rdzv->sockets[r], rdzv->addresses, (size_t)ranks * sizeof *rdzv->addresses,
+                         clock_seconds() + GRACE_SECONDS) != 0)
+            return fail_run(e, "rank %d ended while the ranks connected; see its own output", r);
     }
     return 0;
 }
 
-static int gather_all(struct meeting *m, struct error *e) {
+static int gather_at_rank0(struct tcp_rendezvous *rdzv, struct error *e) {
     char text[256];
-    const struct start *s = m->start;
-    if (open_door(m, e) != 0)
+    const struct launcher_env *env = rdzv->env;
+    if (listen_at_master_port(rdzv, e) != 0)
         return -1;
-    int status = accept_ranks(m, now() + m->timeout, e), count = missing(m, text);
+    int status = accept_ranks(rdzv, clock_seconds() + rdzv->timeout, e), count = missing_ranks(rdzv, text);
     if (status == 0 && count > 0)
         status = fail_run(e,
-                          "rank%s %s of %d did not come to rank 0 at %.200s, port %d, within %g s: are they "
-                          "started, with these MASTER_ADDR and MASTER_PORT, and does no firewall stand "
-                          "between? (IHA_START_TIMEOUT sets how long to wait)",
-                          count > 1 ? "s" : "", text, s->ranks, s->address, s->port, m->timeout);
+                          "rank%s %s of %d did not connect to rank 0 at %.200s, port %d, within %g s; check "
+                          "that they were started with this MASTER_ADDR and MASTER_PORT and that no firewall "
+                          "blocks the port (IHA_START_TIMEOUT sets how long to wait)",
+                          count > 1 ? "s" : "", text, env->ranks, env->master_addr, env->master_port,
+                          rdzv->timeout);
     if (status == 0)
-        status = welcome_all(m, e);
+        status = send_addresses(rdzv, e);
     if (status != 0)
-        answer_all(m, e);
+        send_failure(rdzv, e);
     return status;
 }
 
-/* ---- the others ---- */
+/* ---- the other ranks ---- */
 
-/* Rank 0 may not listen yet, and its machine's name not be known yet. */
-static int come(struct meeting *m, struct error *e) {
-    const struct start *s = m->start;
+/* Retries, because rank 0 may not listen yet, or its machine's name may not be resolvable yet. */
+static int connect_to_rank0(struct tcp_rendezvous *rdzv, struct error *e) {
+    const struct launcher_env *env = rdzv->env;
     const char *why = "";
-    double deadline = now() + m->timeout, patience = now() + QUIET_SECONDS;
-    char unknown[600] = "", place[300];
+    double deadline = clock_seconds() + rdzv->timeout, quiet_until = clock_seconds() + QUIET_SECONDS;
+    char unresolved[600] = "", address[300];
     do {
         struct error not_found;
         struct addrinfo *found = NULL;
-        if (resolve(s, &found, &not_found) != 0)
-            snprintf(unknown, sizeof unknown, "%.500s", not_found.text), why = unknown;
+        if (resolve(env, &found, &not_found) != 0) {
+            snprintf(unresolved, sizeof unresolved, "%.500s", not_found.text);
+            why = unresolved;
+        }
         for (struct addrinfo *a = found; a; a = a->ai_next) {
-            int fd = tcp_connect(a->ai_addr, a->ai_addrlen, patience < deadline ? patience : deadline);
-            if (fd >= 0 && introduce(m, fd, now() + m->timeout + SLACK_SECONDS, &why) == 0) {
-                m->sockets[0] = fd;
+            int fd = tcp_connect(a->ai_addr, a->ai_addrlen, quiet_until < deadline ? quiet_until : deadline);
+            if (fd >= 0 &&
+                register_with_rank0(rdzv, fd, clock_seconds() + rdzv->timeout + GRACE_SECONDS, &why) == 0) {
+                rdzv->sockets[0] = fd;
                 freeaddrinfo(found);
                 return 0;
             }
@@ -356,84 +371,86 @@ static int come(struct meeting *m, struct error *e) {
         }
         if (found)
             freeaddrinfo(found);
-        if (now() > patience && now() < deadline) {
-            fprintf(stderr, "rank %d: waiting for rank 0 at %s: %s (%.0f s left)\n", s->rank,
-                    meeting_place(s, place), why, deadline - now());
-            patience = deadline;
+        if (clock_seconds() > quiet_until && clock_seconds() < deadline) {
+            fprintf(stderr, "rank %d: waiting for rank 0 at %s: %s (%.0f s left)\n", env->rank,
+                    master_address(env, address), why, clock_seconds_left(deadline));
+            quiet_until = deadline;
         }
-        rest(0.1);
-    } while (now() < deadline);
-    return fail_run(e,
-                    "rank %d: cannot reach rank 0 at %.200s, port %d (%s) for %g s: %.300s; is rank 0 "
-                    "started, are MASTER_ADDR and MASTER_PORT right, and does no firewall stand between? "
-                    "(IHA_START_TIMEOUT sets how long to wait)",
-                    s->rank, s->address, s->port, s->port_from, m->timeout, why);
-}
-
-int tcp_gather(struct meeting *m, struct error *e) {
-    m->all = calloc((size_t)m->start->ranks, sizeof *m->all);
-    if (!m->all)
-        return fail_run(e, "rank %d: out of memory opening tcp", m->start->rank);
-    if (m->start->rank == 0)
-        return gather_all(m, e);
-    m->listener = tcp_listen(0);
-    if (m->listener < 0)
-        return fail_run(e, "rank %d: cannot listen: %s", m->start->rank, strerror(errno));
-    return come(m, e);
-}
-
-/* A rank on rank 0's machine may have come by a way that only leads there: others take theirs to rank 0. */
-static int join(struct meeting *m, int rank, struct error *e) {
-    struct address a = m->all[rank];
-    struct sockaddr_storage to;
-    double limit = m->timeout < CONNECT_SECONDS ? m->timeout : CONNECT_SECONDS, deadline = now() + limit;
-    int problem;
-    if (tcp_is_loopback(&a)) {
-        a = tcp_peer(m->sockets[0]);
-        a.port = m->all[rank].port;
-    }
-    socklen_t bytes = tcp_address(&a, &to);
-    do {
-        int fd = tcp_connect((struct sockaddr *)&to, bytes, deadline);
-        if (fd >= 0 && say_hello(m, fd, deadline) == 0) {
-            m->sockets[rank] = fd;
-            return 0;
-        }
-        problem = errno;
-        if (fd >= 0)
-            close(fd);
-        rest(0.1);
-    } while (now() < deadline);
-    char name[INET6_ADDRSTRLEN + 1] = "?";
-    getnameinfo((struct sockaddr *)&to, bytes, name, sizeof name, NULL, 0, NI_NUMERICHOST);
+        clock_sleep(RETRY_SECONDS);
+    } while (clock_seconds() < deadline);
     return fail_run(
         e,
-        "cannot connect to rank %d at %s, port %u: %s; every two ranks have a connection, on ports "
-        "that the system chooses: does a firewall stand between?",
-        rank, name, a.port, strerror(problem));
+        "rank %d: cannot reach rank 0 at %.200s, port %d (%s) for %g s: %.300s; check that rank 0 "
+        "was started, that MASTER_ADDR and MASTER_PORT are right, and that no firewall blocks the "
+        "port (IHA_START_TIMEOUT sets how long to wait)",
+        env->rank, env->master_addr, env->master_port, env->port_source, rdzv->timeout, why);
 }
 
-int tcp_mesh(struct meeting *m, struct error *e) {
+int tcp_rendezvous_gather(struct tcp_rendezvous *rdzv, struct error *e) {
+    rdzv->addresses = calloc((size_t)rdzv->env->ranks, sizeof *rdzv->addresses);
+    if (!rdzv->addresses)
+        return fail_run(e, "rank %d: out of memory opening tcp", rdzv->env->rank);
+    if (rdzv->env->rank == 0)
+        return gather_at_rank0(rdzv, e);
+    rdzv->listener = tcp_listen(0);
+    if (rdzv->listener < 0)
+        return fail_run(e, "rank %d: cannot listen: %s", rdzv->env->rank, strerror(errno));
+    return connect_to_rank0(rdzv, e);
+}
+
+/* Rank 0 saw a rank of its own machine under a loopback address, which is of no use on other machines:
+ * they use rank 0's address instead. */
+static int connect_to_rank(struct tcp_rendezvous *rdzv, int rank, struct error *e) {
+    struct tcp_address a = rdzv->addresses[rank];
+    struct sockaddr_storage to;
+    double limit = rdzv->timeout < CONNECT_SECONDS ? rdzv->timeout : CONNECT_SECONDS;
+    double deadline = clock_seconds() + limit;
+    int error_number;
+    if (tcp_is_loopback(&a)) {
+        a = tcp_peer_address(rdzv->sockets[0]);
+        a.port = rdzv->addresses[rank].port;
+    }
+    socklen_t bytes = tcp_to_sockaddr(&a, &to);
+    do {
+        int fd = tcp_connect((struct sockaddr *)&to, bytes, deadline);
+        if (fd >= 0 && send_hello(rdzv, fd, deadline) == 0) {
+            rdzv->sockets[rank] = fd;
+            return 0;
+        }
+        error_number = errno;
+        if (fd >= 0)
+            close(fd);
+        clock_sleep(RETRY_SECONDS);
+    } while (clock_seconds() < deadline);
+    char name[INET6_ADDRSTRLEN + 1] = "?";
+    getnameinfo((struct sockaddr *)&to, bytes, name, sizeof name, NULL, 0, NI_NUMERICHOST);
+    return fail_run(e,
+                    "cannot connect to rank %d at %s, port %u: %s; every two ranks need a connection, on "
+                    "ports that the system chooses: check that no firewall blocks them",
+                    rank, name, a.port, strerror(error_number));
+}
+
+int tcp_rendezvous_connect_peers(struct tcp_rendezvous *rdzv, struct error *e) {
     char text[256];
-    int rank = m->start->rank;
+    int rank = rdzv->env->rank;
     if (rank == 0)
         return 0;
     for (int r = 1; r < rank; r++)
-        if (join(m, r, e) != 0)
+        if (connect_to_rank(rdzv, r, e) != 0)
             return -1;
-    if (accept_ranks(m, now() + m->timeout, e) != 0)
+    if (accept_ranks(rdzv, clock_seconds() + rdzv->timeout, e) != 0)
         return -1;
-    int count = missing(m, text);
+    int count = missing_ranks(rdzv, text);
     if (count == 0)
         return 0;
     return fail_run(e,
-                    "rank%s %s did not connect for %g s; every two ranks have a connection, on ports that "
-                    "the system chooses: does a firewall stand between?",
-                    count > 1 ? "s" : "", text, m->timeout);
+                    "rank%s %s did not connect within %g s; every two ranks need a connection, on ports that "
+                    "the system chooses: check that no firewall blocks them",
+                    count > 1 ? "s" : "", text, rdzv->timeout);
 }
 
-void tcp_meeting_free(struct meeting *m) {
-    if (m->listener >= 0)
-        close(m->listener);
-    free(m->all);
+void tcp_rendezvous_free(struct tcp_rendezvous *rdzv) {
+    if (rdzv->listener >= 0)
+        close(rdzv->listener);
+    free(rdzv->addresses);
 }

@@ -1,29 +1,28 @@
-/* How ranks that were told where the first one listens come to have a socket for every pair. */
+/* How ranks that know only rank 0's address connect: one socket between every two ranks. */
 #ifndef IHA_KERNELS_COMM_TCP_RENDEZVOUS_H
 #define IHA_KERNELS_COMM_TCP_RENDEZVOUS_H
 
 #include "kernels/comm/launcher.h"
 
-struct address; /* of a rank */
+struct tcp_address;
 
-struct meeting {
-    const struct start *start;
-    double timeout;      /* seconds to wait for the others */
-    int *sockets;        /* [ranks], -1: none (yet) */
-    int listener;        /* where ranks of higher numbers connect */
-    struct address *all; /* [ranks] */
+struct tcp_rendezvous {
+    const struct launcher_env *env;
+    double timeout;                /* seconds to wait for the other ranks */
+    int *sockets;                  /* [ranks], -1: not connected */
+    int listener;                  /* where higher ranks connect */
+    struct tcp_address *addresses; /* [ranks] */
 };
 
-/* Rank 0 waits for all others and tells each where all are; the others come to it and are told. Afterwards
- * rank 0 has all its sockets, and they theirs with rank 0. A rank that rank 0 refuses ends there and then,
- * for rank 0 says why. -1 and *e: EXIT_USER for what was given, EXIT_RUN where ranks do not come; rank 0 has
- * told those that did. */
-int tcp_gather(struct meeting *m, struct error *e);
+/* Step 1: all ranks connect to rank 0, which sends each the addresses of all. A rank that rank 0 rejects ends
+ * its process, because rank 0 reports the reason. -1 and *e: EXIT_USER for invalid settings, EXIT_RUN where
+ * ranks are missing; rank 0 has then told the ranks that did connect. */
+int tcp_rendezvous_gather(struct tcp_rendezvous *rdzv, struct error *e);
 
-/* The sockets among the others. -1 and an EXIT_RUN error: the run has to end, on all ranks. */
-int tcp_mesh(struct meeting *m, struct error *e);
+/* Step 2: the ranks above 0 connect to each other. -1 and an EXIT_RUN error: all ranks must end. */
+int tcp_rendezvous_connect_peers(struct tcp_rendezvous *rdzv, struct error *e);
 
-/* Frees all but the sockets. */
-void tcp_meeting_free(struct meeting *m);
+/* Frees everything but the sockets. */
+void tcp_rendezvous_free(struct tcp_rendezvous *rdzv);
 
 #endif

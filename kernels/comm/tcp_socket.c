@@ -6,22 +6,13 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
-double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-void rest(double seconds) {
-    nanosleep(&(struct timespec){.tv_nsec = (long)(seconds * 1e9)}, NULL);
-}
+#include "kernels/clock.h"
 
 /* ---- sockets ---- */
 
-void tcp_prepare(int fd) {
+void tcp_set_options(int fd) {
     int on = 1, idle = 10, interval = 5, probes = 3;
     fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
@@ -31,11 +22,11 @@ void tcp_prepare(int fd) {
     setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof probes);
 }
 
-/* Until fd is ready for `events`; false when the deadline comes first. */
-static bool ready(int fd, short events, double deadline) {
+/* Wait until fd is ready for `events`; false: the deadline has passed. */
+static bool wait_ready(int fd, short events, double deadline) {
     struct pollfd p = {.fd = fd, .events = events};
     for (;;) {
-        double left = deadline - now();
+        double left = clock_seconds_left(deadline);
         if (left <= 0)
             return false;
         if (poll(&p, 1, left < 1 ? (int)(left * 1000) + 1 : 1000) > 0)
@@ -48,7 +39,7 @@ int tcp_send_all(int fd, const void *data, size_t bytes, double deadline) {
         ssize_t n = send(fd, (const char *)data + sent, bytes - sent, MSG_NOSIGNAL);
         if (n > 0)
             sent += (size_t)n;
-        else if (errno != EINTR && (errno != EAGAIN || !ready(fd, POLLOUT, deadline)))
+        else if (errno != EINTR && (errno != EAGAIN || !wait_ready(fd, POLLOUT, deadline)))
             return -1;
     }
     return 0;
@@ -64,7 +55,7 @@ int tcp_receive_all(int fd, void *data, size_t bytes, double deadline) {
             return -1;
         } else if (errno != EINTR && errno != EAGAIN) {
             return -1;
-        } else if (!ready(fd, POLLIN, deadline)) {
+        } else if (!wait_ready(fd, POLLIN, deadline)) {
             errno = ETIMEDOUT;
             return -1;
         }
@@ -73,94 +64,94 @@ int tcp_receive_all(int fd, void *data, size_t bytes, double deadline) {
 }
 
 int tcp_connect(const struct sockaddr *to, socklen_t bytes, double deadline) {
-    int fd = socket(to->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), problem = 0;
-    socklen_t length = sizeof problem;
+    int fd = socket(to->sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), error_number = 0;
+    socklen_t length = sizeof error_number;
     if (fd < 0)
         return -1;
     if (connect(fd, to, bytes) != 0) {
-        problem = errno;
-        if (problem == EINPROGRESS && !ready(fd, POLLOUT, deadline))
-            problem = ETIMEDOUT;
-        else if (problem == EINPROGRESS)
-            getsockopt(fd, SOL_SOCKET, SO_ERROR, &problem, &length);
+        error_number = errno;
+        if (error_number == EINPROGRESS && !wait_ready(fd, POLLOUT, deadline))
+            error_number = ETIMEDOUT;
+        else if (error_number == EINPROGRESS)
+            getsockopt(fd, SOL_SOCKET, SO_ERROR, &error_number, &length);
     }
-    if (problem == 0) {
-        tcp_prepare(fd);
+    if (error_number == 0) {
+        tcp_set_options(fd);
         return fd;
     }
     close(fd);
-    errno = problem;
+    errno = error_number;
     return -1;
 }
 
 int tcp_listen(int port) {
-    struct sockaddr_in6 six = {.sin6_family = AF_INET6, .sin6_port = htons((uint16_t)port)};
-    struct sockaddr_in four = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
+    struct sockaddr_in6 v6 = {.sin6_family = AF_INET6, .sin6_port = htons((uint16_t)port)};
+    struct sockaddr_in v4 = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
     int on = 1, off = 0, fd = socket(AF_INET6, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), status = -1;
-    if (fd >= 0) { /* of both families */
+    if (fd >= 0) { /* for IPv4 and IPv6 */
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof off);
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-        status = bind(fd, (struct sockaddr *)&six, sizeof six);
+        status = bind(fd, (struct sockaddr *)&v6, sizeof v6);
     }
     if (status != 0 && (fd < 0 || errno == EADDRNOTAVAIL)) { /* a machine without IPv6 */
         if (fd >= 0)
             close(fd);
         fd = socket(AF_INET, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof on);
-        status = bind(fd, (struct sockaddr *)&four, sizeof four);
+        status = bind(fd, (struct sockaddr *)&v4, sizeof v4);
     }
     if (status == 0 && listen(fd, SOMAXCONN) == 0)
         return fd;
-    int problem = errno;
+    int error_number = errno;
     if (fd >= 0)
         close(fd);
-    errno = problem;
+    errno = error_number;
     return -1;
 }
 
 /* ---- addresses ---- */
 
-static struct address address_of(const struct sockaddr_storage *s) {
-    struct address a = {.family = s->ss_family};
-    const struct sockaddr_in *four = (const struct sockaddr_in *)s;
-    const struct sockaddr_in6 *six = (const struct sockaddr_in6 *)s;
+static struct tcp_address from_sockaddr(const struct sockaddr_storage *s) {
+    struct tcp_address a = {.family = s->ss_family};
+    const struct sockaddr_in *v4 = (const struct sockaddr_in *)s;
+    const struct sockaddr_in6 *v6 = (const struct sockaddr_in6 *)s;
     if (s->ss_family == AF_INET) {
-        memcpy(a.ip, &four->sin_addr, 4);
-    } else if (IN6_IS_ADDR_V4MAPPED(&six->sin6_addr)) {
+        memcpy(a.ip, &v4->sin_addr, 4);
+    } else if (IN6_IS_ADDR_V4MAPPED(&v6->sin6_addr)) {
         a.family = AF_INET;
-        memcpy(a.ip, six->sin6_addr.s6_addr + 12, 4);
+        memcpy(a.ip, v6->sin6_addr.s6_addr + 12, 4);
     } else {
-        memcpy(a.ip, &six->sin6_addr, 16);
+        memcpy(a.ip, &v6->sin6_addr, 16);
     }
     return a;
 }
 
-socklen_t tcp_address(const struct address *a, struct sockaddr_storage *s) {
-    struct sockaddr_in four = {.sin_family = AF_INET, .sin_port = htons((uint16_t)a->port)};
-    struct sockaddr_in6 six = {.sin6_family = AF_INET6, .sin6_port = htons((uint16_t)a->port)};
-    memcpy(&four.sin_addr, a->ip, 4);
-    memcpy(&six.sin6_addr, a->ip, 16);
+socklen_t tcp_to_sockaddr(const struct tcp_address *a, struct sockaddr_storage *s) {
+    struct sockaddr_in v4 = {.sin_family = AF_INET, .sin_port = htons((uint16_t)a->port)};
+    struct sockaddr_in6 v6 = {.sin6_family = AF_INET6, .sin6_port = htons((uint16_t)a->port)};
+    memcpy(&v4.sin_addr, a->ip, 4);
+    memcpy(&v6.sin6_addr, a->ip, 16);
     memset(s, 0, sizeof *s);
     if (a->family == AF_INET)
-        memcpy(s, &four, sizeof four);
+        memcpy(s, &v4, sizeof v4);
     else
-        memcpy(s, &six, sizeof six);
-    return a->family == AF_INET ? sizeof four : sizeof six;
+        memcpy(s, &v6, sizeof v6);
+    return a->family == AF_INET ? sizeof v4 : sizeof v6;
 }
 
-bool tcp_is_loopback(const struct address *a) {
-    static const unsigned char six[16] = {[15] = 1};
-    return a->family == AF_INET ? a->ip[0] == 127 : memcmp(a->ip, six, sizeof six) == 0;
+bool tcp_is_loopback(const struct tcp_address *a) {
+    static const unsigned char v6[16] = {[15] = 1};
+    return a->family == AF_INET ? a->ip[0] == 127 : memcmp(a->ip, v6, sizeof v6) == 0;
 }
 
-struct address tcp_peer(int fd) {
+struct tcp_address tcp_peer_address(int fd) {
     struct sockaddr_storage s = {.ss_family = AF_INET};
     socklen_t bytes = sizeof s;
     getpeername(fd, (struct sockaddr *)&s, &bytes);
-    return address_of(&s);
+    return from_sockaddr(&s);
 }
 
-int tcp_port(int fd) {
+int tcp_local_port(int fd) {
     struct sockaddr_storage s = {0};
     socklen_t bytes = sizeof s;
     getsockname(fd, (struct sockaddr *)&s, &bytes);
@@ -168,7 +159,7 @@ int tcp_port(int fd) {
                                         : ((struct sockaddr_in6 *)&s)->sin6_port);
 }
 
-bool tcp_has_hung_up(int fd) {
+bool tcp_is_closed(int fd) {
     char byte;
     ssize_t n = recv(fd, &byte, 1, MSG_PEEK);
     return n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR);

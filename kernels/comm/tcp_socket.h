@@ -1,5 +1,5 @@
-/* Sockets as the ranks use them, and addresses as they tell them to each other. Deadlines are those of now().
- */
+/* Non-blocking TCP sockets, and addresses in the form that ranks send each other. Deadlines are in the
+ * time of clock_seconds(). */
 #ifndef IHA_KERNELS_COMM_TCP_SOCKET_H
 #define IHA_KERNELS_COMM_TCP_SOCKET_H
 
@@ -8,34 +8,30 @@
 #include <stdint.h>
 #include <sys/socket.h>
 
-/* Seconds since some moment. */
-double now(void);
-void rest(double seconds);
+/* For a connected socket: non-blocking, no delay, and keepalive probes that find an unreachable machine
+ * within half a minute when no data is in flight. */
+void tcp_set_options(int fd);
 
-/* Connected sockets do not block; nothing is held back; a machine that is gone while nothing is on its way to
- * it is noticed within half a minute. */
-void tcp_prepare(int fd);
-
-/* -1 and errno. listen: on all of this machine's addresses; port 0: any that is free. */
+/* A socket, or -1 and errno. listen: on all addresses of this machine; port 0: any free one. */
 int tcp_connect(const struct sockaddr *to, socklen_t bytes, double deadline);
 int tcp_listen(int port);
-int tcp_port(int fd);
+int tcp_local_port(int fd);
 
-/* -1 and errno; 0: the other side hung up; ETIMEDOUT: the deadline came. */
+/* -1 and errno; 0: the peer closed the connection; ETIMEDOUT: the deadline has passed. */
 int tcp_send_all(int fd, const void *data, size_t bytes, double deadline);
 int tcp_receive_all(int fd, void *data, size_t bytes, double deadline);
 
-/* Has the other side hung up, and is there nothing left to read? */
-bool tcp_has_hung_up(int fd);
+/* Whether the peer has closed the connection and nothing is left to read. */
+bool tcp_is_closed(int fd);
 
-struct address {
+struct tcp_address {
     uint32_t family, port;
     unsigned char ip[16];
 };
 
-/* Whom a socket leads to, without the port. */
-struct address tcp_peer(int fd);
-bool tcp_is_loopback(const struct address *a);
-socklen_t tcp_address(const struct address *a, struct sockaddr_storage *out);
+/* The address at the other end of a socket, without its port. */
+struct tcp_address tcp_peer_address(int fd);
+bool tcp_is_loopback(const struct tcp_address *a);
+socklen_t tcp_to_sockaddr(const struct tcp_address *a, struct sockaddr_storage *out);
 
 #endif

@@ -1,28 +1,33 @@
-/* What the collectives of comm_p2p.c are made of: non-blocking messages between pairs of ranks, over MPI
- * (transport_mpi.c) or TCP (transport_tcp.c).
+/* Non-blocking point-to-point messages between ranks, over MPI (transport_mpi.c) or TCP (transport_tcp.c):
+ * what the collectives of comm_p2p.c are made of.
  *
- * Messages from one rank to another arrive in the order in which both sides started them; every rank starts
- * the same ones in the same order. A message under way has a slot, a number that its user chooses. Functions
- * that can fail return -1 and an EXIT_RUN error whose text names the rank, where it is known; the run cannot
- * go on then. */
+ * Messages from one rank to another arrive in the order in which they were started, and every rank starts
+ * the matching sends and receives in the same order; so they need no tags. A message in flight is
+ * identified by a slot, a number that the caller chooses. Functions that can fail return -1 and an
+ * EXIT_RUN error whose text names the rank where it is known; the run cannot continue then. */
 #ifndef IHA_KERNELS_COMM_TRANSPORT_H
 #define IHA_KERNELS_COMM_TRANSPORT_H
 
-#include "kernels/comm.h"
+#include <stdbool.h>
+#include <stddef.h>
 
-enum { TRANSPORT_HOST = 256 };
+#include "kernels/comm/launcher.h"
+#include "kernels/error.h"
+
+enum { TRANSPORT_HOST_BYTES = 256 };
 
 struct transport {
     const struct transport_ops *ops;
     int rank, ranks;
-    int local_rank, local_ranks;   /* local_ranks 0: not known; names of hosts will tell */
-    double timeout;                /* seconds to wait for a rank */
-    char (*hosts)[TRANSPORT_HOST]; /* [ranks]; here this rank's own, until the ranks have exchanged theirs */
+    int local_rank, local_ranks; /* local_ranks 0: unknown; comm_p2p.c then compares host names */
+    double timeout;              /* seconds to wait for a message */
+    char (*hosts)
+        [TRANSPORT_HOST_BYTES]; /* [ranks]; only this rank's own until comm_p2p_open has gathered them */
 };
 
 struct transport_ops {
     const char *name;
-    bool closes_alone; /* close() does not wait for the other ranks */
+    bool close_needs_barrier; /* close() itself does not wait for the other ranks */
 
     /* Room for messages with slots 0 to count-1. */
     int (*reserve)(struct transport *, int count, struct error *e);
@@ -30,29 +35,27 @@ struct transport_ops {
     int (*receive)(struct transport *, int slot, int source, void *to, size_t bytes, struct error *e);
     int (*send)(struct transport *, int slot, int target, const void *from, size_t bytes, struct error *e);
 
-    /* Let messages move. 1: those of the slots are done, or were never started; 0: not yet. */
+    /* Make progress. 1: the messages of these slots are complete, or were never started; 0: not yet. */
     int (*test)(struct transport *, int slot, int count, struct error *e);
 
-    /* Has a message of so many bytes come from that rank, which nobody has asked for? */
-    bool (*unasked)(struct transport *, int source, size_t bytes);
+    /* Whether a message of so many bytes has arrived from that rank without a receive for it. */
+    bool (*probe)(struct transport *, int source, size_t bytes);
 
-    /* Leave another rank some seconds to end the run. */
+    /* Wait some seconds, in which another rank may abort the run. */
     void (*pause)(struct transport *, double seconds);
 
-    /* Say `line` and take every rank down, exit code 1. Does not return. */
-    void (*end)(struct transport *, const char *line);
+    /* Print `line`, once for the whole run, and end every rank with exit code 1. Does not return. */
+    void (*abort_run)(struct transport *, const char *line);
 
-    /* The end of a run that went well; release() alone, of one that never came to be. */
+    /* After a successful run. */
     void (*close)(struct transport *);
+    /* Free the transport when opening the communicator has failed. */
     void (*release)(struct transport *);
 };
 
-/* How the program was started among others without MPI; see launcher.h. */
-struct start;
-
-/* NULL and *e: they cannot be had. timeout: seconds to wait for ranks to come, and for every message until
- * the field says otherwise. */
+/* NULL and *e: not possible. timeout: seconds to wait for the other ranks to start, and for every message
+ * until the field is changed. */
 struct transport *transport_mpi_open(double timeout, struct error *e);
-struct transport *transport_tcp_open(const struct start *start, double timeout, struct error *e);
+struct transport *transport_tcp_open(const struct launcher_env *env, double timeout, struct error *e);
 
 #endif

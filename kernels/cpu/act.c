@@ -17,7 +17,7 @@ static inline vreal gelu(vreal u) {
     return u * sigmoid(GELU_SCALE * (u + GELU_CUBE * u * u * u));
 }
 
-static inline vreal gelu_slope(vreal u) {
+static inline vreal gelu_derivative(vreal u) {
     vreal s = sigmoid(GELU_SCALE * (u + GELU_CUBE * u * u * u));
     return s + u * s * (1 - s) * GELU_SCALE * (1 + 3 * GELU_CUBE * u * u);
 }
@@ -26,7 +26,7 @@ static inline vreal relu(vreal u) {
     return vselect(u < 0, vsplat(0), u); /* NaN stays */
 }
 
-/* A row's last, partial vector is computed on a copy. */
+/* The last, partial vector of a row goes through a copy: nothing past the row is read or written. */
 static inline vreal vload_part(const real *p, int64_t n) {
     vreal v = {0};
     memcpy(&v, p, (size_t)n * sizeof(real));
@@ -53,7 +53,7 @@ static inline vreal act_value(enum act_type type, vreal u, vreal gate) {
 static inline vreal act_gradient(enum act_type type, vreal dout, vreal u, vreal gate, vreal *dgate) {
     switch (type) {
     case ACT_GELU_TANH:
-        return dout * gelu_slope(u);
+        return dout * gelu_derivative(u);
     case ACT_RELU2:
         return dout * 2 * relu(u);
     case ACT_SWIGLU:

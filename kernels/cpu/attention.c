@@ -1,11 +1,11 @@
 /* Fused attention, forward and backward, without an S x S array (Dao et al. 2022, Milakov & Gimelshein 2018).
  *
- * Each (batch, head) is one piece of work for one thread, which packs the head's keys and values once into
- * tiles that the small matrix products of tile.h can stream, then walks the tiles of scores that are inside
- * the mask's band; the others are never visited. Scores live in base 2 (q is scaled by scale * log2 e), so
- * one exp2 per score is all. Kept for backward: the log-sum-exp, in base 2, [B,H,S].
+ * Each (batch, head) is computed by one thread. It packs the head's keys and values once into tiles that the
+ * small matrix products of tile.h read in order, then computes the tiles of scores that are inside the mask's
+ * band; the others are skipped. Scores are in base 2 (q is scaled by scale * log2 e), so that each takes one
+ * exp2. Saved for backward: the log-sum-exp, in base 2, [B,H,S].
  *
- * Who sees whom is attention_keys() in kernels.h: the keys of a query are one interval. */
+ * Which keys a query sees: attention_keys() in kernels.h. They are one interval. */
 #include "kernels/cpu/attention_tiles.h"
 
 #include "kernels/cpu/tile.h"
@@ -22,7 +22,7 @@ static int64_t padded_length(const struct attention_spec *s) {
     return round_up(s->length, TILE);
 }
 
-/* Scratch of one thread. Forward needs fewer arrays than backward; one layout serves both. */
+/* Scratch of one thread, the same layout for forward and backward; forward does not use all of it. */
 struct scratch {
     real *q;                         /* [S, d'] scaled by scale * log2 e; d' is d padded to whole vectors */
     real *d_o;                       /* [S, d'] */
@@ -35,9 +35,12 @@ struct scratch {
     real *row_max, *row_sum, *delta; /* [S] */
 };
 
+/* Sets *out to arrays behind `base`, which may be NULL, and returns their bytes. Arrays begin at cache lines;
+ * one line between them keeps arrays of a power of two from starting in the same cache set. Each thread has
+ * pages of its own. */
 static size_t layout_scratch(const struct attention_spec *s, char *base, struct scratch *out) {
     int64_t S = padded_length(s), D = padded_dim(s);
-    size_t at = 0;
+    size_t offset = 0;
     struct {
         real **where;
         int64_t count;
@@ -46,10 +49,10 @@ static size_t layout_scratch(const struct attention_spec *s, char *base, struct 
                  {&out->dv, TILE * D}, {&out->p, TILE * TILE}, {&out->ds, TILE * TILE}, {&out->row_max, S},
                  {&out->row_sum, S},   {&out->delta, S}};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        *parts[i].where = base ? (real *)(base + at) : NULL;
-        at += (size_t)round_up(parts[i].count * (int64_t)sizeof(real), 64) + 64;
+        *parts[i].where = base ? (real *)(base + offset) : NULL;
+        offset += (size_t)round_up(parts[i].count * (int64_t)sizeof(real), 64) + 64;
     }
-    return (size_t)round_up((int64_t)at, 4096);
+    return (size_t)round_up((int64_t)offset, 4096);
 }
 
 struct op_cost attention_plan(const struct device *dev, const struct attention_spec *s) {
@@ -64,7 +67,7 @@ static real *head_of(tensor t, int64_t b, int64_t h) {
     return (real *)t.data + b * t.stride[0] + h * t.stride[2];
 }
 
-/* A head's rows lie a token apart, further than the processor's own prefetching reaches. */
+/* A head's rows are a token apart, too far for the hardware prefetcher. */
 static inline void prefetch_row(const real *row, int64_t d) {
     for (int64_t c = 0; c < d; c += 64 / (int64_t)sizeof(real))
         __builtin_prefetch(row + c);
@@ -72,7 +75,8 @@ static inline void prefetch_row(const real *row, int64_t d) {
 
 enum { PREFETCH_ROWS = 12 };
 
-/* rows [S, d] at `stride` to [S', d'], times `factor`, zeros in the padding. */
+/* Copies rows [S, d] at `stride` to [S', d'], times `factor`, with zeros in the padding. Contiguous rows and
+ * whole vectors are what tile_gemm is fast on. */
 static void pack_rows(const struct attention_spec *s, const real *x, int64_t stride, real factor, real *out) {
     int64_t D = padded_dim(s), d = s->head_dim;
     for (int64_t i = 0; i < s->length; i++) {
@@ -86,7 +90,7 @@ static void pack_rows(const struct attention_spec *s, const real *x, int64_t str
     memset(out + s->length * D, 0, (size_t)((padded_length(s) - s->length) * D) * sizeof(real));
 }
 
-/* The same, each tile of TILE rows transposed. */
+/* The same, each tile of TILE rows transposed: in q k^T, tile_gemm wants the keys along the vectors. */
 static void pack_transposed(const struct attention_spec *s, const real *x, int64_t stride, real *out) {
     int64_t d = s->head_dim;
     for (int64_t begin = 0; begin < s->length; begin += TILE) {
@@ -102,8 +106,8 @@ static void pack_transposed(const struct attention_spec *s, const real *x, int64
     }
 }
 
-/* A tile is worked off in strips of STRIP queries: at the band's edges a strip computes only the columns that
- * some query of it sees, which saves near half of the work on narrow windows. */
+/* A tile is computed in strips of STRIP queries: at the band's edges a strip computes only the columns that
+ * one of its queries sees, which saves nearly half of the work for narrow windows. */
 enum { STRIP = 16 };
 
 /* Columns [*begin, *end), whole vectors, of the tile of keys from k0 that queries [q0, q0 + rows) see. */
@@ -145,8 +149,8 @@ static void mask_row(real *row, int64_t begin, int64_t first, int64_t last, int6
     }
 }
 
-/* One row of the running softmax: scores become probabilities relative to the new maximum; what was summed
- * before is rescaled. */
+/* One row of the online softmax: scores become exp2(score - maximum so far); the sums over earlier tiles are
+ * rescaled if the maximum grew. */
 static void softmax_row(real *row, int64_t columns, int64_t D, real *row_max, real *row_sum, real *acc) {
     vreal m = vload(row);
     for (int64_t j = VL; j < columns; j += VL)
@@ -236,7 +240,7 @@ static void check_attention(const char *op, const struct attention_spec *s, tens
 
 void cpu_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v, tensor o,
                    void *saved) {
-    call_progress(dev);
+    call_progress_callback(dev);
     check_attention("attention", s, q, k, v, o);
     char *base = cpu_workspace(dev, attention_plan(dev, s).workspace, "attention");
     struct scratch unused;
@@ -313,7 +317,8 @@ static void row_deltas(const struct attention_spec *s, const struct scratch *w, 
     }
 }
 
-/* Keys outside, queries inside: dk and dv of a tile are summed in place, dq over the whole head. */
+/* Keys in the outer loop, queries in the inner: dk and dv of a tile stay in cache until complete; dq, which
+ * every tile of keys adds to, is kept for the whole head. */
 static void backward_head(const struct attention_spec *s, const struct scratch *w, const real *lse, real *dk,
                           int64_t dk_stride, real *dv, int64_t dv_stride) {
     int64_t D = padded_dim(s), visited = 0;
@@ -325,7 +330,7 @@ static void backward_head(const struct attention_spec *s, const struct scratch *
         memset(w->dv, 0, (size_t)(TILE * D) * sizeof(real));
         for (int64_t q0 = begin; q0 < end; q0 += TILE, visited++)
             backward_tile(s, w, lse, q0, k0);
-        /* q carries scale * log2 e; dk wants scale alone */
+        /* w->q is scaled by scale * log2 e, and dk by scale alone */
         unpack_rows(w->dk, keys, D, s->head_dim, LN2, dk + k0 * dk_stride, dk_stride);
         unpack_rows(w->dv, keys, D, s->head_dim, 1, dv + k0 * dv_stride, dv_stride);
     }
@@ -335,7 +340,7 @@ static void backward_head(const struct attention_spec *s, const struct scratch *
 
 void cpu_attention_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                             tensor o, tensor d_o, const void *saved, tensor dq, tensor dk, tensor dv) {
-    call_progress(dev);
+    call_progress_callback(dev);
     check_attention("attention_backward", s, q, k, v, o);
     check_attention("attention_backward (gradients)", s, dq, dk, dv, d_o);
     char *base = cpu_workspace(dev, attention_plan(dev, s).workspace, "attention_backward");

@@ -1,14 +1,16 @@
-/* Which tiles of the score matrix attention visits: those that hold at least one visible pair. */
+/* The tiles of scores that attention computes: those with at least one visible pair of query and key. */
 #ifndef IHA_KERNELS_CPU_ATTENTION_TILES_H
 #define IHA_KERNELS_CPU_ATTENTION_TILES_H
 
 #include "kernels/cpu/cpu.h"
 
-enum { TILE = 64 }; /* queries and keys a tile */
+/* Queries and keys of a tile. 64 x 64 scores in fp32 are 16 KiB: they stay in the L1 cache, beside what they
+ * are multiplied with. */
+enum { TILE = 64 };
 
 /* Tiles of keys for the `rows` queries from q0: those starting at *begin, *begin + TILE, ... below *end.
- * Both ends of a query's keys grow with the query, so the first query has the first key and the last the
- * last. */
+ * Both ends of a query's keys grow with the query, so the first query sees the first key and the last query
+ * the last. */
 static inline void tiles_of_queries(const struct attention_spec *s, int64_t q0, int64_t rows, int64_t *begin,
                                     int64_t *end) {
     int64_t unused;

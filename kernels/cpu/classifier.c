@@ -2,7 +2,8 @@
  * logits of a whole batch never exist at once. */
 #include "kernels/cpu/cpu.h"
 
-/* A chunk's logits may take this much memory; fewer than MIN_ROWS rows would starve the matrix products. */
+/* Most memory for the logits of a chunk, unless that is fewer than MIN_ROWS rows: the matrix products are
+ * slow for few rows, as each reads all of W. */
 enum { CHUNK_BYTES = 128 << 20, MIN_ROWS = 256 };
 
 static int64_t chunk_rows(const struct classifier_spec *s) {
@@ -30,7 +31,7 @@ static double exp_in_place(real *x, int64_t n, real max) {
     double sum = 0;
     int64_t i = 0;
     while (i + VL <= n) {
-        /* Sums of a thousand vectors at most are kept in float. */
+        /* Sums of 1024 vectors are kept in float and added in double: a vocabulary has 10^5 terms. */
         int64_t end = min64(n, i + 1024 * VL);
         total = (vreal){0};
         for (; i + VL <= end; i += VL) {
@@ -87,6 +88,7 @@ void cpu_classifier(struct device *dev, const struct classifier_spec *s, tensor 
 #pragma omp parallel for schedule(static)
         for (int64_t n = 0; n < rows; n++)
             losses[n] = row_loss(logits + n * V, V, target[begin + n], scale, want_gradient);
+        /* In the order of rows: the loss does not depend on the number of threads. */
         for (int64_t n = 0; n < rows; n++)
             state->loss += scale * losses[n];
         if (!want_gradient)

@@ -1,11 +1,13 @@
-/* collapse: pseudo-heads back to heads (paper: step 6), full (R [H,P,H]) or per head (R [H,P]). */
+/* collapse: mixes pseudo-heads back into heads (paper: step 6), full (R [H,P,H]) or per head (R [H,P]). */
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/head_mix.h"
 
+/* Elements of R. */
 static int64_t matrix_reals(const struct collapse_spec *s) {
     return s->heads * s->pseudo * (s->per_head ? 1 : s->heads);
 }
 
+/* A partial dR for each thread, in whole cache lines, so that threads do not write to the same one. */
 struct op_cost collapse_plan(const struct device *dev, const struct collapse_spec *s) {
     return (struct op_cost){.workspace =
                                 (size_t)dev->threads * (size_t)round_up(matrix_reals(s), 16) * sizeof(real)};
@@ -87,15 +89,15 @@ void cpu_collapse_backward(struct device *dev, const struct collapse_spec *s, te
     int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H, N = s->batch * s->tokens;
     int64_t stride = round_up(matrix_reals(s), 16);
     size_t bytes = collapse_plan(dev, s).workspace;
-    real *shares = cpu_workspace(dev, bytes, "collapse_backward");
-    memset(shares, 0, bytes);
+    real *partials = cpu_workspace(dev, bytes, "collapse_backward");
+    memset(partials, 0, bytes);
 #pragma omp parallel num_threads(dev->threads)
     {
-        real *mine = shares + omp_get_thread_num() * stride;
+        real *mine = partials + omp_get_thread_num() * stride;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += MIX_TOKENS)
             collapse_backward_block(s, min64(MIX_TOKENS, N - n), (real *)dout.data + n * H * d,
                                     (real *)o.data + n * PH * d, r.data, (real *)d_o.data + n * PH * d, mine);
     }
-    sum_shares(shares, dev->threads, stride, matrix_reals(s), dr.data, accumulate);
+    sum_partials(partials, dev->threads, stride, matrix_reals(s), dr.data, accumulate);
 }

@@ -1,4 +1,4 @@
-/* The CPU backend's device: memory, scratch, transfers, and the table of operations. */
+/* The CPU backend's device: opening, memory, transfers, plans, and its table of functions. */
 #include "kernels/cpu/cpu.h"
 
 #include <errno.h>
@@ -27,7 +27,7 @@ static void read_processor_name(char *out, size_t bytes) {
 
 static struct device *cpu_open(const struct device_options *options, struct error *e) {
     int threads =
-        cpu_place_threads(options->threads, options->comm); /* all ranks together, so before any fails */
+        cpu_set_threads(options->threads, options->comm); /* collective, so before any rank can fail */
     if (options->precision != DEVICE_FP32) {
         fail_user(
             e, "system.precision = bf16 needs a GPU; on the CPU leave it out or set system.precision = fp32");
@@ -39,7 +39,7 @@ static struct device *cpu_open(const struct device_options *options, struct erro
         return NULL;
     }
     dev->threads = threads;
-    dev->sharers = options->comm ? options->comm->local_ranks : 1;
+    dev->local_ranks = options->comm ? options->comm->local_ranks : 1;
     char name[128];
     read_processor_name(name, sizeof name);
     snprintf(dev->description, sizeof dev->description, "cpu: %s, %d thread%s, %d-bit vectors", name,
@@ -62,16 +62,16 @@ static struct device_dtypes cpu_dtypes(struct device *dev) {
 
 static double cpu_peak_flops(struct device *dev) {
     (void)dev;
-    return 0; /* no published dense peak to hold a CPU to: mfu is left out */
+    return 0; /* not known: mfu is left out */
 }
 
-/* Ranks' tensors are host memory already. */
+/* Tensors are in host memory, where `ranks` already works. */
 static struct comm *cpu_open_comm(struct device *dev, struct comm *ranks, enum comm_backend how,
                                   struct error *e) {
     (void)dev;
     if (how != COMM_BACKEND_NCCL)
         return ranks;
-    fail_user(e, "system.comm = nccl joins GPUs, and this run is on the CPU; use auto");
+    fail_user(e, "system.comm = nccl needs GPUs, but this run is on the CPU; set system.comm = auto");
     return NULL;
 }
 
@@ -86,12 +86,15 @@ static void cpu_set_progress_callback(struct device *dev, void (*call)(void *con
     dev->progress_context = context;
 }
 
-/* Page-aligned and fresh from the kernel, so zeroed, and placed by the thread that touches it first. */
+enum { PAGE = 4096 };
+
+/* mmap gives zeroed pages, and each is placed in the memory next to the processor that first writes to it.
+ * One page in front holds the size, for munmap. */
 static void *cpu_alloc(struct device *dev, size_t bytes, struct error *e) {
     (void)dev;
     if (bytes == 0)
         bytes = 1;
-    size_t *head = mmap(NULL, bytes + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    size_t *head = mmap(NULL, bytes + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (head == MAP_FAILED) {
         fail_user(
             e,
@@ -100,15 +103,15 @@ static void *cpu_alloc(struct device *dev, size_t bytes, struct error *e) {
             bytes / 1e9, strerror(errno));
         return NULL;
     }
-    *head = bytes + 4096;
-    return (char *)head + 4096;
+    *head = bytes + PAGE;
+    return (char *)head + PAGE;
 }
 
 static void cpu_release(struct device *dev, void *data) {
     (void)dev;
     if (!data)
         return;
-    size_t *head = (size_t *)((char *)data - 4096);
+    size_t *head = (size_t *)((char *)data - PAGE);
     munmap(head, *head);
 }
 
@@ -122,7 +125,7 @@ static void cpu_copy(struct device *dev, void *to, const void *from, size_t byte
     memcpy(to, from, bytes);
 }
 
-/* Calling a function costs nothing here. */
+/* No graphs: calling an operation costs next to nothing on the CPU. */
 static bool cpu_graph_replay(struct device *dev, int id) {
     (void)dev, (void)id;
     return false;
@@ -140,18 +143,18 @@ static bool cpu_graph_end(struct device *dev, int id) {
 static void cpu_range_begin(struct device *dev, const char *name, int index) {
     struct traced_range *r = dev->trace ? trace_enter(dev->trace, name, index) : NULL;
     if (r)
-        r->begin = clock_seconds() - dev->trace_began;
+        r->begin = clock_seconds() - dev->trace_start;
 }
 
 static void cpu_range_end(struct device *dev) {
     struct traced_range *r = dev->trace ? trace_leave(dev->trace) : NULL;
     if (r)
-        r->end = clock_seconds() - dev->trace_began;
+        r->end = clock_seconds() - dev->trace_start;
 }
 
 static void cpu_trace_begin(struct device *dev) {
     dev->trace = trace_create();
-    dev->trace_began = clock_seconds();
+    dev->trace_start = clock_seconds();
 }
 
 static struct trace *cpu_trace_end(struct device *dev) {
@@ -267,33 +270,9 @@ const struct kernels *kernels_cpu(void) {
         .trace_end = cpu_trace_end,
         .plan = cpu_plan,
         .set_workspace = cpu_set_workspace,
-        .embed = cpu_embed,
-        .embed_backward = cpu_embed_backward,
-        .residual_norm = cpu_residual_norm,
-        .residual_norm_recompute = cpu_residual_norm_recompute,
-        .residual_norm_backward = cpu_residual_norm_backward,
-        .linear = cpu_linear,
-        .linear_backward = cpu_linear_backward,
-        .rope_table = cpu_rope_table,
-        .qkv_mix = cpu_qkv_mix,
-        .qkv_mix_backward = cpu_qkv_mix_backward,
-        .attention = cpu_attention,
-        .attention_backward = cpu_attention_backward,
-        .attention_decode = cpu_attention_decode,
-        .collapse = cpu_collapse,
-        .collapse_backward = cpu_collapse_backward,
-        .mlp_act = cpu_mlp_act,
-        .mlp_act_backward = cpu_mlp_act_backward,
-        .classifier = cpu_classifier,
-        .step_begin = cpu_step_begin,
-        .sumsq = cpu_sumsq,
-        .step_decide = cpu_step_decide,
-        .step_read = cpu_step_read,
-        .step_write = cpu_step_write,
-        .step_post = cpu_step_post,
-        .step_collect = cpu_step_collect,
         .run_ahead = 0,
-        .adamw = cpu_adamw,
+#define OP(name, parameters, arguments) .name = cpu_##name,
+#include "kernels/ops.def"
     };
     return &table;
 }

@@ -1,4 +1,4 @@
-/* attention_decode: a few new virtual tokens against a ring of cached keys and values. */
+/* attention_decode: attention of a few new virtual tokens over a ring buffer of cached keys and values. */
 #include "kernels/cpu/cpu.h"
 
 static real dot(const real *a, const real *b, int64_t n) {
@@ -9,26 +9,26 @@ static real dot(const real *a, const real *b, int64_t n) {
     return sum;
 }
 
-/* Softmax over keys [begin, end), which lie at index s mod capacity of the ring; running, so that no row of
- * scores is stored. */
-static void attend(const struct attention_spec *s, const real *q, tensor cache_k, tensor cache_v, int64_t b,
-                   int64_t h, int64_t begin, int64_t end, real *o) {
+/* Attention of one query over keys [begin, end), of which key s is at index s mod capacity. The softmax is
+ * computed online, so that no row of scores is stored. */
+static void attend_query(const struct attention_spec *s, const real *q, tensor cache_k, tensor cache_v,
+                         int64_t b, int64_t h, int64_t begin, int64_t end, real *o) {
     int64_t capacity = cache_k.shape[1], d = s->head_dim;
-    real top = -INFINITY, total = 0;
+    real max = -INFINITY, total = 0;
     memset(o, 0, (size_t)d * sizeof(real));
     for (int64_t key = begin; key < end; key++) {
         int64_t slot = key % capacity;
         const real *k = (real *)cache_k.data + b * cache_k.stride[0] + slot * cache_k.stride[1] + h * d;
         const real *v = (real *)cache_v.data + b * cache_v.stride[0] + slot * cache_v.stride[1] + h * d;
         real score = (real)s->scale * dot(q, k, d);
-        if (score > top) {
-            real factor = (real)exp((double)(top - score));
-            top = score;
+        if (score > max) {
+            real factor = (real)exp((double)(max - score));
+            max = score;
             total *= factor;
             for (int64_t c = 0; c < d; c++)
                 o[c] *= factor;
         }
-        real weight = (real)exp((double)(score - top));
+        real weight = (real)exp((double)(score - max));
         total += weight;
 #pragma omp simd
         for (int64_t c = 0; c < d; c++)
@@ -38,7 +38,7 @@ static void attend(const struct attention_spec *s, const real *q, tensor cache_k
         o[c] /= total;
 }
 
-static void append(const struct attention_spec *s, tensor x, tensor cache, int64_t first) {
+static void append_to_cache(const struct attention_spec *s, tensor x, tensor cache, int64_t first) {
     int64_t capacity = cache.shape[1];
     for (int64_t b = 0; b < s->batch; b++)
         for (int64_t i = 0; i < s->length; i++)
@@ -54,14 +54,15 @@ void cpu_attention_decode(struct device *dev, const struct attention_spec *s, te
     check_real("attention_decode", "q", q, B, n, H, d, 0);
     check_real("attention_decode", "o", o, B, n, H, d, 0);
     check_real("attention_decode", "cache", cache_k, B, cache_k.shape[1], H, d, 0);
-    append(s, k, cache_k, first);
-    append(s, v, cache_v, first);
+    append_to_cache(s, k, cache_k, first);
+    append_to_cache(s, v, cache_v, first);
 #pragma omp parallel for collapse(2) schedule(dynamic)
     for (int64_t bh = 0; bh < B * H; bh++)
         for (int64_t i = 0; i < n; i++) {
             int64_t b = bh / H, h = bh % H, begin, end;
             attention_keys(s, first + i, first + n, &begin, &end);
-            attend(s, (real *)q.data + b * q.stride[0] + i * q.stride[1] + h * q.stride[2], cache_k, cache_v,
-                   b, h, begin, end, (real *)o.data + b * o.stride[0] + i * o.stride[1] + h * o.stride[2]);
+            attend_query(s, (real *)q.data + b * q.stride[0] + i * q.stride[1] + h * q.stride[2], cache_k,
+                         cache_v, b, h, begin, end,
+                         (real *)o.data + b * o.stride[0] + i * o.stride[1] + h * o.stride[2]);
         }
 }

@@ -1,4 +1,4 @@
-/* embed: token and position vectors in, and the scatter of their gradients. */
+/* embed: the sum of token and position vectors, and the scatter of its gradient. */
 #include "kernels/cpu/cpu.h"
 
 void cpu_embed(struct device *dev, const struct embed_spec *s, tensor tokens, tensor w, tensor pos,
@@ -23,7 +23,9 @@ void cpu_embed(struct device *dev, const struct embed_spec *s, tensor tokens, te
     }
 }
 
-/* Tokens repeat, so rows of dW collide: each thread owns a strip of columns and walks all tokens in order. */
+/* Tokens repeat, so threads that divide the tokens would add to the same rows of dW. Instead each takes a
+ * strip of columns for all tokens, in order: the same bits for any number of threads. A strip is two cache
+ * lines of floats. */
 void cpu_embed_backward(struct device *dev, const struct embed_spec *s, tensor tokens, tensor dx, tensor dw,
                         tensor dpos) {
     (void)dev;

@@ -1,5 +1,5 @@
-/* Matrix products. In float they go to oneDNN, which finds the processor's best kernel by itself; in double,
- * which only gradient tests use and oneDNN does not have, plain loops do. */
+/* Matrix products. In float by oneDNN, which chooses the best kernel for the processor at run time. In
+ * double, which oneDNN does not have and only gradient tests use, by plain loops. */
 #include "kernels/cpu/cpu.h"
 
 #ifndef KERNELS_DOUBLE
@@ -13,7 +13,7 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, c
     dnnl_status_t status = dnnl_sgemm(transpose_a ? 'T' : 'N', transpose_b ? 'T' : 'N', m, n, k, 1.0f, a, lda,
                                       b, ldb, beta, c, ldc);
     if (status != dnnl_success) {
-        fprintf(stderr, "gemm: oneDNN refused %lld x %lld x %lld (status %d)\n", (long long)m, (long long)n,
+        fprintf(stderr, "gemm: oneDNN failed for %lld x %lld x %lld (status %d)\n", (long long)m, (long long)n,
                 (long long)k, (int)status);
         abort();
     }

@@ -1,4 +1,4 @@
-/* Mixing along the head axis, the one primitive behind IHA: per token, a small matrix times the heads,
+/* Mixing along the head axis, for qkv_mix and collapse: for each token, a small matrix times the heads,
  *
  *   out[t,i,:] = sum_j M[i,j] in[t,j,:]        and its weight gradient
  *   dM[i,j] += sum_t <dout[t,i,:], in[t,j,:]>
@@ -9,17 +9,18 @@
 
 #include "kernels/cpu/tile.h"
 
-/* One token. M's element (i,j) is m[i*row + j*col]; in [J,d] and out [I,d] contiguous. */
+/* out = M in for one token. Element (i,j) of M is m[i*row + j*col]; in [J,d] and out [I,d] are contiguous. */
 static inline void head_mix(int64_t I, int64_t J, int64_t d, const real *m, int64_t row, int64_t col,
                             const real *in, real *out) {
     tile_gemm(I, d, J, m, row, col, in, d, out, d, false);
 }
 
-/* A block of dM, mi by mj, kept in registers over all tokens. */
+/* A block of dM, mi by mj, which stays in registers over all tokens: 4 x 4 vectors, so that a load of one
+ * feeds four multiply-adds. */
 TILE_INLINE void outer_block(const int mi, const int mj, int64_t tokens, int64_t d, const real *dout,
                              int64_t dout_stride, const real *in, int64_t in_stride, real *dm, int64_t ldm) {
     vreal acc[4][4] = {{{0}}};
-    real rest[4][4] = {{0}};
+    real tail[4][4] = {{0}};
     for (int64_t t = 0; t < tokens; t++, dout += dout_stride, in += in_stride) {
         int64_t c = 0;
         for (; c + VL <= d; c += VL) {
@@ -38,14 +39,14 @@ TILE_INLINE void outer_block(const int mi, const int mj, int64_t tokens, int64_t
         for (; c < d; c++)
             for (int i = 0; i < mi; i++)
                 for (int j = 0; j < mj; j++)
-                    rest[i][j] += dout[i * d + c] * in[j * d + c];
+                    tail[i][j] += dout[i * d + c] * in[j * d + c];
     }
     for (int i = 0; i < mi; i++)
         for (int j = 0; j < mj; j++)
-            dm[i * ldm + j] += vsum(acc[i][j]) + rest[i][j];
+            dm[i * ldm + j] += vsum(acc[i][j]) + tail[i][j];
 }
 
-/* dM [I,J] += over `tokens` tokens, whose dout [I,d] and in [J,d] lie dout_stride and in_stride apart. */
+/* dM [I,J] += sum over `tokens` tokens, whose dout [I,d] and in [J,d] are dout_stride and in_stride apart. */
 static inline void head_outer(int64_t I, int64_t J, int64_t d, int64_t tokens, const real *dout,
                               int64_t dout_stride, const real *in, int64_t in_stride, real *dm) {
     for (int64_t i = 0; i < I; i += I - i >= 4 ? 4 : 1)
@@ -63,8 +64,8 @@ static inline void head_outer(int64_t I, int64_t J, int64_t d, int64_t tokens, c
         }
 }
 
-/* Backward works on this many tokens at a time: enough to fill outer_block's registers for a while, few
- * enough to stay in cache. */
+/* Tokens that backward processes at a time: enough that storing outer_block's sums costs little, few enough
+ * that they stay in cache between the two gradients. */
 enum { MIX_TOKENS = 16 };
 
 #endif

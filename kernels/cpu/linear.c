@@ -9,8 +9,8 @@ static void add_bias(real *y, int64_t rows, int64_t cols, int64_t stride, const 
             y[i * stride + j] += bias[j];
 }
 
-/* out (+)= column sums of x [rows, cols]. Each thread owns a strip of columns, so the order of additions does
- * not depend on the number of threads. */
+/* out (+)= column sums of x [rows, cols]. Each thread sums a strip of columns over all rows, so the order of
+ * additions does not depend on the number of threads. A strip's sums fit in a few vector registers. */
 static void column_sums(const real *x, int64_t rows, int64_t cols, int64_t stride, real *out,
                         bool accumulate) {
     enum { STRIP = 64 };
@@ -27,17 +27,17 @@ static void column_sums(const real *x, int64_t rows, int64_t cols, int64_t strid
     }
 }
 
-void sum_shares(const real *shares, int parts, int64_t stride, int64_t n, real *out, bool accumulate) {
+void sum_partials(const real *partials, int parts, int64_t stride, int64_t n, real *out, bool accumulate) {
     for (int64_t i = 0; i < n; i++) {
         real sum = accumulate ? out[i] : 0;
         for (int p = 0; p < parts; p++)
-            sum += shares[p * stride + i];
+            sum += partials[p * stride + i];
         out[i] = sum;
     }
 }
 
 void cpu_linear(struct device *dev, const struct linear_spec *s, tensor x, tensor w, tensor bias, tensor y) {
-    call_progress(dev);
+    call_progress_callback(dev);
     check_real("linear", "x", x, s->rows, s->in, 0, 0, 0);
     check_real("linear", "W", w, s->out, s->in, 0, 0, 0);
     check_real("linear", "y", y, s->rows, s->out, 0, 0, 0);
@@ -51,7 +51,7 @@ void cpu_linear(struct device *dev, const struct linear_spec *s, tensor x, tenso
 
 void cpu_linear_backward(struct device *dev, const struct linear_spec *s, tensor dy, tensor x, tensor w,
                          tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate) {
-    call_progress(dev);
+    call_progress_callback(dev);
     check_real("linear_backward", "dy", dy, s->rows, s->out, 0, 0, 0);
     check_real("linear_backward", "x", x, s->rows, s->in, 0, 0, 0);
     check_real("linear_backward", "dW", dw, s->out, s->in, 0, 0, 0);
@@ -59,7 +59,7 @@ void cpu_linear_backward(struct device *dev, const struct linear_spec *s, tensor
          dw.stride[0]);
     if (dbias.data)
         column_sums(dy.data, s->rows, s->out, dy.stride[0], dbias.data, accumulate);
-    call_progress(dev);
+    call_progress_callback(dev);
     if (dx.data) {
         check_real("linear_backward", "W", w, s->out, s->in, 0, 0, 0);
         check_real("linear_backward", "dx", dx, s->rows, s->in, 0, 0, 0);

@@ -1,8 +1,8 @@
-/* How much memory there is: the machine's, or that of the container or job this process runs in, where less.
+/* Free memory: the machine's, or that of the container or job of this process if it is less.
  *
- * Control groups nest, and each may have a limit. Version 2 keeps one tree, version 1 one of its own for
- * memory; inside a container either may be seen from its root. What they count as used includes the page
- * cache, which the kernel gives back when memory is wanted. */
+ * Control groups (cgroups) are nested, and each may have a limit. Version 2 has one tree for all resources,
+ * version 1 a separate one for memory. Inside a container, its own group may be mounted as the root of the
+ * tree. Used bytes include the page cache, which the kernel frees when memory is needed. */
 #include <stdio.h>
 #include <string.h>
 
@@ -10,7 +10,7 @@
 
 enum { PATH = 512 };
 
-/* The number in a file of the system's, or SIZE_MAX when there is none ("max"). */
+/* The number in folder/name, or SIZE_MAX if there is none (a missing file, or "max"). */
 static size_t read_bytes(const char *folder, const char *name) {
     char path[PATH + 64];
     size_t bytes = SIZE_MAX;
@@ -23,7 +23,7 @@ static size_t read_bytes(const char *folder, const char *name) {
     return bytes;
 }
 
-/* Lines "key number" of a file: the sum of those whose key is `a` or `b`. */
+/* The sum of the numbers in lines "key number" whose key is `a` or `b`. */
 static size_t sum_of(const char *path, const char *a, const char *b) {
     FILE *f = fopen(path, "r");
     char key[64];
@@ -35,8 +35,8 @@ static size_t sum_of(const char *path, const char *a, const char *b) {
     return sum;
 }
 
-/* What one group still allows; SIZE_MAX: it has no limit. */
-static size_t left_in(const char *folder, bool version2) {
+/* Free bytes of one group; SIZE_MAX: no limit. */
+static size_t group_free(const char *folder, bool version2) {
     char stat[PATH + 64];
     size_t limit = read_bytes(folder, version2 ? "memory.max" : "memory.limit_in_bytes");
     size_t used = read_bytes(folder, version2 ? "memory.current" : "memory.usage_in_bytes");
@@ -49,14 +49,14 @@ static size_t left_in(const char *folder, bool version2) {
     return limit > used ? limit - used : 1;
 }
 
-/* The least over a group and those around it. */
-static size_t left_in_nest(const char *root, const char *group, bool version2) {
+/* The least of a group and the groups around it. */
+static size_t nested_groups_free(const char *root, const char *group, bool version2) {
     char folder[PATH];
     size_t least = SIZE_MAX;
     snprintf(folder, sizeof folder, "%s%s", root, group);
     for (;;) {
-        size_t left = left_in(folder, version2);
-        least = left < least ? left : least;
+        size_t bytes = group_free(folder, version2);
+        least = bytes < least ? bytes : least;
         char *slash = strrchr(folder, '/');
         if (strlen(folder) <= strlen(root) || !slash)
             return least;
@@ -64,12 +64,12 @@ static size_t left_in_nest(const char *root, const char *group, bool version2) {
     }
 }
 
-static size_t left_in_groups(void) {
+static size_t all_groups_free(void) {
     FILE *f = fopen("/proc/self/cgroup", "r");
     char line[PATH], group[PATH];
-    size_t least = left_in("/sys/fs/cgroup", true); /* as a container sees its own */
+    size_t least = group_free("/sys/fs/cgroup", true); /* inside a container: its own group */
     while (f && fgets(line, sizeof line, f)) {
-        size_t left = SIZE_MAX;
+        size_t bytes = SIZE_MAX;
         line[strcspn(line, "\n")] = '\0';
         char *kind = strchr(line, ':'), *path = kind ? strchr(kind + 1, ':') : NULL;
         if (!path)
@@ -77,10 +77,10 @@ static size_t left_in_groups(void) {
         *path++ = '\0';
         snprintf(group, sizeof group, "%s", strcmp(path, "/") == 0 ? "" : path);
         if (strcmp(kind, ":") == 0)
-            left = left_in_nest("/sys/fs/cgroup", group, true);
+            bytes = nested_groups_free("/sys/fs/cgroup", group, true);
         else if (strcmp(kind, ":memory") == 0)
-            left = left_in_nest("/sys/fs/cgroup/memory", group, false);
-        least = left < least ? left : least;
+            bytes = nested_groups_free("/sys/fs/cgroup/memory", group, false);
+        least = bytes < least ? bytes : least;
     }
     if (f)
         fclose(f);
@@ -88,6 +88,6 @@ static size_t left_in_groups(void) {
 }
 
 size_t cpu_memory_available(struct device *dev) {
-    size_t machine = sum_of("/proc/meminfo", "MemAvailable:", "") * 1024, group = left_in_groups();
-    return (machine < group ? machine : group) / (size_t)(dev ? dev->sharers : 1);
+    size_t machine = sum_of("/proc/meminfo", "MemAvailable:", "") * 1024, group = all_groups_free();
+    return (machine < group ? machine : group) / (size_t)(dev ? dev->local_ranks : 1);
 }

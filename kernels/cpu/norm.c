@@ -1,4 +1,5 @@
-/* residual_norm: the residual addition and the norm that follows it, in one pass over the row. */
+/* residual_norm: the residual addition and the norm that follows it. A row is read from memory once and stays
+ * in cache for the statistics and the normalization. */
 #include "kernels/cpu/cpu.h"
 
 struct row_stats {
@@ -11,7 +12,7 @@ struct op_cost norm_plan(const struct device *dev, const struct norm_spec *s) {
                             .workspace = (size_t)dev->threads * 2 * (size_t)s->hidden * sizeof(real)};
 }
 
-static struct row_stats statistics(const struct norm_spec *s, const real *x) {
+static struct row_stats row_statistics(const struct norm_spec *s, const real *x) {
     int64_t C = s->hidden;
     real sum = 0, squares = 0;
     if (s->type == NORM_TYPE_LAYER) {
@@ -59,7 +60,7 @@ void cpu_residual_norm(struct device *dev, const struct norm_spec *s, tensor x, 
                 out[c] = in[c] + d[c];
             in = out;
         }
-        stats[n] = statistics(s, in);
+        stats[n] = row_statistics(s, in);
         normalize(in, stats[n], w.data, b.data, C, (real *)y.data + n * C);
     }
 }
@@ -122,7 +123,7 @@ void cpu_residual_norm_backward(struct device *dev, const struct norm_spec *s, t
             norm_row_backward(s, (real *)dy.data + n * C, (real *)sum.data + n * C, w.data, stats[n],
                               (real *)dx.data + n * C, mine, db.data ? mine + C : NULL);
     }
-    sum_shares(partial, dev->threads, 2 * C, C, dw.data, accumulate);
+    sum_partials(partial, dev->threads, 2 * C, C, dw.data, accumulate);
     if (db.data)
-        sum_shares(partial + C, dev->threads, 2 * C, C, db.data, accumulate);
+        sum_partials(partial + C, dev->threads, 2 * C, C, db.data, accumulate);
 }

@@ -10,8 +10,8 @@ void cpu_step_begin(struct device *dev, struct step_state *state, int64_t step, 
     state->skip = 0;
 }
 
-/* Each thread sums a fixed range in double, and the ranges are added in order: the same number of threads
- * gives the same bits. */
+/* Each thread sums a fixed range, and the ranges are added in order: the same number of threads gives the
+ * same bits. Blocks are summed in vectors of float, and the blocks in double. */
 void cpu_sumsq(struct device *dev, tensor g, struct step_state *state) {
     check_contiguous("sumsq", "g", g);
     enum { MAX_PARTS = 1024, BLOCK = 4096 };
@@ -57,29 +57,30 @@ void cpu_step_collect(struct device *dev, struct step_state *host) {
 }
 
 void cpu_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct param_group *groups,
-               int count, int64_t place, tensor master, tensor p, tensor g, tensor m, tensor v,
+               int count, int64_t first, tensor master, tensor p, tensor g, tensor m, tensor v,
                const struct step_state *state) {
     (void)dev;
-    (void)place;
-    (void)p; /* the compute type is the master's */
+    (void)first; /* rounding needs it, and nothing is rounded here */
+    (void)p;     /* the compute type is the master's */
     if (state->skip)
         return;
     double t = (double)state->history.updates;
     real b1 = (real)hyper->beta1, b2 = (real)hyper->beta2, eps = (real)hyper->eps, clip = (real)state->clip;
     real one_b1 = (real)(1 - hyper->beta1), one_b2 = (real)(1 - hyper->beta2);
-    real unbias1 = (real)(1 / (1 - pow(hyper->beta1, t))), unbias2 = (real)(1 / (1 - pow(hyper->beta2, t)));
-    real *param = master.data, *first = m.data, *second = v.data;
+    real correction1 = (real)(1 / (1 - pow(hyper->beta1, t))),
+         correction2 = (real)(1 / (1 - pow(hyper->beta2, t)));
+    real *param = master.data, *moment1 = m.data, *moment2 = v.data;
     const real *grad = g.data;
     for (int i = 0; i < count; i++) {
         real lr = (real)(state->lr * (double)groups[i].lr_scale), decay = lr * (real)groups[i].weight_decay;
 #pragma omp parallel for simd schedule(static)
         for (int64_t j = groups[i].begin; j < groups[i].end; j++) {
             real gj = clip * grad[j];
-            real mj = b1 * first[j] + one_b1 * gj;
-            real vj = b2 * second[j] + one_b2 * gj * gj;
-            first[j] = mj;
-            second[j] = vj;
-            param[j] -= lr * (mj * unbias1) / (REAL_SQRT(vj * unbias2) + eps) + decay * param[j];
+            real mj = b1 * moment1[j] + one_b1 * gj;
+            real vj = b2 * moment2[j] + one_b2 * gj * gj;
+            moment1[j] = mj;
+            moment2[j] = vj;
+            param[j] -= lr * (mj * correction1) / (REAL_SQRT(vj * correction2) + eps) + decay * param[j];
         }
     }
 }

@@ -1,16 +1,19 @@
-/* qkv_mix: pseudo-heads out of heads, interleaved into the virtual sequence, and rotated (paper: steps 2-4).
+/* qkv_mix: mixes heads into pseudo-heads, interleaves these into the virtual sequence, and rotates q and k
+ * (paper: steps 2-4).
  *
  * Virtual token t*P + p of head h is row p*H + h of token t, so [T, P*H, d] is [S, H, d] and interleaving
- * moves nothing. */
+ * needs no copy. */
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/head_mix.h"
 #include "kernels/cpu/rope.h"
 
+/* Pseudo-heads in all: rows of one token after mixing. */
 static int64_t rows_out(const struct qkv_mix_spec *s) {
     return s->pseudo * s->heads;
 }
 
-/* Scratch of one thread in backward: three dalphas, and a block of gradients rotated back. */
+/* Scratch of one thread in backward: partial sums of the three dalphas, and a block of gradients rotated
+ * back. Whole cache lines, so that threads do not write to the same one. */
 static int64_t thread_reals(const struct qkv_mix_spec *s) {
     int64_t dalpha = s->mixed ? 3 * rows_out(s) * s->heads : 0;
     return round_up(dalpha + MIX_TOKENS * rows_out(s) * s->head_dim, 16);
@@ -123,7 +126,7 @@ void cpu_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tens
     }
     if (!s->mixed)
         return;
-    sum_shares(scratch, dev->threads, stride, matrix, dalpha_q.data, accumulate);
-    sum_shares(scratch + matrix, dev->threads, stride, matrix, dalpha_k.data, accumulate);
-    sum_shares(scratch + 2 * matrix, dev->threads, stride, matrix, dalpha_v.data, accumulate);
+    sum_partials(scratch, dev->threads, stride, matrix, dalpha_q.data, accumulate);
+    sum_partials(scratch + matrix, dev->threads, stride, matrix, dalpha_k.data, accumulate);
+    sum_partials(scratch + 2 * matrix, dev->threads, stride, matrix, dalpha_v.data, accumulate);
 }

@@ -1,7 +1,7 @@
-/* The number type of the CPU backend, and the vectors it is computed in.
+/* The number type of the CPU backend, and vectors of it.
  *
- * The same sources build twice: in float for training, and with -DKERNELS_DOUBLE in double for gradient
- * tests. Vectors are GCC's, as wide as the machine the compiler was told to build for. */
+ * The same sources are built twice: in float for training, and with -DKERNELS_DOUBLE in double for gradient
+ * tests. Vectors are GCC's vector extension, as wide as the target processor's registers. */
 #ifndef IHA_KERNELS_CPU_REAL_H
 #define IHA_KERNELS_CPU_REAL_H
 
@@ -46,7 +46,7 @@ static inline void vstore(real *p, vreal v) {
 }
 
 static inline vreal vsplat(real x) {
-    return x - (vreal){0};
+    return x - (vreal){0}; /* not +, which would turn -0 into 0 */
 }
 
 /* v with lane i holding lane (i + by) mod VL. */
@@ -64,7 +64,7 @@ static inline __attribute__((always_inline)) vreal vrotate(vreal v, const int by
 #endif
 }
 
-/* Fold the lanes in halves; written out, so that every rotation's distance is a constant. */
+/* Combines the lanes by halves: 16, 8, 4, 2, 1. Written out, so that every rotation is by a constant. */
 #define VFOLD(v, op)                                                                                         \
     do {                                                                                                     \
         if (VL > 8)                                                                                          \
@@ -85,7 +85,7 @@ static inline real vsum(vreal v) {
     return v[0];
 }
 
-/* mask ? a : b, lane by lane; masks are what comparing two vectors gives. */
+/* mask ? a : b, lane by lane. Comparing two vectors gives a mask: all bits of a lane are set, or none. */
 static inline vreal vselect(vbits mask, vreal a, vreal b) {
     return (vreal)(((vbits)a & mask) | ((vbits)b & ~mask));
 }
@@ -129,8 +129,8 @@ static inline vreal vexp2(vreal x) {
 #else
 
 /* 2^f for f in [-1/2, 1/2] times 2^n, where `shifted` = n + 1.5 * 2^23 holds n in its low bits. The series of
- * e^(f ln 2) to the 6th power: relative error below 2e-7. Arguments must lie within [-126, 127]. A product,
- * and not a sum of exponents, so that every NaN in p stays one. */
+ * e^(f ln 2) to the 6th power: relative error below 2e-7. Arguments must lie within [-126, 127]. A product
+ * rather than a sum of exponents, so that every NaN in p stays one. */
 static inline vreal vscale_exp(vreal p, vreal shifted) {
     vbits one = (vbits)vsplat(1);
     return p * (vreal)(one + ((vbits)shifted << 23));

@@ -1,5 +1,5 @@
-/* Rotary position embedding of one head (Su et al. 2021): the pair (i, i + d/2) turns by the angle whose
- * cosine and sine stand in the table's row for the position. */
+/* Rotary position embedding of one head (Su et al. 2021): the pair (i, i + d/2) is rotated by the angle whose
+ * cosine and sine are in the table's row for the position. */
 #ifndef IHA_KERNELS_CPU_ROPE_H
 #define IHA_KERNELS_CPU_ROPE_H
 

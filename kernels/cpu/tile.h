@@ -1,10 +1,10 @@
-/* Small matrix products out of registers: what attention and head mixing are made of.
+/* Small matrix products with sums in registers, for attention and head mixing.
  *
  *   C[m,n] (+)= A[m,k] B[k,n]
  *
- * A is read element by element through two strides (so it may be transposed for free), B and C have
- * contiguous rows. A block of MR rows by NV vectors of C stays in registers while k runs; the shapes below
- * fill the 32 vector registers of AVX-512 (16 elsewhere) and keep one load of B for MR multiply-adds. */
+ * A is read element by element through two strides, so it may be transposed at no cost; B and C have
+ * contiguous rows. A block of mr rows by nv vectors of C stays in registers while k runs, and each load of B
+ * feeds mr multiply-adds. */
 #ifndef IHA_KERNELS_CPU_TILE_H
 #define IHA_KERNELS_CPU_TILE_H
 
@@ -61,6 +61,8 @@ TILE_INLINE void tile_panel(const int mr, const int nv, int64_t m, int64_t k, co
         tile_block(1, nv, k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, accumulate);
 }
 
+/* Rows of blocks that are 1, 2 and 4 vectors wide: the sums, a row of B and an element of A fill the 32
+ * vector registers of AVX-512, or the 16 of other processors, as far as possible. */
 #if VECTOR_BYTES == 64
 enum { TILE_ROWS_1 = 16, TILE_ROWS_2 = 12, TILE_ROWS_4 = 6 };
 #else

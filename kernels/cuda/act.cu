@@ -9,10 +9,10 @@
  * n), times the size of an element. */
 #include "kernels/cuda/cuda.cuh"
 
-enum { THREADS = 256, UNROLL = 2 /* vectors a thread has under way at once */ };
+enum { THREADS = 256, UNROLL = 2 /* vectors a thread has in flight at once, to hide the latency of loads */ };
 
-/* For bf16 results the fast intrinsics' last bits do not matter, and the exact ones would cost as much time
- * as the memory takes. */
+/* For bf16 results the fast intrinsics are exact enough; the accurate ones would take as long as the memory
+ * accesses do. */
 template <typename T> static __device__ __forceinline__ float sigmoid(float x) {
     if constexpr (sizeof(T) == 2)
         return __fdividef(1, 1 + __expf(-x));
@@ -49,7 +49,7 @@ static __device__ __forceinline__ float gradient(float dout, float u, float gate
     return dout * gate * s;
 }
 
-/* Grid: n / (THREADS UNROLL V) blocks; V elements a thread at a time, and what n / V leaves over singly. */
+/* Grid: n / (THREADS UNROLL V) blocks; V elements a thread at a time, the last n mod V one by one. */
 template <typename T, enum act_type TYPE, int V>
 static __global__ void __launch_bounds__(THREADS) act_forward(const T *u, const T *gate, T *out, int64_t n) {
     int64_t first = ((int64_t)blockIdx.x * UNROLL * THREADS + threadIdx.x) * V;
@@ -79,8 +79,7 @@ static __global__ void __launch_bounds__(THREADS) act_forward(const T *u, const 
     }
 }
 
-/* The same grid. du may be u or dout, dgate may be gate: a thread reads its elements before it writes them.
- */
+/* The same grid. du may be u or dout, dgate may be gate: threads read their elements before they write. */
 template <typename T, enum act_type TYPE, int V>
 static __global__ void __launch_bounds__(THREADS)
     act_backward(const T *dout, const T *u, const T *gate, T *du, T *dgate, int64_t n) {
@@ -120,18 +119,18 @@ static __global__ void __launch_bounds__(THREADS)
 
 /* Call f with the activation as a constant, and the vector width that the addresses allow. */
 template <typename T, typename F> static void by_type(enum act_type type, bool aligned, F f) {
-    auto with = [&](auto type_constant) {
+    auto by_vector = [&](auto type_constant) {
         if (aligned)
             f(type_constant, std::integral_constant<int, VECTOR<T>>());
         else
             f(type_constant, std::integral_constant<int, 1>());
     };
     if (type == ACT_GELU_TANH)
-        with(std::integral_constant<enum act_type, ACT_GELU_TANH>());
+        by_vector(std::integral_constant<enum act_type, ACT_GELU_TANH>());
     else if (type == ACT_RELU2)
-        with(std::integral_constant<enum act_type, ACT_RELU2>());
+        by_vector(std::integral_constant<enum act_type, ACT_RELU2>());
     else
-        with(std::integral_constant<enum act_type, ACT_SWIGLU>());
+        by_vector(std::integral_constant<enum act_type, ACT_SWIGLU>());
 }
 
 static void check(struct device *dev, const struct act_spec *s, const char *op, const char *what, tensor t) {

@@ -1,16 +1,17 @@
 /* classifier: the vocabulary projection, softmax, loss and all gradients, in chunks of rows, so that the
- * logits of a whole batch never exist at once.
+ * logits of a whole batch are never in memory at once.
  *
- * A chunk's logits are written by a matrix product, in the type of the activations; one kernel then turns
- * each row into its loss and, in place, its gradient; two products make dh and add to dW, in fp32. The losses
- * of all rows wait in the workspace and are added up at the end, in double and in a fixed order. */
+ * A matrix product writes a chunk's logits in the type of the activations. One kernel then computes each
+ * row's loss and replaces the row by its gradient, in place. Two products compute dh and add to dW, in fp32.
+ * The losses of all rows are kept in the workspace and added up at the end, in double, in a fixed order. */
 #include "kernels/cuda/cuda.cuh"
 
-/* For each chunk dW is read and written once more, so chunks should be long: at 4096 rows that is some 5% of
- * the product's time. A chunk's logits may take 1/128 of the GPU's memory, up to MOST_BYTES. */
-constexpr int64_t MOST_BYTES = (int64_t)512 << 20, MIN_ROWS = 128, ROW_STEP = 128;
+/* Every chunk reads and writes dW once more, so chunks should be long: at 4096 rows that takes about 5% of
+ * the product's time. A chunk's logits may take 1/128 of the GPU's memory, up to MAX_LOGITS_BYTES. */
+constexpr int64_t MAX_LOGITS_BYTES = (int64_t)512 << 20, MIN_ROWS = 128, ROW_STEP = 128;
 enum { THREADS = 512, SUM_THREADS = 1024 };
 
+/* Fast where the result is rounded to bf16. */
 template <typename T> static __device__ __forceinline__ float exponential(float x) {
     if constexpr (sizeof(T) == 2)
         return __expf(x);
@@ -21,13 +22,13 @@ template <typename T> static __device__ __forceinline__ float exponential(float 
 /* The larger maximum, and both sums of exponentials relative to it. */
 static __device__ __forceinline__ float2 merge(float2 a, float2 b) {
     float max = fmaxf(a.x, b.x);
-    /* -inf on both sides would make NaN of nothing. */
+    /* The comparisons also keep -inf on both sides from becoming exp(-inf + inf) = NaN. */
     return {max, (a.x == max ? a.y : a.y * expf(a.x - max)) + (b.x == max ? b.y : b.y * expf(b.x - max))};
 }
 
-/* Call use(i, word) for each of the thread's words of V elements, with the next one's load under way. */
+/* Call use(i, word) for each of the thread's words of V elements, with the next two loads in flight. */
 template <typename T, int V, typename F>
-static __device__ __forceinline__ void each_word(const T *x, int vocab, F use) {
+static __device__ __forceinline__ void for_each_word(const T *x, int vocab, F use) {
     int i = (int)threadIdx.x * V, step = THREADS * V;
     word_of<V, T> next[2] = {};
 #pragma unroll
@@ -43,11 +44,11 @@ static __device__ __forceinline__ void each_word(const T *x, int vocab, F use) {
     }
 }
 
-/* One row of logits x [vocab] a block: its maximum and the sum of exp(x - max), the same bits in each thread.
- */
+/* One row of logits x [vocab] per block: its maximum and the sum of exp(x - max), bit-identical in all
+ * threads. One pass over the row: the sum so far is rescaled whenever the maximum grows. */
 template <typename T, int V> static __device__ __forceinline__ float2 maximum_and_sum(const T *x, int vocab) {
     float2 mine = {-INFINITY, 0};
-    each_word<T, V>(x, vocab, [&](int i, word_of<V, T> word) {
+    for_each_word<T, V>(x, vocab, [&](int i, word_of<V, T> word) {
         float values[V], max = mine.x;
         unpack<V, T>(word, values);
 #pragma unroll
@@ -65,8 +66,9 @@ template <typename T, int V> static __device__ __forceinline__ float2 maximum_an
     });
     __shared__ float2 warps[THREADS / 32];
 #pragma unroll
-    for (int with = 16; with > 0; with /= 2) {
-        float2 other = {__shfl_xor_sync(0xffffffff, mine.x, with), __shfl_xor_sync(0xffffffff, mine.y, with)};
+    for (int offset = 16; offset > 0; offset /= 2) {
+        float2 other = {__shfl_xor_sync(0xffffffff, mine.x, offset),
+                        __shfl_xor_sync(0xffffffff, mine.y, offset)};
         mine = merge(mine, other);
     }
     if (threadIdx.x % 32 == 0)
@@ -80,7 +82,7 @@ template <typename T, int V> static __device__ __forceinline__ float2 maximum_an
 
 /* Block n: loss[n] = -log softmax(x[n])[target], and x[n] becomes scale (softmax - onehot) if GRADIENT. Rows
  * without a target (< 0) have no loss and no gradient.
- * Bytes moved: rows vocab elements to read, and as many to write; the second reading comes from the L2. */
+ * Bytes moved: rows vocab elements to read and as many to write; the second pass reads from the L2. */
 template <typename T, int V, bool GRADIENT>
 static __global__ void __launch_bounds__(THREADS)
     row_loss(T *logits, int64_t stride, int vocab, const int32_t *targets, float scale, double *losses) {
@@ -89,7 +91,7 @@ static __global__ void __launch_bounds__(THREADS)
     float2 row = {0, 1};
     float picked = 0;
     if (target >= 0) {
-        if (threadIdx.x == 0) /* before anyone writes: barriers follow */
+        if (threadIdx.x == 0) /* before x is overwritten: maximum_and_sum() has a barrier */
             picked = to_float(x[target]);
         row = maximum_and_sum<T, V>(x, vocab);
     }
@@ -97,7 +99,7 @@ static __global__ void __launch_bounds__(THREADS)
         losses[blockIdx.x] = target >= 0 ? log((double)row.y) + (double)row.x - (double)picked : 0;
     if constexpr (GRADIENT) {
         float factor = target >= 0 ? scale / row.y : 0;
-        each_word<T, V>(x, vocab, [&](int i, word_of<V, T> word) {
+        for_each_word<T, V>(x, vocab, [&](int i, word_of<V, T> word) {
             float values[V];
             unpack<V, T>(word, values);
 #pragma unroll
@@ -125,21 +127,22 @@ static __global__ void __launch_bounds__(SUM_THREADS)
 
 /* The workspace: scratch of the products, losses, logits. */
 struct layout {
-    int64_t chunk, stride; /* rows, and elements of a row of logits: whole cache lines */
-    size_t losses_at, logits_at, bytes;
+    int64_t chunk;  /* rows */
+    int64_t stride; /* elements from one row of logits to the next: whole cache lines */
+    size_t losses_offset, logits_offset, bytes;
 };
 
-static struct layout lay_out(const struct device *dev, const struct classifier_spec *s) {
+static struct layout workspace_layout(const struct device *dev, const struct classifier_spec *s) {
     struct layout l;
     int64_t element = (int64_t)dtype_bytes(cuda_compute(dev));
     l.stride = round_up(s->vocab, 64);
-    int64_t most = min64(MOST_BYTES, (int64_t)dev->memory / 128) / (l.stride * element);
-    most = most < MIN_ROWS ? MIN_ROWS : most;
-    /* Chunks of about one size, so that the last is not a remnant. */
-    l.chunk = min64(s->rows, round_up(ceil_div(s->rows, ceil_div(s->rows, most)), ROW_STEP));
-    l.losses_at = MATMUL_WORKSPACE;
-    l.logits_at = l.losses_at + (size_t)round_up(s->rows * (int64_t)sizeof(double), 256);
-    l.bytes = l.logits_at + (size_t)(l.chunk * l.stride * element);
+    int64_t max_rows = min64(MAX_LOGITS_BYTES, (int64_t)dev->memory / 128) / (l.stride * element);
+    max_rows = max_rows < MIN_ROWS ? MIN_ROWS : max_rows;
+    /* Chunks of about equal size, so that the last one is not much smaller. */
+    l.chunk = min64(s->rows, round_up(ceil_div(s->rows, ceil_div(s->rows, max_rows)), ROW_STEP));
+    l.losses_offset = MATMUL_WORKSPACE;
+    l.logits_offset = l.losses_offset + (size_t)round_up(s->rows * (int64_t)sizeof(double), 256);
+    l.bytes = l.logits_offset + (size_t)(l.chunk * l.stride * element);
     return l;
 }
 
@@ -162,7 +165,7 @@ static struct matmul dw_shape(const struct classifier_spec *s, enum dtype t, int
 int cuda_classifier_plan(struct device *dev, const struct classifier_spec *s, struct op_cost *cost,
                          struct error *e) {
     (void)e;
-    struct layout l = lay_out(dev, s);
+    struct layout l = workspace_layout(dev, s);
     enum dtype t = cuda_compute(dev);
     const int64_t sizes[] = {l.chunk, s->rows % l.chunk};
     for (int i = 0; i < 2 && sizes[i] > 0; i++) {
@@ -174,9 +177,9 @@ int cuda_classifier_plan(struct device *dev, const struct classifier_spec *s, st
     return 0;
 }
 
-static void run_rows(struct device *dev, const struct classifier_spec *s, enum dtype t, void *logits,
-                     int64_t stride, int64_t rows, const int32_t *targets, double scale, bool gradient,
-                     double *losses) {
+static void launch_row_loss(struct device *dev, const struct classifier_spec *s, enum dtype t, void *logits,
+                            int64_t stride, int64_t rows, const int32_t *targets, double scale, bool gradient,
+                            double *losses) {
     by_dtype(t, [&](auto number) {
         using T = decltype(number);
         constexpr int V = VECTOR<T>; /* rows are padded and aligned */
@@ -201,16 +204,16 @@ void cuda_classifier(struct device *dev, const struct classifier_spec *s, tensor
         check_shape("classifier", "dW", dw, DTYPE_F32, s->vocab, s->hidden);
         check_contiguous("classifier", "dW", dw);
     }
-    struct layout l = lay_out(dev, s);
+    struct layout l = workspace_layout(dev, s);
     char *workspace = (char *)cuda_workspace(dev, l.bytes, "classifier");
-    double *losses = (double *)(workspace + l.losses_at);
-    void *logits = workspace + l.logits_at;
+    double *losses = (double *)(workspace + l.losses_offset);
+    void *logits = workspace + l.logits_offset;
     for (int64_t begin = 0; begin < s->rows; begin += l.chunk) {
         int64_t rows = min64(l.chunk, s->rows - begin);
         void *x = tensor_rows(h, begin, rows).data;
         run_matmul(dev, logits_shape(s, t, rows, h.stride[0], l.stride), x, w.data, NULL, false, logits);
-        run_rows(dev, s, t, logits, l.stride, rows, (const int32_t *)targets.data + begin, scale,
-                 dh.data != NULL, losses + begin);
+        launch_row_loss(dev, s, t, logits, l.stride, rows, (const int32_t *)targets.data + begin, scale,
+                        dh.data != NULL, losses + begin);
         if (!dh.data)
             continue;
         run_matmul(dev, dh_shape(s, t, rows, l.stride, dh.stride[0]), logits, w.data, NULL, false,

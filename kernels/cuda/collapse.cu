@@ -3,15 +3,13 @@
  *   forward   out[n,h,:] = sum_{p,g} R[h,p,g] o[n,p,g,:]           per head: g = h only
  *   backward  do[n,p,g,:] = sum_h R[h,p,g] dout[n,h,:];  dR[h,p,g] (+)= sum_n <dout[n,h,:], o[n,p,g,:]>
  *
- * o [N,P,H,d], out [N,H,d], N = B T tokens. Forward is the contract of head_mix.cuh, backward expand and
- * outer in one pass and a small launch that sums the blocks' dR. R per head is the full one with zeros:
- * memory bounds all of this, and a zero costs none. Bytes: forward (P + 1) H d numbers a token, backward (2 P
- * + 1) H d (dout is read twice, the second time from a cache). */
+ * o [N,P,H,d], out [N,H,d], N = B T tokens. Forward is the contract of head_mix.cuh; backward is expand and
+ * outer in one pass, and a small launch that sums the blocks' dR. R per head is computed as a full R with
+ * zeros: memory bandwidth is the limit, and the zeros are never read from memory. Elements moved: forward (P
+ * + 1) H d a token, backward (2 P + 1) H d (dout is read twice, the second time from a cache). */
 #include "kernels/cuda/head_mix_plain.cuh"
 
-/* ---- forward
- * -----------------------------------------------------------------------------------------------
- */
+/* ---- forward ---- */
 
 enum { COLLAPSE_WARPS = 8, COLLAPSE_BLOCKS_PER_SM = 2 };
 
@@ -22,10 +20,10 @@ struct collapse_job {
     int count, d;
 };
 
-/* Grid: (blocks that share the tokens, parts of the heads: with more than 32 heads two blocks sum half of
+/* Grid: (blocks that share the tokens, parts of the heads: with more than 32 heads two blocks compute half of
  * them each, and both read o). A warp takes a group of columns of one token, loads its pseudo-heads across
- * and sums; AHEAD tiles of 16 are always under way, also from one token to the next. Shared memory: R as [16
- * tiles][16 KT + 8]. */
+ * and sums; AHEAD tiles of 16 are always in flight, also from one token to the next. Shared memory: R as
+ * [16 tiles][16 KT + 8]. */
 template <int KT, int HEAD_TILES, int AHEAD>
 static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(struct collapse_job job) {
     const struct head_rows &o = job.rows;
@@ -46,22 +44,22 @@ static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(
 
     int n = blockIdx.x * COLLAPSE_WARPS + warp_number(), stride = gridDim.x * COLLAPSE_WARPS, group = 0;
     const bf16 *in = job.o + 2 * t * d + g % 2 * half + g / 2 * 8, *rows = in + n * token;
-    bool there = n < job.count && g / 2 * 8 < half;
+    bool present = n < job.count && g / 2 * 8 < half;
     uint4 next[AHEAD][4];
 #pragma unroll
     for (int k = 0; k < AHEAD; k++)
-        load_tile(next[k], rows, k, there);
+        load_tile(next[k], rows, k, present);
     while (n < job.count) {
         int column = group + t * 8;
         bf16 *out = job.out + (int64_t)n * H * d + column;
-        /* What comes after this. */
+        /* The next group of columns, or token; its first tiles are loaded while this one is summed. */
         group += GROUP;
         if (group >= half) {
             group = 0;
             n += stride;
         }
         const bf16 *next_rows = in + n * token + group;
-        bool next_there = n < job.count && group + g / 2 * 8 < half;
+        bool next_present = n < job.count && group + g / 2 * 8 < half;
         float sum[HEAD_TILES][8][4] = {};
         for (int first = 0; first < o.tiles; first += AHEAD)
 #pragma unroll
@@ -72,7 +70,7 @@ static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(
                 interleave_rows(b, 0, next[k][0], next[k][1]);
                 interleave_rows(b, 1, next[k][2], next[k][3]);
                 load_tile(next[k], more ? rows : next_rows, more ? tile + AHEAD : k,
-                          more ? there : next_there);
+                          more ? present : next_present);
                 if (tile >= o.tiles)
                     continue;
 #pragma unroll
@@ -93,7 +91,7 @@ static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(
                     store_across(sum[m], row, out + h * d, half);
             }
         rows = next_rows;
-        there = next_there;
+        present = next_present;
     }
 }
 
@@ -101,7 +99,7 @@ template <int KT> static size_t staged_bytes(const struct head_rows &o) {
     return (size_t)o.tiles * 16 * (KT * 16 + 8) * sizeof(bf16);
 }
 
-/* False where R does not fit the device. */
+/* False if R does not fit into shared memory. */
 template <int KT> static bool launch_collapse(struct device *dev, struct collapse_job job) {
     constexpr int HEAD_TILES = KT == 1 ? 1 : 2, PARTS = KT / HEAD_TILES;
     if (staged_bytes<KT>(job.rows) > dev->shared_limit)
@@ -114,9 +112,7 @@ template <int KT> static bool launch_collapse(struct device *dev, struct collaps
     return true;
 }
 
-/* ---- backward
- * ----------------------------------------------------------------------------------------------
- */
+/* ---- backward ---- */
 
 struct collapse_backward_job {
     const bf16 *dout, *o, *r;
@@ -127,15 +123,15 @@ struct collapse_backward_job {
     int team_warps, teams;
 };
 
-/* Bytes of shared memory: R, in which the block's sums meet afterwards. */
+/* Bytes of shared memory: R; afterwards the same space is used to add up the block's sums of dR. */
 template <int KT> static size_t collapse_backward_shared(const struct head_rows &o, struct outer_grid grid) {
     size_t sums = grid.teams > 1 ? (size_t)grid.teams * grid.elements * sizeof(float) : 0;
     return staged_bytes<KT>(o) > sums ? staged_bytes<KT>(o) : sums;
 }
 
-/* Grid: blocks that share the tokens. A warp of a team owns up to TILES tiles of pseudo-heads: it adds the
- * outer product of their rows of o and of dout's heads, both loaded along, then loads dout's heads across and
- * lets one tile of do after another out. Warps never wait for each other. */
+/* Grid: blocks that share the tokens. A warp of a team has up to TILES tiles of pseudo-heads. It adds the
+ * outer product of their rows of o and of dout's heads, both loaded along; then it loads dout's heads across,
+ * and computes and stores one tile of do after another. Warps do not wait for each other. */
 template <int KT>
 static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     collapse_backward_tiles(struct collapse_backward_job job) {
@@ -146,7 +142,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     int warp = warp_number(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int team = warp / job.team_warps, first_tile = warp % job.team_warps * TILES;
     int tiles = min(TILES, o.tiles - first_tile);
-    int left = I - first_tile * 16 - g; /* rows from the lane's first on */
+    int left = I - first_tile * 16 - g; /* rows of M from the lane's first row on */
     bf16 *r = dynamic_shared<bf16>();
     stage_matrix<KT>(r, job.r, o, 0, o.tiles);
     __syncthreads();
@@ -155,19 +151,19 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     for (int n = blockIdx.x * job.teams + team; n < job.count; n += gridDim.x * job.teams)
         for (int group = 0; group < half; group += GROUP) {
             int across = group + g / 2 * 8, column = group + t * 8;
-            bool there = column < half;
+            bool present = column < half;
             const bf16 *dout = job.dout + (int64_t)n * H * d;
             int64_t rows = ((int64_t)n * I + first_tile * 16 + g) * d + column;
             {
                 uint32_t heads_along[NT][4][2];
-                load_heads_along(heads_along, dout + column, H, d, there);
+                load_heads_along(heads_along, dout + column, H, d, present);
 #pragma unroll
                 for (int k = 0; k < TILES; k++)
                     if (k < tiles) {
-                        const int at[2] = {k * 16 < left ? k * 16 * d : -1,
-                                           k * 16 + 8 < left ? (k * 16 + 8) * d : -1};
+                        const int offsets[2] = {k * 16 < left ? k * 16 * d : -1,
+                                                k * 16 + 8 < left ? (k * 16 + 8) * d : -1};
                         along_rows x;
-                        load_along(x, job.o + rows, at, half, there);
+                        load_along(x, job.o + rows, offsets, half, present);
                         add_outer(outer_sum[k], x, heads_along, H);
                     }
             }
@@ -187,7 +183,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
                 }
 #pragma unroll
                 for (int row = 0; row < 2; row++, to += 8 * d)
-                    if (there && k * 16 + 8 * row < left)
+                    if (present && k * 16 + 8 * row < left)
                         store_across(sum, row, to, half);
             }
         }
@@ -195,7 +191,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
                 job.teams, job.team_warps);
 }
 
-/* False where it does not fit the device. */
+/* Choose the grid. False: this shape needs more registers or shared memory than the device has. */
 template <int KT>
 static bool collapse_backward_grid(const struct device *dev, const struct head_rows &o, int64_t count,
                                    struct outer_grid *grid) {
@@ -218,9 +214,7 @@ static void launch_collapse_backward(struct device *dev, struct collapse_backwar
                                                      to, accumulate);
 }
 
-/* ---- operations
- * --------------------------------------------------------------------------------------------
- */
+/* ---- operations ---- */
 
 static int64_t tokens_of(const struct collapse_spec *s) {
     return s->batch * s->tokens;

@@ -1,4 +1,4 @@
-/* The CUDA backend's device: opening, memory, plans, checks, and the table of operations. */
+/* The CUDA backend's device: error checks, opening, waiting, memory, plans, and the table of operations. */
 #include "kernels/cuda/cuda.h"
 
 #include <stdio.h>
@@ -18,15 +18,15 @@ static const char *hint_for(cudaError_t status) {
     case cudaErrorIllegalAddress:
     case cudaErrorMisalignedAddress:
     case cudaErrorLaunchFailure:
-        return "a kernel failed, this one or one before it; CUDA_LAUNCH_BLOCKING=1 or compute-sanitizer "
-               "tells which";
+        return "this kernel or an earlier one failed; run with CUDA_LAUNCH_BLOCKING=1 or under "
+               "compute-sanitizer to see which";
     case cudaErrorStreamCaptureUnsupported:
     case cudaErrorStreamCaptureInvalidated:
     case cudaErrorStreamCaptureImplicit:
     case cudaErrorStreamCaptureIsolation:
-        return "this driver cannot keep these operations as a graph; set system.graph = off";
+        return "this driver cannot capture these operations in a CUDA graph; set system.graph = off";
     default:
-        return "nvidia-smi shows whether the GPU is well";
+        return "check the GPU with nvidia-smi and dmesg";
     }
 }
 
@@ -42,8 +42,8 @@ void cublas_check_status(cublasStatus_t status, const char *call, const char *fi
     if (status == CUBLAS_STATUS_SUCCESS)
         return;
     fprintf(stderr,
-            "%s:%d: cuBLASLt: status %d in %s; CUBLASLT_LOG_LEVEL=2 shows why; if that is a "
-            "graph, set system.graph = off\n",
+            "%s:%d: cuBLASLt: status %d in %s; CUBLASLT_LOG_LEVEL=2 shows why; if CUDA graphs "
+            "cause it, set system.graph = off\n",
             file, line, (int)status, call);
     abort();
 }
@@ -53,7 +53,7 @@ void cublas_check_status(cublasStatus_t status, const char *call, const char *fi
 int cuda_devices(void) {
     int count = 0;
     if (cudaGetDeviceCount(&count) != cudaSuccess) {
-        cudaGetLastError(); /* forget it: having no driver is no error */
+        cudaGetLastError(); /* clear it: having no driver is not an error */
         return 0;
     }
     return count;
@@ -67,7 +67,7 @@ static struct device *open_device(const struct device_options *options, struct e
     }
     int device;
     struct cudaDeviceProp p;
-    /* One rank a GPU; more ranks than GPUs take turns. */
+    /* One rank per GPU; with more ranks than GPUs, several share one. */
     device = options->comm ? options->comm->local_rank % cuda_devices() : 0;
     cuda_check(cudaSetDevice(device));
     cuda_check(cudaGetDeviceProperties(&p, device));
@@ -155,16 +155,16 @@ static void set_progress_callback(struct device *dev, void (*call)(void *), void
 }
 
 void cuda_host_wait(struct device *dev, cudaEvent_t event) {
-    /* Ranks speak from one thread; the one that saves waits in silence. */
+    /* The callback communicates, which only the thread that set it may do; others just wait. */
     if (!dev->progress_callback || !pthread_equal(dev->progress_thread, pthread_self())) {
         cuda_check(cudaEventSynchronize(event));
         return;
     }
     cudaError_t status;
-    for (int looks = 0; (status = cudaEventQuery(event)) == cudaErrorNotReady; looks++) {
+    for (int polls = 0; (status = cudaEventQuery(event)) == cudaErrorNotReady; polls++) {
         struct timespec pause = {0, 50000};
         dev->progress_callback(dev->progress_context);
-        if (looks > 100)
+        if (polls > 100) /* short waits are polled without a pause */
             nanosleep(&pause, NULL);
     }
     cuda_check(status);
@@ -206,7 +206,7 @@ static void release(struct device *dev, void *data) {
 static size_t memory_available(struct device *dev) {
     size_t available, total;
     cuda_check(cudaMemGetInfo(&available, &total));
-    /* What other ranks on it have taken by now depends on who is quicker. */
+    /* At most an equal share: how much other ranks have allocated by now depends on timing. */
     size_t share = total / (size_t)dev->sharers;
     return dev->sharers == 1 || available < share ? available : share;
 }
@@ -283,33 +283,9 @@ const struct kernels *kernels_cuda(void) {
         .plan = plan,
         .set_workspace = set_workspace,
         .attention_backend = cuda_attention_backend,
-        .embed = cuda_embed,
-        .embed_backward = cuda_embed_backward,
-        .residual_norm = cuda_residual_norm,
-        .residual_norm_recompute = cuda_residual_norm_recompute,
-        .residual_norm_backward = cuda_residual_norm_backward,
-        .linear = cuda_linear,
-        .linear_backward = cuda_linear_backward,
-        .rope_table = cuda_rope_table,
-        .qkv_mix = cuda_qkv_mix,
-        .qkv_mix_backward = cuda_qkv_mix_backward,
-        .attention = cuda_attention,
-        .attention_backward = cuda_attention_backward,
-        .attention_decode = cuda_attention_decode,
-        .collapse = cuda_collapse,
-        .collapse_backward = cuda_collapse_backward,
-        .mlp_act = cuda_mlp_act,
-        .mlp_act_backward = cuda_mlp_act_backward,
-        .classifier = cuda_classifier,
-        .step_begin = cuda_step_begin,
-        .sumsq = cuda_sumsq,
-        .step_decide = cuda_step_decide,
-        .step_read = cuda_step_read,
-        .step_write = cuda_step_write,
-        .step_post = cuda_step_post,
-        .step_collect = cuda_step_collect,
         .run_ahead = RUN_AHEAD,
-        .adamw = cuda_adamw,
+#define OP(name, parameters, arguments) .name = cuda_##name,
+#include "kernels/ops.def"
     };
     return &table;
 }

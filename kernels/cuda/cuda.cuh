@@ -1,10 +1,10 @@
-/* What kernels share: vector access, conversion, and sums over warps and blocks in a fixed order. */
+/* What kernels share: vector loads and stores, conversion, sums over warps and blocks in a fixed order. */
 #ifndef IHA_KERNELS_CUDA_CUDA_CUH
 #define IHA_KERNELS_CUDA_CUDA_CUH
 
 #include "kernels/cuda/cuda.h"
 
-/* Elements in 16 bytes, the widest access there is. */
+/* Elements in 16 bytes, the widest load or store of a thread. */
 template <typename T> constexpr int VECTOR = 16 / (int)sizeof(T);
 
 static __device__ __forceinline__ float to_float(float x) {
@@ -23,7 +23,7 @@ template <> __device__ __forceinline__ bf16 from_float<bf16>(float x) {
     return __float2bfloat16_rn(x);
 }
 
-/* The unsigned type of that many bytes: what one load instruction moves. */
+/* The unsigned type of that many bytes: moved by a single load or store instruction. */
 template <int BYTES> struct word;
 template <> struct word<2> { typedef uint16_t type; };
 template <> struct word<4> { typedef uint32_t type; };
@@ -55,7 +55,7 @@ template <int N, typename T> __device__ __forceinline__ word_of<N, T> pack(const
     return u.whole;
 }
 
-/* A GPU faults on an address that is not a multiple of the word's size; so does the harness. */
+/* A GPU faults on an address that is not a multiple of the word's size; so does the emulator. */
 template <typename W> __device__ __forceinline__ void check_aligned(const void *p) {
 #ifdef CUDA_EMULATOR
     if ((uintptr_t)p % sizeof(W) != 0)
@@ -104,18 +104,18 @@ template <typename T> __device__ __forceinline__ T *dynamic_shared() {
 #endif
 }
 
-/* The sum over a warp, the same bits in every lane. */
+/* The sum over a warp. With exchanges by xor (a butterfly) every lane gets it, bit-identical. */
 template <typename T> __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
-    for (int with = 16; with > 0; with /= 2)
-        x += __shfl_xor_sync(0xffffffff, x, with);
+    for (int offset = 16; offset > 0; offset /= 2)
+        x += __shfl_xor_sync(0xffffffff, x, offset);
     return x;
 }
 
 static __device__ __forceinline__ float warp_max(float x) {
 #pragma unroll
-    for (int with = 16; with > 0; with /= 2)
-        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, with));
+    for (int offset = 16; offset > 0; offset /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, offset));
     return x;
 }
 
@@ -125,7 +125,7 @@ template <int THREADS, typename T> __device__ __forceinline__ T block_sum(T x) {
     x = warp_sum(x);
     if constexpr (THREADS > 32) {
         __shared__ T part[THREADS / 32];
-        __syncthreads(); /* the last call's readers are done */
+        __syncthreads(); /* all threads have read `part` of the previous call */
         if (threadIdx.x % 32 == 0)
             part[threadIdx.x / 32] = x;
         __syncthreads();

@@ -1,19 +1,20 @@
 /* What the files of the CUDA backend share on the host: the device, error checks, launches, shape checks, and
- * the operations that cuda.cu gathers into the table. Public contracts are in kernels/kernels.h; what kernels
+ * the operations that cuda.cu puts into the table. Public contracts are in kernels/kernels.h; what kernels
  * themselves share is in cuda.cuh.
  *
- * To write a kernel: a file of its own, whose functions are declared below. The kernel is a static __global__
- * template over the type of its tensors (float or bf16), loads and stores 16 bytes a thread with
+ * To write a kernel: give it a file of its own and declare its host functions below. The kernel is a static
+ * __global__ template over the type of its tensors (float or bf16), loads and stores 16 bytes a thread with
  * load()/store() of cuda.cuh, computes in fp32, and has a comment with shapes, equation and bytes moved. The
  * operation checks shapes, picks the type with by_dtype(), and calls
  *
  *     launch<kernel<T>>(dev, grid, threads, shared_bytes, arguments...);
  *
- * which queues it on dev->stream. Dynamic shared memory is reached with dynamic_shared<T>(). Tensor cores and
- * cp.async only through mma.cuh. Nothing here allocates, reads back, or waits; scratch comes from
- * cuda_workspace() and is announced by the operation's plan. Results must not depend on the order in which
- * blocks run: no float atomics. Sources must also compile with g++ for tests/cuda/emulator/, which runs them on a CPU:
- * threads of a block may not leave before its last barrier, and no <<<>>>. */
+ * which queues it on dev->stream. Dynamic shared memory is accessed with dynamic_shared<T>(). Tensor cores
+ * and cp.async are used through mma.cuh only. Operations do not allocate, read back or wait; scratch memory
+ * comes from cuda_workspace(), and the operation's plan says how much. Results must not depend on the order
+ * in which blocks run: no float atomics. Sources must also compile with g++ for tests/cuda/emulator/, which
+ * runs them on a CPU: no thread may return before its block's last barrier, and kernels are not launched with
+ * <<<>>>. */
 #ifndef IHA_KERNELS_CUDA_CUDA_H
 #define IHA_KERNELS_CUDA_CUDA_H
 
@@ -35,7 +36,7 @@ struct staging;         /* transfer.cu */
 struct attention_plans; /* attention.cu */
 struct graph;           /* graph.cu */
 
-/* A step's state on its way to the host, in pinned memory. */
+/* A step's state, copied to pinned host memory; the host reads it up to RUN_AHEAD steps late. */
 enum { RUN_AHEAD = 1, POSTED_STEPS = RUN_AHEAD + 1 };
 struct posted_step {
     struct step_state *state;
@@ -44,12 +45,12 @@ struct posted_step {
 
 struct device {
     int index;   /* among the GPUs of this machine */
-    int sharers; /* ranks on this GPU, known once they are joined */
+    int sharers; /* ranks on this GPU, known once the communicator is open */
     cudaStream_t stream;
     cublasLtHandle_t blas;
     char *workspace;
     size_t workspace_bytes;
-    char *scratch; /* SCRATCH_BYTES of the device's own, for the optimizer, which has no plan */
+    char *scratch; /* SCRATCH_BYTES for operations without a plan: the optimizer's */
     int sm_count;
     size_t memory;       /* bytes the GPU has */
     size_t shared_limit; /* bytes of dynamic shared memory a block may have */
@@ -58,11 +59,11 @@ struct device {
     struct matmul_plan *matmuls; /* built so far */
     struct attention_plans *attentions;
     struct staging *staging;
-    struct graph *graphs; /* [GRAPHS]; NULL: none are kept */
-    struct trace *trace;  /* NULL: nobody looks */
+    struct graph *graphs; /* [GRAPHS]; NULL: CUDA graphs are off */
+    struct trace *trace;  /* NULL: not tracing */
     void (*progress_callback)(void *context);
     void *progress_context;
-    pthread_t progress_thread; /* that set it */
+    pthread_t progress_thread; /* the thread that set it */
     struct posted_step posted[POSTED_STEPS];
     int64_t posts, collects;
     char name[256], description[320];
@@ -81,7 +82,7 @@ static inline enum dtype cuda_compute(const struct device *dev) {
     return dev->precision == DEVICE_BF16 ? DTYPE_BF16 : DTYPE_F32;
 }
 
-/* The workspace's first bytes, for the running operation. */
+/* The first `bytes` of the workspace, for the running operation; aborts if it is smaller. */
 void *cuda_workspace(struct device *dev, size_t bytes, const char *op);
 
 /* As in kernels/check.h; the zeros that end a shape may be left out. */
@@ -100,7 +101,7 @@ static inline int64_t round_up(int64_t n, int64_t to) {
     return ceil_div(n, to) * to;
 }
 
-/* Do all these addresses allow 16-byte accesses? */
+/* Whether all these addresses allow 16-byte accesses. */
 static inline bool aligned16(std::initializer_list<const void *> addresses) {
     for (const void *p : addresses)
         if ((uintptr_t)p % 16 != 0)
@@ -108,13 +109,13 @@ static inline bool aligned16(std::initializer_list<const void *> addresses) {
     return true;
 }
 
-/* Until the event has come, calling what set_progress_callback set. */
+/* Wait until the event is reached, calling the progress callback meanwhile. */
 void cuda_host_wait(struct device *dev, cudaEvent_t event);
-/* Until all that is queued now has been done, likewise. */
+/* Wait until everything queued so far is done, likewise. */
 void cuda_await_queue(struct device *dev);
 
-/* Queue a kernel. A block has 48 KiB of shared memory unasked, in which a kernel's static variables count
- * too; much dynamic shared memory is asked for on the first use. */
+/* Queue a kernel. A block may use 48 KiB of shared memory, its static variables included, without asking;
+ * from 32 KiB of dynamic shared memory on, the first launch asks for what it needs. */
 template <auto kernel, typename... A>
 void launch_on(cudaStream_t stream, dim3 grid, dim3 block, size_t shared, A... args) {
     static size_t allowed = 32 << 10;
@@ -159,8 +160,8 @@ void attention_plans_free(struct attention_plans *);
 const char *cuda_attention_backend(struct device *, const struct attention_spec *, size_t *deterministic);
 int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
 
-/* C[m,n] = op(A) op(B) (+ C) (+ bias [n]), row-major; transposed operands are stored [k,m] and [n,k]. A and B
- * are of type `in`, C and bias of type `out`. Scratch is the workspace's first MATMUL_WORKSPACE bytes. */
+/* C[m,n] = op(A) op(B) (+ C) (+ bias [n]), row-major; transposed operands are stored as [k,m] and [n,k]. A
+ * and B are of type `in`, C and bias of type `out`. Uses the workspace's first MATMUL_WORKSPACE bytes. */
 struct matmul {
     bool transpose_a, transpose_b;
     int64_t m, n, k, lda, ldb, ldc;
@@ -168,19 +169,19 @@ struct matmul {
     bool bias;
 };
 constexpr size_t MATMUL_WORKSPACE = 32 << 20;
-/* Choose the algorithm; without it, the first product of that shape takes the library's first choice. */
+/* Choose the algorithm by timing; a shape that was not planned uses cuBLASLt's first choice. */
 void plan_matmul(struct device *, struct matmul);
 void run_matmul(struct device *, struct matmul, const void *a, const void *b, const void *bias,
                 bool accumulate, void *c);
 void matmul_plans_free(struct matmul_plan *);
 
-/* out[i] (+)= the sum over p < parts of shares[p n + i], in a fixed order: how blocks' shares of a gradient
- * meet. out F32 [n]. */
-void sum_parts(struct device *, const float *shares, int parts, int64_t n, float *out, bool accumulate);
+/* out[i] (+)= the sum over p < parts of partials[p n + i], in a fixed order: adds up the partial sums of a
+ * gradient that blocks have written. out F32 [n]. */
+void sum_partials(struct device *, const float *partials, int parts, int64_t n, float *out, bool accumulate);
 
 void cuda_upload(struct device *, tensor dst, const void *host, enum dtype host_dtype);
 void cuda_download(struct device *, tensor src, void *host, enum dtype host_dtype);
-/* A small piece of device memory as it is, when the queue has come so far. */
+/* Copy a few bytes of device memory, unconverted, after everything queued so far; waits for them. */
 void cuda_read(struct device *, const void *src, void *host, size_t bytes);
 struct staging *staging_create(void);
 struct comm *cuda_open_comm(struct device *, struct comm *ranks, enum comm_backend how, struct error *e);
@@ -196,48 +197,8 @@ void cuda_graph_begin(struct device *, int id);
 bool cuda_graph_end(struct device *, int id);
 void staging_free(struct staging *);
 
-void cuda_embed(struct device *, const struct embed_spec *, tensor tokens, tensor w, tensor pos,
-                int64_t first, tensor x);
-void cuda_embed_backward(struct device *, const struct embed_spec *, tensor tokens, tensor dx, tensor dw,
-                         tensor dpos);
-void cuda_residual_norm(struct device *, const struct norm_spec *, tensor x, tensor delta, tensor w, tensor b,
-                        tensor sum, tensor y, void *saved);
-void cuda_residual_norm_recompute(struct device *, const struct norm_spec *, tensor sum, tensor w, tensor b,
-                                  tensor y, const void *saved);
-void cuda_residual_norm_backward(struct device *, const struct norm_spec *, tensor dy, tensor sum, tensor w,
-                                 const void *saved, tensor dx, tensor dw, tensor db, bool accumulate);
-void cuda_linear(struct device *, const struct linear_spec *, tensor x, tensor w, tensor bias, tensor y);
-void cuda_linear_backward(struct device *, const struct linear_spec *, tensor dy, tensor x, tensor w,
-                          tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate);
-void cuda_rope_table(struct device *, tensor table, double theta);
-void cuda_qkv_mix(struct device *, const struct qkv_mix_spec *, tensor qkv, tensor alpha_q, tensor alpha_k,
-                  tensor alpha_v, tensor table, int64_t first, tensor q, tensor k, tensor v);
-void cuda_qkv_mix_backward(struct device *, const struct qkv_mix_spec *, tensor dq, tensor dk, tensor dv,
-                           tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
-                           tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v, bool accumulate);
-void cuda_attention(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v, tensor o,
-                    void *saved);
-void cuda_attention_backward(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v,
-                             tensor o, tensor d_o, const void *saved, tensor dq, tensor dk, tensor dv);
-void cuda_attention_decode(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v,
-                           tensor cache_k, tensor cache_v, int64_t first, tensor o);
-void cuda_collapse(struct device *, const struct collapse_spec *, tensor o, tensor r, tensor out);
-void cuda_collapse_backward(struct device *, const struct collapse_spec *, tensor dout, tensor o, tensor r,
-                            tensor d_o, tensor dr, bool accumulate);
-void cuda_mlp_act(struct device *, const struct act_spec *, tensor u, tensor gate, tensor out);
-void cuda_mlp_act_backward(struct device *, const struct act_spec *, tensor dout, tensor u, tensor gate,
-                           tensor du, tensor dgate);
-void cuda_classifier(struct device *, const struct classifier_spec *, tensor h, tensor w, tensor targets,
-                     double scale, struct step_state *state, tensor dh, tensor dw, bool accumulate);
-void cuda_step_begin(struct device *, struct step_state *, int64_t step, double lr);
-void cuda_sumsq(struct device *, tensor g, struct step_state *);
-void cuda_step_decide(struct device *, struct step_state *, double grad_clip, double skip_zscore);
-void cuda_step_post(struct device *, const struct step_state *);
-void cuda_step_collect(struct device *, struct step_state *host);
-void cuda_step_read(struct device *, const struct step_state *, struct step_state *host);
-void cuda_step_write(struct device *, struct step_state *, const struct step_state *host);
-void cuda_adamw(struct device *, const struct adamw_hyper *, const struct param_group *groups, int count,
-                int64_t first, tensor master, tensor p, tensor g, tensor m, tensor v,
-                const struct step_state *);
+/* The operations: cuda_embed, cuda_embed_backward, ... */
+#define OP(name, parameters, arguments) op_##name cuda_##name;
+#include "kernels/ops.def"
 
 #endif

@@ -1,12 +1,12 @@
 # The CUDA backend: where the toolkit and cuDNN are, how they compile, what the binary links. Included by the Makefile.
 #
-#   CUDA=0               build the CPU backend alone, as where no toolkit is found
-#   CUDA_HOME=DIR        the toolkit; otherwise where the nvcc on the PATH lies, or /usr/local/cuda
-#   NVIDIA_WHEELS=DIR    .../site-packages/nvidia: what the toolkit lacks is taken from Python wheels
-#   CUDNN_FRONTEND=DIR   the folder of cudnn_frontend.h; otherwise where `make deps` put it
+#   CUDA=0               build without CUDA, as when no toolkit is found
+#   CUDA_HOME=DIR        the toolkit; default: that of the nvcc on the PATH, or /usr/local/cuda
+#   NVIDIA_WHEELS=DIR    .../site-packages/nvidia: Python wheels with the libraries that the toolkit lacks
+#   CUDNN_FRONTEND=DIR   the folder of cudnn_frontend.h; default: where `make deps` installs it
 #
-# Lines of these in local.mk hold for every make. The libraries are linked dynamically, by the folder they were found
-# in; none of them needs the driver to load, so the binary also runs where there is no GPU.
+# Set in local.mk they apply to every make. The libraries are linked dynamically, with an rpath to the folder they were
+# found in; none of them needs the driver to load, so the binary also runs where there is no GPU.
 
 -include local.mk
 
@@ -15,13 +15,13 @@ CUDA_HOME ?= $(or $(patsubst %/bin/nvcc,%,$(shell command -v nvcc 2>/dev/null)),
 NVCC ?= $(firstword $(wildcard $(CUDA_HOME)/bin/nvcc $(NVIDIA_WHEELS:%=%/cu*/bin/nvcc)))
 CUDA_SOURCES = $(wildcard kernels/cuda/*.cu kernels/cuda/*/*.cu)
 
-# Ampere and Hopper, and code that later GPUs compile for themselves.
+# Ampere and Hopper, and PTX that the driver compiles for later GPUs.
 CUDA_ARCHS ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
     -gencode arch=compute_90,code=compute_90
-# In C++ the shared headers' designated initializers would each need every member.
+# Designated initializers in the shared headers leave members out, which C++ compilers warn about.
 CUDA_WARNINGS = -Wall -Wextra -Werror -Wno-missing-field-initializers
 
-# ---- what is there ----
+# ---- what is installed ----
 
 CUDA_FOLDERS := $(wildcard $(NVIDIA_WHEELS:%=%/*)) $(CUDA_HOME)
 CUDA_LIB_DIRS := $(foreach dir,$(CUDA_FOLDERS),$(dir)/lib64 $(dir)/lib) $(CUDA_HOME)/targets/x86_64-linux/lib \
@@ -44,7 +44,7 @@ CUDNN_FRONTEND ?= $(patsubst %/cudnn_frontend.h,%,$(firstword $(wildcard \
 
 CUDA_ISYSTEM = $(addprefix -isystem ,$(wildcard $(CUDA_INCLUDE_DIRS)))
 
-# Why there is no CUDA, in a few words; empty: there is.
+# Why CUDA is not built, in a few words; empty: it is.
 CUDA_MISSING := $(strip $(if $(filter 0,$(CUDA)),CUDA=0, $(if $(filter 1,$(SANITIZE)),SANITIZE=1, \
     $(if $(NVCC),,no nvcc) $(if $(CUDART),,no libcudart) $(if $(CUBLASLT),,no libcublasLt))))
 CUDNN_MISSING := $(strip $(if $(CUDNN),,no libcudnn) $(if $(CUDNN_HEADER),,no cudnn.h) \
@@ -61,24 +61,24 @@ CUDA_LIBS = $(CUDART) $(CUBLASLT) $(if $(CUDNN_MISSING),,$(CUDNN)) $(if $(NCCL_M
 CUDA_RPATH = $(patsubst %,-Wl$(comma)-rpath$(comma)%,$(sort $(abspath $(dir $(CUDA_LIBS)))))
 comma := ,
 
-# What the binary links beside the CPU backend, and the line that says so.
+# What the binary links beside the CPU backend, and a line for the user that says so.
 ifeq ($(CUDA_MISSING),)
 CUDA_LINKED = $(CUDA_OBJECTS) $(CUDNN_OBJECTS)
 CUDA_LINK = $(CUDA_LIBS) $(CUDA_RPATH) -lstdc++
-CUDA_SAYS = with CUDA ($(NVCC)), attention \
-    $(if $(CUDNN_MISSING),by own kernels alone ($(CUDNN_MISSING)),also by cuDNN ($(CUDNN))), ranks over \
+CUDA_SUMMARY = with CUDA ($(NVCC)), attention \
+    $(if $(CUDNN_MISSING),by the built-in kernels alone ($(CUDNN_MISSING)),also by cuDNN ($(CUDNN))), ranks over \
     $(if $(NCCL_MISSING),host memory alone ($(NCCL_MISSING)),NCCL ($(NCCL)))
 else
 CUDA_LINKED =
 CUDA_LINK =
-CUDA_SAYS = without CUDA ($(CUDA_MISSING)): the CPU backend alone
+CUDA_SUMMARY = without CUDA ($(CUDA_MISSING)): the CPU backend alone
 endif
 
-# Files that change when what they name does; what depends on them is then built again.
+# Stamp files: rewritten when the compiler, flags or libraries that they list change, so that dependents are rebuilt.
 CUDA_STAMPS = $(addprefix $(BUILD)/cuda/,compiled-with cudnn-with linked-with)
 $(BUILD)/cuda/compiled-with: WITH = $(NVCC) $(CUDA_ARCHS) $(CUDA_ISYSTEM) $(NCCL_FLAGS)
 $(BUILD)/cuda/cudnn-with: WITH = $(CUDNN_HEADER) $(CUDNN_FRONTEND) $(CUDA_ISYSTEM) $(NVRTC)
-$(BUILD)/cuda/linked-with: WITH = $(CUDA_SAYS) $(CUDA_LINK)
+$(BUILD)/cuda/linked-with: WITH = $(CUDA_SUMMARY) $(CUDA_LINK)
 $(CUDA_STAMPS): FORCE
 	@mkdir -p $(@D)
 	@echo '$(WITH)' | cmp -s - $@ || echo '$(WITH)' >$@
@@ -91,7 +91,7 @@ $(BUILD)/cuda/%.o: %.cu $(BUILD)/cuda/compiled-with
 	@$(NVCC) -std=c++17 -O3 -lineinfo -I. $(CUDA_ISYSTEM) $(CUDA_ARCHS) $(NCCL_FLAGS) -Werror all-warnings \
 	    $(addprefix -Xcompiler ,$(CUDA_WARNINGS)) -MMD -c $< -o $@
 
-# The frontend is headers alone, large ones: optimizing them would take four times as long and gain microseconds.
+# The cuDNN frontend is header-only and large: optimizing it takes four times as long and saves only microseconds.
 $(BUILD)/cuda/%.o: %.cpp $(BUILD)/cuda/cudnn-with
 	@mkdir -p $(@D)
 	@echo "  CXX  $<"

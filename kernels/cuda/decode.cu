@@ -1,18 +1,20 @@
-/* attention_decode: a few new virtual tokens against a ring of cached keys and values.
+/* attention_decode: a few new virtual tokens attend to a ring buffer of cached keys and values.
  *
- * One kernel appends, one attends. A query and head is one block; a key is LANES lanes of a warp, each with 8
- * elements of its row, so that a warp reads whole rows. Every group of lanes keeps a running softmax of the
- * keys that are its own (Milakov & Gimelshein 2018), several keys at a time to have their loads under way
- * together; the groups' results are merged in a fixed order at the end. Scores are in base 2.
+ * One kernel appends the new keys and values to the cache, one computes attention. A block has one query and
+ * head. LANES lanes of a warp share a key, each with 8 elements of its row, so that a warp reads whole rows.
+ * Every group of LANES lanes keeps an online softmax of its share of the keys (Milakov & Gimelshein 2018),
+ * and takes UNROLL keys at a time so that their loads are in flight together; the groups' results are merged
+ * in a fixed order at the end. Scores are in base 2.
  *
- * Bytes moved: the visible rows of both caches once a query, which is all the time there is: 4 d FLOPs for 2
- * d elements read. */
+ * Bytes moved: the visible rows of both caches once per query. That bounds it: 2 d elements are read for 4 d
+ * FLOPs. */
 #include "kernels/cuda/attention/attention_band.cuh"
 
-enum { WARPS = 8, THREADS = 32 * WARPS, EACH = 8 /* elements of a row a lane has */, UNROLL = 4 };
+enum { WARPS = 8, THREADS = 32 * WARPS, UNROLL = 4 };
+enum { EACH = 8 /* elements of a row that a lane holds: 16 bytes of bf16, the widest load */ };
 
 template <typename T> struct decode_args {
-    struct band band; /* its length: all keys there are, those of this pass included */
+    struct band band; /* length: all keys so far, those of this pass included */
     int d, first, capacity;
     bool aligned;
     float scale; /* times log2 e */
@@ -33,11 +35,10 @@ static __device__ __forceinline__ void load_part(const T *row, int column, int d
         x[i] = column + i < d ? to_float(row[column + i]) : 0;
 }
 
-/* cache[b,(first + i) mod capacity,h,:] = x[b,i,h,:] for k and v. Grid: (n H rows, 8 warps a block; k or v;
- * B).
- */
+/* cache[b,(first + i) mod capacity,h,:] = x[b,i,h,:] for k and v; a warp a row. Grid: (n H / WARPS, 2 for k
+ * and v, B). */
 template <typename T>
-static __global__ void __launch_bounds__(THREADS) append(struct decode_args<T> a, int n, int heads) {
+static __global__ void __launch_bounds__(THREADS) append_to_cache(struct decode_args<T> a, int n, int heads) {
     int row = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32, i = row / heads, h = row % heads;
     int b = (int)blockIdx.z, slot = (a.first + i) % a.capacity;
     if (i >= n)
@@ -56,32 +57,33 @@ static __global__ void __launch_bounds__(THREADS) append(struct decode_args<T> a
     }
 }
 
-/* What some of the keys give: the sum of their weights, relative to 2^top, and of their weighted values. */
-struct partial {
+/* The online softmax over some of the keys: their maximum score, the sum of their weights relative to 2^top,
+ * and of their weighted values. */
+struct softmax_state {
     float top, sum, acc[EACH];
 };
 
-/* A maximum of -inf: no keys yet. */
+/* With a maximum of -inf (no keys yet) nothing is subtracted: -inf minus -inf would be NaN. */
 static __device__ __forceinline__ float weight_of(float score, float top) {
     return exp2f(score - (top == -INFINITY ? 0 : top));
 }
 
-/* Add what the lane `with` away has; both get the same. */
-static __device__ __forceinline__ void merge(partial &p, int with) {
-    float top = fmaxf(p.top, __shfl_xor_sync(0xffffffff, p.top, with)), factor = weight_of(p.top, top);
+/* Merge with the lane whose number differs in bit `offset`; both get the same result. */
+static __device__ __forceinline__ void merge(softmax_state &p, int offset) {
+    float top = fmaxf(p.top, __shfl_xor_sync(0xffffffff, p.top, offset)), factor = weight_of(p.top, top);
     p.top = top;
     p.sum *= factor;
-    p.sum += __shfl_xor_sync(0xffffffff, p.sum, with);
+    p.sum += __shfl_xor_sync(0xffffffff, p.sum, offset);
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         p.acc[i] *= factor;
-        p.acc[i] += __shfl_xor_sync(0xffffffff, p.acc[i], with);
+        p.acc[i] += __shfl_xor_sync(0xffffffff, p.acc[i], offset);
     }
 }
 
 /* Grid: (n, H, B). */
 template <typename T, int LANES>
-static __global__ void __launch_bounds__(THREADS) attend(struct decode_args<T> a) {
+static __global__ void __launch_bounds__(THREADS) attend_to_cache(struct decode_args<T> a) {
     constexpr int GROUPS = 32 / LANES, STEP = GROUPS * UNROLL;
     __shared__ float tops[WARPS], sums[WARPS], accs[WARPS][LANES * EACH];
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, i = (int)blockIdx.x;
@@ -91,10 +93,10 @@ static __global__ void __launch_bounds__(THREADS) attend(struct decode_args<T> a
     const T *cache_k = a.cache_k.of(b, h), *cache_v = a.cache_v.of(b, h);
     float q[EACH];
     load_part(a.q.of(b, h) + i * a.q.row, column, a.d, a.aligned, q);
-    partial p = {-INFINITY, 0, {}};
+    softmax_state p = {-INFINITY, 0, {}};
 #pragma unroll
     for (int e = 0; e < EACH; e++)
-        q[e] *= a.scale;
+        q[e] *= a.scale; /* once, instead of every score */
 
     for (int key0 = keys.begin + warp * STEP; key0 < keys.end; key0 += WARPS * STEP) {
         float scores[UNROLL], values[UNROLL][EACH], top = p.top;
@@ -114,8 +116,8 @@ static __global__ void __launch_bounds__(THREADS) attend(struct decode_args<T> a
             for (int e = 0; e < EACH; e++)
                 dot += q[e] * k[e];
 #pragma unroll
-            for (int with = LANES / 2; with > 0; with /= 2)
-                dot += __shfl_xor_sync(0xffffffff, dot, with);
+            for (int offset = LANES / 2; offset > 0; offset /= 2)
+                dot += __shfl_xor_sync(0xffffffff, dot, offset);
             scores[u] = key < keys.end ? dot : -INFINITY;
             top = fmaxf(top, scores[u]);
         }
@@ -135,9 +137,10 @@ static __global__ void __launch_bounds__(THREADS) attend(struct decode_args<T> a
         }
     }
 
+    /* First over the warp's groups, by shuffles, then over the warps, through shared memory. */
 #pragma unroll
-    for (int with = LANES; with < 32; with *= 2)
-        merge(p, with);
+    for (int offset = LANES; offset < 32; offset *= 2)
+        merge(p, offset);
     if (lane < LANES) {
 #pragma unroll
         for (int e = 0; e < EACH; e++)
@@ -162,7 +165,7 @@ static __global__ void __launch_bounds__(THREADS) attend(struct decode_args<T> a
 
 int cuda_decode_plan(struct device *dev, const struct attention_spec *s, struct op_cost *cost,
                      struct error *e) {
-    int status = own_attention_plan(dev, s, cost, e); /* the same widths */
+    int status = attention_builtin_plan(dev, s, cost, e); /* checks head_dim: the limit is the same */
     *cost = {0, 0};
     return status;
 }
@@ -183,16 +186,16 @@ void cuda_attention_decode(struct device *dev, const struct attention_spec *s, t
                 (float)(s->scale * 1.4426950408889634), rows_of<const T>(q), rows_of<const T>(k),
                 rows_of<const T>(v), rows_of<T>(cache_k), rows_of<T>(cache_v), rows_of<T>(o)
         };
-        launch<append<T>>(dev, dim3((unsigned)ceil_div(n * H, WARPS), 2, (unsigned)B), THREADS, 0, a, (int)n,
-                          (int)H);
+        launch<append_to_cache<T>>(dev, dim3((unsigned)ceil_div(n * H, WARPS), 2, (unsigned)B), THREADS, 0, a,
+                                   (int)n, (int)H);
         dim3 grid((unsigned)n, (unsigned)H, (unsigned)B);
         if (d <= 32)
-            launch<attend<T, 4>>(dev, grid, THREADS, 0, a);
+            launch<attend_to_cache<T, 4>>(dev, grid, THREADS, 0, a);
         else if (d <= 64)
-            launch<attend<T, 8>>(dev, grid, THREADS, 0, a);
+            launch<attend_to_cache<T, 8>>(dev, grid, THREADS, 0, a);
         else if (d <= 128)
-            launch<attend<T, 16>>(dev, grid, THREADS, 0, a);
+            launch<attend_to_cache<T, 16>>(dev, grid, THREADS, 0, a);
         else
-            launch<attend<T, 32>>(dev, grid, THREADS, 0, a);
+            launch<attend_to_cache<T, 32>>(dev, grid, THREADS, 0, a);
     });
 }

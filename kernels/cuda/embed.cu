@@ -1,19 +1,20 @@
-/* embed: token and position vectors in, and the scatter of their gradients.
+/* embed: looks up token and position embeddings; backward adds their gradients to the tables' rows.
  *
- * Tokens repeat, so rows of dW collide. To add them in a fixed order, backward sorts the rows n of the batch
- * by token (stably, so that the order is that of n), cuts the sorted list into chunks of CHUNK rows, and
- * gives each chunk to one block, which sums the runs of equal tokens it finds. A run within one chunk goes to
- * dW at once; a run that crosses chunks leaves partial sums, which the block of the run's first chunk adds up
- * in a second kernel. However uneven the tokens, every block has the same work.
+ * Tokens repeat, so several rows of dx are added to one row of dW. To add them in a fixed order, backward
+ * sorts the rows n of the batch by token (stably: rows of a token stay in the order of n), cuts the sorted
+ * list into chunks of CHUNK rows, and gives each chunk to one block, which sums its runs of equal tokens. A
+ * run within one chunk is added to dW directly. A run that crosses chunks leaves partial sums, which the
+ * block of the run's first chunk adds up in a second kernel. So every block has the same work, however often
+ * a token occurs.
  *
- * The sort counts tokens (integer atomics: sums that no order changes), scans the counts, drops rows into
- * their token's slots in any order, and then ranks each row among those of its token. */
+ * The sort counts tokens (integer atomics, whose order does not change a sum), scans the counts, scatters
+ * rows into their token's slots in any order, and then ranks each row among those of its token. */
 #include "kernels/cuda/cuda.cuh"
 
 enum { THREADS = 256, CHUNK = 32, SCAN_THREADS = 1024 };
 
-/* x[n,:] = W[tokens[n],:] + pos[first + n mod tokens,:]. A block's threads run along the N C elements, V at a
- * time. Bytes moved: 2 N C elements (and what of pos the L2 does not hold). */
+/* x[n,:] = W[tokens[n],:] + pos[first + n mod tokens,:]. Threads run along the N C elements, V at a time.
+ * Bytes moved: 2 N C elements, and the part of pos that is not in the L2. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
     embed_forward(const int32_t *ids, const T *w, const T *pos, int64_t first, T *x, int64_t rows,
@@ -45,12 +46,13 @@ static __global__ void __launch_bounds__(THREADS)
         atomicAdd(&counts[ids[n]], 1);
 }
 
-/* begin[v] = next[v] = how many rows have a token before v. One block: V numbers are few. */
+/* An exclusive scan: begin[v] = next[v] = how many rows have a token less than v; begin[vocab] = all rows.
+ * One block, SCAN_THREADS counts at a time: scans of warps by shuffles, then over the warps' totals. */
 static __global__ void __launch_bounds__(SCAN_THREADS)
     scan_counts(const int32_t *counts, int64_t vocab, int32_t *begin, int32_t *next) {
     __shared__ int32_t warps[SCAN_THREADS / 32];
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    int32_t before = 0; /* in earlier turns of the loop */
+    int32_t before = 0; /* the sum of earlier iterations */
     for (int64_t base = 0; base < vocab; base += SCAN_THREADS) {
         int64_t v = base + threadIdx.x;
         int32_t count = v < vocab ? counts[v] : 0, sum = count;
@@ -70,23 +72,24 @@ static __global__ void __launch_bounds__(SCAN_THREADS)
         if (v < vocab)
             begin[v] = next[v] = before + earlier + sum - count;
         before += total;
-        __syncthreads(); /* before `warps` is written again */
+        __syncthreads(); /* all threads have read `warps` before it is written again */
     }
     if (threadIdx.x == 0)
         begin[vocab] = before;
 }
 
-/* Rows into the slots of their token, in any order. */
+/* Write each row's number to a slot of its token, in any order. */
 static __global__ void __launch_bounds__(THREADS)
-    drop_rows(const int32_t *ids, int64_t rows, int32_t *next, int32_t *dropped) {
+    scatter_rows(const int32_t *ids, int64_t rows, int32_t *next, int32_t *scattered) {
     int64_t n = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (n < rows)
-        dropped[atomicAdd(&next[ids[n]], 1)] = (int32_t)n;
+        scattered[atomicAdd(&next[ids[n]], 1)] = (int32_t)n;
 }
 
-/* sorted: rows by token, then by n. A row's rank is the number of its token's rows before it. */
+/* sorted: rows by token, then by n. A row's rank is the number of its token's rows before it, counted here,
+ * so that the result does not depend on the order in which the atomics ran. */
 static __global__ void __launch_bounds__(THREADS)
-    rank_rows(const int32_t *ids, int64_t rows, const int32_t *begin, const int32_t *dropped,
+    rank_rows(const int32_t *ids, int64_t rows, const int32_t *begin, const int32_t *scattered,
               int32_t *sorted) {
     int64_t n = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (n >= rows)
@@ -94,20 +97,21 @@ static __global__ void __launch_bounds__(THREADS)
     int32_t from = begin[ids[n]], to = begin[ids[n] + 1], rank = 0;
 #pragma unroll 8
     for (int32_t i = from; i < to; i++)
-        rank += dropped[i] < n;
+        rank += scattered[i] < n;
     sorted[from + rank] = (int32_t)n;
 }
 
 /* ---- the sums ---- */
 
-/* Block (chunk, columns). A chunk's first run may have begun before it, and its last may go on: their sums go
- * to edges [chunks, 2, C], first and last (a chunk that is all one run leaves it in the first only). Bytes
- * moved: N C elements, and 8 C for every run. */
+/* Block (chunk, columns): dW[token,:] += the sum of each run of equal tokens in the chunk. The first run may
+ * have begun in an earlier chunk and the last may continue in the next: their sums go to edges [chunks, 2,
+ * C], first and last (a chunk that is one run from end to end leaves it in the first only). Bytes moved: N C
+ * elements, and 8 C for every run. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
     sum_runs(const int32_t *ids, const int32_t *sorted, int64_t rows, const T *dx, float *dw, float *edges,
              int64_t C) {
-    __shared__ int32_t row[CHUNK], token[CHUNK + 2]; /* token of the slots from one before the chunk */
+    __shared__ int32_t row[CHUNK], token[CHUNK + 2]; /* token[i]: of slot i - 1, one more at either end */
     int64_t base = (int64_t)blockIdx.x * CHUNK;
     int count = (int)min64(rows - base, CHUNK);
     for (int i = (int)threadIdx.x; i < count + 2; i += (int)blockDim.x) {
@@ -125,7 +129,7 @@ static __global__ void __launch_bounds__(THREADS)
     bool whole = true; /* the run began in this chunk */
     int done = 0;
     while (done < count) {
-        float values[4][V]; /* under way at once */
+        float values[4][V]; /* loads in flight at once */
 #pragma unroll
         for (int k = 0; k < 4; k++)
             if (done + k < count)
@@ -162,7 +166,8 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* Block (chunk, columns): if a run begins in this chunk and goes on in the next, add its pieces, in order. */
+/* Block (chunk, columns): if a run begins in this chunk and continues in the next, add up its pieces in order
+ * and add them to dW. */
 template <int V>
 static __global__ void __launch_bounds__(THREADS)
     sum_edges(const int32_t *ids, const int32_t *sorted, int64_t rows, const int32_t *begin,
@@ -212,22 +217,22 @@ static __global__ void __launch_bounds__(THREADS)
 
 /* ---- launches ---- */
 
-/* Backward's workspace: the sort's integers and the runs' edges. */
+/* Backward's workspace: the sort's integers and the partial sums of runs that cross chunks. */
 struct sort_space {
     int32_t *counts, *begin, *next; /* [V], [V + 1], [V] */
-    int32_t *dropped, *sorted;      /* [N] */
+    int32_t *scattered, *sorted;    /* [N] */
     float *edges;                   /* [chunks, 2, C] */
     size_t bytes;
 };
 
-static struct sort_space lay_out(const struct embed_spec *s, char *base) {
+static struct sort_space workspace_layout(const struct embed_spec *s, char *base) {
     int64_t N = s->batch * s->tokens, V = round_up(s->vocab + 1, 64), rows = round_up(N, 64);
     struct sort_space space;
     space.counts = (int32_t *)base;
     space.begin = space.counts + V;
     space.next = space.begin + V;
-    space.dropped = space.next + V;
-    space.sorted = space.dropped + rows;
+    space.scattered = space.next + V;
+    space.sorted = space.scattered + rows;
     space.edges = (float *)(space.sorted + rows);
     space.bytes = (size_t)(3 * V + 2 * rows) * sizeof(int32_t) +
                   (size_t)(ceil_div(N, CHUNK) * 2 * s->hidden) * sizeof(float);
@@ -237,7 +242,7 @@ static struct sort_space lay_out(const struct embed_spec *s, char *base) {
 int cuda_embed_plan(struct device *dev, const struct embed_spec *s, struct op_cost *cost, struct error *e) {
     (void)dev;
     (void)e;
-    cost->workspace = lay_out(s, NULL).bytes;
+    cost->workspace = workspace_layout(s, NULL).bytes;
     return 0;
 }
 
@@ -279,8 +284,8 @@ static void sort_rows(struct device *dev, const struct embed_spec *s, const int3
     cuda_check(cudaMemsetAsync(space.counts, 0, (size_t)s->vocab * sizeof(int32_t), dev->stream));
     launch<count_tokens>(dev, blocks, THREADS, 0, ids, N, space.counts);
     launch<scan_counts>(dev, 1, SCAN_THREADS, 0, space.counts, s->vocab, space.begin, space.next);
-    launch<drop_rows>(dev, blocks, THREADS, 0, ids, N, space.next, space.dropped);
-    launch<rank_rows>(dev, blocks, THREADS, 0, ids, N, space.begin, space.dropped, space.sorted);
+    launch<scatter_rows>(dev, blocks, THREADS, 0, ids, N, space.next, space.scattered);
+    launch<rank_rows>(dev, blocks, THREADS, 0, ids, N, space.begin, space.scattered, space.sorted);
 }
 
 void cuda_embed_backward(struct device *dev, const struct embed_spec *s, tensor tokens, tensor dx, tensor dw,
@@ -291,7 +296,7 @@ void cuda_embed_backward(struct device *dev, const struct embed_spec *s, tensor 
     if (dpos.data)
         check_table("embed_backward", "dpos", dpos, DTYPE_F32, dpos.shape[0], C);
     struct sort_space space =
-        lay_out(s, (char *)cuda_workspace(dev, lay_out(s, NULL).bytes, "embed_backward"));
+        workspace_layout(s, (char *)cuda_workspace(dev, workspace_layout(s, NULL).bytes, "embed_backward"));
     const int32_t *ids = (const int32_t *)tokens.data;
     sort_rows(dev, s, ids, space);
     by_dtype(dx.dtype, [&](auto number) {

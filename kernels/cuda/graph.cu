@@ -1,15 +1,16 @@
-/* Runs of operations kept as CUDA graphs.
+/* Sequences of operations captured as CUDA graphs, numbered 0 to GRAPHS - 1.
  *
- * The first time a run is queued as it is: libraries choose and connect then. The second time it is captured,
- * and from then on replayed. Where the driver cannot capture or keep it, it is queued operation by operation
- * for good, and a line says so; a library that refuses to be captured ends the program, with advice. */
+ * The first time a sequence is queued operation by operation: libraries choose algorithms and connect then.
+ * The second time it is captured, and from then on replayed. Where the driver cannot capture or instantiate
+ * it, graphs are turned off with a line on stderr; a library that does not support capture ends the program
+ * with a message. */
 #include <stdio.h>
 #include <stdlib.h>
 
 #include "kernels/cuda/cuda.h"
 
 struct graph {
-    bool seen;
+    bool ran;             /* once, uncaptured */
     cudaGraphExec_t exec; /* NULL: not captured yet */
 };
 
@@ -31,8 +32,8 @@ bool cuda_graph_replay(struct device *dev, int id) {
     return true;
 }
 
-/* For good: without them from here on. */
-static void do_without(struct device *dev, cudaError_t why) {
+/* From here on, operations are queued one by one. */
+static void disable_graphs(struct device *dev, cudaError_t why) {
     fprintf(stderr,
             "CUDA graphs cannot be used here (%s): operations are queued one by one; system.graph = off "
             "does so from the start\n",
@@ -43,20 +44,20 @@ static void do_without(struct device *dev, cudaError_t why) {
 }
 
 void cuda_graph_begin(struct device *dev, int id) {
-    if (!dev->graphs || !dev->graphs[id].seen)
+    if (!dev->graphs || !dev->graphs[id].ran)
         return;
-    /* Of this thread: what the thread that saves does meanwhile is no part of it. */
+    /* Thread-local: calls of the checkpoint thread must not end up in the graph or invalidate it. */
     cudaError_t status = cudaStreamBeginCapture(dev->stream, cudaStreamCaptureModeThreadLocal);
     if (status != cudaSuccess)
-        do_without(dev, status);
+        disable_graphs(dev, status);
 }
 
 bool cuda_graph_end(struct device *dev, int id) {
     cudaGraph_t graph = NULL;
     if (!dev->graphs)
         return true;
-    if (!dev->graphs[id].seen) {
-        dev->graphs[id].seen = true;
+    if (!dev->graphs[id].ran) {
+        dev->graphs[id].ran = true;
         return true;
     }
     cudaError_t status = cudaStreamEndCapture(dev->stream, &graph);
@@ -68,6 +69,6 @@ bool cuda_graph_end(struct device *dev, int id) {
         cuda_check(cudaGraphLaunch(dev->graphs[id].exec, dev->stream));
         return true;
     }
-    do_without(dev, status);
+    disable_graphs(dev, status);
     return false;
 }

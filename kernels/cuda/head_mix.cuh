@@ -1,16 +1,19 @@
-/* Mixing along the head axis, the one primitive behind IHA: per token, a small matrix between the H heads and
- * the P H pseudo-heads. With I = P H, i = p H + h a pseudo-head, j a head, and M [I, H]:
+/* Mixing along the head axis, the operation that IHA adds to attention: per token, a small matrix between the
+ * H heads and the P H pseudo-heads. With I = P H, i = p H + h a pseudo-head, j a head, and M [I, H]:
  *
  *   expand    big[n,i,:] = sum_j M[i,j] small[n,j,:]          qkv_mix; the input gradient of collapse
  *   contract  small[n,j,:] = sum_i M[i,j] big[n,i,:]          collapse; the input gradient of qkv_mix
  *   outer     dM[i,j] = sum_n <big[n,i,:], small[n,j,:]>      the weight gradient of both
  *
- * All three are bound by memory: a number of big is read or written once and meets H multiplications in each,
- * 2 P H^2 d FLOPs for (1 + P) H d numbers. On an H200 that is beyond fp32 FMA (67 TFLOP/s) from about H = 16,
- * so bf16 runs on tensor cores (m16n8k16, fp32 sums), with heads padded to 16 inside the warp; padding costs
- * no bytes. What a pass moves and computes per token and tensor, for d = 64 (d = 128: twice), and the rate at
- * which the matrix units must work to keep up with 4.3 TB/s (as executed, padding included; mma.sync peaks
- * at about 600 TFLOP/s there):
+ * This file has what the bf16 kernels of qkv_mix and collapse share; outer is in head_mix_outer.cuh, kernels
+ * without tensor cores in head_mix_plain.cuh.
+ *
+ * All three are limited by memory bandwidth: each element of big is read or written once and takes part in H
+ * multiplications, 2 P H^2 d FLOPs for (1 + P) H d elements. On an H200, fp32 FMAs (67 TFLOP/s) could not
+ * keep up with memory from about H = 16 on, so bf16 runs on tensor cores (m16n8k16, fp32 sums), with heads
+ * padded to 16 in registers; padding moves no bytes. Bytes and FLOPs of a pass per token and tensor, for d =
+ * 64 (d = 128: twice), and the rate that the tensor cores need to keep up with 4.3 TB/s (as executed, padding
+ * included; mma.sync reaches about 600 TFLOP/s there):
  *
  *                        bytes                      FLOPs, useful (executed)          TFLOP/s at 4.3 TB/s
  *   expand (P+1) H d 2:   H=12 P=2    4,608           36,864    (65,536)               61
@@ -27,26 +30,27 @@
  *                         H=20 P=20 104,960        2,048,000 (2,867,200)              117
  *
  * Tiling. A warp takes 64 columns of one token at a time: 32 of the first half of d and the 32 that RoPE
- * pairs them with (fewer where d/2 has no 32 left). Which column is which index of a tensor-core tile is
- * ours to choose, as long as operands agree, and three choices make all accesses to global memory 16 bytes a
- * thread, and 64 in a row, without a detour. With g = lane / 4, t = lane % 4, columns counted within a half:
+ * pairs them with (fewer where less than 32 of d/2 are left). Which column has which index in a tensor-core
+ * tile is free, as long as the operands agree. Three assignments let every thread load and store 16 bytes at
+ * a time, 64 contiguous bytes of a row by four lanes, without going through shared memory first. With g =
+ * lane / 4, t = lane % 4, and columns counted within a half:
  *
- *   across  rows are contracted. The lane loads 8 columns of rows 2t, 2t+1, 2t+8, 2t+9, at 8 (g/2) in half
+ *   across  rows are contracted. A lane loads 8 columns of rows 2t, 2t+1, 2t+8, 2t+9, at 8 (g/2) in half
  *           g % 2; column 8 (g/2) + j is column g of tile j (0..7), the operand B. So results lie as
  *           d[tile j][2 r + e] = row g + 8 r, half e, column 8 t + j: 8 neighbours in 8 tiles, and a RoPE
  *           pair in two registers of a tile.
- *   along   columns are contracted (outer). The lane loads 8 columns of row g at 8 t in either half: again
+ *   along   columns are contracted (outer). A lane loads 8 columns of row g at 8 t in either half: again
  *           both of a RoPE pair. Step s (0..3) contracts the four columns 8 t + 4 (s%2) .. of half s / 2 of
  *           every lane, for A and B alike.
- *   staged  what was loaded along, to be contracted over rows, goes through shared memory: tile 4 e + w takes
- *           word w of the lanes' 16 bytes in half e, so a row of the tile is 16 bytes, ldmatrix transposes
- *           it to B, and d[tile 4 e + w][2 r ..] = row g + 8 r, half e, columns 8 t + 2 w and + 1.
+ *   staged  rows that were loaded along and are then contracted over rows go through shared memory: tile
+ *           4 e + w gets word w of the lanes' 16 bytes in half e, so a row of the tile is 16 bytes. ldmatrix
+ *           transposes it to B, and d[tile 4 e + w][2 r ..] = row g + 8 r, half e, columns 8 t + 2 w and + 1.
  *
- * Rows of M are taken in an order (struct head_rows) in which a lane's pseudo-head stays the same over many
- * tiles: RoPE's cosines and sines are loaded once for all heads of it.
+ * Rows of M are taken in an order (struct head_rows) in which a lane has the same pseudo-head over many
+ * tiles: RoPE's cosines and sines are loaded once for all its heads.
  *
- * What else could be the limit, from the machine code for sm_90 (a group of 64 columns, mean of q, k and v;
- * 4.3 TB/s are 18.6 bytes a cycle and SM, which issues 4 instructions a cycle):
+ * Instruction issue could be the other limit. From the machine code for sm_90 (a group of 64 columns, mean of
+ * q, k and v; 4.3 TB/s are 18.6 bytes per cycle and SM, which issues 4 instructions a cycle):
  *
  *                      registers  warps/SM  share of the issue slots at 4.3 TB/s
  *                      H<=16 <=32           H=12 P=2   H=16 P=4   H=20 P=20
@@ -55,13 +59,14 @@
  *   mix backward        128   228     16, 8    55%        46%        80%
  *   collapse backward   110   157     16, 8    29%        19%        27%
  *
- * Mix backward with P = 20 is the one that may not reach memory's speed: its seven warps must also meet twice
- * a group to add up dq. */
+ * Only mix backward with P = 20 may stay below memory bandwidth: its seven warps also have two barriers per
+ * group of columns to add up dq. */
 #ifndef IHA_KERNELS_CUDA_HEAD_MIX_CUH
 #define IHA_KERNELS_CUDA_HEAD_MIX_CUH
 
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/cuda/rope.cuh"
 
 /* ---- the matrix and the order of its rows ---- */
 
@@ -74,15 +79,14 @@ enum head_storage {
 struct head_rows {
     enum head_storage storage;
     int heads, pseudo;
-    /* Eight rows are 2^shift pseudo-heads of 8 / 2^shift heads; `tiles` of 16 rows hold all heads of these
-     * pseudo-heads, a chunk; `chunks` hold them all. */
+    /* Eight rows of a tile are 2^shift pseudo-heads p, each with 8 / 2^shift heads h. `tiles` tiles of 16
+     * rows hold all heads of these pseudo-heads: a chunk. `chunks` chunks hold all pseudo-heads. */
     int shift, tiles, chunks;
 };
 
-/* The order in which pseudo-heads stay in their lanes: the one with the fewest tiles, and among those with
- * the fewest chunks. */
-template <typename = void>
-struct head_rows pseudo_order(enum head_storage storage, int64_t heads, int64_t pseudo) {
+/* The order in which a lane keeps its pseudo-head throughout a chunk: of the four possible shifts the one
+ * with the fewest tiles, and among equals the one with the fewest chunks. */
+static inline struct head_rows pseudo_order(enum head_storage storage, int64_t heads, int64_t pseudo) {
     struct head_rows best = {storage, (int)heads, (int)pseudo, 0, 0, 0};
     for (int shift = 0; shift <= 3; shift++) {
         int chunks = (int)ceil_div(pseudo, 1 << shift);
@@ -96,10 +100,9 @@ struct head_rows pseudo_order(enum head_storage storage, int64_t heads, int64_t 
     return best;
 }
 
-/* Row i as it is in memory, where nothing is rotated: one chunk. */
+/* Rows in memory order, row i of M at row i of the tiles: for collapse, which rotates nothing. One chunk. */
 enum { IN_MEMORY = -1 };
-template <typename = void>
-struct head_rows memory_order(enum head_storage storage, int64_t heads, int64_t pseudo) {
+static inline struct head_rows memory_order(enum head_storage storage, int64_t heads, int64_t pseudo) {
     return {storage, (int)heads, (int)pseudo, IN_MEMORY, (int)ceil_div(heads * pseudo, 16), 1};
 }
 
@@ -121,8 +124,8 @@ static __device__ __forceinline__ int row_index(const struct head_rows &o, int t
     return p < o.pseudo && h < o.heads ? p * o.heads + h : -1;
 }
 
-/* Where M[i,j] is; -1: it is 0. */
-static __device__ __forceinline__ int64_t weight_at(const struct head_rows &o, int i, int j) {
+/* The offset of M[i,j] in memory; -1: it is 0 and not stored. */
+static __device__ __forceinline__ int64_t weight_offset(const struct head_rows &o, int i, int j) {
     if (o.storage == BY_PSEUDO_HEAD)
         return (int64_t)i * o.heads + j;
     if (o.storage == BY_HEAD)
@@ -130,7 +133,8 @@ static __device__ __forceinline__ int64_t weight_at(const struct head_rows &o, i
     return i % o.heads == j ? (int64_t)j * o.pseudo + i / o.heads : -1;
 }
 
-/* The warp's number in its block, which the compiler cannot know to be the same in all lanes. */
+/* The warp's number in its block. The shuffle tells the compiler that it is the same in all lanes, so that it
+ * can use uniform registers and branches. */
 static __device__ __forceinline__ int warp_number() {
     return __shfl_sync(0xffffffff, (int)threadIdx.x / 32, 0);
 }
@@ -139,11 +143,11 @@ static __device__ __forceinline__ int warp_number() {
 
 enum {
     GROUP = 32,             /* columns of either half that a warp takes at a time */
-    STAGED = 2 * GROUP + 8, /* distance of staged rows: 8 more, so that 8 rows lie in different banks */
+    STAGED = 2 * GROUP + 8, /* elements from one staged row to the next: 8 more avoid bank conflicts */
 };
 
-/* Vectors of 16 bytes need both halves of a row to be whole ones. */
-template <typename = void> bool tensor_core_shape(enum dtype type, int64_t heads, int64_t head_dim) {
+/* Whether the tensor-core kernels support this shape. Half a row must be whole vectors of 16 bytes. */
+static inline bool tensor_core_shape(enum dtype type, int64_t heads, int64_t head_dim) {
     return type == DTYPE_BF16 && heads <= 64 && head_dim % 16 == 0;
 }
 
@@ -169,7 +173,8 @@ static __device__ __forceinline__ uint4 load_vector(const bf16 *p, bool valid) {
     return valid ? __ldg((const uint4 *)p) : uint4{0, 0, 0, 0};
 }
 
-/* M's rows of tiles [first, first + tiles), as [16 tiles][16 KT + 8], zeros where there is none. */
+/* Copy M's rows of tiles [first, first + tiles) to shared memory as [16 tiles][16 KT + 8], zeros in the
+ * padding. The 8 extra elements let ldmatrix read 8 rows without bank conflicts. */
 template <int KT>
 __device__ __forceinline__ void stage_matrix(bf16 *shared, const bf16 *m, const struct head_rows &o,
                                              int first, int tiles) {
@@ -177,12 +182,12 @@ __device__ __forceinline__ void stage_matrix(bf16 *shared, const bf16 *m, const 
 #pragma unroll 4
     for (int e = threadIdx.x; e < tiles * 16 * WIDTH; e += blockDim.x) {
         int row = e / WIDTH, j = e % WIDTH, i = row_index(o, first + row / 16, row % 16);
-        int64_t at = i >= 0 && j < o.heads ? weight_at(o, i, j) : -1;
-        shared[row * (WIDTH + 8) + j] = at >= 0 ? m[at] : from_float<bf16>(0);
+        int64_t offset = i >= 0 && j < o.heads ? weight_offset(o, i, j) : -1;
+        shared[row * (WIDTH + 8) + j] = offset >= 0 ? m[offset] : from_float<bf16>(0);
     }
 }
 
-/* A of tile [16 rows, 16 heads]: by rows as staged, or transposed, [16 heads, 16 rows]. */
+/* Operand A of a tile: [16 rows, 16 heads] as staged, or transposed, [16 heads, 16 rows]. */
 template <int KT>
 __device__ __forceinline__ void load_matrix(uint32_t (&a)[4], const bf16 *shared, int tile, int heads) {
     int lane = threadIdx.x % 32;
@@ -197,7 +202,8 @@ __device__ __forceinline__ void load_matrix_transposed(uint32_t (&a)[4], const b
                              lane / 8 % 2 * 8);
 }
 
-/* Two rows of 8 columns, loaded across, as the halves of B's registers in 8 tiles. */
+/* Two rows of 8 columns, loaded across, as one register of B in each of 8 tiles: an element of the first row
+ * in the low half, of the second row in the high half. */
 static __device__ __forceinline__ void interleave_rows(uint32_t (&b)[8][2], int half, uint4 x, uint4 y) {
     const uint32_t low[4] = {x.x, x.y, x.z, x.w}, high[4] = {y.x, y.y, y.z, y.w};
 #pragma unroll
@@ -207,7 +213,7 @@ static __device__ __forceinline__ void interleave_rows(uint32_t (&b)[8][2], int 
     }
 }
 
-/* Heads, loaded across: in [H, d] at the lane's columns. */
+/* Load heads across: in [H, d], at the lane's columns. All loads are issued before the first is used. */
 template <int KT>
 __device__ __forceinline__ void load_across(uint32_t (&b)[KT][8][2], const bf16 *in, int heads, int d,
                                             bool valid) {
@@ -227,12 +233,13 @@ __device__ __forceinline__ void load_across(uint32_t (&b)[KT][8][2], const bf16 
     }
 }
 
-/* One store of 16 bytes: of an assignment the compiler makes four where it likes. */
+/* A single store of 16 bytes, which the compiler would be free to split if it were an assignment. .cg: cached
+ * in the L2 only. */
 static __device__ __forceinline__ void store_vector(bf16 *p, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
     __stcg((uint4 *)p, uint4{x, y, z, w});
 }
 
-/* Row g + 8 r of a result that was contracted across, 8 neighbouring columns of each half. */
+/* Store row g + 8 r of a result that was contracted across: 8 neighbouring columns of each half. */
 static __device__ __forceinline__ void store_across(const float (&sum)[8][4], int r, bf16 *p, int half) {
 #pragma unroll
     for (int e = 0; e < 2; e++)
@@ -244,18 +251,18 @@ static __device__ __forceinline__ void store_across(const float (&sum)[8][4], in
 /* Rows g and g + 8 of a tile, loaded along: [row][half]. */
 typedef uint4 along_rows[2][2];
 
-/* From big [I,d] of one token, at the lane's columns; at: where the rows are, negative in the padding. */
-static __device__ __forceinline__ void load_along(along_rows &x, const bf16 *big, const int (&at)[2],
+/* Load from big [I,d] of one token, at the lane's columns, the rows at these offsets (negative: padding). */
+static __device__ __forceinline__ void load_along(along_rows &x, const bf16 *big, const int (&offsets)[2],
                                                   int half, bool valid) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const bf16 *row = big + at[r];
-        x[r][0] = load_vector(row, valid && at[r] >= 0);
-        x[r][1] = load_vector(row + half, valid && at[r] >= 0);
+        const bf16 *row = big + offsets[r];
+        x[r][0] = load_vector(row, valid && offsets[r] >= 0);
+        x[r][1] = load_vector(row + half, valid && offsets[r] >= 0);
     }
 }
 
-/* As the operand A of step s: words 2 (s % 2) and the next, of half s / 2. */
+/* These rows as the operand A of step s: words 2 (s % 2) and the next, of half s / 2. */
 static __device__ __forceinline__ void along_operand(uint32_t (&a)[4], const along_rows &x, int s) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
@@ -265,136 +272,19 @@ static __device__ __forceinline__ void along_operand(uint32_t (&a)[4], const alo
     }
 }
 
-/* small [H,d] of one token, loaded along, as the operand B of every step: head 8 n + g in tile n. */
+/* Load small [H,d] of one token along, as the operand B of every step: head 8 n + g in tile n. */
 template <int NT>
 __device__ __forceinline__ void load_heads_along(uint32_t (&b)[NT][4][2], const bf16 *small, int heads, int d,
                                                  bool valid) {
     int g = threadIdx.x % 32 / 4;
 #pragma unroll
     for (int n = 0; n < NT; n++) {
-        bool there = valid && n * 8 + g < heads;
+        bool present = valid && n * 8 + g < heads;
         const bf16 *row = small + (n * 8 + g) * d;
-        uint4 first = load_vector(row, there), second = load_vector(row + d / 2, there);
+        uint4 first = load_vector(row, present), second = load_vector(row + d / 2, present);
         b[n][0][0] = first.x, b[n][0][1] = first.y, b[n][1][0] = first.z, b[n][1][1] = first.w;
         b[n][2][0] = second.x, b[n][2][1] = second.y, b[n][3][0] = second.z, b[n][3][1] = second.w;
     }
-}
-
-/* ---- the outer product ----------------------------------------------------------------------------------
- *
- * A warp keeps the sums of its TILES tiles of rows in registers over all tokens it meets. A team of warps has
- * all rows; a block has one team or more, on different tokens, whose sums meet in shared memory; the blocks'
- * sums meet in a second kernel. All in a fixed order. */
-template <int KT> struct outer_size {
-    /* With 16 heads 128 registers a thread do, and 16 warps share an SM; beyond, 8 warps have 255 each. */
-    static constexpr int TILES = KT == 4 ? 2 : 4, HEAD_TILES = 2 * KT, MAX_WARPS = KT == 1 ? 16 : 8;
-    static constexpr int SUMS = TILES * HEAD_TILES * 4 * 32; /* of a warp, as registers by lanes */
-};
-
-template <int NT>
-__device__ __forceinline__ void add_outer(float (&sum)[NT][4], const along_rows &x,
-                                          const uint32_t (&heads_along)[NT][4][2], int heads) {
-#pragma unroll
-    for (int s = 0; s < 4; s++) {
-        uint32_t a[4];
-        along_operand(a, x, s);
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-            if (n * 8 < heads)
-                mma_m16n8k16(sum[n], a, heads_along[n][s]);
-    }
-}
-
-/* The block's sums over its teams: partial [team_warps][SUMS]. `shared` has room for all warps' sums where
- * there is more than one team. All threads call it. */
-template <int TILES, int NT>
-__device__ __forceinline__ void store_outer(const float (&sum)[TILES][NT][4], float *shared, float *partial,
-                                            int teams, int team_warps) {
-    constexpr int SUMS = TILES * NT * 4 * 32;
-    float *mine = (teams > 1 ? shared : partial) + (threadIdx.x / 32) * SUMS + threadIdx.x % 32;
-    __syncthreads(); /* whatever was in `shared` has been read */
-#pragma unroll
-    for (int k = 0; k < TILES; k++)
-#pragma unroll
-        for (int n = 0; n < NT; n++)
-#pragma unroll
-            for (int r = 0; r < 4; r++)
-                mine[((k * NT + n) * 4 + r) * 32] = sum[k][n][r];
-    if (teams == 1)
-        return;
-    __syncthreads();
-    for (int e = threadIdx.x; e < team_warps * SUMS; e += blockDim.x) {
-        float total = shared[e];
-        for (int team = 1; team < teams; team++)
-            total += shared[team * team_warps * SUMS + e];
-        partial[e] = total;
-    }
-}
-
-/* The last step: dm (+)= the sum of `parts` partial sums [parts][gridDim.y][elements] in their order, first
- * those of every eighth part, then these eight. TILES, NT: how store_outer() left them; TILES = 0: plainly,
- * [I,H]. Bytes: parts elements gridDim.y 4. Grid: (elements / 32, tensors). */
-enum { SUM_SLICES = 8 };
-struct head_gradients {
-    float *dm[3];
-};
-
-template <int TILES, int NT>
-static __global__ void __launch_bounds__(32 * SUM_SLICES)
-    sum_outer(const float *partial, int parts, int elements, struct head_rows o, struct head_gradients to,
-              bool accumulate) {
-    __shared__ float slices[SUM_SLICES][32];
-    int lane = threadIdx.x % 32, slice = threadIdx.x / 32, e = blockIdx.x * 32 + lane;
-    int i, j;
-    if constexpr (TILES == 0) {
-        i = e / o.heads;
-        j = e % o.heads;
-    } else {
-        int r = e / 32 % 4, n = e / 128 % NT, tile = e / (128 * NT);
-        i = tile < o.tiles * o.chunks ? row_index(o, tile, lane / 4 + r / 2 * 8) : -1;
-        j = n * 8 + lane % 4 * 2 + r % 2;
-    }
-    int64_t at = e < elements && i >= 0 && j < o.heads ? weight_at(o, i, j) : -1;
-    float sum = 0;
-    if (at >= 0)
-#pragma unroll 4
-        for (int part = slice; part < parts; part += SUM_SLICES)
-            sum += partial[((int64_t)part * gridDim.y + blockIdx.y) * elements + e];
-    slices[slice][lane] = sum;
-    __syncthreads();
-    if (slice > 0 || at < 0)
-        return;
-#pragma unroll
-    for (int s = 1; s < SUM_SLICES; s++)
-        sum += slices[s][lane];
-    float *out = (blockIdx.y == 0 ? to.dm[0] : blockIdx.y == 1 ? to.dm[1] : to.dm[2]) + at;
-    *out = accumulate ? *out + sum : sum;
-}
-
-/* How many blocks, of how many teams. */
-struct outer_grid {
-    int team_warps, teams, blocks;
-    int64_t elements;
-    int threads() const {
-        return teams * team_warps * 32;
-    }
-};
-
-/* False: more rows than a block's registers can hold. */
-template <int KT>
-bool outer_grid(const struct device *dev, const struct head_rows &o, int64_t count, int tensors,
-                struct outer_grid *grid) {
-    typedef outer_size<KT> size;
-    grid->team_warps = (int)ceil_div(o.tiles * o.chunks, size::TILES);
-    if (grid->team_warps > size::MAX_WARPS)
-        return false;
-    grid->teams = grid->team_warps < 8 ? 8 / grid->team_warps : 1;
-    grid->elements = (int64_t)grid->team_warps * size::SUMS;
-    int per_sm = size::MAX_WARPS * 32 / grid->threads();
-    int64_t most = (int64_t)dev->sm_count * (per_sm > 1 ? per_sm : 1) / tensors;
-    int64_t blocks = ceil_div(count, grid->teams);
-    grid->blocks = (int)(blocks < most ? blocks : most > 0 ? most : 1);
-    return true;
 }
 
 /* Call f with KT, the number of tiles of 16 heads, as a constant. */
@@ -407,25 +297,7 @@ template <typename F> void by_head_tiles(int64_t heads, F f) {
         f(std::integral_constant<int, 4>());
 }
 
-/* ---- RoPE ---- */
-
-/* Where the angles of token n = b T + t are. */
-struct rope_rows {
-    const float *table; /* NULL: nothing is rotated */
-    int tokens;
-    int64_t first;
-    bool by_pseudo; /* a row for each pseudo-head */
-};
-
-/* The row of pseudo-head 0, and how far the next one's is. */
-static __device__ __forceinline__ const float *rope_token(const struct rope_rows &rope, int n, int pseudo,
-                                                          int d) {
-    return rope.table + (rope.first + n % rope.tokens) * (rope.by_pseudo ? pseudo : 1) * d;
-}
-
-static __device__ __forceinline__ int rope_step(const struct rope_rows &rope, int d) {
-    return rope.by_pseudo ? d : 0;
-}
+/* ---- RoPE on tensor-core tiles ---- */
 
 /* Cosines and sines of 8 columns. */
 struct rotation {
@@ -433,28 +305,29 @@ struct rotation {
 };
 
 /* From a row [2, d/2] of the table, at the lane's columns. */
-static __device__ __forceinline__ void load_rotation(struct rotation &at, const float *row, int half) {
-    load(row, at.cosine);
-    load(row + half, at.sine);
+static __device__ __forceinline__ void load_rotation(struct rotation &by, const float *row, int half) {
+    load(row, by.cosine);
+    load(row + half, by.sine);
 }
 
-/* Row g + 8 r of a result that was contracted across. */
-static __device__ __forceinline__ void rotate_across(float (&sum)[8][4], int r, const struct rotation &at) {
+/* Rotate row g + 8 r of a result that was contracted across. */
+static __device__ __forceinline__ void rotate_across(float (&sum)[8][4], int r, const struct rotation &by) {
 #pragma unroll
     for (int j = 0; j < 8; j++) {
         float a = sum[j][2 * r], b = sum[j][2 * r + 1];
-        sum[j][2 * r] = a * at.cosine[j] - b * at.sine[j];
-        sum[j][2 * r + 1] = b * at.cosine[j] + a * at.sine[j];
+        sum[j][2 * r] = a * by.cosine[j] - b * by.sine[j];
+        sum[j][2 * r + 1] = b * by.cosine[j] + a * by.sine[j];
     }
 }
 
-/* Rotate a row's 8 columns of either half back; the results are rounded to bf16, to be multiplied again. */
-static __device__ __forceinline__ void unrotate(uint4 &first, uint4 &second, const struct rotation &at) {
+/* Rotate a row's 8 columns of either half back (the gradient of the rotation); the results are rounded to
+ * bf16, as operands of the next products. */
+static __device__ __forceinline__ void rotate_back(uint4 &first, uint4 &second, const struct rotation &by) {
     uint32_t *x = &first.x, *y = &second.x;
 #pragma unroll
     for (int w = 0; w < 4; w++) {
         float a0 = low_half(x[w]), a1 = high_half(x[w]), b0 = low_half(y[w]), b1 = high_half(y[w]);
-        float c0 = at.cosine[2 * w], c1 = at.cosine[2 * w + 1], s0 = at.sine[2 * w], s1 = at.sine[2 * w + 1];
+        float c0 = by.cosine[2 * w], c1 = by.cosine[2 * w + 1], s0 = by.sine[2 * w], s1 = by.sine[2 * w + 1];
         x[w] = pack(a0 * c0 + b0 * s0, a1 * c1 + b1 * s1);
         y[w] = pack(b0 * c0 - a0 * s0, b1 * c1 - a1 * s1);
     }

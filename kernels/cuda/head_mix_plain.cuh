@@ -1,20 +1,21 @@
-/* Head mixing without tensor cores: fp32, and the bf16 shapes that do not fit them (more than 64 heads, head
- * dims that are no multiple of 16, very many pseudo-heads). For checking and for odd sizes; nothing here is
- * tuned. Notation as in head_mix.cuh; a thread works on the columns c and c + ceil(d/2), which RoPE pairs. */
+/* Head mixing without tensor cores: for fp32, and for bf16 shapes that the tensor-core kernels do not support
+ * (more than 64 heads, a head_dim that is not a multiple of 16, very many pseudo-heads). For checking and
+ * unusual sizes; nothing here is tuned. Notation as in head_mix.cuh; a thread works on the columns c and
+ * c + ceil(d/2), which RoPE pairs. */
 #ifndef IHA_KERNELS_CUDA_HEAD_MIX_PLAIN_CUH
 #define IHA_KERNELS_CUDA_HEAD_MIX_PLAIN_CUH
 
-#include "kernels/cuda/head_mix.cuh"
+#include "kernels/cuda/head_mix_outer.cuh"
 
 enum { PLAIN_THREADS = 256, PLAIN_BLOCKS_PER_SM = 4 };
 
 template <typename T>
 __device__ __forceinline__ float weight(const T *m, const struct head_rows &o, int i, int j) {
-    int64_t at = weight_at(o, i, j);
-    return at >= 0 ? to_float(m[at]) : 0;
+    int64_t offset = weight_offset(o, i, j);
+    return offset >= 0 ? to_float(m[offset]) : 0;
 }
 
-/* big[n,i,:] = rotate(sum_j M[i,j] small[n,j,:]); the heads of token n lie `stride` apart. */
+/* big[n,i,:] = rotate(sum_j M[i,j] small[n,j,:]); the tokens of small are `stride` apart. */
 template <typename T>
 static __global__ void __launch_bounds__(PLAIN_THREADS)
     plain_expand(const T *small, int64_t stride, const T *m, struct head_rows o, struct rope_rows rope,
@@ -61,9 +62,10 @@ static __global__ void __launch_bounds__(PLAIN_THREADS)
     }
 }
 
-/* With big rotated back (where there is a table), a token and `pairs` pairs of columns at a time in shared
- * memory: dsmall = contract (NULL: not wanted), and the block's part of the outer product,
- * partial [gridDim.x][gridDim.y][I,H]. Token n's heads are `stride` apart in small and dsmall. */
+/* Both gradients. Rows of big, rotated back where there is a table, and of small are in shared memory, a
+ * token and `pairs` pairs of columns at a time: dsmall = contract (NULL: not computed), and the block's part
+ * of the outer product, partial [gridDim.x][gridDim.y][I,H]. The tokens of small and dsmall are `stride`
+ * apart. */
 template <typename T> struct plain_backward_job {
     struct {
         const T *big, *small, *m;
@@ -76,8 +78,8 @@ template <typename T> struct plain_backward_job {
     int d, pairs;
 };
 
-/* Numbers of a row in shared memory: an odd distance. */
-template <typename = void> __host__ __device__ constexpr int plain_row(int pairs) {
+/* Floats from one row in shared memory to the next: odd, so that a column's rows are in different banks. */
+static __host__ __device__ constexpr int plain_row(int pairs) {
     return 2 * pairs + 1;
 }
 
@@ -93,16 +95,16 @@ static __global__ void __launch_bounds__(PLAIN_THREADS) plain_backward(struct pl
     for (int64_t n = blockIdx.x; n < job.count; n += gridDim.x)
         for (int first = 0; first < half; first += job.pairs) {
             int pairs = min(job.pairs, half - first);
-            __syncthreads(); /* what was here has been read */
+            __syncthreads(); /* all threads have read the previous rows */
             for (int e = threadIdx.x; e < (I + H) * pairs; e += blockDim.x) {
                 int i = e / pairs, k = e % pairs, c = first + k;
                 const T *x =
                     i < I ? it.big + (n * I + i) * d + c : it.small + n * job.stride + (i - I) * d + c;
                 float a = to_float(x[0]), b = c + half < d ? to_float(x[half]) : 0;
                 if (i < I && it.rope.table) {
-                    const float *at =
+                    const float *angles =
                         rope_token(it.rope, (int)n, o.pseudo, d) + i / H * rope_step(it.rope, d);
-                    float cosine = at[c], sine = at[half + c], a0 = a;
+                    float cosine = angles[c], sine = angles[half + c], a0 = a;
                     a = a0 * cosine + b * sine;
                     b = b * cosine - a0 * sine;
                 }
@@ -133,14 +135,14 @@ static __global__ void __launch_bounds__(PLAIN_THREADS) plain_backward(struct pl
         }
 }
 
-template <typename = void> int plain_blocks(const struct device *dev, int64_t items) {
+static inline int plain_blocks(const struct device *dev, int64_t items) {
     int64_t most = (int64_t)dev->sm_count * PLAIN_BLOCKS_PER_SM;
     return (int)(items < most ? items : most);
 }
 
 /* Bytes of workspace for the outer products of `tensors` tensors. */
-template <typename = void>
-size_t plain_workspace(const struct device *dev, const struct head_rows &o, int64_t count, int tensors) {
+static inline size_t plain_workspace(const struct device *dev, const struct head_rows &o, int64_t count,
+                                     int tensors) {
     return (size_t)plain_blocks(dev, count) * tensors * o.heads * o.pseudo * o.heads * sizeof(float);
 }
 

@@ -1,21 +1,22 @@
-/* linear: y = x W^T + bias, and its three gradients. */
+/* linear: y = x W^T + bias, and its three gradients: dx and dW by cuBLASLt (matmul.cu), dbias by a kernel
+ * that sums columns. */
 #include "kernels/cuda/cuda.cuh"
 
 enum { LANES = 8, ROWS_UNROLL = 4 };
 
-/* Each block's share of the column sums of x [rows, cols]: block (32 V columns, LANES rows), grid (columns,
- * parts); part p takes rows p LANES + lane, then every parts LANES further on. shares [parts, cols]. Bytes
- * moved: rows cols elements. */
+/* Partial column sums of x [rows, cols]: block (32 V columns, LANES rows), grid (columns, parts); part p
+ * takes rows p LANES + lane, then every parts LANES further on. A warp reads 32 V neighbouring elements of a
+ * row, coalesced. partials [parts, cols]. Bytes moved: rows cols elements. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(32 * LANES)
-    column_shares(const T *x, int64_t rows, int64_t cols, int64_t stride, float *shares) {
-    __shared__ float lanes[LANES][32][V + 1]; /* one more, so that lanes lie in different banks */
+    sum_columns(const T *x, int64_t rows, int64_t cols, int64_t stride, float *partials) {
+    __shared__ float lanes[LANES][32][V + 1]; /* + 1: threads of a warp write to different banks */
     int64_t c = ((int64_t)blockIdx.x * 32 + threadIdx.x) * V;
     int64_t row = (int64_t)blockIdx.y * LANES + threadIdx.y, step = (int64_t)gridDim.y * LANES;
     float sum[V] = {};
     if (c < cols)
         for (; row < rows; row += ROWS_UNROLL * step) {
-            float values[ROWS_UNROLL][V]; /* under way at once */
+            float values[ROWS_UNROLL][V]; /* loads in flight at once */
 #pragma unroll
             for (int k = 0; k < ROWS_UNROLL; k++)
                 if (row + k * step < rows)
@@ -37,11 +38,11 @@ static __global__ void __launch_bounds__(32 * LANES)
         for (int lane = 0; lane < LANES; lane++)
             total += lanes[lane][i / V][i % V];
         if (column < cols)
-            shares[blockIdx.y * cols + column] = total;
+            partials[blockIdx.y * cols + column] = total;
     }
 }
 
-/* Enough blocks to fill the GPU, but no more parts than rows to share. Wider vectors make fewer blocks
+/* Enough parts for 8 blocks per SM, but no more than there are rows for. Wider vectors make fewer blocks
  * across, and so more parts: the plan counts with the widest. */
 static int64_t column_parts(const struct device *dev, int64_t rows, int64_t cols, int width) {
     int64_t across = ceil_div(cols, 32 * width), wanted = ceil_div((int64_t)dev->sm_count * 8, across);
@@ -55,7 +56,7 @@ static size_t column_bytes(const struct device *dev, int64_t rows, int64_t cols)
 /* out F32 [cols] (+)= column sums of x [rows, cols]. */
 static void column_sums(struct device *dev, tensor x, float *out, bool accumulate) {
     int64_t rows = x.shape[0], cols = x.shape[1];
-    float *shares = (float *)cuda_workspace(dev, column_bytes(dev, rows, cols), "linear_backward");
+    float *partials = (float *)cuda_workspace(dev, column_bytes(dev, rows, cols), "linear_backward");
     by_dtype(x.dtype, [&](auto number) {
         using T = decltype(number);
         bool aligned = aligned16({x.data}) && x.stride[0] % VECTOR<T> == 0;
@@ -64,9 +65,9 @@ static void column_sums(struct device *dev, tensor x, float *out, bool accumulat
             int parts =
                 (int)min64(column_parts(dev, rows, cols, V), column_parts(dev, rows, cols, VECTOR<bf16>));
             dim3 grid((unsigned)ceil_div(cols, 32 * V), (unsigned)parts);
-            launch<column_shares<T, V>>(dev, grid, dim3(32, LANES), 0, (const T *)x.data, rows, cols,
-                                        x.stride[0], shares);
-            sum_parts(dev, shares, parts, cols, out, accumulate);
+            launch<sum_columns<T, V>>(dev, grid, dim3(32, LANES), 0, (const T *)x.data, rows, cols,
+                                      x.stride[0], partials);
+            sum_partials(dev, partials, parts, cols, out, accumulate);
         });
     });
 }

@@ -1,9 +1,9 @@
 /* Matrix products by cuBLASLt, row-major, with fp32 accumulation.
  *
- * Everything that a product needs (descriptor, layouts, algorithm) is built once for each distinct shape and
- * kept in a list. When an operation is planned, the library's candidates are timed and the fastest one is
- * kept; with system.deterministic, and where no memory is left to time them in, it is the library's first
- * choice, which is the same in every run. */
+ * What a product needs (descriptor, layouts, algorithm) is built once per distinct shape and kept in a list.
+ * When an operation is planned, cuBLASLt's candidate algorithms are timed and the fastest is kept. With
+ * system.deterministic, and where there is no memory to time them in, the first candidate is used, which is
+ * the same in every run. */
 #include "kernels/cuda/cuda.h"
 
 #include <stdio.h>
@@ -21,7 +21,7 @@ struct matmul_plan {
     size_t workspace_bytes;
 };
 
-static bool same(const struct matmul *x, const struct matmul *y) {
+static bool same_shape(const struct matmul *x, const struct matmul *y) {
     return x->transpose_a == y->transpose_a && x->transpose_b == y->transpose_b && x->m == y->m &&
            x->n == y->n && x->k == y->k && x->lda == y->lda && x->ldb == y->ldb && x->ldc == y->ldc &&
            x->in == y->in && x->out == y->out && x->bias == y->bias;
@@ -31,14 +31,15 @@ static cudaDataType_t library_type(enum dtype t) {
     return t == DTYPE_BF16 ? CUDA_R_16BF : CUDA_R_32F;
 }
 
-/* A row-major matrix is the column-major one of its transpose. */
+/* cuBLASLt is column-major: a row-major matrix is the column-major layout of its transpose. */
 static cublasLtMatrixLayout_t layout_of(enum dtype t, int64_t rows, int64_t cols, int64_t ld) {
     cublasLtMatrixLayout_t layout;
     cublas_check(cublasLtMatrixLayoutCreate(&layout, library_type(t), (uint64_t)cols, (uint64_t)rows, ld));
     return layout;
 }
 
-/* What addresses of such rows are sure to be multiples of: tensors start at multiples of 128 bytes. */
+/* The power of two, up to 128, that addresses of such rows are always multiples of; tensors start at
+ * multiples of 128 bytes. */
 static uint32_t alignment(enum dtype t, int64_t ld) {
     uint32_t bytes = (uint32_t)(ld * (int64_t)dtype_bytes(t)), lowest = bytes & -bytes;
     return lowest < 128 ? lowest : 128;
@@ -49,15 +50,16 @@ static void set_bias(const struct matmul_plan *p, const void *bias) {
         cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
 }
 
-static void describe(const struct device *dev, struct matmul_plan *p) {
+static void create_descriptors(const struct device *dev, struct matmul_plan *p) {
     const struct matmul *s = &p->shape;
     /* C^T = op(B)^T op(A)^T: the library's first operand is our B. */
-    cublasOperation_t first = s->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
-    cublasOperation_t second = s->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t transpose_first = s->transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N;
+    cublasOperation_t transpose_second = s->transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N;
     cublas_check(cublasLtMatmulDescCreate(&p->desc, CUBLAS_COMPUTE_32F, CUDA_R_32F));
-    cublas_check(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &first, sizeof first));
-    cublas_check(
-        cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &second, sizeof second));
+    cublas_check(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSA, &transpose_first,
+                                                sizeof transpose_first));
+    cublas_check(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &transpose_second,
+                                                sizeof transpose_second));
     if (s->bias) {
         cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
         cudaDataType_t type = library_type(s->out);
@@ -65,24 +67,24 @@ static void describe(const struct device *dev, struct matmul_plan *p) {
                                                     sizeof epilogue));
         cublas_check(
             cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &type, sizeof type));
-        set_bias(p, dev->scratch); /* the choice of algorithms looks at its alignment */
+        set_bias(p, dev->scratch); /* any address: the heuristic looks at its alignment */
     }
     p->a = s->transpose_a ? layout_of(s->in, s->k, s->m, s->lda) : layout_of(s->in, s->m, s->k, s->lda);
     p->b = s->transpose_b ? layout_of(s->in, s->n, s->k, s->ldb) : layout_of(s->in, s->k, s->n, s->ldb);
     p->c = layout_of(s->out, s->m, s->n, s->ldc);
 }
 
-static int candidates(struct device *dev, const struct matmul_plan *p,
-                      cublasLtMatmulHeuristicResult_t *results) {
+static int find_candidates(struct device *dev, const struct matmul_plan *p,
+                           cublasLtMatmulHeuristicResult_t *results) {
     const struct matmul *s = &p->shape;
-    size_t most = MATMUL_WORKSPACE;
+    size_t max_workspace = MATMUL_WORKSPACE;
     uint32_t a = alignment(s->in, s->lda), b = alignment(s->in, s->ldb), c = alignment(s->out, s->ldc);
     const struct {
         cublasLtMatmulPreferenceAttributes_t attribute;
         const void *value;
         size_t bytes;
     } preferences[] = {
-        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &most, sizeof most},
+        {CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &max_workspace, sizeof max_workspace},
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, &b, sizeof b},
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, &a, sizeof a},
         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, &c, sizeof c},
@@ -97,7 +99,7 @@ static int candidates(struct device *dev, const struct matmul_plan *p,
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(dev->blas, p->desc, p->b, p->a, p->c, p->c,
                                                            preference, CANDIDATES, results, &found);
     cublas_check(cublasLtMatmulPreferenceDestroy(preference));
-    int usable = 0; /* a result may say that its algorithm is none */
+    int usable = 0; /* each result has a status of its own; keep those that can run */
     for (int i = 0; i < found; i++)
         if (results[i].state == CUBLAS_STATUS_SUCCESS)
             results[usable++] = results[i];
@@ -120,12 +122,12 @@ static cublasStatus_t multiply(struct device *dev, const struct matmul_plan *p,
 
 /* ---- timing ---- */
 
-/* Memory to time a product in: A, B, C, a bias and the workspace, one after another. */
-struct trial {
+/* Memory to time a product with: A, B, C, a bias and the workspace, one after another. */
+struct timing_buffers {
     char *memory, *a, *b, *c, *bias, *workspace;
 };
 
-static bool allocate_trial(const struct matmul *s, struct trial *t) {
+static bool allocate_timing_buffers(const struct matmul *s, struct timing_buffers *t) {
     size_t a = (size_t)((s->transpose_a ? s->k : s->m) * s->lda) * dtype_bytes(s->in);
     size_t b = (size_t)((s->transpose_b ? s->n : s->k) * s->ldb) * dtype_bytes(s->in);
     size_t c = (size_t)(s->m * s->ldc) * dtype_bytes(s->out), bias = (size_t)s->n * dtype_bytes(s->out);
@@ -145,9 +147,9 @@ static bool allocate_trial(const struct matmul *s, struct trial *t) {
     return true;
 }
 
-/* Milliseconds of TIMED_RUNS products, or a negative number if the library refuses. */
+/* Milliseconds of TIMED_RUNS products, or a negative number if cuBLASLt returns an error. */
 static float time_candidate(struct device *dev, const struct matmul_plan *p,
-                            const cublasLtMatmulHeuristicResult_t *candidate, const struct trial *t,
+                            const cublasLtMatmulHeuristicResult_t *candidate, const struct timing_buffers *t,
                             cudaEvent_t begin, cudaEvent_t end) {
     float ms = -1;
     for (int i = 0; i < 1 + TIMED_RUNS; i++) {
@@ -164,24 +166,24 @@ static float time_candidate(struct device *dev, const struct matmul_plan *p,
 }
 
 /* The index of the fastest candidate. */
-static int fastest(struct device *dev, const struct matmul_plan *p,
-                   const cublasLtMatmulHeuristicResult_t *results, int count) {
-    struct trial t;
-    if (count == 1 || !allocate_trial(&p->shape, &t))
+static int fastest_candidate(struct device *dev, const struct matmul_plan *p,
+                             const cublasLtMatmulHeuristicResult_t *results, int count) {
+    struct timing_buffers t;
+    if (count == 1 || !allocate_timing_buffers(&p->shape, &t))
         return 0;
     cudaEvent_t begin, end;
     cuda_check(cudaEventCreate(&begin));
     cuda_check(cudaEventCreate(&end));
     cuda_check(
-        cudaMemsetAsync(t.memory, 0x3c, (size_t)(t.workspace - t.memory), dev->stream)); /* small numbers */
+        cudaMemsetAsync(t.memory, 0x3c, (size_t)(t.workspace - t.memory), dev->stream)); /* about 0.01 */
     if (p->shape.bias)
         set_bias(p, t.bias);
     int best = 0;
-    float least = -1;
+    float best_ms = -1;
     for (int i = 0; i < count; i++) {
         float ms = time_candidate(dev, p, &results[i], &t, begin, end);
-        if (ms >= 0 && (least < 0 || ms < least)) {
-            least = ms;
+        if (ms >= 0 && (best_ms < 0 || ms < best_ms)) {
+            best_ms = ms;
             best = i;
         }
     }
@@ -195,16 +197,16 @@ static int fastest(struct device *dev, const struct matmul_plan *p,
 
 static struct matmul_plan *find_or_build(struct device *dev, const struct matmul *shape, bool timed) {
     for (struct matmul_plan *p = dev->matmuls; p; p = p->next)
-        if (same(&p->shape, shape))
+        if (same_shape(&p->shape, shape))
             return p;
     struct matmul_plan *p = (struct matmul_plan *)calloc(1, sizeof *p);
     if (!p)
         abort();
     p->shape = *shape;
-    describe(dev, p);
+    create_descriptors(dev, p);
     cublasLtMatmulHeuristicResult_t results[CANDIDATES];
-    int count = candidates(dev, p, results);
-    int chosen = timed && !dev->deterministic ? fastest(dev, p, results, count) : 0;
+    int count = find_candidates(dev, p, results);
+    int chosen = timed && !dev->deterministic ? fastest_candidate(dev, p, results, count) : 0;
     p->algorithm = results[chosen].algo;
     p->workspace_bytes = results[chosen].workspaceSize;
     p->next = dev->matmuls;

@@ -1,7 +1,8 @@
-/* Tensor cores and asynchronous copies: the few instructions that CUDA C++ has no words for.
+/* Tensor-core and asynchronous-copy instructions that CUDA C++ does not offer, as inline PTX; under the
+ * emulator (tests/cuda/emulator/) the same functions on the CPU.
  *
  * mma_m16n8k16: D[16,8] += A[16,16] B[16,8] over one warp, bf16 products summed in fp32. With
- * g = lane / 4 and c = 2 (lane % 4), a lane holds pairs of neighbours, the first in the low half:
+ * g = lane / 4 and c = 2 (lane % 4), each register of a lane holds two neighbours, the first in the low half:
  *
  *   a[0] = A[g][c..c+1]      a[1] = A[g+8][c..c+1]      a[2] = A[g][c+8..c+9]    a[3] = A[g+8][c+8..c+9]
  *   b[0] = B[c..c+1][g]      b[1] = B[c+8..c+9][g]
@@ -13,13 +14,13 @@
  * (rows 0-7 and 8-15 of its left half, then of its right half), and B loads as it is when stored by columns
  * ([n][k]), transposed when stored by rows ([k][n]).
  *
- * cp_async<BYTES> (4, 8, 16): copies from global to shared memory behind the thread's back; zeros where not
- * `valid` (the address must still be a proper one). cp_async_commit closes a group; cp_async_wait<N> waits
- * until at most the N newest groups are under way. It waits for the calling thread's copies only: a barrier
- * comes after it before other threads read.
+ * cp_async<BYTES> (4, 8, 16): copies from global to shared memory asynchronously, without registers; writes
+ * zeros if not `valid` (the address must be valid even then). cp_async_commit closes a group;
+ * cp_async_wait<N> waits until at most the N newest groups are in flight. It waits for the calling thread's
+ * copies only: other threads may read them after a barrier that follows the wait.
  *
- * exp2_fast: 2^x by the special function unit alone, to 2 units in the last place, results below 2^-126
- * flushed to zero. exp2f() spends three more instructions on those. */
+ * exp2_fast: 2^x by the special function unit alone, to 2 units in the last place, with results below 2^-126
+ * flushed to zero. exp2f() takes three more instructions to get those right. */
 #ifndef IHA_KERNELS_CUDA_MMA_CUH
 #define IHA_KERNELS_CUDA_MMA_CUH
 
@@ -114,7 +115,7 @@ template <int BYTES>
 static __device__ __forceinline__ void cp_async(void *shared, const void *global, bool valid = true) {
     static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
     int bytes = valid ? BYTES : 0;
-    if constexpr (BYTES == 16) /* past the L1, which this copy does not need */
+    if constexpr (BYTES == 16) /* .cg: only through the L2; the data goes to shared memory, not to the L1 */
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                      "l"(global), "r"(bytes)
                      : "memory");

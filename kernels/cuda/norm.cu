@@ -1,25 +1,26 @@
-/* residual_norm: the residual addition and the norm that follows it, a row at a time in registers.
+/* residual_norm: the residual addition and the norm that follows it, with a whole row in registers.
  *
- * A row of C elements belongs to one warp (eight rows to a block) or, when it is longer, to a whole block;
- * each thread keeps up to K words of V elements of it. What is normalized is the sum as it is stored,
- * rounded, so that residual_norm_recompute can repeat it bit for bit. saved: mean (0 for rmsnorm) and rstd of
- * each row. */
+ * A row of C elements is computed by one warp (eight rows a block) or, if it is longer, by a whole block;
+ * each thread holds up to K words of V elements of it, so that every element is read from memory once. What
+ * is normalized is the sum as it is stored, rounded, so that residual_norm_recompute gives the same bits.
+ * saved: mean (0 for rmsnorm) and rstd of each row. */
 #include "kernels/cuda/cuda.cuh"
 
-enum { MAX_FORWARD = 1024, MAX_BACKWARD = 512 /* threads: backward's sums need 128 registers each */ };
-enum { ROWS = 8 }; /* of a block whose rows take a warp each */
+/* Threads of a block. Backward needs up to 128 registers a thread for its sums: 512 threads use up an SM's
+ * 65,536. */
+enum { MAX_FORWARD = 1024, MAX_BACKWARD = 512 };
+enum { ROWS = 8 }; /* of a block with a warp per row */
 
-/* Words of V elements that a thread keeps: 64 bytes of bf16, or 16 elements. */
+/* Words of V elements that a thread holds: 64 bytes of bf16, or 16 elements. */
 template <int V> constexpr int WORDS = V == 1 ? 16 : 4;
 
-/* The sum over the threads of a row, blockDim.x of them, the same bits in each. All threads of the block call
- * it. */
+/* The sum over the blockDim.x threads of a row, bit-identical in each. All threads of the block call it. */
 static __device__ __forceinline__ float2 row_sums(float2 x) {
     x.x = warp_sum(x.x);
     x.y = warp_sum(x.y);
     if (blockDim.x > 32) {
         __shared__ float2 part[32];
-        __syncthreads(); /* the last call's readers are done */
+        __syncthreads(); /* all threads have read `part` of the previous call */
         if (threadIdx.x % 32 == 0)
             part[threadIdx.x / 32] = x;
         __syncthreads();
@@ -53,14 +54,16 @@ static __device__ __forceinline__ void normalize(const float (&x)[V], float2 sta
     store(y + c, out);
 }
 
-/* x, delta, sum, y [rows, C]. Bytes moved: 4 rows C elements with delta, 2 rows C without. */
+/* x, delta, sum, y [rows, C]. Two passes over the registers, first the mean, then the squared deviations:
+ * this is more accurate than E[x^2] - E[x]^2. All loads are issued before the first is used. Bytes moved: 4
+ * rows C elements with delta, 2 rows C without. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(MAX_FORWARD)
     norm_forward(const T *x, const T *delta, const T *w, const T *b, T *sum, T *y, float2 *stats,
                  int64_t rows, int C, float eps, bool layer) {
     constexpr int K = WORDS<V>;
     int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
-    int end = row < rows ? C : 0; /* threads without a row come along for the barriers */
+    int end = row < rows ? C : 0; /* threads without a row stay for the barriers */
     int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
     x += row * C;
     word_of<V, T> kept[K];
@@ -125,7 +128,7 @@ static __global__ void __launch_bounds__(MAX_FORWARD)
 /* Bytes moved: 2 rows C elements. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(MAX_FORWARD)
-    norm_again(const T *sum, const T *w, const T *b, T *y, const float2 *stats, int64_t rows, int C) {
+    norm_recompute(const T *sum, const T *w, const T *b, T *y, const float2 *stats, int64_t rows, int C) {
     int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= rows)
         return;
@@ -138,10 +141,12 @@ static __global__ void __launch_bounds__(MAX_FORWARD)
     }
 }
 
-/* The block's share of a gradient [C]: what its rows' threads accumulated, one row's after another. */
+/* Write the block's partial sum of a gradient [C]: what the threads of its rows accumulated, added in the
+ * order of the rows. */
 template <int V>
-static __device__ __forceinline__ void store_share(const float (&sums)[WORDS<V>][V], int C, float *share) {
-    float *met = dynamic_shared<float>();
+static __device__ __forceinline__ void store_partial(const float (&sums)[WORDS<V>][V], int C,
+                                                     float *partial) {
+    float *block_sums = dynamic_shared<float>();
     int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
     for (unsigned y = 0; y < blockDim.y; y++) {
         if (threadIdx.y == y) {
@@ -151,23 +156,24 @@ static __device__ __forceinline__ void store_share(const float (&sums)[WORDS<V>]
 #pragma unroll
                     for (int j = 0; j < V; j++) {
                         int c = first + k * step + j;
-                        met[c] = y > 0 ? met[c] + sums[k][j] : sums[k][j];
+                        block_sums[c] = y > 0 ? block_sums[c] + sums[k][j] : sums[k][j];
                     }
         }
         __syncthreads();
     }
     for (int c = (int)(threadIdx.y * blockDim.x + threadIdx.x); c < C; c += (int)(blockDim.x * blockDim.y))
-        share[c] = met[c];
-    __syncthreads(); /* before `met` is used again */
+        partial[c] = block_sums[c];
+    __syncthreads(); /* the shared memory is used again by the next call */
 }
 
 /* With g = dy w and xhat = (x - mean) rstd:  dx += rstd (g - mean(g) - xhat mean(g xhat)), where rmsnorm has
- * no mean(g); shares of dw = sum over rows of dy xhat, db = sum of dy, [gridDim.x, C] each. Bytes moved: 4
- * rows C elements. */
+ * no mean(g). Partial sums of dw = sum over rows of dy xhat and db = sum of dy, [gridDim.x, C] each: a thread
+ * keeps the same columns for all its rows, so it adds them up in registers and writes them once. Bytes moved:
+ * 4 rows C elements. */
 template <typename T, int V, bool BIAS>
 static __global__ void __launch_bounds__(MAX_BACKWARD)
-    norm_backward(const T *dy, const T *x, const T *w, const float2 *stats, T *dx, float *dw_shares,
-                  float *db_shares, int64_t rows, int C, bool layer) {
+    norm_backward(const T *dy, const T *x, const T *w, const float2 *stats, T *dx, float *dw_partials,
+                  float *db_partials, int64_t rows, int C, bool layer) {
     constexpr int K = WORDS<V>;
     int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
     float dw[K][V] = {}, db[BIAS ? K : 1][V] = {};
@@ -219,14 +225,14 @@ static __global__ void __launch_bounds__(MAX_BACKWARD)
                 store(dx + at + k * step, out);
             }
     }
-    store_share<V>(dw, C, dw_shares + (int64_t)blockIdx.x * C);
+    store_partial<V>(dw, C, dw_partials + (int64_t)blockIdx.x * C);
     if constexpr (BIAS)
-        store_share<V>(db, C, db_shares + (int64_t)blockIdx.x * C);
+        store_partial<V>(db, C, db_partials + (int64_t)blockIdx.x * C);
 }
 
 /* ---- launches ---- */
 
-/* Threads (x along a row, y rows) when a thread keeps `elements` of a row. */
+/* Threads (x along a row, y rows) when a thread holds `elements` of a row. */
 static dim3 block_of(int64_t C, int elements) {
     unsigned threads = 32;
     while (threads * elements < C)
@@ -234,13 +240,13 @@ static dim3 block_of(int64_t C, int elements) {
     return threads == 32 ? dim3(32, ROWS) : dim3(threads, 1);
 }
 
-/* Blocks of backward: as many as run at once, since each leaves a share to be added. */
+/* Blocks of backward: only as many as run at once, since each leaves a partial sum to be added. */
 static int64_t backward_blocks(const struct device *dev, const struct norm_spec *s, dim3 block) {
     int64_t resident = (int64_t)dev->sm_count * (MAX_BACKWARD / (block.x * block.y));
     return min64(ceil_div(s->rows, block.y), resident);
 }
 
-static size_t shares_bytes(const struct device *dev, const struct norm_spec *s, int elements) {
+static size_t partials_bytes(const struct device *dev, const struct norm_spec *s, int elements) {
     return (size_t)(2 * backward_blocks(dev, s, block_of(s->hidden, elements)) * s->hidden) * sizeof(float);
 }
 
@@ -252,8 +258,8 @@ int cuda_norm_plan(struct device *dev, const struct norm_spec *s, struct op_cost
             e, "model.hidden_size = %lld: norms on the GPU go up to %d (bf16, a multiple of 8) or %d",
             (long long)s->hidden, MAX_BACKWARD * 32, MAX_BACKWARD * 16);
     cost->saved = (size_t)s->rows * sizeof(float2);
-    /* An address that is not aligned makes the call fall back to 16 elements a thread. */
-    size_t bytes = shares_bytes(dev, s, 16), wide_bytes = shares_bytes(dev, s, 32);
+    /* With unaligned addresses the call falls back to 16 elements a thread: provide for both. */
+    size_t bytes = partials_bytes(dev, s, 16), wide_bytes = partials_bytes(dev, s, 32);
     cost->workspace = wide_bytes > bytes ? wide_bytes : bytes;
     return 0;
 }
@@ -298,9 +304,9 @@ void cuda_residual_norm_recompute(struct device *dev, const struct norm_spec *s,
         by_width<T>(s->hidden, aligned16({sum.data, w.data, b.data, y.data}), [&](auto width) {
             constexpr int V = decltype(width)::value;
             dim3 block = block_of(s->hidden, V * WORDS<V>);
-            launch<norm_again<T, V>>(dev, ceil_div(s->rows, block.y), block, 0, (const T *)sum.data,
-                                     (const T *)w.data, (const T *)b.data, (T *)y.data, (const float2 *)saved,
-                                     s->rows, (int)s->hidden);
+            launch<norm_recompute<T, V>>(dev, ceil_div(s->rows, block.y), block, 0, (const T *)sum.data,
+                                         (const T *)w.data, (const T *)b.data, (T *)y.data,
+                                         (const float2 *)saved, s->rows, (int)s->hidden);
         });
     });
 }
@@ -322,22 +328,22 @@ void cuda_residual_norm_backward(struct device *dev, const struct norm_spec *s, 
             constexpr int V = decltype(width)::value;
             dim3 block = block_of(C, V * WORDS<V>);
             int64_t blocks = backward_blocks(dev, s, block);
-            size_t bytes = shares_bytes(dev, s, V * WORDS<V>);
-            float *dw_shares = (float *)cuda_workspace(dev, bytes, "residual_norm_backward");
-            float *db_shares = dw_shares + blocks * C;
+            size_t bytes = partials_bytes(dev, s, V * WORDS<V>);
+            float *dw_partials = (float *)cuda_workspace(dev, bytes, "residual_norm_backward");
+            float *db_partials = dw_partials + blocks * C;
             auto run = [&](auto bias) {
                 launch<norm_backward<T, V, decltype(bias)::value>>(
                     dev, blocks, block, (size_t)C * sizeof(float), (const T *)dy.data, (const T *)sum.data,
-                    (const T *)w.data, (const float2 *)saved, (T *)dx.data, dw_shares, db_shares, s->rows,
+                    (const T *)w.data, (const float2 *)saved, (T *)dx.data, dw_partials, db_partials, s->rows,
                     (int)C, s->type == NORM_TYPE_LAYER);
             };
             if (db.data)
                 run(std::true_type());
             else
                 run(std::false_type());
-            sum_parts(dev, dw_shares, (int)blocks, C, (float *)dw.data, accumulate);
+            sum_partials(dev, dw_partials, (int)blocks, C, (float *)dw.data, accumulate);
             if (db.data)
-                sum_parts(dev, db_shares, (int)blocks, C, (float *)db.data, accumulate);
+                sum_partials(dev, db_partials, (int)blocks, C, (float *)db.data, accumulate);
         });
     });
 }

@@ -1,4 +1,6 @@
-/* The step state, the gradient norm, and AdamW over flat ranges. */
+/* The optimizer: the step state on the device, the gradient's sum of squares, and AdamW over flat ranges.
+ * Kernels read the learning rate, the clip factor and the decision to skip a step from the step state, so the
+ * host does not have to wait for them. */
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/rounding.h"
 
@@ -48,7 +50,7 @@ void cuda_step_collect(struct device *dev, struct step_state *host) {
     *host = *p->state;
 }
 
-/* ---- the norm ---- */
+/* ---- the gradient's sum of squares ---- */
 
 enum { SUM_THREADS = 256, SUM_UNROLL = 4, MAX_SUM_BLOCKS = 4096 };
 static_assert(MAX_SUM_BLOCKS * sizeof(double) <= SCRATCH_BYTES / 2,
@@ -62,14 +64,16 @@ template <int V> static __device__ __forceinline__ double squares(const float (&
     return (double)sum;
 }
 
-/* part[block] = the sum of its elements' squares: V elements in fp32, these sums in double. Bytes: 4 n. */
+/* partial[block] = the sum of its elements' squares: over V elements in fp32, these sums in double, since a
+ * float would lose the small ones among millions. Bytes: 4 n. */
 template <int V>
-static __global__ void __launch_bounds__(SUM_THREADS) square_parts(const float *x, int64_t n, double *part) {
+static __global__ void __launch_bounds__(SUM_THREADS)
+    sumsq_blocks(const float *x, int64_t n, double *partial) {
     double sum = 0;
     int64_t step = (int64_t)gridDim.x * SUM_THREADS * V;
     int64_t i = ((int64_t)blockIdx.x * SUM_THREADS + threadIdx.x) * V;
     for (; i + (SUM_UNROLL - 1) * step + V <= n; i += SUM_UNROLL * step) {
-        float values[SUM_UNROLL][V]; /* under way at once */
+        float values[SUM_UNROLL][V]; /* loads in flight at once */
 #pragma unroll
         for (int k = 0; k < SUM_UNROLL; k++)
             load(x + i + k * step, values[k]);
@@ -86,14 +90,14 @@ static __global__ void __launch_bounds__(SUM_THREADS) square_parts(const float *
         sum += (double)(x[i] * x[i]);
     sum = block_sum<SUM_THREADS>(sum);
     if (threadIdx.x == 0)
-        part[blockIdx.x] = sum;
+        partial[blockIdx.x] = sum;
 }
 
 static __global__ void __launch_bounds__(SUM_THREADS)
-    add_parts(const double *part, int parts, struct step_state *state) {
+    sumsq_total(const double *partial, int parts, struct step_state *state) {
     double sum = 0;
     for (int i = (int)threadIdx.x; i < parts; i += SUM_THREADS)
-        sum += part[i];
+        sum += partial[i];
     sum = block_sum<SUM_THREADS>(sum);
     if (threadIdx.x == 0)
         state->sumsq += sum;
@@ -104,19 +108,20 @@ void cuda_sumsq(struct device *dev, tensor g, struct step_state *state) {
     check_shape("sumsq", "g", g, DTYPE_F32, g.shape[0], g.shape[1], g.shape[2], g.shape[3], g.shape[4]);
     int64_t n = tensor_count(g);
     int64_t blocks = min64(ceil_div(n, SUM_THREADS * 4), min64((int64_t)dev->sm_count * 8, MAX_SUM_BLOCKS));
-    double *part = (double *)dev->scratch;
+    double *partial = (double *)dev->scratch;
     if (aligned16({g.data}))
-        launch<square_parts<4>>(dev, blocks, SUM_THREADS, 0, (const float *)g.data, n, part);
+        launch<sumsq_blocks<4>>(dev, blocks, SUM_THREADS, 0, (const float *)g.data, n, partial);
     else
-        launch<square_parts<1>>(dev, blocks, SUM_THREADS, 0, (const float *)g.data, n, part);
-    launch<add_parts>(dev, 1, SUM_THREADS, 0, part, (int)blocks, state);
+        launch<sumsq_blocks<1>>(dev, blocks, SUM_THREADS, 0, (const float *)g.data, n, partial);
+    launch<sumsq_total>(dev, 1, SUM_THREADS, 0, partial, (int)blocks, state);
 }
 
 /* ---- AdamW ---- */
 
 enum { ADAM_THREADS = 256, ADAM_UNROLL = 4, ADAM_TILE = ADAM_THREADS * ADAM_UNROLL * 4, MAX_GROUPS = 96 };
 
-/* Groups travel as an argument, so that nothing is copied; more of them take several launches. */
+/* Groups are passed as a kernel argument, so that no copy to the device is needed; more than MAX_GROUPS take
+ * several launches. 96 groups are 3 KiB of the 4 KiB that arguments may take. */
 struct group_table {
     int count;
     struct {
@@ -125,22 +130,23 @@ struct group_table {
     } group[MAX_GROUPS];
 };
 
-/* What a step's elements have in common. */
+/* What all elements of a step share, from prepare_adamw(); bias_correction is 1 / (1 - beta^t). */
 struct adam_factors {
-    float b1, b2, one_b1, one_b2, unbias1, unbias2, eps, clip, lr;
+    float beta1, beta2, one_minus_beta1, one_minus_beta2, bias_correction1, bias_correction2, eps, clip, lr;
     int skip;
     uint32_t updates;
 };
 
+/* One thread. In double: 1 - beta2^t loses its digits in fp32 while t is small. */
 static __global__ void prepare_adamw(struct adamw_hyper hyper, const struct step_state *state,
                                      struct adam_factors *f) {
     double t = (double)state->history.updates;
-    f->b1 = (float)hyper.beta1;
-    f->b2 = (float)hyper.beta2;
-    f->one_b1 = (float)(1 - hyper.beta1);
-    f->one_b2 = (float)(1 - hyper.beta2);
-    f->unbias1 = (float)(1 / (1 - pow(hyper.beta1, t)));
-    f->unbias2 = (float)(1 / (1 - pow(hyper.beta2, t)));
+    f->beta1 = (float)hyper.beta1;
+    f->beta2 = (float)hyper.beta2;
+    f->one_minus_beta1 = (float)(1 - hyper.beta1);
+    f->one_minus_beta2 = (float)(1 - hyper.beta2);
+    f->bias_correction1 = (float)(1 / (1 - pow(hyper.beta1, t)));
+    f->bias_correction2 = (float)(1 / (1 - pow(hyper.beta2, t)));
     f->eps = (float)hyper.eps;
     f->clip = (float)state->clip;
     f->lr = (float)state->lr;
@@ -152,12 +158,12 @@ static __global__ void prepare_adamw(struct adamw_hyper hyper, const struct step
 static __device__ __forceinline__ void update(const struct adam_factors &f, float lr, float decay, float g,
                                               float *param, float *m, float *v) {
     g *= f.clip;
-    *m = f.b1 * *m + f.one_b1 * g;
-    *v = f.b2 * *v + f.one_b2 * g * g;
-    *param -= lr * (*m * f.unbias1) / (sqrtf(*v * f.unbias2) + f.eps) + decay * *param;
+    *m = f.beta1 * *m + f.one_minus_beta1 * g;
+    *v = f.beta2 * *v + f.one_minus_beta2 * g * g;
+    *param -= lr * (*m * f.bias_correction1) / (sqrtf(*v * f.bias_correction2) + f.eps) + decay * *param;
 }
 
-/* The master_weights as parameters: bf16 by chance, fp32 as they are. */
+/* Store updated master weights as parameters: to bf16 by stochastic rounding, in fp32 unchanged. */
 template <int V>
 static __device__ __forceinline__ void store_rounded(bf16 *p, const float (&x)[V], uint32_t step,
                                                      int64_t index) {
@@ -178,16 +184,19 @@ static __device__ __forceinline__ void store_rounded(float *p, const float (&x)[
     store(p, x);
 }
 
-/* One block a tile of one group.
- * Bytes: 28 n, and 2 n for bf16 values. V = 4 when all groups' bounds and addresses are aligned. */
+/* One block per tile of ADAM_TILE elements of one group. V = 4 when all groups' bounds and addresses are
+ * aligned. first_index: the element 0 of these ranges in the whole model, which seeds the stochastic
+ * rounding, so that it does not depend on how parameters are sharded. __grid_constant__: the table is indexed
+ * where arguments lie, in constant memory, and not copied to each thread's local memory. Bytes: 28 n, and 2 n
+ * for bf16 parameters. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(ADAM_THREADS)
     adamw(const __grid_constant__ struct group_table groups, const struct adam_factors *factors,
-          int64_t place, float *master, T *p, const float *g, float *m, float *v) {
+          int64_t first_index, float *master, T *p, const float *g, float *m, float *v) {
     struct adam_factors f = *factors;
     if (f.skip)
         return;
-    int low = 0, high = groups.count - 1; /* the last group whose first tile is not after this block */
+    int low = 0, high = groups.count - 1; /* binary search for the tile's group */
     while (low < high) {
         int middle = (low + high + 1) / 2;
         if (groups.group[middle].first_tile <= blockIdx.x)
@@ -212,7 +221,7 @@ static __global__ void __launch_bounds__(ADAM_THREADS)
         store(m + i, first);
         store(v + i, second);
         if (p)
-            store_rounded(p + i, param, f.updates, place + i);
+            store_rounded(p + i, param, f.updates, first_index + i);
     }
 }
 

@@ -1,19 +1,20 @@
-/* Sums whose order does not depend on which block runs when: what blocks computed apart is added up here. */
+/* Adds up partial sums that blocks have written, in an order that does not depend on how blocks are
+ * scheduled. This replaces float atomics, whose order, and so whose rounding, differs from run to run. */
 #include "kernels/cuda/cuda.cuh"
 
 enum { COLUMNS = 32, LANES = 16 };
 
-/* Block (COLUMNS, LANES): each lane adds every LANES-th share, then the lanes are added in order.
- * Bytes: 4 n parts. */
+/* Block (COLUMNS, LANES): each lane adds every LANES-th part, then the lanes are added in order. A warp has
+ * COLUMNS neighbouring elements of one part, which it loads coalesced. Bytes: 4 n parts. */
 static __global__ void __launch_bounds__(COLUMNS *LANES)
-    sum_shares(const float *shares, int parts, int64_t n, float *out, bool accumulate) {
+    sum_parts(const float *partials, int parts, int64_t n, float *out, bool accumulate) {
     __shared__ float lanes[LANES][COLUMNS];
     int64_t i = (int64_t)blockIdx.x * COLUMNS + threadIdx.x;
     float sum = 0;
     if (i < n) {
 #pragma unroll 4
         for (int p = (int)threadIdx.y; p < parts; p += LANES)
-            sum += shares[p * n + i];
+            sum += partials[p * n + i];
     }
     lanes[threadIdx.y][threadIdx.x] = sum;
     __syncthreads();
@@ -24,6 +25,8 @@ static __global__ void __launch_bounds__(COLUMNS *LANES)
     out[i] = accumulate ? out[i] + sum : sum;
 }
 
-void sum_parts(struct device *dev, const float *shares, int parts, int64_t n, float *out, bool accumulate) {
-    launch<sum_shares>(dev, ceil_div(n, COLUMNS), dim3(COLUMNS, LANES), 0, shares, parts, n, out, accumulate);
+void sum_partials(struct device *dev, const float *partials, int parts, int64_t n, float *out,
+                  bool accumulate) {
+    launch<sum_parts>(dev, ceil_div(n, COLUMNS), dim3(COLUMNS, LANES), 0, partials, parts, n, out,
+                      accumulate);
 }

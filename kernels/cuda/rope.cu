@@ -1,11 +1,14 @@
-/* The table of rotary position embedding's angles, computed on the host in double: the angles of late
- * positions are large, and their rounding would be a rotation. */
-#include "kernels/cuda/cuda.h"
+/* Rotary position embedding: the table of angles, and the rotation of heads that are not mixed. */
+#include "kernels/cuda/rope.cuh"
 
 #include <math.h>
 #include <stdlib.h>
 
-/* table F32 [positions, 2, d/2], whatever the precision of what is rotated. */
+/* ---- the table ---- */
+
+/* table F32 [positions, 2, d/2]: cosines, then sines; fp32 whatever the precision of what is rotated.
+ * Computed on the host in double: the angles of late positions are large, so that rounding them to fp32 would
+ * rotate noticeably wrong. */
 void cuda_rope_table(struct device *dev, tensor table, double theta) {
     int64_t positions = table.shape[0], half = table.shape[2];
     check_shape("rope_table", "table", table, DTYPE_F32, positions, 2, half);
@@ -20,4 +23,81 @@ void cuda_rope_table(struct device *dev, tensor table, double theta) {
         }
     cuda_upload(dev, table, values, DTYPE_F32);
     free(values);
+}
+
+/* ---- rotation without mixing: P = 1 without alphas ---- */
+
+enum { ROTATE_THREADS = 256 };
+
+template <typename T> struct rotate_job {
+    T *qkv;    /* [N,3,H,d] */
+    T *out[3]; /* [N,H,d] */
+    struct rope_rows rope;
+    int64_t count;
+    int heads, d;
+};
+
+/* out = rotate(qkv), or BACK: qkv = rotate back(out). A thread has V columns of the first half of a head and
+ * the columns of the second half that they are rotated with. Bytes moved: 6 N H d elements. */
+template <typename T, int V, bool BACK>
+static __global__ void __launch_bounds__(ROTATE_THREADS) rotate_heads(struct rotate_job<T> job) {
+    int d = job.d, half = (d + 1) / 2, vectors = (half + V - 1) / V;
+    int64_t e = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (e >= job.count * 3 * job.heads * vectors)
+        return;
+    int c = (int)(e % vectors) * V, h = (int)(e / vectors % job.heads);
+    int64_t n = e / vectors / job.heads / 3;
+    int w = (int)(e / vectors / job.heads % 3);
+    bool has_partner = V > 1 || c + half < d;
+    T *packed = job.qkv + ((n * 3 + w) * job.heads + h) * d + c;
+    T *separate = (w == 0 ? job.out[0] : w == 1 ? job.out[1] : job.out[2]) + (n * job.heads + h) * d + c;
+    const T *from = BACK ? separate : packed;
+    T *to = BACK ? packed : separate;
+    float x[V], y[V] = {}, cosine[V], sine[V];
+    load(from, x);
+    if (has_partner)
+        load(from + half, y);
+    if (job.rope.table && w < 2) {
+        const float *row = rope_token(job.rope, (int)n, 1, d) + c;
+        load(row, cosine);
+        load(row + half, sine);
+#pragma unroll
+        for (int k = 0; k < V; k++) {
+            float a = x[k], b = y[k], s = BACK ? -sine[k] : sine[k];
+            x[k] = a * cosine[k] - b * s;
+            y[k] = b * cosine[k] + a * s;
+        }
+    }
+    store(to, x);
+    if (has_partner)
+        store(to + half, y);
+}
+
+void rope_rotate(struct device *dev, const struct qkv_mix_spec *s, struct rope_rows rope, tensor qkv,
+                 tensor q, tensor k, tensor v, bool back) {
+    by_dtype(qkv.dtype, [&](auto number) {
+        using T = decltype(number);
+        constexpr int V = VECTOR<T>;
+        struct rotate_job<T> job;
+        job.qkv = (T *)qkv.data;
+        job.out[0] = (T *)q.data;
+        job.out[1] = (T *)k.data;
+        job.out[2] = (T *)v.data;
+        job.rope = rope;
+        job.count = s->batch * s->tokens;
+        job.heads = (int)s->heads;
+        job.d = (int)s->head_dim;
+        int64_t half = (s->head_dim + 1) / 2, heads = job.count * 3 * s->heads;
+        int64_t blocks = ceil_div(heads * half, ROTATE_THREADS);
+        int64_t vector_blocks = ceil_div(heads * half / V, ROTATE_THREADS);
+        bool wide = s->head_dim % (2 * V) == 0 && aligned16({qkv.data, q.data, k.data, v.data, rope.table});
+        if (wide && back)
+            launch<rotate_heads<T, V, true>>(dev, vector_blocks, ROTATE_THREADS, 0, job);
+        else if (wide)
+            launch<rotate_heads<T, V, false>>(dev, vector_blocks, ROTATE_THREADS, 0, job);
+        else if (back)
+            launch<rotate_heads<T, 1, true>>(dev, blocks, ROTATE_THREADS, 0, job);
+        else
+            launch<rotate_heads<T, 1, false>>(dev, blocks, ROTATE_THREADS, 0, job);
+    });
 }

@@ -1,4 +1,5 @@
-/* Ranges on the device's queue: for NVIDIA's tools by NVTX, for ourselves by events. */
+/* Named ranges on the device's queue: as NVTX ranges for NVIDIA's profilers, and timed by events while a
+ * trace (kernels/trace.h) is recorded. */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -12,7 +13,7 @@
 #endif
 #endif
 
-static void push(const char *name, int index) {
+static void nvtx_push(const char *name, int index) {
 #ifdef WITH_NVTX
     char text[64];
     if (index >= 0)
@@ -23,14 +24,14 @@ static void push(const char *name, int index) {
 #endif
 }
 
-static void pop() {
+static void nvtx_pop() {
 #ifdef WITH_NVTX
     nvtxRangePop();
 #endif
 }
 
-/* Is somebody capturing these steps alone? */
-static void profiler(bool on) {
+/* Start or stop a profiler that was told to record between these calls only (nsys -c cudaProfilerApi). */
+static void set_profiler(bool on) {
 #ifdef WITH_NVTX
     cuda_check(on ? cudaProfilerStart() : cudaProfilerStop());
 #else
@@ -38,7 +39,7 @@ static void profiler(bool on) {
 #endif
 }
 
-static void mark(struct device *dev, struct traced_range *r, int which) {
+static void record_mark(struct device *dev, struct traced_range *r, int which) {
     cudaEvent_t event;
     if (!r)
         return;
@@ -48,27 +49,27 @@ static void mark(struct device *dev, struct traced_range *r, int which) {
 }
 
 void cuda_range_begin(struct device *dev, const char *name, int index) {
-    push(name, index);
+    nvtx_push(name, index);
     if (dev->trace)
-        mark(dev, trace_enter(dev->trace, name, index), 0);
+        record_mark(dev, trace_enter(dev->trace, name, index), 0);
 }
 
 void cuda_range_end(struct device *dev) {
     if (dev->trace)
-        mark(dev, trace_leave(dev->trace), 1);
-    pop();
+        record_mark(dev, trace_leave(dev->trace), 1);
+    nvtx_pop();
 }
 
 void cuda_trace_begin(struct device *dev) {
     cuda_await_queue(dev);
     dev->trace = trace_create();
-    profiler(true);
+    set_profiler(true);
 }
 
 struct trace *cuda_trace_end(struct device *dev) {
     struct trace *t = dev->trace;
     cuda_await_queue(dev);
-    profiler(false);
+    set_profiler(false);
     dev->trace = NULL;
     for (int i = 0; t && i < t->count; i++) {
         float ms[2];

@@ -1,8 +1,8 @@
-/* Host to device and back, through pinned buffers, with conversion on the host.
+/* Copies from host to device and back, through pinned buffers, with conversion on the host.
  *
- * An upload leaves as soon as its last piece lies in a pinned buffer: the copy is asynchronous, and a buffer
- * is only written again when its own copy is over. Copies wait their turn in the queue, so with few buffers
- * the host would wait for the pass before the last; these hold what a step or more uploads. */
+ * An upload returns as soon as its last piece is in a pinned buffer: the copy is asynchronous, and a buffer
+ * is written again only when its own copy is done. Copies are queued behind the kernels of their step, so
+ * with few buffers the host would wait for earlier passes; SLOTS buffers hold what a step or more uploads. */
 #include "kernels/cuda/cuda.h"
 
 #include <stdio.h>
@@ -118,11 +118,11 @@ void cuda_upload(struct device *dev, tensor dst, const void *host, enum dtype ho
     }
 }
 
-/* Wait for the queue, and for `bytes` at src to lie in the pinned buffer that is returned. */
-static const char *fetch(struct device *dev, const void *src, size_t bytes) {
+/* Copy `bytes` at src to a pinned buffer, behind everything queued so far; wait, and return the buffer. */
+static const char *copy_to_pinned(struct device *dev, const void *src, size_t bytes) {
     struct staging *s = dev->staging;
-    cuda_check(cudaSetDevice(dev->index)); /* of the thread that saves, too */
-    cuda_host_wait(dev, s->done[0]);       /* the buffer is free */
+    cuda_check(cudaSetDevice(dev->index)); /* per thread: the checkpoint thread calls this too */
+    cuda_host_wait(dev, s->done[0]);       /* until the buffer is free */
     cuda_check(cudaMemcpyAsync(s->slot[0], src, bytes, cudaMemcpyDeviceToHost, dev->stream));
     cuda_check(cudaEventRecord(s->done[0], dev->stream));
     cuda_host_wait(dev, s->done[0]);
@@ -135,11 +135,11 @@ void cuda_download(struct device *dev, tensor src, void *host, enum dtype host_d
     int64_t total = tensor_count(src), each = SLOT_BYTES / from;
     for (int64_t begin = 0; begin < total; begin += each) {
         int64_t n = total - begin < each ? total - begin : each;
-        const char *values = fetch(dev, (const char *)src.data + begin * from, (size_t)(n * from));
+        const char *values = copy_to_pinned(dev, (const char *)src.data + begin * from, (size_t)(n * from));
         convert((char *)host + begin * to, host_dtype, values, src.dtype, n);
     }
 }
 
 void cuda_read(struct device *dev, const void *src, void *host, size_t bytes) {
-    memcpy(host, fetch(dev, src, bytes), bytes);
+    memcpy(host, copy_to_pinned(dev, src, bytes), bytes);
 }

@@ -1,21 +1,21 @@
-/* The communicator on paper: messages that take their time on the timeline. */
+/* The communicator of the estimate: messages take time on the timeline and move no data. */
 #include "kernels/estimate/device.h"
 
 static struct device *device_of(struct comm *c) {
     return ((struct estimate_comm *)c)->dev;
 }
 
-static comm_event message(struct comm *c, enum estimate_message kind, double bytes, double seconds) {
+static comm_event send_message(struct comm *c, enum estimate_message kind, double bytes, double seconds) {
     struct device *dev = device_of(c);
-    dev->account.messages[kind]++;
-    dev->account.message_bytes[kind] += bytes;
+    dev->totals.messages[kind]++;
+    dev->totals.message_bytes[kind] += bytes;
     return timeline_send(&dev->timeline, kind, seconds);
 }
 
 static comm_event collective(struct comm *c, enum estimate_message kind, tensor buffer, enum dtype wire) {
     const struct estimate_options *o = &device_of(c)->options;
     double bytes = (double)tensor_count(buffer) * (double)dtype_bytes(wire);
-    return message(c, kind, bytes, collective_seconds(o->gpu, o->link, o->ranks, bytes));
+    return send_message(c, kind, bytes, collective_seconds(o->gpu, o->link, o->ranks, bytes));
 }
 
 static comm_event reduce_scatter(struct comm *c, tensor buffer, tensor piece, bool accumulate) {
@@ -27,7 +27,7 @@ static comm_event all_gather(struct comm *c, tensor buffer) {
     return collective(c, MESSAGE_ALL_GATHER, buffer, buffer.dtype);
 }
 
-static void wait_for(struct comm *c, comm_event event) {
+static void wait_event(struct comm *c, comm_event event) {
     timeline_wait(&device_of(c)->timeline, event);
 }
 
@@ -35,8 +35,8 @@ static void all_reduce(struct comm *c, double *values, int count) {
     const struct estimate_options *o = &device_of(c)->options;
     (void)values;
     if (o->ranks > 1)
-        wait_for(c, message(c, MESSAGE_ALL_REDUCE, (double)count * sizeof *values,
-                            all_reduce_seconds(o->link, o->ranks)));
+        wait_event(c, send_message(c, MESSAGE_ALL_REDUCE, (double)count * sizeof *values,
+                                   all_reduce_seconds(o->link, o->ranks)));
 }
 
 static int reserve(struct comm *c, int64_t elements, enum dtype dtype, enum dtype wire, struct error *e) {
@@ -45,7 +45,7 @@ static int reserve(struct comm *c, int64_t elements, enum dtype dtype, enum dtyp
     return 0;
 }
 
-static void nothing(struct comm *c) {
+static void do_nothing(struct comm *c) {
     (void)c;
 }
 
@@ -53,13 +53,13 @@ void estimate_comm_open(struct estimate_comm *c, struct device *dev) {
     static const struct comm_ops ops = {
         .name = "estimate",
         .queued = true,
-        .close = nothing,
+        .close = do_nothing,
         .reserve = reserve,
         .reduce_scatter = reduce_scatter,
         .all_gather = all_gather,
         .all_reduce = all_reduce,
-        .wait = wait_for,
-        .progress = nothing,
+        .wait = wait_event,
+        .progress = do_nothing,
     };
     int ranks = dev->options.ranks;
     int local = ranks < NODE_GPUS ? ranks : NODE_GPUS;

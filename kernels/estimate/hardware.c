@@ -6,21 +6,21 @@
 #define MICRO 1e-6
 
 /* clang-format off */
-/* Where figures come from:
+/* Sources of the figures:
  *   peak, memory, nvlink, bandwidth of the memory: NVIDIA's data sheets of the SXM parts, dense
- *   matmul    H200: 790 TFLOP/s measured elsewhere at 8192^3 on random data, 0.80 of the peak. The others: the
- *             same part of their peak.
- *   copy      H200: 4.3 TB/s measured elsewhere, 0.90 of 4.8. The others: the same part of 3.35 and 2.04.
- *   wide      H200: cuDNN 9.19, causal, d = 128, S = 8192, NVIDIA's own figures. H100: the same chip but for the
- *             memory, on which attention does not wait. A100: FlashAttention-2's paper (arXiv 2307.08691) reaches
- *             73 % and 63 % of the peak without a mask; 0.85 of that for a causal one.
+ *   matmul    H200: 790 TFLOP/s measured elsewhere at 8192^3 on random data, 0.80 of the peak. The others:
+ *             the same fraction of their peak.
+ *   copy      H200: 4.3 TB/s measured elsewhere, 0.90 of 4.8. The others: the same fraction of 3.35 and 2.04.
+ *   wide      H200: cuDNN 9.19, causal, d = 128, S = 8192, NVIDIA's own figures. H100: the same chip with
+ *             other memory, which does not limit attention. A100: FlashAttention-2's paper (arXiv 2307.08691)
+ *             reaches 73 % and 63 % of the peak without a mask; 0.85 of that for a causal one.
  *   narrow    H200: the same figures at d = 64, window 1024. A100: 0.6 of `wide`, as on the H200.
- *   own       a guess: mma.sync reaches about two thirds of Hopper's peak and all of Ampere's, half of which is
- *             softmax and masks
- *   cudnn     what cuDNN 9.19 answers when it is asked (tests/cuda/test_cudnn.c)
+ *   own       a guess: mma.sync reaches about two thirds of Hopper's peak and all of Ampere's, half of
+ *             which is softmax and masks
+ *   cudnn     cuDNN 9.19's answers to queries (tests/cuda/test_cudnn.c)
  *   window    a guess: tiles of 128 keys that lie half outside at both edges
- *   mixing    0.85 is what our kernels are to reach (make bench-gpu); the factor on matmul is a guess
- *   launch    a guess for a queue that never runs dry: draining one kernel, filling the next
+ *   mixing    0.85 is the target for our kernels (make bench-gpu); the factor on matmul is a guess
+ *   launch    a guess for a queue that is never empty: the end of one kernel and the start of the next
  *   reserved  a guess: 0.5 GB of context and libraries, 1.5 GB of NCCL's buffers and fragments */
 /* clang-format on */
 static const struct gpu_spec gpus[] = {
@@ -78,9 +78,9 @@ static const struct gpu_spec gpus[] = {
 };
 
 /* Latencies are NCCL's own model of itself (src/graph/tuning.cc: rings, protocols Simple and LL128, which
- * carries 120 bytes in 128; trees in LL). Attained parts: 235 of 300 GB/s is where NCCL's model caps an A100,
- * and about 360 of 450 GB/s is what nccl-tests are reported to show on Hopper; between nodes 0.9 is a guess.
- */
+ * carries 120 bytes in 128; trees in LL). Attained fractions: 235 of 300 GB/s is where NCCL's model caps an
+ * A100, and about 360 of 450 GB/s is what nccl-tests are reported to show on Hopper; between nodes 0.9 is a
+ * guess. */
 #define NCCL_LATENCIES                                                                                       \
     .protocols = {{1, 8.4 * MICRO, 3.4 * MICRO, 14 * MICRO}, {0.92, 14 * MICRO, 1.9 * MICRO, 4 * MICRO}},    \
     .all_reduce_base = 6.8 * MICRO, .all_reduce_step = 0.6 * MICRO,                                          \

@@ -1,5 +1,5 @@
-/* GPUs and links on paper: the figures that predictions are made of, in one table (machine.c), each with its
- * source. None was measured with this program; a measurement replaces its row. */
+/* GPUs and links: the figures that estimates are made of, in one table (hardware.c), each with its source.
+ * None was measured with this program; a measurement replaces its row. */
 #ifndef IHA_KERNELS_ESTIMATE_HARDWARE_H
 #define IHA_KERNELS_ESTIMATE_HARDWARE_H
 
@@ -13,23 +13,23 @@ struct attention_rate {
 
 struct gpu_spec {
     const char *name;
-    double peak;                        /* dense bf16, FLOP/s: what MFU is a part of */
+    double peak;                        /* dense bf16, FLOP/s: the denominator of MFU */
     double matmul;                      /* FLOP/s of large products */
     struct attention_rate wide, narrow; /* cuDNN, head_dim over 64, and up to 64 */
-    struct attention_rate own;          /* ours, where cuDNN does not serve */
-    int64_t cudnn_head_dim;             /* the largest that cuDNN's backward takes */
-    int cudnn_scratch;                  /* copies of q in fp32 that it works in, not deterministic */
-    bool cudnn_nan;       /* it is kept from lengths of 64 modulo 128 (kernels/cuda/attention/attention.cu) */
-    double window;        /* factor on `wide` for windows; `narrow` is a window's already */
-    double copy;          /* bytes/s, read and written together */
-    double mixing;        /* factor on `copy` for mixing and collapse ... */
-    double mixing_matmul; /* ... and on `matmul`: small matrices, padded */
-    double launch;        /* s from one kernel's end to the next one's full speed */
-    double memory, reserved; /* bytes; what context, libraries and NCCL take of them */
+    struct attention_rate own;          /* our own kernels, where cuDNN is not used */
+    int64_t cudnn_head_dim;             /* the largest that cuDNN's backward supports */
+    int cudnn_scratch;                  /* workspace of its non-deterministic backward, in fp32 copies of q */
+    bool cudnn_nan;          /* not used for lengths of 64 modulo 128 (kernels/cuda/attention/attention.cu) */
+    double window;           /* factor on `wide` for windows; `narrow` was measured with one */
+    double copy;             /* bytes/s, read and written together */
+    double mixing;           /* factor on `copy` for mixing and collapse ... */
+    double mixing_matmul;    /* ... and on `matmul`: small matrices, padded */
+    double launch;           /* s from one kernel's end to the next one's full speed */
+    double memory, reserved; /* bytes in all, and what context, libraries and NCCL use */
     double nvlink;           /* bytes/s, one GPU, one direction */
 };
 
-/* How NCCL moves a message: the attained part of the bandwidth, and seconds before and at each step. */
+/* A protocol of NCCL's rings: the attained fraction of the bandwidth, seconds to start and for each step. */
 struct ring_protocol {
     double attained, base, step, step_between_nodes;
 };
@@ -38,11 +38,11 @@ enum { NODE_GPUS = 8, PROTOCOLS = 2 };
 
 struct link_spec {
     const char *name;
-    double network;         /* bytes/s, one GPU, one direction, between nodes; 0: one node only */
-    double nvlink_attained; /* part of the nominal bandwidth that collectives get ... */
-    double network_attained;
-    struct ring_protocol protocols[PROTOCOLS]; /* the faster one is taken for each message */
-    double all_reduce_base, all_reduce_step, all_reduce_step_between_nodes; /* a few bytes, over a tree */
+    double network;          /* bytes/s, one GPU, one direction, between nodes; 0: one node only */
+    double nvlink_attained;  /* fraction of the nominal bandwidth that collectives get ... */
+    double network_attained; /* ... within a node and between nodes */
+    struct ring_protocol protocols[PROTOCOLS]; /* the faster one is used for each message */
+    double all_reduce_base, all_reduce_step, all_reduce_step_between_nodes; /* of a few bytes, over a tree */
 };
 
 /* By name; NULL when there is none. Names end with NULL. */

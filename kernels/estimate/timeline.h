@@ -1,6 +1,6 @@
-/* Two queues of one GPU as times on paper: one computes, the other carries messages. A message sets out when
- * what was queued before it has been computed and the messages before it are through; waiting for one holds
- * up computing until it has arrived. */
+/* The time of a GPU with two queues, one of kernels and one of messages. A message starts when the kernels
+ * queued before it are done and the messages before it have arrived. Waiting for a message delays the next
+ * kernel until it has arrived. */
 #ifndef IHA_KERNELS_ESTIMATE_TIMELINE_H
 #define IHA_KERNELS_ESTIMATE_TIMELINE_H
 
@@ -8,18 +8,18 @@
 
 enum estimate_message { MESSAGE_REDUCE_SCATTER, MESSAGE_ALL_GATHER, MESSAGE_ALL_REDUCE, MESSAGES };
 
-/* How many of the latest messages can be waited for: two a bucket, of which there are about 2^16. */
+/* How many of the latest messages can be waited for: two a bucket, and about 2^16 buckets. */
 enum { TIMELINE_MESSAGES = 1 << 18 };
 
 struct timeline {
-    double computed; /* s: when the computing queue is done with what it was given */
-    double carried;  /* the same of the other */
-    int64_t last;    /* messages so far, numbered from 1 */
+    double compute_end; /* s: when the kernels queued so far are done */
+    double link_end;    /* s: when the messages sent so far have arrived */
+    int64_t last;       /* messages so far, numbered from 1 */
     struct {
         double arrives;
         enum estimate_message kind;
-    } messages[TIMELINE_MESSAGES]; /* by number modulo their count */
-    double exposed[MESSAGES];      /* s that computing waited, by what it waited for */
+    } messages[TIMELINE_MESSAGES]; /* by number modulo TIMELINE_MESSAGES */
+    double exposed[MESSAGES];      /* s that kernels waited, by what they waited for */
     double moving[MESSAGES];       /* s that messages took on the link */
 };
 

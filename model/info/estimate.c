@@ -25,7 +25,7 @@ static void run_step(struct model *m, const struct config *c, int64_t step, int6
 }
 
 static struct estimate_totals difference(struct estimate_totals after, const struct estimate_totals *before) {
-    for (int i = 0; i < PAPER_PARTS; i++) {
+    for (int i = 0; i < ESTIMATE_PARTS; i++) {
         after.seconds[i] -= before->seconds[i];
         after.flops[i] -= before->flops[i];
         after.bytes[i] -= before->bytes[i];
@@ -43,7 +43,7 @@ static struct estimate_totals difference(struct estimate_totals after, const str
 
 static void compute_rates(struct run_estimate *p, const struct config *c, const struct estimate_options *o) {
     struct flops f = flops_per_token(&c->model, c->train.seq_len);
-    for (int i = 0; i < PAPER_PARTS; i++)
+    for (int i = 0; i < ESTIMATE_PARTS; i++)
         p->compute += p->step.seconds[i];
     p->tokens_per_second = (double)c->train.batch_tokens / p->step.now;
     p->mfu = (f.matmul + f.attention + f.mixing) * p->tokens_per_second / o->ranks / o->gpu->peak;

@@ -84,13 +84,13 @@ static void print_share(FILE *out, const char *name, double seconds, double step
 }
 
 static void print_time(FILE *out, const struct run_estimate *p) {
-    static const char *const parts[PAPER_PARTS] = {
+    static const char *const parts[ESTIMATE_PARTS] = {
         "matrix products", "attention", "mixing and collapse", "classifier", "norm, activation, embedding",
         "optimizer"};
     static const char *const waits[MESSAGES] = {"waiting for reduce-scatter", "waiting for all-gather",
                                                 "waiting for the gradient norm"};
     fprintf(out, "Time of a step:\n");
-    for (int i = 0; i < PAPER_PARTS; i++) {
+    for (int i = 0; i < ESTIMATE_PARTS; i++) {
         char rates[64];
         double t = p->step.seconds[i];
         if (t == 0)

@@ -12,7 +12,7 @@ struct digest {
 };
 
 static void add_text(uint64_t *hash, const char *text) {
-    *hash = hash_bytes(*hash, text, strlen(text) + 1);
+    *hash = fnv1a(*hash, text, strlen(text) + 1);
 }
 
 static void add_setting(void *context, const char *key, const char *value) {
@@ -22,7 +22,7 @@ static void add_setting(void *context, const char *key, const char *value) {
 
 int ranks_check_same_run(struct comm *comm, const struct config *config, const struct trainer_state *trainer,
                          struct error *e) {
-    struct digest own = {HASH_START, HASH_START}, rank0;
+    struct digest own = {FNV1A_START, FNV1A_START}, rank0;
     config_visit(config, add_setting, &own.settings);
     add_text(&own.data, trainer->train_fingerprint);
     add_text(&own.data, trainer->val_fingerprint);

@@ -416,21 +416,21 @@ enum { SUMMED_RANKS = 8 };
 
 /* Operands: own or what is added, the ranks' shares, and the result. */
 static void run_add_fp32(struct job *j) {
-    add_in_rank_order(timing_queue(j->b->dev), j->t[0].data, j->t[1].data, DTYPE_F32, 3, SUMMED_RANKS,
-                      j->t[0].shape[0], j->t[2].data, false);
+    comm_add_in_rank_order(timing_queue(j->b->dev), j->t[0].data, j->t[1].data, DTYPE_F32, 3, SUMMED_RANKS,
+                           j->t[0].shape[0], j->t[2].data, false);
 }
 
 static void run_add_bf16(struct job *j) {
-    add_in_rank_order(timing_queue(j->b->dev), j->t[0].data, j->t[1].data, DTYPE_BF16, 3, SUMMED_RANKS,
-                      j->t[0].shape[0], j->t[2].data, false);
+    comm_add_in_rank_order(timing_queue(j->b->dev), j->t[0].data, j->t[1].data, DTYPE_BF16, 3, SUMMED_RANKS,
+                           j->t[0].shape[0], j->t[2].data, false);
 }
 
 static void run_add_to(struct job *j) {
-    add_to(timing_queue(j->b->dev), j->t[0].data, j->t[0].shape[0], j->t[2].data);
+    comm_add_to(timing_queue(j->b->dev), j->t[0].data, j->t[0].shape[0], j->t[2].data);
 }
 
 static void run_round(struct job *j) {
-    round_all_to_bf16(timing_queue(j->b->dev), j->t[1].data, j->t[1].shape[0], j->t[3].data);
+    comm_round_to_bf16(timing_queue(j->b->dev), j->t[1].data, j->t[1].shape[0], j->t[3].data);
 }
 
 /* What a rank's GPU does with messages; the messages themselves need another GPU. */

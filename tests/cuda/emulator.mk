@@ -1,5 +1,6 @@
-# Tests of the CUDA kernels on a CPU (tests/cuda/emulator/emulator.h). They need the CUDA runtime's headers, of the toolkit or of
-# the wheels that `make deps` installs without one, but neither nvcc nor a GPU. Included by the Makefile.
+# Tests of the CUDA kernels on a CPU, by the emulator (tests/cuda/emulator/emulator.h). They need the CUDA runtime's
+# headers, from the toolkit or from the wheels that `make deps` installs without one, but neither nvcc nor a GPU.
+# Included by the Makefile.
 
 CXX ?= g++
 EMULATOR_INCLUDE := $(patsubst %/cuda_bf16.h,%,$(firstword $(wildcard $(CUDA_HOME)/include/cuda_bf16.h \
@@ -34,7 +35,7 @@ $(BUILD)/emulator/%.o: %.cu
 $(patsubst %,$(BUILD)/tests/cuda/test_%.o,streams nccl comm determinism): CFLAGS += -isystem tests/cuda/emulator/include/first \
     -isystem $(EMULATOR_INCLUDE) -isystem tests/cuda/emulator/include
 
-# The CPU backend in double beside the one in float: one object, with one name to the outside.
+# The CPU backend in double, to be linked beside the one in float: one object that exports a single symbol.
 $(BUILD)/emulator/cpu_double.o: $(DOUBLE_OBJECTS)
 	@mkdir -p $(@D)
 	@$(LD) -r $^ -o $@
@@ -46,8 +47,8 @@ $(EMULATOR_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(EMULATOR_OBJECTS) $(EM
 	@echo "  LINK $@"
 	@$(CXX) $(CFLAGS:-std=%=) $^ -o $@ -lcmocka $(LIBS)
 
-# The product's own cuDNN file and the library, on a driver without a GPU: linked, it is the libcuda.so.1 that cuDNN
-# finds loaded.
+# attention_cudnn.cpp with the real cuDNN on a fake driver: because the test is linked with it, it is the libcuda.so.1
+# that cuDNN finds loaded.
 FAKE_DRIVER = $(BUILD)/tests/fake_driver/libcuda.so.1
 $(FAKE_DRIVER): tests/cuda/emulator/fake_driver.c
 	@mkdir -p $(@D)
@@ -55,11 +56,11 @@ $(FAKE_DRIVER): tests/cuda/emulator/fake_driver.c
 	@$(CC) $(filter-out -MMD -fsanitize%,$(CFLAGS)) -shared -fPIC -Wl,-soname,libcuda.so.1 $< -o $@
 
 $(BUILD)/tests/cuda/test_cudnn: $(CUDNN_OBJECTS) | $(FAKE_DRIVER)
-$(BUILD)/tests/cuda/test_cudnn: LIBS += -Wl,--wrap=cudnn_attention_open -Wl,--no-as-needed $(FAKE_DRIVER) $(CUDNN) \
+$(BUILD)/tests/cuda/test_cudnn: LIBS += -Wl,--wrap=attention_cudnn_open -Wl,--no-as-needed $(FAKE_DRIVER) $(CUDNN) \
     -Wl,-rpath,$(abspath $(dir $(FAKE_DRIVER))) $(patsubst %,-Wl$(comma)-rpath$(comma)%,$(abspath $(dir $(CUDNN))))
 
-# The whole program on the harness's GPUs. program.o comes after the harness, whose variables must be there when it
-# starts before main().
+# The whole program on emulated GPUs. program.o comes after the emulator, whose static variables must be initialized
+# before program.o's constructor runs.
 $(EMULATOR_PROGRAM): $(BUILD)/train_iha.o $(EMULATOR_OBJECTS) $(BUILD)/tests/cuda/emulator/program.o $(EMULATOR_BACKEND) \
     $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 	@mkdir -p $(@D)

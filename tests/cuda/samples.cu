@@ -1,4 +1,4 @@
-/* Kernels for tests/cuda/test_emulator.c: a good one of each kind that the harness supports, and faulty ones
+/* Kernels for tests/cuda/test_emulator.c: a good one of each kind that the emulator supports, and faulty ones
  * that it must catch. */
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/mma.cuh"

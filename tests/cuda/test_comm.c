@@ -69,8 +69,8 @@ static void one_sum(cudaStream_t stream, enum dtype wire, int rank, int ranks, i
         }
         out[at + i] = accumulate ? out[at + i] + sum : sum;
     }
-    add_in_rank_order(stream, (float *)d_own + at, d_others + (size_t)at * element, wire, rank, ranks, n,
-                      (float *)d_out + at, accumulate);
+    comm_add_in_rank_order(stream, (float *)d_own + at, d_others + (size_t)at * element, wire, rank, ranks, n,
+                           (float *)d_out + at, accumulate);
     expect(d_out, out, bytes, "sum in rank order", n, offset);
     ok(cudaFree(d_own));
     ok(cudaFree(d_others));
@@ -112,7 +112,7 @@ static void additions(void **state) {
             char *d_x = given(x, bytes), *d_out = given(out, bytes);
             for (int64_t i = 0; i < n; i++)
                 out[at + i] += x[other + i];
-            add_to(stream, (float *)d_x + other, n, (float *)d_out + at);
+            comm_add_to(stream, (float *)d_x + other, n, (float *)d_out + at);
             expect(d_out, out, bytes, "addition", n, offsets[o]);
             ok(cudaFree(d_x));
             ok(cudaFree(d_out));
@@ -140,7 +140,7 @@ static void rounding(void **state) {
             char *d_from = given(from, (size_t)length * 4), *d_to = given(to, (size_t)length * 2);
             for (int64_t i = 0; i < n; i++)
                 to[other + i] = round_to_bf16(from[at + i]);
-            round_all_to_bf16(stream, (float *)d_from + at, n, (uint16_t *)d_to + other);
+            comm_round_to_bf16(stream, (float *)d_from + at, n, (uint16_t *)d_to + other);
             expect(d_to, to, (size_t)length * 2, "rounding", n, offsets[o]);
             ok(cudaFree(d_from));
             ok(cudaFree(d_to));
@@ -163,7 +163,7 @@ static void sums_of_doubles(void **state) {
                 want[i] += all[r * COUNT + i];
         }
         char *d_all = given(all, sizeof all), *values = given(all, sizeof want);
-        sum_doubles(NULL, (double *)d_all, ranks, COUNT, (double *)values);
+        comm_sum_doubles(NULL, (double *)d_all, ranks, COUNT, (double *)values);
         expect(values, want, sizeof want, "sum of doubles", ranks, 0);
         ok(cudaFree(d_all));
         ok(cudaFree(values));

@@ -25,11 +25,11 @@ static const struct described {
 static const struct described *gpu; /* the one at hand */
 static int opened;
 
-struct cudnn_attention *__wrap_cudnn_attention_open(cudaStream_t stream, char why[CUDNN_ATTENTION_REASON]);
-struct cudnn_attention *__wrap_cudnn_attention_open(cudaStream_t stream, char why[CUDNN_ATTENTION_REASON]) {
+struct attention_cudnn *__wrap_attention_cudnn_open(cudaStream_t stream, char why[ATTENTION_CUDNN_REASON]);
+struct attention_cudnn *__wrap_attention_cudnn_open(cudaStream_t stream, char why[ATTENTION_CUDNN_REASON]) {
     (void)stream;
     opened++;
-    return cudnn_attention_open_described(gpu->json, why);
+    return attention_cudnn_open_deviceless(gpu->json, why);
 }
 
 /* Every shape of configs/, and corners. Fields: batch, length S, heads, head_dim, pseudo, causal, token_mask,
@@ -121,7 +121,7 @@ static void on_ampere(void **state) {
     gpu = &A100;
     struct device *dev = device_of(DEVICE_BF16, false);
     planned(kernels_cuda(), dev, LARGE_HEAD.spec);
-    assert_string_equal(server_of(dev, LARGE_HEAD.spec), "own kernels");
+    assert_string_equal(server_of(dev, LARGE_HEAD.spec), "built-in kernels");
     kernels_cuda()->close(dev);
 }
 

@@ -9,23 +9,23 @@
 static size_t version = 91900;
 static size_t planned_for_determinism; /* the most bytes that a plan was asked to be deterministic for */
 
-size_t cudnn_attention_version(void) {
+size_t attention_cudnn_version(void) {
     return version;
 }
 
-struct cudnn_attention *cudnn_attention_open(cudaStream_t stream, char why[CUDNN_ATTENTION_REASON]) {
+struct attention_cudnn *attention_cudnn_open(cudaStream_t stream, char why[ATTENTION_CUDNN_REASON]) {
     static char handle;
     (void)stream, (void)why;
-    return (struct cudnn_attention *)&handle;
+    return (struct attention_cudnn *)&handle;
 }
 
-void cudnn_attention_close(struct cudnn_attention *c) {
+void attention_cudnn_close(struct attention_cudnn *c) {
     (void)c;
 }
 
-int cudnn_attention_plan(struct cudnn_attention *c, const struct cudnn_attention_shape *s,
-                         const struct cudnn_attention_layout *layout, bool backward, size_t *workspace,
-                         char why[CUDNN_ATTENTION_REASON]) {
+int attention_cudnn_plan(struct attention_cudnn *c, const struct attention_cudnn_shape *s,
+                         const struct attention_cudnn_layout *layout, bool backward, size_t *workspace,
+                         char why[ATTENTION_CUDNN_REASON]) {
     (void)c, (void)layout, (void)why;
     *workspace = 0;
     if (backward && s->deterministic)
@@ -89,7 +89,7 @@ static void too_long_for_cudnn(void **state) {
     c = config(2176);
     assert_string_equal(announced(&c, DEVICE_BF16, true, 2176, kernels_cuda()),
                         "deterministic: attention of mha_global layers by cuDNN with 75.8 MB, of iha_global "
-                        "layers by own kernels; 75.8 MB of the workspace are for that\n");
+                        "layers by built-in kernels; 75.8 MB of the workspace are for that\n");
 }
 
 static void by_own_kernels(void **state) {
@@ -97,8 +97,8 @@ static void by_own_kernels(void **state) {
     struct model_config c = config(128);
     assert_string_equal(
         announced(&c, DEVICE_FP32, true, 128, kernels_cuda()),
-        "deterministic: attention of mha_global layers by own kernels, of iha_global layers by "
-        "own kernels; 0.0 MB of the workspace are for that\n");
+        "deterministic: attention of mha_global layers by built-in kernels, of iha_global layers by "
+        "built-in kernels; 0.0 MB of the workspace are for that\n");
 }
 
 static void no_price(void **state) {
@@ -111,7 +111,7 @@ static void no_price(void **state) {
     assert_string_equal(announced(&c, DEVICE_FP32, true, 128, kernels_cpu()), "");
 }
 
-/* Which of these lengths cuDNN serves, as a string of c (cuDNN) and o (own kernels). */
+/* Which of these lengths cuDNN serves, as a string of c (cuDNN) and o (built-in kernels). */
 static const char *served(size_t cudnn, bool graphs) {
     static const int64_t lengths[] = {128, 130, 256, 300};
     static char text[5];

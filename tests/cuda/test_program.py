@@ -16,14 +16,13 @@ import tempfile
 import unittest
 from pathlib import Path
 
+from tests.lib.emulator import EMULATOR_BINARY
 from tests.lib.tiny import tiny_config, write_shard
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-BINARY = Path(os.environ.get("EMULATOR_TRAIN_IHA", ROOT / "build" / "release" / "emulator" / "train_iha")).resolve()
 TIMEOUT = 120  # seconds; 20 steps here take three
 
 
-@unittest.skipUnless(BINARY.exists(), "no CUDA headers")
+@unittest.skipUnless(EMULATOR_BINARY.exists(), "no CUDA headers")
 class OneGpu(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
@@ -43,7 +42,7 @@ class OneGpu(unittest.TestCase):
 
     def run_program(self, *arguments, code=0, **environment):
         done = subprocess.run(
-            [BINARY, *map(str, arguments)],
+            [EMULATOR_BINARY, *map(str, arguments)],
             cwd=self.dir,
             env={**os.environ, "GOMP_SPINCOUNT": "100", "EMULATOR_DELAY_US": "100", **environment},
             capture_output=True,

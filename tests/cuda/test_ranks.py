@@ -11,110 +11,29 @@ With EMULATOR_GPUS=1 ranks share one and talk through host memory; with as many 
 import json
 import re
 import shutil
-import subprocess
 import unittest
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from safetensors.numpy import load_file
 
-from tests.cli import test_cli as cli
-from tests.ranks.test_tcp import free_port
-from tests.cuda.test_program import BINARY
+from tests.lib.emulator import EXACT, ONE_PASS, THREE_PASSES, EmulatorRanksCase
+from tests.lib.runs import step_dir
 
-TIMEOUT = 120  # seconds; a run here takes one or two
-MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np"]
-ENVIRONMENT = {k: v for k, v in cli.ENVIRONMENT.items() if not k.startswith(("OMPI_COMM", "PMI", "SLURM_"))}
-ENVIRONMENT |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "ASAN_OPTIONS": "detect_leaks=0"}
-# Units of different lengths, so that stage 2's memory is laid out anew for each.
-MODEL = ["model.num_hidden_layers=3", "model.layer_pattern=iha_local mha_global iha_global",
-         "model.max_position_embeddings=8"]
-COMMON = [*MODEL, "system.device=cuda", "train.seq_len=8", "train.micro_batch=1", "train.steps=4", "system.threads=1",
-          "system.peer_timeout=15", "data.val=none"]
-ONE_PASS, THREE_PASSES = "train.batch_tokens=16", "train.batch_tokens=48"  # of two ranks
-EXACT = ["system.deterministic=true", "system.precision=bf16"]
+ONE_GPU = {"gpus": 1}
 
 
-class Run:
-    """What a run left, and what its ranks printed."""
-
-    def __init__(self, run_dir, codes, printed):
-        self.dir, self.codes, self.printed = run_dir, codes, printed
-        self.text = "\n".join(printed)
-
-    def lines(self):
-        return cli.without_timings(cli.lines_of(self.dir / "metrics.jsonl"))
-
-    def files(self, step):
-        """{name: bytes} of a checkpoint, without what depends on time and on the settings of the system."""
-        tree = cli.tree(cli.step_dir(self.dir, step))
-        return {name: data for name, data in tree.items() if name != "trainer.json"}
-
-    def weights(self, step):
-        return (cli.step_dir(self.dir, step) / "model.safetensors").read_bytes()
-
-    def losses(self):
-        return [(line["loss"], line["grad_norm"]) for line in self.lines() if "loss" in line]
-
-
-@unittest.skipUnless(BINARY.exists(), "no CUDA headers")
-class Case(cli.Case):
-    def on(self, ranks, *overrides, gpus=None, start="tcp", run_dir=None, binary=BINARY, code=0, fails=False, each=None,
-           command="train", **environment):
-        """Train on so many ranks, each with a GPU unless `gpus` says how many there are."""
-        run_dir = run_dir or self.new_dir()
-        arguments = [binary, command, self.config, f"run.dir={run_dir}", *COMMON, *overrides]
-        environment = ENVIRONMENT | {"EMULATOR_GPUS": str(ranks if gpus is None else gpus)} | environment
-        if ranks == 1 or start == "mpi":
-            launched = [(([*MPIRUN, str(ranks)] if ranks > 1 else []) + arguments, environment)]
-        else:
-            meeting = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-            launched = [(arguments, environment | meeting | {"RANK": str(r)}) for r in range(ranks)]
-        processes = [subprocess.Popen([*map(str, what)], env=env, cwd=self.tmp, stdin=subprocess.DEVNULL,
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
-                     for what, env in launched]
-        try:
-            with ThreadPoolExecutor(len(processes)) as readers:
-                printed = list(readers.map(lambda p: p.communicate(timeout=TIMEOUT)[0], processes))
-        finally:
-            for p in processes:
-                p.kill()
-                p.wait()
-        done = Run(run_dir, [p.returncode for p in processes], printed)
-        self.assertEqual(set(done.codes), {code}, done.text)
-        return done
-
-    def all_of(self, jobs):
-        """Runs by name of {name: (ranks, overrides, options)}, two at a time."""
-        with ThreadPoolExecutor(2) as pool:
-            futures = {name: pool.submit(self.on, ranks, *overrides, **options)
-                       for name, (ranks, overrides, options) in jobs.items()}
-            return {name: future.result() for name, future in futures.items()}
-
-    def assert_near(self, run, other, relative):
-        np.testing.assert_allclose(run.losses(), other.losses(), rtol=relative, err_msg=run.text)
-
-    def assert_same(self, run, other, label, step=4):
-        self.assertEqual(run.lines(), other.lines(), label)
-        a, b = run.files(step), other.files(step)
-        self.assertEqual(set(a), set(b), label)
-        self.assertEqual([name for name in a if a[name] != b[name]], [], label)
-
-
-HOST = {"gpus": 1}
-
-
-class Curves(Case):
+class Curves(EmulatorRanksCase):
     def test_fp32_is_one_rank_s(self):
         fp32 = ["system.precision=fp32"]
         jobs = {(1, 0, batch, "one"): (1, [*fp32, batch], {}) for batch in (ONE_PASS, THREE_PASSES)}
         for stage in (0, 1, 2):
             over = [*fp32, f"system.zero_stage={stage}"]
             jobs[2, stage, ONE_PASS, "NCCL"] = (2, [*over, ONE_PASS], {})
-            jobs[2, stage, ONE_PASS, "host"] = (2, [*over, ONE_PASS], HOST)
+            jobs[2, stage, ONE_PASS, "host"] = (2, [*over, ONE_PASS], ONE_GPU)
             jobs[2, stage, THREE_PASSES, "NCCL"] = (2, [*over, THREE_PASSES], {})
-            jobs[2, stage, THREE_PASSES, "host"] = (2, [*over, THREE_PASSES], HOST)
+            jobs[2, stage, THREE_PASSES, "host"] = (2, [*over, THREE_PASSES], ONE_GPU)
         jobs[3, 1, THREE_PASSES, "NCCL"] = (3, [*fp32, THREE_PASSES], {"start": "mpi"})
-        jobs[3, 2, THREE_PASSES, "host"] = (3, [*fp32, THREE_PASSES, "system.zero_stage=2"], HOST)
+        jobs[3, 2, THREE_PASSES, "host"] = (3, [*fp32, THREE_PASSES, "system.zero_stage=2"], ONE_GPU)
         runs = self.all_of(jobs)
         for (ranks, stage, batch, how), run in runs.items():
             with self.subTest(ranks=ranks, stage=stage, batch=batch, how=how):
@@ -127,7 +46,7 @@ class Curves(Case):
 
     def test_bf16_stages_and_communicators_agree_to_the_bit(self):
         one = self.on(1, *EXACT, ONE_PASS)
-        ways = {"NCCL": {}, "NCCL, MPI": {"start": "mpi"}, "host": HOST, "host, MPI": HOST | {"start": "mpi"}}
+        ways = {"NCCL": {}, "NCCL, MPI": {"start": "mpi"}, "host": ONE_GPU, "host, MPI": ONE_GPU | {"start": "mpi"}}
         jobs = {(stage, way): (2, [*EXACT, ONE_PASS, f"system.zero_stage={stage}"], options)
                 for stage in (0, 1, 2) for way, options in ways.items() if way in ("NCCL", "host") or stage == 1}
         runs = self.all_of(jobs)
@@ -152,9 +71,9 @@ class Curves(Case):
     def test_reduce_dtype(self):
         """Rounded once, and summed in rank order whatever is asked for."""
         bf16 = ["system.precision=bf16", "system.reduce_dtype=bf16", THREE_PASSES]
-        jobs = {"NCCL": (2, bf16, {}), "host": (2, bf16, HOST), "exact": (2, [*bf16, EXACT[0]], {}),
+        jobs = {"NCCL": (2, bf16, {}), "host": (2, bf16, ONE_GPU), "exact": (2, [*bf16, EXACT[0]], {}),
                 "fp32": (2, [*EXACT, THREE_PASSES], {}),
-                "2": (2, [*bf16, "system.zero_stage=2"], {}), "2, host": (2, [*bf16, "system.zero_stage=2"], HOST)}
+                "2": (2, [*bf16, "system.zero_stage=2"], {}), "2, host": (2, [*bf16, "system.zero_stage=2"], ONE_GPU)}
         runs = self.all_of(jobs)
         self.assert_same(runs["host"], runs["NCCL"], "host")
         self.assert_same(runs["exact"], runs["NCCL"], "deterministic")
@@ -168,20 +87,20 @@ class Curves(Case):
                 "mpi": (2, [ONE_PASS, "system.comm=mpi"], {"start": "mpi"}),
                 "auto": (2, [ONE_PASS, "system.comm=auto"], {"start": "mpi"}),
                 "not mpi": (2, [ONE_PASS, "system.comm=mpi"], {"code": 2}),
-                "shared": (2, [ONE_PASS, "system.comm=nccl"], HOST | {"code": 2}),
+                "shared": (2, [ONE_PASS, "system.comm=nccl"], ONE_GPU | {"code": 2}),
                 "cpu": (2, [ONE_PASS, "system.comm=nccl", "system.device=cpu", "system.precision=fp32"], {"code": 2})}
         runs = self.all_of(jobs)
         for name, said in {"nccl": "2 ranks over NCCL", "auto": "2 ranks over NCCL",
                            "mpi": "2 ranks over mpi through host memory",
                            "not mpi": "system.comm = mpi, but mpirun did not start these ranks",
                            "shared": "system.comm = nccl needs a GPU for every rank",
-                           "cpu": "system.comm = nccl joins GPUs, and this run is on the CPU"}.items():
+                           "cpu": "system.comm = nccl needs GPUs, but this run is on the CPU"}.items():
             self.assertEqual(runs[name].text.count(said), 1, runs[name].text)
             if runs[name].codes[0] == 2:
                 self.assertEqual(runs[name].text.count("train_iha: "), 1, runs[name].text)
 
 
-class Order(Case):
+class Order(EmulatorRanksCase):
     """What runs when, on GPUs and between them, changes nothing: not a bit. A missing wait, or a buffer used while a
     message is on its way, changes something or is caught by the harness."""
 
@@ -210,7 +129,7 @@ class Order(Case):
         self.check(gpus=1)
 
 
-class Graphs(Case):
+class Graphs(EmulatorRanksCase):
     def launches(self, run):
         """Graphs that each rank launched."""
         return [int(x) for x in re.findall(r"^emulator: (\d+) graphs launched$", run.text, re.M)]
@@ -250,14 +169,14 @@ class Graphs(Case):
                 self.assertEqual(text.count("CUDA graphs cannot be used here"), 1, text)
 
 
-class Checkpoints(Case):
+class Checkpoints(EmulatorRanksCase):
     def test_resumes_to_the_bit(self):
         """Masters that ranks share: a run that was stopped is one that never was."""
         for stage, gpus in ((1, 2), (2, 2), (2, 1)):
             over = [*EXACT, THREE_PASSES, f"system.zero_stage={stage}", "run.save_every=2"]
             whole = self.on(2, *over, gpus=gpus)
             shutil.copytree(whole.dir, part := self.new_dir(), symlinks=True)
-            shutil.rmtree(cli.step_dir(part, 4))
+            shutil.rmtree(step_dir(part, 4))
             resumed = self.on(2, *over, gpus=gpus, run_dir=part)
             self.assertIn("resuming from", resumed.text)
             self.assert_same(resumed, whole, (stage, gpus))
@@ -268,7 +187,7 @@ class Checkpoints(Case):
                             for stage in (0, 1, 2)})
         self.assertEqual(runs[1].weights(1), runs[0].weights(1))
         self.assertEqual(runs[2].weights(1), runs[0].weights(1))
-        weights = cli.load_file(cli.step_dir(runs[1].dir, 1) / "model.safetensors")
+        weights = load_file(step_dir(runs[1].dir, 1) / "model.safetensors")
         low = np.concatenate([w.ravel().view(np.uint32) & 0xffff for w in weights.values()])
         self.assertGreater(np.count_nonzero(low), low.size / 2)
 
@@ -279,7 +198,7 @@ class Checkpoints(Case):
 
         def go_on(*args, **options):
             shutil.copytree(whole.dir, part := self.new_dir(), symlinks=True)
-            shutil.rmtree(cli.step_dir(part, 4))
+            shutil.rmtree(step_dir(part, 4))
             return self.on(*args, run_dir=part, **options)
 
         for label, run in {"three": go_on(3, *over, "system.zero_stage=2"), "one": go_on(1, *over),
@@ -305,7 +224,7 @@ class Checkpoints(Case):
                 self.assert_same(runs["none"], runs["copy"], (precision, step), step)
 
 
-class Profile(Case):
+class Profile(EmulatorRanksCase):
     def check_time_line(self, run, steps):
         """Ranges lie in those around them and begin one after the other; every phase and layer is there."""
         events = json.loads((run.dir / "profile.json").read_text())["traceEvents"]
@@ -340,7 +259,7 @@ class Profile(Case):
 
     def test_table_and_time_line(self):
         over = [THREE_PASSES, "train.steps=5", "--profile", "2"]
-        jobs = {"gpu": (2, over, {}), "host": (2, over, HOST),
+        jobs = {"gpu": (2, over, {}), "host": (2, over, ONE_GPU),
                 "cpu": (2, [*over, "system.device=cpu", "system.precision=fp32"], {}),
                 "one": (1, ["train.batch_tokens=24", *over[1:]], {})}
         for name, run in self.all_of(jobs).items():

@@ -6,41 +6,38 @@ reports an error. All end, in time, and say which it was.
 """
 
 import os
-import shutil
 import signal
 import subprocess
 import time
 import unittest
 
-from tests.cli import test_cli as cli
-from tests.cuda import test_ranks as ranks
-from tests.faults.test_ranks_faults import until
-from tests.ranks.test_tcp import free_port
+from tests.lib.emulator import COMMON, EMULATOR_BINARY, EMULATOR_ENVIRONMENT, ONE_PASS, EmulatorRanksCase
+from tests.lib.ranks import free_port, num_metrics, wait_until
+from tests.lib.runs import step_dir
 
 DEADLINE = 3
-ENDLESS = ["train.steps=100000", "train.schedule=constant", "run.save_every=2", ranks.ONE_PASS,
+ENDLESS = ["train.steps=100000", "train.schedule=constant", "run.save_every=2", ONE_PASS,
            f"system.peer_timeout={DEADLINE}"]
 
 
-class Faults(ranks.Case):
+class Faults(EmulatorRanksCase):
     def begin(self, *overrides, run_dir=None, **environment):
         """Two ranks under way; their output goes to files."""
         self.run_dir = run_dir or self.new_dir()
-        meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "EMULATOR_GPUS": "2"}
+        rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "EMULATOR_GPUS": "2"}
         self.outputs, self.processes = [], []
         for rank in range(2):
             output = open(self.tmp / f"output_{time.monotonic_ns()}", "w+b")
             self.addCleanup(output.close)
-            p = subprocess.Popen([str(ranks.BINARY), "train", str(self.config), f"run.dir={self.run_dir}", *ranks.COMMON,
+            p = subprocess.Popen([str(EMULATOR_BINARY), "train", str(self.config), f"run.dir={self.run_dir}", *COMMON,
                                   *ENDLESS, *overrides], cwd=self.tmp, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                                 env=ranks.ENVIRONMENT | meeting | {"RANK": str(rank)} | environment)
+                                 env=EMULATOR_ENVIRONMENT | rendezvous | {"RANK": str(rank)} | environment)
             self.addCleanup(lambda p=p: (p.kill(), p.wait()))
             self.outputs.append(output)
             self.processes.append(p)
 
     def reach(self, step):
-        metrics = self.run_dir / "metrics.jsonl"
-        until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= step, 60, f"step {step}\n{self.printed()}")
+        wait_until(lambda: num_metrics(self.run_dir) >= step, 60, f"step {step}\n{self.printed()}")
 
     def printed(self):
         texts = []
@@ -62,8 +59,8 @@ class Faults(ranks.Case):
     def goes_on(self):
         """From the last checkpoint that the run left."""
         last = max(int(p.name[5:]) for p in self.run_dir.glob("step_????????"))
-        run = self.on(2, ranks.ONE_PASS, "train.schedule=constant", f"train.steps={last + 1}", run_dir=self.run_dir)
-        self.assertIn(f"resuming from {cli.step_dir(self.run_dir, last)}\n", run.text)
+        run = self.on(2, ONE_PASS, "train.schedule=constant", f"train.steps={last + 1}", run_dir=self.run_dir)
+        self.assertIn(f"resuming from {step_dir(self.run_dir, last)}\n", run.text)
 
     def test_killed(self):
         self.begin()
@@ -99,20 +96,20 @@ class Faults(ranks.Case):
         """Both GPUs have come to it: nobody can say whose fault it is."""
         self.begin(EMULATOR_NCCL_FAULT="1:150:hang")
         text, _ = self.ends(0, 1)
-        self.assertIn("a collective has not ended for", text)
+        self.assertIn("a collective that the GPUs of all ranks have started has not finished for", text)
         self.goes_on()
 
     def test_full_queue(self):
         """The host waits in a launch, where it cannot look."""
         self.begin("system.graph=off", EMULATOR_NCCL_FAULT="1:150:hang", EMULATOR_QUEUE="20")
         text, _ = self.ends(0, 1)
-        self.assertIn("its queue is full", text)
+        self.assertIn("its launch queue is full", text)
         self.goes_on()
 
     def test_stuck_gpu(self):
         self.begin("system.graph=off", EMULATOR_STUCK="1:1500")
         text, _ = self.ends(0, 1)
-        self.assertIn("the GPU of rank 1 has not come to a collective", text)
+        self.assertIn("the GPU of rank 1 has not started a collective", text)
         self.goes_on()
 
 

@@ -1,8 +1,8 @@
-# Faults made to happen, and what finds leaks and races. Included by the Makefile.
+# Fault injection, and leak and race detectors. Included by the Makefile.
 
 INJECT = build/faults/inject.so
 LEAKS = build/leaks/train_iha
-# Thousands of runs: the same objects without CUDA, whose libraries take a tenth of a second to load.
+# For thousands of runs: without the CUDA libraries, which take a tenth of a second to load.
 QUICK = $(BUILD)/quick/train_iha
 WHOLE_RUNS = .venv/bin/python -m tests.faults.whole_runs
 tests-built: $(INJECT) $(QUICK)
@@ -16,7 +16,7 @@ faults: deps
 	@$(MAKE) --no-print-directory $(QUICK) $(INJECT)
 	@FAULTS=all TRAIN_IHA=$(QUICK) .venv/bin/python -m unittest -v tests.faults.test_faults tests.faults.test_ranks_anomalies
 
-# Valgrind knows no AVX-512, so its binary is one for older machines.
+# Valgrind does not support AVX-512, so its binary is built without it.
 WATCHED = -std=gnu17 -g -O1 -march=x86-64-v3 -fopenmp -I. $(MPI_FLAGS) $(WARNINGS)
 leaks: deps
 	@command -v valgrind >/dev/null || { echo "make: valgrind is not installed: apt-get install valgrind" >&2; exit 2; }
@@ -41,7 +41,7 @@ $(QUICK): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 	@echo "  LINK $@"
 	@$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
 
-# LeakSanitizer alone needs no other objects than the program's.
+# LeakSanitizer needs only another link: the objects are the program's.
 $(LEAKS): $(BUILD)/train_iha.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 	@mkdir -p $(@D)
 	@echo "  LINK $@"

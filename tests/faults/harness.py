@@ -1,8 +1,8 @@
-"""Runs of train_iha in which one call fails or the process dies, and what must be true afterwards.
+"""Runs of train_iha in which one call fails or the process is killed, and checks of what they leave.
 
-A Scenario is a command, the state it starts from and the reference: what the same command leaves when nothing goes
-wrong. Scenario.fault() runs it once with a fault, checks what the run left, runs the same command again without one and
-checks that it ends as the reference did, byte for byte. Faults are described in inject.c.
+A Scenario is a command, the state it starts from, and a reference: what the same command leaves without a fault.
+Scenario.fault() runs it once with a fault, checks the files the run left, runs the same command again without a fault
+and checks that it ends with the same bytes as the reference. inject.c describes the faults.
 """
 
 import json
@@ -16,27 +16,27 @@ from collections import Counter, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
+from tests.lib.runs import BINARY, ROOT, tree
+
 LIBRARY = ROOT / "build" / "faults" / "inject.so"
 EVERYTHING = os.environ.get("FAULTS") == "all"  # every call, not a sample
 SANITIZED = "sanitize" in BINARY
 TIMEOUT = 60  # seconds; runs here take a few hundredths of one
 SANITIZER_EXIT = 86
-SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # nothing here has to survive a power cut
+SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # these files need not survive a power cut
 
 ENVIRONMENT = {k: x for k, x in os.environ.items() if not k.startswith("IHA_FAULT")}
 ENVIRONMENT["GOMP_SPINCOUNT"] = "100"
-# The library has to come before the sanitizer's runtime, whose allocator it calls.
+# The fault library must be loaded before the sanitizer's runtime, whose allocator it calls.
 ENVIRONMENT["ASAN_OPTIONS"] = f"verify_asan_link_order=0:exitcode={SANITIZER_EXIT}"
 ENVIRONMENT["UBSAN_OPTIONS"] = "print_stacktrace=1"
 
 Event = namedtuple("Event", "kind number call path path2")
 Done = namedtuple("Done", "code out err trace")
 
-# What takes effect on the disk: where a run can be killed with a different state left behind.
+# Calls that change the disk: killing a run at each leaves a different state.
 DISK = {"open_write", "write", "sync", "rename", "mkdir", "remove", "link", "truncate"}
-# A failure of these means that something was not saved; a run that goes on as if it had been would be lying.
+# When one of these fails, something was not saved, so the run must fail.
 MUST_FAIL = {"write", "close", "sync", "open_write", "mkdir", "link"}
 EACCES = 13
 
@@ -63,14 +63,8 @@ def run(args, cwd, fault=None, trace=None, binary=BINARY):
     return Done(done.returncode, done.stdout, done.stderr.decode(errors="replace"), read_trace(trace) if trace else [])
 
 
-def tree(folder):
-    """{path: bytes, or where a link leads} of everything below a folder; directories are None."""
-    return {str(p.relative_to(folder)): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
-            for p in Path(folder).rglob("*")}
-
-
 def checkpoint(folder):
-    """{name: content} of a checkpoint, without what differs from run to run."""
+    """{name: content} of a checkpoint, without what differs between runs."""
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
     if "trainer.json" in files:
         trainer = json.loads(files["trainer.json"])
@@ -86,7 +80,7 @@ def checkpoints(run_dir):
 
 
 def metrics(run_dir):
-    """Its lines without timings; a last one that was cut short is left out."""
+    """The lines of metrics.jsonl without timings, and without an incomplete last line."""
     path = Path(run_dir) / "metrics.jsonl"
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return [{k: x for k, x in json.loads(line).items() if k not in ("tokens_per_second", "mfu")} for line in lines]
@@ -107,8 +101,8 @@ def need(condition, *what):
 
 
 def check_ending(done, started, what):
-    """The contract of exit codes: 0 done, 1 failed while running, 2 refused before the first step, which one line on
-    stderr explains. Never a signal, never a sanitizer's report."""
+    """Exit codes: 0 done, 1 failed while running, 2 refused before the first step, with one line on stderr. Never a
+    signal, never a sanitizer's report."""
     need(done.code in (0, 1, 2), what, "exit code", done.code, done.err[-3000:])
     need("Sanitizer" not in done.err and "runtime error" not in done.err, what, done.err[-3000:])
     lines = [line for line in done.err.splitlines() if line.startswith("train_iha: ")]
@@ -116,6 +110,15 @@ def check_ending(done, started, what):
     if done.code:
         need(done.err.splitlines()[-1] == lines[0] and len(lines[0]) > 20, what, "stderr ends", done.err[-500:])
     need(not (started and done.code == 2), what, "exit code 2 after the first step:", lines)
+
+
+def wait_for_save(process, run_dir):
+    while process.poll() is None:
+        try:
+            if any(name.endswith(".tmp") for name in os.listdir(run_dir)):
+                return
+        except FileNotFoundError:
+            pass
 
 
 class Scenario:
@@ -149,7 +152,7 @@ class Scenario:
 
     @staticmethod
     def describe(run_dir):
-        """All that a run leaves, without what differs from run to run."""
+        """All files of a run, without what differs between runs."""
         left = {k: x for k, x in tree(run_dir).items() if not k.endswith("trainer.json")}
         left["lock"] = None  # a process id
         left["metrics.jsonl"] = metrics(run_dir)
@@ -158,7 +161,7 @@ class Scenario:
 
     @staticmethod
     def counts_in(trace):
-        """How many calls of each kind there are; "disk": those that change the disk."""
+        """The number of calls of each class; "disk": of those that change the disk."""
         counts = Counter(e.kind for e in trace)
         counts["disk"] = sum(counts[kind] for kind in DISK)
         return counts
@@ -169,24 +172,24 @@ class Scenario:
     def disk_events(self):
         return [e for e in self.trace if e.kind in DISK]
 
-    # ---- what must be true ----
+    # ---- checks ----
 
     def check_left(self, run_dir, events, what):
-        """Every checkpoint is whole and right, the newest published one is there, the metrics lead up to it."""
+        """Every checkpoint is complete and correct, the newest published one exists, and the metrics lead up to it."""
         found = checkpoints(run_dir)
         for step, folder in found.items():
             content = checkpoint_bytes(run_dir, step)
             if content == self.damaged.get(step):
                 continue
             need(step in self.steps and set(content) == set(self.steps[step]),
-                 what, f"{folder.name} is not whole:", sorted(content))
+                 what, f"{folder.name} is not complete:", sorted(content))
             content = checkpoint(folder)
             for name, bytes_ in self.steps[step].items():
                 need(content[name] == bytes_, what, f"{folder.name}/{name} differs")
         newest = max((s for s in found if checkpoint_bytes(run_dir, s) != self.damaged.get(s)), default=0)
         need(newest >= self.newest_before(events), what, "lost a checkpoint; left:", sorted(found))
         if (run_dir / "best").is_symlink():
-            need((run_dir / "best").resolve().is_dir(), what, "best leads nowhere")
+            need((run_dir / "best").resolve().is_dir(), what, "best is a dangling link")
         lines = [x for x in metrics(run_dir) if x["step"] <= newest]
         need(lines == [x for x in self.metrics if x["step"] <= newest], what, "metrics up to", newest, "are", lines)
 
@@ -195,7 +198,7 @@ class Scenario:
         return any(e.kind == "write" and e.path.endswith("/metrics.jsonl") for e in trace)
 
     def newest_before(self, events):
-        """Of the checkpoints the run began with and those whose directory is known to be synced."""
+        """The newest of the checkpoints that the run started with and those whose directory is synced."""
         newest = max((s for s in checkpoints(self.template / "run") if s not in self.damaged),
                      default=0) if self.template else 0
         renamed = 0
@@ -219,7 +222,7 @@ class Scenario:
         self.check_end(folder, what + ", then without a fault:")
 
     def fault(self, spec):
-        """One fault. Raises Wrong, and leaves the folder for a look at it, when a promise is broken."""
+        """Try one fault. Raises Wrong, and keeps the folder for inspection, when a check fails."""
         folder = self.folder()
         kind, number, option = (spec.split(":") + [""])[:3]
         done = self.run(folder, spec, folder / "trace")
@@ -236,7 +239,7 @@ class Scenario:
             started = self.has_started(done.trace)
             check_ending(done, started, what)
             if option in ("short", "eintr"):
-                need(done.code == 0, what, "is no fault:", done.err[-500:])
+                need(done.code == 0, what, "must not fail:", done.err[-500:])
             elif failed:
                 self.check_reported(done, failed, kind, number, option, started, what)
             self.check_left(run_dir, done.trace if failed != done.trace[-1] else done.trace[:-1], what)
@@ -247,19 +250,20 @@ class Scenario:
 
     def check_reported(self, done, failed, kind, number, option, started, what):
         if kind in MUST_FAIL and not self.safe_anyway(done.trace, failed):
-            need(done.code != 0, what, "went unnoticed")
+            need(done.code != 0, what, "was not reported")
         if option == str(EACCES) and not started and not failed.path.endswith(".tmp") and done.code:
-            need(done.code == 2, what, "is the user's to correct, but the exit code is", done.code)
+            need(done.code == 2, what, "is a user error, but the exit code is", done.code)
 
     @staticmethod
     def safe_anyway(trace, failed):
-        """A close that fails after a sync, or of the lock, loses nothing; nor does making a directory again."""
+        """A failing close loses nothing after a sync, or of the lock file; nor does creating a directory that exists."""
         before = trace[:trace.index(failed)]
         touched = [e for e in before if e.path == failed.path and e.kind in ("write", "sync")]
         made = any(e.kind == "open_write" and e.path.startswith("run/") for e in before)
         if failed.kind == "mkdir" and failed.path == "run":
-            return not made  # it was there, or what comes next would have failed
-        return failed.kind == "close" and "/step_" not in failed.path and (failed.path.endswith("/lock") or (touched and touched[-1].kind == "sync"))
+            return not made  # the directory exists, or later calls would have failed
+        return failed.kind == "close" and "/step_" not in failed.path and (
+            failed.path.endswith("/lock") or (touched and touched[-1].kind == "sync"))
 
 
 def checkpoint_bytes(run_dir, step):
@@ -268,7 +272,7 @@ def checkpoint_bytes(run_dir, step):
 
 
 def every(count, stride):
-    """1..count, or when only a sample is wanted every stride-th, the last ones always."""
+    """1..count; in a sample every stride-th, and always the last three."""
     if EVERYTHING:
         stride = 1
     if SANITIZED and not EVERYTHING:
@@ -277,7 +281,7 @@ def every(count, stride):
 
 
 def try_all(tasks, at_once=os.cpu_count()):
-    """Run functions side by side; what they raise."""
+    """Run functions in parallel. Returns the texts of what they raise."""
     with ThreadPoolExecutor(at_once) as pool:
         wrong = []
         for future in [pool.submit(task) for task in tasks]:
@@ -285,6 +289,6 @@ def try_all(tasks, at_once=os.cpu_count()):
                 future.result()
             except Wrong as e:
                 wrong.append(str(e))
-            except Exception as e:  # a file that cannot be parsed, most often
+            except Exception as e:  # usually a file that cannot be parsed
                 wrong.append("".join(traceback.format_exception(e)))
     return wrong

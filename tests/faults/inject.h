@@ -1,4 +1,4 @@
-/* What the parts of the fault library share: see inject.c. */
+/* What the files of the fault-injection library share: see inject.c. */
 #ifndef IHA_TESTS_FAULTS_INJECT_H
 #define IHA_TESTS_FAULTS_INJECT_H
 
@@ -31,35 +31,35 @@ enum fault_class {
     THREAD,
     MPI,
     FINALIZE,
-    POLL, /* MPI_Test and the like: how often they are called depends on the moment */
+    POLL, /* MPI_Test and the like: how often they are called depends on timing */
     CLASS_COUNT
 };
 
-/* What becomes of a call. */
-enum verdict { PASS, FAIL, SHORT, INTERRUPT };
+/* What happens to a call. */
+enum outcome { PASS, FAIL, SHORT, INTERRUPT };
 
-/* Is the address in the program's own text? In that of a library whose allocations count? */
-bool is_ours(const void *address);
-bool is_library(const void *address);
+/* Whether an address is in the program's own code, or in that of a library whose allocations count. */
+bool inject_is_program(const void *address);
+bool inject_is_library(const void *address);
 
-/* Every counted call begins with enter(), which decides, writes the trace, sets errno for FAIL and may end
- * the process; one that passed and may have changed the disk ends with leave(), which may end the process
- * too. path and path2 may be NULL; with fd >= 0 the path is that of the descriptor. */
-enum verdict enter(enum fault_class c, const char *call, const char *path, const char *path2, int fd);
-void leave(void);
+/* Every counted call starts with inject_begin, which decides, writes the trace, sets errno for FAIL, and
+ * may kill the process. One that passed and may have changed the disk ends with inject_end, which may kill
+ * the process too. path and path2 may be NULL; with fd >= 0 the path is that of the descriptor. */
+enum outcome inject_begin(enum fault_class c, const char *call, const char *path, const char *path2, int fd);
+void inject_end(void);
 
-/* Does the process have to die in the middle of this write? */
-bool torn(void);
+/* Whether this write must stop half way, because inject_end will kill the process. */
+bool inject_is_torn(void);
 
-/* For the power cut: this descriptor is open for writing; its bytes are on the disk. */
-void opened(int fd);
-void synced(int fd);
+/* For the power cut: a descriptor was opened for writing; its data were synced to the disk. */
+void inject_file_opened(int fd);
+void inject_file_synced(int fd);
 
-/* Streams that write through write() here, so that stdio fails as it does on a full disk. */
-FILE *stream_open(const char *path, const char *mode);
-FILE *stream_memory(char **data, size_t *length);
+/* Streams whose writes can fail, as stdio's do on a full disk. */
+FILE *inject_fopen(const char *path, const char *mode);
+FILE *inject_open_memstream(char **data, size_t *length);
 
-/* The next function of that name: what would have been called. */
+/* The real function: the next of this name in the search order of the dynamic linker. */
 #define NEXT(name)                                                                                           \
     ({                                                                                                       \
         static __typeof__(&name) next;                                                                       \
@@ -68,6 +68,6 @@ FILE *stream_memory(char **data, size_t *length);
         next;                                                                                                \
     })
 
-#define OURS is_ours(__builtin_return_address(0))
+#define FROM_PROGRAM inject_is_program(__builtin_return_address(0))
 
 #endif

@@ -1,4 +1,4 @@
-/* Streams of the program, made over calls that can fail: see inject.c. */
+/* The program's stdio streams, on top of calls that can fail: see inject.c. */
 #include "inject.h"
 
 #include <errno.h>
@@ -10,7 +10,7 @@
 #include <unistd.h>
 
 static struct stream {
-    atomic_bool taken; /* by a thread: a checkpoint is written on one of its own */
+    atomic_bool in_use; /* atomic, because checkpoints are written by a thread of their own */
     FILE *file;
     int fd; /* -1: memory */
     char *data, **data_out;
@@ -19,50 +19,50 @@ static struct stream {
 
 static struct stream *free_stream(void) {
     for (int i = 0; i < 64; i++)
-        if (!atomic_exchange(&streams[i].taken, true))
+        if (!atomic_exchange(&streams[i].in_use, true))
             return &streams[i];
     abort();
 }
 
-/* The C library writes on after a short write and takes EINTR for an error; no signal handler of ours
- * interrupts a write to a file. */
-static ssize_t put(void *cookie, const char *data, size_t bytes) {
+/* SHORT and INTERRUPT do not apply: stdio retries short writes, and takes EINTR for an error, but no
+ * signal handler of the program interrupts a write to a file. */
+static ssize_t write_file(void *cookie, const char *data, size_t bytes) {
     struct stream *s = cookie;
-    enum verdict v = enter(WRITE, "stream write", NULL, NULL, s->fd);
+    enum outcome v = inject_begin(WRITE, "stream write", NULL, NULL, s->fd);
     if (v == FAIL)
         return 0;
-    ssize_t n = syscall(SYS_write, s->fd, data, torn() ? bytes / 2 : bytes);
-    leave();
+    ssize_t n = syscall(SYS_write, s->fd, data, inject_is_torn() ? bytes / 2 : bytes);
+    inject_end();
     return n < 0 ? 0 : n;
 }
 
-static int shut(void *cookie) {
+static int close_file(void *cookie) {
     struct stream *s = cookie;
-    bool fail = enter(CLOSE, "stream close", NULL, NULL, s->fd) == FAIL;
+    bool fail = inject_begin(CLOSE, "stream close", NULL, NULL, s->fd) == FAIL;
     int err = errno, result = (int)syscall(SYS_close, s->fd);
     s->file = NULL;
-    atomic_store(&s->taken, false);
+    atomic_store(&s->in_use, false);
     if (fail)
         errno = err;
     return fail ? -1 : result;
 }
 
-FILE *stream_open(const char *path, const char *mode) {
+FILE *inject_fopen(const char *path, const char *mode) {
     int flags = (strchr(mode, '+') ? O_RDWR : O_WRONLY) | (mode[0] == 'r'   ? 0
                                                            : mode[0] == 'a' ? O_CREAT | O_APPEND
                                                                             : O_CREAT | O_TRUNC);
     struct stream *s = free_stream();
     s->fd = (int)syscall(SYS_openat, AT_FDCWD, path, flags | (strchr(mode, 'e') ? O_CLOEXEC : 0), 0666);
     if (s->fd < 0) {
-        atomic_store(&s->taken, false);
+        atomic_store(&s->in_use, false);
         return NULL;
     }
-    opened(s->fd);
-    s->file = fopencookie(s, "w", (cookie_io_functions_t){.write = put, .close = shut});
+    inject_file_opened(s->fd);
+    s->file = fopencookie(s, "w", (cookie_io_functions_t){.write = write_file, .close = close_file});
     return s->file;
 }
 
-/* A stream over a cookie has no descriptor that the C library would know of. */
+/* The C library knows no descriptor for streams of fopencookie. */
 int fileno(FILE *f) {
     for (int i = 0; i < 64; i++)
         if (streams[i].file == f && streams[i].fd >= 0)
@@ -70,11 +70,11 @@ int fileno(FILE *f) {
     return NEXT(fileno)(f);
 }
 
-/* ---- into memory ---- */
+/* ---- memory streams ---- */
 
-static ssize_t put_memory(void *cookie, const char *data, size_t bytes) {
+static ssize_t write_memory(void *cookie, const char *data, size_t bytes) {
     struct stream *s = cookie;
-    if (enter(ALLOC, "open_memstream grows", NULL, NULL, -1) == FAIL)
+    if (inject_begin(ALLOC, "open_memstream grows", NULL, NULL, -1) == FAIL)
         return 0;
     char *more = realloc(s->data, s->length + bytes + 1);
     if (!more)
@@ -91,19 +91,19 @@ static ssize_t put_memory(void *cookie, const char *data, size_t bytes) {
 static int seek_memory(void *cookie, off64_t *at, int whence) {
     struct stream *s = cookie;
     if (*at != 0 || whence == SEEK_SET)
-        return -1; /* only asked where it is */
+        return -1; /* only needed to tell the position */
     *at = (off64_t)s->length;
     return 0;
 }
 
-static int shut_memory(void *cookie) {
+static int close_memory(void *cookie) {
     struct stream *s = cookie;
     s->file = NULL;
-    atomic_store(&s->taken, false);
+    atomic_store(&s->in_use, false);
     return 0;
 }
 
-FILE *stream_memory(char **data, size_t *length) {
+FILE *inject_open_memstream(char **data, size_t *length) {
     struct stream *s = free_stream();
     s->fd = -1;
     s->data_out = data;
@@ -112,6 +112,6 @@ FILE *stream_memory(char **data, size_t *length) {
     *length = 0;
     *data = s->data = calloc(1, 1);
     s->file = fopencookie(
-        s, "w", (cookie_io_functions_t){.write = put_memory, .seek = seek_memory, .close = shut_memory});
+        s, "w", (cookie_io_functions_t){.write = write_memory, .seek = seek_memory, .close = close_memory});
     return s->file;
 }

@@ -1,104 +1,45 @@
 #!/usr/bin/env python3
-"""Nothing is lost: memory that runs out, disks that fail, processes killed at any moment, power cuts.
+"""Nothing saved is lost when memory runs out, disks fail, processes are killed at any moment, or the power is cut.
 
     make && python -m unittest tests.faults.test_faults        a sample of the calls; FAULTS=all: every one
 
-In the manner of SQLite's anomaly tests a library (tests/faults/inject.c) makes the N-th call of a kind fail, or kills
-the process there, for one N after the other. After each fault the run has ended as the exit codes promise, every
-checkpoint in the run's directory is whole, and the same command without the fault ends with the same bytes as a run
-in which nothing went wrong.
+As in SQLite's anomaly tests, a library (tests/faults/inject.c) makes the N-th call of a class fail, or kills the process
+there, for one N after the other. After each fault the exit code is right, every checkpoint in the run's directory is
+complete, and the same command without the fault ends with the same bytes as a run without faults.
 """
 
 import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
-import tempfile
 import time
 import unittest
 from collections import Counter
-from pathlib import Path
-
-import numpy as np
 
 from tests.faults import harness
-from tests.faults.harness import BINARY, ENVIRONMENT, EVERYTHING, ROOT, SANITIZED, SCRATCH, TIMEOUT, Scenario, every, \
-    need, run, try_all
-from tests.lib.tiny import tiny_config, write_shard
+from tests.faults.fault_case import FaultCase
+from tests.faults.harness import BINARY, ENVIRONMENT, EVERYTHING, TIMEOUT, Scenario, every, need, run, try_all, \
+    wait_for_save
 
-# Kinds of calls, and of how many one is tried when only a sample is wanted.
+# Classes of calls, and the stride of a sample (FAULTS=all tries every one).
 KINDS = {"alloc": 2, "library": 16, "map": 1, "open_read": 1, "open_write": 1, "read": 1, "write": 1, "close": 1,
          "sync": 1, "rename": 1, "mkdir": 1, "remove": 1, "link": 1, "truncate": 1, "lock": 1, "space": 1, "stat": 1,
          "list": 5, "thread": 1, "mpi": 1}
 EACCES, ENOSPC, EIO = 13, 28, 5
 
 
-def tiny(data):
-    return tiny_config(data, seq_len=16, batch_tokens=64, steps=6, system="threads = 1", run="""\
-dir = run
-save_every = 2
-keep = 2
-eval_every = 2
-sample_every = 1""")
-
-
-def text(seed, sentences):
-    draw = random.Random(seed)
-    return "".join(f"{draw.choice(['anna', 'boris'])} {draw.choice(['sees', 'takes'])} {draw.choice(['apples', 'cats'])}. "
-                   for _ in range(sentences)).encode()
-
-
-def byte_level_tokenizer():
-    """A tokenizer.json of 256 bytes and no merges, in the alphabet of GPT-2."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    letters = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-    vocabulary = {letters[b]: b for b in range(256)} | {"<|endoftext|>": 256}
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    return harness.json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
-        "added_tokens": [{"id": 256, "content": "<|endoftext|>", "single_word": False, "lstrip": False,
-                          "rstrip": False, "normalized": False, "special": True}],
-        "pre_tokenizer": byte_level, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "vocab": vocabulary,
-                  "merges": []}})
-
-
-class Case(unittest.TestCase):
-    at_once = os.cpu_count()
-
-    @classmethod
-    def setUpClass(cls):
-        if not harness.LIBRARY.exists():
-            subprocess.run(["make", "-s", "-C", ROOT, harness.LIBRARY.relative_to(ROOT)], check=True)
-        cls.scratch = Path(tempfile.mkdtemp(dir=SCRATCH, prefix="iha_faults_"))
-        cls.addClassCleanup(shutil.rmtree, cls.scratch)
-        data = cls.scratch / "data"
-        data.mkdir()
-        write_shard(data / "train_0.bin", np.frombuffer(text(1, 60), np.uint8))
-        write_shard(data / "train_1.bin", np.frombuffer(text(2, 60), np.uint8))
-        write_shard(data / "val_0.bin", np.frombuffer(text(3, 8), np.uint8))
-        cls.tokenizer = cls.scratch / "tokenizer.json"
-        cls.tokenizer.write_text(byte_level_tokenizer())
-        cls.config = cls.scratch / "tiny.ini"
-        cls.config.write_text(tiny(data))
-        cls.val = data / "val_0.bin"
-        cls.scenarios = {}
-
+class Case(FaultCase):
     @classmethod
     def fresh(cls):
-        """From nothing to a finished run, with the byte tokenizer; the best checkpoint is always the newest."""
+        """A new run with the byte tokenizer; its best checkpoint is always the newest."""
         if "fresh" not in cls.scenarios:
             cls.scenarios["fresh"] = Scenario("fresh", ["train", cls.config], cls.scratch)
         return cls.scenarios["fresh"]
 
     @classmethod
     def killed(cls, name, args, at, wanted):
-        """A folder whose run was killed at about its `at`-th change of the disk, such that `wanted` is true of it. A
-        checkpoint is written on a thread of its own, so the changes do not always come in the same order."""
+        """A folder whose run was killed at about its `at`-th change of the disk, in a state for which `wanted` holds.
+        Checkpoints are written by a thread of their own, so the order of the changes varies."""
         folder = cls.scratch / name
         for attempt in range(60):
             shutil.rmtree(folder, ignore_errors=True)
@@ -110,8 +51,8 @@ class Case(unittest.TestCase):
 
     @classmethod
     def resumed(cls):
-        """The rest of a run that was killed just before its third checkpoint became one, and left everything about
-        that a run can leave; with a tokenizer file, and a learning rate that makes the first checkpoint the best."""
+        """Resuming a run that was killed just before it renamed its third checkpoint, and left every kind of file that
+        a killed run can leave; with a tokenizer file, and a learning rate that makes the first checkpoint the best."""
         if "resumed" not in cls.scenarios:
             args = ["train", cls.config, f"data.tokenizer={cls.tokenizer}", "train.steps=8", "train.lr=2",
                     "train.schedule=constant", "train.warmup_steps=0", "train.grad_clip=0"]
@@ -137,7 +78,7 @@ class Case(unittest.TestCase):
 
     @classmethod
     def damaged(cls):
-        """A run whose newest checkpoint does not load: it goes back to the one before and saves the step again."""
+        """Resuming a run whose newest checkpoint is damaged: it uses the one before and saves the step again."""
         if "damaged" not in cls.scenarios:
             plain = Scenario("plain", ["train", cls.config], cls.scratch)
             at = next(i for i, e in enumerate(plain.disk_events())
@@ -151,41 +92,26 @@ class Case(unittest.TestCase):
             cls.scenarios["damaged"] = scenario
         return cls.scenarios["damaged"]
 
-    def try_faults(self, *specs):
-        """specs: (scenario, fault)"""
-        begin, before = time.monotonic(), Counter()
-        for scenario in {id(s): s for s, _ in specs}.values():
-            before += scenario.tried
-        wrong = try_all([lambda s=scenario, f=fault: s.fault(f) for scenario, fault in specs], self.at_once)
-        tried = sum((s.tried for s in {id(s): s for s, _ in specs}.values()), Counter()) - before
-        self.say(f"{sum(tried.values())} faults in {time.monotonic() - begin:.1f} s:",
-                 ", ".join(f"{kind} {n}" for kind, n in sorted(tried.items())))
-        self.assertEqual(len(wrong), 0, "\n" + "\n".join(wrong[:10]) + f"\n{len(wrong)} of {len(specs)} went wrong")
-
-    def say(self, *what):
-        if EVERYTHING:
-            print(f"  {self.id().split('.')[-1]}:", *what, file=sys.stderr, flush=True)
-
 
 class Faults(Case):
     def each(self, scenario, kinds, option="", stride=1):
         counts = scenario.counts()
         return [(scenario, f"{kind}:{n}{option}") for kind in kinds for n in every(counts[kind], stride * KINDS[kind])]
 
-    def test_memory(self):
+    def test_out_of_memory(self):
         kinds = ["alloc", "library", "map", "thread"]
         self.try_faults(*self.each(self.fresh(), kinds), *self.each(self.resumed(), kinds))
 
-    def test_memory_is_gone_for_good(self):
+    def test_memory_stays_exhausted(self):
         n = self.fresh().counts()["alloc"]
         self.try_faults(*[(self.fresh(), f"alloc:{i}+") for i in every(n, 6)])
 
-    def test_reading(self):
+    def test_reading_fails(self):
         kinds = ["open_read", "read", "stat", "list", "space", "lock"]
         self.try_faults(*self.each(self.fresh(), kinds), *self.each(self.resumed(), kinds),
                         *self.each(self.damaged(), kinds))
 
-    def test_writing(self):
+    def test_writing_fails(self):
         kinds = ["open_write", "write", "close", "sync", "rename", "mkdir", "remove", "link", "truncate"]
         self.try_faults(*self.each(self.fresh(), kinds), *self.each(self.resumed(), kinds),
                         *self.each(self.damaged(), kinds))
@@ -194,15 +120,15 @@ class Faults(Case):
         kinds = ["write", "open_write", "mkdir", "link"]
         self.try_faults(*self.each(self.fresh(), kinds, "+"), *self.each(self.resumed(), kinds, "+"))
 
-    def test_disk_breaks(self):
+    def test_disk_keeps_failing(self):
         kinds = ["write", "sync", "rename", "remove", "open_read"]
         self.try_faults(*self.each(self.fresh(), kinds, f"+:{EIO}", 2), *self.each(self.resumed(), kinds, f"+:{EIO}", 3))
 
-    def test_not_permitted(self):
+    def test_permission_denied(self):
         kinds = ["open_write", "mkdir"]
         self.try_faults(*self.each(self.fresh(), kinds, f":{EACCES}"), *self.each(self.resumed(), kinds, f":{EACCES}"))
 
-    def test_short_and_interrupted(self):
+    def test_short_and_interrupted_calls_are_retried(self):
         self.try_faults(*[(s, f"{kind}:{n}:{how}") for s in (self.fresh(), self.resumed())
                           for kind, how in (("write", "short"), ("write", "eintr"), ("read", "short"), ("read", "eintr"))
                           for n in range(0, s.counts()[kind] + 1)
@@ -210,7 +136,7 @@ class Faults(Case):
 
     @staticmethod
     def is_plain(scenario, kind, n):
-        """Streams write on by themselves, and fgets is not read()."""
+        """Not stdio, which retries by itself."""
         return [e for e in scenario.trace if e.kind == kind][n - 1].call in ("read", "pread", "write", "pwrite")
 
 
@@ -220,21 +146,21 @@ class Crashes(Case):
         self.try_faults(*[(s, f"crash:{n}:{moment}") for s in scenarios for n in every(s.counts()["disk"], stride)
                           if moment != "torn" or s.disk_events()[n - 1].kind == "write"])
 
-    def test_before_each_change(self):
+    def test_killed_before_each_change(self):
         self.crash("before")
 
-    def test_after_each_change(self):
-        self.crash("after", stride=4)  # that is before the next, but for the last
+    def test_killed_after_each_change(self):
+        self.crash("after", stride=4)  # mostly the same as before the next change
 
-    def test_within_each_write(self):
+    def test_killed_within_each_write(self):
         self.crash("torn")
 
-    def test_power_cut(self):
+    def test_power_cut_before_each_change(self):
         self.crash("cut")
 
 
 class Order(Case):
-    """What a power cut may take is what was not synced: the order of calls, from the trace."""
+    """The order of syncs and renames, from the trace: a power cut may take whatever was not synced."""
 
     def check_trace(self, events):
         unsynced, names, published = {}, {}, 0  # files written since their sync; folders with new names
@@ -258,15 +184,15 @@ class Order(Case):
                 self.assertNotIn(inside, names, f"{e}: the directory was not synced")
                 names.setdefault(self.at + "run", []).append(e.path2)
             elif e.kind in ("remove", "link") or e.kind == "rename":
-                # Nothing else before the name of the new checkpoint is safe.
+                # Not before the name of a new checkpoint is synced.
                 fresh = [p for p in names.get(self.at + "run", [])
                          if p.startswith("run/step_") and not p.endswith(".tmp")]
                 self.assertFalse(fresh, f"{e} before the directory of {fresh} was synced")
                 if e.kind == "link" or e.path2 == "run/best":
                     names.setdefault(self.at + "run", []).append("best")
             elif e.kind == "mkdir":
-                # The run's history up to a checkpoint must not be lost where the checkpoint is not. What comes
-                # later may be written while the checkpoint is.
+                # metrics and samples up to a checkpoint must be on the disk before it. Later lines may be written
+                # while the checkpoint is.
                 for name in ("metrics.jsonl", "samples.txt") if e.path.startswith("run/step_") else ():
                     self.assertNotIn(f"{self.at}run/{name}", unsynced, f"{e}: {name} was not synced")
                 names.setdefault(os.path.dirname(self.at + e.path), []).append(e.path)
@@ -276,7 +202,7 @@ class Order(Case):
         self.assertNotIn("best", names.get(self.at + "run", []))
         return published
 
-    def test_order(self):
+    def test_checkpoints_are_synced_before_they_are_renamed(self):
         for scenario in (self.fresh(), self.resumed(), self.damaged()):
             with self.subTest(scenario.name):
                 folder = scenario.folder()
@@ -292,9 +218,9 @@ class Order(Case):
 
 
 class OtherCommands(Case):
-    """Without memory, eval, generate and info end as train does, and leave no trace."""
+    """When calls fail, eval, generate and info end as train does, and change no files."""
 
-    def test_memory_and_reading(self):
+    def test_out_of_memory_and_failing_reads(self):
         folder = self.fresh().folder()
         self.assertEqual(run(["train", self.config, f"data.tokenizer={self.tokenizer}"], folder).code, 0)
         before, described = harness.tree(folder), Scenario.describe(folder / "run")
@@ -316,23 +242,23 @@ class OtherCommands(Case):
             def one(spec):
                 done = run(args, folder, spec)
                 harness.check_ending(done, False, f"{args} with IHA_FAULT={spec}:")
-                # An older checkpoint may answer, with a warning; info says what memory there is just now.
+                # An older checkpoint may be used, with a warning; info prints the memory that is free now.
                 need(done.code != 0 or done.out == plain.out or "warning: " in done.err or args[0] == "info", args,
                      spec, done.out)
 
-            # A second process would find the run in use.
+            # One at a time for train: a second process would find the run in use.
             wrong = try_all([lambda s=s: one(s) for s in specs]) if args[0] != "train" else \
                 [w for s in specs for w in try_all([lambda: one(s)])]
             self.say(args[0], len(specs), "faults")
             self.assertEqual(len(wrong), 0, "\n".join(wrong[:10]))
-            # A finished run whose last checkpoint could not be read does the last steps again, to the same end.
+            # A finished run whose last checkpoint could not be read repeats the last steps, with the same result.
             left = Scenario.describe(folder / "run")
             self.assertTrue(left == described, f"{args}: what is in the run's directory has changed")
             self.assertTrue(args[0] == "train" or harness.tree(folder) == before, args)
 
 
 class Kills(Case):
-    """kill -9 at any moment, again and again, until the run is through."""
+    """kill -9 at random moments, again and again, until the run is finished."""
 
     KILLS = int(os.environ.get("KILLS", 300 if EVERYTHING else 40))
     SEED = int(os.environ.get("SEED", 0)) or random.SystemRandom().randrange(1, 1 << 30)
@@ -341,7 +267,7 @@ class Kills(Case):
         self.seed_line = f"SEED={self.SEED}"
 
     def chain(self, scenario, draw, folder, seconds):
-        """Kill a run until one gets through. Returns the number of kills."""
+        """Kill and restart a run until it finishes. Returns the number of kills, and of those aimed at a save."""
         kills = aimed = 0
         while True:
             process = subprocess.Popen([BINARY, *map(str, scenario.args)], cwd=folder, env=ENVIRONMENT,
@@ -349,30 +275,21 @@ class Kills(Case):
             aim = draw.random() < 0.5
             end = time.monotonic() + draw.uniform(0, seconds)
             if aim:  # at a save: as soon as its directory is there, or a little later
-                self.wait_for_save(process, folder / "run")
+                wait_for_save(process, folder / "run")
                 end = time.monotonic() + draw.uniform(0, 0.002)
             while process.poll() is None and time.monotonic() < end:
                 time.sleep(0.0002)
-            through = process.poll() is not None
+            finished = process.poll() is not None
             process.kill()
             err = process.communicate(timeout=TIMEOUT)[1].decode(errors="replace")
-            if through:
+            if finished:
                 need(process.returncode == 0, self.seed_line, "exit code", process.returncode, err[-2000:])
                 scenario.check_end(folder, f"{self.seed_line}, after {kills} kills in {folder}:")
                 return kills, aimed
             kills, aimed = kills + 1, aimed + aim
             scenario.check_left(folder / "run", [], f"{self.seed_line}, kill {kills} in {folder}:")
 
-    @staticmethod
-    def wait_for_save(process, run_dir):
-        while process.poll() is None:
-            try:
-                if any(name.endswith(".tmp") for name in os.listdir(run_dir)):
-                    return
-            except FileNotFoundError:
-                pass
-
-    def test_chains(self):
+    def test_killed_until_finished(self):
         steps = 200
         scenario = Scenario("long", ["train", self.config, f"train.steps={steps}", "run.save_every=3", "run.eval_every=4",
                                      "run.sample_every=5", "system.threads=2"], self.scratch)

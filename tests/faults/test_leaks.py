@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Every command once, well and badly, leaves no memory behind, whatever it ended with.
+"""No command leaks memory, with good or bad input.
 
     make tests-built && python -m unittest tests.faults.test_leaks
 
@@ -16,7 +16,7 @@ BINARY = harness.BINARY if harness.SANITIZED else harness.ROOT / "build" / "leak
 
 class Leaks(unittest.TestCase):
     @unittest.skipUnless(os.path.exists(BINARY), "needs make tests-built")
-    def test_every_command(self):
+    def test_no_command_leaks(self):
         wrong = whole_runs.main("lsan", BINARY)
         self.assertEqual(len(wrong), 0, "\n".join(wrong))
 

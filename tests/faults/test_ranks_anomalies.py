@@ -1,35 +1,34 @@
 #!/usr/bin/env python3
-"""Nothing is lost on several ranks either: one rank's call fails, or one process dies, and all of them end.
+"""Nothing saved is lost on several ranks either: one rank's call fails, or one process is killed, and all ranks end.
 
     make && python -m unittest tests.faults.test_ranks_anomalies        a sample of the calls; FAULTS=all: every one
 
-As tests.faults.test_faults, for runs under mpirun. After each fault, which is one rank's alone, every rank has ended within the
-deadline; one line says what happened and on which rank; the exit code is 1, or 2 before the first step; every checkpoint
-is whole; and the same command without the fault ends with the same bytes as a run in which nothing went wrong.
+As tests.faults.test_faults, for runs under mpirun, with faults on one rank. After each, every rank ends within the
+timeout; one line says what failed and on which rank; the exit code is 1, or 2 before the first step; every checkpoint is
+complete; and the same command without the fault ends with the same bytes as a run without faults.
 """
 
 import os
 import random
 import shutil
-import signal
 import subprocess
 import time
 import unittest
 from collections import Counter, namedtuple
 from pathlib import Path
 
-from tests.faults import test_faults
 from tests.faults import harness
-from tests.faults.harness import BINARY, ENVIRONMENT, EVERYTHING, LIBRARY, SANITIZED, Done, Scenario, checkpoints, need, \
-    try_all
-from tests.faults.test_ranks_faults import MARK, MPIRUN, end, marked
+from tests.faults.fault_case import FaultCase
+from tests.faults.harness import BINARY, ENVIRONMENT, EVERYTHING, LIBRARY, SANITIZED, Done, Scenario, \
+    checkpoints, need, try_all, wait_for_save
+from tests.lib.ranks import AS_ROOT, MARK, MPIRUN, kill, marked
 
 PEER_TIMEOUT = 20 if SANITIZED else 6  # seconds without an answer
-LIMIT = PEER_TIMEOUT + 30  # the others wait for it, leave the word to the first, and tell Open MPI
+LIMIT = PEER_TIMEOUT + 30  # the other ranks time out, let the first one report, and abort MPI
 RanksDone = namedtuple("RanksDone", (*Done._fields, "traces"))
 
-# Failures that nothing depends on: a name in a message, memory that the process will not use again.
-UNHEARD = {"MPI_Get_processor_name", "MPI_Error_string", "MPI_Abort"}
+# Calls whose failure does not matter: a name in a message, or MPI_Abort, after which the process exits anyway.
+HARMLESS = {"MPI_Get_processor_name", "MPI_Error_string", "MPI_Abort"}
 # Kinds of calls, and of how many one is tried when only a sample is wanted.
 STRIDES = {"mpi": 70, "poll": 500, "alloc": 70, "library": 200, "map": 3, "thread": 1, "open_read": 6, "read": 15,
            "stat": 4, "list": 40, "space": 1, "lock": 1, "open_write": 9, "write": 9, "close": 9, "sync": 9, "rename": 2,
@@ -40,28 +39,28 @@ MEMORY = ("alloc", "library", "map", "thread")
 
 
 def environment(scratch, mark):
-    """Whatever Open MPI leaves behind when it is killed goes with the scratch folder."""
-    return {**ENVIRONMENT, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", MARK: mark,
+    """Open MPI's temporary files, which it leaves when killed, are in the scratch folder."""
+    return {**ENVIRONMENT, **AS_ROOT, MARK: mark,
             "OMPI_MCA_orte_tmpdir_base": str(scratch), "OMPI_MCA_btl_vader_backing_directory": str(scratch),
             "ASAN_OPTIONS": ENVIRONMENT["ASAN_OPTIONS"] + ":detect_leaks=0"}
 
 
 def wait_until_gone(mark, limit):
-    """What still runs when the time is up, by then killed."""
+    """Wait for the marked processes to end. Returns those that were left after the limit, and kills them."""
     deadline = time.monotonic() + limit
     while (left := marked(mark)) and time.monotonic() < deadline:
         time.sleep(0.02)
     found = left
     while left:
         for pid in left:
-            end(pid)
+            kill(pid)
         time.sleep(0.02)
         left = marked(mark)
     return found
 
 
 class Job:
-    """A command on several ranks; a fault is (rank, what inject.c is told)."""
+    """A command on several ranks. A fault is (rank, IHA_FAULT of inject.c)."""
 
     def __init__(self, name, ranks, args, scratch):
         self.name, self.ranks, self.runs, self.scratch = name, ranks, 0, scratch
@@ -95,15 +94,15 @@ class Job:
         need(not left, f"{self.name}: {fault} in {folder}: left behind:", left)
         traces = [harness.read_trace(Path(f"{trace}.{r}")) for r in range(self.ranks)] if trace else []
         if trace and not self.runs:
-            self.traces = traces  # the first is the one without a fault
+            self.traces = traces  # the first run is without a fault
         self.runs += bool(trace)
         code = process.returncode
-        if code < 0 and b"PMIx_server_finalize" in err:  # Open MPI's own end; the ranks' came before
+        if code < 0 and b"PMIx_server_finalize" in err:  # mpirun itself crashed, after the ranks ended
             code = int(b"train_iha: " in err)
         return RanksDone(code, out, err.decode(errors="replace"), traces[0] if trace else [], traces)
 
     def check_ending(self, done, rank, what):
-        """As harness.check_ending; in one line, whichever rank it is of."""
+        """As harness.check_ending: one line from all ranks together, which names the rank with the fault."""
         lines = [line for line in done.err.splitlines() if "train_iha: " in line]
         need(done.code in (0, 1, 2), what, "exit code", done.code, done.err[-3000:])
         need("Sanitizer" not in done.err and "runtime error" not in done.err, what, done.err[-3000:])
@@ -145,20 +144,20 @@ class RanksScenario(Job, Scenario):
         self.check_left(folder / "run", known, what)
         if done.code == 0 and "warning: " not in done.err:
             self.check_end(folder, what)
-        if EVERYTHING or sum(self.tried.values()) % 2:  # of a sample every second one: starting ranks takes its time
+        if EVERYTHING or sum(self.tried.values()) % 2:  # in a sample only every second one, to save time
             self.again(folder, what)
         shutil.rmtree(folder)
         return done
 
     def check_reported(self, done, failed, kind, number, option, started, what):
         super().check_reported(done, failed, kind, number, option, started, what)
-        if kind in ("mpi", "poll", "finalize", "thread") and failed.call not in UNHEARD:
+        if kind in ("mpi", "poll", "finalize", "thread") and failed.call not in HARMLESS:
             need(done.code == 1, what, "exit code", done.code, done.err[-2000:])
 
 
 @unittest.skipUnless(shutil.which("mpirun"), "mpirun is not installed: run make deps")
-class Case(test_faults.Case):
-    at_once = 3 * os.cpu_count()  # much of a run's time is Open MPI waiting
+class Case(FaultCase):
+    at_once = 3 * os.cpu_count()  # a run mostly waits for Open MPI
 
     @classmethod
     def setUpClass(cls):
@@ -180,7 +179,7 @@ class Case(test_faults.Case):
 
     @classmethod
     def resumed(cls):
-        """The rest of a run whose first rank died just before its second checkpoint became one."""
+        """Resuming a run whose rank 0 was killed just before it renamed its second checkpoint."""
         if "resumed" not in cls.scenarios:
             args = ["train", cls.config, f"data.tokenizer={cls.tokenizer}"]
             plain = RanksScenario("plain", 2, args, cls.scratch)
@@ -203,7 +202,7 @@ class Case(test_faults.Case):
 
 
 def pick(count, stride, whole=1):
-    """As every(), but of the last only the last; `whole` is the stride when no sample is wanted."""
+    """As every(), but without the last but one and two; `whole` is the stride when FAULTS=all."""
     stride = whole if EVERYTHING else stride * (4 if SANITIZED else 1)
     return sorted({*range(1 + count // 2 % stride, count + 1, stride), count}) if count else []
 
@@ -212,31 +211,31 @@ class Faults(Case):
     """One call of one rank fails."""
 
     def polls(self, scenario, ranks):
-        """How many there are differs from run to run; a number that is not reached is no fault."""
+        """The number of polls differs from run to run; a fault whose number is not reached does not happen."""
         count = min(scenario.counts_of(r)["poll"] for r in ranks)
         numbers = range(1, count + 1, max(1, count // (100 if EVERYTHING else 2)))
         return [(scenario, (r, f"poll:{n}")) for r in ranks for n in numbers]
 
-    def test_mpi_opens_and_closes(self):
+    def test_mpi_init_and_finalize_fail(self):
         for scenario, ranks in ((self.two(), (0, 1)), (self.three(), (2,))):
             first = next(e.number for e in scenario.traces[1] if e.call == "MPI_Isend")
             self.try_faults(*[(scenario, (r, "finalize:1")) for r in ranks],
                             *[(scenario, (r, f"mpi:{n}")) for r in ranks
                               for n in range(1, first + 1, 1 if r == 1 or EVERYTHING else 3)])
 
-    def test_mpi_while_training(self):
+    def test_mpi_call_fails_while_training(self):
         two, three = self.two(), self.three()
         self.try_faults(*self.each(two, ["mpi"], (0, 1)), *self.polls(two, (0, 1)),
                         *self.each(three, ["mpi"], (1, 2), stride=6, whole=7),
                         *self.each(self.resumed(), ["mpi"], (0, 1), stride=4, whole=7))
 
-    def test_mpi_breaks(self):
+    def test_mpi_keeps_failing(self):
         self.try_faults(*self.each(self.two(), ["mpi"], (0, 1), "+", stride=3, whole=7))
 
-    def test_hangs_in_mpi(self):
-        """The others wait for it as long as peer_timeout says; what they say names it, or that it was the end."""
+    def test_rank_hangs_in_mpi(self):
+        """The others wait for peer_timeout, then name the rank, or report that MPI_Finalize does not return."""
         two = self.two()
-        last = 4 * two.counts_of(1)["mpi"] // 5  # how often ranks ask whether all have saved differs from run to run
+        last = 4 * two.counts_of(1)["mpi"] // 5  # the number of tests for the end of a save differs from run to run
 
         def one(call):
             folder = two.folder()
@@ -245,7 +244,7 @@ class Faults(Case):
             what = f"rank 1 stops at {call} in {folder}"
             need((done.code, len(lines)) == (1, 1), what, "exit code", done.code, done.err[-2000:])
             need("no answer from rank 1 " in lines[0] or (call == "finalize:1" and "rank 0: MPI_Finalize" in lines[0]), what,
-                 lines)  # its last message may be on its way still
+                 lines)  # its last message may still be in flight
             two.check_left(folder / "run", done.trace, what)
             two.again(folder, what)
             shutil.rmtree(folder)
@@ -255,17 +254,17 @@ class Faults(Case):
         wrong = try_all([lambda c=c: one(c) for c in calls], 4)
         self.assertEqual(len(wrong), 0, "\n".join(wrong))
 
-    def test_memory(self):
+    def test_out_of_memory(self):
         self.try_faults(*self.each(self.two(), MEMORY, (0, 1)),
                         *self.each(self.resumed(), MEMORY if EVERYTHING else ["alloc", "library"], (1, 0), stride=2))
 
-    def test_memory_is_gone_for_good(self):
+    def test_memory_stays_exhausted(self):
         self.try_faults(*self.each(self.two(), ["alloc"], (1, 0), "+", stride=2, whole=5))
 
-    def test_reading(self):
+    def test_reading_fails(self):
         self.try_faults(*self.each(self.two(), READS, (1,)), *self.each(self.resumed(), READS, (0, 1), stride=2))
 
-    def test_writing(self):
+    def test_writing_fails(self):
         self.try_faults(*self.each(self.two(), CHANGES, (1,)), *self.each(self.two(), CHANGES, (0,), stride=2),
                         *self.each(self.resumed(), CHANGES if EVERYTHING else ["rename", "remove"], (0, 1), stride=2))
 
@@ -277,13 +276,13 @@ class Faults(Case):
         count = scenario.counts_of(rank)["disk"]
         return [(scenario, (rank, f"crash:{n}:{moment}")) for n in pick(count, stride)]
 
-    def test_dies_at_a_change_of_the_disk(self):
+    def test_killed_at_a_change_of_the_disk(self):
         two, resumed = self.two(), self.resumed()
         self.try_faults(*self.crash(two, 0, "before", 25), *self.crash(two, 1, "before", 4), *self.crash(two, 1, "after", 6),
                         *self.crash(two, 0, "cut", 35), *self.crash(two, 1, "cut", 9), *self.crash(resumed, 1, "before", 6))
 
-    def test_cannot_copy_what_it_saves(self):
-        """What a rank allocates between a step and the first file of a checkpoint."""
+    def test_out_of_memory_for_a_snapshot(self):
+        """Allocations between a step and the first file of a checkpoint fail."""
         specs = []
         for rank in (1, 0):
             trace = self.two().traces[rank]
@@ -292,7 +291,7 @@ class Faults(Case):
                       [e for e in trace[:file] if e.kind == "alloc"][-20 if EVERYTHING else -13:]]
         self.try_faults(*specs)
 
-    def test_writer_fails_while_all_train_on(self):
+    def test_background_save_fails(self):
         scenario = RanksScenario("behind", 2, ["train", self.config, "train.steps=60", "run.save_every=30",
                                                "run.eval_every=30", "run.sample_every=0"], self.scratch)
         specs = []
@@ -313,33 +312,33 @@ class Faults(Case):
         self.say(len(specs), "failing writers; lines of metrics written:", sorted(ahead))
         self.assertEqual(len(wrong), 0, "\n".join(wrong[:10]))
         self.assertGreater(len(specs), 5)
-        self.assertGreater(min(ahead), 32)  # 30 steps, a loss of validation, and at least one step during the save
+        self.assertGreater(min(ahead), 32)  # 30 steps, an evaluation, and at least one step during the save
 
-    def test_cannot_write_that_steps_are_skipped(self):
-        """The last line of metrics fails in the step in which all ranks look together for the worst gradient."""
+    def test_metrics_fail_in_a_skipped_step(self):
+        """Writing the last line of metrics fails in the step in which all ranks exchange their gradient norms."""
         job = Job("skips", 2, ["train", self.config, "train.lr=0", "train.skip_zscore=1e-6",
                                "train.steps=200", "train.max_skips=1", "run.save_every=0", "run.eval_every=0",
                                "run.sample_every=0"], self.scratch)
         writes = 0
-        for back, says in ((None, "outlier"), (0, "outlier"), (1, "cannot write")):
+        for back, message in ((None, "outlier"), (0, "outlier"), (1, "cannot write")):
             folder = self.scratch / f"skips_{back}"
             folder.mkdir()
             done = job.run(folder, None if back is None else (0, f"write:{writes - back}"), folder / "trace")
             lines = [line for line in done.err.splitlines() if "train_iha: " in line]
             self.assertEqual((done.code, len(lines)), (1, 1), done.err)
-            self.assertIn(says, lines[0])
+            self.assertIn(message, lines[0])
             writes = sum(e.kind == "write" for e in done.trace)
 
 
 class Kills(Case):
-    """kill -9 of a rank or of mpirun at any moment, again and again, until the run is through."""
+    """kill -9 of a rank or of mpirun at any moment, again and again, until the run is finished."""
 
     KILLS = int(os.environ.get("KILLS", 200 if EVERYTHING else 24))
     SEED = int(os.environ.get("SEED", 0)) or random.SystemRandom().randrange(1, 1 << 30)
 
     @staticmethod
     def children(pid):
-        """Of a process of ours: mpirun's are the ranks."""
+        """Process ids; mpirun's children are the ranks."""
         found = []
         for task in Path(f"/proc/{pid}/task").glob("*/children"):
             try:
@@ -349,25 +348,25 @@ class Kills(Case):
         return sorted(found)
 
     def kill_one(self, scenario, draw, folder, seconds):
-        """Start the run and kill one of its processes. Returns whom, or None when the run got through."""
+        """Start the run and kill one of its processes. Returns "rank" or "mpirun", or None when the run finished."""
         mark, run_dir = scenario.mark(), folder / "run"
         process = subprocess.Popen(scenario.command(), cwd=folder, env=environment(self.scratch, mark),
                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                    start_new_session=True)
         delay, victim = draw.uniform(0, seconds), draw.randrange(3)
         if draw.random() < 0.7:  # at a save: as soon as its directory is there, or a little later
-            test_faults.Kills.wait_for_save(process, run_dir)
+            wait_for_save(process, run_dir)
             delay = draw.uniform(0, 0.004)
-        until = time.monotonic() + delay
-        while process.poll() is None and time.monotonic() < until:
+        kill_time = time.monotonic() + delay
+        while process.poll() is None and time.monotonic() < kill_time:
             time.sleep(0.0002)
         while victim and process.poll() is None and len(self.children(process.pid)) < 2:
             time.sleep(0.001)
         seen = max(checkpoints(run_dir), default=0)
         ranks = self.children(process.pid)
-        through = process.poll() is not None
-        if not through:
-            end(ranks[victim - 1] if victim and len(ranks) == 2 else process.pid)
+        finished = process.poll() is not None
+        if not finished:
+            kill(ranks[victim - 1] if victim and len(ranks) == 2 else process.pid)
         try:
             err = process.communicate(timeout=LIMIT)[1].decode(errors="replace")
         except subprocess.TimeoutExpired:
@@ -380,7 +379,7 @@ class Kills(Case):
         if process.returncode == 0:
             scenario.check_end(folder, f"{self.what} in {folder}:")
             return None
-        need(not through, self.what, "exit code", process.returncode, err[-2000:])
+        need(not finished, self.what, "exit code", process.returncode, err[-2000:])
         return "rank" if victim and len(ranks) == 2 else "mpirun"
 
     def chain(self, scenario, seed, seconds, kills):
@@ -390,14 +389,14 @@ class Kills(Case):
             if whom:
                 kills[whom] += 1
             else:
-                kills["through"] -= 1  # not a kill; see the sum below
+                kills["finished"] -= 1  # not a kill: offsets "chains" in the sum
                 kills["chains"] += 1
                 shutil.rmtree(folder)
                 folder = scenario.folder()
         scenario.again(folder, f"{self.what} in {folder}")
         shutil.rmtree(folder)
 
-    def test_chains(self):
+    def test_killed_until_finished(self):
         self.what = f"SEED={self.SEED}"
         scenario = RanksScenario("long", 2, ["train", self.config, "train.steps=120", "run.save_every=3", "run.eval_every=6",
                                              "run.sample_every=10"], self.scratch)

@@ -1,22 +1,20 @@
 #!/usr/bin/env python3
-"""Runs on several ranks when something happens to them: a rank is killed or hangs, a signal asks for an end, one rank
-alone finds an error, a machine is cut off.
+"""Failures of runs on several ranks: a rank is killed or hangs, a signal stops the run, one rank finds an error, a
+machine is disconnected.
 
     make && python -m unittest tests.faults.test_ranks_faults
 
-Every process started here carries a mark in its environment; each test ends with a look through /proc for processes
-that carry it. Several machines are network namespaces joined by a bridge, each with a host name of its own, which takes
-root and iproute2; without them one machine's ranks talk over TCP, and no cable is cut.
+Tests end by checking in /proc that no process they started is left. Machines are network namespaces joined by a bridge,
+each with a host name of its own, which needs root and iproute2; without these, ranks of one machine use TCP, and tests
+that disconnect a machine are skipped.
 """
 
 import fcntl
-import json
 import os
 import pty
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import termios
@@ -24,53 +22,15 @@ import time
 import unittest
 from pathlib import Path
 
-from tests.cli import test_cli as cli
+from tests.lib.ranks import ENDLESS, HOST, LIMIT, MARK, MPI_ENVIRONMENT, MPIRUN, RanksCase, kill, marked, \
+    num_metrics, wait_until
+from tests.lib.runs import BINARY, ROOT, step_dir, steps_in
 
-LAUNCH = cli.ROOT / "scripts" / "launch.sh"
-MARK = "IHA_RANKS_TEST"
-LIMIT = 60 if "sanitize" in cli.BINARY else 20  # seconds for what should take one or two
-ENVIRONMENT = {**cli.ENVIRONMENT, "TRAIN_IHA": cli.BINARY, "OMPI_ALLOW_RUN_AS_ROOT": "1",
-               "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-               "ASAN_OPTIONS": "detect_leaks=0"}  # MPI's own
-MPIRUN = ["mpirun", "--oversubscribe", "--bind-to", "none"]
-ENDLESS = ["train.steps=1000000000", "train.schedule=constant", "data.val=none"]
-HOST = socket.gethostname()
-
-
-def marked(mark):
-    """{process id: (program, rank or None)} of the living processes that carry a mark."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            environment = dict(x.split(b"=", 1) for x in (folder / "environ").read_bytes().split(b"\0") if b"=" in x)
-            program = os.readlink(folder / "exe")
-        except OSError:  # it has ended
-            continue
-        if environment.get(MARK.encode()) == mark.encode():
-            rank = environment.get(b"OMPI_COMM_WORLD_RANK") if program == cli.BINARY else None
-            found[int(folder.name)] = (Path(program).name, None if rank is None else int(rank))
-    return found
-
-
-def end(pid, number=signal.SIGKILL):
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass
-
-
-def until(condition, limit, what):
-    """Wait for a condition; the seconds it took."""
-    begin = time.monotonic()
-    while not condition():
-        if time.monotonic() - begin > limit:
-            raise AssertionError(f"{what}: not within {limit} s")
-        time.sleep(0.02)
-    return time.monotonic() - begin
+LAUNCH = ROOT / "scripts" / "launch.sh"
 
 
 class Run:
-    """A command under way, with all that it starts; what it prints goes to a file."""
+    """A running command with its child processes; its output goes to a file."""
 
     def __init__(self, case, command, run_dir, terminal=None, environment=()):
         self.run_dir, self.mark = Path(run_dir), f"{os.getpid()}-{time.monotonic_ns()}"
@@ -79,20 +39,20 @@ class Run:
         case.addCleanup(self.kill)
 
         def begin():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in what a shell runs in the background
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which shells ignore in background jobs
             if terminal is not None:
                 fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
         stream = {"stdin": subprocess.DEVNULL, "stdout": self.output, "stderr": self.output}
         if terminal is not None:
             stream = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-        self.process = subprocess.Popen([*map(str, command)], start_new_session=True, cwd=case.tmp, **stream, preexec_fn=begin,
-                                        env={**ENVIRONMENT, **dict(environment), MARK: self.mark})
+        self.process = subprocess.Popen([*map(str, command)], start_new_session=True, cwd=case.tmp, preexec_fn=begin,
+                                        env={**MPI_ENVIRONMENT, **dict(environment), MARK: self.mark}, **stream)
 
     def kill(self):
         while left := marked(self.mark):
             for pid in left:
-                end(pid)
+                kill(pid)
             time.sleep(0.02)
         self.process.wait()
 
@@ -102,11 +62,10 @@ class Run:
         return self.output.read().decode()
 
     def steps(self):
-        metrics = self.run_dir / "metrics.jsonl"
-        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        return num_metrics(self.run_dir)
 
     def reach(self, step):
-        until(lambda: self.steps() >= step or self.process.poll() is not None, LIMIT, f"step {step}")
+        wait_until(lambda: self.steps() >= step or self.process.poll() is not None, LIMIT, f"step {step}")
         if self.process.poll() is not None:
             raise AssertionError(f"ended early ({self.process.returncode}):\n{self.printed()}")
         return self
@@ -119,27 +78,21 @@ class Run:
         return [pid for pid, (_, rank) in marked(self.mark).items() if rank is not None]
 
     def wait(self, limit=LIMIT):
-        """(exit code, text) of a run that ends by itself."""
+        """(exit code, output) of a run that ends by itself."""
         try:
             return self.process.wait(limit), self.printed()
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {limit} s: {marked(self.mark)}\n{self.printed()}") from None
 
     def nothing_left(self, limit=3):
-        until(lambda: not marked(self.mark), limit, f"processes left behind: {marked(self.mark)}")
+        wait_until(lambda: not marked(self.mark), limit, f"processes left behind: {marked(self.mark)}")
 
 
 @unittest.skipUnless(shutil.which("mpirun"), "mpirun is not installed")
-class Case(cli.Case):
-    @classmethod
-    def setUpClass(cls):
-        super().setUpClass()
-        text = cls.config.read_text().replace("threads = 2", "threads = 1")
-        cls.config.write_text(text.replace("batch_tokens = 128", "batch_tokens = 384"))  # two or three ranks
-
+class Case(RanksCase):
     def mpirun(self, ranks, *overrides, run_dir=None, **options):
         run_dir = run_dir or self.new_dir()
-        return Run(self, [*MPIRUN, "-n", ranks, cli.BINARY, "train", self.config, f"run.dir={run_dir}", *overrides],
+        return Run(self, [*MPIRUN, "-n", ranks, BINARY, "train", self.config, f"run.dir={run_dir}", *overrides],
                    run_dir, **options)
 
     def launch(self, ranks, *overrides, run_dir=None, **options):
@@ -148,60 +101,47 @@ class Case(cli.Case):
                    **options)
 
     def assert_names(self, text, rank, host, once=True):
-        """That rank alone."""
-        said = re.findall(r"no answer from (.*) for \d+ s in ", text)
-        self.assertEqual(said[:1], [f"rank {rank} ({host})"], text)
+        """The timeout names this rank only."""
+        named = re.findall(r"no answer from (.*) for \d+ s in ", text)
+        self.assertEqual(named[:1], [f"rank {rank} ({host})"], text)
         if once:
-            self.assertEqual(len(said), 1, text)
+            self.assertEqual(len(named), 1, text)
 
-    def assert_goes_on(self, run_dir, ranks):
-        """The newest checkpoint continues on as many ranks, and two steps later all is as if never stopped."""
-        last = cli.steps_in(run_dir)[-1]
+    def assert_resumes(self, run_dir, ranks):
+        """The newest checkpoint resumes, and two steps later all files equal those of an uninterrupted run."""
+        last = steps_in(run_dir)[-1]
         more = [f"train.steps={last + 2}", "train.schedule=constant", "data.val=none"]
         resumed = self.mpirun(ranks, *more, run_dir=run_dir)
         code, text = resumed.wait()
         self.assertEqual(code, 0, text)
-        self.assertIn(f"resuming from {cli.step_dir(run_dir, last)}\n", text)
+        self.assertIn(f"resuming from {step_dir(run_dir, last)}\n", text)
         straight = self.mpirun(ranks, *more)
         self.assertEqual(straight.wait()[0], 0)
         self.assert_same_end(run_dir, straight.run_dir, last + 2)
 
-    def assert_same_end(self, run_dir, other, step):
-        a, b = (cli.tree(cli.step_dir(folder, step)) for folder in (run_dir, other))
-        self.assertEqual(set(a), set(b))
-        for name in set(a) - {"trainer.json"}:
-            self.assertEqual(a[name], b[name], name)
-        a, b = (json.loads(t["trainer.json"]) for t in (a, b))
-        for t in (a, b):
-            t.pop("seconds")
-            t["config"] = {key: x for key, x in t["config"].items() if not key.startswith(("run.", "system."))}
-        self.assertEqual(a, b)
-        a, b = (cli.without_timings(cli.lines_of(folder / "metrics.jsonl")) for folder in (run_dir, other))
-        self.assertEqual(a, b)
-
 
 class Peers(Case):
-    def test_killed(self):
+    def test_killed_rank_ends_the_run(self):
         run = self.launch(3, *ENDLESS, "run.save_every=3").reach(8)
         os.kill(run.rank(1), signal.SIGKILL)
-        code, text = run.wait(10)  # mpirun tells the others; nobody waits for peer_timeout
+        code, text = run.wait(10)  # mpirun ends the others; they do not wait for peer_timeout
         self.assertEqual(code, 1, text)
         self.assertRegex(text, r"process rank 1 with PID \d+ on node \S+ exited on signal 9")
         run.nothing_left()
-        self.assert_goes_on(run.run_dir, 3)
+        self.assert_resumes(run.run_dir, 3)
 
-    def test_stopped(self):
+    def test_stopped_rank_ends_the_run_after_peer_timeout(self):
         run = self.mpirun(3, *ENDLESS, "system.peer_timeout=3").reach(8)
         begin = time.monotonic()
         os.kill(run.rank(1), signal.SIGSTOP)
         code, text = run.wait(3 + 15)
         self.assertGreater(time.monotonic() - begin, 2.9)
         self.assertEqual(code, 1, text)
-        self.assert_names(text, 1, HOST, once=False)  # a second may speak before mpirun has ended it
+        self.assert_names(text, 1, HOST, once=False)  # a second rank may print before mpirun ends it
         run.nothing_left()
 
-    def test_all_suspended(self):
-        # As by a scheduler that lets another job run for a while: nobody was late.
+    def test_suspending_all_ranks_is_no_timeout(self):
+        # As by a batch scheduler that lets another job run for a while: this is no timeout.
         run = self.mpirun(2, *ENDLESS, "system.peer_timeout=2").reach(8)
         ranks = run.ranks()
         for pid in ranks:
@@ -217,24 +157,24 @@ class Peers(Case):
 
 class Signals(Case):
     def assert_saved(self, run, number=signal.SIGUSR1):
-        """Ended by a signal, all ranks after the same step, which is saved."""
+        """A signal ended all ranks after the same step, which is saved."""
         code, text = run.wait()
         self.assertEqual(code, 0, text)
         done = run.steps()
         self.assertEqual(text.count(f"stopped by signal {int(number)} after step {done};"), 1, text)
-        self.assertEqual(cli.steps_in(run.run_dir), [done])
+        self.assertEqual(steps_in(run.run_dir), [done])
         run.nothing_left()
         return text
 
-    def test_launcher(self):
+    def test_signal_to_the_launcher_saves(self):
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             with self.subTest(number):
                 run = self.launch(2, *ENDLESS).reach(4)
                 run.process.send_signal(number)
                 self.assert_saved(run)
-        self.assert_goes_on(run.run_dir, 2)
+        self.assert_resumes(run.run_dir, 2)
 
-    def test_terminal(self):
+    def test_ctrl_c_in_a_terminal_saves(self):
         mine, theirs = pty.openpty()
         self.addCleanup(os.close, mine)
         run = self.launch(2, *ENDLESS, terminal=theirs).reach(4)
@@ -247,45 +187,45 @@ class Signals(Case):
         except OSError:  # the other end is closed
             pass
         self.assertEqual(run.wait()[0], 0, text)
-        self.assertEqual(cli.steps_in(run.run_dir), [run.steps()])
-        for what in ("launch: mpirun ", "2 ranks over mpi", "step 1/", "launch: asked to stop", "stopped by signal"):
+        self.assertEqual(steps_in(run.run_dir), [run.steps()])
+        for what in ("launch: mpirun ", "2 ranks over mpi", "step 1/", "launch: stopping", "stopped by signal"):
             self.assertEqual(text.count(what), 1, text)
         self.assertNotIn("\033", text)
         run.nothing_left()
 
-    def test_second(self):
-        # Rank 0 waits for somebody to read its samples, so the first signal has no effect yet.
+    def test_second_signal_ends_at_once(self):
+        # Rank 0 blocks in writing its samples to a pipe, so the first signal has no effect yet.
         run_dir = self.new_dir()
         run_dir.mkdir()
         os.mkfifo(run_dir / "samples.txt")
         run = self.launch(2, *ENDLESS, "run.sample_every=4", run_dir=run_dir).reach(4)
         run.process.send_signal(signal.SIGTERM)
-        run.process.send_signal(signal.SIGTERM)  # the same one, as timeout(1) sends it
+        run.process.send_signal(signal.SIGTERM)  # as timeout(1) does; counts as the same signal
         time.sleep(1.3)
         self.assertIsNone(run.process.poll())
         run.process.send_signal(signal.SIGTERM)
         code, text = run.wait(10)
         self.assertEqual(code, 143, text)
-        self.assertEqual(cli.steps_in(run_dir), [])
+        self.assertEqual(steps_in(run_dir), [])
         run.nothing_left()
 
-    def test_mpirun(self):
+    def test_signal_to_mpirun_saves(self):
         run = self.mpirun(2, *ENDLESS).reach(4)
         run.process.send_signal(signal.SIGUSR1)
         self.assert_saved(run)
 
-    def test_one_rank(self):
+    def test_signal_to_one_rank_saves(self):
         for number in (signal.SIGUSR1, signal.SIGTERM):
             run = self.mpirun(3, *ENDLESS).reach(4)
             os.kill(run.rank(2), number)
             self.assert_saved(run, number)
-            names = [p.name for p in cli.step_dir(run.run_dir, run.steps()).glob("optimizer-*")]
+            names = [p.name for p in step_dir(run.run_dir, run.steps()).glob("optimizer-*")]
             self.assertEqual(sorted(names), [f"optimizer-0000{r}-of-00003.safetensors" for r in range(3)])
 
 
 class Errors(Case):
     def assert_refused(self, run, *names):
-        """One line for all ranks, and mpirun's exit code is ours."""
+        """One line for all ranks, and mpirun passes on the exit code."""
         code, text = run.wait()
         lines = [line for line in text.splitlines() if "train_iha: " in line]
         self.assertEqual((code, len(lines)), (2, 1), text)
@@ -294,24 +234,24 @@ class Errors(Case):
             self.assertIn(str(name), lines[0])
         run.nothing_left()
 
-    def test_of_all(self):
+    def test_error_of_all_ranks_is_reported_once(self):
         self.assert_refused(self.mpirun(3, "train.learning_rate=1"), "learning_rate")
         self.assert_refused(self.launch(3, "model.hidden_size=-1"), "hidden_size")
-        self.assert_refused(Run(self, [*MPIRUN, "-n", 3, cli.BINARY, "trian", self.config], ""), "trian", "train")
-        self.assert_refused(Run(self, [*MPIRUN, "-n", 3, cli.BINARY, "eval", self.tmp / "none"], ""), "none")
+        self.assert_refused(Run(self, [*MPIRUN, "-n", 3, BINARY, "trian", self.config], ""), "trian", "train")
+        self.assert_refused(Run(self, [*MPIRUN, "-n", 3, BINARY, "eval", self.tmp / "none"], ""), "none")
 
-    def test_of_one(self):
+    def test_error_of_one_rank_is_reported_once(self):
         def differing(*overrides):
-            """The last rank is given other arguments."""
+            """The last rank gets other arguments."""
             run_dir = self.new_dir()
-            common = [cli.BINARY, "train", self.config, f"run.dir={run_dir}"]
+            common = [BINARY, "train", self.config, f"run.dir={run_dir}"]
             return Run(self, [*MPIRUN, "-n", 1, *common, ":", "-n", 1, *common, *overrides], run_dir)
 
         self.assert_refused(differing("data.train=/missing/*.bin"), "rank 1: ", "/missing/*.bin")
         self.assert_refused(differing("train.lr=-1"), "rank 1: ", "lr")
         self.assert_refused(differing("data.val=/missing.bin"), "rank 1: ", "/missing.bin")
 
-    def test_directory_in_use(self):
+    def test_run_dir_in_use(self):
         run_dir = self.new_dir()
         run_dir.mkdir()
         with open(run_dir / "lock", "w") as lock:
@@ -319,12 +259,12 @@ class Errors(Case):
             self.assert_refused(self.mpirun(2, run_dir=run_dir), run_dir, "in use")
 
     def launcher(self, *args, code, **environment):
-        done = subprocess.run([LAUNCH, *map(str, args)], env={**ENVIRONMENT, **environment}, capture_output=True,
+        done = subprocess.run([LAUNCH, *map(str, args)], env={**MPI_ENVIRONMENT, **environment}, capture_output=True,
                               text=True, timeout=LIMIT, stdin=subprocess.DEVNULL, cwd=self.tmp)
         self.assertEqual(done.returncode, code, done.stderr)
         return done
 
-    def test_launcher(self):
+    def test_launcher_refuses_wrong_arguments(self):
         self.assertIn("--hosts", self.launcher("--help", code=0).stdout)
         for args, environment, name in ((["-n", "0", "train", "x.ini"], {}, "-n 0"),
                                         (["-n", "two", "train", "x.ini"], {}, "two"),
@@ -341,13 +281,13 @@ class Errors(Case):
                 self.assertTrue(lines[0].startswith("launch: "), lines)
                 self.assertIn(name, lines[0])
 
-    def test_spaces(self):
+    def test_run_dir_with_spaces(self):
         run_dir = self.new_dir("a run")
         self.launcher("-n", 2, "train", self.config, f"run.dir={run_dir}", "train.steps=2", "data.val=none", code=0)
-        self.assertEqual(cli.steps_in(run_dir), [2])
+        self.assertEqual(steps_in(run_dir), [2])
 
 
-# What mpirun starts on another machine with, in place of ssh: it enters the namespace of that name.
+# mpirun uses this in place of ssh to start processes on another machine: it enters the namespace of that name.
 AGENT = """\
 #!/bin/sh
 host=$1
@@ -357,7 +297,7 @@ exec ip netns exec "$host" unshare --uts sh -c 'hostname "$1"; shift; exec bash 
 
 
 class Machines(Case):
-    """Three machines on one switch."""
+    """Three machines on one network switch."""
 
     def setUp(self):
         self.missing = None
@@ -394,11 +334,11 @@ class Machines(Case):
     def ip(*args):
         subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
 
-    def cut(self, i):
+    def disconnect(self, i):
         self.ip("-n", self.switch, "link", "set", f"p{i}", "down")
 
     def start(self, *overrides, keepalive=None):
-        """A rank a machine, started from the first."""
+        """One rank per machine, started from the first."""
         run_dir = self.new_dir()
         settings = {"plm_rsh_agent": self.agent, "pml": "ob1", "btl": "tcp,self",
                     "btl_tcp_if_include": "10.77.0.0/24", "oob_tcp_if_include": "10.77.0.0/24"}
@@ -413,10 +353,10 @@ class Machines(Case):
         if self.missing:
             self.skipTest(self.missing)
 
-    def test_bytes_of_one_machine(self):
+    def test_same_bytes_as_on_one_machine(self):
         one = self.mpirun(3)
         self.assertEqual(one.wait()[0], 0)
-        if self.missing:  # at least not through shared memory
+        if self.missing:  # at least over TCP instead of shared memory
             run = self.mpirun(3, environment={"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "tcp,self"})
         else:
             run = self.start()
@@ -425,37 +365,37 @@ class Machines(Case):
         self.assert_same_end(run.run_dir, one.run_dir, 20)
         run.nothing_left()
 
-    def test_signal(self):
+    def test_signal_saves(self):
         self.needs_network()
         run = self.start(*ENDLESS).reach(4)
         run.process.send_signal(signal.SIGTERM)
         code, text = run.wait()
         self.assertEqual(code, 0, text)
-        self.assertEqual(cli.steps_in(run.run_dir), [run.steps()])
+        self.assertEqual(steps_in(run.run_dir), [run.steps()])
         run.nothing_left()
 
-    def test_cut_off(self):
-        # The ranks find it before Open MPI does.
+    def test_disconnected_machine_ends_the_run(self):
+        # The ranks find the failure before Open MPI does.
         self.needs_network()
         run = self.start(*ENDLESS, "system.peer_timeout=3", "run.save_every=3").reach(8)
-        last = cli.steps_in(run.run_dir)[-1]
-        self.cut(2)
-        until(lambda: not run.ranks(), 3 + 20, "ranks left")  # on either side of the cut
-        code, text = run.wait(15)  # mpirun itself would wait for the lost machine for many minutes
+        last = steps_in(run.run_dir)[-1]
+        self.disconnect(2)
+        wait_until(lambda: not run.ranks(), 3 + 20, "ranks left")  # on any machine
+        code, text = run.wait(15)  # mpirun alone would wait for the lost machine for many minutes
         self.assertEqual(code, 1, text)
-        # With a daemon that does not answer, mpirun takes seconds to end the ranks it still reaches.
+        # While one of its daemons does not answer, mpirun takes seconds to end the ranks that it still reaches.
         self.assert_names(text, 2, self.hosts[2], once=False)
-        # Open MPI's daemon beyond the cut has words unsent, and lives until the system gives up sending them.
+        # Open MPI's daemon on the disconnected machine has data to send, and runs until the system gives up sending it.
         self.assertLessEqual({name for name, _ in marked(run.mark).values()}, {"orted"})
-        self.assertGreaterEqual(cli.steps_in(run.run_dir)[-1], last)
+        self.assertGreaterEqual(steps_in(run.run_dir)[-1], last)
         run.kill()
-        self.assert_goes_on(run.run_dir, 3)
+        self.assert_resumes(run.run_dir, 3)
 
-    def test_cut_off_while_ranks_wait(self):
-        # Open MPI finds it before the ranks do, as with the default of five minutes.
+    def test_disconnected_machine_found_by_mpirun(self):
+        # Open MPI finds the failure before the ranks do, as with the default timeout of five minutes.
         self.needs_network()
         run = self.start(*ENDLESS, "system.peer_timeout=100", keepalive=1).reach(8)
-        self.cut(2)
+        self.disconnect(2)
         code, text = run.wait(15)
         self.assertEqual(code, 1, text)
         self.assertRegex(text, rf"Remote daemon: .* on node {self.hosts[2]}\b")

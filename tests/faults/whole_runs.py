@@ -1,10 +1,10 @@
-"""Every command once, well and badly, under a tool that watches the process: what leaks, what races.
+"""Every command once, with good and bad input, under a leak or race detector.
 
     python -m tests.faults.whole_runs lsan|tsan|valgrind BINARY
 
-lsan and tsan are sanitizers that the binary was built with. A run fails when its exit code is not the one it has
-without the tool; the tools' own codes are others. All runs compute with one thread: libgomp's barriers are made of
-futexes, which neither TSan nor Helgrind can follow, so that with two every parallel loop is reported.
+lsan and tsan are sanitizers that the binary was built with. A run fails when its exit code differs from the one
+without the tool; the tools use codes of their own. All runs compute with one thread, because neither TSan nor Helgrind
+understands the futexes of libgomp's barriers, and with two threads would report every parallel loop.
 """
 
 import shutil
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.faults import test_faults
+from tests.faults.fault_case import byte_level_tokenizer, text, tiny
 from tests.faults.harness import ENVIRONMENT, ROOT
 from tests.lib.tiny import write_shard
 
@@ -31,10 +31,10 @@ TOOLS = {
 
 def prepare(folder):
     for name, seed, n in (("train_0", 1, 60), ("val_0", 3, 8)):
-        write_shard(folder / f"{name}.bin", np.frombuffer(test_faults.text(seed, n), np.uint8))
-    (folder / "tiny.ini").write_text(test_faults.tiny("."))
-    (folder / "bad.ini").write_text(test_faults.tiny(".").replace("lr =", "lrr ="))
-    (folder / "tokenizer.json").write_text(test_faults.byte_level_tokenizer())
+        write_shard(folder / f"{name}.bin", np.frombuffer(text(seed, n), np.uint8))
+    (folder / "tiny.ini").write_text(tiny("."))
+    (folder / "bad.ini").write_text(tiny(".").replace("lr =", "lrr ="))
+    (folder / "tokenizer.json").write_text(byte_level_tokenizer())
     (folder / "no.json").write_text("{")
     (folder / "blocked" / "samples.txt").mkdir(parents=True)
 
@@ -53,8 +53,8 @@ def train(*overrides):
 
 GOOD = [
     (0, train("train.steps=4")),
-    (0, train("train.steps=8")),  # goes on
-    (0, train("train.steps=8")),  # is through
+    (0, train("train.steps=8")),  # resumes
+    (0, train("train.steps=8")),  # finished already
     (0, ["eval", "run", "data.val=val_0.bin"]),
     (0, ["generate", "run/best", "--prompt", "anna", "--tokens", "3", "--top-k", "4"]),
     (0, ["info", "run"]),
@@ -71,7 +71,7 @@ BAD = [
 
 
 def main(tool, binary, commands=None):
-    """Returns what went wrong, one text each."""
+    """Returns a text for each failure."""
     wrong, binary = [], str(Path(binary).resolve())
     with tempfile.TemporaryDirectory(prefix="iha_whole_runs_") as folder:
         folder = Path(folder)
@@ -79,7 +79,7 @@ def main(tool, binary, commands=None):
         for i, (code, args) in enumerate(commands or GOOD + BAD):
             if i == len(GOOD):
                 damage(folder)
-            process = subprocess.Popen([*TOOLS[tool], binary, *args], cwd=folder, env={**ENVIRONMENT, **CODES},
+            process = subprocess.Popen([*TOOLS[tool], binary, *args], cwd=folder, env={**ENVIRONMENT, **TOOL_ENVIRONMENT},
                                        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             if "run.dir=stopped" in args:
                 stop(process, folder / "stopped" / "metrics.jsonl")
@@ -96,8 +96,8 @@ def stop(process, metrics):
     process.send_signal(signal.SIGTERM)
 
 
-# eval and the like take all processors unless told otherwise.
-CODES = {"OMP_NUM_THREADS": "1", "LSAN_OPTIONS": "exitcode=86", "ASAN_OPTIONS": "exitcode=86",
+# eval and others use all cores by default.
+TOOL_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "LSAN_OPTIONS": "exitcode=86", "ASAN_OPTIONS": "exitcode=86",
          "TSAN_OPTIONS": "exitcode=66"}
 
 if __name__ == "__main__":

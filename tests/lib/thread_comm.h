@@ -1,6 +1,6 @@
 /* Ranks as threads of one process, for tests: a communicator that does everything as late as it may. A
- * collective reads and writes no byte before every rank waits for it, so whoever touches a buffer in flight
- * gets wrong numbers, every time. */
+ * collective reads and writes nothing until every rank waits for it, so code that touches a buffer in
+ * flight gets wrong numbers every time. */
 #ifndef IHA_TESTS_LIB_THREAD_COMM_H
 #define IHA_TESTS_LIB_THREAD_COMM_H
 
@@ -24,18 +24,19 @@ struct thread_world {
     int ranks;
     pthread_barrier_t barrier;
     struct thread_collective events[THREAD_RANKS][THREAD_EVENTS];
-    const void *given[THREAD_RANKS];
+    const void *sent[THREAD_RANKS]; /* of an all_gather_host */
 };
 
 struct thread_comm {
     struct comm base;
     struct thread_world *world;
     comm_event last;
-    void (*on_start)(struct thread_comm *, enum collective); /* NULL, or what a test watches with */
+    void (*on_start)(struct thread_comm *,
+                     enum collective); /* called when a collective starts; may be NULL */
     _Alignas(16) char small_buffer[THREAD_RANKS * COMM_SMALL_BYTES];
 };
 
-static void meet(struct comm *c) {
+static void thread_barrier(struct comm *c) {
     pthread_barrier_wait(&((struct thread_comm *)c)->world->barrier);
 }
 
@@ -59,8 +60,8 @@ static comm_event thread_all_gather(struct comm *c, tensor buffer) {
     return thread_start(c, (struct thread_collective){ALL_GATHER, buffer, tensor_none(), false, false});
 }
 
-/* What rank r's buffer holds for share s, float by float. */
-static const float *share_of(struct thread_world *w, comm_event event, int r, int s) {
+/* Share s of rank r's buffer. */
+static const float *thread_share(struct thread_world *w, comm_event event, int r, int s) {
     tensor b = w->events[r][event].buffer;
     return (const float *)b.data + s * tensor_count(b) / w->ranks;
 }
@@ -72,30 +73,30 @@ static void thread_wait(struct comm *c, comm_event event) {
         return;
     int64_t n = tensor_count(mine->buffer) / c->ranks, count = mine->kind == ALL_GATHER ? n * c->ranks : n;
     float *result = calloc((size_t)count, sizeof *result);
-    meet(c);
+    thread_barrier(c);
     for (int r = 0; r < c->ranks; r++)
         for (int64_t i = 0; i < n; i++) {
             if (mine->kind == ALL_GATHER)
-                result[r * n + i] = share_of(t->world, event, r, r)[i];
+                result[r * n + i] = thread_share(t->world, event, r, r)[i];
             else
-                result[i] += share_of(t->world, event, r, c->rank)[i];
+                result[i] += thread_share(t->world, event, r, c->rank)[i];
         }
-    meet(c);
+    thread_barrier(c);
     float *out = mine->kind == ALL_GATHER ? mine->buffer.data : mine->piece.data;
     for (int64_t i = 0; i < count; i++)
         out[i] = mine->accumulate ? out[i] + result[i] : result[i];
     mine->done = true;
     free(result);
-    meet(c);
+    thread_barrier(c);
 }
 
 static void thread_all_gather_host(struct comm *c, const void *mine, void *all, size_t bytes) {
     struct thread_comm *t = (struct thread_comm *)c;
-    t->world->given[c->rank] = mine;
-    meet(c);
+    t->world->sent[c->rank] = mine;
+    thread_barrier(c);
     for (int r = 0; r < c->ranks; r++)
-        memcpy((char *)all + (size_t)r * bytes, t->world->given[r], bytes);
-    meet(c);
+        memcpy((char *)all + (size_t)r * bytes, t->world->sent[r], bytes);
+    thread_barrier(c);
 }
 
 static void thread_all_reduce(struct comm *c, double *values, int count) {

@@ -1,5 +1,5 @@
-/* The collectives between ranks that are threads of this process and talk over TCP: every result to the bit,
- * in each type that gradients travel in, and the bytes that travel. */
+/* Collectives over TCP between ranks that are threads of this process: every result bit for bit, in each
+ * type in which gradients are sent, and the number of bytes sent. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -16,7 +16,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include "kernels/comm/comm_internal.h"
+#include "kernels/comm/comm_p2p.h"
 #include "kernels/comm/launcher.h"
 
 enum { MOST_RANKS = 3, N = 5003 /* elements of a share; more than one block of a sum */ };
@@ -24,7 +24,7 @@ enum { MOST_RANKS = 3, N = 5003 /* elements of a share; more than one block of a
 /* ---- a transport that counts ---- */
 
 struct counter {
-    struct transport base; /* what comm_p2p.c sees: the inner one's, but for the operations */
+    struct transport base; /* a copy of the inner one's with other operations */
     struct transport *inner;
     size_t sent;
 };
@@ -55,8 +55,8 @@ static void count_pause(struct transport *t, double seconds) {
     inner(t)->ops->pause(inner(t), seconds);
 }
 
-static void count_end(struct transport *t, const char *line) {
-    inner(t)->ops->end(inner(t), line);
+static void count_abort_run(struct transport *t, const char *line) {
+    inner(t)->ops->abort_run(inner(t), line);
 }
 
 static void count_close(struct transport *t) {
@@ -65,21 +65,20 @@ static void count_close(struct transport *t) {
 
 static void counter_open(struct counter *c, struct transport *t) {
     static const struct transport_ops ops = {.name = "counter",
-                                             .closes_alone = true,
+                                             .close_needs_barrier = true,
                                              .reserve = count_reserve,
                                              .receive = count_receive,
                                              .send = count_send,
                                              .test = count_test,
                                              .pause = count_pause,
-                                             .end = count_end,
+                                             .abort_run = count_abort_run,
                                              .close = count_close,
                                              .release = count_close};
     *c = (struct counter){.base = *t, .inner = t};
     c->base.ops = &ops;
 }
 
-/* ---- ranks as threads
- * -------------------------------------------------------------------------------------- */
+/* ---- ranks as threads ---- */
 
 struct job {
     int rank, ranks, port;
@@ -91,8 +90,8 @@ struct job {
     size_t reduced; /* bytes sent by one reduce_scatter */
 };
 
-/* What a rank gives at a place: of many magnitudes, so that another order of sums has other bits, and such
- * that bf16 has to round up, down and to even; and what is no finite number. */
+/* A rank's value at an index: of many magnitudes, so that another order of summation gives other bits;
+ * some round to bf16 up, down and to even; some are infinite or NaN. */
 static double given(const struct job *j, int rank, int64_t i) {
     if (i % 1000 == 7)
         return rank == 1 ? (double)INFINITY : 1;
@@ -167,7 +166,7 @@ static void scatter(struct job *j) {
     free(apart);
 }
 
-/* More at once than are in flight, waited for in no order. */
+/* More collectives at once than can be in flight, waited for in another order. */
 static void gather(struct job *j) {
     enum { AT_ONCE = 5 };
     static const int order[AT_ONCE] = {4, 0, 3, 1, 2};
@@ -203,9 +202,12 @@ static void sum(struct job *j) {
 static void *run_rank(void *context) {
     struct job *j = context;
     struct error e = {0};
-    struct start s = {
-        .rank = j->rank, .ranks = j->ranks, .address = "127.0.0.1", .port = j->port, .token = 7};
-    struct transport *t = transport_tcp_open(&s, 20, &e);
+    struct launcher_env env = {.rank = j->rank,
+                               .ranks = j->ranks,
+                               .master_addr = "127.0.0.1",
+                               .master_port = j->port,
+                               .run_token = 7};
+    struct transport *t = transport_tcp_open(&env, 20, &e);
     if (!t || (counter_open(&j->counter, t), !(j->comm = comm_p2p_open(&j->counter.base, &e))) ||
         j->comm->ops->reserve(j->comm, (int64_t)j->ranks * N, j->dtype, j->wire, &e) != 0) {
         fprintf(stderr, "%s\n", e.text);
@@ -233,9 +235,12 @@ static int free_port(void) {
 
 static struct comm *open_rank(struct job *j) {
     struct error e = {0};
-    struct start s = {
-        .rank = j->rank, .ranks = j->ranks, .address = "127.0.0.1", .port = j->port, .token = 7};
-    struct comm *c = comm_p2p_open(transport_tcp_open(&s, 20, &e), &e);
+    struct launcher_env env = {.rank = j->rank,
+                               .ranks = j->ranks,
+                               .master_addr = "127.0.0.1",
+                               .master_port = j->port,
+                               .run_token = 7};
+    struct comm *c = comm_p2p_open(transport_tcp_open(&env, 20, &e), &e);
     if (!c)
         fprintf(stderr, "%s\n", e.text);
     return c;
@@ -263,7 +268,7 @@ static size_t check(int ranks, enum dtype dtype, enum dtype wire, bool in_place,
     return jobs[0].reduced;
 }
 
-static void every_sum_is_in_rank_order(void **state) {
+static void sums_are_in_rank_order(void **state) {
     (void)state;
     for (int ranks = 2; ranks <= MOST_RANKS; ranks++)
         for (int wire = 0; wire < 2; wire++) {
@@ -278,8 +283,9 @@ static void every_sum_is_in_rank_order(void **state) {
 
 /* ---- ranks as processes, for those that end ---- */
 
-/* Each rank does `what` in a process of its own, and all have to end with exit code 1. What they say. */
-static void run_to_the_end(int ranks, void (*what)(struct comm *), char *said, size_t room) {
+/* Run `what` on each rank, in a process of its own; all must end with exit code 1. What they print goes to
+ * `output`. */
+static void run_until_exit(int ranks, void (*what)(struct comm *), char *output, size_t size) {
     int pipes[2], status, port = free_port();
     size_t used = 0;
     assert_int_equal(pipe(pipes), 0);
@@ -299,13 +305,13 @@ static void run_to_the_end(int ranks, void (*what)(struct comm *), char *said, s
     }
     close(pipes[1]);
     for (ssize_t n = 1; n > 0; used += (size_t)n)
-        n = read(pipes[0], said + used, room - 1 - used);
-    said[used] = '\0';
+        n = read(pipes[0], output + used, size - 1 - used);
+    output[used] = '\0';
     close(pipes[0]);
     for (int r = 0; r < ranks; r++) {
         assert_true(wait(&status) > 0);
         if (!WIFEXITED(status) || WEXITSTATUS(status) != EXIT_RUN)
-            fail_msg("status %x: %s", (unsigned)status, said);
+            fail_msg("status %x: %s", (unsigned)status, output);
     }
 }
 
@@ -314,64 +320,64 @@ static void barrier(struct comm *c) {
     c->ops->all_gather_host(c, "", all, 1);
 }
 
-static void last_gives_up(struct comm *c) {
+static void last_rank_aborts(struct comm *c) {
     barrier(c);
     if (c->rank == c->ranks - 1)
-        c->ops->abort_run(c, "the roof is gone");
+        c->ops->abort_run(c, "out of luck");
     barrier(c);
 }
 
-/* Rank 1 is a collective ahead, and of another size. */
-static void lose_step(struct comm *c) {
+/* Rank 1 exchanges another number of bytes. */
+static void differing_sizes(struct comm *c) {
     char all[64];
     barrier(c);
     c->ops->all_gather_host(c, all, all, c->rank == 1 ? 16 : 8);
 }
 
-/* Before what it did last can be known to be all. */
-static void last_dies_at_the_end(struct comm *c) {
+/* Before the other ranks have closed their communicators. */
+static void last_rank_dies_before_close(struct comm *c) {
     barrier(c);
     if (c->rank == c->ranks - 1)
         _exit(EXIT_RUN);
     c->ops->close(c);
 }
 
-/* The number of lines, and that one of them holds the words. */
-static void check_said(const char *said, const char *words) {
+/* Exactly one line, which contains `words`. */
+static void check_one_line(const char *output, const char *words) {
     int lines = 0;
-    for (const char *at = said; (at = strstr(at, "train_iha: ")); at++)
+    for (const char *at = output; (at = strstr(at, "train_iha: ")); at++)
         lines++;
-    if (lines != 1 || !strstr(said, words))
-        fail_msg("\"%s\" is not one line with \"%s\"", said, words);
+    if (lines != 1 || !strstr(output, words))
+        fail_msg("\"%s\" is not one line with \"%s\"", output, words);
 }
 
-static void one_rank_ends_the_run(void **state) {
+static void one_rank_aborts_the_run(void **state) {
     (void)state;
-    char said[4096], host[256] = "", words[400];
+    char output[4096], host[256] = "", words[400];
     gethostname(host, sizeof host - 1);
-    snprintf(words, sizeof words, "\ntrain_iha: rank %d (%s): the roof is gone\n", MOST_RANKS - 1, host);
-    run_to_the_end(MOST_RANKS, last_gives_up, said, sizeof said);
-    check_said(said, words);
+    snprintf(words, sizeof words, "\ntrain_iha: rank %d (%s): out of luck\n", MOST_RANKS - 1, host);
+    run_until_exit(MOST_RANKS, last_rank_aborts, output, sizeof output);
+    check_one_line(output, words);
 }
 
-static void nobody_leaves_before_all_have_come_to_the_end(void **state) {
+static void no_rank_ends_before_all_have_closed(void **state) {
     (void)state;
-    char said[4096], words[80];
-    run_to_the_end(MOST_RANKS, last_dies_at_the_end, said, sizeof said);
-    check_said(said, "the end of the run failed: ");
-    /* It "has gone", or with what it was sent unread, its connection "is lost". */
+    char output[4096], words[80];
+    run_until_exit(MOST_RANKS, last_rank_dies_before_close, output, sizeof output);
+    check_one_line(output, "the end of the run failed: ");
+    /* It "has ended"; or the connection to it is lost, when it had unread data. */
     snprintf(words, sizeof words, "rank %d (", MOST_RANKS - 1);
-    assert_non_null(strstr(said, words));
+    assert_non_null(strstr(output, words));
 }
 
 static void ranks_out_of_step_are_found(void **state) {
     (void)state;
-    char said[4096];
-    run_to_the_end(2, lose_step, said, sizeof said);
-    assert_true(strstr(said, " sent message 2 of ") != NULL);
+    char output[4096];
+    run_until_exit(2, differing_sizes, output, sizeof output);
+    assert_true(strstr(output, " sent message 2 of ") != NULL);
 }
 
-static void staging_is_what_was_announced(void **state) {
+static void staging_memory_is_as_documented(void **state) {
     (void)state;
     assert_int_equal(comm_staging_bytes(100, DTYPE_F32, DTYPE_F32), COMM_IN_FLIGHT * 400);
     assert_int_equal(comm_staging_bytes(100, DTYPE_F64, DTYPE_F32), COMM_IN_FLIGHT * 800);
@@ -380,11 +386,11 @@ static void staging_is_what_was_announced(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(every_sum_is_in_rank_order),
-        cmocka_unit_test(one_rank_ends_the_run),
-        cmocka_unit_test(nobody_leaves_before_all_have_come_to_the_end),
+        cmocka_unit_test(sums_are_in_rank_order),
+        cmocka_unit_test(one_rank_aborts_the_run),
+        cmocka_unit_test(no_rank_ends_before_all_have_closed),
         cmocka_unit_test(ranks_out_of_step_are_found),
-        cmocka_unit_test(staging_is_what_was_announced),
+        cmocka_unit_test(staging_memory_is_as_documented),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

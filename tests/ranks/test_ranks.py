@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Several ranks: the same curve as one process, whatever the stage; memory that falls; checkpoints that any number of
-ranks continues.
+"""Several ranks over MPI: the same losses as one process in every ZeRO stage, memory that falls with the stage, and
+checkpoints that resume on any number of ranks.
 
     make && python -m unittest tests.ranks.test_ranks
 """
 
-import os
 import re
 import shutil
 import subprocess
@@ -15,13 +14,14 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.cli.test_cli import BINARY, ENVIRONMENT, TIMEOUT, Case, losses, lines_of, step_dir, val_losses, without_timings
+from tests.lib.ranks import AS_ROOT, MPIRUN
+from tests.lib.runs import BINARY, ENVIRONMENT, TIMEOUT, Case, lines_of, losses, step_dir, val_losses, \
+    without_timings
 
-# Ranks share this machine's processors, whoever the user is.
-MPI = {**ENVIRONMENT, "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+MPI = {**ENVIRONMENT, **AS_ROOT}
 COMMON = ["train.seq_len=16", "model.max_position_embeddings=32", "train.micro_batch=1", "train.batch_tokens=128",
           "train.steps=8", "system.threads=1", "run.eval_every=4", "run.eval_batches=5", "run.save_every=4"]
-# The other choice at every fork: untied and biased, so that every unit has something of its own.
+# Another value of every model option: with biases and untied embeddings every unit has parameters of its own.
 OTHER = ["model.tie_word_embeddings=false", "model.bias=true", "model.norm=layernorm", "model.activation=swiglu",
          "model.position_embedding=learned", "model.num_hidden_layers=5", "model.layer_pattern=iha_global mha_global"]
 
@@ -29,8 +29,8 @@ OTHER = ["model.tie_word_embeddings=false", "model.bias=true", "model.norm=layer
 @unittest.skipUnless(shutil.which("mpirun"), "mpirun is not installed: run make deps")
 class Ranks(Case):
     def on(self, ranks, run_dir, *overrides, command="train", what=None, status=0):
-        """Run on so many ranks; returns the CompletedProcess."""
-        launch = ["mpirun", "--oversubscribe", "--bind-to", "none", "-np", str(ranks)] if ranks > 1 else []
+        """Run on so many ranks. Returns the CompletedProcess."""
+        launch = [*MPIRUN, "-np", str(ranks)] if ranks > 1 else []
         where = [f"run.dir={run_dir}"] if command == "train" else []
         p = subprocess.run([*launch, BINARY, command, str(what or self.config), *where, *overrides], env=MPI, text=True,
                            capture_output=True, timeout=TIMEOUT, stdin=subprocess.DEVNULL, cwd=self.tmp)
@@ -40,8 +40,8 @@ class Ranks(Case):
     def weights(self, run_dir, step):
         return load_file(step_dir(run_dir, step) / "model.safetensors")
 
-    def assertSameCurve(self, one, many):
-        """Equal to the order of floating-point sums: parameters differ by some roundings of the largest."""
+    def assert_same_losses(self, one, many):
+        """Equal but for the order of floating-point sums."""
         np.testing.assert_allclose(losses(many), losses(one), rtol=2e-6)
         a, b = val_losses(one), val_losses(many)
         self.assertEqual(a.keys(), b.keys())
@@ -53,7 +53,7 @@ class Ranks(Case):
                 error = np.linalg.norm(many_weights[name] - x) / np.linalg.norm(x)
                 self.assertLess(error, 1e-4, name)
 
-    def test_the_curve_is_one_process_s(self):
+    def test_losses_are_those_of_one_process(self):
         for label, model in (("plain", []), ("other", OTHER)):
             one = self.tmp / f"{label}_one"
             self.on(1, one, *COMMON, *model)
@@ -63,11 +63,11 @@ class Ranks(Case):
                     many = self.tmp / f"{label}_{ranks}_{stage}"
                     p = self.on(ranks, many, *COMMON, *model, f"system.zero_stage={stage}")
                     self.assertIn(f"{ranks} ranks over mpi, zero_stage {stage}", p.stderr)
-                    self.assertSameCurve(one, many)
+                    self.assert_same_losses(one, many)
                     self.assertEqual(len(list(step_dir(many, 8).glob("optimizer-*"))), ranks)
 
-    def test_stages_agree_to_the_bit(self):
-        """One pass a step: all stages add the same numbers in the same order."""
+    def test_stages_agree_bit_for_bit(self):
+        """With one pass a step all stages add the same numbers in the same order."""
         files = []
         for stage in (0, 1, 2):
             run = self.tmp / f"bits_{stage}"
@@ -90,8 +90,8 @@ class Ranks(Case):
             for name in a:
                 self.assertLess(np.linalg.norm(a[name] - b[name]), 1e-4 * np.linalg.norm(a[name]), name)
 
-    def test_any_number_of_ranks_resumes(self):
-        """4 steps on two ranks, then 4 on so many: as if it had been those two all along."""
+    def test_resuming_on_any_number_of_ranks(self):
+        """4 steps on two ranks, then 4 on another number: the same losses as 8 steps on two."""
         whole = self.tmp / "whole"
         self.on(2, whole, *COMMON, *OTHER)
         for ranks, stage in ((1, 1), (2, 0), (2, 1), (2, 2), (3, 0), (4, 0), (4, 2)):
@@ -100,22 +100,22 @@ class Ranks(Case):
                 shutil.copytree(whole, run, symlinks=True)
                 shutil.rmtree(step_dir(run, 8))
                 batch = ["train.batch_tokens=128"] if ranks != 3 else []
-                if ranks == 3:  # 128 tokens do not divide by 3 ranks of 16: refused, and nothing lost
+                if ranks == 3:  # 128 tokens are not a multiple of 3 ranks of 16: refused, nothing lost
                     p = self.on(3, run, *COMMON, *OTHER, status=2)
                     self.assertIn("batch_tokens = 128 is not a multiple", p.stderr)
                     self.assertEqual(p.stderr.count("train_iha: "), 1, p.stderr)
                     continue
                 p = self.on(ranks, run, *COMMON, *OTHER, *batch, f"system.zero_stage={stage}")
                 self.assertIn("resuming from", p.stderr)
-                self.assertSameCurve(whole, run)
+                self.assert_same_losses(whole, run)
                 if (ranks, stage) in ((2, 0), (2, 1)):
                     self.assertEqual((step_dir(run, 8) / "model.safetensors").read_bytes(),
                                      (step_dir(whole, 8) / "model.safetensors").read_bytes())
                     self.assertEqual(without_timings(lines_of(run / "metrics.jsonl")),
                                      without_timings(lines_of(whole / "metrics.jsonl")))
 
-    def test_stage_0_resumes_to_the_bit(self):
-        """Every rank updates everything, so every rank must get everything back."""
+    def test_stage_0_resumes_bit_for_bit(self):
+        """Every rank updates all parameters, so every rank must load all moments."""
         for ranks in (2, 4):
             parts = self.tmp / f"replicas_parts_{ranks}"
             for steps in (3, 8):
@@ -125,15 +125,15 @@ class Ranks(Case):
                 self.assertEqual((step_dir(parts, 8) / name).read_bytes(),
                                  (step_dir(self.tmp / f"replicas_constant_{ranks}", 8) / name).read_bytes(), name)
 
-    def test_ranks_with_other_files(self):
-        """Another configuration, other data, or no shared run.dir on one rank: refused before the first step."""
+    def test_ranks_with_different_settings_or_data_are_refused(self):
+        """Before the first step."""
         other = self.tmp / "other.ini"
         other.write_text(Path(self.config).read_text().replace("lr = 1e-2", "lr = 1e-3"))
         data = self.tmp / "otherdata.ini"
         data.write_text(Path(self.config).read_text().replace("train_*.bin", "val_*.bin"))
         for config, message in ((other, "rank 1: its configuration differs from rank 0's"),
                                 (data, "rank 1: ")):
-            p = subprocess.run(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "1", BINARY, "train",
+            p = subprocess.run([*MPIRUN, "-np", "1", BINARY, "train",
                                 str(self.config), f"run.dir={self.tmp}/alike", *COMMON, ":", "-np", "1", BINARY, "train",
                                 str(config), f"run.dir={self.tmp}/alike", *COMMON], env=MPI, text=True,
                                capture_output=True, timeout=TIMEOUT, cwd=self.tmp)
@@ -141,19 +141,19 @@ class Ranks(Case):
             self.assertIn(message, p.stderr)
         self.assertFalse((self.tmp / "alike" / "metrics.jsonl").exists())
 
-    def test_ranks_with_other_shards_of_the_same_names(self):
+    def test_ranks_with_different_shards_of_the_same_names_are_refused(self):
         here, there = self.tmp / "here", self.tmp / "there"
         for folder, name in ((here, "train_0.bin"), (there, "train_1.bin")):
             folder.mkdir()
             shutil.copy(self.data / name, folder / "shard.bin")
         command = [BINARY, "train", str(self.config), f"run.dir={self.tmp}/named", "data.train=shard.bin", *COMMON]
-        p = subprocess.run(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "1", "-wdir", str(here), *command,
+        p = subprocess.run([*MPIRUN, "-np", "1", "-wdir", str(here), *command,
                             ":", "-np", "1", "-wdir", str(there), *command], env=MPI, text=True, capture_output=True,
                            timeout=TIMEOUT, cwd=self.tmp)
         self.assertEqual(p.returncode, 2, p.stderr)
         self.assertIn("rank 1: its training or validation data differs from rank 0's", p.stderr)
 
-    def test_a_rank_s_optimizer_file_is_missing(self):
+    def test_missing_optimizer_file_of_a_rank(self):
         run = self.tmp / "missing"
         self.on(2, run, *COMMON)
         (step_dir(run, 8) / "optimizer-00001-of-00002.safetensors").unlink()
@@ -161,7 +161,7 @@ class Ranks(Case):
         self.assertIn("optimizer-00001-of-00002.safetensors", p.stderr)
         self.assertIn("resuming from " + str(step_dir(run, 4)), p.stderr)
 
-    def test_eval_on_ranks(self):
+    def test_eval_on_several_ranks(self):
         run = self.tmp / "evaluated"
         self.on(1, run, *COMMON)
         values = []
@@ -172,33 +172,32 @@ class Ranks(Case):
         self.assertEqual(values[0][2], values[1][2])
         self.assertAlmostEqual(float(values[0][1]), float(values[1][1]), places=6)
 
-    def test_memory_is_what_info_announces(self):
-        """Peak memory of each rank, from a model whose numbers outweigh the libraries."""
+    def test_memory_is_what_info_estimates(self):
+        """Peak memory of each rank, with a model that is large against the libraries."""
         large = ["model.vocab_size=40000", "model.hidden_size=512", "model.num_hidden_layers=6",
                  "model.num_attention_heads=4", "model.intermediate_size=2048", "train.steps=2",
                  "train.batch_tokens=32", "run.save_every=0", "run.eval_every=0", "data.tokenizer=none"]
         p = subprocess.run([BINARY, "info", self.config, *COMMON, *large], capture_output=True, text=True, env=MPI,
                            cwd=self.tmp)
         row = re.search(r"^ +2 +([\d.]+) +([\d.]+) +([\d.]+)$", p.stdout, re.M)
-        announced = [float(x) for x in row.groups()]
-        self.assertGreater(announced[0], 1.25 * announced[1])
-        # The measuring shell runs in the rank's place and asks the system about its child.
+        estimated = [float(x) for x in row.groups()]
+        self.assertGreater(estimated[0], 1.25 * estimated[1])
+        # mpirun starts a Python process, which runs the rank as its child and reports the child's peak memory.
         measure = ("import resource, subprocess, sys; status = subprocess.run(sys.argv[1:]).returncode; "
                    "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, flush=True); sys.exit(status)")
-        # What the libraries take by being loaded; those of CUDA 200 MB.
+        # Memory of the loaded libraries alone; those of CUDA take 200 MB.
         p = subprocess.run(["python3", "-c", measure, BINARY, "--version"], capture_output=True, text=True, env=MPI)
         loaded = int(re.search(r"peak (\d+)", p.stdout)[1]) / 1e3 * 1.024
         for stage in (0, 1, 2):
             run = self.tmp / f"memory_{stage}"
-            p = subprocess.run(["mpirun", "--oversubscribe", "--bind-to", "none", "-np", "2", "python3", "-c", measure, BINARY,
-                                "train", self.config, f"run.dir={run}", *COMMON, *large, f"system.zero_stage={stage}"], capture_output=True, text=True, env=MPI, cwd=self.tmp, timeout=TIMEOUT)
+            p = subprocess.run([*MPIRUN, "-np", "2", "python3", "-c", measure, BINARY, "train", self.config,
+                                f"run.dir={run}", *COMMON, *large, f"system.zero_stage={stage}"],
+                               capture_output=True, text=True, env=MPI, cwd=self.tmp, timeout=TIMEOUT)
             self.assertEqual(p.returncode, 0, p.stderr)
             for peak in map(int, re.findall(r"peak (\d+)", p.stdout)):
-                self.assertLess(peak / 1e3 * 1.024, 1.1 * announced[stage] + loaded + 40, f"stage {stage}")
-                self.assertGreater(peak / 1e3 * 1.024, 0.8 * announced[stage] + loaded / 2, f"stage {stage}")
+                self.assertLess(peak / 1e3 * 1.024, 1.1 * estimated[stage] + loaded + 40, f"stage {stage}")
+                self.assertGreater(peak / 1e3 * 1.024, 0.8 * estimated[stage] + loaded / 2, f"stage {stage}")
 
-
-del Case  # its tests are test_cli's
 
 if __name__ == "__main__":
     unittest.main()

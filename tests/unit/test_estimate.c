@@ -95,12 +95,12 @@ static void check_flops(struct model_config model) {
             struct run_estimate p = estimate_of(&c, &o);
             double again = mode == RECOMPUTE_FULL ? passes * repeated_products(&model) : 0;
             const double *is = p.step.flops, tokens = (double)ROWS * passes;
-            expect_near("products", is[PAPER_MATMUL] + is[PAPER_CLASSIFIER] - again, tokens * f.matmul);
-            expect_near("classifier", is[PAPER_CLASSIFIER],
+            expect_near("products", is[ESTIMATE_MATMUL] + is[ESTIMATE_CLASSIFIER] - again, tokens * f.matmul);
+            expect_near("classifier", is[ESTIMATE_CLASSIFIER],
                         6 * tokens * (double)(model.vocab_size * model.hidden_size));
-            expect_near("attention", is[PAPER_ATTENTION],
+            expect_near("attention", is[ESTIMATE_ATTENTION],
                         tokens * f.attention * (mode == RECOMPUTE_FULL ? 4.0 / 3 : 1));
-            expect_near("mixing", is[PAPER_MIXING],
+            expect_near("mixing", is[ESTIMATE_MIXING],
                         tokens * f.mixing * (mode == RECOMPUTE_NONE ? 1 : 4.0 / 3));
         }
 }
@@ -137,7 +137,7 @@ static void a_product_takes_the_longer_of_its_two_times(void **state) {
         kernels_estimate()->linear(dev, &s, tensor_none(), tensor_none(), tensor_none(), tensor_none());
         struct estimate_totals a = estimate_totals(dev);
         assert_true(a.now == (bound ? 7 + 1 : 2 + 1));
-        assert_true(a.flops[PAPER_MATMUL] == 1024 && a.bytes[PAPER_MATMUL] == 448 && a.launches == 1);
+        assert_true(a.flops[ESTIMATE_MATMUL] == 1024 && a.bytes[ESTIMATE_MATMUL] == 448 && a.launches == 1);
         kernels_estimate()->close(dev);
     }
 }
@@ -155,8 +155,8 @@ static void backward_of_a_product_by_hand(void **state) {
                                             more ? some : tensor_none(), more);
         struct estimate_totals a = estimate_totals(dev);
         double dw = 2 * (128 + 32) + 4 * 64 * (more ? 2 : 1), dx = 2 * (128 + 64 + 32 * (more ? 2 : 1));
-        assert_true(a.flops[PAPER_MATMUL] == 2048 && a.bytes[PAPER_MATMUL] == dw + dx);
-        assert_true(a.bytes[PAPER_ELEMENTWISE] == (more ? 256 : 0) && a.launches == 2 + more);
+        assert_true(a.flops[ESTIMATE_MATMUL] == 2048 && a.bytes[ESTIMATE_MATMUL] == dw + dx);
+        assert_true(a.bytes[ESTIMATE_ELEMENTWISE] == (more ? 256 : 0) && a.launches == 2 + more);
         kernels_estimate()->close(dev);
     }
 }
@@ -228,13 +228,13 @@ static void mixing_moves_what_it_reads_and_writes(void **state) {
     const struct kernels *k = kernels_estimate();
     double want = 0;
     k->qkv_mix(dev, &s, t, t, t, t, t, 0, t, t, t);
-    assert_true(estimate_totals(dev).bytes[PAPER_MIXING] == (want += 3 * 4 * one));
+    assert_true(estimate_totals(dev).bytes[ESTIMATE_MIXING] == (want += 3 * 4 * one));
     k->qkv_mix_backward(dev, &s, t, t, t, t, t, t, t, t, t, t, t, t, false);
-    assert_true(estimate_totals(dev).bytes[PAPER_MIXING] == (want += 3 * 5 * one));
+    assert_true(estimate_totals(dev).bytes[ESTIMATE_MIXING] == (want += 3 * 5 * one));
     k->collapse(dev, &r, t, t, t);
-    assert_true(estimate_totals(dev).bytes[PAPER_MIXING] == (want += 4 * one));
+    assert_true(estimate_totals(dev).bytes[ESTIMATE_MIXING] == (want += 4 * one));
     k->collapse_backward(dev, &r, t, t, t, t, t, false);
-    assert_true(estimate_totals(dev).bytes[PAPER_MIXING] == (want += 7 * one));
+    assert_true(estimate_totals(dev).bytes[ESTIMATE_MIXING] == (want += 7 * one));
     expect_near("seconds", estimate_totals(dev).now, want / 50);
     k->close(dev);
 }
@@ -260,39 +260,39 @@ static void the_rest_moves_what_it_reads_and_writes(void **state) {
     const struct kernels *k = kernels_estimate();
     double seen = 0;
     k->residual_norm(dev, &norm, yes, no, yes, no, no, yes, NULL);
-    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 2 * one);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 2 * one);
     k->residual_norm(dev, &norm, yes, yes, yes, no, yes, yes, NULL);
-    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 4 * one);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 4 * one);
     k->residual_norm_recompute(dev, &norm, yes, yes, no, yes, NULL);
-    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 2 * one);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 2 * one);
     k->residual_norm_backward(dev, &norm, yes, yes, yes, NULL, yes, yes, no, false);
-    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 4 * one);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 4 * one);
     k->mlp_act(dev, &gelu, yes, no, yes);
-    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 2 * one);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 2 * one);
     k->mlp_act(dev, &swiglu, yes, yes, yes);
-    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 3 * one);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 3 * one);
     k->mlp_act_backward(dev, &gelu, yes, yes, no, yes, no);
-    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 3 * one);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 3 * one);
     k->mlp_act_backward(dev, &swiglu, yes, yes, yes, yes, yes);
-    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 5 * one);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 5 * one);
     k->embed(dev, &embed, yes, yes, no, 0, yes);
-    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 2 * one);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 2 * one);
     k->embed(dev, &embed, yes, yes, yes, 0, yes);
-    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 2 * one + 2 * positions);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 2 * one + 2 * positions);
     k->embed_backward(dev, &embed, yes, yes, yes, no); /* 4 bytes in and out for 2 of dx */
-    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == one + 4 * one);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == one + 4 * one);
     k->embed_backward(dev, &embed, yes, yes, yes, yes);
-    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == one + 4 * one + one + 8 * positions);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == one + 4 * one + one + 8 * positions);
     k->zero(dev, NULL, 77);
-    assert_true(added(dev, PAPER_ELEMENTWISE, &seen) == 77);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 77);
     seen = 0;
     tensor fp32 = tensor_of(&g, DTYPE_F32, 5, 0, 0, 0, 0), bf16 = tensor_of(&g, DTYPE_BF16, 5, 0, 0, 0, 0);
     k->sumsq(dev, fp32, NULL);
-    assert_true(added(dev, PAPER_OPTIMIZER, &seen) == 5 * 4);
+    assert_true(added(dev, ESTIMATE_OPTIMIZER, &seen) == 5 * 4);
     k->adamw(dev, NULL, NULL, 0, 0, fp32, bf16, fp32, fp32, fp32, NULL);
-    assert_true(added(dev, PAPER_OPTIMIZER, &seen) == 5 * (4 + 3 * 8 + 2));
+    assert_true(added(dev, ESTIMATE_OPTIMIZER, &seen) == 5 * (4 + 3 * 8 + 2));
     k->adamw(dev, NULL, NULL, 0, 0, fp32, no, fp32, fp32, fp32, NULL);
-    assert_true(added(dev, PAPER_OPTIMIZER, &seen) == 5 * (4 + 3 * 8));
+    assert_true(added(dev, ESTIMATE_OPTIMIZER, &seen) == 5 * (4 + 3 * 8));
     k->close(dev);
 }
 
@@ -308,11 +308,11 @@ static void a_classifier_works_in_chunks(void **state) {
     struct device *dev = device_with(&g, &o);
     kernels_estimate()->classifier(dev, &s, yes, yes, yes, 1, NULL, yes, yes, false);
     struct estimate_totals a = estimate_totals(dev);
-    expect_near("bytes", a.bytes[PAPER_CLASSIFIER], 5 * logits + 3 * h + 2 * 2 * w + 2 * w * 3);
-    expect_near("flops", a.flops[PAPER_CLASSIFIER], 6.0 * 8 * (1 << 18) * (1 << 11));
+    expect_near("bytes", a.bytes[ESTIMATE_CLASSIFIER], 5 * logits + 3 * h + 2 * 2 * w + 2 * w * 3);
+    expect_near("flops", a.flops[ESTIMATE_CLASSIFIER], 6.0 * 8 * (1 << 18) * (1 << 11));
     assert_int_equal(a.launches, 8);
     kernels_estimate()->classifier(dev, &s, yes, yes, yes, 1, NULL, no, no, false);
-    double more = estimate_totals(dev).bytes[PAPER_CLASSIFIER] - a.bytes[PAPER_CLASSIFIER];
+    double more = estimate_totals(dev).bytes[ESTIMATE_CLASSIFIER] - a.bytes[ESTIMATE_CLASSIFIER];
     expect_near("evaluation", more, 2 * logits + h + 2 * w);
     kernels_estimate()->close(dev);
 }
@@ -470,18 +470,18 @@ static void a_timeline_by_hand(void **state) {
     int64_t first = timeline_send(&t, MESSAGE_REDUCE_SCATTER, 4); /* 3 to 7 */
     timeline_compute(&t, 2);
     int64_t second = timeline_send(&t, MESSAGE_REDUCE_SCATTER, 1); /* ready at 5, but 7 to 8 */
-    assert_true(t.computed == 5 && t.carried == 8);
+    assert_true(t.compute_end == 5 && t.link_end == 8);
     timeline_wait(&t, 0);
-    assert_true(t.computed == 5);
+    assert_true(t.compute_end == 5);
     timeline_wait(&t, first);
-    assert_true(t.computed == 7 && t.exposed[MESSAGE_REDUCE_SCATTER] == 2);
+    assert_true(t.compute_end == 7 && t.exposed[MESSAGE_REDUCE_SCATTER] == 2);
     timeline_compute(&t, 5);
     timeline_wait(&t, second); /* arrived before */
-    assert_true(t.computed == 12 && t.exposed[MESSAGE_REDUCE_SCATTER] == 2);
+    assert_true(t.compute_end == 12 && t.exposed[MESSAGE_REDUCE_SCATTER] == 2);
     int64_t third = timeline_send(&t, MESSAGE_ALL_GATHER, 10); /* the link was idle: 12 to 22 */
     timeline_wait(&t, third);
     timeline_wait(&t, third);
-    assert_true(t.computed == 22 && t.exposed[MESSAGE_ALL_GATHER] == 10);
+    assert_true(t.compute_end == 22 && t.exposed[MESSAGE_ALL_GATHER] == 10);
     assert_true(t.moving[MESSAGE_REDUCE_SCATTER] == 5 && t.moving[MESSAGE_ALL_GATHER] == 10);
 }
 

@@ -1,9 +1,10 @@
-/* What the kernels of the backend's own attention share: who sees whom, where a head's rows lie, and how a
- * tile of them comes into shared memory and results go back.
+/* What the built-in attention kernels share: the mask, the layout of a head's rows in global memory, and
+ * loading tiles of rows into shared memory.
  *
- * The visible pairs form a band: the keys of a query are one interval, both of whose ends grow with the query
- * (attention_keys() in kernels/kernels.h), and so are the queries of a key. Hence the tiles that a run of
- * rows needs are one run as well, and the first and the last row tell whether a tile is wholly visible. */
+ * The visible pairs form a band: the keys that a query sees are one interval, both of whose ends grow with
+ * the query (attention_keys() in kernels/kernels.h), and so are the queries that see a key. So the tiles that
+ * a range of rows needs are one range as well, and the first and the last row decide whether a tile is wholly
+ * visible and needs no mask. */
 #ifndef IHA_KERNELS_CUDA_ATTENTION_ATTENTION_BAND_CUH
 #define IHA_KERNELS_CUDA_ATTENTION_ATTENTION_BAND_CUH
 
@@ -11,10 +12,10 @@
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/mma.cuh"
 
-/* ---- who sees whom ---- */
+/* ---- the mask ---- */
 
 struct band {
-    int length, pseudo, window /* 0: none */;
+    int length, pseudo /* P, for token masks */, window /* 0: none */;
     bool causal, token_mask;
 };
 
@@ -23,7 +24,7 @@ struct interval {
 };
 
 static inline struct band band_of(const struct attention_spec *s) {
-    bool windowed = s->window > 0 && s->window < s->length; /* a wider one hides nothing */
+    bool windowed = s->window > 0 && s->window < s->length; /* a wider one masks nothing */
     return {(int)s->length, (int)s->pseudo, windowed ? (int)s->window : 0, s->causal,
             s->token_mask && s->pseudo > 1};
 }
@@ -38,17 +39,17 @@ static __device__ __forceinline__ interval queries_of(const struct band &b, int 
     return {begin, b.window > 0 ? min(key + b.window, b.length) : b.length};
 }
 
-/* What a run of rows sees: at least one of them everything in `any`, all of them everything in `all`. Empty
- * for rows beyond the last. */
-struct sight {
+/* What a range of rows sees: `any` is the union of their intervals, `all` the intersection (empty when
+ * begin >= end). Both are empty for rows beyond the last. */
+struct visibility {
     interval any, all;
 };
 
-template <interval (*SEEN)(const struct band &, int)>
-static __device__ __forceinline__ sight sight_of(const struct band &b, int first, int rows) {
+template <interval (*VISIBLE)(const struct band &, int)>
+static __device__ __forceinline__ visibility visibility_of(const struct band &b, int first, int rows) {
     if (first >= b.length)
         return {{0, 0}, {0, 0}};
-    interval low = SEEN(b, first), high = SEEN(b, min(first + rows, b.length) - 1);
+    interval low = VISIBLE(b, first), high = VISIBLE(b, min(first + rows, b.length) - 1);
     return {{low.begin, high.end}, {high.begin, low.end}};
 }
 
@@ -61,7 +62,7 @@ static __device__ __forceinline__ bool contains(interval a, int begin, int count
 }
 
 #ifdef CUDA_EMULATOR
-/* Tiles visited since the program began, counted where kernels run on a CPU. */
+/* Tiles visited since the program began: tests check that those without a visible pair are skipped. */
 extern "C" int64_t cuda_attention_tiles;
 #endif
 
@@ -71,7 +72,7 @@ static __device__ __forceinline__ void count_tile() {
 #endif
 }
 
-/* ---- where rows lie ---- */
+/* ---- rows in global memory ---- */
 
 /* A [B,S,H,d] tensor; strides in elements. */
 template <typename T> struct rows {
@@ -87,7 +88,7 @@ template <typename T> static inline struct rows<T> rows_of(tensor t) {
     return {(T *)t.data, t.stride[0], t.stride[1], t.stride[2]};
 }
 
-/* May rows of these tensors be accessed 16 bytes at a time? */
+/* Whether rows of these tensors can be accessed 16 bytes at a time. */
 static inline bool
 rows_aligned(std::initializer_list<tensor> tensors) {
     for (const tensor &t : tensors) {
@@ -103,15 +104,18 @@ rows_aligned(std::initializer_list<tensor> tensors) {
 
 /* ---- tiles in shared memory ---- */
 
-/* Elements from one row of a tile to the next: 16 bytes more than D, so that rows start at different banks.
- */
+/* Elements from one row of a tile to the next. The 16 bytes of padding keep rows aligned for 16-byte accesses
+ * and let any 8 consecutive rows start at different banks: ldmatrix reads them without bank conflicts. */
 template <typename T, int D> constexpr int PITCH = D + VECTOR<T>;
 
-/* Begin to copy ROWS rows of a head, from `first`, into a tile; zeros beyond the last row and beyond d. The
- * caller commits, waits, and has a barrier. Unaligned rows are copied at once, an element at a time. */
+/* Start an asynchronous copy of ROWS rows of a head, from row `first`, into a tile; zeros beyond the last row
+ * and beyond d. The caller commits the group, waits for it and has a barrier before the tile is read.
+ * Unaligned rows are copied synchronously, an element at a time. */
 template <int ROWS, int D, int THREADS, typename T>
 static __device__ __forceinline__ void load_tile(T *tile, const T *head, int64_t stride, int first,
                                                  int length, int d, bool aligned) {
+    /* Neighbouring threads copy neighbouring vectors of a row (coalesced), each thread always the same
+     * column, so that only the row's address changes from step to step. */
     constexpr int V = VECTOR<T>, CHUNKS = D / V, STEP = THREADS / CHUNKS /* rows at once */;
     static_assert(THREADS % CHUNKS == 0, "a thread copies one column of vectors");
     static_assert(ROWS % STEP == 0 || ROWS < STEP, "whole steps");
@@ -121,7 +125,7 @@ static __device__ __forceinline__ void load_tile(T *tile, const T *head, int64_t
     if (ROWS < STEP && row >= ROWS)
         return;
     if (!aligned) {
-#pragma unroll 1
+#pragma unroll 1 /* the rare case: short code rather than fast */
         for (; row < ROWS; row += STEP, from += STEP * stride, to += STEP * PITCH<T, D>)
 #pragma unroll 1
             for (int j = 0; j < V; j++)

@@ -2,15 +2,16 @@
  *
  *     dV = P^T dO       dS = P (dO V^T - delta)       dK = scale dS^T Q       dQ = scale dS K
  *
- * Two kernels, so that every sum is taken by one warp in one order, and two runs give the same bits: `keys`
- * owns a tile of keys and walks the queries that see it, for dK and dV; `queries` owns a tile of queries and
- * walks its keys, for dQ. Both compute the scores and dO V^T, so there are 7 products where one kernel that
- * adds to dQ atomically has 5: 1.4 times the work is the price of determinism without memory that grows with
- * the square of S.
+ * Two kernels, so that every sum is computed by one warp in a fixed order and is bit-identical from run to
+ * run: a block of attention_backward_dkdv has a tile of keys and loops over the queries that see it; a block
+ * of attention_backward_dq has a tile of queries and loops over its keys. Both compute the scores and dO V^T,
+ * so there are 7 products where a single kernel that adds to dQ atomically has 5: determinism costs 1.4 times
+ * the work, but no memory that grows with the square of S.
  *
- * Both have the same form: two tiles that stay (K and V, or Q and dO), two that stream by (Q and dO, or K and
- * V) through two buffers each, one being copied while the other is used. A warp's rows are those of the tiles
- * that stay, so that P and dS, rounded to bf16, are in registers what the next product takes as A.
+ * Both have the same form: two tiles stay in shared memory (K and V, or Q and dO), two are streamed (Q and
+ * dO, or K and V) through two buffers each, one being copied while the other is used. A warp's rows are rows
+ * of the tiles that stay, so P and dS, rounded to bf16, are in registers in the layout of the next product's
+ * A.
  *
  * Saved from forward: lse, fp32 [B,H,S]. Workspace: delta, fp32 [B,H,S]. */
 #include "kernels/cuda/attention/attention_mma.cuh"
@@ -20,14 +21,14 @@
 enum { THREADS = 128, WARPS = THREADS / 32 };
 
 template <int D> struct backward_shape {
-    static constexpr int M = D <= 64 ? 2 : 1; /* tiles of 16 rows a warp */
+    static constexpr int M = D <= 64 ? 2 : 1; /* tiles of 16 rows a warp; dK and dV take M OUT registers */
     static constexpr int WARP_ROWS = 16 * M;
     static constexpr int ROWS = WARPS * WARP_ROWS;
-    static constexpr int COLUMNS = D <= 128 ? 32 : 16;  /* rows of the tiles that stream by */
-    static constexpr int OUT = D <= 128 ? D : 128;      /* columns of dK and dV that a block sums */
-    static constexpr int UNROLL = D == 64 ? 2 : D / 16; /* for `keys`, which would need a register too many */
-    static constexpr bool REGISTERS = D == 128;         /* `queries` has enough to keep Q and dO in */
-    static constexpr int BLOCKS = D <= 128 ? 2 : 1;     /* a multiprocessor; bounds the registers */
+    static constexpr int COLUMNS = D <= 128 ? 32 : 16; /* rows of the streamed tiles; SHARED sets the limit */
+    static constexpr int OUT = D <= 128 ? D : 128;     /* columns of dK and dV that a block computes */
+    static constexpr int UNROLL = D == 64 ? 2 : D / 16; /* of the dK, dV kernel; more would spill registers */
+    static constexpr bool REGISTERS = D == 128;         /* the dQ kernel has enough to hold Q and dO */
+    static constexpr int BLOCKS = D <= 128 ? 2 : 1;     /* per SM; limits registers a thread */
     static constexpr int SHARED = (2 * ROWS + 4 * COLUMNS) * PITCH<bf16, D> * (int)sizeof(bf16);
     static_assert(SHARED <= 99 << 10, "what every GPU since sm_80 gives a block");
 };
@@ -42,30 +43,30 @@ struct backward_args {
     const float *lse, *delta;
 };
 
-/* The two tiles that stream by, and where they come from. */
-template <int D> struct stream {
+/* The two streamed tiles, double-buffered, and the rows in global memory they are loaded from. */
+template <int D> struct streamed_tiles {
     const bf16 *x, *y;
     int64_t x_stride, y_stride;
     bf16 *tiles;
 
     static constexpr int SIZE = backward_shape<D>::COLUMNS * PITCH<bf16, D>;
 
-    __device__ __forceinline__ bf16 *tile_x(int turn) const {
-        return tiles + turn % 2 * 2 * SIZE;
+    __device__ __forceinline__ bf16 *tile_x(int iteration) const {
+        return tiles + iteration % 2 * 2 * SIZE;
     }
 
-    __device__ __forceinline__ bf16 *tile_y(int turn) const {
-        return tile_x(turn) + SIZE;
+    __device__ __forceinline__ bf16 *tile_y(int iteration) const {
+        return tile_x(iteration) + SIZE;
     }
 
-    __device__ __forceinline__ void load(const backward_args &a, int turn, int first) const {
+    __device__ __forceinline__ void load(const backward_args &a, int iteration, int first) const {
         constexpr int COLUMNS = backward_shape<D>::COLUMNS;
-        load_tile<COLUMNS, D, THREADS>(tile_x(turn), x, x_stride, first, a.band.length, a.d, a.aligned);
-        load_tile<COLUMNS, D, THREADS>(tile_y(turn), y, y_stride, first, a.band.length, a.d, a.aligned);
+        load_tile<COLUMNS, D, THREADS>(tile_x(iteration), x, x_stride, first, a.band.length, a.d, a.aligned);
+        load_tile<COLUMNS, D, THREADS>(tile_y(iteration), y, y_stride, first, a.band.length, a.d, a.aligned);
     }
 };
 
-/* A query's lse and delta travel in what a tile's row has beyond D. */
+/* A query's lse and delta, kept in the padding of its row of the tile (8 of 16 bytes). */
 template <int D> static __device__ __forceinline__ float *statistics(bf16 *tile, int row) {
     return (float *)(tile + row * PITCH<bf16, D> + D);
 }
@@ -81,22 +82,24 @@ static __device__ __forceinline__ void load_statistics(bf16 *tile, const backwar
     cp_async<4>(statistics<D>(tile, row) + which, valid ? from + head + first + row : from, valid);
 }
 
-/* dK and dV. Grid: (tiles of keys * D / OUT, H, B); where d is too wide for the registers, several blocks
+/* dK and dV. Grid: (tiles of keys * D / OUT, H, B); where d is too large for the registers, several blocks
  * compute the same P and dS for different columns of the outputs. */
 template <int D>
-static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS) keys(struct backward_args a) {
+static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
+    attention_backward_dkdv(struct backward_args a) {
     typedef backward_shape<D> shape;
     constexpr int M = shape::M, COLUMNS = shape::COLUMNS, LD = PITCH<bf16, D>, OUT = shape::OUT;
     bf16 *tile_k = dynamic_shared<bf16>(), *tile_v = tile_k + shape::ROWS * LD;
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length;
     const int k0 = (int)blockIdx.x / (D / OUT) * shape::ROWS, out0 = (int)blockIdx.x % (D / OUT) * OUT;
     const int first = k0 + warp_of() * shape::WARP_ROWS; /* the warp's first key */
-    const stream<D> in = {a.q.of(b, h), a.d_o.of(b, h), a.q.row, a.d_o.row, tile_v + shape::ROWS * LD};
+    const streamed_tiles<D> in = {a.q.of(b, h), a.d_o.of(b, h), a.q.row, a.d_o.row,
+                                  tile_v + shape::ROWS * LD};
     const int64_t head = ((int64_t)b * gridDim.y + h) * length; /* where its statistics begin */
-    bf16 *own_k = tile_k + warp_of() * shape::WARP_ROWS * LD;
-    bf16 *own_v = tile_v + warp_of() * shape::WARP_ROWS * LD;
-    const interval queries = sight_of<queries_of>(a.band, k0, shape::ROWS).any;
-    const sight own = sight_of<queries_of>(a.band, first, shape::WARP_ROWS);
+    bf16 *warp_k = tile_k + warp_of() * shape::WARP_ROWS * LD;
+    bf16 *warp_v = tile_v + warp_of() * shape::WARP_ROWS * LD;
+    const interval queries = visibility_of<queries_of>(a.band, k0, shape::ROWS).any;
+    const visibility warp_queries = visibility_of<queries_of>(a.band, first, shape::WARP_ROWS);
 
     float dk[M][OUT / 8][4], dv[M][OUT / 8][4];
     clear(dk);
@@ -107,22 +110,22 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS) key
     in.load(a, 0, q0);
     load_statistics<D>(in.tile_x(0), a, head, q0);
     cp_async_commit();
-    for (int turn = 0; q0 < queries.end; turn++, q0 += COLUMNS) {
+    for (int iteration = 0; q0 < queries.end; iteration++, q0 += COLUMNS) {
         count_tile();
         cp_async_wait<0>();
-        __syncthreads(); /* this turn's tiles are there, and nobody reads the last turn's any more */
+        __syncthreads(); /* this iteration's tiles have arrived, and all warps are done with the last ones */
         if (q0 + COLUMNS < queries.end) {
-            in.load(a, turn + 1, q0 + COLUMNS);
-            load_statistics<D>(in.tile_x(turn + 1), a, head, q0 + COLUMNS);
+            in.load(a, iteration + 1, q0 + COLUMNS);
+            load_statistics<D>(in.tile_x(iteration + 1), a, head, q0 + COLUMNS);
         }
         cp_async_commit();
-        if (!overlaps(own.any, q0, COLUMNS))
+        if (!overlaps(warp_queries.any, q0, COLUMNS))
             continue;
-        bf16 *tile_q = in.tile_x(turn), *tile_do = in.tile_y(turn);
+        bf16 *tile_q = in.tile_x(iteration), *tile_do = in.tile_y(iteration);
         float p[M][COLUMNS / 8][4], ds[M][COLUMNS / 8][4]; /* transposed: rows are keys */
         uint32_t fragments[M][COLUMNS / 16][4];
         clear(p);
-        multiply_rows<D, shape::UNROLL>(p, own_k, tile_q);
+        multiply_rows<D, shape::UNROLL>(p, warp_k, tile_q);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll
@@ -134,12 +137,12 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS) key
                     for (int i = r; i < 4; i += 2)
                         p[m][n][i] = exp2_fast(p[m][n][i] * a.scale_log2e - lse_of_query);
             }
-        if (!contains(own.all, q0, COLUMNS))
-            hide<queries_of>(p, a.band, first, q0, 0);
+        if (!contains(warp_queries.all, q0, COLUMNS))
+            apply_mask<queries_of>(p, a.band, first, q0, 0);
         round_fragments(fragments, p);
         multiply_columns<LD>(dv, fragments, tile_do + out0);
         clear(ds);
-        multiply_rows<D, shape::UNROLL>(ds, own_v, tile_do);
+        multiply_rows<D, shape::UNROLL>(ds, warp_v, tile_do);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; n++)
 #pragma unroll
@@ -159,25 +162,27 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS) key
 #pragma unroll
     for (int m = 0; m < M; m++)
         scale[m][0] = scale[m][1] = a.scale, one[m][0] = one[m][1] = 1;
-    store_rows<LD>(own_k, dk, scale, a.dk.of(b, h), a.dk.row, first, length, out0, a.d, a.aligned);
-    store_rows<LD>(own_v, dv, one, a.dv.of(b, h), a.dv.row, first, length, out0, a.d, a.aligned);
+    store_rows<LD>(warp_k, dk, scale, a.dk.of(b, h), a.dk.row, first, length, out0, a.d, a.aligned);
+    store_rows<LD>(warp_v, dv, one, a.dv.of(b, h), a.dv.row, first, length, out0, a.d, a.aligned);
 }
 
-/* dQ. Grid: (tiles of queries, H, B). The last tiles, which have the most keys, come first. */
+/* dQ. Grid: (tiles of queries, H, B). The last tiles, which have the most keys under a causal mask, are
+ * started first, so that the longest blocks are not the last to finish. */
 template <int D>
-static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS) queries(struct backward_args a) {
+static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
+    attention_backward_dq(struct backward_args a) {
     typedef backward_shape<D> shape;
     constexpr int M = shape::M, COLUMNS = shape::COLUMNS, LD = PITCH<bf16, D>;
     bf16 *tile_q = dynamic_shared<bf16>(), *tile_do = tile_q + shape::ROWS * LD;
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length;
     const int q0 = (int)(gridDim.x - 1 - blockIdx.x) * shape::ROWS;
     const int first = q0 + warp_of() * shape::WARP_ROWS; /* the warp's first query */
-    const stream<D> in = {a.k.of(b, h), a.v.of(b, h), a.k.row, a.v.row, tile_do + shape::ROWS * LD};
+    const streamed_tiles<D> in = {a.k.of(b, h), a.v.of(b, h), a.k.row, a.v.row, tile_do + shape::ROWS * LD};
     const int64_t head = ((int64_t)b * gridDim.y + h) * length; /* where its statistics begin */
-    bf16 *own_q = tile_q + warp_of() * shape::WARP_ROWS * LD;
-    const bf16 *own_do = tile_do + warp_of() * shape::WARP_ROWS * LD;
-    const interval keys = sight_of<keys_of>(a.band, q0, shape::ROWS).any;
-    const sight own = sight_of<keys_of>(a.band, first, shape::WARP_ROWS);
+    bf16 *warp_q = tile_q + warp_of() * shape::WARP_ROWS * LD;
+    const bf16 *warp_do = tile_do + warp_of() * shape::WARP_ROWS * LD;
+    const interval keys = visibility_of<keys_of>(a.band, q0, shape::ROWS).any;
+    const visibility warp_keys = visibility_of<keys_of>(a.band, first, shape::WARP_ROWS);
 
     float dq[M][D / 8][4], lse[M][2], delta[M][2], scale[M][2];
     clear(dq);
@@ -190,26 +195,26 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS) que
             delta[m][half] = row < length ? a.delta[head + row] : 0;
             scale[m][half] = a.scale;
         }
-    left_operand<D, M, shape::REGISTERS> left_q = {own_q, {}}, left_do = {own_do, {}};
+    left_operand<D, M, shape::REGISTERS> left_q = {warp_q, {}}, left_do = {warp_do, {}};
     int k0 = keys.begin / COLUMNS * COLUMNS;
     load_tile<shape::ROWS, D, THREADS>(tile_q, a.q.of(b, h), a.q.row, q0, length, a.d, a.aligned);
     load_tile<shape::ROWS, D, THREADS>(tile_do, a.d_o.of(b, h), a.d_o.row, q0, length, a.d, a.aligned);
     in.load(a, 0, k0);
     cp_async_commit();
-    for (int turn = 0; k0 < keys.end; turn++, k0 += COLUMNS) {
+    for (int iteration = 0; k0 < keys.end; iteration++, k0 += COLUMNS) {
         count_tile();
         cp_async_wait<0>();
-        __syncthreads(); /* this turn's tiles are there, and nobody reads the last turn's any more */
+        __syncthreads(); /* this iteration's tiles have arrived, and all warps are done with the last ones */
         if (k0 + COLUMNS < keys.end)
-            in.load(a, turn + 1, k0 + COLUMNS);
+            in.load(a, iteration + 1, k0 + COLUMNS);
         cp_async_commit();
-        if (turn == 0) {
+        if (iteration == 0) {
             left_q.load();
             left_do.load();
         }
-        if (!overlaps(own.any, k0, COLUMNS))
+        if (!overlaps(warp_keys.any, k0, COLUMNS))
             continue;
-        const bf16 *tile_k = in.tile_x(turn), *tile_v = in.tile_y(turn);
+        const bf16 *tile_k = in.tile_x(iteration), *tile_v = in.tile_y(iteration);
         float p[M][COLUMNS / 8][4], ds[M][COLUMNS / 8][4];
         uint32_t fragments[M][COLUMNS / 16][4];
         clear(p);
@@ -224,17 +229,16 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS) que
                 for (int r = 0; r < 4; r++)
                     ds[m][n][r] = exp2_fast(p[m][n][r] * a.scale_log2e - lse[m][r / 2]) *
                                   (ds[m][n][r] - delta[m][r / 2]);
-        if (!contains(own.all, k0, COLUMNS))
-            hide<keys_of>(ds, a.band, first, k0, 0);
+        if (!contains(warp_keys.all, k0, COLUMNS))
+            apply_mask<keys_of>(ds, a.band, first, k0, 0);
         round_fragments(fragments, ds);
         multiply_columns<LD>(dq, fragments, tile_k);
     }
     cp_async_wait<0>();
-    store_rows<LD>(own_q, dq, scale, a.dq.of(b, h), a.dq.row, first, length, 0, a.d, a.aligned);
+    store_rows<LD>(warp_q, dq, scale, a.dq.of(b, h), a.dq.row, first, length, 0, a.d, a.aligned);
 }
 
-/* delta[b,h,s] = sum_c dO[b,s,h,c] O[b,s,h,c]. A warp a row, in the order of [B,S,H]. Bytes: dO and O once.
- */
+/* delta[b,h,s] = sum_c dO[b,s,h,c] O[b,s,h,c]. A warp a row, in the order of [B,S,H]. Bytes: dO, O once. */
 template <typename T>
 static __global__ void __launch_bounds__(THREADS)
     row_deltas(struct rows<const T> o, struct rows<const T> d_o, float *delta, int batch, int length,
@@ -268,17 +272,18 @@ static void launch_backward(struct device *dev, const struct attention_spec *s, 
     typedef backward_shape<D> shape;
     unsigned tiles = (unsigned)ceil_div(s->length, shape::ROWS), H = (unsigned)s->heads,
              B = (unsigned)s->batch;
-    launch<keys<D>>(dev, dim3(tiles * (D / shape::OUT), H, B), THREADS, shape::SHARED, a);
-    launch<queries<D>>(dev, dim3(tiles, H, B), THREADS, shape::SHARED, a);
+    launch<attention_backward_dkdv<D>>(dev, dim3(tiles * (D / shape::OUT), H, B), THREADS, shape::SHARED, a);
+    launch<attention_backward_dq<D>>(dev, dim3(tiles, H, B), THREADS, shape::SHARED, a);
 }
 
-void own_attention_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                            tensor o, tensor d_o, const void *saved, tensor dq, tensor dk, tensor dv) {
+void attention_builtin_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k,
+                                tensor v, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
+                                tensor dv) {
     for (const tensor &t : {q, k, v, o, d_o, dq, dk, dv})
         check_shape("attention_backward", "q, k, v, o or a gradient", t, cuda_compute(dev), s->batch,
                     s->length, s->heads, s->head_dim);
     struct op_cost cost;
-    own_attention_plan(dev, s, &cost, NULL);
+    attention_builtin_plan(dev, s, &cost, NULL);
     float *delta = (float *)cuda_workspace(dev, cost.workspace, "attention_backward");
     bool aligned = rows_aligned({q, k, v, o, d_o, dq, dk, dv});
     int d = (int)s->head_dim;

@@ -1,10 +1,11 @@
 /* Fused attention for fp32, forward and backward: the algorithms of attention_bf16.cu and
- * attention_bf16_backward.cu, with FMAs on smaller tiles and without overlapping copies.
+ * attention_bf16_backward.cu, with FMAs on smaller tiles and without overlapping copies. It is there for fp32
+ * runs and for checking; speed is not its purpose.
  *
  * A block is 8 x 8 threads and a tile 8 R x 8 R scores, where R is 4, or 2 for wide heads: thread (x, y) has
- * the scores of rows y + 8 i and columns x + 8 j, and of a sum over d the elements 4 (x + 8 j) to + 3 of the
- * same rows. A row's threads are lanes of one warp, so probabilities go from one product to the next through
- * shared memory with nothing but a warp's barrier. */
+ * the scores of rows y + 8 i and columns x + 8 j, and of an output row's d elements those from 4 (x + 8 j) to
+ * + 3, for the same rows. A row's threads are lanes of one warp, so passing probabilities from one product to
+ * the next through shared memory only needs a warp barrier. */
 #include "kernels/cuda/attention/attention_fp32.h"
 
 #include "kernels/cuda/attention/attention_band.cuh"
@@ -15,8 +16,8 @@ template <int D> struct fp32_shape {
     static constexpr int R = D <= 128 ? 4 : 2;
     static constexpr int TILE = SIDE * R;
     static constexpr int LD = PITCH<float, D>;
-    static constexpr int LP = TILE + 4; /* of tiles of scores */
-    static constexpr int SIZE = TILE * LD;
+    static constexpr int LP = TILE + 4;    /* row length of a tile of scores, padded against bank conflicts */
+    static constexpr int SIZE = TILE * LD; /* floats of a tile of rows */
     static constexpr int FORWARD = (3 * SIZE + TILE * LP) * (int)sizeof(float);
     static constexpr int BACKWARD = (4 * SIZE + TILE * LP) * (int)sizeof(float);
     static_assert(FORWARD <= 99 << 10 && BACKWARD <= 99 << 10, "what every GPU since sm_80 gives a block");
@@ -61,13 +62,14 @@ static __device__ __forceinline__ void multiply_rows(float (&out)[R][R], const f
     }
 }
 
-/* acc [rows y + 8 i][4 (x + 8 j) + e] += p b, by way of the tile that p is stored to. */
+/* acc [rows y + 8 i][4 (x + 8 j) + e] += p b. p goes through tile_p, since each thread needs whole rows of
+ * it. */
 template <int D, int R, int N>
 static __device__ __forceinline__ void multiply_columns(float (&acc)[R][N][4], const float (&p)[R][R],
                                                         float *tile_p, const float *b) {
     constexpr int LD = PITCH<float, D>, LP = fp32_shape<D>::LP;
     const int x = (int)threadIdx.x % SIDE, y = (int)threadIdx.x / SIDE;
-    __syncwarp(); /* the last product's readers are done */
+    __syncwarp(); /* the warp is done reading the last product's tile_p; other warps use other rows of it */
 #pragma unroll
     for (int i = 0; i < R; i++)
 #pragma unroll
@@ -93,18 +95,18 @@ static __device__ __forceinline__ void multiply_columns(float (&acc)[R][N][4], c
     }
 }
 
-template <interval (*SEEN)(const struct band &, int), int R>
-static __device__ __forceinline__ void hide(float (&s)[R][R], const struct band &band, int row0, int column0,
-                                            float hidden) {
+template <interval (*VISIBLE)(const struct band &, int), int R>
+static __device__ __forceinline__ void apply_mask(float (&s)[R][R], const struct band &band, int row0,
+                                                  int column0, float masked) {
     const int x = (int)threadIdx.x % SIDE, y = (int)threadIdx.x / SIDE;
 #pragma unroll
     for (int i = 0; i < R; i++) {
-        interval seen = SEEN(band, row0 + y + SIDE * i);
+        interval visible = VISIBLE(band, row0 + y + SIDE * i);
 #pragma unroll
         for (int j = 0; j < R; j++) {
             int column = column0 + x + SIDE * j;
-            if (column < seen.begin || column >= seen.end)
-                s[i][j] = hidden;
+            if (column < visible.begin || column >= visible.end)
+                s[i][j] = masked;
         }
     }
 }
@@ -113,23 +115,23 @@ template <int D, int R, int N>
 static __device__ __forceinline__ void store_rows(const float (&x)[R][N][4], const float (&factor)[R],
                                                   float *head, int64_t stride, int first, int length, int d,
                                                   bool aligned) {
-    const int lane = (int)threadIdx.x % SIDE, y = (int)threadIdx.x / SIDE;
+    const int x0 = (int)threadIdx.x % SIDE, y = (int)threadIdx.x / SIDE;
 #pragma unroll
     for (int i = 0; i < R; i++) {
         int row = first + y + SIDE * i;
 #pragma unroll
         for (int j = 0; j < N; j++) {
-            int at = 4 * (lane + SIDE * j);
-            if (row >= length || at >= d)
+            int c = 4 * (x0 + SIDE * j);
+            if (row >= length || c >= d)
                 continue;
-            float *to = head + row * stride + at, out[4];
+            float *to = head + row * stride + c, out[4];
 #pragma unroll
             for (int e = 0; e < 4; e++)
                 out[e] = x[i][j][e] * factor[i];
             if (aligned) {
                 store(to, out);
             } else {
-                for (int e = 0; e < 4 && at + e < d; e++)
+                for (int e = 0; e < 4 && c + e < d; e++)
                     to[e] = out[e];
             }
         }
@@ -147,8 +149,8 @@ template <int R, int N> static __device__ __forceinline__ void clear(float (&x)[
 }
 
 template <int D>
-static __device__ __forceinline__ void load_now(float *tile, const float *head, int64_t stride, int first,
-                                                const fp32_args &a) {
+static __device__ __forceinline__ void load_tile_and_wait(float *tile, const float *head, int64_t stride,
+                                                          int first, const fp32_args &a) {
     load_tile<fp32_shape<D>::TILE, D, THREADS>(tile, head, stride, first, a.band.length, a.d, a.aligned);
     cp_async_commit();
     cp_async_wait<0>();
@@ -157,19 +159,19 @@ static __device__ __forceinline__ void load_now(float *tile, const float *head, 
 /* Over the 8 threads of a row. */
 static __device__ __forceinline__ float row_max_of(float x) {
 #pragma unroll
-    for (int with = SIDE / 2; with > 0; with /= 2)
-        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, with));
+    for (int offset = SIDE / 2; offset > 0; offset /= 2)
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, offset));
     return x;
 }
 
 static __device__ __forceinline__ float row_sum_of(float x) {
 #pragma unroll
-    for (int with = SIDE / 2; with > 0; with /= 2)
-        x += __shfl_xor_sync(0xffffffff, x, with);
+    for (int offset = SIDE / 2; offset > 0; offset /= 2)
+        x += __shfl_xor_sync(0xffffffff, x, offset);
     return x;
 }
 
-/* Grid: (tiles of queries, H, B). */
+/* Grid: (tiles of queries, H, B). The last tiles, which have the most keys, are started first. */
 template <int D> static __global__ void __launch_bounds__(THREADS) fp32_forward(struct fp32_args a) {
     typedef fp32_shape<D> shape;
     constexpr int R = shape::R, TILE = shape::TILE;
@@ -177,22 +179,22 @@ template <int D> static __global__ void __launch_bounds__(THREADS) fp32_forward(
     float *tile_p = tile_v + shape::SIZE;
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length;
     const int q0 = (int)(gridDim.x - 1 - blockIdx.x) * TILE;
-    const sight keys = sight_of<keys_of>(a.band, q0, TILE);
+    const visibility keys = visibility_of<keys_of>(a.band, q0, TILE);
     float acc[R][D / 32][4], row_max[R], row_sum[R];
     clear(acc);
     for (int i = 0; i < R; i++)
         row_max[i] = -INFINITY, row_sum[i] = 0;
-    load_now<D>(tile_q, a.q.of(b, h), a.q.row, q0, a);
+    load_tile_and_wait<D>(tile_q, a.q.of(b, h), a.q.row, q0, a);
     for (int k0 = keys.any.begin / TILE * TILE; k0 < keys.any.end; k0 += TILE) {
         float s[R][R];
         count_tile();
-        __syncthreads(); /* nobody reads the last tiles any more */
-        load_now<D>(tile_k, a.k.of(b, h), a.k.row, k0, a);
-        load_now<D>(tile_v, a.v.of(b, h), a.v.row, k0, a);
+        __syncthreads(); /* all warps are done with the last tiles */
+        load_tile_and_wait<D>(tile_k, a.k.of(b, h), a.k.row, k0, a);
+        load_tile_and_wait<D>(tile_v, a.v.of(b, h), a.v.row, k0, a);
         __syncthreads();
         multiply_rows<D>(s, tile_q, tile_k);
         if (!contains(keys.all, k0, TILE))
-            hide<keys_of>(s, a.band, q0, k0, -INFINITY);
+            apply_mask<keys_of>(s, a.band, q0, k0, -INFINITY);
 #pragma unroll
         for (int i = 0; i < R; i++) {
             float top = row_max[i], sum = 0;
@@ -200,7 +202,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS) fp32_forward(
             for (int j = 0; j < R; j++)
                 top = fmaxf(top, s[i][j]);
             top = row_max_of(top);
-            float shift = top == -INFINITY ? 0 : top;
+            float shift = top == -INFINITY ? 0 : top; /* no visible key yet: -inf minus -inf would be NaN */
             float factor = exp2f((row_max[i] - shift) * a.scale_log2e);
             row_max[i] = top;
 #pragma unroll
@@ -230,25 +232,25 @@ template <int D> static __global__ void __launch_bounds__(THREADS) fp32_forward(
 }
 
 /* dK and dV. Grid: (tiles of keys, H, B). Scores are transposed: rows are keys. */
-template <int D> static __global__ void __launch_bounds__(THREADS) fp32_keys(struct fp32_args a) {
+template <int D> static __global__ void __launch_bounds__(THREADS) fp32_backward_dkdv(struct fp32_args a) {
     typedef fp32_shape<D> shape;
     constexpr int R = shape::R, TILE = shape::TILE;
     float *tile_k = dynamic_shared<float>(), *tile_v = tile_k + shape::SIZE, *tile_q = tile_v + shape::SIZE;
     float *tile_do = tile_q + shape::SIZE, *tile_p = tile_do + shape::SIZE;
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length, k0 = (int)blockIdx.x * TILE;
     const int64_t head = ((int64_t)b * gridDim.y + h) * length;
-    const sight queries = sight_of<queries_of>(a.band, k0, TILE);
+    const visibility queries = visibility_of<queries_of>(a.band, k0, TILE);
     float dk[R][D / 32][4], dv[R][D / 32][4];
     clear(dk);
     clear(dv);
-    load_now<D>(tile_k, a.k.of(b, h), a.k.row, k0, a);
-    load_now<D>(tile_v, a.v.of(b, h), a.v.row, k0, a);
+    load_tile_and_wait<D>(tile_k, a.k.of(b, h), a.k.row, k0, a);
+    load_tile_and_wait<D>(tile_v, a.v.of(b, h), a.v.row, k0, a);
     for (int q0 = queries.any.begin / TILE * TILE; q0 < queries.any.end; q0 += TILE) {
         float p[R][R], ds[R][R];
         count_tile();
         __syncthreads();
-        load_now<D>(tile_q, a.q.of(b, h), a.q.row, q0, a);
-        load_now<D>(tile_do, a.d_o.of(b, h), a.d_o.row, q0, a);
+        load_tile_and_wait<D>(tile_q, a.q.of(b, h), a.q.row, q0, a);
+        load_tile_and_wait<D>(tile_do, a.d_o.of(b, h), a.d_o.row, q0, a);
         __syncthreads();
         multiply_rows<D>(p, tile_k, tile_q);
         multiply_rows<D>(ds, tile_v, tile_do);
@@ -264,8 +266,8 @@ template <int D> static __global__ void __launch_bounds__(THREADS) fp32_keys(str
             }
         }
         if (!contains(queries.all, q0, TILE)) {
-            hide<queries_of>(p, a.band, k0, q0, 0);
-            hide<queries_of>(ds, a.band, k0, q0, 0);
+            apply_mask<queries_of>(p, a.band, k0, q0, 0);
+            apply_mask<queries_of>(ds, a.band, k0, q0, 0);
         }
         multiply_columns<D>(dv, p, tile_p, tile_do);
         multiply_columns<D>(dk, ds, tile_p, tile_q);
@@ -278,7 +280,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS) fp32_keys(str
 }
 
 /* dQ. Grid: (tiles of queries, H, B). */
-template <int D> static __global__ void __launch_bounds__(THREADS) fp32_queries(struct fp32_args a) {
+template <int D> static __global__ void __launch_bounds__(THREADS) fp32_backward_dq(struct fp32_args a) {
     typedef fp32_shape<D> shape;
     constexpr int R = shape::R, TILE = shape::TILE;
     float *tile_q = dynamic_shared<float>(), *tile_do = tile_q + shape::SIZE;
@@ -286,7 +288,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS) fp32_queries(
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length;
     const int q0 = (int)(gridDim.x - 1 - blockIdx.x) * TILE;
     const int64_t head = ((int64_t)b * gridDim.y + h) * length;
-    const sight keys = sight_of<keys_of>(a.band, q0, TILE);
+    const visibility keys = visibility_of<keys_of>(a.band, q0, TILE);
     float dq[R][D / 32][4], lse[R], delta[R], scale[R];
     clear(dq);
 #pragma unroll
@@ -296,14 +298,14 @@ template <int D> static __global__ void __launch_bounds__(THREADS) fp32_queries(
         delta[i] = row < length ? a.delta[head + row] : 0;
         scale[i] = a.scale;
     }
-    load_now<D>(tile_q, a.q.of(b, h), a.q.row, q0, a);
-    load_now<D>(tile_do, a.d_o.of(b, h), a.d_o.row, q0, a);
+    load_tile_and_wait<D>(tile_q, a.q.of(b, h), a.q.row, q0, a);
+    load_tile_and_wait<D>(tile_do, a.d_o.of(b, h), a.d_o.row, q0, a);
     for (int k0 = keys.any.begin / TILE * TILE; k0 < keys.any.end; k0 += TILE) {
         float p[R][R], ds[R][R];
         count_tile();
         __syncthreads();
-        load_now<D>(tile_k, a.k.of(b, h), a.k.row, k0, a);
-        load_now<D>(tile_v, a.v.of(b, h), a.v.row, k0, a);
+        load_tile_and_wait<D>(tile_k, a.k.of(b, h), a.k.row, k0, a);
+        load_tile_and_wait<D>(tile_v, a.v.of(b, h), a.v.row, k0, a);
         __syncthreads();
         multiply_rows<D>(p, tile_q, tile_k);
         multiply_rows<D>(ds, tile_do, tile_v);
@@ -313,7 +315,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS) fp32_queries(
             for (int j = 0; j < R; j++)
                 ds[i][j] = exp2f(p[i][j] * a.scale_log2e - lse[i]) * (ds[i][j] - delta[i]);
         if (!contains(keys.all, k0, TILE))
-            hide<keys_of>(ds, a.band, q0, k0, 0);
+            apply_mask<keys_of>(ds, a.band, q0, k0, 0);
         multiply_columns<D>(dq, ds, tile_p, tile_k);
     }
     store_rows<D>(dq, scale, a.dq.of(b, h), a.dq.row, q0, length, a.d, a.aligned);
@@ -372,7 +374,7 @@ void attention_fp32_backward(struct device *dev, const struct attention_spec *s,
     a.delta = delta;
     by_dim(a.d, [&](auto dim) {
         constexpr int D = decltype(dim)::value;
-        launch<fp32_keys<D>>(dev, grid_of<D>(s), THREADS, fp32_shape<D>::BACKWARD, a);
-        launch<fp32_queries<D>>(dev, grid_of<D>(s), THREADS, fp32_shape<D>::BACKWARD, a);
+        launch<fp32_backward_dkdv<D>>(dev, grid_of<D>(s), THREADS, fp32_shape<D>::BACKWARD, a);
+        launch<fp32_backward_dq<D>>(dev, grid_of<D>(s), THREADS, fp32_shape<D>::BACKWARD, a);
     });
 }

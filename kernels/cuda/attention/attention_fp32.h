@@ -1,4 +1,4 @@
-/* The fp32 kernels of the backend's own attention; see attention_bf16.h. */
+/* The fp32 kernels of the built-in attention; see attention_bf16.h. */
 #ifndef IHA_KERNELS_CUDA_ATTENTION_ATTENTION_FP32_H
 #define IHA_KERNELS_CUDA_ATTENTION_ATTENTION_FP32_H
 

@@ -1,10 +1,11 @@
-/* Products of tiles on tensor cores, for the bf16 kernels of the backend's own attention.
+/* Matrix products of tiles on tensor cores, for the built-in bf16 attention kernels.
  *
  * A warp works on M tiles of 16 rows. A product X [16 M, N] is held as float x[M][N / 8][4], in the layout of
- * mma_m16n8k16's D (mma.cuh): a lane has columns 8 n + c and c + 1 of rows 16 m + g (x[m][n][0..1]) and
- * 16 m + g + 8 (x[m][n][2..3]). Two neighbouring n are, rounded to bf16, an A of the next product, so
- * probabilities never go through memory. Two row tiles a warp (M = 2) halve what a product reads from shared
- * memory, which is what bounds it; registers allow that where d is not too wide. */
+ * mma_m16n8k16's D (mma.cuh): with g = lane / 4 and c = 2 (lane % 4), a lane has columns 8 n + c and 8 n + c
+ * + 1 of rows 16 m + g (x[m][n][0..1]) and 16 m + g + 8 (x[m][n][2..3]). Rounded to bf16, two neighbouring n
+ * have the layout of the operand A of the next product, so probabilities stay in registers. With two row
+ * tiles a warp (M = 2) each fragment of B is used twice, which halves the reads from shared memory that limit
+ * these products; there are enough registers for that only where d is not too large. */
 #ifndef IHA_KERNELS_CUDA_ATTENTION_ATTENTION_MMA_CUH
 #define IHA_KERNELS_CUDA_ATTENTION_ATTENTION_MMA_CUH
 
@@ -76,7 +77,8 @@ static __device__ __forceinline__ void multiply_rows(float (&x)[M][N][4], const 
     }
 }
 
-/* A [16 M, D], held in registers where there are enough, and otherwise read again for every product. */
+/* A [16 M, D], loaded into registers once where there are enough of them, otherwise read from shared memory
+ * again for every product. */
 template <int D, int M, bool REGISTERS> struct left_operand {
     const bf16 *tile;
     uint32_t fragments[REGISTERS ? D / 16 : 1][M][4];
@@ -142,31 +144,33 @@ static __device__ __forceinline__ void multiply_columns(float (&x)[M][N][4], con
     }
 }
 
-/* What a lane's row m, half of x sees: half 0 is row 16 m + g, half 1 row 16 m + g + 8 of the warp's.
- * Elements that their row, counted from `first`, does not see become `hidden`; columns are counted from
- * `column`. */
-template <interval (*SEEN)(const struct band &, int), int M, int N>
-static __device__ __forceinline__ void hide(float (&x)[M][N][4], const struct band &band, int first,
-                                            int column, float hidden) {
+/* Set the elements that are not visible to `masked`. The warp's rows begin at `first` and its columns at
+ * `column` of the whole score matrix; VISIBLE is keys_of where rows are queries, queries_of where they are
+ * keys. half 0 is row 16 m + g, half 1 row 16 m + g + 8. */
+template <interval (*VISIBLE)(const struct band &, int), int M, int N>
+static __device__ __forceinline__ void apply_mask(float (&x)[M][N][4], const struct band &band, int first,
+                                                  int column, float masked) {
     const int lane = lane_of();
 #pragma unroll
     for (int m = 0; m < M; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            interval seen = SEEN(band, first + m * 16 + half * 8 + lane / 4);
+            interval visible = VISIBLE(band, first + m * 16 + half * 8 + lane / 4);
 #pragma unroll
             for (int n = 0; n < N; n++)
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    int at = column + n * 8 + lane % 4 * 2 + r;
-                    if (at < seen.begin || at >= seen.end)
-                        x[m][n][half * 2 + r] = hidden;
+                    int c = column + n * 8 + lane % 4 * 2 + r;
+                    if (c < visible.begin || c >= visible.end)
+                        x[m][n][half * 2 + r] = masked;
                 }
         }
 }
 
-/* Columns [column, column + 8 N) of a head's rows from `first`, times a factor a row, by way of the warp's
- * own rows of a tile, which nobody reads any more. */
+/* Write x, times one factor per row, to columns [column, column + 8 N) of a head's rows from `first`. It goes
+ * through `tile`, the warp's rows of a tile that is no longer needed: in the layout of mma a lane has only 4
+ * bytes of a row, from shared memory it stores 16 and neighbouring lanes store neighbouring ones. Only this
+ * warp touches these rows, so a warp barrier is enough. */
 template <int LD, int M, int N>
 static __device__ __forceinline__ void store_rows(bf16 *tile, const float (&x)[M][N][4],
                                                   const float (&factor)[M][2], bf16 *head, int64_t stride,

@@ -1,5 +1,5 @@
-/* What the communicators of GPUs share: a queue of their own beside the device's, events between the two, and
- * the processes' communicator behind them, which carries all that is said in host memory. */
+/* What the communicators of GPUs share: a communication stream beside the device's stream, events between the
+ * two, and the processes' communicator for everything in host memory. */
 #ifndef IHA_KERNELS_CUDA_COMM_COMM_H
 #define IHA_KERNELS_CUDA_COMM_COMM_H
 
@@ -9,12 +9,13 @@ enum { COMM_EVENTS = 1024 };
 
 struct gpu_comm {
     struct comm base;
-    struct comm *ranks; /* how the processes talk; the caller's */
+    struct comm *ranks; /* the communicator of the processes; owned by the caller */
     struct device *dev;
     cudaStream_t stream;
-    cudaEvent_t ready;             /* how far the device's queue was at the last call of gpu_comm_follow */
-    cudaEvent_t done[COMM_EVENTS]; /* of the last collectives; one queue, so a later one's will do as well */
-    comm_event events;             /* handed out so far */
+    cudaEvent_t ready; /* in the device's stream, at the last gpu_comm_wait_device */
+    cudaEvent_t
+        done[COMM_EVENTS]; /* of the last collectives; waiting for a reused, later one is correct too */
+    comm_event events;     /* so far */
 };
 
 static inline struct gpu_comm *gpu_comm_of(struct comm *c) {
@@ -24,17 +25,17 @@ static inline struct gpu_comm *gpu_comm_of(struct comm *c) {
 void gpu_comm_open(struct gpu_comm *g, struct device *dev, struct comm *ranks, const struct comm_ops *ops);
 void gpu_comm_close(struct gpu_comm *g);
 
-/* What is queued on g->stream from now on comes after all that the device's queue holds. */
-void gpu_comm_follow(struct gpu_comm *g);
-/* Mark what has been queued on g->stream; the device's queue waits for it in gpu_comm_wait. */
-comm_event gpu_comm_mark(struct gpu_comm *g);
+/* Work queued on g->stream from now on waits for all work in the device's stream. */
+void gpu_comm_wait_device(struct gpu_comm *g);
+/* An event for the work queued on g->stream so far; gpu_comm_wait makes the device's stream wait for it. */
+comm_event gpu_comm_record(struct gpu_comm *g);
 void gpu_comm_wait(struct comm *c, comm_event event);
 void gpu_comm_all_gather_host(struct comm *c, const void *mine, void *all, size_t bytes);
 void gpu_comm_abort_run(struct comm *c, const char *text);
 
-/* NCCL, one rank a GPU; NULL and *e where that cannot be. Called by all ranks at once. */
+/* NCCL, for ranks with a GPU each. NULL and *e: NCCL fails. Called by all ranks. */
 extern "C" struct comm *comm_nccl_open(struct device *dev, struct comm *ranks, struct error *e);
-/* Through host memory and `ranks`: slow, for ranks that share a GPU, and for machines without NCCL. */
+/* Staged through host memory and `ranks`: slow; for ranks that share a GPU, and for builds without NCCL. */
 struct comm *comm_staged_open(struct device *dev, struct comm *ranks, struct error *e);
 
 #endif

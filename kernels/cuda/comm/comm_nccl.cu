@@ -1,15 +1,15 @@
-/* Collectives over NCCL, one rank a GPU, on a queue of their own beside the device's.
+/* Collectives over NCCL, for ranks with a GPU each, on a stream of their own beside the device's.
  *
- * Gradients in fp32 travel with NCCL's own reduce-scatter, whose order of summation is the library's. In
- * bf16, and in fp32 with system.deterministic, every rank sends each other its share and sums what it gets in
- * rank order: as many bytes, the same bits whatever way NCCL chooses, and bf16 is rounded once and not at
- * every hop.
+ * fp32 gradients use ncclReduceScatter, whose order of summation NCCL chooses. For bf16, and for fp32 with
+ * system.deterministic, every rank sends each other rank its share and sums what it receives in rank order.
+ * That sends as many bytes, gives the same bits whatever algorithm NCCL chooses, and rounds to bf16 once
+ * instead of at every hop.
  *
- * The communicator never blocks the host: calls that are still under way are asked again, and whoever waits
- * for the GPU calls progress() meanwhile. There a rank sees that NCCL reports an error, or that a collective
- * has stood still for peer_timeout, or that another rank has seen such a thing. Then all ranks tell each
- * other how far their GPUs came, which names the one that never reached the collective; a rank that does not
- * even answer is named by the processes' communicator. */
+ * NCCL never blocks the host: calls that return ncclInProgress are polled, and the host calls progress()
+ * while it waits for the GPU. There a rank finds that NCCL reports an error, that a collective has made no
+ * progress for peer_timeout, or that another rank has found one of these. Then all ranks exchange how many
+ * collectives their GPUs have started, which identifies the GPU that did not reach the collective; a rank
+ * whose process does not answer is identified by the processes' communicator. */
 #ifdef WITH_NCCL
 #include <nccl.h>
 #include <pthread.h>
@@ -24,13 +24,13 @@
 #include "kernels/cuda/comm/comm_sums.h"
 
 enum {
-    SMALL = 8,
-    TURN_SECONDS = 3, /* for the rank that speaks for all to end the run first */
+    MAX_REDUCED = 8,   /* doubles in an all_reduce */
+    DELAY_SECONDS = 3, /* for rank 0 to abort the run first */
 };
 
-/* In pinned memory, written by the GPU: collectives that its queue has come to, and that it has done. */
-struct places {
-    volatile int64_t reached, done;
+/* Numbers of collectives that the GPU has started and finished; in pinned memory, written by the GPU. */
+struct gpu_progress {
+    volatile int64_t started, done;
 };
 
 struct nccl_comm {
@@ -41,90 +41,90 @@ struct nccl_comm {
     bool in_rank_order;
     char *staging; /* device memory; see reserve */
     int64_t staging_elements;
-    double *all; /* device [ranks SMALL] */
-    struct places *places;
-    pthread_t watcher;
-    volatile bool unwatched;
-    bool watched;
-    struct places seen; /* when progress() last looked */
-    double waited;      /* in the host's waits, since that changed */
-    double last;        /* when progress() last looked, */
-    double asked;       /* and when, whether it is called */
+    double *all; /* device [ranks MAX_REDUCED] */
+    struct gpu_progress *gpu;
+    pthread_t watchdog;
+    volatile bool stop_watchdog;
+    bool has_watchdog;
+    struct gpu_progress seen; /* at the last check_progress */
+    double waited;            /* seconds in the host's waits since `seen` changed */
+    double last_check;        /* time of the last check_progress, */
+    double last_probe;        /* and of its last probe */
 };
 
 static struct nccl_comm *nccl_of(struct comm *c) {
     return (struct nccl_comm *)c;
 }
 
-/* ---- the end of a run ---- */
+/* ---- aborting the run ---- */
 
-/* Of the ranks that find the same the first speaks. The communicator is not aborted before: that would wait
- * for every graph that holds it, and the end of the processes lets go of their peers as well. */
-static void end_run(struct nccl_comm *n, const char *format, ...)
+/* When all ranks find the same error, rank 0 reports it. Without ncclCommAbort, which would wait for every
+ * graph that holds the communicator; the end of the process releases its peers too. */
+static void abort_run(struct nccl_comm *n, const char *format, ...)
     __attribute__((format(printf, 2, 3), noreturn));
-static void end_run(struct nccl_comm *n, const char *format, ...) {
+static void abort_run(struct nccl_comm *n, const char *format, ...) {
     char text[1024];
     va_list args;
     va_start(args, format);
     vsnprintf(text, sizeof text, format, args);
     va_end(args);
     if (n->g.base.rank > 0)
-        sleep(TURN_SECONDS);
+        sleep(DELAY_SECONDS);
     gpu_comm_abort_run(&n->g.base, text);
     _exit(EXIT_RUN);
 }
 
-/* What each rank tells when the run cannot go on; no other exchange is of this size, so that a rank which
- * knows of nothing yet sees that it is called. */
+/* What the ranks exchange when the run cannot go on. No other all_gather_host has this size, so a rank
+ * that has found no error itself recognizes it with probe(). */
 struct report {
-    int64_t reached;
+    int64_t started;
     double waited;
-    char why[480]; /* NCCL's error; empty: it says nothing */
+    char nccl_error[480]; /* empty: none */
 };
 
-/* "rank 3, rank 5" of those whose GPU has come to the fewest collectives; empty when all have come as far. */
-static void name_late(const struct report *all, int ranks, char *late, size_t size) {
-    int64_t least = all[0].reached, most = least;
+/* "rank 3, rank 5": those whose GPU has started the fewest collectives; empty when all have started as
+ * many. */
+static void list_late_ranks(const struct report *all, int ranks, char *late, size_t size) {
+    int64_t least = all[0].started, most = least;
     late[0] = '\0';
     for (int r = 0; r < ranks; r++) {
-        least = all[r].reached < least ? all[r].reached : least;
-        most = all[r].reached > most ? all[r].reached : most;
+        least = all[r].started < least ? all[r].started : least;
+        most = all[r].started > most ? all[r].started : most;
     }
     for (int r = 0; r < ranks && least < most; r++)
-        if (all[r].reached == least && strlen(late) + 16 < size)
+        if (all[r].started == least && strlen(late) + 16 < size)
             snprintf(late + strlen(late), size - strlen(late), "%srank %d", late[0] ? ", " : "", r);
 }
 
-static void end_together(struct nccl_comm *n, double waited, const char *error) __attribute__((noreturn));
-static void end_together(struct nccl_comm *n, double waited, const char *error) {
+static void abort_together(struct nccl_comm *n, double waited, const char *nccl_error)
+    __attribute__((noreturn));
+static void abort_together(struct nccl_comm *n, double waited, const char *nccl_error) {
     char late[256];
     int ranks = n->g.base.ranks;
-    struct report mine = {.reached = n->places->reached, .waited = waited};
-    snprintf(mine.why, sizeof mine.why, "%s", error);
+    struct report mine = {.started = n->gpu->started, .waited = waited};
+    snprintf(mine.nccl_error, sizeof mine.nccl_error, "%s", nccl_error);
     const struct report *all = (const struct report *)comm_all_gather_small(n->g.ranks, &mine, sizeof mine);
     const char *why = "";
-    name_late(all, ranks, late, sizeof late);
+    list_late_ranks(all, ranks, late, sizeof late);
     for (int r = ranks - 1; r >= 0; r--) {
         waited = all[r].waited > waited ? all[r].waited : waited;
-        why = all[r].why[0] ? all[r].why : why;
+        why = all[r].nccl_error[0] ? all[r].nccl_error : why;
     }
     if (why[0])
-        end_run(n, "NCCL: %s%s%s; the last checkpoint is good: start again to go on from it", why,
-                late[0] ? "; last heard from: " : "", late);
+        abort_run(n, "NCCL: %s%s%s; " COMM_RESUME_HINT, why, late[0] ? "; GPUs that are behind: " : "", late);
     if (late[0])
-        end_run(n,
-                "the GPU of %s has not come to a collective in which others have waited for %.0f s: stuck, "
-                "or far slower than they are; the last checkpoint is good: start again to go on from it "
-                "(system.peer_timeout = %.0f sets how long to wait)",
-                late, waited, n->timeout);
-    end_run(n,
-            "a collective has not ended for %.0f s, though the GPU of every rank has come to it: the network "
-            "between them is stuck; NCCL_DEBUG=INFO tells what NCCL does; the last checkpoint is good: start "
-            "again to go on from it",
-            waited);
+        abort_run(n,
+                  "the GPU of %s has not started a collective in which other GPUs have waited for %.0f s: it "
+                  "is hung or far slower than they are; " COMM_RESUME_HINT
+                  " (system.peer_timeout = %.0f sets how long to wait)",
+                  late, waited, n->timeout);
+    abort_run(n,
+              "a collective that the GPUs of all ranks have started has not finished for %.0f s: the network "
+              "between them hangs; NCCL_DEBUG=INFO shows what NCCL does; " COMM_RESUME_HINT,
+              waited);
 }
 
-static void end_failed(struct nccl_comm *n, ncclResult_t result, const char *call) {
+static void abort_on_error(struct nccl_comm *n, ncclResult_t result, const char *call) {
     char why[480];
     const char *last = ncclGetLastError(n->nccl);
     snprintf(why, sizeof why, "%s%s%.300s in %.80s", ncclGetErrorString(result), last && last[0] ? ": " : "",
@@ -132,79 +132,80 @@ static void end_failed(struct nccl_comm *n, ncclResult_t result, const char *cal
     for (char *p = why; *p; p++)
         if (*p == '\n')
             *p = ' ';
-    end_together(n, 0, why);
+    abort_together(n, 0, why);
 }
 
-/* ---- a host that cannot look ---- */
+/* ---- watchdog ---- */
 
-enum { WATCH_MS = 500, LATE_SECONDS = 10 /* for the host to find out by itself, and to name the rank */ };
+enum {
+    WATCH_MS = 500,
+    GRACE_SECONDS = 10, /* for the main thread to find the timeout itself, and which rank causes it */
+};
 
-/* A host whose GPU stands still in a collective may itself stand still in a CUDA call, for the GPU's queue is
- * of limited length. So a thread looks too, which asks nothing of CUDA or of other ranks. */
+/* When the GPU hangs in a collective, its launch queue fills up, and the main thread then blocks in a CUDA
+ * call. So this thread checks as well; it calls neither CUDA nor other ranks. */
 static void *watch(void *context) {
     struct nccl_comm *n = (struct nccl_comm *)context;
-    struct places last = {-1, -1};
+    struct gpu_progress last = {-1, -1};
     double waited = 0, time = clock_seconds();
-    while (!n->unwatched) {
-        struct places now = {n->places->reached, n->places->done};
+    while (!n->stop_watchdog) {
+        struct gpu_progress now = {n->gpu->started, n->gpu->done};
         double before = time;
         usleep(WATCH_MS * 1000);
         time = clock_seconds();
-        bool moves = now.reached == now.done || now.reached != last.reached || now.done != last.done;
-        waited = moves ? 0 : waited + (time - before < 1 ? time - before : 1); /* not while we were stopped */
-        last.reached = now.reached;
+        bool progresses = now.started == now.done || now.started != last.started || now.done != last.done;
+        waited = progresses ? 0 : waited + (time - before < 1 ? time - before : 1); /* not while suspended */
+        last.started = now.started;
         last.done = now.done;
-        if (waited > n->timeout + LATE_SECONDS) {
-            fprintf(
-                stderr,
-                "\ntrain_iha: rank %d: its GPU has waited for %.0f s in a collective, and its queue is full: "
-                "another rank, its GPU or the network is stuck; the last checkpoint is good: start again to "
-                "go on from it\n",
-                n->g.base.rank, waited);
+        if (waited > n->timeout + GRACE_SECONDS) {
+            fprintf(stderr,
+                    "\ntrain_iha: rank %d: its GPU has waited for %.0f s in a collective, and its launch "
+                    "queue is full: another rank, its GPU or the network hangs; " COMM_RESUME_HINT "\n",
+                    n->g.base.rank, waited);
             _exit(EXIT_RUN);
         }
     }
     return NULL;
 }
 
-static int begin_watch(struct nccl_comm *n, struct error *e) {
-    n->watched = pthread_create(&n->watcher, NULL, watch, n) == 0;
-    return n->watched ? 0 : fail_run(e, "cannot start the thread that watches over collectives");
+static int start_watchdog(struct nccl_comm *n, struct error *e) {
+    n->has_watchdog = pthread_create(&n->watchdog, NULL, watch, n) == 0;
+    return n->has_watchdog ? 0 : fail_run(e, "cannot start the watchdog thread of the collectives");
 }
 
-static void end_watch(struct nccl_comm *n) {
-    n->unwatched = true;
-    if (n->watched)
-        pthread_join(n->watcher, NULL);
-    n->watched = false;
+static void stop_watchdog(struct nccl_comm *n) {
+    n->stop_watchdog = true;
+    if (n->has_watchdog)
+        pthread_join(n->watchdog, NULL);
+    n->has_watchdog = false;
 }
 
-/* ---- calls that do not block ---- */
+/* ---- non-blocking calls ---- */
 
-/* A wait that goes on. While we were stopped (by a scheduler that suspends jobs, say) nobody was late: of a
- * longer gap a second counts. */
-static void count_wait(double *waited, double *last) {
+/* Add the time since `last` to a wait, one second at most: in a longer gap this process was suspended (by
+ * a batch scheduler, say), and the others were not late. */
+static void add_wait(double *waited, double *last) {
     double time = clock_seconds(), gap = time - *last;
     *waited += gap < 1 ? gap : 1;
     *last = time;
 }
 
-/* Has a collective that the GPU is in stood still for too long, or has another rank found that? */
-static void look(struct nccl_comm *n) {
-    struct places now = {n->places->reached, n->places->done};
+/* Abort when the GPU has made no progress in a collective for too long, or when another rank is aborting. */
+static void check_progress(struct nccl_comm *n) {
+    struct gpu_progress now = {n->gpu->started, n->gpu->done};
     struct comm *ranks = n->g.ranks;
-    count_wait(&n->waited, &n->last);
-    if (now.reached != n->seen.reached || now.done != n->seen.done || now.reached == now.done) {
-        n->seen.reached = now.reached;
+    add_wait(&n->waited, &n->last_check);
+    if (now.started != n->seen.started || now.done != n->seen.done || now.started == now.done) {
+        n->seen.started = now.started;
         n->seen.done = now.done;
         n->waited = 0;
     }
     if (n->waited > n->timeout)
-        end_together(n, n->waited, "");
-    if (n->last - n->asked > 0.1) {
-        n->asked = n->last;
+        abort_together(n, n->waited, "");
+    if (n->last_check - n->last_probe > 0.1) {
+        n->last_probe = n->last_check;
         if (ranks->ops->probe(ranks, sizeof(struct report)))
-            end_together(n, n->waited, "");
+            abort_together(n, n->waited, "");
     }
 }
 
@@ -215,19 +216,19 @@ static void nccl_progress(struct comm *c) {
     ranks->ops->progress(ranks);
     if (ncclCommGetAsyncError(n->nccl, &state) == ncclSuccess && state != ncclSuccess &&
         state != ncclInProgress)
-        end_failed(n, state, "a collective");
-    look(n);
+        abort_on_error(n, state, "a collective");
+    check_progress(n);
 }
 
-/* Until NCCL has taken the call; over the first one of a kind it connects to its peers. */
-static ncclResult_t settled(struct nccl_comm *n, ncclResult_t result) {
+/* Poll until NCCL has accepted the call; the first of a kind connects to the peers. */
+static ncclResult_t await_nccl(struct nccl_comm *n, ncclResult_t result) {
     double waited = 0, last = clock_seconds();
     struct comm *ranks = n->g.ranks;
     while (result == ncclInProgress) {
         ranks->ops->progress(ranks);
-        count_wait(&waited, &last);
+        add_wait(&waited, &last);
         if (waited > n->timeout)
-            end_together(n, waited, "");
+            abort_together(n, waited, "");
         usleep(100);
         if (!n->nccl || ncclCommGetAsyncError(n->nccl, &result) != ncclSuccess)
             return ncclInternalError;
@@ -237,31 +238,31 @@ static ncclResult_t settled(struct nccl_comm *n, ncclResult_t result) {
 
 #define nccl_check(n, call)                                                                                  \
     do {                                                                                                     \
-        ncclResult_t result_ = settled(n, call);                                                             \
+        ncclResult_t result_ = await_nccl(n, call);                                                          \
         if (result_ != ncclSuccess)                                                                          \
-            end_failed(n, result_, #call);                                                                   \
+            abort_on_error(n, result_, #call);                                                               \
     } while (0)
 
 /* ---- collectives ---- */
 
-static __global__ void count(volatile int64_t *place) {
-    *place = *place + 1;
+static __global__ void increment(volatile int64_t *counter) {
+    *counter = *counter + 1;
     __threadfence_system();
 }
 
-static void enter(struct nccl_comm *n) {
-    gpu_comm_follow(&n->g);
-    launch_on<count>(n->g.stream, 1, 1, 0, &n->places->reached);
+static void begin_collective(struct nccl_comm *n) {
+    gpu_comm_wait_device(&n->g);
+    launch_on<increment>(n->g.stream, 1, 1, 0, &n->gpu->started);
 }
 
-static comm_event leave(struct nccl_comm *n) {
-    launch_on<count>(n->g.stream, 1, 1, 0, &n->places->done);
-    return gpu_comm_mark(&n->g);
+static comm_event end_collective(struct nccl_comm *n) {
+    launch_on<increment>(n->g.stream, 1, 1, 0, &n->gpu->done);
+    return gpu_comm_record(&n->g);
 }
 
-/* Every rank's share of `buffer` to it; what the others have for this one to `others`, [ranks n]. */
-static void send_shares(struct nccl_comm *n, const char *buffer, char *others, ncclDataType_t type,
-                        size_t size, int64_t share) {
+/* Send each rank its share of `buffer`; receive the others' for this rank into `others`, [ranks n]. */
+static void exchange_shares(struct nccl_comm *n, const char *buffer, char *others, ncclDataType_t type,
+                            size_t size, int64_t share) {
     int W = n->g.base.ranks;
     nccl_check(n, ncclGroupStart());
     for (int step = 1; step < W; step++) {
@@ -284,42 +285,44 @@ static comm_event nccl_reduce_scatter(struct comm *c, tensor buffer, tensor piec
                 (long long)tensor_count(buffer), c->ranks, (long long)share, (long long)n->staging_elements);
         abort();
     }
-    enter(n);
+    begin_collective(n);
     if (n->wire == DTYPE_BF16) {
         bf16 *rounded = (bf16 *)n->staging, *others = rounded + all;
-        round_all_to_bf16(n->g.stream, (const float *)buffer.data, all, rounded);
-        send_shares(n, (const char *)rounded, (char *)others, ncclBfloat16, sizeof *rounded, share);
-        add_in_rank_order(n->g.stream, own, others, DTYPE_BF16, c->rank, c->ranks, share, out, accumulate);
+        comm_round_to_bf16(n->g.stream, (const float *)buffer.data, all, rounded);
+        exchange_shares(n, (const char *)rounded, (char *)others, ncclBfloat16, sizeof *rounded, share);
+        comm_add_in_rank_order(n->g.stream, own, others, DTYPE_BF16, c->rank, c->ranks, share, out,
+                               accumulate);
     } else if (n->in_rank_order) {
-        send_shares(n, (const char *)buffer.data, n->staging, ncclFloat, sizeof *own, share);
-        add_in_rank_order(n->g.stream, own, n->staging, DTYPE_F32, c->rank, c->ranks, share, out, accumulate);
+        exchange_shares(n, (const char *)buffer.data, n->staging, ncclFloat, sizeof *own, share);
+        comm_add_in_rank_order(n->g.stream, own, n->staging, DTYPE_F32, c->rank, c->ranks, share, out,
+                               accumulate);
     } else {
         float *sum = accumulate ? (float *)n->staging : out;
         nccl_check(
             n, ncclReduceScatter(buffer.data, sum, (size_t)share, ncclFloat, ncclSum, n->nccl, n->g.stream));
         if (accumulate)
-            add_to(n->g.stream, sum, share, out);
+            comm_add_to(n->g.stream, sum, share, out);
     }
-    return leave(n);
+    return end_collective(n);
 }
 
 static comm_event nccl_all_gather(struct comm *c, tensor buffer) {
     struct nccl_comm *n = nccl_of(c);
     size_t share = (size_t)tensor_count(buffer) * dtype_bytes(buffer.dtype) / (size_t)c->ranks;
-    enter(n);
+    begin_collective(n);
     nccl_check(n, ncclAllGather((char *)buffer.data + share * (size_t)c->rank, buffer.data, share, ncclUint8,
                                 n->nccl, n->g.stream));
-    return leave(n);
+    return end_collective(n);
 }
 
 static void nccl_all_reduce(struct comm *c, double *values, int count) {
     struct nccl_comm *n = nccl_of(c);
-    if (count > SMALL)
+    if (count > MAX_REDUCED)
         abort();
-    enter(n);
+    begin_collective(n);
     nccl_check(n, ncclAllGather(values, n->all, (size_t)count, ncclDouble, n->nccl, n->g.stream));
-    sum_doubles(n->g.stream, n->all, c->ranks, count, values);
-    gpu_comm_wait(c, leave(n));
+    comm_sum_doubles(n->g.stream, n->all, c->ranks, count, values);
+    gpu_comm_wait(c, end_collective(n));
 }
 
 /* ---- opening and closing ---- */
@@ -341,40 +344,40 @@ static int nccl_reserve(struct comm *c, int64_t elements, enum dtype dtype, enum
 static void release(struct nccl_comm *n) {
     cuda_check(cudaFree(n->staging));
     cuda_check(cudaFree(n->all));
-    cuda_check(cudaFreeHost(n->places));
+    cuda_check(cudaFreeHost(n->gpu));
     gpu_comm_close(&n->g);
     free(n);
 }
 
-/* Graphs hold the communicator, and NCCL waits until they are gone. */
+/* NCCL waits until no graph holds the communicator. */
 static void nccl_close(struct comm *c) {
     struct nccl_comm *n = nccl_of(c);
     struct device *dev = n->g.dev;
-    gpu_comm_wait(c, gpu_comm_mark(&n->g));
+    gpu_comm_wait(c, gpu_comm_record(&n->g));
     cuda_await_queue(dev);
     graphs_free(dev->graphs);
     dev->graphs = NULL;
-    end_watch(n);
+    stop_watchdog(n);
     nccl_check(n, ncclCommFinalize(n->nccl));
     ncclCommDestroy(n->nccl);
     release(n);
 }
 
-/* Rings and channels take memory, and are made when they are first used: before the model's memory is planned
- * from what is left. */
+/* NCCL allocates rings and channels at their first use. This is it, so that the model's memory is planned
+ * from what is really left. */
 static void warm_up(struct nccl_comm *n) {
     size_t ranks = (size_t)n->g.base.ranks;
     float *numbers = (float *)n->all;
-    cuda_check(cudaMemsetAsync(n->all, 0, ranks * SMALL * sizeof *n->all, n->g.stream));
+    cuda_check(cudaMemsetAsync(n->all, 0, ranks * MAX_REDUCED * sizeof *n->all, n->g.stream));
     nccl_check(n, ncclAllGather(n->all, n->all, 1, ncclDouble, n->nccl, n->g.stream));
     if (n->in_rank_order)
-        send_shares(n, (const char *)numbers, (char *)(numbers + ranks), ncclFloat, sizeof *numbers, 1);
+        exchange_shares(n, (const char *)numbers, (char *)(numbers + ranks), ncclFloat, sizeof *numbers, 1);
     else
         nccl_check(n,
                    ncclReduceScatter(numbers, numbers + ranks, 1, ncclFloat, ncclSum, n->nccl, n->g.stream));
 }
 
-/* Rank 0's id for all; then all connect. */
+/* Share rank 0's NCCL id, and connect. */
 static int connect(struct nccl_comm *n, struct error *e) {
     struct comm *ranks = n->g.ranks;
     ncclUniqueId id = {};
@@ -387,14 +390,14 @@ static int connect(struct nccl_comm *n, struct error *e) {
         return -1;
     memcpy(&id, comm_all_gather_small(ranks, &id, sizeof id), sizeof id);
     result = ncclCommInitRankConfig(&n->nccl, ranks->ranks, id, ranks->rank, &config);
-    /* Half the time that ranks give each other: those that have failed wait for the others to find out. */
+    /* Half of peer_timeout: a rank whose NCCL failed at once waits in comm_agree meanwhile. */
     for (double since = clock_seconds(); result == ncclInProgress; usleep(1000)) {
         ranks->ops->progress(ranks);
         if (clock_seconds() - since > n->timeout / 2)
             return fail_run(
                 e,
-                "NCCL has not connected the GPUs in %.0f s; NCCL_DEBUG=INFO tells what it waits for, "
-                "NCCL_SOCKET_IFNAME=eth1 names the network to use",
+                "NCCL has not connected the GPUs within %.0f s; NCCL_DEBUG=INFO shows what it waits for, "
+                "NCCL_SOCKET_IFNAME=eth1 selects the network",
                 n->timeout / 2);
         if (ncclCommGetAsyncError(n->nccl, &result) != ncclSuccess)
             result = ncclInternalError;
@@ -402,7 +405,7 @@ static int connect(struct nccl_comm *n, struct error *e) {
     if (result == ncclSuccess)
         return 0;
     const char *why = ncclGetLastError(NULL);
-    return fail_run(e, "NCCL cannot connect the GPUs: %s%s%.300s; NCCL_DEBUG=INFO tells more",
+    return fail_run(e, "NCCL cannot connect the GPUs: %s%s%.300s; NCCL_DEBUG=INFO shows more",
                     ncclGetErrorString(result), why && why[0] ? ": " : "", why ? why : "");
 }
 
@@ -428,10 +431,10 @@ struct comm *comm_nccl_open(struct device *dev, struct comm *ranks, struct error
     gpu_comm_open(&n->g, dev, ranks, &ops);
     n->timeout = ranks->timeout;
     n->in_rank_order = dev->deterministic;
-    cuda_check(cudaMalloc((void **)&n->all, (size_t)ranks->ranks * SMALL * sizeof *n->all));
-    cuda_check(cudaMallocHost((void **)&n->places, sizeof *n->places));
-    n->places->reached = n->places->done = 0;
-    if (comm_agree(ranks, connect(n, e), e) != 0 || begin_watch(n, e) != 0) {
+    cuda_check(cudaMalloc((void **)&n->all, (size_t)ranks->ranks * MAX_REDUCED * sizeof *n->all));
+    cuda_check(cudaMallocHost((void **)&n->gpu, sizeof *n->gpu));
+    n->gpu->started = n->gpu->done = 0;
+    if (comm_agree(ranks, connect(n, e), e) != 0 || start_watchdog(n, e) != 0) {
         release(n);
         return NULL;
     }

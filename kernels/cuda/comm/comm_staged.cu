@@ -1,34 +1,34 @@
-/* Collectives on device memory through host memory: a copy out, the processes' own collective, a copy back.
+/* Collectives on device memory staged through host memory: a copy to the host, the processes' collective
+ * there, a copy back.
  *
- * The host takes part, so it must run the collectives behind this in the same order on every rank. One that
- * is begun here is begun there when the next is begun, or when it is waited for: its copy out goes on in the
- * meantime, and the order follows from the calls alone, so ranks that are about to call different things wait
- * for everything first (model_await_params). */
+ * The host must start the processes' collectives in the same order on every rank. It starts one when the
+ * next one is called, or when it is waited for; until then its copy to the host can run. So the order
+ * depends on the sequence of calls alone, and ranks that are about to make different calls must first wait
+ * for all events (model_await_params). */
 #include <stdio.h>
 #include <stdlib.h>
 
-#include "kernels/comm/comm_internal.h"
+#include "kernels/comm/comm_p2p.h"
 #include "kernels/cuda/comm/comm.h"
 #include "kernels/cuda/comm/comm_sums.h"
 
-enum { SMALL = 8 };
+enum { MAX_REDUCED = 8 /* doubles in an all_reduce */ };
 
-enum staged_state { STAGED_FREE, STAGED_COPYING, STAGED_MOVING, STAGED_DONE };
+enum staged_state { STAGED_FREE, STAGED_TO_HOST, STAGED_COLLECTIVE, STAGED_TO_DEVICE };
 
 struct staged {
     enum staged_state state;
-    comm_event event, inner; /* here, and of the processes' communicator */
-    tensor buffer, piece;    /* on the device; piece absent: an all_gather */
+    comm_event event, inner; /* this communicator's, and the processes' */
+    tensor buffer, piece;    /* on the device; piece.data NULL: an all_gather */
     bool accumulate;
-    cudaEvent_t out;         /* the copy out is over */
-    cudaEvent_t back;        /* the copy back is */
-    char *host, *host_piece; /* pinned: the whole buffer, and this rank's share of its sum */
+    cudaEvent_t to_host, to_device; /* after the copies */
+    char *host, *host_piece;        /* pinned: the whole buffer, and this rank's share of its sum */
 };
 
 struct staged_comm {
     struct gpu_comm g;
     struct staged slots[COMM_IN_FLIGHT];
-    float *share; /* on the device: what is added to a piece */
+    float *share; /* on the device: a sum to be added to a piece */
     double *values;
     cudaEvent_t copied;
 };
@@ -37,7 +37,7 @@ static struct staged_comm *staged_of(struct comm *c) {
     return (struct staged_comm *)c;
 }
 
-static tensor at(tensor like, char *host) {
+static tensor on_host(tensor like, char *host) {
     return tensor_of(host, like.dtype, tensor_count(like), 0, 0, 0, 0);
 }
 
@@ -45,23 +45,23 @@ static size_t bytes_of(tensor t) {
     return (size_t)tensor_count(t) * dtype_bytes(t.dtype);
 }
 
-/* The copy out is over: give it to the processes' communicator. */
-static void move(struct staged_comm *s, struct staged *t) {
+/* Wait for the copy to the host, and start the processes' collective. */
+static void start_collective(struct staged_comm *s, struct staged *t) {
     struct comm *ranks = s->g.ranks;
-    if (t->state != STAGED_COPYING)
+    if (t->state != STAGED_TO_HOST)
         return;
-    cuda_host_wait(s->g.dev, t->out);
-    t->inner = t->piece.data ? ranks->ops->reduce_scatter(ranks, at(t->buffer, t->host),
-                                                          at(t->piece, t->host_piece), false)
-                             : ranks->ops->all_gather(ranks, at(t->buffer, t->host));
-    t->state = STAGED_MOVING;
+    cuda_host_wait(s->g.dev, t->to_host);
+    t->inner = t->piece.data ? ranks->ops->reduce_scatter(ranks, on_host(t->buffer, t->host),
+                                                          on_host(t->piece, t->host_piece), false)
+                             : ranks->ops->all_gather(ranks, on_host(t->buffer, t->host));
+    t->state = STAGED_COLLECTIVE;
 }
 
-/* Wait for the processes' collective, and queue the copy back. */
-static void bring_back(struct staged_comm *s, struct staged *t) {
+/* Wait for the processes' collective, and queue the copy to the device. */
+static void copy_to_device(struct staged_comm *s, struct staged *t) {
     struct comm *ranks = s->g.ranks;
-    move(s, t);
-    if (t->state != STAGED_MOVING)
+    start_collective(s, t);
+    if (t->state != STAGED_COLLECTIVE)
         return;
     ranks->ops->wait(ranks, t->inner);
     bool adds = t->piece.data && t->accumulate;
@@ -69,17 +69,17 @@ static void bring_back(struct staged_comm *s, struct staged *t) {
     cuda_check(cudaMemcpyAsync(adds ? s->share : to.data, t->piece.data ? t->host_piece : t->host,
                                bytes_of(to), cudaMemcpyHostToDevice, s->g.stream));
     if (adds)
-        add_to(s->g.stream, s->share, tensor_count(to), (float *)to.data);
-    cuda_check(cudaEventRecord(t->back, s->g.stream));
-    t->state = STAGED_DONE;
+        comm_add_to(s->g.stream, s->share, tensor_count(to), (float *)to.data);
+    cuda_check(cudaEventRecord(t->to_device, s->g.stream));
+    t->state = STAGED_TO_DEVICE;
 }
 
-static comm_event begin(struct staged_comm *s, tensor buffer, tensor piece, bool accumulate) {
+static comm_event copy_to_host(struct staged_comm *s, tensor buffer, tensor piece, bool accumulate) {
     struct staged *last = &s->slots[s->g.events % COMM_IN_FLIGHT];
     struct staged *t = &s->slots[(s->g.events + 1) % COMM_IN_FLIGHT];
-    move(s, last);
-    bring_back(s, t);
-    gpu_comm_follow(&s->g);
+    start_collective(s, last);
+    copy_to_device(s, t);
+    gpu_comm_wait_device(&s->g);
     t->event = ++s->g.events;
     t->buffer = buffer;
     t->piece = piece;
@@ -91,17 +91,17 @@ static comm_event begin(struct staged_comm *s, tensor buffer, tensor piece, bool
     else
         cuda_check(cudaMemcpyAsync(t->host + own, (char *)buffer.data + own, share, cudaMemcpyDeviceToHost,
                                    s->g.stream));
-    cuda_check(cudaEventRecord(t->out, s->g.stream));
-    t->state = STAGED_COPYING;
+    cuda_check(cudaEventRecord(t->to_host, s->g.stream));
+    t->state = STAGED_TO_HOST;
     return t->event;
 }
 
 static comm_event staged_reduce_scatter(struct comm *c, tensor buffer, tensor piece, bool accumulate) {
-    return begin(staged_of(c), buffer, piece, accumulate);
+    return copy_to_host(staged_of(c), buffer, piece, accumulate);
 }
 
 static comm_event staged_all_gather(struct comm *c, tensor buffer) {
-    return begin(staged_of(c), buffer, tensor_none(), false);
+    return copy_to_host(staged_of(c), buffer, tensor_none(), false);
 }
 
 static void staged_wait(struct comm *c, comm_event event) {
@@ -109,10 +109,10 @@ static void staged_wait(struct comm *c, comm_event event) {
     for (struct staged &t : s->slots) {
         if (event == 0 || t.event != event)
             continue;
-        bring_back(s, &t);
-        cuda_check(cudaStreamWaitEvent(s->g.dev->stream, t.back, 0));
+        copy_to_device(s, &t);
+        cuda_check(cudaStreamWaitEvent(s->g.dev->stream, t.to_device, 0));
     }
-    /* Of one that has made room for another the copy back is queued; the queue's order covers it. */
+    /* The slot is reused, so the copy to the device is already queued on the stream. */
     if (event && event + COMM_IN_FLIGHT <= s->g.events) {
         cuda_check(cudaEventRecord(s->copied, s->g.stream));
         cuda_check(cudaStreamWaitEvent(s->g.dev->stream, s->copied, 0));
@@ -123,9 +123,9 @@ static void staged_all_reduce(struct comm *c, double *values, int count) {
     struct staged_comm *s = staged_of(c);
     struct comm *ranks = s->g.ranks;
     size_t bytes = (size_t)count * sizeof *values;
-    if (count > SMALL)
+    if (count > MAX_REDUCED)
         abort();
-    gpu_comm_follow(&s->g);
+    gpu_comm_wait_device(&s->g);
     cuda_check(cudaMemcpyAsync(s->values, values, bytes, cudaMemcpyDeviceToHost, s->g.stream));
     cuda_check(cudaEventRecord(s->copied, s->g.stream));
     cuda_host_wait(s->g.dev, s->copied);
@@ -170,8 +170,8 @@ static void staged_close(struct comm *c) {
     struct staged_comm *s = staged_of(c);
     for (struct staged &t : s->slots) {
         free_slot(&t);
-        cuda_check(cudaEventDestroy(t.out));
-        cuda_check(cudaEventDestroy(t.back));
+        cuda_check(cudaEventDestroy(t.to_host));
+        cuda_check(cudaEventDestroy(t.to_device));
     }
     cuda_check(cudaFree(s->share));
     cuda_check(cudaFreeHost(s->values));
@@ -181,7 +181,7 @@ static void staged_close(struct comm *c) {
 }
 
 struct comm *comm_staged_open(struct device *dev, struct comm *ranks, struct error *e) {
-    static const struct comm_ops any = {
+    static const struct comm_ops common_ops = {
         .close = staged_close,
         .abort_run = gpu_comm_abort_run,
         .reserve = staged_reserve,
@@ -199,15 +199,15 @@ struct comm *comm_staged_open(struct device *dev, struct comm *ranks, struct err
         fail_run(e, "out of memory for messages between ranks");
         return NULL;
     }
-    ops = any;
+    ops = common_ops;
     snprintf(name, sizeof name, "%s through host memory", ranks->ops->name);
     ops.name = name;
     gpu_comm_open(&s->g, dev, ranks, &ops);
     cuda_check(cudaEventCreateWithFlags(&s->copied, cudaEventDisableTiming));
-    cuda_check(cudaMallocHost((void **)&s->values, SMALL * sizeof *s->values));
+    cuda_check(cudaMallocHost((void **)&s->values, MAX_REDUCED * sizeof *s->values));
     for (struct staged &t : s->slots) {
-        cuda_check(cudaEventCreateWithFlags(&t.out, cudaEventDisableTiming));
-        cuda_check(cudaEventCreateWithFlags(&t.back, cudaEventDisableTiming));
+        cuda_check(cudaEventCreateWithFlags(&t.to_host, cudaEventDisableTiming));
+        cuda_check(cudaEventCreateWithFlags(&t.to_device, cudaEventDisableTiming));
     }
     return &s->g.base;
 }

@@ -1,11 +1,12 @@
-/* Sums in rank order, and rounding: what reduce-scatter adds to the messages themselves. */
+/* Kernels of reduce_scatter and all_reduce: sums in rank order, and rounding to bf16. */
 #include "kernels/cuda/comm/comm_sums.h"
 
 #include "kernels/cuda/cuda.cuh"
 
 enum { THREADS = 256 };
 
-/* Grid: n / (THREADS V) blocks, V elements a thread; n is a multiple of V. */
+/* Grid: n / (THREADS V) blocks, V elements per thread; n is a multiple of V. A thread sums its elements
+ * over all ranks in registers, so each value is read once. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
     add_ranks(const float *own, const T *others, int rank, int ranks, int64_t n, float *out,
@@ -37,11 +38,11 @@ static __global__ void __launch_bounds__(THREADS)
     store(out + i, sum);
 }
 
-void add_in_rank_order(cudaStream_t stream, const float *own, const void *others, enum dtype dtype, int rank,
-                       int ranks, int64_t n, float *out, bool accumulate) {
+void comm_add_in_rank_order(cudaStream_t stream, const float *own, const void *others, enum dtype dtype,
+                            int rank, int ranks, int64_t n, float *out, bool accumulate) {
     by_dtype(dtype, [&](auto number) {
         using T = decltype(number);
-        /* Rows of n: each of `others` begins aligned only where n is a multiple of the width. */
+        /* Row r of `others` starts at r n, so it is aligned only if n is a multiple of the width. */
         by_width<T>(n, aligned16({own, others, out}), [&](auto width) {
             constexpr int V = decltype(width)::value;
             launch_on<add_ranks<T, V>>(stream, ceil_div(n, THREADS * V), THREADS, 0, own, (const T *)others,
@@ -50,7 +51,7 @@ void add_in_rank_order(cudaStream_t stream, const float *own, const void *others
     });
 }
 
-/* Grid: n / (THREADS V) blocks; what n / V leaves over, singly, by the last thread. */
+/* Grid: n / (THREADS V) blocks, V elements per thread; the last thread adds the remainder one by one. */
 template <int V>
 static __global__ void __launch_bounds__(THREADS) add_kernel(const float *x, int64_t n, float *out) {
     int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
@@ -68,14 +69,14 @@ static __global__ void __launch_bounds__(THREADS) add_kernel(const float *x, int
     store(out + i, b);
 }
 
-void add_to(cudaStream_t stream, const float *x, int64_t n, float *out) {
+void comm_add_to(cudaStream_t stream, const float *x, int64_t n, float *out) {
     by_width<float>(0, aligned16({x, out}), [&](auto width) {
         constexpr int V = decltype(width)::value;
         launch_on<add_kernel<V>>(stream, ceil_div(n, THREADS * V), THREADS, 0, x, n, out);
     });
 }
 
-/* The same grid. */
+/* The same grid and remainder. */
 template <int V>
 static __global__ void __launch_bounds__(THREADS) round_kernel(const float *from, int64_t n, bf16 *to) {
     int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
@@ -89,7 +90,7 @@ static __global__ void __launch_bounds__(THREADS) round_kernel(const float *from
     store(to + i, x);
 }
 
-void round_all_to_bf16(cudaStream_t stream, const float *from, int64_t n, void *to) {
+void comm_round_to_bf16(cudaStream_t stream, const float *from, int64_t n, void *to) {
     by_width<bf16>(0, aligned16({from, to}), [&](auto width) {
         constexpr int V = decltype(width)::value;
         launch_on<round_kernel<V>>(stream, ceil_div(n, THREADS * V), THREADS, 0, from, n, (bf16 *)to);
@@ -104,6 +105,6 @@ static __global__ void sum_doubles_kernel(const double *all, int ranks, int coun
     values[i] = sum;
 }
 
-void sum_doubles(cudaStream_t stream, const double *all, int ranks, int count, double *values) {
+void comm_sum_doubles(cudaStream_t stream, const double *all, int ranks, int count, double *values) {
     launch_on<sum_doubles_kernel>(stream, 1, count, 0, all, ranks, count, values);
 }

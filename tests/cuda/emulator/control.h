@@ -1,4 +1,4 @@
-/* How a test, in C, steers the harness; see emulator.h. */
+/* How tests, in C, control the emulator; see emulator.h. */
 #ifndef IHA_TESTS_CUDA_EMULATOR_CONTROL_H
 #define IHA_TESTS_CUDA_EMULATOR_CONTROL_H
 
@@ -10,20 +10,21 @@
 extern "C" {
 #endif
 
-/* The GPU that programs find. */
+/* The GPUs that the program finds. */
 struct emulator_gpu {
-    int count; /* 0: as without a driver */
+    int count; /* 0: none, as without a driver */
     int sms;
     size_t memory;
 };
 extern struct emulator_gpu emulator_gpu;
 
-/* The order of threads and blocks from here on: 0 ascending, 1 descending, others at random. */
+/* The order of threads, blocks and ready work from here on: 0 ascending, 1 descending, others random. */
 void emulator_seed(uint64_t seed);
 
-/* From here on a thread of its own, the GPU, runs what is queued while the host goes on: whatever is ready,
- * in random order, now and then after a pause of up to `delay_us` microseconds (0: never). There is no way
- * back. Device memory is then not protected from the host. To be called before anything is queued. */
+/* From here on a thread of its own, in the GPU's place, runs what is queued while the host continues:
+ * whatever is ready, in the seed's order, at times after a pause of up to `delay_us` microseconds (0: never).
+ * This cannot be undone. Device memory is then not protected from the host. Call it before anything is
+ * queued. */
 void emulator_background(int delay_us);
 
 /* Allocations not yet freed, on the device and of pinned host memory. */
@@ -33,19 +34,18 @@ int emulator_allocations(void);
 int64_t emulator_launches(void);
 int64_t emulator_graph_launches(void);
 
-/* The launch of this number (from 0) never ends, and what comes after it on its stream never begins; -1: none
- * does. */
-void emulator_stick(int64_t launch);
+/* Let the launch of this number (from 0) never end, so that what follows on its stream never begins; -1:
+ * none. */
+void emulator_hang_launch(int64_t launch);
 
-/* A host that queues more than so much work waits, as one does whose GPU's queue is full. In the background
- * mode; 0: no limit. */
+/* With more than so much work queued, the host waits, as it does when a GPU's queue is full. In the
+ * background mode only; 0: no limit. */
 void emulator_limit_queue(int64_t works);
 
-/* What refuses to work with graphs: "begin" and "end" of a capture, "instantiate"; NULL: nothing. */
+/* Which call of CUDA graphs fails: "begin" or "end" of a capture, or "instantiate"; NULL: none. */
 void emulator_refuse_graphs(const char *what);
 
-/* Linked with the real runtime instead of the harness (tests/gpu/)? Then the above neither steers nor counts.
- */
+/* Whether the program is linked with the real CUDA runtime (tests/gpu/); the above then does nothing. */
 bool emulator_on_gpu(void);
 
 #ifdef __cplusplus

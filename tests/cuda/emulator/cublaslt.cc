@@ -1,7 +1,7 @@
-/* cuBLASLt for the harness: D = alpha op(A) op(B) + beta C (+ bias), column-major, in plain loops that sum in
- * fp32. Attributes that the backend does not use are refused. An algorithm was chosen for what the preference
- * and the bias at that time promise of addresses; a product that breaks the promise is an error here, where a
- * GPU may fault or refuse it. */
+/* The emulator's cuBLASLt: D = alpha op(A) op(B) + beta C (+ bias), column-major, in plain loops that sum in
+ * fp32. Attributes that the backend does not use are refused. An algorithm is chosen for the alignments that
+ * the preference, and the bias at that time, promise; using it with addresses that are less aligned aborts
+ * here, where a GPU may fault or return an error. */
 #include "tests/cuda/emulator/internal.h"
 
 #include <cublasLt.h>
@@ -25,9 +25,9 @@ struct preference {
     uint32_t a, b, c, d; /* bytes that addresses are multiples of */
 };
 
-/* What an algorithm was chosen for, in its opaque words. */
+/* What an algorithm was chosen for, stored in its opaque words. */
 struct chosen {
-    uint64_t candidate; /* 0: none of ours */
+    uint64_t candidate; /* 0: not from the heuristic */
     struct preference promised;
     uint32_t bias;
 };
@@ -149,7 +149,7 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
     }
 }
 
-/* One that is none, and two that compute the same. */
+/* Three results: the first is marked as not supported, the two others compute the same. */
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
@@ -182,7 +182,7 @@ static void put(void *p, cudaDataType_t type, int64_t i, float x) {
         ((float *)p)[i] = x;
 }
 
-/* op(M) with one operand's index along the rows of the result, the other's along k: [n][k]. */
+/* An operand as [n][k], where k is the index that is summed over. */
 static std::vector<float> gather(const void *p, const struct layout &l, int64_t at, bool k_is_row, int64_t n,
                                  int64_t k) {
     std::vector<float> out((size_t)(n * k));
@@ -241,7 +241,7 @@ static void check_promises(const cublasLtMatmulAlgo_t *algorithm, const struct d
     struct chosen chosen;
     memcpy(&chosen, algorithm, sizeof chosen);
     if (chosen.candidate == 0)
-        emulator_fail("cublasLtMatmul: an algorithm that no heuristic chose");
+        emulator_fail("cublasLtMatmul: the algorithm does not come from cublasLtMatmulAlgoGetHeuristic");
     check_address(a, chosen.promised.a, "A");
     check_address(b, chosen.promised.b, "B");
     check_address(c, chosen.promised.c, "C");
@@ -249,7 +249,7 @@ static void check_promises(const cublasLtMatmulAlgo_t *algorithm, const struct d
     check_address(workspace, 256, "the workspace");
     if (d.epilogue == CUBLASLT_EPILOGUE_BIAS && (uintptr_t)d.bias % 16 != chosen.bias)
         emulator_fail(
-            "cublasLtMatmul: the bias at %p is aligned otherwise than the one the algorithm was chosen for",
+            "cublasLtMatmul: the bias at %p is aligned differently from the one the algorithm was chosen for",
             d.bias);
     if (workspace_bytes > chosen.promised.workspace)
         emulator_fail("cublasLtMatmul: more workspace than was offered");

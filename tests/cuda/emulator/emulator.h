@@ -1,35 +1,42 @@
-/* Runs the CUDA backend's kernels on a CPU, to test them where there is no GPU.
+/* The emulator: runs the CUDA backend's kernels on a CPU, to test them where there is no GPU.
  *
- * The .cu files compile with g++ against the toolkit's own headers and this one (-include tests/cuda/emulator/emulator.h,
- * which defines CUDA_EMULATOR). A block's threads are fibers: each runs until it meets a barrier, a warp operation or
- * an atomic, then the scheduler picks the next one by the seed (0: the first, 1: the last, others: at random;
- * odd ones let a warp overtake the others as far as it can). Blocks run one after another in an order of the
- * same kind. What is an error, reported with the kernel's name:
- *  - a barrier or warp operation that not all its threads reach, or reach at different places;
- *  - a store beside an allocation (every allocation of device and shared memory lies between sentinels; under
- *    AddressSanitizer, in builds with SANITIZE=1, loads are caught too, where they happen);
- *  - the host touching device memory: outside kernels and copies it is protected, so that is a fault;
- *  - shared memory beyond what cudaFuncSetAttribute allowed, or a launch the device would refuse.
- * Fresh device memory and every block's shared memory are filled with NaN (0xff). cp.async copies when it is
- * waited for. Launches, copies and library calls only join their streams, which promise the order that CUDA
- * promises and no other: even seeds do nothing before the host waits for it, and then no more than that
- * needs; odd ones may do it at once; whatever is ready goes in an order of the same kind as threads do
- * (emulator_queue.cc). So a missing event or wait shows as wrong results under some seed. Streams and events are
- * in emulator_streams.cc; capture and graphs, with the errors of the runtime, in emulator_graphs.cc.
+ * The .cu files compile with g++ against the toolkit's own headers and this one (-include
+ * tests/cuda/emulator/emulator.h, which defines CUDA_EMULATOR). The emulator has its own CUDA runtime,
+ * cuBLASLt and NCCL.
  *
- * NCCL is there too, between processes, with delays and faults on request, and catches buffers that are used
- * while a collective is in flight (emulator_nccl.cc, emulator_nccl_tasks.cc). $(BUILD)/emulator/train_iha is the whole
- * program on such GPUs, whose queue runs on a thread of its own (emulator_program.cc says how to steer it);
- * emulator_background() gives a test the same.
+ * Threads. A block's threads are fibers (fibers.cc). Each runs until it reaches a barrier, a warp operation
+ * or an atomic; then the scheduler picks the next one by the seed (0: the first, 1: the last, others: at
+ * random; odd seeds let one warp run ahead of the others as far as it can). Blocks run one after another, in
+ * an order chosen in the same way. These are errors, reported with the kernel's name:
+ *  - a barrier or warp operation that not all its threads reach, or that they reach at different places;
+ *  - a store beside an allocation: every allocation of device and dynamic shared memory is followed, and
+ *    device memory preceded, by a sentinel. With SANITIZE=1, AddressSanitizer also catches loads, where they
+ *    happen;
+ *  - the host accessing device memory, which is protected except while kernels and copies run;
+ *  - more shared memory than cudaFuncSetAttribute allowed, or a launch that a device would refuse.
+ * New device memory and every block's shared memory are filled with 0xff (NaN). cp.async copies only when it
+ * is waited for.
  *
- * To write a test: make tests/cuda/test_NAME.c, with cmocka as everywhere, including tests/cuda/fixture.h. It
- * gives the same inputs to three backends, cuda (in this harness), cpu in float and cpu in double, and
- * compares by one rule. For a kernel that is not an operation, add a .cu file to tests/cuda/emulator/ with a function
- * that launches it. `make emulator` builds and runs these tests alone.
+ * Streams. Launches, copies and library calls are appended to their streams, which keep the order that CUDA
+ * guarantees and no other: with even seeds work runs only when the host waits for it, and then only what that
+ * needs; with odd seeds it may run at once. Among the work that is ready, the seed chooses as it does among
+ * threads (queue.cc). So a missing event or wait shows as wrong results under some seed. Streams and events
+ * are in streams.cc; capture and graphs, with the runtime's errors, in graphs.cc; the rest of the runtime is
+ * in runtime.cc, cuBLASLt in cublaslt.cc.
  *
- * Known limits: one block at a time, so blocks must not wait for each other; static shared memory has no
+ * NCCL runs between processes, with delays and faults on request, and detects buffers that are used while a
+ * collective is in flight (nccl.cc, nccl_tasks.cc). $(BUILD)/emulator/train_iha is the whole program on
+ * emulated GPUs, whose queue runs on a thread of its own (program.cc lists its environment variables);
+ * emulator_background() does the same for a test.
+ *
+ * To write a test: add tests/cuda/test_NAME.c, with cmocka as everywhere, including tests/cuda/fixture.h. It
+ * gives the same inputs to three backends, cuda (in the emulator), cpu in float and cpu in double, and
+ * compares them by one rule. For a kernel that is not an operation, add a .cu file to tests/cuda/ with a
+ * function that launches it. `make emulator` builds and runs these tests alone.
+ *
+ * Known limits: one block runs at a time, so blocks must not wait for each other; static shared memory has no
  * sentinels; a data race between two synchronizations shows only if the order of threads changes the result.
- */
+ * */
 #ifndef IHA_TESTS_CUDA_EMULATOR_EMULATOR_H
 #define IHA_TESTS_CUDA_EMULATOR_EMULATOR_H
 
@@ -63,26 +70,26 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-/* Blocks run one at a time, so static memory can be a block's. Thread-local, because the thread-local segment
- * is the one range that holds these variables and nothing else: it is poisoned as a whole. */
+/* Blocks run one at a time, so a static variable can be a block's shared memory. Thread-local, because the
+ * thread-local segment holds these variables and nothing else, and so can be filled with 0xff as a whole. */
 #define __shared__ static thread_local
 
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
-/* ---- the scheduler's side (fibers.cc) ---- */
+/* ---- the scheduler (fibers.cc) ---- */
 
 [[noreturn]] void emulator_fail(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* Let other threads go first. */
+/* Let other threads run first. */
 void emulator_yield();
 
-/* Wait for the whole block; returns how many threads came with a true predicate. */
+/* Wait for the whole block; returns how many threads passed a true predicate. */
 int emulator_barrier(bool predicate, const char *file, int line);
 
-/* Wait for the lanes of `mask`; the last to arrive calls complete() with every lane's payload, in which it
- * leaves the results. */
+/* Wait for the lanes of `mask`; the last to arrive calls complete() with every lane's payload, to which it
+ * writes the results. */
 typedef void emulator_complete(void *const *lanes, uint32_t mask);
 void emulator_warp(uint32_t mask, const char *operation, void *payload, emulator_complete *complete);
 
@@ -98,7 +105,7 @@ void emulator_copy_wait(int groups_left);
 
 /* ---- launches ---- */
 
-/* What the next launch is called in messages. */
+/* The kernel's name in messages, of the next launch. */
 extern const char *emulator_kernel_name;
 
 cudaError_t emulator_launch(const cudaLaunchConfig_t *config, const void *kernel,
@@ -110,7 +117,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(
     return emulator_launch(config, (const void *)kernel, [=] { std::apply(kernel, kept); });
 }
 
-/* ---- what CUDA C++ offers a kernel ---- */
+/* ---- CUDA C++'s built-in functions ---- */
 
 inline void __syncthreads(const char *file = __builtin_FILE(), int line = __builtin_LINE()) {
     emulator_barrier(false, file, line);
@@ -143,7 +150,7 @@ inline void __syncwarp(uint32_t mask = 0xffffffff) {
     emulator_warp(mask, "__syncwarp", nullptr, emulator_complete_nothing);
 }
 
-/* A lane outside the mask gives NaN: its value is undefined. */
+/* Reading a lane outside the mask gives NaN: its value is undefined in CUDA. */
 template <typename T> T emulator_exchange_lanes(uint32_t mask, const char *operation, T value, int from) {
     static_assert(std::is_arithmetic_v<T> || std::is_same_v<T, __nv_bfloat16> ||
                       std::is_same_v<T, __nv_bfloat162>,

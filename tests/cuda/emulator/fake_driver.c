@@ -1,6 +1,7 @@
-/* libcuda.so.1 of a GPU that is only described. cuDNN opens the driver to load the kernels that it has
- * compiled; here they load and are never launched. What a plan does not call ends the program, so nothing is
- * pretended to have run. The CUDA runtime inside cuDNN finds no device. */
+/* A fake libcuda.so.1 for planning with cuDNN without a device (tests/cuda/test_cudnn.c). cuDNN opens the
+ * driver to load the kernels that it has compiled; here they load but are never launched. Every call that
+ * planning does not need aborts, so no kernel can seem to have run. The CUDA runtime inside cuDNN finds no
+ * device. */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -50,7 +51,7 @@ int cuGetErrorString(int error, const char **text) {
 #define NEVER(name)                                                                                          \
     void name(void);                                                                                         \
     void name(void) {                                                                                        \
-        fprintf(stderr, "paper driver: " #name " was called: there is no GPU\n");                            \
+        fprintf(stderr, "fake driver: " #name " was called, but there is no GPU\n");                         \
         abort();                                                                                             \
     }
 NEVER(cuCtxGetCurrent)

@@ -39,8 +39,8 @@ struct fiber {
     std::vector<std::vector<pending_copy>> copies; /* groups of cp.async; the last one is not committed */
 };
 
-/* Lanes of one warp that have come to an operation, and wait for the rest of its mask. */
-struct rendezvous {
+/* A warp operation that some lanes of its mask have reached; they wait for the others. */
+struct warp_operation {
     uint32_t mask, arrived;
     const char *operation;
     void *payload[32];
@@ -54,15 +54,15 @@ static struct {
     size_t main_stack_bytes;
     const std::function<void()> *thread;
     int threads, returned, at_barrier;
-    int predicates, counted[2], barrier_turn;      /* of __syncthreads_count and its like */
+    int predicates, counted[2], barrier_turn;      /* of __syncthreads_count, _and and _or */
     uint32_t ready_warps, ready[MAX_THREADS / 32]; /* bits of the warps, and of their lanes, that can run */
     int last;                                      /* the warp that ran last */
-    std::vector<struct rendezvous> warps[MAX_THREADS / 32];
+    std::vector<struct warp_operation> warps[MAX_THREADS / 32];
     char *dynamic_shared;
     uint64_t seed, random;
 } S;
 
-/* Save the registers that a call preserves, and go on where `to` was saved. */
+/* Save the callee-saved registers, and continue where `to` was saved. */
 #if defined __x86_64__
 
 extern "C" void switch_context(void **from, void *to);
@@ -201,21 +201,21 @@ void emulator_fail(const char *format, ...) {
 
 /* ---- sentinels ---- */
 
-void emulator_guard(void *p) {
+void emulator_write_sentinel(void *p) {
     memset(p, 0xa5, EMULATOR_SENTINEL);
 #if defined __SANITIZE_ADDRESS__
     __asan_poison_memory_region(p, EMULATOR_SENTINEL);
 #endif
 }
 
-void emulator_unguard(void *p) {
+void emulator_remove_sentinel(void *p) {
 #if defined __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(p, EMULATOR_SENTINEL);
 #endif
     (void)p;
 }
 
-__attribute__((no_sanitize_address)) bool emulator_guard_intact(const void *p) {
+__attribute__((no_sanitize_address)) bool emulator_sentinel_intact(const void *p) {
     for (int i = 0; i < EMULATOR_SENTINEL; i++)
         if (((const volatile unsigned char *)p)[i] != 0xa5)
             return false;
@@ -265,11 +265,11 @@ static int pick_bit(uint32_t bits) {
     return (int)(((unsigned)__builtin_ctz(turned) + by) % 32);
 }
 
-/* Even seeds take any thread, which meets missing barriers between a store and a load. Odd seeds let one warp
- * go on as far as it can, so that it overtakes the others and stores what they have yet to load. */
+/* Even seeds pick any thread, which shows missing barriers between a store and a load. Odd seeds let one warp
+ * run as far as it can, so that it is ahead of the others and stores what they have yet to load. */
 static int pick() {
-    bool go_on = S.seed % 2 == 1 && (S.ready_warps >> S.last & 1);
-    int warp = go_on ? S.last : pick_bit(S.ready_warps), lane = pick_bit(S.ready[warp]);
+    bool same_warp = S.seed % 2 == 1 && (S.ready_warps >> S.last & 1);
+    int warp = same_warp ? S.last : pick_bit(S.ready_warps), lane = pick_bit(S.ready[warp]);
     S.ready[warp] &= ~(1u << lane);
     if (S.ready[warp] == 0)
         S.ready_warps &= ~(1u << warp);
@@ -283,7 +283,7 @@ static int poison_thread_local(struct dl_phdr_info *info, size_t, void *) {
     for (int i = 0; i < info->dlpi_phnum; i++)
         if (info->dlpi_phdr[i].p_type == PT_TLS)
             memset(info->dlpi_tls_data, 0xff, info->dlpi_phdr[i].p_memsz);
-    return 1; /* the program comes first, and is the only one */
+    return 1; /* stop: the program comes first, libraries after it */
 }
 
 static void release_barrier() {
@@ -319,7 +319,7 @@ static void run_block(size_t shared_bytes) {
     for (int i = 0; i < S.threads; i++)
         for (const auto &group : S.fibers[i].copies)
             if (!group.empty())
-                emulator_fail("thread %d returned without waiting for its cp.async", i);
+                emulator_fail("thread %d returned without waiting for its cp.async copies", i);
 }
 
 void emulator_run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()> &thread) {
@@ -327,7 +327,7 @@ void emulator_run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::fu
     if (posix_memalign(&shared, 1024, shared_bytes + EMULATOR_SENTINEL) != 0)
         emulator_fail("no memory for shared memory");
     S.dynamic_shared = (char *)shared;
-    emulator_guard(S.dynamic_shared + shared_bytes);
+    emulator_write_sentinel(S.dynamic_shared + shared_bytes);
     gridDim = grid;
     blockDim = block;
     S.threads = (int)(block.x * block.y * block.z);
@@ -338,10 +338,10 @@ void emulator_run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::fu
     for (int64_t i : emulator_order((int64_t)grid.x * grid.y * grid.z)) {
         blockIdx = {(unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y), (unsigned)(i / grid.x / grid.y)};
         run_block(shared_bytes);
-        if (!emulator_guard_intact(S.dynamic_shared + shared_bytes))
+        if (!emulator_sentinel_intact(S.dynamic_shared + shared_bytes))
             emulator_fail("wrote behind its %zu bytes of dynamic shared memory", shared_bytes);
     }
-    emulator_unguard(S.dynamic_shared + shared_bytes);
+    emulator_remove_sentinel(S.dynamic_shared + shared_bytes);
     free(S.dynamic_shared);
     S.threads = 0;
 }
@@ -367,7 +367,7 @@ int emulator_barrier(bool predicate, const char *file, int line) {
     f->file = file;
     f->line = line;
     S.predicates += predicate;
-    /* Two counts in turn: a thread may come to the next barrier before another has read this one's. */
+    /* Two counts in turn: a thread may reach the next barrier before another has read this one's. */
     int turn = S.barrier_turn;
     if (++S.at_barrier == S.threads) {
         S.counted[turn] = S.predicates;
@@ -385,13 +385,13 @@ void emulator_warp(uint32_t mask, const char *operation, void *payload, emulator
         emulator_fail("%s with a mask, %08x, that leaves out the caller", operation, mask);
     if (lanes < 32 && mask >> lanes)
         emulator_fail("%s with a mask, %08x, of more than the warp's %d threads", operation, mask, lanes);
-    std::vector<struct rendezvous> &open = S.warps[warp];
+    std::vector<struct warp_operation> &open = S.warps[warp];
     size_t at = 0;
     while (at < open.size() && open[at].mask != mask)
         at++;
     if (at == open.size())
         open.push_back({mask, 0, operation, {}});
-    struct rendezvous *r = &open[at];
+    struct warp_operation *r = &open[at];
     if (r->operation != operation && strcmp(r->operation, operation) != 0)
         emulator_fail("lanes of one mask, %08x, meet at %s and at %s", mask, r->operation, operation);
     r->arrived |= 1u << lane;
@@ -433,7 +433,7 @@ void emulator_complete_ballot(void *const *lanes, uint32_t mask) {
 void emulator_copy(void *shared, const void *global, int bytes, int valid) {
     if ((uintptr_t)shared % (unsigned)bytes || (uintptr_t)global % (unsigned)bytes)
         emulator_fail("cp.async of %d bytes from %p to %p: not aligned", bytes, global, shared);
-    memset(shared, 0xff, (size_t)bytes); /* not there before it is waited for */
+    memset(shared, 0xff, (size_t)bytes); /* the data arrives when it is waited for */
     S.self->copies.back().push_back({shared, global, bytes, valid});
 }
 

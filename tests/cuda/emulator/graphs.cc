@@ -1,10 +1,9 @@
 /* Capture of streams into graphs, and graphs: the rules of the CUDA runtime.
  *
- * What is stricter here than CUDA promises: an event that was never recorded cannot be waited for in a
- * capture (as one recorded outside), and while a capture of global mode is going on no event may be asked for
- * or waited for, by any thread. A launched graph keeps the order of each captured stream and of its events,
- * nothing more: whatever else is in it runs in any order. Of a graph's collectives the order of capture
- * holds. */
+ * Stricter than CUDA: an event that was never recorded cannot be waited for in a capture (like one recorded
+ * outside), and during a capture in global mode no thread may query or wait for an event. A launched graph
+ * keeps the order of each captured stream and of its events and no other: the rest runs in any order. A
+ * graph's collectives run in the order in which they were captured. */
 #include "tests/cuda/emulator/queue.h"
 
 #include <algorithm>
@@ -58,7 +57,7 @@ static void join(cudaStream_t s, const std::vector<int> &nodes) {
             s->last_nodes.push_back(n);
 }
 
-/* Where the event was recorded, if that is still going on. */
+/* The capture in which the event was recorded, if it has not ended. */
 static emulator_capture *capture_of(cudaEvent_t e) {
     for (emulator_capture *c : active)
         if (c->number == e->capture)
@@ -90,7 +89,7 @@ cudaError_t emulator_capture_wait(cudaStream_t s, cudaEvent_t e, unsigned flags)
         return emulator_captured_event(e);
     if (from->invalid)
         return emulator_error(cudaErrorStreamCaptureInvalidated);
-    s->capture = from; /* perhaps it is from now on */
+    s->capture = from; /* waiting for a captured event makes the stream part of the capture */
     join(s, e->captured_nodes);
     return cudaSuccess;
 }
@@ -108,7 +107,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mo
     return cudaSuccess;
 }
 
-/* Does every node come before the last ones of the stream in which the capture began? */
+/* Whether the last nodes of the stream in which the capture began depend on all other nodes. */
 static bool joined(const CUgraph_st &graph, const std::vector<int> &last) {
     std::vector<bool> seen(graph.nodes.size());
     std::vector<int> open = last;
@@ -200,7 +199,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
     for (const emulator_node &node : exec->nodes)
         if (node.chain)
             node.chain->in_graphs--;
-    delete exec; /* a launch that is under way has what it needs */
+    delete exec; /* a running launch has copies of its nodes */
     return cudaSuccess;
 }
 
@@ -211,15 +210,15 @@ cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) {
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
     emulator_lock lock;
     cudaStream_t s = emulator_stream(stream);
-    if (s->capture) /* a graph within a graph: the harness has none */
+    if (s->capture) /* graphs within graphs are not supported */
         return emulator_capture_failed(s->capture, cudaErrorNotSupported);
     cudaError_t error = emulator_check_legacy(s);
     if (error != cudaSuccess)
         return error;
     launches++;
-    std::vector<work> before = emulator_before(s), all;
+    std::vector<work> before = emulator_dependencies(s), all;
     before.push_back(exec->last);
-    work begin = emulator_add({}, before);
+    work begin = emulator_add_work({}, before);
     for (const emulator_node &node : exec->nodes) {
         std::vector<work> after = {begin};
         for (int n : node.after)
@@ -228,7 +227,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
             after.push_back(node.chain->last);
         if (node.wait)
             after.push_back(emulator_event(node.wait)->recorded);
-        all.push_back(emulator_add(node.run, after));
+        all.push_back(emulator_add_work(node.run, after));
         if (node.chain)
             node.chain->last = all.back();
         if (node.record) {
@@ -237,8 +236,8 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
         }
     }
     all.push_back(begin);
-    exec->last = s->tail = emulator_add({}, all);
-    emulator_queued(lock);
+    exec->last = s->tail = emulator_add_work({}, all);
+    emulator_run_some(lock);
     return cudaSuccess;
 }
 

@@ -1,7 +1,7 @@
-/* A fake NCCL, whose ranks are processes of this machine: the calls. Sums only; one stream in a group.
+/* The emulator's NCCL, between processes of one machine: its calls. Only sums, and one stream per group.
  *
- * Errors that abort, with a message: ranks that call different things, buffers that are not device memory,
- * and buffers written while an operation is in flight. Others are returned, as NCCL does. */
+ * These errors abort with a message: ranks that call different operations, buffers that are not device
+ * memory, and buffers that are written while an operation is in flight. Others are returned, as NCCL does. */
 #include "tests/cuda/emulator/nccl.h"
 
 #include <errno.h>
@@ -15,8 +15,7 @@
 
 static struct calls {
     std::mutex mutex;
-    std::vector<ncclComm_t>
-        communicators; /* all there ever were: they stay, so that late calls can be told */
+    std::vector<ncclComm_t> communicators; /* never freed, so that calls on a destroyed one are detected */
     struct group {
         int depth;
         ncclResult_t result;
@@ -71,7 +70,7 @@ const char *ncclGetLastError(ncclComm_t) {
 ncclResult_t ncclGetUniqueId(ncclUniqueId *id) {
     std::string name = nccl_shared_create();
     if (name.empty())
-        return fail_with(ncclSystemError, std::string("no shared memory: ") + strerror(errno));
+        return fail_with(ncclSystemError, std::string("cannot create shared memory: ") + strerror(errno));
     memset(id, 0, sizeof *id);
     memcpy(id->internal, name.c_str(), name.size());
     return ncclSuccess;
@@ -153,13 +152,13 @@ ncclResult_t ncclCommFinalize(ncclComm_t c) {
         return fail_with(ncclInvalidArgument, "no communicator");
     if (emulator_chain_in_graphs(&c->chain) > 0)
         return fail_with(ncclInvalidUsage,
-                         "a graph holds the communicator: the real one waits until it is gone");
+                         "a graph still holds the communicator: NCCL would wait until it is destroyed");
     emulator_wait_chain(&c->chain);
     c->closed = true;
     return ncclSuccess;
 }
 
-/* After ncclCommFinalize too. */
+/* Also allowed after ncclCommFinalize. */
 ncclResult_t ncclCommDestroy(ncclComm_t c) {
     if (alive(c))
         ncclCommFinalize(c);
@@ -174,7 +173,7 @@ ncclResult_t ncclCommDestroy(ncclComm_t c) {
     return ncclInvalidArgument;
 }
 
-/* The memory stays: an operation of this communicator may be running. */
+/* The shared memory stays mapped: an operation of this communicator may be running. */
 ncclResult_t ncclCommAbort(ncclComm_t c) {
     if (!alive(c))
         return fail_with(ncclInvalidArgument, "no communicator");
@@ -185,19 +184,19 @@ ncclResult_t ncclCommAbort(ncclComm_t c) {
 
 /* ---- operations ---- */
 
-static ncclResult_t queue(ncclComm_t c, cudaStream_t stream, std::vector<struct nccl_op> ops) {
+static ncclResult_t enqueue(ncclComm_t c, cudaStream_t stream, std::vector<struct nccl_op> ops) {
     if (emulator_enqueue_steps(stream, nccl_task(c, std::move(ops)), &c->chain) != cudaSuccess)
-        return fail_with(ncclUnhandledCudaError, "the stream does not take it");
+        return fail_with(ncclUnhandledCudaError, "the operation cannot be queued on the stream");
     return ncclSuccess;
 }
 
-static ncclResult_t call(ncclComm_t c, cudaStream_t stream, ncclRedOp_t sum, struct nccl_op op) {
+static ncclResult_t submit(ncclComm_t c, cudaStream_t stream, ncclRedOp_t sum, struct nccl_op op) {
     if (!alive(c))
         return fail_with(ncclInvalidArgument, "no communicator, or one that was aborted or destroyed");
     if (nccl_shared_complete(c->shared) != 1)
         return fail_with(ncclInvalidUsage, "the communicator is not complete yet");
     if (sum != ncclSum || nccl_type_bytes(op.type) == 0)
-        return fail_with(ncclInvalidArgument, "the harness only sums, and has no such type");
+        return fail_with(ncclInvalidArgument, "the emulator only supports sums, and not every type");
     if (op.peer < 0 || op.peer >= c->ranks)
         return fail_with(ncclInvalidArgument, "there is no rank " + std::to_string(op.peer));
     emulator_check_device(op.send, nccl_send_bytes(op, c), nccl_kind_name(op.kind));
@@ -208,13 +207,13 @@ static ncclResult_t call(ncclComm_t c, cudaStream_t stream, ncclRedOp_t sum, str
         if (found != C.groups.end()) {
             struct calls::group &g = found->second;
             if (g.ops.count(c) && g.streams[c] != stream)
-                emulator_fail("a group's calls on several streams: the harness takes one");
+                emulator_fail("calls of one group on several streams: the emulator supports one");
             g.ops[c].push_back(op);
             g.streams[c] = stream;
             return ncclSuccess;
         }
     }
-    return queue(c, stream, {op});
+    return enqueue(c, stream, {op});
 }
 
 ncclResult_t ncclGroupStart() {
@@ -237,7 +236,7 @@ ncclResult_t ncclGroupEnd() {
     }
     ncclResult_t result = ncclSuccess;
     for (auto &[c, ops] : g.ops) {
-        ncclResult_t each = queue(c, g.streams[c], std::move(ops));
+        ncclResult_t each = enqueue(c, g.streams[c], std::move(ops));
         result = result == ncclSuccess ? each : result;
     }
     return result;
@@ -245,30 +244,30 @@ ncclResult_t ncclGroupEnd() {
 
 ncclResult_t ncclReduceScatter(const void *send, void *recv, size_t count, ncclDataType_t type,
                                ncclRedOp_t sum, ncclComm_t c, cudaStream_t stream) {
-    return call(c, stream, sum, {REDUCE_SCATTER, (const char *)send, (char *)recv, count, type, 0});
+    return submit(c, stream, sum, {REDUCE_SCATTER, (const char *)send, (char *)recv, count, type, 0});
 }
 
 ncclResult_t ncclAllGather(const void *send, void *recv, size_t count, ncclDataType_t type, ncclComm_t c,
                            cudaStream_t stream) {
-    return call(c, stream, ncclSum, {ALL_GATHER, (const char *)send, (char *)recv, count, type, 0});
+    return submit(c, stream, ncclSum, {ALL_GATHER, (const char *)send, (char *)recv, count, type, 0});
 }
 
 ncclResult_t ncclAllReduce(const void *send, void *recv, size_t count, ncclDataType_t type, ncclRedOp_t sum,
                            ncclComm_t c, cudaStream_t stream) {
-    return call(c, stream, sum, {ALL_REDUCE, (const char *)send, (char *)recv, count, type, 0});
+    return submit(c, stream, sum, {ALL_REDUCE, (const char *)send, (char *)recv, count, type, 0});
 }
 
 ncclResult_t ncclBroadcast(const void *send, void *recv, size_t count, ncclDataType_t type, int root,
                            ncclComm_t c, cudaStream_t stream) {
-    return call(c, stream, ncclSum, {BROADCAST, (const char *)send, (char *)recv, count, type, root});
+    return submit(c, stream, ncclSum, {BROADCAST, (const char *)send, (char *)recv, count, type, root});
 }
 
 ncclResult_t ncclSend(const void *send, size_t count, ncclDataType_t type, int peer, ncclComm_t c,
                       cudaStream_t stream) {
-    return call(c, stream, ncclSum, {SEND, (const char *)send, nullptr, count, type, peer});
+    return submit(c, stream, ncclSum, {SEND, (const char *)send, nullptr, count, type, peer});
 }
 
 ncclResult_t ncclRecv(void *recv, size_t count, ncclDataType_t type, int peer, ncclComm_t c,
                       cudaStream_t stream) {
-    return call(c, stream, ncclSum, {RECV, nullptr, (char *)recv, count, type, peer});
+    return submit(c, stream, ncclSum, {RECV, nullptr, (char *)recv, count, type, peer});
 }

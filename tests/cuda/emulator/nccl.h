@@ -1,4 +1,4 @@
-/* The fake NCCL's two halves: calls become tasks (emulator_nccl.cc), and tasks move data (emulator_nccl_tasks.cc). */
+/* The emulator's NCCL: calls become tasks (nccl.cc), and tasks transfer data (nccl_tasks.cc). */
 #ifndef IHA_TESTS_CUDA_EMULATOR_NCCL_H
 #define IHA_TESTS_CUDA_EMULATOR_NCCL_H
 
@@ -10,8 +10,8 @@
 struct ncclComm {
     struct nccl_shared *shared;
     int rank, ranks;
-    uint64_t collectives;      /* begun */
-    std::atomic<bool> aborted; /* what is pending ends at once */
+    uint64_t collectives;      /* begun so far */
+    std::atomic<bool> aborted; /* pending operations end at once */
     std::atomic<bool> closed;  /* finalized or destroyed */
     emulator_chain chain;      /* its tasks run in the order of the calls */
 };
@@ -27,7 +27,7 @@ struct nccl_op {
     int peer; /* or root */
 };
 
-/* Bytes of an element, or 0 for types the harness does not have. */
+/* Bytes of an element, or 0 for types that are not supported. */
 size_t nccl_type_bytes(ncclDataType_t type);
 const char *nccl_kind_name(enum nccl_kind kind);
 

@@ -1,4 +1,4 @@
-/* The memory that ranks of the fake NCCL share. */
+/* The memory that ranks of the emulator's NCCL share. */
 #include "tests/cuda/emulator/nccl_shared.h"
 
 #include <errno.h>
@@ -75,12 +75,12 @@ void nccl_shared_leave(struct nccl_shared *shared) {
     munmap(shared, sizeof *shared);
 }
 
-/* Copy `bytes` from place `at` on, around the end. */
-template <typename Copy> static void around(uint64_t at, size_t bytes, Copy copy) {
-    size_t place = at % NCCL_PIPE_BYTES, first = NCCL_PIPE_BYTES - place;
+/* Copy `bytes` from `position` on, wrapping around at the end of the ring buffer. */
+template <typename Copy> static void copy_ring(uint64_t position, size_t bytes, Copy copy) {
+    size_t offset = position % NCCL_PIPE_BYTES, first = NCCL_PIPE_BYTES - offset;
     if (first > bytes)
         first = bytes;
-    copy(place, 0, first);
+    copy(offset, 0, first);
     copy(0, first, bytes - first);
 }
 
@@ -89,8 +89,8 @@ size_t nccl_pipe_write(struct nccl_pipe *pipe, const void *data, size_t bytes) {
     size_t room = NCCL_PIPE_BYTES - (size_t)(written - taken);
     if (bytes > room)
         bytes = room;
-    around(written, bytes, [&](size_t place, size_t from, size_t n) {
-        memcpy(pipe->data + place, (const char *)data + from, n);
+    copy_ring(written, bytes, [&](size_t offset, size_t from, size_t n) {
+        memcpy(pipe->data + offset, (const char *)data + from, n);
     });
     pipe->written = written + bytes;
     return bytes;
@@ -100,8 +100,8 @@ size_t nccl_pipe_read(struct nccl_pipe *pipe, void *data, size_t bytes) {
     uint64_t taken = pipe->taken.load(std::memory_order_relaxed), written = pipe->written;
     if (bytes > written - taken)
         bytes = (size_t)(written - taken);
-    around(taken, bytes,
-           [&](size_t place, size_t to, size_t n) { memcpy((char *)data + to, pipe->data + place, n); });
+    copy_ring(taken, bytes,
+              [&](size_t offset, size_t to, size_t n) { memcpy((char *)data + to, pipe->data + offset, n); });
     pipe->taken = taken + bytes;
     return bytes;
 }

@@ -1,21 +1,21 @@
-/* How the fake NCCL moves data: every rank sends each other rank what it needs, and adds up itself.
+/* How the emulator's NCCL transfers data: every rank sends each other rank what it needs, and each adds up
+ * for itself.
  *
- * A message begins with what its sender was asked to do, and a receiver that was asked for something else
- * aborts. Sums are taken in the order of a ring: the share of rank r begins with that of rank r + 1 and ends
- * with its own.
+ * A message begins with a header of its sender's operation; a receiver that runs a different one aborts. Sums
+ * are taken in the order of a ring: rank r's part of the result is summed from rank r + 1 on, around to r.
  *
- * While a task is in flight its buffers are its own: what it receives is poisoned (0xff: NaN) when it begins
- * and written when it ends, and a checksum tells whether somebody wrote to what it sends or receives
+ * While a task is in flight, nothing else may use its buffers: its receive buffer is filled with 0xff (NaN)
+ * when it begins and written when it ends, and checksums detect writes to its send and receive buffers
  * meanwhile.
  *
- * Faults, by the environment: EMULATOR_NCCL_FAULT="rank:operation:kind" strikes that rank at the operation of
- * that number (counted from 0 over all communicators, as they begin) with
+ * Faults are injected by the environment: EMULATOR_NCCL_FAULT="rank:operation:kind" stops that rank at the
+ * operation of that number (counted from 0 over all communicators, as they begin):
  *
- *   hang    the GPU never gets to it
- *   error   so, and the others' ncclCommGetAsyncError says ncclRemoteError a little later
+ *   hang    the operation never runs
+ *   error   the same, and ncclCommGetAsyncError of the other ranks returns ncclRemoteError a little later
  *   die     the process kills itself
  *
- * EMULATOR_NCCL_DELAY_US: each task waits that long at most between beginning and sending. */
+ * EMULATOR_NCCL_DELAY_US: the longest time that a task waits between beginning and sending. */
 #include "tests/cuda/emulator/nccl.h"
 
 #include <signal.h>
@@ -99,8 +99,7 @@ static void add_typed(void *sum, const void *more, size_t n, ncclDataType_t type
     }
 }
 
-/* out [n] = the sum of each rank's elements [first, first + n) in the order of the ring that ends at `owner`.
- */
+/* out [n] = the sum of the ranks' elements [first, first + n), in the order of a ring that ends at owner. */
 static void sum_ring(char *out, const std::vector<const char *> &from, int owner, size_t first, size_t n,
                      ncclDataType_t type) {
     size_t ranks = from.size(), bytes = nccl_type_bytes(type);
@@ -113,8 +112,8 @@ static void sum_ring(char *out, const std::vector<const char *> &from, int owner
 
 static uint64_t operations; /* begun by this process */
 
-/* Whether the fault that the environment asks for stops one of these operations from ever running. */
-static bool strike(struct ncclComm *c, size_t ops) {
+/* Apply the fault that the environment asks for; returns whether it stops these operations. */
+static bool inject_fault(struct ncclComm *c, size_t ops) {
     const char *text = getenv("EMULATOR_NCCL_FAULT");
     int rank;
     unsigned long long at;
@@ -133,7 +132,7 @@ static bool strike(struct ncclComm *c, size_t ops) {
         c->shared->broken_seen_ns = now_ns() + 100000000;
         c->shared->broken = 1 + c->rank;
     } else if (strcmp(kind, "hang") != 0) {
-        emulator_fail("EMULATOR_NCCL_FAULT=%s: hang, error and die are the kinds there are", text);
+        emulator_fail("EMULATOR_NCCL_FAULT=%s: the kind must be hang, error or die", text);
     }
     return true;
 }
@@ -145,7 +144,7 @@ static int64_t delay_ns() {
 
 /* ---- tasks ---- */
 
-/* What a message begins with. */
+/* At the beginning of every message. */
 struct header {
     uint64_t number; /* of the collective; 0 for ncclSend */
     uint64_t count;
@@ -155,9 +154,9 @@ struct header {
 struct message {
     int peer;
     bool out;
-    struct header header, came;
+    struct header header, received;
     char *data;
-    size_t bytes, moved; /* moved: with the header */
+    size_t bytes, moved; /* of the data; transferred so far, header included */
 };
 
 struct range {
@@ -173,7 +172,7 @@ struct task {
     int64_t send_ns;
     std::vector<struct message> messages;
     std::vector<std::vector<char>> received; /* of each operation: [ranks, count], by rank */
-    std::vector<struct range> own;           /* each operation's send and recv */
+    std::vector<struct range> buffers;       /* each operation's send and recv */
 };
 
 static uint64_t checksum(const char *data, size_t bytes) {
@@ -187,7 +186,7 @@ static uint64_t checksum(const char *data, size_t bytes) {
     return sum;
 }
 
-/* Fill what is received, except for what is sent from there. */
+/* Fill the receive buffer with 0xff, except where it overlaps the send buffer (in-place operations). */
 static void poison_received(const struct nccl_op &op, const struct ncclComm *c) {
     char *recv = op.recv, *end = recv + nccl_recv_bytes(op, c);
     const char *send = op.send, *send_end = send + nccl_send_bytes(op, c);
@@ -214,7 +213,7 @@ static void plan_messages(struct task *t, const struct nccl_op &op, std::vector<
     for (int r = 0; r < c->ranks; r++) {
         bool other = collective && r != c->rank, broadcast = op.kind == BROADCAST;
         char *share = (char *)op.send + (op.kind == REDUCE_SCATTER ? (size_t)r * bytes : 0);
-        /* In a broadcast all send to all, so that ranks which do not agree on the root find out. */
+        /* In a broadcast all ranks send a header to all, so that ranks with different roots detect it. */
         if (other || (op.kind == SEND && r == op.peer))
             t->messages.push_back(
                 {r, true, header, {}, share, broadcast && op.peer != c->rank ? 0 : bytes, 0});
@@ -231,10 +230,10 @@ static void plan_messages(struct task *t, const struct nccl_op &op, std::vector<
 
 static void begin(struct task *t) {
     t->begun = true;
-    t->stopped = strike(t->comm, t->ops.size());
+    t->stopped = inject_fault(t->comm, t->ops.size());
     t->send_ns = now_ns() + delay_ns();
     t->messages.clear();
-    t->own.clear();
+    t->buffers.clear();
     t->received.assign(t->ops.size(), {});
     for (size_t i = 0; i < t->ops.size(); i++) {
         plan_messages(t, t->ops[i], &t->received[i]);
@@ -242,8 +241,8 @@ static void begin(struct task *t) {
     }
     for (const struct nccl_op &op : t->ops) {
         size_t sent = nccl_send_bytes(op, t->comm), received = nccl_recv_bytes(op, t->comm);
-        t->own.push_back({op.send, sent, checksum(op.send, sent)});
-        t->own.push_back({op.recv, received, checksum(op.recv, received)});
+        t->buffers.push_back({op.send, sent, checksum(op.send, sent)});
+        t->buffers.push_back({op.recv, received, checksum(op.recv, received)});
     }
 }
 
@@ -255,19 +254,19 @@ static std::string describe(const struct header &h) {
     return text;
 }
 
-/* As much of a message as can be moved now. Returns whether it is there. */
-static bool move(struct ncclComm *c, struct message *m) {
+/* Transfer as much of a message as possible now. Returns whether it is complete. */
+static bool transfer(struct ncclComm *c, struct message *m) {
     struct nccl_pipe *pipe =
         m->out ? &c->shared->pipes[c->rank][m->peer] : &c->shared->pipes[m->peer][c->rank];
     size_t head = sizeof m->header;
     if (m->moved < head) {
         m->moved += m->out ? nccl_pipe_write(pipe, (char *)&m->header + m->moved, head - m->moved)
-                           : nccl_pipe_read(pipe, (char *)&m->came + m->moved, head - m->moved);
+                           : nccl_pipe_read(pipe, (char *)&m->received + m->moved, head - m->moved);
         if (m->moved < head)
             return false;
-        if (!m->out && memcmp(&m->came, &m->header, head) != 0)
+        if (!m->out && memcmp(&m->received, &m->header, head) != 0)
             emulator_fail("ranks do not agree: rank %d calls %s; rank %d calls %s", c->rank,
-                          describe(m->header).c_str(), m->peer, describe(m->came).c_str());
+                          describe(m->header).c_str(), m->peer, describe(m->received).c_str());
     }
     char *data = m->data + (m->moved - head);
     size_t left = m->bytes - (m->moved - head);
@@ -275,16 +274,16 @@ static bool move(struct ncclComm *c, struct message *m) {
     return m->moved == head + m->bytes;
 }
 
-/* To one rank and from one rank, messages go one after the other. */
-static bool move_all(struct task *t) {
+/* Messages to one rank, and from one rank, are transferred one after the other. */
+static bool transfer_all(struct task *t) {
     bool waits[2][NCCL_MAX_RANKS] = {}, all = true;
     for (struct message &m : t->messages)
         if (!waits[m.out][m.peer] && m.moved < sizeof m.header + m.bytes)
-            all &= !(waits[m.out][m.peer] = !move(t->comm, &m));
+            all &= !(waits[m.out][m.peer] = !transfer(t->comm, &m));
     return all;
 }
 
-static void deliver(const struct task *t, const struct nccl_op &op, const std::vector<char> &received) {
+static void write_results(const struct task *t, const struct nccl_op &op, const std::vector<char> &received) {
     const struct ncclComm *c = t->comm;
     size_t bytes = op.count * nccl_type_bytes(op.type), rank = (size_t)c->rank, ranks = (size_t)c->ranks;
     std::vector<const char *> from(ranks);
@@ -296,7 +295,7 @@ static void deliver(const struct task *t, const struct nccl_op &op, const std::v
         from[rank] = op.send + rank * bytes;
         sum_ring(out.data(), from, c->rank, 0, op.count, op.type);
         break;
-    case ALL_REDUCE: /* each rank's part as reduce_scatter would sum it, so that all get the same bits */
+    case ALL_REDUCE: /* each part as reduce_scatter would sum it, so that all ranks get the same bits */
         from[rank] = op.send;
         for (size_t r = 0; r < ranks; r++) {
             size_t first = op.count * r / ranks, end = op.count * (r + 1) / ranks;
@@ -322,14 +321,14 @@ static void deliver(const struct task *t, const struct nccl_op &op, const std::v
 }
 
 static void end(struct task *t) {
-    for (size_t i = 0; i < t->own.size(); i++)
-        if (checksum(t->own[i].data, t->own[i].bytes) != t->own[i].checksum)
+    for (size_t i = 0; i < t->buffers.size(); i++)
+        if (checksum(t->buffers[i].data, t->buffers[i].bytes) != t->buffers[i].checksum)
             emulator_fail(
                 "rank %d: the buffer that %s %s was written by something else while it was in flight; "
                 "that has to wait for the collective, or the collective for that",
                 t->comm->rank, nccl_kind_name(t->ops[i / 2].kind), i % 2 ? "receives" : "sends");
     for (size_t i = 0; i < t->ops.size(); i++)
-        deliver(t, t->ops[i], t->received[i]);
+        write_results(t, t->ops[i], t->received[i]);
 }
 
 emulator_step nccl_task(struct ncclComm *comm, std::vector<struct nccl_op> ops) {
@@ -344,7 +343,7 @@ emulator_step nccl_task(struct ncclComm *comm, std::vector<struct nccl_op> ops) 
             emulator_fail("rank %d: runs after its communicator was destroyed", t->comm->rank);
         if (!t->begun)
             begin(t.get());
-        if (t->stopped || now_ns() < t->send_ns || !move_all(t.get()))
+        if (t->stopped || now_ns() < t->send_ns || !transfer_all(t.get()))
             return false;
         end(t.get());
         t->begun = false;

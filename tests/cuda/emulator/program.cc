@@ -1,17 +1,16 @@
-/* Linked into build/.../emulator/train_iha alone, the whole program on GPUs of the harness: the queue runs on a
- * thread of its own, as a GPU would. The environment says what is there:
+/* Linked only into build/.../emulator/train_iha, the whole program on emulated GPUs: the queue runs on a
+ * thread of its own, as on a GPU. Environment variables (defaults in parentheses):
  *
- *   EMULATOR_GPUS       how many (1); NCCL takes one rank on each
- *   EMULATOR_SEED       the order of what is ready, and of threads and blocks (2); processes of one run differ by
- *                   their rank
- *   EMULATOR_DELAY_US   the longest pause before a piece of work, in microseconds (0)
- *   EMULATOR_STUCK      "rank:launch": that rank's launch of that number never ends
- *   EMULATOR_QUEUE      how much work the queue takes before the host waits (all)
- *   EMULATOR_NO_CAPTURE what refuses to work with graphs: begin, end or instantiate
- *   EMULATOR_REPORT     anything: say at the end how many graphs were launched
- *   EMULATOR_HOST_MEMORY bytes of host memory that the program finds free
+ *   EMULATOR_GPUS         number of GPUs (1); NCCL needs one per rank
+ *   EMULATOR_SEED         the order of ready work, threads and blocks (2); each rank of a run gets its own
+ *   EMULATOR_DELAY_US     the longest pause before a piece of work, in microseconds (0)
+ *   EMULATOR_STUCK        "rank:launch": that rank's launch of that number never ends
+ *   EMULATOR_QUEUE        how much work can be queued before the host waits (0: no limit)
+ *   EMULATOR_NO_CAPTURE   which call of CUDA graphs fails: begin, end or instantiate
+ *   EMULATOR_REPORT       if set, print at the end how many graphs were launched
+ *   EMULATOR_HOST_MEMORY  bytes of free host memory that the program sees
  *
- * and faults of NCCL as emulator_nccl_tasks.cc says. */
+ * NCCL's faults and delays are described in nccl_tasks.cc. */
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -19,9 +18,9 @@
 
 #include "tests/cuda/emulator/control.h"
 
-static int number(const char *variable, int otherwise) {
+static int number(const char *variable, int fallback) {
     const char *text = getenv(variable);
-    return text ? atoi(text) : otherwise;
+    return text ? atoi(text) : fallback;
 }
 
 static int started_rank() {
@@ -31,7 +30,7 @@ static int started_rank() {
     return 0;
 }
 
-/* For what the program asks; the linker puts it in place of the other. */
+/* Linked in place of cpu_memory_available() (ld --wrap). */
 extern "C" size_t __real_cpu_memory_available(struct device *dev);
 extern "C" size_t __wrap_cpu_memory_available(struct device *dev) {
     const char *text = getenv("EMULATOR_HOST_MEMORY");
@@ -45,11 +44,11 @@ static void report() {
 __attribute__((constructor)) static void start() {
     int rank;
     long long launch;
-    const char *stuck = getenv("EMULATOR_STUCK");
+    const char *hanging = getenv("EMULATOR_STUCK");
     emulator_gpu.count = number("EMULATOR_GPUS", 1);
     emulator_seed((uint64_t)number("EMULATOR_SEED", 2) + (uint64_t)started_rank() * 1000);
-    if (stuck && sscanf(stuck, "%d:%lld", &rank, &launch) == 2 && rank == started_rank())
-        emulator_stick(launch);
+    if (hanging && sscanf(hanging, "%d:%lld", &rank, &launch) == 2 && rank == started_rank())
+        emulator_hang_launch(launch);
     emulator_limit_queue(number("EMULATOR_QUEUE", 0));
     emulator_refuse_graphs(getenv("EMULATOR_NO_CAPTURE"));
     if (getenv("EMULATOR_REPORT"))

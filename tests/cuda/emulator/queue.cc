@@ -1,15 +1,15 @@
-/* Runs the work that streams and graphs have queued, one piece at a time, in any order that what they come
- * after allows.
+/* Runs the work that streams and graphs have queued, one piece at a time, in any order that its dependencies
+ * allow.
  *
- * Without a thread of its own the queue moves when the host waits. Even seeds are lazy: only what the host
- * waits for runs, and what that comes after; the rest as late as there is. Odd seeds are eager: whatever is
- * queued may run at once, and a host that waits moves everything. Among what is ready, seed 0 takes what was
- * queued first, 1 what was queued last, others any. So work that lacks a wait meets memory that was not
- * written yet, or was written over, under one seed or another; the order in which the host queued it never
- * helps.
+ * Without a thread of its own the queue runs work while the host waits. Even seeds are lazy: only what the
+ * host waits for runs, and what that depends on; everything else as late as possible. Odd seeds are eager:
+ * whatever is queued may run at once, and while the host waits any ready work runs. Among ready work, seed 0
+ * takes what was queued first, 1 what was queued last, others any. So work that lacks a wait reads memory
+ * that was not written yet, or was already overwritten, under one seed or another; that the host queued it in
+ * the right order does not help.
  *
  * Work that waits for something outside (a collective for the other ranks) has begun, but is called again
- * only when nothing else can run, or now and then at random: it is in flight as long as may be. */
+ * only when nothing else can run, or at times at random: it stays in flight as long as possible. */
 #include "tests/cuda/emulator/queue.h"
 
 #include "kernels/clock.h"
@@ -21,13 +21,13 @@
 
 std::mutex emulator_mutex;
 
-/* Never destroyed: the thread may be running while the process exits. */
+/* Never destroyed: the background thread may still run while the process exits. */
 static struct queue {
     std::vector<work> ready;
-    uint64_t numbers, left; /* works ever queued, and not done */
-    bool busy;              /* a thread runs work */
-    pthread_t runner;       /* which one */
-    std::condition_variable moved, added;
+    uint64_t added_count, unfinished; /* works ever queued; of them not done */
+    bool busy;                        /* a thread runs work */
+    pthread_t runner;                 /* which one */
+    std::condition_variable progressed, added;
     bool background;
     int delay_us;
     int64_t limit; /* 0: none */
@@ -52,7 +52,7 @@ static void finish(work first) {
         finished.pop_back();
         w->done = true;
         w->done_at = clock_seconds();
-        Q.left--;
+        Q.unfinished--;
         for (const work &next : w->then)
             if (--next->missing == 0) {
                 if (next->run)
@@ -63,14 +63,14 @@ static void finish(work first) {
         w->then.clear();
         w->after.clear();
     }
-    Q.moved.notify_all();
+    Q.progressed.notify_all();
 }
 
-work emulator_add(emulator_step run, const std::vector<work> &after) {
+work emulator_add_work(emulator_step run, const std::vector<work> &after) {
     work w = std::make_shared<emulator_work>();
-    w->number = Q.numbers++;
+    w->number = Q.added_count++;
     w->run = std::move(run);
-    Q.left++;
+    Q.unfinished++;
     for (const work &before : after)
         if (!emulator_done(before)) {
             w->after.push_back(before);
@@ -89,17 +89,17 @@ void emulator_limit_queue(int64_t works) {
     Q.limit = works;
 }
 
-void emulator_room(emulator_lock &lock) {
-    while (Q.limit > 0 && Q.background && !emulator_on_queue() && (int64_t)Q.left >= Q.limit)
-        Q.moved.wait(lock);
+void emulator_wait_for_space(emulator_lock &lock) {
+    while (Q.limit > 0 && Q.background && !emulator_on_queue() && (int64_t)Q.unfinished >= Q.limit)
+        Q.progressed.wait(lock);
 }
 
 /* ---- running ---- */
 
-enum progress { NOTHING_READY, OTHERS_AWAITED, MOVED };
+enum progress { NOTHING_READY, WAITING_OUTSIDE /* other ranks have to act */, PROGRESSED };
 
-/* One call of a piece of work, without the lock. Returns whether that finished it. */
-static bool call(emulator_lock &lock, const work &w) {
+/* Call a piece of work once, without the lock. Returns whether it is done. */
+static bool run_step(emulator_lock &lock, const work &w) {
     Q.busy = true;
     Q.runner = pthread_self();
     w->started = true;
@@ -128,30 +128,30 @@ static size_t pick(const std::vector<work> &from) {
     return best;
 }
 
-/* Run one piece of what is ready; `needed`: of what a host waits for. */
-static enum progress move_on(emulator_lock &lock, bool needed) {
+/* Run one piece of ready work; with `needed`, only of what the host waits for. */
+static enum progress run_ready(emulator_lock &lock, bool needed) {
     std::vector<work> fresh, started;
     for (const work &w : Q.ready)
         if (!needed || w->needed)
             (w->started ? started : fresh).push_back(w);
-    bool look = !started.empty() && emulator_current_seed() > 1 && emulator_random(8) == 0;
-    if (!fresh.empty() && !look) {
-        call(lock, fresh[pick(fresh)]);
-        return MOVED;
+    bool retry = !started.empty() && emulator_current_seed() > 1 && emulator_random(8) == 0;
+    if (!fresh.empty() && !retry) {
+        run_step(lock, fresh[pick(fresh)]);
+        return PROGRESSED;
     }
-    bool moved = false;
+    bool progressed = false;
     for (const work &w : started)
-        moved = call(lock, w) || moved;
-    return moved || !fresh.empty() ? MOVED : started.empty() ? NOTHING_READY : OTHERS_AWAITED;
+        progressed = run_step(lock, w) || progressed;
+    return progressed || !fresh.empty() ? PROGRESSED : started.empty() ? NOTHING_READY : WAITING_OUTSIDE;
 }
 
-static void pause_without(emulator_lock &lock, int us) {
+static void sleep_unlocked(emulator_lock &lock, int us) {
     lock.unlock();
     usleep((useconds_t)us);
     lock.lock();
 }
 
-static void need(const work &w) {
+static void mark_needed(const work &w) {
     std::vector<work> open = {w};
     while (!open.empty()) {
         work at = open.back();
@@ -163,21 +163,21 @@ static void need(const work &w) {
     }
 }
 
-/* Move until `reached`; the host's part of emulator_force. */
-template <typename F> static void move_until(emulator_lock &lock, bool needed, F reached) {
+/* Run work until reached() is true; in the background mode, just wait. */
+template <typename F> static void run_until(emulator_lock &lock, bool needed, F reached) {
     if (emulator_on_queue())
         emulator_fail("queued work waits for the queue");
     emulator_open_memory();
     while (!reached()) {
         if (Q.background || Q.busy) {
-            Q.moved.wait(lock);
+            Q.progressed.wait(lock);
             continue;
         }
-        enum progress p = move_on(lock, needed);
+        enum progress p = run_ready(lock, needed);
         if (p == NOTHING_READY)
             emulator_fail("the queue is stuck: nothing in it can run");
-        if (p == OTHERS_AWAITED)
-            pause_without(lock, 50);
+        if (p == WAITING_OUTSIDE)
+            sleep_unlocked(lock, 50);
     }
     emulator_close_memory();
 }
@@ -186,40 +186,40 @@ static bool lazy() {
     return emulator_current_seed() % 2 == 0;
 }
 
-void emulator_force(emulator_lock &lock, const work &w) {
+void emulator_wait_for(emulator_lock &lock, const work &w) {
     if (emulator_done(w))
         return;
-    need(w);
+    mark_needed(w);
     work kept = w;
-    move_until(lock, lazy(), [&] { return kept->done; });
+    run_until(lock, lazy(), [&] { return kept->done; });
 }
 
-void emulator_force_all(emulator_lock &lock) {
-    move_until(lock, false, [] { return Q.left == 0; });
+void emulator_wait_for_all(emulator_lock &lock) {
+    run_until(lock, false, [] { return Q.unfinished == 0; });
 }
 
 bool emulator_poll(emulator_lock &lock, const work &w) {
     if (emulator_done(w))
         return true;
     if (!Q.background && !Q.busy) {
-        need(w);
+        mark_needed(w);
         emulator_open_memory();
-        move_on(lock, lazy());
+        run_ready(lock, lazy());
         emulator_close_memory();
     }
     return false;
 }
 
-void emulator_queued(emulator_lock &lock) {
+void emulator_run_some(emulator_lock &lock) {
     if (Q.background || lazy() || Q.busy || emulator_random(4) != 0)
         return;
     emulator_open_memory();
-    while (move_on(lock, false) == MOVED && emulator_random(2) == 0)
+    while (run_ready(lock, false) == PROGRESSED && emulator_random(2) == 0)
         continue;
     emulator_close_memory();
 }
 
-/* ---- the GPU as a thread ---- */
+/* ---- the background thread ---- */
 
 static void run_in_background() {
     emulator_lock lock;
@@ -229,15 +229,15 @@ static void run_in_background() {
             continue;
         }
         if (Q.delay_us > 0 && emulator_random(16) == 0)
-            pause_without(lock, (int)emulator_random((uint64_t)Q.delay_us + 1));
-        if (move_on(lock, false) == OTHERS_AWAITED)
-            pause_without(lock, 50);
+            sleep_unlocked(lock, (int)emulator_random((uint64_t)Q.delay_us + 1));
+        if (run_ready(lock, false) == WAITING_OUTSIDE)
+            sleep_unlocked(lock, 50);
     }
 }
 
 void emulator_background(int delay_us) {
     emulator_lock lock;
-    if (Q.background || Q.numbers > 0)
+    if (Q.background || Q.added_count > 0)
         emulator_fail("emulator_background: the queue has been used before");
     emulator_open_memory();
     Q.background = true;

@@ -1,7 +1,7 @@
-/* The queue of the harness's GPU: work, and what it has to come after. Streams (emulator_streams.cc) and graphs
- * (emulator_graphs.cc) put work into it; emulator_queue.cc runs it.
+/* The queue of the emulated GPU: work, and the work that it has to run after. Streams (streams.cc) and graphs
+ * (graphs.cc) add work to it; queue.cc runs it.
  *
- * Functions here are called with the harness's lock held, which a emulator_lock takes; the work itself runs
+ * Functions here are called with the emulator's lock held (struct emulator_lock); the work itself runs
  * without it. */
 #ifndef IHA_TESTS_CUDA_EMULATOR_QUEUE_H
 #define IHA_TESTS_CUDA_EMULATOR_QUEUE_H
@@ -15,10 +15,10 @@
 
 struct emulator_work {
     uint64_t number;   /* in the order of queueing */
-    emulator_step run; /* empty: a mark in a stream, done as soon as what it comes after is */
-    std::vector<std::shared_ptr<emulator_work>> after, then; /* until done */
+    emulator_step run; /* empty: a point in a stream, done as soon as all of `after` is */
+    std::vector<std::shared_ptr<emulator_work>> after, then; /* dependencies and dependents; until done */
     int missing;                                             /* of `after`, those not done */
-    bool done, started, needed /* by a host that waits */;
+    bool done, started, needed /* the host waits for it */;
     double done_at; /* seconds */
 };
 typedef std::shared_ptr<emulator_work> work;
@@ -30,24 +30,23 @@ struct emulator_lock : std::unique_lock<std::mutex> {
 };
 
 /* Queue work to run when all of `after` (nulls and finished work do not count) is done. */
-work emulator_add(emulator_step run, const std::vector<work> &after);
+work emulator_add_work(emulator_step run, const std::vector<work> &after);
 
 /* Nulls count as done. */
 bool emulator_done(const work &w);
 
-/* Return when w, or everything, is done. */
-void emulator_force(emulator_lock &lock, const work &w);
-void emulator_force_all(emulator_lock &lock);
+/* Wait until w, or everything, is done. */
+void emulator_wait_for(emulator_lock &lock, const work &w);
+void emulator_wait_for_all(emulator_lock &lock);
 
-/* The host asks whether w is done. It answers as things stand, and then a GPU may have gone on a little, so
- * that asking again and again comes to an end. */
+/* Whether w is done. After answering, this may run some work, so that polling ends. */
 bool emulator_poll(emulator_lock &lock, const work &w);
 
-/* Wait until the queue takes more. */
-void emulator_room(emulator_lock &lock);
+/* Wait while the queue is full (emulator_limit_queue). */
+void emulator_wait_for_space(emulator_lock &lock);
 
-/* Something was queued: seeds that are eager may run some of it. */
-void emulator_queued(emulator_lock &lock);
+/* Called after something was queued: odd seeds may run some of it. */
+void emulator_run_some(emulator_lock &lock);
 
 /* An error of a call, kept for cudaGetLastError. */
 cudaError_t emulator_error(cudaError_t error);
@@ -61,13 +60,13 @@ struct CUstream_st {
     int priority;
     work tail;                   /* the last work queued */
     emulator_capture *capture;   /* what it is captured by, or NULL */
-    std::vector<int> last_nodes; /* of the capture: what its next node comes after */
+    std::vector<int> last_nodes; /* of the capture: what its next node depends on */
 };
 
 struct CUevent_st {
     work recorded;                   /* NULL: never */
     uint64_t capture;                /* the number of the capture it was last recorded in, or 0 */
-    std::vector<int> captured_nodes; /* there: what was recorded */
+    std::vector<int> captured_nodes; /* the nodes that it stands for there */
 };
 
 /* A node of a graph: work, or an event that is recorded or waited for when the graph runs. */
@@ -79,7 +78,7 @@ struct emulator_node {
 };
 
 struct CUgraph_st {
-    std::vector<emulator_node> nodes; /* each comes after earlier ones alone */
+    std::vector<emulator_node> nodes; /* each depends on earlier ones only */
 };
 
 struct emulator_capture {
@@ -91,15 +90,15 @@ struct emulator_capture {
     bool invalid;
 };
 
-/* The stream of a handle; NULL is the legacy stream. Aborts where there is none. */
+/* The stream of a handle; NULL is the legacy stream. Aborts if the handle is not valid. */
 cudaStream_t emulator_stream(cudaStream_t handle);
 cudaEvent_t emulator_event(cudaEvent_t handle);
 
 /* Streams alive, the legacy one included. */
 const std::vector<cudaStream_t> &emulator_streams();
 
-/* What new work in a stream comes after: its tail, and what the legacy stream makes it wait for. */
-std::vector<work> emulator_before(cudaStream_t stream);
+/* What new work in a stream depends on: its tail, and what the legacy stream's rules add. */
+std::vector<work> emulator_dependencies(cudaStream_t stream);
 
 /* Add a node to the graph that captures the stream. */
 cudaError_t emulator_capture_node(cudaStream_t stream, emulator_node node);
@@ -116,11 +115,11 @@ cudaError_t emulator_captured_event(cudaEvent_t event);
 /* Invalidates the capture and returns the error. */
 cudaError_t emulator_capture_failed(emulator_capture *capture, cudaError_t error);
 
-/* cudaErrorStreamCaptureUnsupported, with the captures invalidated, where one forbids this thread calls that
- * a graph does not see. */
+/* cudaErrorStreamCaptureUnsupported, with the captures invalidated, if a capture's mode forbids this thread
+ * calls that cannot be captured. */
 cudaError_t emulator_check_unsafe();
 
-/* The same for calls that wait for everything, which no mode allows. */
+/* The same for calls that wait for all streams, which no mode allows. */
 cudaError_t emulator_check_waits_for_all();
 
 #endif

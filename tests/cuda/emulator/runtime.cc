@@ -1,6 +1,5 @@
-/* The CUDA runtime's calls that the backend makes: memory, copies, launches, the device; streams and events
- * are in emulator_streams.cc. Device memory is one stretch of addresses that is only accessible while the queue
- * runs. */
+/* The CUDA runtime's calls that the backend makes: memory, copies, launches, the device. Streams and events
+ * are in streams.cc. Device memory is one range of addresses that is only accessible while the queue runs. */
 #include "tests/cuda/emulator/queue.h"
 
 #include <stdio.h>
@@ -20,18 +19,19 @@ enum { PAGE = 4096 };
 static const size_t ARENA_BYTES = (size_t)16 << 30; /* of addresses */
 static const size_t SHARED_LIMIT = 227 << 10;
 static const size_t SHARED_DEFAULT = 48 << 10;
-/* Of it, what a kernel's static variables may take: up to where dynamic memory begins, aligned to 1024. */
+/* The part of it that a kernel's static variables may take: dynamic memory begins after them, aligned to
+ * 1024. */
 static const size_t SHARED_STATIC = 1 << 10;
 
 static struct runtime {
     char *arena;
-    size_t used;      /* bytes of the arena handed out; starts again when nothing is allocated */
-    size_t allocated; /* bytes alive */
+    size_t used;      /* bytes of the arena given out; 0 again when nothing is allocated */
+    size_t allocated; /* bytes in live allocations */
     std::map<char *, size_t> blocks;
     std::map<void *, size_t> pinned;
-    int open; /* scopes in which device memory can be touched */
+    int open; /* nested emulator_open_memory(); 0: device memory is protected */
     std::map<const void *, size_t> shared_allowed;
-    int64_t launches, stuck = -1;
+    int64_t launches, hanging = -1;
     int device;
 } &R = *new struct runtime();
 
@@ -55,7 +55,7 @@ void emulator_close_memory() {
 
 static void check_sentinels() {
     for (const auto &[data, bytes] : R.blocks)
-        if (!emulator_guard_intact(data - EMULATOR_SENTINEL) || !emulator_guard_intact(data + bytes))
+        if (!emulator_sentinel_intact(data - EMULATOR_SENTINEL) || !emulator_sentinel_intact(data + bytes))
             emulator_fail("wrote beside an allocation of %zu bytes", bytes);
 }
 
@@ -95,24 +95,24 @@ cudaError_t cudaMalloc(void **out, size_t bytes) {
     R.used += rounded;
     R.allocated += bytes;
     R.open++;
-    protect(PROT_READ | PROT_WRITE); /* the new addresses too, where the others can be touched already */
+    protect(PROT_READ | PROT_WRITE); /* includes the new addresses, even if memory was open before */
 #if defined __SANITIZE_ADDRESS__
     __asan_unpoison_memory_region(data - EMULATOR_SENTINEL, rounded);
 #endif
     poison(data, bytes, false);
-    emulator_guard(data - EMULATOR_SENTINEL);
-    emulator_guard(data + bytes);
+    emulator_write_sentinel(data - EMULATOR_SENTINEL);
+    emulator_write_sentinel(data + bytes);
     R.blocks[data] = bytes;
     emulator_close_memory();
     *out = data;
     return cudaSuccess;
 }
 
-/* What is freed may be in use by anything queued. */
+/* Memory that is freed may be in use by anything queued. */
 static cudaError_t wait_before_freeing(emulator_lock &lock) {
     cudaError_t error = emulator_check_unsafe();
     if (error == cudaSuccess)
-        emulator_force_all(lock);
+        emulator_wait_for_all(lock);
     return error;
 }
 
@@ -197,13 +197,13 @@ cudaError_t emulator_launch(const cudaLaunchConfig_t *config, const void *kernel
     dim3 grid = config->gridDim, block = config->blockDim;
     size_t shared = config->dynamicSmemBytes, most = SHARED_DEFAULT - SHARED_STATIC;
     const char *name = emulator_kernel_name;
-    bool sticks;
+    bool hangs;
     {
         emulator_lock lock;
         auto allowed = R.shared_allowed.find(kernel);
         if (allowed != R.shared_allowed.end())
             most = allowed->second;
-        sticks = R.launches++ == R.stuck;
+        hangs = R.launches++ == R.hanging;
     }
     if (block.x * block.y * block.z > 1024 || block.z > 64 || grid.x == 0 || grid.y == 0 || grid.z == 0 ||
         block.x == 0 || block.y == 0 || block.z == 0 || grid.y > 65535 || grid.z > 65535)
@@ -211,7 +211,7 @@ cudaError_t emulator_launch(const cudaLaunchConfig_t *config, const void *kernel
                       grid.y, grid.z, block.x, block.y, block.z);
     if (shared > most)
         emulator_fail("%zu bytes of shared memory are more than cudaFuncSetAttribute allowed", shared);
-    if (sticks)
+    if (hangs)
         return emulator_enqueue_steps(
             config->stream, [] { return false; }, nullptr);
     return emulator_enqueue(config->stream, [=] {
@@ -225,8 +225,8 @@ int64_t emulator_launches(void) {
     return R.launches;
 }
 
-void emulator_stick(int64_t launch) {
-    R.stuck = launch;
+void emulator_hang_launch(int64_t launch) {
+    R.hanging = launch;
 }
 
 bool emulator_on_gpu(void) {
@@ -250,7 +250,8 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, const voi
     return cudaSuccess;
 }
 
-/* A graph would copy between memory that is there when it is made, which only pinned memory is sure to be. */
+/* A captured copy runs whenever its graph does, so its host memory must stay valid: only pinned memory is
+ * accepted here. */
 static cudaError_t check_host_memory(const void *host, size_t bytes, cudaStream_t stream) {
     emulator_lock lock;
     emulator_capture *capture = emulator_stream(stream)->capture;
@@ -349,10 +350,10 @@ cudaError_t cudaProfilerStop() {
 
 static const struct {
     cudaError_t error;
-    const char *name, *says;
+    const char *name, *text;
 } errors[] = {
-#define ERROR(name, says)                                                                                    \
-    { name, #name, says }
+#define ERROR(name, text)                                                                                    \
+    { name, #name, text }
     ERROR(cudaSuccess, "no error"),
     ERROR(cudaErrorMemoryAllocation, "out of memory"),
     ERROR(cudaErrorInvalidValue, "invalid argument"),
@@ -387,6 +388,6 @@ const char *cudaGetErrorName(cudaError_t error) {
 const char *cudaGetErrorString(cudaError_t error) {
     for (const auto &known : errors)
         if (known.error == error)
-            return known.says;
+            return known.text;
     return "unrecognized error code";
 }

@@ -1,4 +1,4 @@
-/* Streams and events of the CUDA runtime: each stream is a chain of work, an event a place in one. */
+/* Streams and events of the CUDA runtime: a stream is a chain of work, an event a point in one. */
 #include "tests/cuda/emulator/queue.h"
 
 #include <algorithm>
@@ -54,7 +54,7 @@ cudaStream_t emulator_stream(cudaStream_t handle) {
     return handle;
 }
 
-std::vector<work> emulator_before(cudaStream_t s) {
+std::vector<work> emulator_dependencies(cudaStream_t s) {
     std::vector<work> before = {s->tail};
     for (cudaStream_t other : emulator_streams())
         if ((s == H.legacy && other->blocking) || (other == H.legacy && s->blocking))
@@ -77,14 +77,14 @@ cudaError_t emulator_enqueue_steps(cudaStream_t handle, emulator_step step, emul
     cudaError_t error = emulator_check_legacy(s);
     if (error != cudaSuccess)
         return error;
-    emulator_room(lock);
-    std::vector<work> before = emulator_before(s);
+    emulator_wait_for_space(lock);
+    std::vector<work> before = emulator_dependencies(s);
     if (chain)
         before.push_back(chain->last);
-    s->tail = emulator_add(std::move(step), before);
+    s->tail = emulator_add_work(std::move(step), before);
     if (chain)
         chain->last = s->tail;
-    emulator_queued(lock);
+    emulator_run_some(lock);
     return cudaSuccess;
 }
 
@@ -100,7 +100,7 @@ cudaError_t emulator_enqueue(cudaStream_t stream, std::function<void()> run) {
 
 void emulator_wait_chain(emulator_chain *chain) {
     emulator_lock lock;
-    emulator_force(lock, chain->last);
+    emulator_wait_for(lock, chain->last);
 }
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
@@ -123,7 +123,7 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
     return cudaSuccess;
 }
 
-/* CUDA lets what is pending end by itself; whoever does not wait for it here most likely forgot to. */
+/* Stricter than CUDA, where pending work still completes: not waiting for it is most likely a mistake. */
 cudaError_t cudaStreamDestroy(cudaStream_t handle) {
     emulator_lock lock;
     cudaStream_t s = emulator_stream(handle);
@@ -138,8 +138,8 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
     return cudaSuccess;
 }
 
-/* The stream whose work a call asks about or waits for: not one that is being captured. */
-static cudaError_t waitable(cudaStream_t handle, cudaStream_t *s) {
+/* The stream that a call queries or waits for, which must not be capturing. */
+static cudaError_t waitable_stream(cudaStream_t handle, cudaStream_t *s) {
     *s = emulator_stream(handle);
     if ((*s)->capture)
         return emulator_capture_failed((*s)->capture, cudaErrorStreamCaptureUnsupported);
@@ -149,21 +149,21 @@ static cudaError_t waitable(cudaStream_t handle, cudaStream_t *s) {
 cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
     emulator_lock lock;
     cudaStream_t s;
-    cudaError_t error = waitable(handle, &s);
+    cudaError_t error = waitable_stream(handle, &s);
     if (error != cudaSuccess)
         return error;
-    for (const work &before : emulator_before(s))
-        emulator_force(lock, before);
+    for (const work &before : emulator_dependencies(s))
+        emulator_wait_for(lock, before);
     return cudaSuccess;
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
     emulator_lock lock;
     cudaStream_t s;
-    cudaError_t error = waitable(handle, &s);
+    cudaError_t error = waitable_stream(handle, &s);
     if (error != cudaSuccess)
         return error;
-    for (const work &before : emulator_before(s))
+    for (const work &before : emulator_dependencies(s))
         if (!emulator_poll(lock, before))
             return emulator_error(cudaErrorNotReady);
     return cudaSuccess;
@@ -173,7 +173,7 @@ cudaError_t cudaDeviceSynchronize() {
     emulator_lock lock;
     cudaError_t error = emulator_check_waits_for_all();
     if (error == cudaSuccess)
-        emulator_force_all(lock);
+        emulator_wait_for_all(lock);
     return error;
 }
 
@@ -225,8 +225,8 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream, un
     if (error != cudaSuccess)
         return error;
     e->capture = 0;
-    e->recorded = s->tail = emulator_add({}, emulator_before(s));
-    emulator_queued(lock);
+    e->recorded = s->tail = emulator_add_work({}, emulator_dependencies(s));
+    emulator_run_some(lock);
     return cudaSuccess;
 }
 
@@ -243,22 +243,22 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t handle, unsigne
     cudaError_t error = emulator_check_legacy(s);
     if (error != cudaSuccess || emulator_done(e->recorded))
         return error;
-    std::vector<work> before = emulator_before(s);
+    std::vector<work> before = emulator_dependencies(s);
     before.push_back(e->recorded);
-    s->tail = emulator_add({}, before);
-    emulator_queued(lock);
+    s->tail = emulator_add_work({}, before);
+    emulator_run_some(lock);
     return cudaSuccess;
 }
 
-/* The event that a call asks about or waits for: not one recorded in a capture. */
-static cudaError_t known(cudaEvent_t e) {
+/* Whether a call may query or wait for the event: not if it was recorded in a capture. */
+static cudaError_t check_event(cudaEvent_t e) {
     return e->capture ? emulator_captured_event(e) : emulator_check_unsafe();
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t handle) {
     emulator_lock lock;
     cudaEvent_t e = emulator_event(handle);
-    cudaError_t error = known(e);
+    cudaError_t error = check_event(e);
     if (error == cudaSuccess && !emulator_poll(lock, e->recorded))
         error = emulator_error(cudaErrorNotReady);
     return error;
@@ -267,9 +267,9 @@ cudaError_t cudaEventQuery(cudaEvent_t handle) {
 cudaError_t cudaEventSynchronize(cudaEvent_t handle) {
     emulator_lock lock;
     cudaEvent_t e = emulator_event(handle);
-    cudaError_t error = known(e);
+    cudaError_t error = check_event(e);
     if (error == cudaSuccess)
-        emulator_force(lock, e->recorded);
+        emulator_wait_for(lock, e->recorded);
     return error;
 }
 

@@ -1,7 +1,7 @@
-/* The part of cuBLASLt's interface that the backend uses, for machines without the CUDA toolkit: the
- * runtime's headers come from PyPI in a few megabytes, these would come with the library in half a gigabyte.
- * Names, signatures and values are the library's; emulator_cublaslt.cc implements both, so it does not compile
- * where they differ. */
+/* The part of cuBLASLt's interface that the backend uses, for machines without the CUDA toolkit: the CUDA
+ * runtime's headers are a few megabytes on PyPI, but these come only with the library, half a gigabyte.
+ * Names, signatures and values are the library's; cublaslt.cc compiles against either header, and only while
+ * they agree. */
 #ifndef IHA_EMULATOR_CUBLASLT_H
 #define IHA_EMULATOR_CUBLASLT_H
 

@@ -1,4 +1,4 @@
-/* The toolkit's header of this name, which the wheels lack (see cublasLt.h beside this). */
+/* The toolkit's header of this name, which the PyPI packages lack (see cublasLt.h). */
 #include <cuda_runtime_api.h>
 
 #ifdef __cplusplus

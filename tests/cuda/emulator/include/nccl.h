@@ -1,6 +1,6 @@
-/* The part of NCCL's interface that the backend uses, for machines without it (see cublasLt.h beside this).
- * Names, signatures and values are the library's; emulator_nccl.cc implements both, so it does not compile where
- * they differ. */
+/* The part of NCCL's interface that the backend uses, for machines without NCCL (see cublasLt.h). Names,
+ * signatures and values are the library's; nccl.cc compiles against either header, and only while they agree.
+ */
 #ifndef IHA_EMULATOR_NCCL_H
 #define IHA_EMULATOR_NCCL_H
 

@@ -1,0 +1,286 @@
+/* qkv_mix, backward (equations in qkv_mix.cu): one pass over the gradients computes dqkv, contract, and each
+ * block's part of dalpha, outer; a small launch sums the blocks' parts. */
+#include "kernels/cuda/qkv_mix.cuh"
+
+struct mix_backward_job {
+    const bf16 *dout[3], *qkv, *alpha[3];
+    bf16 *dqkv;
+    float *partial; /* [blocks][3][team_warps][SUMS] */
+    struct rope_rows rope;
+    struct head_rows o;
+    int count, d;
+    int team_warps, teams;
+};
+
+/* A row of dout: its offset within its token, i d, or negative in the padding; and its pseudo-head. */
+struct row_source {
+    int offset, pseudo;
+};
+
+/* Bytes of shared memory: the rows' offsets; alpha; each warp's staged rows; and where a team has more than
+ * one warp, its partial sums of dq, for 16 heads at a time. The space of rows and sums is used again to sum
+ * dalpha at the end. */
+template <int KT> static size_t mix_backward_shared(const struct head_rows &o, int team_warps, int teams) {
+    size_t warps = (size_t)team_warps * teams;
+    size_t rows = warps * outer_size<KT>::TILES * 16 * STAGED * sizeof(bf16);
+    size_t sums = team_warps > 1 ? warps * 16 * 2 * GROUP * sizeof(float) : 0;
+    size_t last = teams > 1 ? warps * outer_size<KT>::SUMS * sizeof(float) : 0;
+    size_t row = sizeof(struct row_source) + (KT * 16 + 8) * sizeof(bf16);
+    return (size_t)o.tiles * o.chunks * 16 * row + (rows + sums > last ? rows + sums : last);
+}
+
+/* Grid: (blocks, 3 tensors). A warp of a team has up to TILES tiles of pseudo-heads. It loads their rows of a
+ * group of columns along, rotates them back, stages them in shared memory, and adds their outer product with
+ * q's heads; then it contracts the staged rows with alpha. The next rows are loaded as soon as there are
+ * registers for them. If a team is a single warp, the result is dq; otherwise the warps' parts of dq are
+ * added up in shared memory. */
+template <int KT>
+static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
+    mix_backward_tiles(struct mix_backward_job job) {
+    typedef outer_size<KT> size;
+    /* AHEAD: tiles that a warp has in flight; two where only 8 warps share an SM and there are registers. */
+    constexpr int TILES = size::TILES, NT = size::HEAD_TILES, AHEAD = KT == 2 ? 2 : 1;
+    const struct head_rows &o = job.o;
+    int w = blockIdx.y, d = job.d, half = d / 2, H = o.heads, all_tiles = o.tiles * o.chunks;
+    int warp = warp_number(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    int team = warp / job.team_warps, member = warp % job.team_warps;
+    int tiles = min(TILES, all_tiles - member * TILES), rounds = (tiles + AHEAD - 1) / AHEAD * AHEAD;
+    struct row_source *source = dynamic_shared<struct row_source>();
+    bf16 *alpha = (bf16 *)(source + all_tiles * 16), *rows = alpha + all_tiles * 16 * (KT * 16 + 8);
+    float2 *sums = (float2 *)(rows + job.team_warps * job.teams * TILES * 16 * STAGED);
+    bf16 *staged = rows + warp * TILES * 16 * STAGED;
+    stage_matrix<KT>(alpha, w == 0 ? job.alpha[0] : w == 1 ? job.alpha[1] : job.alpha[2], o, 0, all_tiles);
+    for (int row = threadIdx.x; row < all_tiles * 16; row += blockDim.x) {
+        int i = row_index(o, row / 16, row % 16);
+        source[row] = {i >= 0 ? i * d : -1, i >= 0 ? i / H : 0};
+    }
+    __syncthreads();
+
+    source += member * TILES * 16 + g;
+    const bf16 *dout = w == 0 ? job.dout[0] : w == 1 ? job.dout[1] : job.dout[2];
+    bool rotate = job.rope.table && w < 2;
+    auto load_rows = [&](along_rows &x, int n, int group, int k) {
+        const bf16 *big = dout + (int64_t)n * o.pseudo * H * d + group + t * 8;
+        bool padding = AHEAD > 1 && k >= tiles;
+        const struct row_source *row = source + (padding ? 0 : k * 16);
+        const int offsets[2] = {row[0].offset, row[8].offset};
+        load_along(x, big, offsets, half, n < job.count && group + t * 8 < half && !padding);
+    };
+
+    float outer_sum[TILES][NT][4] = {};
+    int step = rope_step(job.rope, d), stride = gridDim.x * job.teams, first = blockIdx.x * job.teams,
+        group = 0;
+    along_rows next[AHEAD];
+#pragma unroll
+    for (int k = 0; k < AHEAD; k++)
+        load_rows(next[k], first + team, group, k);
+    while (first <
+           job.count) { /* the same number of iterations in all warps, since there are barriers inside */
+        int n = first + team, column = group + t * 8, this_group = group;
+        bool present = n < job.count && column < half;
+        int64_t heads_offset = ((int64_t)n * 3 + w) * H * d + column;
+        uint32_t heads_along[NT][4][2];
+        load_heads_along(heads_along, job.qkv + heads_offset, H, d, present);
+        const float *angles = rotate ? rope_token(job.rope, n, o.pseudo, d) + column : NULL;
+        group += GROUP;
+        if (group >= half) {
+            group = 0;
+            first += stride;
+        }
+#pragma unroll
+        for (int k = 0; k < TILES; k++) {
+            if (k >= rounds)
+                break;
+            along_rows &ahead = next[k % AHEAD];
+            along_rows x = {{ahead[0][0], ahead[0][1]}, {ahead[1][0], ahead[1][1]}};
+            if (rotate && present && k < tiles) {
+                struct rotation angle; /* read again for each tile, from the L1: no registers to hold it */
+                load_rotation(angle, angles + source[k * 16].pseudo * step, half);
+                rotate_back(x[0][0], x[0][1], angle);
+                rotate_back(x[1][0], x[1][1], angle);
+            }
+            bool more = k + AHEAD < rounds;
+            load_rows(ahead, more ? n : first + team, more ? this_group : group,
+                      more ? k + AHEAD : k + AHEAD - rounds);
+            if (k >= tiles)
+                break;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                uint32_t *row = (uint32_t *)(staged + (k * 16 + g + 8 * r) * STAGED) + t;
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    row[(e * 4 + 0) * 4] = x[r][e].x;
+                    row[(e * 4 + 1) * 4] = x[r][e].y;
+                    row[(e * 4 + 2) * 4] = x[r][e].z;
+                    row[(e * 4 + 3) * 4] = x[r][e].w;
+                }
+            }
+            add_outer(outer_sum[k], x, heads_along, H);
+        }
+        __syncwarp(); /* the warp's rows are staged; only the warp itself reads them */
+#pragma unroll
+        for (int m = 0; m < KT; m++) {
+            float sum[8][4] = {};
+#pragma unroll
+            for (int k = 0; k < TILES; k++)
+                if (k < tiles) {
+                    uint32_t a[4];
+                    load_matrix_transposed<KT>(a, alpha, member * TILES + k, m);
+#pragma unroll
+                    for (int j = 0; j < 8; j += 2) {
+                        uint32_t b[4];
+                        ldmatrix<4, true>(b, staged + (k * 16 + lane % 16) * STAGED + (j + lane / 16) * 8);
+                        mma_m16n8k16(sum[j], a, {b[0], b[1]});
+                        mma_m16n8k16(sum[j + 1], a, {b[2], b[3]});
+                    }
+                }
+            if (job.team_warps == 1) {
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    int h = m * 16 + g + 8 * r;
+                    if (!present || h >= H)
+                        continue;
+                    bf16 *to = job.dqkv + heads_offset + h * d;
+#pragma unroll
+                    for (int e = 0; e < 2; e++)
+                        store_vector(to + e * half, pack(sum[4 * e][2 * r], sum[4 * e][2 * r + 1]),
+                                     pack(sum[4 * e + 1][2 * r], sum[4 * e + 1][2 * r + 1]),
+                                     pack(sum[4 * e + 2][2 * r], sum[4 * e + 2][2 * r + 1]),
+                                     pack(sum[4 * e + 3][2 * r], sum[4 * e + 3][2 * r + 1]));
+                }
+            } else if (m * 16 < H) {
+                /* sums [warp][row r, half e, word][lane]: four words of a lane are one store of 16 bytes. */
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+#pragma unroll
+                    for (int j = 0; j < 8; j++)
+                        sums[(warp * 16 + r * 8 + j) * 32 + lane] = {sum[j][2 * r], sum[j][2 * r + 1]};
+                __syncthreads();
+                for (int unit = member * 32 + lane; unit < 4 * 32; unit += job.team_warps * 32) {
+                    int r = unit / 64, e = unit / 32 % 2, h = m * 16 + g + 8 * r;
+                    if (!present || h >= H)
+                        continue;
+                    float2 total[4] = {};
+                    for (int other = 0; other < job.team_warps; other++)
+#pragma unroll
+                        for (int j = 0; j < 4; j++) {
+                            float2 part =
+                                sums[((team * job.team_warps + other) * 16 + unit / 32 * 4 + j) * 32 + lane];
+                            total[j].x += part.x;
+                            total[j].y += part.y;
+                        }
+                    store_vector(job.dqkv + heads_offset + h * d + e * half, pack(total[0].x, total[0].y),
+                                 pack(total[1].x, total[1].y), pack(total[2].x, total[2].y),
+                                 pack(total[3].x, total[3].y));
+                }
+                __syncthreads();
+            }
+        }
+        __syncwarp(); /* all lanes have read the staged rows */
+    }
+    store_outer(outer_sum, (float *)rows,
+                job.partial + ((int64_t)blockIdx.x * 3 + w) * job.team_warps * size::SUMS, job.teams,
+                job.team_warps);
+}
+
+/* Choose the grid. False: this shape needs more registers or shared memory than the device has. */
+template <int KT>
+static bool mix_backward_grid(const struct device *dev, const struct head_rows &o, int64_t count,
+                              struct outer_grid *grid) {
+    return outer_grid<KT>(dev, o, count, 3, grid) &&
+           mix_backward_shared<KT>(o, grid->team_warps, grid->teams) <= dev->shared_limit;
+}
+
+template <int KT>
+static void launch_mix_backward(struct device *dev, struct mix_backward_job job, struct outer_grid grid,
+                                struct head_gradients to, bool accumulate) {
+    typedef outer_size<KT> size;
+    job.partial =
+        (float *)cuda_workspace(dev, grid.blocks * 3 * grid.elements * sizeof(float), "qkv_mix_backward");
+    job.team_warps = grid.team_warps;
+    job.teams = grid.teams;
+    launch<mix_backward_tiles<KT>>(dev, dim3(grid.blocks, 3), grid.threads(),
+                                   mix_backward_shared<KT>(job.o, grid.team_warps, grid.teams), job);
+    launch<sum_outer<size::TILES, size::HEAD_TILES>>(dev, dim3((unsigned)(grid.elements / 32), 3),
+                                                     32 * SUM_SLICES, 0, job.partial, grid.blocks,
+                                                     (int)grid.elements, job.o, to, accumulate);
+}
+
+/* ---- the operation ---- */
+
+size_t qkv_mix_backward_workspace(const struct device *dev, const struct qkv_mix_spec *s) {
+    struct head_rows o = pseudo_order(BY_PSEUDO_HEAD, s->heads, s->pseudo);
+    int64_t n = qkv_mix_tokens(s);
+    size_t bytes = plain_workspace(dev, o, n, 3);
+    if (tensor_core_shape(cuda_compute(dev), s->heads, s->head_dim))
+        by_head_tiles(s->heads, [&](auto kt) {
+            struct outer_grid grid;
+            if (mix_backward_grid<decltype(kt)::value>(dev, o, n, &grid) &&
+                grid.blocks * 3 * grid.elements * sizeof(float) > bytes)
+                bytes = grid.blocks * 3 * grid.elements * sizeof(float);
+        });
+    return bytes;
+}
+
+void cuda_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk, tensor dv,
+                           tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
+                           tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v, bool accumulate) {
+    const char *op = "qkv_mix_backward";
+    struct rope_rows rope = check_qkv_mix(dev, op, s, dqkv, dq, dk, dv, alpha_q, alpha_k, alpha_v, table, 0);
+    if (!s->mixed) {
+        rope_rotate(dev, s, rope, dqkv, dq, dk, dv, true);
+        return;
+    }
+    int64_t H = s->heads, d = s->head_dim, n = qkv_mix_tokens(s);
+    check_shape(op, "qkv", qkv, cuda_compute(dev), s->batch, s->tokens, 3, H, d);
+    check_contiguous(op, "qkv", qkv);
+    const tensor alpha[3] = {alpha_q, alpha_k, alpha_v}, dout[3] = {dq, dk, dv};
+    const tensor dalpha[3] = {dalpha_q, dalpha_k, dalpha_v};
+    struct head_gradients to;
+    for (int w = 0; w < 3; w++) {
+        check_shape(op, "dalpha", dalpha[w], DTYPE_F32, s->pseudo, H, H);
+        check_contiguous(op, "dalpha", dalpha[w]);
+        to.dm[w] = (float *)dalpha[w].data;
+    }
+    struct head_rows o = pseudo_order(BY_PSEUDO_HEAD, H, s->pseudo);
+    bool done = false;
+    if (tensor_core_shape(qkv.dtype, H, d) &&
+        aligned16({qkv.data, dqkv.data, dq.data, dk.data, dv.data, rope.table})) {
+        struct mix_backward_job job = {
+            {(const bf16 *)dq.data, (const bf16 *)dk.data, (const bf16 *)dv.data},
+            (const bf16 *)qkv.data,
+            {(const bf16 *)alpha_q.data, (const bf16 *)alpha_k.data, (const bf16 *)alpha_v.data},
+            (bf16 *)dqkv.data,
+            NULL,
+            rope,
+            o,
+            (int)n,
+            (int)d,
+            0,
+            0};
+        by_head_tiles(H, [&](auto kt) {
+            constexpr int KT = decltype(kt)::value;
+            struct outer_grid grid;
+            if ((done = mix_backward_grid<KT>(dev, o, n, &grid)))
+                launch_mix_backward<KT>(dev, job, grid, to, accumulate);
+        });
+    }
+    if (done)
+        return;
+    by_dtype(qkv.dtype, [&](auto number) {
+        using T = decltype(number);
+        struct plain_backward_job<T> job = {};
+        for (int w = 0; w < 3; w++) {
+            struct rope_rows angles = rope;
+            if (w == 2)
+                angles.table = NULL;
+            job.of[w] = {(const T *)dout[w].data, (const T *)qkv.data + w * H * d, (const T *)alpha[w].data,
+                         (T *)dqkv.data + w * H * d, angles};
+        }
+        job.o = o;
+        job.count = n;
+        job.stride = 3 * H * d;
+        job.d = (int)d;
+        launch_plain_backward(dev, job, 3, to, accumulate, op);
+    });
+}
