@@ -1,9 +1,8 @@
 /* File-system routines for crash-safe checkpoints: see files.h.
  *
- * The order is always the same: bytes first, then the name, then the directory that holds the name. A rename
- * inside one directory is atomic, so a reader, or the machine after a power cut, finds the old state or the
- * new one. A failed fsync is never tried again: the kernel may have dropped the dirty pages and would then
- * report success for bytes that are lost. */
+ * The order is always: sync the bytes, rename, sync the directory. A rename inside one directory is atomic, so a
+ * reader, or the machine after a power failure, finds the old state or the new one. A failed fsync is not retried: the
+ * kernel may have dropped the dirty pages and would then report success for lost bytes. */
 #include "model/checkpoint/files.h"
 
 #include <dirent.h>
@@ -38,7 +37,7 @@ const char *files_advice(int error_number) {
         return "check the path";
     case ENOTDIR:
     case EISDIR:
-        return "check the path: a file stands where a directory should be, or the reverse";
+        return "check the path: it has a file where a directory should be, or the reverse";
     case EEXIST:
     case ENOTEMPTY:
         return "move what is there out of the way";
@@ -60,15 +59,15 @@ static int fail_errno(struct error *e, const char *doing, const char *path, int 
     return fail_run(e, "cannot %s \"%s\": %s; %s", doing, path, strerror(err), files_advice(err));
 }
 
-static int is_about_the_path(int err) {
+static int is_path_error(int err) {
     return err == ENOENT || err == ENOTDIR || err == EISDIR || err == EACCES || err == EPERM ||
            err == EROFS || err == ENAMETOOLONG || err == ELOOP || err == EEXIST;
 }
 
-/* For a path met for the first time: a bad one is the user's to correct. */
+/* For a path that is used for the first time: EXIT_USER if the path is wrong. */
 static int fail_first_use(struct error *e, const char *doing, const char *path, int err) {
     fail_errno(e, doing, path, err);
-    if (e && is_about_the_path(err))
+    if (e && is_path_error(err))
         e->exit_code = EXIT_USER;
     return -1;
 }
@@ -116,8 +115,8 @@ int files_read_all(const char *path, size_t max_bytes, char **data, size_t *leng
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     if (fd < 0)
         return fail_first_use(e, "read", path, errno);
-    /* The size is a hint that saves growing, no more: pipes and /proc have none, and files may grow. The
-     * byte beyond lets the read that fills the file be followed by one that finds its end. */
+    /* The size is only a hint that avoids reallocations: pipes and /proc have none, and files may grow. One byte
+     * more, so that the read after the last byte finds the end without growing the buffer. */
     struct stat status;
     size_t capacity = 4096;
     if (fstat(fd, &status) == 0 && status.st_size > 0 && (size_t)status.st_size <= max_bytes)
@@ -156,7 +155,7 @@ int files_sync_stream(FILE *stream) {
     if (fflush(stream) != 0)
         return errno;
     if (ferror(stream))
-        return EIO; /* what it was is long forgotten */
+        return EIO; /* the errno of the failed write is not known here */
     return fsync(fileno(stream)) && errno != EINVAL ? errno : 0;
 }
 
@@ -167,7 +166,7 @@ int files_write_synced(const char *path, const void *data, size_t length, struct
     int err = files_write_fd(fd, data, length);
     if (!err && fsync(fd))
         err = errno;
-    /* Network file systems may keep a full disk to themselves until the file is closed. */
+    /* Network file systems may report a full disk only when the file is closed. */
     if (close(fd) && !err)
         err = errno;
     return err ? fail_errno(e, "write", path, err) : 0;
@@ -181,7 +180,7 @@ int files_sync_dir(const char *path, struct error *e) {
         return fail_errno(e, "open the directory", path, errno);
     int err = fsync(fd) ? errno : 0;
     close(fd);
-    /* Some file systems cannot sync a directory and say so; they order their names by other means. */
+    /* File systems that cannot sync a directory order its entries by other means. */
     if (err && err != EINVAL && err != EOPNOTSUPP)
         return fail_errno(e, "sync the directory", path, err);
     return 0;
@@ -199,7 +198,7 @@ static int sync_parent(const char *path, struct error *e) {
 static int make_dir(const char *path, struct error *e) {
     if (mkdir(path, 0777) == 0)
         return sync_parent(path, e);
-    /* A directory that exists answers EEXIST mostly, but EROFS or EACCES too. */
+    /* For a directory that exists, mkdir fails with EEXIST, or with EROFS or EACCES. */
     int err = errno;
     struct stat status;
     if (stat(path, &status) == 0) {
@@ -230,29 +229,29 @@ int files_make_dirs(const char *path, struct error *e) {
 
 /* ---- removing a tree ---- */
 
-/* What stopped a removal: the errno and the name it came at. */
-struct obstacle {
+/* Why a removal failed: the errno and the name at which it did. */
+struct removal_error {
     int err;
     char name[NAME_MAX + 1];
 };
 
-static int stopped_at(struct obstacle *o, const char *name, int err) {
+static int removal_failed(struct removal_error *o, const char *name, int err) {
     o->err = err;
     snprintf(o->name, sizeof o->name, "%s", name);
     return -1;
 }
 
-static int remove_at(int parent, const char *name, struct obstacle *o);
+static int remove_at(int parent, const char *name, struct removal_error *o);
 
-/* Remove what one reading of the directory shows; -1 or how many. */
-static int remove_entries(DIR *dir, const char *name, struct obstacle *o) {
+/* Remove all entries that one pass over the directory lists. Their number, or -1. */
+static int remove_entries(DIR *dir, const char *name, struct removal_error *o) {
     int removed = 0;
     rewinddir(dir);
     for (;;) {
         errno = 0;
         struct dirent *entry = readdir(dir);
         if (!entry)
-            return errno ? stopped_at(o, name, errno) : removed;
+            return errno ? removal_failed(o, name, errno) : removed;
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
             continue;
         if (remove_at(dirfd(dir), entry->d_name, o))
@@ -261,14 +260,14 @@ static int remove_entries(DIR *dir, const char *name, struct obstacle *o) {
     }
 }
 
-static int empty_dir(int fd, const char *name, struct obstacle *o) {
+static int empty_dir(int fd, const char *name, struct removal_error *o) {
     DIR *dir = fdopendir(fd);
     if (!dir) {
         int err = errno;
         close(fd);
-        return stopped_at(o, name, err);
+        return removal_failed(o, name, err);
     }
-    /* Removing while reading makes some file systems skip names, so read until none are left. */
+    /* Some file systems skip entries when others are removed meanwhile: repeat until none are left. */
     int removed;
     do
         removed = remove_entries(dir, name, o);
@@ -277,15 +276,15 @@ static int empty_dir(int fd, const char *name, struct obstacle *o) {
     return removed;
 }
 
-/* O_NOFOLLOW, and everything by descriptor: a link put in place meanwhile leads nowhere. */
-static int remove_at(int parent, const char *name, struct obstacle *o) {
+/* By descriptor and with O_NOFOLLOW, so that a link put in place meanwhile is not followed. */
+static int remove_at(int parent, const char *name, struct removal_error *o) {
     int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0 && errno != ENOTDIR && errno != ELOOP)
-        return errno == ENOENT ? 0 : stopped_at(o, name, errno);
+        return errno == ENOENT ? 0 : removal_failed(o, name, errno);
     if (fd >= 0 && empty_dir(fd, name, o))
         return -1;
     if (unlinkat(parent, name, fd >= 0 ? AT_REMOVEDIR : 0) && errno != ENOENT)
-        return stopped_at(o, name, errno);
+        return removal_failed(o, name, errno);
     return 0;
 }
 
@@ -293,16 +292,16 @@ int files_remove_tree(const char *path, struct error *e) {
     char *copy = strdup(path);
     if (!copy)
         return fail_errno(e, "remove", path, ENOMEM);
-    /* A slash at the end would make the kernel follow a link. */
+    /* With a slash at the end, the kernel would follow a link. */
     size_t length = strlen(copy);
     while (length > 0 && copy[length - 1] == '/')
         copy[--length] = '\0';
     const char *slash = strrchr(copy, '/');
     const char *last = slash ? slash + 1 : copy;
     int result = 0;
-    struct obstacle o;
+    struct removal_error o;
     if (!*last || strcmp(last, ".") == 0 || strcmp(last, "..") == 0)
-        result = fail_run(e, "will not remove \"%s\"; name the directory itself", path);
+        result = fail_run(e, "cannot remove \"%s\"; name the directory itself, not /, . or ..", path);
     else if (remove_at(AT_FDCWD, copy, &o))
         result = fail_run(e, "cannot remove \"%s\", stopped at \"%s\": %s; %s", path, o.name, strerror(o.err),
                           files_advice(o.err));
@@ -310,7 +309,7 @@ int files_remove_tree(const char *path, struct error *e) {
     return result;
 }
 
-/* ---- names that change in one step ---- */
+/* ---- atomic renames ---- */
 
 int files_publish_dir(const char *tmp, const char *final, struct error *e) {
     if (files_sync_dir(tmp, e))
@@ -323,8 +322,8 @@ int files_publish_dir(const char *tmp, const char *final, struct error *e) {
     return sync_parent(final, e);
 }
 
-/* A link `tmp` to target, in place of one that a crash may have left. 0, or the errno. */
-static int fresh_link(const char *target, const char *tmp) {
+/* Make the link `tmp` to target, replacing one that a crash may have left. 0, or the errno. */
+static int make_link(const char *target, const char *tmp) {
     if (symlink(target, tmp) == 0)
         return 0;
     if (errno != EEXIST)
@@ -338,7 +337,7 @@ int files_link_replace(const char *target, const char *linkpath, struct error *e
     if (!tmp)
         return fail_errno(e, "link", linkpath, ENOMEM);
     snprintf(tmp, size, "%s.tmp", linkpath);
-    int err = fresh_link(target, tmp);
+    int err = make_link(target, tmp);
     if (!err && rename(tmp, linkpath)) {
         err = errno;
         unlink(tmp);
@@ -353,7 +352,7 @@ static int fail_locked(int fd, const char *path, struct error *e) {
     char text[32] = "";
     ssize_t n = pread(fd, text, sizeof text - 1, 0);
     long pid = n > 0 ? strtol(text, NULL, 10) : 0;
-    char owner[32] = "pid unknown"; /* it has the lock but has not written its pid yet */
+    char owner[32] = "pid unknown"; /* not written yet */
     if (pid > 0)
         snprintf(owner, sizeof owner, "pid %ld", pid);
     return fail_user(
@@ -361,7 +360,7 @@ static int fail_locked(int fd, const char *path, struct error *e) {
         owner);
 }
 
-/* Over the old pid first, then cut: a reader in between still finds a whole line. 0, or the errno. */
+/* Overwrite the old pid, then truncate, so that a reader always finds a complete line. 0, or the errno. */
 static int write_pid(int fd) {
     char text[32];
     int length = snprintf(text, sizeof text, "%ld\n", (long)getpid());

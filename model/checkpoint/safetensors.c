@@ -1,14 +1,7 @@
-/* The safetensors format, read and written: see safetensors.h.
- *
- * Reading trusts nothing. The header is copied out of the map and closed with a NUL, so that the JSON parser
- * cannot run past it; every number in it is checked before it is used; and in the end the tensors, in the
- * order of their offsets, must tile the data exactly: no overlap, no hole, no rest. Entries are kept sorted
- * by name, which finds duplicates and makes looking up a binary search.
- *
- * Writing knows all shapes beforehand, so the header goes first and the data stream after it through one
- * buffer; a piece that is larger than the buffer goes straight to the file. */
-#include "model/checkpoint/safetensors.h"
-
+/* Reading safetensors, from files that may be damaged or malicious. The header is copied and terminated with a NUL,
+ * so that the JSON parser cannot read past it; every number in it is checked before it is used; and the tensors, in
+ * the order of their offsets, must cover the data exactly: no overlap, no gap, nothing after the last. Entries are
+ * sorted by name, to find duplicates and for binary search. */
 #include <cjson/cJSON.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -22,28 +15,17 @@
 #include <unistd.h>
 
 #include "model/checkpoint/files.h"
+#include "model/checkpoint/safetensors_internal.h"
 
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "tensors are little-endian and used in place");
-_Static_assert(sizeof(size_t) == 8, "offsets are 64-bit");
-
-enum { LENGTH_BYTES = 8, DATA_ALIGNMENT = 64 };
 static const uint64_t MAX_HEADER_BYTES = 100000000; /* the limit of the reference implementation */
-static const size_t BUFFER_BYTES = (size_t)4 << 20;
-static const char METADATA[] = "__metadata__";
 
-static const struct {
-    const char *name;
-    int bytes;
-} dtypes[] = {
+const struct safetensors_dtype_row safetensors_dtypes[ST_DTYPES] = {
     [ST_F32] = {"F32", 4}, [ST_F64] = {"F64", 8}, [ST_BF16] = {"BF16", 2}, [ST_I32] = {"I32", 4},
     [ST_I64] = {"I64", 8}, [ST_U16] = {"U16", 2}, [ST_U8] = {"U8", 1},
 };
-enum { DTYPE_COUNT = sizeof dtypes / sizeof dtypes[0] };
 
-/* Bytes of a tensor; -1 for a negative size or when the product overflows. Zero sizes count as one in the
- * check, so that whoever multiplies the same shape in another order does not overflow either. */
-static int shape_bytes(const struct safetensors_entry *t, size_t *bytes) {
-    int64_t product = dtypes[t->dtype].bytes;
+int safetensors_shape_bytes(const struct safetensors_entry *t, size_t *bytes) {
+    int64_t product = safetensors_dtypes[t->dtype].bytes;
     int empty = 0;
     for (int i = 0; i < t->ndim; i++) {
         if (t->shape[i] < 0)
@@ -57,14 +39,14 @@ static int shape_bytes(const struct safetensors_entry *t, size_t *bytes) {
     return 0;
 }
 
-static int by_name(const void *a, const void *b) {
+int safetensors_by_name(const void *a, const void *b) {
     const struct safetensors_entry *x = a, *y = b;
     return strcmp(x->name, y->name);
 }
 
 /* ---- reading: the header ---- */
 
-/* What the functions that check a header share. */
+/* Context of the functions that check a header. */
 struct reading {
     const char *path;
     const char *data; /* the bytes after the header */
@@ -72,7 +54,7 @@ struct reading {
     struct error *error;
 };
 
-/* A name fit for one line on a terminal, whatever the file holds. */
+/* A name from the file, for a one-line message: cut, control characters replaced. */
 static const char *printable(const char *name, char text[static 100]) {
     size_t i = 0;
     for (; name[i] && i < 96; i++)
@@ -81,7 +63,7 @@ static const char *printable(const char *name, char text[static 100]) {
     return text;
 }
 
-/* Refuse the file, because of a tensor when there is one. */
+/* Fill the error: EXIT_USER, naming the file, and the tensor if not NULL. */
 __attribute__((format(printf, 3, 4))) static int refuse(const struct reading *r, const char *tensor,
                                                         const char *format, ...) {
     char what[400], name[100];
@@ -100,7 +82,7 @@ static int fail_memory(const struct reading *r) {
     return fail_run(r->error, "cannot read \"%s\": %s; %s", r->path, strerror(ENOMEM), files_advice(ENOMEM));
 }
 
-/* The member of an object, or NULL with an error when it is absent or there twice. */
+/* The member of an object, or NULL and an error if it is missing or given twice. */
 static const cJSON *member_once(const struct reading *r, const cJSON *object, const char *key) {
     const cJSON *found = NULL, *item;
     cJSON_ArrayForEach(item, object) {
@@ -117,8 +99,8 @@ static const cJSON *member_once(const struct reading *r, const cJSON *object, co
     return found;
 }
 
-/* A whole number from 0 up. The parser keeps doubles, so beyond 2^53 they would no longer be exact. The
- * comparisons are false for a NaN. */
+/* A whole number, at least 0 and below 2^53, to which the parser's doubles are exact. The comparisons are false for
+ * NaN. */
 static int read_count(const cJSON *number, int64_t *count) {
     double value = number->valuedouble;
     if (!cJSON_IsNumber(number) || !(value >= 0 && value < 0x1p53) || value != (double)(int64_t)value)
@@ -133,8 +115,8 @@ static int read_dtype(const struct reading *r, const cJSON *tensor, struct safet
         return -1;
     if (!cJSON_IsString(dtype))
         return refuse(r, t->name, "has a dtype that is not a string");
-    for (int i = 0; i < DTYPE_COUNT; i++)
-        if (strcmp(dtype->valuestring, dtypes[i].name) == 0) {
+    for (int i = 0; i < ST_DTYPES; i++)
+        if (strcmp(dtype->valuestring, safetensors_dtypes[i].name) == 0) {
             t->dtype = (enum safetensors_dtype)i;
             return 0;
         }
@@ -186,7 +168,7 @@ static int read_tensor(const struct reading *r, const cJSON *tensor, struct safe
     if (read_dtype(r, tensor, t) || read_shape(r, tensor, t) || read_offsets(r, tensor, t))
         return -1;
     size_t bytes;
-    if (shape_bytes(t, &bytes))
+    if (safetensors_shape_bytes(t, &bytes))
         return refuse(r, t->name, "has a shape whose bytes do not fit in 63 bits");
     if (bytes != t->bytes)
         return refuse(r, t->name, "takes %zu bytes by its shape but %zu by its data_offsets", bytes,
@@ -196,7 +178,7 @@ static int read_tensor(const struct reading *r, const cJSON *tensor, struct safe
 
 /* ---- reading: the tensors together ---- */
 
-/* Empty tensors first where they share an offset with others. */
+/* Empty tensors before others at the same offset. */
 static int by_offset(const void *a, const void *b) {
     const struct safetensors_entry *x = a, *y = b;
     const char *p = x->data, *q = y->data;
@@ -205,7 +187,7 @@ static int by_offset(const void *a, const void *b) {
     return (x->bytes > y->bytes) - (x->bytes < y->bytes);
 }
 
-/* Entries in the order of their offsets must follow each other exactly, up to the end of the file. */
+/* Entries, sorted by offset, must follow each other without gap or overlap up to the end of the file. */
 static int check_tiling(const struct reading *r, const struct safetensors *s) {
     const char *next = r->data;
     for (int i = 0; i < s->count; i++) {
@@ -215,7 +197,7 @@ static int check_tiling(const struct reading *r, const struct safetensors *s) {
         if (begin < next)
             return refuse(r, t->name, "overlaps tensor \"%s\"", printable(t[-1].name, before));
         if (begin > next)
-            return refuse(r, t->name, "follows a hole of %td bytes in the data", begin - next);
+            return refuse(r, t->name, "follows a gap of %td bytes in the data", begin - next);
         next = begin + t->bytes;
     }
     size_t rest = r->data_bytes - (size_t)(next - r->data);
@@ -235,34 +217,34 @@ static void sort_entries(struct safetensors *s, int (*order)(const void *, const
 
 /* Fill the entries from a parsed header. On error they are left for safetensors_close. */
 static int read_entries(const struct reading *r, const cJSON *root, struct safetensors *s) {
-    int room = 1, metadata = 0; /* room for one even when there are none: qsort wants an address */
+    int capacity = 1, metadata = 0; /* at least one, since qsort needs an address */
     const cJSON *item;
-    cJSON_ArrayForEach(item, root) room++;
-    s->entries = calloc((size_t)room, sizeof *s->entries);
+    cJSON_ArrayForEach(item, root) capacity++;
+    s->entries = calloc((size_t)capacity, sizeof *s->entries);
     if (!s->entries)
         return fail_memory(r);
     cJSON_ArrayForEach(item, root) {
-        if (strcmp(item->string, METADATA) == 0) {
+        if (strcmp(item->string, ST_METADATA) == 0) {
             if (metadata++)
-                return refuse(r, NULL, "has %s twice", METADATA);
+                return refuse(r, NULL, "has %s twice", ST_METADATA);
             continue;
         }
         if (read_tensor(r, item, &s->entries[s->count++]))
             return -1;
     }
-    /* Names before offsets, since a duplicate usually overlaps too. */
-    sort_entries(s, by_name);
+    /* Names before offsets, since duplicates usually overlap too. */
+    sort_entries(s, safetensors_by_name);
     if (check_names(r, s))
         return -1;
     sort_entries(s, by_offset);
     if (check_tiling(r, s))
         return -1;
-    sort_entries(s, by_name);
+    sort_entries(s, safetensors_by_name);
     return 0;
 }
 
-/* Parse the header from a copy that ends in a NUL. cJSON would cut a name at an escaped NUL, so that two
- * names could pass for one: such headers are refused outright. */
+/* Parse a copy of the header that ends in a NUL. Escaped NULs are refused, since cJSON would end a name there and
+ * two names could become equal. */
 static int read_header(const struct reading *r, const char *header, size_t bytes, struct safetensors *s) {
     if (bytes == 0 || header[0] != '{')
         return refuse(r, NULL, "has a header that is not a JSON object");
@@ -284,20 +266,20 @@ static int read_header(const struct reading *r, const char *header, size_t bytes
     return result;
 }
 
-/* Find the header and the data in the map. */
+/* Find the header and the data in the mapped file. */
 static int read_map(struct reading *r, struct safetensors *s) {
     const unsigned char *map = s->map;
     uint64_t header_bytes = 0;
-    for (int i = 0; i < LENGTH_BYTES; i++)
+    for (int i = 0; i < ST_LENGTH_BYTES; i++)
         header_bytes |= (uint64_t)map[i] << (8 * i);
-    size_t after_length = s->map_bytes - LENGTH_BYTES;
+    size_t after_length = s->map_bytes - ST_LENGTH_BYTES;
     if (header_bytes > after_length)
         return refuse(r, NULL, "is truncated: a header of %" PRIu64 " bytes in a file of %zu", header_bytes,
                       s->map_bytes);
     if (header_bytes > MAX_HEADER_BYTES)
         return refuse(r, NULL, "has a header of %" PRIu64 " bytes, beyond the format's %" PRIu64,
                       header_bytes, MAX_HEADER_BYTES);
-    const char *header = (const char *)map + LENGTH_BYTES;
+    const char *header = (const char *)map + ST_LENGTH_BYTES;
     r->data = header + header_bytes;
     r->data_bytes = after_length - header_bytes;
     return read_header(r, header, header_bytes, s);
@@ -313,7 +295,7 @@ static int map_file(const struct reading *r, int fd, struct safetensors *s) {
     }
     if (!S_ISREG(status.st_mode))
         return fail_user(r->error, "\"%s\" is not a file; give the path of a .safetensors file", r->path);
-    if (status.st_size < LENGTH_BYTES)
+    if (status.st_size < ST_LENGTH_BYTES)
         return refuse(r, NULL, "is truncated: %" PRId64 " bytes", (int64_t)status.st_size);
     void *map = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (map == MAP_FAILED) {
@@ -328,7 +310,7 @@ static int map_file(const struct reading *r, int fd, struct safetensors *s) {
 int safetensors_open(struct safetensors *s, const char *path, struct error *e) {
     *s = (struct safetensors){0};
     struct reading r = {.path = path, .error = e};
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* not to wait at a pipe */
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* do not block on a pipe */
     if (fd < 0) {
         int err = errno;
         return fail_user(e, "cannot read \"%s\": %s; %s", path, strerror(err), files_advice(err));
@@ -355,212 +337,5 @@ const struct safetensors_entry *safetensors_find(const struct safetensors *s, co
     if (s->count == 0)
         return NULL;
     struct safetensors_entry key = {.name = (char *)name};
-    return bsearch(&key, s->entries, (size_t)s->count, sizeof key, by_name);
-}
-
-/* ---- writing ---- */
-
-struct safetensors_writer {
-    int fd;
-    char *path;
-    char *buffer;    /* BUFFER_BYTES */
-    size_t used;     /* of the buffer */
-    size_t expected; /* bytes of data still to be appended */
-};
-
-static int fail_write(struct error *e, const char *path, int err) {
-    return fail_run(e, "cannot write \"%s\": %s; %s", path, strerror(err), files_advice(err));
-}
-
-/* For what only a mistake in this program can cause. */
-static int fail_caller(struct error *e, const char *path, const char *tensor, const char *what) {
-    return fail_run(e, "cannot write \"%s\": tensor \"%s\" %s; please report this as a bug", path, tensor,
-                    what);
-}
-
-/* Close and free; 0, or the errno of close, which may be the first to hear of a full network disk. */
-static int writer_free(struct safetensors_writer *w) {
-    int err = w->fd >= 0 && close(w->fd) ? errno : 0;
-    free(w->buffer);
-    free(w->path);
-    free(w);
-    return err;
-}
-
-/* Check the entries as the reader would, so that no file is written that cannot be read. */
-static int check_writable(const char *path, const struct safetensors_entry *entries, int count,
-                          struct error *e) {
-    for (int i = 0; i < count; i++) {
-        const struct safetensors_entry *t = &entries[i];
-        size_t bytes;
-        if (strcmp(t->name, METADATA) == 0)
-            return fail_caller(e, path, t->name, "has a reserved name");
-        if ((unsigned)t->dtype >= DTYPE_COUNT)
-            return fail_caller(e, path, t->name, "has no known dtype");
-        if (t->ndim < 0 || t->ndim > ST_MAX_DIMS || shape_bytes(t, &bytes))
-            return fail_caller(e, path, t->name, "has an impossible shape");
-    }
-    return 0;
-}
-
-static int check_unique(const char *path, const struct safetensors_entry *entries, int count,
-                        struct error *e) {
-    if (count < 2)
-        return 0;
-    struct safetensors_entry *sorted = malloc((size_t)count * sizeof *sorted);
-    if (!sorted)
-        return fail_write(e, path, ENOMEM);
-    memcpy(sorted, entries, (size_t)count * sizeof *sorted);
-    qsort(sorted, (size_t)count, sizeof *sorted, by_name);
-    int result = 0;
-    for (int i = 1; i < count && result == 0; i++)
-        if (strcmp(sorted[i - 1].name, sorted[i].name) == 0)
-            result = fail_caller(e, path, sorted[i].name, "is there twice");
-    free(sorted);
-    return result;
-}
-
-static void print_string(FILE *out, const char *text) {
-    fputc('"', out);
-    for (const unsigned char *c = (const unsigned char *)text; *c; c++) {
-        if (*c == '"' || *c == '\\')
-            fprintf(out, "\\%c", *c);
-        else if (*c < ' ')
-            fprintf(out, "\\u%04x", *c);
-        else
-            fputc(*c, out);
-    }
-    fputc('"', out);
-}
-
-/* One member of the header; returns the offset after it. By hand, since cJSON prints numbers as doubles and
- * a large one in a form ("1e+15") that other readers refuse. */
-static int print_entry(FILE *out, const struct safetensors_entry *t, size_t *offset) {
-    size_t bytes = 0, begin = *offset;
-    shape_bytes(t, &bytes);
-    if (__builtin_add_overflow(begin, bytes, offset) || *offset > INT64_MAX)
-        return -1;
-    fputc(',', out);
-    print_string(out, t->name);
-    fprintf(out, ":{\"dtype\":\"%s\",\"shape\":[", dtypes[t->dtype].name);
-    for (int i = 0; i < t->ndim; i++)
-        fprintf(out, "%s%" PRId64, i ? "," : "", t->shape[i]);
-    fprintf(out, "],\"data_offsets\":[%zu,%zu]}", begin, *offset);
-    return 0;
-}
-
-/* The whole header, length and padding included, in memory that the caller frees. 0, or the errno. */
-static int print_header(const struct safetensors_entry *entries, int count, char **header, size_t *bytes,
-                        size_t *data_bytes) {
-    *header = NULL;
-    FILE *out = open_memstream(header, bytes);
-    if (!out)
-        return ENOMEM;
-    fprintf(out, "%*s{\"%s\":{\"format\":\"pt\"}", LENGTH_BYTES, "", METADATA);
-    int err = 0;
-    *data_bytes = 0;
-    for (int i = 0; i < count && !err; i++)
-        err = print_entry(out, &entries[i], data_bytes) ? EFBIG : 0;
-    fputc('}', out);
-    long end = ftell(out);
-    long padding = (DATA_ALIGNMENT - end % DATA_ALIGNMENT) % DATA_ALIGNMENT;
-    fprintf(out, "%*s", (int)padding, "");
-    int unwritten = ferror(out);
-    if (fclose(out) || unwritten)
-        err = ENOMEM;
-    for (int i = 0; i < LENGTH_BYTES && !err; i++)
-        (*header)[i] = (char)((*bytes - LENGTH_BYTES) >> (8 * i));
-    return err;
-}
-
-/* Through the buffer, or past it when the piece is larger. 0, or the errno. */
-static int put(struct safetensors_writer *w, const char *data, size_t bytes) {
-    if (bytes > BUFFER_BYTES - w->used) {
-        int err = files_write_fd(w->fd, w->buffer, w->used);
-        if (err)
-            return err;
-        w->used = 0;
-    }
-    if (bytes > BUFFER_BYTES)
-        return files_write_fd(w->fd, data, bytes);
-    memcpy(w->buffer + w->used, data, bytes);
-    w->used += bytes;
-    return 0;
-}
-
-/* Open the file and put the header. 0, or the errno. */
-static int writer_start(struct safetensors_writer *w, const char *path,
-                        const struct safetensors_entry *entries, int count) {
-    w->path = strdup(path);
-    w->buffer = malloc(BUFFER_BYTES);
-    if (!w->path || !w->buffer)
-        return ENOMEM;
-    char *header;
-    size_t bytes;
-    int err = print_header(entries, count, &header, &bytes, &w->expected);
-    if (!err) {
-        w->fd = open(path, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-        err = w->fd < 0 ? errno : put(w, header, bytes);
-    }
-    free(header);
-    return err;
-}
-
-struct safetensors_writer *safetensors_create(const char *path, const struct safetensors_entry *entries,
-                                              int count, struct error *e) {
-    if (check_writable(path, entries, count, e) || check_unique(path, entries, count, e))
-        return NULL;
-    struct safetensors_writer *w = calloc(1, sizeof *w);
-    if (!w) {
-        fail_write(e, path, ENOMEM);
-        return NULL;
-    }
-    w->fd = -1;
-    int err = writer_start(w, path, entries, count);
-    if (err) {
-        writer_free(w);
-        fail_write(e, path, err);
-        return NULL;
-    }
-    return w;
-}
-
-int safetensors_append(struct safetensors_writer *w, const void *data, size_t bytes, struct error *e) {
-    if (bytes == 0)
-        return 0;
-    int err = 0;
-    if (bytes > w->expected)
-        fail_run(e, "cannot write \"%s\": %zu bytes more than its header tells; please report this as a bug",
-                 w->path, bytes - w->expected);
-    else if ((err = put(w, data, bytes)))
-        fail_write(e, w->path, err);
-    if (err || bytes > w->expected) {
-        writer_free(w);
-        return -1;
-    }
-    w->expected -= bytes;
-    return 0;
-}
-
-void safetensors_abandon(struct safetensors_writer *w) {
-    writer_free(w);
-}
-
-int safetensors_finish(struct safetensors_writer *w, struct error *e) {
-    int result = 0;
-    if (w->expected > 0) {
-        result = fail_run(e, "cannot write \"%s\": %zu bytes are missing; please report this as a bug",
-                          w->path, w->expected);
-    } else {
-        int err = files_write_fd(w->fd, w->buffer, w->used);
-        if (err || (fsync(w->fd) && (err = errno)))
-            result = fail_write(e, w->path, err);
-    }
-    char *path = w->path; /* for the error of close, which comes after the rest is freed */
-    w->path = NULL;
-    int err = writer_free(w);
-    if (err && result == 0)
-        result = fail_write(e, path, err);
-    free(path);
-    return result;
+    return bsearch(&key, s->entries, (size_t)s->count, sizeof key, safetensors_by_name);
 }

@@ -4,19 +4,21 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "model/checkpoint/optimizer_state.h"
 #include "model/state_dict.h"
 
 struct saver {
     pthread_t thread;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
-    enum saver_state state; /* the mutex's, as is `closing` */
+    enum saver_state state; /* under the mutex, as is `closing` */
     bool closing;
-    struct checkpoint_job job; /* the thread's while it writes */
+    struct checkpoint_job job; /* the thread reads it while it writes */
     struct error error;
     struct comm *comm;
-    float *weights, *moments; /* the copy; NULL: there is no room for one */
-    bool copies, behind;      /* this rank has one; all have: saving goes on behind training */
+    float *weights, *moments; /* buffers for the snapshot; NULL: none */
+    bool has_snapshot;        /* this rank has both buffers */
+    bool async;               /* all ranks have: training goes on while the thread writes */
 };
 
 static void *write_jobs(void *context) {
@@ -39,13 +41,13 @@ static void *write_jobs(void *context) {
 struct saver *saver_open(struct error *e) {
     struct saver *s = calloc(1, sizeof *s);
     if (!s) {
-        fail_run(e, "out of memory for the thread that saves");
+        fail_run(e, "out of memory for the thread that writes checkpoints");
         return NULL;
     }
     pthread_mutex_init(&s->mutex, NULL);
     pthread_cond_init(&s->changed, NULL);
     if (pthread_create(&s->thread, NULL, write_jobs, s) != 0) {
-        fail_run(e, "cannot start the thread that saves");
+        fail_run(e, "cannot start the thread that writes checkpoints");
         free(s);
         return NULL;
     }
@@ -78,48 +80,50 @@ static size_t weight_bytes(const struct model *m) {
     return m->partition.rank == 0 ? (size_t)m->params.num_params * sizeof(float) : 0;
 }
 
-size_t saver_copy_bytes(const struct model *m) {
+size_t saver_snapshot_bytes(const struct model *m) {
     int64_t elements = optimizer_elements(m);
     return elements < 0 ? 0 : weight_bytes(m) + 2 * (size_t)elements * sizeof(float);
 }
 
-/* Has this rank memory for a copy now? */
-static bool reserve_copy(struct saver *s, const struct model *m, size_t memory_free) {
-    size_t bytes = saver_copy_bytes(m);
-    bool room = bytes > 0 && (memory_free == 0 || bytes <= memory_free / 2);
-    if ((room || model_master_weights_sharded(m)) && m->partition.rank == 0)
+/* Allocate the snapshot, if it takes at most half of memory_free (0: unknown). Rank 0 needs the weights' buffer
+ * anyway to gather sharded master weights. */
+static bool allocate_snapshot(struct saver *s, const struct model *m, size_t memory_free) {
+    size_t bytes = saver_snapshot_bytes(m);
+    bool fits = bytes > 0 && (memory_free == 0 || bytes <= memory_free / 2);
+    if ((fits || model_master_weights_sharded(m)) && m->partition.rank == 0)
         s->weights = malloc(weight_bytes(m));
-    s->moments = room ? malloc(bytes - weight_bytes(m)) : NULL;
+    s->moments = fits ? malloc(bytes - weight_bytes(m)) : NULL;
     return s->moments && (s->weights || m->partition.rank > 0);
 }
 
 bool saver_reserve(struct saver *s, const struct model *m, size_t memory_free) {
     s->comm = m->comm;
-    s->copies = reserve_copy(s, m, memory_free);
-    s->behind = comm_agree(s->comm, s->copies ? 0 : -1, &(struct error){0}) == 0;
-    return s->behind;
+    s->has_snapshot = allocate_snapshot(s, m, memory_free);
+    s->async = comm_agree(s->comm, s->has_snapshot ? 0 : -1, &(struct error){0}) == 0;
+    return s->async;
 }
 
-/* The copy, unless training waits anyway; of sharded master_weights always, which take all ranks to gather. */
-static int take_copy(struct saver *s, struct model *m, bool wait, struct error *e) {
-    bool gathers = model_master_weights_sharded(m), copies = s->copies && !wait;
+/* Copy what the thread will write, unless training waits for it. Sharded master weights are always gathered, which
+ * takes all ranks. */
+static int take_snapshot(struct saver *s, struct model *m, bool wait, struct error *e) {
+    bool gather = model_master_weights_sharded(m), copy = s->has_snapshot && !wait;
     model_await_params(m);
-    if (gathers || copies) {
+    if (gather || copy) {
         model_get_params(m, s->weights);
-        s->job.from.weights = s->weights;
+        s->job.weights = s->weights;
     }
-    if (gathers && !s->weights && m->partition.rank == 0)
+    if (gather && !s->weights && m->partition.rank == 0)
         return fail_run(e, "out of memory to gather the weights of all ranks (%zu bytes)", weight_bytes(m));
-    if (copies)
-        s->job.from.moments = s->moments;
-    return copies ? optimizer_copy(m, s->moments, e) : 0;
+    if (copy)
+        s->job.moments = s->moments;
+    return copy ? optimizer_copy(m, s->moments, e) : 0;
 }
 
-/* Write from the copy, or from the model, which then must not change meanwhile. A failure is also the
- * saver's: the others may be writing their parts of what will be no checkpoint. */
+/* Start the thread. On failure the state is SAVER_FAILED, so that saver_finish waits for the other ranks, which
+ * may be writing already, and removes their files. */
 static int start_writing(struct saver *s, const struct checkpoint_job *job, bool wait, struct error *e) {
     s->job = *job;
-    int status = take_copy(s, job->from.model, wait, &s->error);
+    int status = take_snapshot(s, job->model, wait, &s->error);
     if (status != 0)
         *e = s->error;
     change_state(s, status == 0 ? SAVER_WRITING : SAVER_FAILED);
@@ -127,10 +131,10 @@ static int start_writing(struct saver *s, const struct checkpoint_job *job, bool
 }
 
 int saver_save(struct saver *s, const struct checkpoint_job *job, bool wait, struct error *e) {
-    bool leads = s->comm->rank == 0;
-    wait = wait || !s->behind;
+    bool rank0 = s->comm->rank == 0;
+    wait = wait || !s->async;
     if (saver_finish(s, e) != 0 ||
-        comm_agree(s->comm, leads ? checkpoint_begin(job->run_dir, job->trainer.step, e) : 0, e) != 0 ||
+        comm_agree(s->comm, rank0 ? checkpoint_begin(job->run_dir, job->trainer.step, e) : 0, e) != 0 ||
         comm_agree(s->comm, start_writing(s, job, wait, e), e) != 0)
         return -1;
     return wait ? saver_finish(s, e) : 0;
@@ -143,12 +147,12 @@ enum saver_state saver_state(struct saver *s) {
     return state;
 }
 
-/* The one that is furthest from done; an idle rank has nothing to say. */
-enum saver_state saver_together(enum saver_state one, enum saver_state other) {
-    return other == SAVER_WRITING || (other != SAVER_IDLE && one != SAVER_WRITING) ? other : one;
+/* WRITING before FAILED and WRITTEN, IDLE last. */
+enum saver_state saver_state_merge(enum saver_state a, enum saver_state b) {
+    return b == SAVER_WRITING || (b != SAVER_IDLE && a != SAVER_WRITING) ? b : a;
 }
 
-/* How this rank's writing ended; the thread is idle again. */
+/* How this rank's writing ended; sets the thread idle. */
 static int collect(struct saver *s, struct error *e) {
     int status = saver_state(s) == SAVER_FAILED ? -1 : 0;
     if (status != 0)
@@ -157,13 +161,13 @@ static int collect(struct saver *s, struct error *e) {
     return status;
 }
 
-/* All ranks have written their files, or failed to. */
+/* Called when every rank has written its files or failed. */
 static int publish(struct saver *s, struct error *e) {
-    bool leads = s->comm->rank == 0;
+    bool rank0 = s->comm->rank == 0;
     if (comm_agree(s->comm, collect(s, e), e) == 0 &&
-        comm_agree(s->comm, leads ? checkpoint_publish(&s->job, e) : 0, e) == 0)
+        comm_agree(s->comm, rank0 ? checkpoint_publish(&s->job, e) : 0, e) == 0)
         return 0;
-    if (leads)
+    if (rank0)
         checkpoint_clean(s->job.run_dir);
     e->exit_code = EXIT_RUN;
     return -1;
@@ -175,10 +179,10 @@ int saver_advance(struct saver *s, enum saver_state all, struct error *e) {
 
 int saver_finish(struct saver *s, struct error *e) {
     for (;;) {
-        enum saver_state all = SAVER_IDLE, mine = saver_state(s);
-        const enum saver_state *told = comm_all_gather_small(s->comm, &mine, sizeof mine);
+        enum saver_state all = SAVER_IDLE, own = saver_state(s);
+        const enum saver_state *gathered = comm_all_gather_small(s->comm, &own, sizeof own);
         for (int i = 0; i < s->comm->ranks; i++)
-            all = saver_together(all, told[i]);
+            all = saver_state_merge(all, gathered[i]);
         if (all == SAVER_IDLE)
             return 0;
         if (all != SAVER_WRITING)

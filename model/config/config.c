@@ -1,9 +1,8 @@
-/* The table of every key a user may set, and what follows directly from it: defaults, --help, the list of
- * values a run is remembered by, and which of them may change on resume.
+/* The table of all configuration keys, --help, and which keys may change on resume.
  *
- * To add a key: add the field to config.h and one row here. Its text is read and written in config_values.c,
- * files and overrides are read in config_load.c, relations checked in config_check.c, config.json is
- * config_json.c. */
+ * To add a key: add the field to config.h and one row here. config_values.c converts between text and value,
+ * config_load.c reads files and overrides, config_check.c checks relations between keys, config_json.c reads
+ * and writes config.json. Each of these files calls only those named before it. */
 #include "model/config/config_internal.h"
 
 #include <string.h>
@@ -40,9 +39,9 @@ const struct config_row config_rows[] = {
     {MODEL(max_position_embeddings), INTEGER(1, TWO(24)), .derived = "seq_len",
      .help = "longest sequence the model takes, in tokens"},
     {MODEL(position_embedding), ENUM("rope", "learned", "none"), .initial = "rope",
-     .help = "how positions enter"},
+     .help = "how positions are encoded"},
     {MODEL(rope_theta), REAL(0, 1e15), .open = EXCLUDES_MIN, .initial = "10000", .help = "RoPE's base"},
-    {MODEL(norm), ENUM("rmsnorm", "layernorm"), .initial = "rmsnorm", .help = "normalisation of each block"},
+    {MODEL(norm), ENUM("rmsnorm", "layernorm"), .initial = "rmsnorm", .help = "normalisation layers"},
     {MODEL(norm_eps), REAL(1e-30, 1), .initial = "1e-5", .help = "added to the variance in a norm"},
     {MODEL(activation), ENUM("gelu_tanh", "relu2", "swiglu"), .initial = "gelu_tanh",
      .help = "swiglu adds a gate matrix"},
@@ -50,23 +49,26 @@ const struct config_row config_rows[] = {
      .help = "bias of qkv, out, up, down and of layernorm"},
     {MODEL(tie_word_embeddings), .kind = KIND_BOOL, .initial = "true",
      .help = "classifier and embedding share one matrix"},
-    {MODEL(causal), .kind = KIND_BOOL, .initial = "true", .help = "a token sees only itself and the past"},
+    {MODEL(causal), .kind = KIND_BOOL, .initial = "true", .help = "no attention to later tokens"},
     {.section = "model",
      .name = "layer_pattern",
      .kind = KIND_PATTERN,
      .initial = "iha_local*4 mha_global",
-     .help = "kinds of layers, repeated over the depth, cut at its end:\n"
+     .help = "layer types, repeated up to num_hidden_layers:\n"
              "mha_global|mha_local|iha_global|iha_local,\neach with an optional *N"},
     {MODEL(local_window), INTEGER(1, TWO(40)), .initial = "512",
-     .help = "keys a query sees in mha_local layers, itself included"},
+     .help = "keys per query in mha_local layers, itself included"},
     {MODEL(num_pseudo_heads), INTEGER(1, 4096), .initial = "2", .help = "pseudo-heads per head (P)"},
     {MODEL(iha_window), INTEGER(1, TWO(40)), .zero = "auto", .initial = "auto",
-     .help = "the same in iha_local layers, in virtual tokens;\nauto: max(P, P*floor(seq_len/(2*P*P)))"},
+     .help =
+         "keys per query in iha_local layers, in virtual tokens;\nauto: max(P, P*floor(seq_len/(2*P*P)))"},
     {MODEL(iha_mask), ENUM("flat", "token"), .initial = "flat",
-     .help = "causal by virtual tokens or by tokens"},
-    {MODEL(iha_rope), ENUM("virtual", "token"), .initial = "virtual", .help = "whose position RoPE takes"},
-    {MODEL(iha_collapse), ENUM("full", "per_head"), .initial = "full", .help = "across heads or within each"},
-    {MODEL(init_alpha), ENUM("identity", "noise"), .initial = "identity", .help = "initial head mix"},
+     .help = "causal over virtual or over whole tokens"},
+    {MODEL(iha_rope), ENUM("virtual", "token"), .initial = "virtual",
+     .help = "position that RoPE rotates by"},
+    {MODEL(iha_collapse), ENUM("full", "per_head"), .initial = "full",
+     .help = "over all heads or within each head"},
+    {MODEL(init_alpha), ENUM("identity", "noise"), .initial = "identity", .help = "initial alpha"},
     {MODEL(init_collapse), ENUM("last", "mean"), .initial = "last", .help = "initial collapse"},
 
     {TRAIN(seq_len), INTEGER(1, TWO(24)), .help = "tokens of a training sequence (T)"},
@@ -80,36 +82,41 @@ const struct config_row config_rows[] = {
     {TRAIN(warmup_steps), INTEGER(0, TWO(30)), .initial = "0", .may_change = true,
      .help = "steps of linear warm-up to lr"},
     {TRAIN(schedule), ENUM("cosine", "linear", "constant", "wsd"), .initial = "cosine", .may_change = true,
-     .help = "the way from lr to min_lr"},
-    {TRAIN(weight_decay), REAL(0, 1000), .initial = "0.1", .help = "AdamW's decoupled decay"},
-    {TRAIN(beta1), REAL(0, 1), .open = EXCLUDES_MAX, .initial = "0.9", .help = "AdamW's first moment"},
-    {TRAIN(beta2), REAL(0, 1), .open = EXCLUDES_MAX, .initial = "0.95", .help = "AdamW's second moment"},
-    {TRAIN(eps), REAL(1e-30, 1), .initial = "1e-8", .help = "AdamW's denominator"},
+     .help = "decay from lr to min_lr"},
+    {TRAIN(weight_decay), REAL(0, 1000), .initial = "0.1", .help = "AdamW's decoupled weight decay"},
+    {TRAIN(beta1), REAL(0, 1), .open = EXCLUDES_MAX, .initial = "0.9",
+     .help = "AdamW's decay rate of the first moment"},
+    {TRAIN(beta2), REAL(0, 1), .open = EXCLUDES_MAX, .initial = "0.95",
+     .help = "AdamW's decay rate of the second moment"},
+    {TRAIN(eps), REAL(1e-30, 1), .initial = "1e-8", .help = "added to AdamW's denominator"},
     {TRAIN(grad_clip), REAL(0, 1e9), .initial = "1.0", .help = "largest gradient norm; 0: no clipping"},
     {TRAIN(mix_lr_scale), REAL(0, 1e6), .initial = "1", .help = "factor on lr for alpha and collapse"},
-    {TRAIN(seed), INTEGER(0, TWO(53)), .initial = "1", .help = "of initialisation and data order"},
+    {TRAIN(seed), INTEGER(0, TWO(53)), .initial = "1",
+     .help = "random seed of initialisation and data order"},
     {TRAIN(init_from), .kind = KIND_TEXT, .zero = "none", .initial = "none",
      .help = "a checkpoint to start a new run from"},
-    {TRAIN(init_optimizer), ENUM("fresh", "keep"), .initial = "fresh", .help = "the moments, with init_from"},
+    {TRAIN(init_optimizer), ENUM("fresh", "keep"), .initial = "fresh",
+     .help = "AdamW's moments, with init_from"},
     {TRAIN(skip_zscore), REAL(0, 1e9), .initial = "0",
-     .help = "skip steps this far out, in deviations;\n0: only non-finite ones"},
+     .help = "skip steps whose gradient norm is this many standard\ndeviations above its mean; 0: only "
+             "non-finite steps"},
     {TRAIN(max_skips), INTEGER(0, TWO(30)), .initial = "10",
-     .help = "skipped steps in a row before giving up"},
+     .help = "stop the run after more skipped steps in a row"},
 
     {SYSTEM(device), ENUM("auto", "cpu", "cuda"), .initial = "auto", .help = "where to compute"},
     {SYSTEM(precision), ENUM("auto", "fp32", "bf16"), .initial = "auto",
-     .help = "of activations and matmuls;\nauto: fp32 on cpu, bf16 on cuda"},
-    {SYSTEM(comm), ENUM("auto", "mpi", "nccl"), .initial = "auto", .help = "how ranks talk"},
+     .help = "data type of activations and matmuls;\nauto: fp32 on cpu, bf16 on cuda"},
+    {SYSTEM(comm), ENUM("auto", "mpi", "nccl"), .initial = "auto", .help = "communication between ranks"},
     {SYSTEM(zero_stage), INTEGER(0, 2), .initial = "1",
-     .help = "split over ranks: 1 optimizer state, 2 gradients too"},
+     .help = "shard over ranks: 1 optimizer state, 2 also gradients"},
     {SYSTEM(reduce_dtype), ENUM("fp32", "bf16"), .initial = "fp32",
-     .help = "type that gradients travel between ranks in"},
+     .help = "data type of the gradient reduction over ranks"},
     {SYSTEM(recompute), ENUM("none", "light", "full"), .initial = "none",
-     .help = "what backward computes again\nto save memory"},
+     .help = "activations that backward recomputes\nto save memory"},
     {SYSTEM(deterministic), .kind = KIND_BOOL, .initial = "false",
-     .help = "the same bits in every run on cuda"},
+     .help = "bit-identical results in every run on cuda"},
     {SYSTEM(graph), ENUM("auto", "off"), .initial = "auto",
-     .help = "keep a pass as a CUDA graph,\nwhere the driver can"},
+     .help = "capture a pass as a CUDA graph,\nwhere the driver supports it"},
     {SYSTEM(threads), INTEGER(1, 4096), .zero = "all", .initial = "all", .help = "CPU threads per rank"},
     {SYSTEM(peer_timeout), REAL(0, 1e9), .open = EXCLUDES_MIN, .initial = "300",
      .help = "seconds to wait for another rank"},
@@ -117,12 +124,13 @@ const struct config_row config_rows[] = {
     {DATA(train), .kind = KIND_TEXT, .help = "glob of training shards"},
     {DATA(val), .kind = KIND_TEXT, .zero = "none", .initial = "none", .help = "glob of validation shards"},
     {DATA(tokenizer), .kind = KIND_TEXT, .initial = "none",
-     .help = "none|bytes|FILE, for samples; none: they print ids"},
+     .help = "none|bytes|FILE, for samples;\nnone: samples are printed as token ids"},
     {DATA(shuffle), .kind = KIND_BOOL, .initial = "true", .help = "training sequences in random order"},
 
     {RUN(dir), .kind = KIND_TEXT, .help = "where checkpoints and metrics go"},
     {RUN(eval_every), INTEGER(0, TWO(30)), .initial = "0", .help = "steps between evaluations; 0: never"},
-    {RUN(eval_batches), INTEGER(0, TWO(40)), .initial = "0", .help = "per evaluation; 0: the whole set"},
+    {RUN(eval_batches), INTEGER(0, TWO(40)), .initial = "0",
+     .help = "batches per evaluation; 0: the whole set"},
     {RUN(save_every), INTEGER(0, TWO(30)), .initial = "0",
      .help = "steps between checkpoints; 0: only the last step"},
     {RUN(keep), INTEGER(0, TWO(30)), .initial = "2",
@@ -142,39 +150,6 @@ const struct config_row *find_row(const char *section, const char *name) {
         if (!strcmp(config_rows[i].section, section) && !strcmp(config_rows[i].name, name))
             return &config_rows[i];
     return NULL;
-}
-
-void config_defaults(struct config *c) {
-    memset(c, 0, sizeof *c);
-    struct draft d = {.config = c};
-    char why[MAX_WHY];
-    for (int i = 0; i < config_row_count; i++)
-        if (config_rows[i].initial)
-            set_value(&d, &config_rows[i], config_rows[i].initial, why);
-    for (int layer = 0; layer < MAX_LAYERS; layer++)
-        c->model.layer_types[layer] = d.pattern[layer % d.pattern_count];
-}
-
-static void pattern_text(const struct model_config *m, char text[PATTERN_TEXT]) {
-    size_t used = 0;
-    text[0] = 0;
-    for (int64_t layer = 0; layer < m->num_hidden_layers; layer++)
-        used += (size_t)snprintf(text + used, PATTERN_TEXT - used, "%s%s", layer ? " " : "",
-                                 layer_type_name(m->layer_types[layer]));
-}
-
-void config_visit(const struct config *c, void (*visit)(void *context, const char *key, const char *value),
-                  void *context) {
-    for (int i = 0; i < config_row_count; i++) {
-        const struct config_row *row = &config_rows[i];
-        char key[64], text[PATTERN_TEXT];
-        snprintf(key, sizeof key, "%s.%s", row->section, row->name);
-        if (row->kind == KIND_PATTERN)
-            pattern_text(&c->model, text);
-        else
-            value_text(c, row, text);
-        visit(context, key, text);
-    }
 }
 
 bool config_may_change_on_resume(const char *key) {
@@ -205,7 +180,7 @@ void config_print_help(FILE *out) {
             fprintf(out, "%s%s", row->values[k], row->values[k + 1] ? "|" : ": ");
         if (row->kind == KIND_BOOL)
             fputs("true|false: ", out);
-        for (const char *p = row->help; *p; p++) /* a second line of help stands under the first */
+        for (const char *p = row->help; *p; p++) /* indent further lines of help */
             if (*p == '\n')
                 fprintf(out, "\n%51s", "");
             else

@@ -1,7 +1,7 @@
 /* The configuration of a run: one INI file, overridden key by key from the command line.
  *
  * Everything a user may set is one row of the table in config.c, and only there: its section,
- * name, type, range, default and the sentence `--help` prints. */
+ * name, type, range, default and the sentence that `--help` prints. */
 #ifndef IHA_MODEL_CONFIG_CONFIG_H
 #define IHA_MODEL_CONFIG_CONFIG_H
 
@@ -48,7 +48,7 @@ struct model_config {
     bool tie_word_embeddings;
     bool causal;
     enum layer_type layer_types[MAX_LAYERS]; /* layer_pattern, repeated over the layers */
-    int64_t local_window;                    /* keys a query sees in an mha_local layer, itself included */
+    int64_t local_window;                    /* keys per query in an mha_local layer, itself included */
     int64_t num_pseudo_heads;                /* P */
     int64_t iha_window;                      /* the same in an iha_local layer, in virtual tokens */
     enum iha_mask iha_mask;
@@ -127,15 +127,15 @@ void config_defaults(struct config *c);
 /* The model as a checkpoint's config.json holds it: model_type "iha", every [model] key resolved to its
  * value, `layer_types` (a list of names) instead of `layer_pattern`, no init_* keys.
  * config_model_to_json returns a malloc'd string, pretty-printed, ending in a newline.
- * config_model_from_json checks everything config_load checks (a file from elsewhere may be hostile);
- * `where` names the file in errors. Unknown keys are ignored: other tools add their own. A missing key
+ * config_model_from_json checks everything config_load checks (the file may come from anywhere);
+ * `where` names the file in errors. Unknown keys are ignored, since other tools add keys. A missing key
  * takes its default where it has one. */
 char *config_model_to_json(const struct model_config *m);
 int config_model_from_json(struct model_config *m, const char *json, const char *where, struct error *e);
 
 /* Every key of the run as "section.key" -> text, one call of `visit` per key in table order, with the
- * values config_load would accept and resolve to the same configuration: what trainer.json keeps, and what
- * a resumed run is compared with. Layers are given as `model.layer_pattern`, one name per layer. */
+ * values config_load accepts and resolves to the same configuration. trainer.json stores them, and a resumed
+ * run is compared with them. Layers are given as `model.layer_pattern`, one name per layer. */
 void config_visit(const struct config *c, void (*visit)(void *context, const char *key, const char *value),
                   void *context);
 

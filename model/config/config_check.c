@@ -1,5 +1,5 @@
-/* What can only be said once all keys are known: required keys, defaults that depend on other keys, and the
- * relations between keys. Every single value has been checked by config_values.c before. */
+/* Checks that need all keys: required keys, defaults that depend on other keys, and relations between keys.
+ * config_values.c has checked each single value before. */
 #include "model/config/config_internal.h"
 
 #include <inttypes.h>
@@ -20,7 +20,7 @@ static int finish_layers(struct draft *d) {
     if (d->pattern_count)
         for (int64_t layer = 0; layer < m->num_hidden_layers; layer++)
             m->layer_types[layer] = d->pattern[layer % d->pattern_count];
-    /* Nothing behind the last layer, so that equal models are equal in memory. */
+    /* Fixed values after the last layer, so that equal models compare equal with memcmp. */
     for (int64_t layer = m->num_hidden_layers; layer < MAX_LAYERS; layer++)
         m->layer_types[layer] = LAYER_MHA_GLOBAL;
     for (int64_t layer = 0; layer < m->num_hidden_layers && !m->causal; layer++)
@@ -66,7 +66,8 @@ int finish_model(struct draft *d, int64_t seq_len) {
     if (!m->max_position_embeddings)
         m->max_position_embeddings = seq_len;
     if (!m->iha_window) {
-        /* The paper's match of FLOPs, T/(2P) virtual keys, rounded down to whole tokens; at least one. */
+        /* The window at which the paper's FLOPs match MHA's: T/(2P) virtual keys, rounded down to whole
+         * tokens; at least one token. */
         int64_t pseudo = m->num_pseudo_heads, tokens = seq_len / (2 * pseudo * pseudo);
         m->iha_window = pseudo * (tokens > 1 ? tokens : 1);
     }
@@ -88,7 +89,7 @@ int check_required(const struct draft *d) {
         }
     if (!count)
         return 0;
-    return fail_at(d, NULL, "missing %s without a default: %s", count > 1 ? "keys" : "key", missing);
+    return fail_at(d, NULL, "missing required %s: %s", count > 1 ? "keys" : "key", missing);
 }
 
 int check_positions(const struct draft *d, int64_t seq_len) {
@@ -97,7 +98,8 @@ int check_positions(const struct draft *d, int64_t seq_len) {
     const struct config_row *row = find_row("model", "max_position_embeddings");
     if (!was_given(d, row))
         row = find_row("train", "seq_len");
-    return fail_at(d, row, "train.seq_len = %lld is longer than model.max_position_embeddings = %lld",
+    return fail_at(d, row,
+                   "train.seq_len = %lld is longer than model.max_position_embeddings = %lld; make them fit",
                    (long long)seq_len, (long long)d->config->model.max_position_embeddings);
 }
 
@@ -111,20 +113,21 @@ int check_tokenizer(const struct draft *d) {
         (long long)vocab_size);
 }
 
-/* Numbers in the widest activation of one pass. Beyond any machine, but a bound on it keeps sizes in bytes
- * of a whole model (30-odd such tensors in each of 1024 layers) within an int64. */
+/* Elements of the widest activation of one pass. The limit of 2^44 keeps the bytes of a whole model (about 30
+ * such tensors in each of 1024 layers) within an int64. */
 int check_widths(const struct draft *d) {
     const struct model_config *m = &d->config->model;
     const struct train_config *t = &d->config->train;
     int64_t widest = m->num_pseudo_heads * m->num_attention_heads * m->head_dim;
     widest = widest > m->hidden_size ? widest : m->hidden_size;
     widest = widest > m->intermediate_size ? widest : m->intermediate_size;
-    int64_t tokens = t->micro_batch * t->seq_len; /* 0: a checkpoint's reader has not asked for any yet */
+    int64_t tokens =
+        t->micro_batch * t->seq_len; /* 0: a checkpoint's configuration, before micro_batch is set */
     if (tokens == 0 || widest <= ((int64_t)1 << 44) / tokens)
         return 0;
     return fail_at(d, find_row("train", "micro_batch"),
-                   "micro_batch * seq_len * %lld (the widest activation) is beyond 2^44 numbers; no machine "
-                   "holds that",
+                   "micro_batch * seq_len * %lld (the widest activation) is above the limit of 2^44 numbers; "
+                   "lower one of them",
                    (long long)widest);
 }
 
@@ -137,7 +140,7 @@ int finish_train(struct draft *d, int ranks) {
         t->batch_tokens = pass;
     if (pass > (int64_t)batch->max)
         return fail_at(d, find_row("train", "micro_batch"),
-                       "micro_batch * seq_len * ranks = %lld tokens in one pass; at most %.0f are possible",
+                       "micro_batch * seq_len * ranks = %lld tokens in one pass; the limit is %.0f",
                        (long long)pass, batch->max);
     if (t->batch_tokens % pass) {
         int64_t times = (t->batch_tokens + pass / 2) / pass;

@@ -1,5 +1,5 @@
-/* The model as a checkpoint holds it: config.json, written for any tool and read from any. What is read has
- * to pass every check that an INI file has to pass. */
+/* A checkpoint's config.json, read and written. What is read has to pass every check that an INI file has to
+ * pass. */
 #include "model/config/config_internal.h"
 
 #include <cjson/cJSON.h>
@@ -9,7 +9,7 @@
 
 /* ---- writing ---- */
 
-/* config.json describes a model that exists: how it was initialised is no part of it. */
+/* config.json leaves out how the model was initialised. */
 static bool is_in_json(const struct config_row *row) {
     return !strcmp(row->section, "model") && strncmp(row->name, "init_", 5) != 0;
 }
@@ -137,7 +137,7 @@ static int value_from_json(struct draft *d, const struct config_row *row, const 
     return 0;
 }
 
-/* Every [model] key found, by the name it has in JSON. Names that are not ours are other tools'. */
+/* Read every [model] key by its JSON name; other names are ignored. */
 static int keys_from_json(struct draft *d, const cJSON *root) {
     for (int i = 0; i < config_row_count; i++) {
         const struct config_row *row = &config_rows[i];
@@ -165,7 +165,7 @@ static int model_from_json(struct draft *d, const cJSON *root) {
     const struct model_config *m = &d->config->model;
     char quote[MAX_QUOTE];
     if (!cJSON_IsObject(root))
-        return fail_at(d, NULL, "not a JSON object");
+        return fail_at(d, NULL, "not a JSON object; the file is damaged or no config.json");
     const cJSON *type = cJSON_GetObjectItemCaseSensitive(root, "model_type");
     if (!cJSON_IsString(type))
         return fail_at(d, NULL, "no \"model_type\"; a model of this program has \"iha\"");
@@ -176,7 +176,8 @@ static int model_from_json(struct draft *d, const cJSON *root) {
         return -1;
     if (d->origin[find_row("model", "layer_pattern") - config_rows] &&
         d->pattern_count != m->num_hidden_layers)
-        return fail_at(d, NULL, "layer_types names %d layers, num_hidden_layers is %" PRId64,
+        return fail_at(d, NULL,
+                       "layer_types names %d layers, num_hidden_layers is %" PRId64 "; make them equal",
                        d->pattern_count, m->num_hidden_layers);
     return finish_model(d, m->max_position_embeddings);
 }
@@ -196,7 +197,7 @@ int config_model_from_json(struct model_config *m, const char *json, const char 
         int line = 1;
         for (const char *p = json; end && p < end; p++)
             line += *p == '\n';
-        fail_user(e, "%s:%d: not valid JSON", where, line);
+        fail_user(e, "%s:%d: not valid JSON: the file is damaged", where, line);
     }
     if (!status)
         *m = c->model;

@@ -1,8 +1,8 @@
-/* Reading a configuration: the INI file, then the overrides of the command line.
+/* Reading a configuration: defaults, then the INI file, then the overrides of the command line.
  *
- * inih splits lines into names and values, but how it treats comments, indented lines and long lines is
- * decided where it is built, and it swallows some mistakes. So it reads through read_line below, which
- * gives it one clean line at a time, counts them, and stops at the first that cannot be meant. */
+ * inih splits lines into names and values, but its treatment of comments, indented lines and long lines
+ * depends on how it was built, and it accepts some malformed lines. So it reads through read_line below, which
+ * strips and counts the lines and stops at the first malformed one. */
 #include "model/config/config_internal.h"
 
 #include <errno.h>
@@ -11,23 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-int fail_at(const struct draft *d, const struct config_row *row, const char *format, ...) {
-    char where[MAX_WHERE], text[900], quote[MAX_QUOTE];
-    int origin = row ? d->origin[row - config_rows] : 0;
-    if (origin < 0)
-        snprintf(where, sizeof where, "override '%s'", quotable(d->overrides[-origin - 1], quote));
-    else if (origin > 0 && origin != WITHOUT_LINE)
-        snprintf(where, sizeof where, "%s:%d", d->file, origin);
-    else
-        snprintf(where, sizeof where, "%s", d->file ? d->file : "configuration");
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    return fail_user(d->error, "%s: %s", where, text);
-}
-
-/* The row of a key a user wrote, or NULL with the draft's error filled; `where` says where they wrote it. */
+/* The row of a key given at `where`, or NULL with the draft's error filled. */
 static const struct config_row *look_up(const struct draft *d, const char *where, const char *section,
                                         const char *name) {
     const struct config_row *row = find_row(section, name);
@@ -66,8 +50,8 @@ static int fail_section(const struct draft *d, const char *where, const char *na
 
 /* ---- the file ---- */
 
-/* Debian's inih lets a program lift its limit of 200 bytes a line; elsewhere these three do not exist,
- * hence weak, and a longer line is an error. */
+/* Debian's inih lets a program raise its limit of 200 bytes a line. Other builds do not have these three
+ * variables (hence weak), and there a longer line is an error. */
 extern bool ini_use_stack __attribute__((weak));
 extern int ini_max_line __attribute__((weak)), ini_initial_alloc __attribute__((weak));
 enum { LONGEST_LINE = 4096 };
@@ -76,7 +60,7 @@ struct reader {
     struct draft *draft;
     FILE *file;
     int line;     /* number of the line inih is looking at */
-    bool failed;  /* the draft's error is filled: nothing more is read */
+    bool failed;  /* the draft's error is filled; stop reading */
     char *buffer; /* of getline */
     size_t capacity;
 };
@@ -108,14 +92,15 @@ static char *strip(char *line) {
     return line;
 }
 
-/* Is a stripped line one that inih will read as it was meant? */
-static int check_line(struct reader *r, char *line, size_t room) {
+/* Check that inih will split a stripped line as the user meant it. */
+static int check_line(struct reader *r, char *line, size_t capacity) {
     char quote[MAX_QUOTE];
     size_t n = strlen(line);
-    if (n + 2 > room)
-        return fail_line(
-            r, "line of %zu bytes; at most %zu fit, but an override section.key=value may be longer", n,
-            room - 2);
+    if (n + 2 > capacity)
+        return fail_line(r,
+                         "line of %zu bytes; the limit is %zu: shorten it, or give the value as an override "
+                         "section.key=value",
+                         n, capacity - 2);
     if (*line == '[') {
         if (n < 2 || strchr(line, ']') != line + n - 1)
             return fail_line(r, "'%s' is not a section; write [name]", quotable(line, quote));
@@ -136,7 +121,7 @@ static int check_line(struct reader *r, char *line, size_t room) {
 }
 
 /* inih's fgets: the next line, clean, into out; NULL at the end or after an error. */
-static char *read_line(char *out, int room, void *stream) {
+static char *read_line(char *out, int capacity, void *stream) {
     struct reader *r = stream;
     if (r->failed)
         return NULL;
@@ -151,19 +136,19 @@ static char *read_line(char *out, int room, void *stream) {
     }
     r->line++;
     if (strlen(r->buffer) != (size_t)n) {
-        fail_line(r, "a zero byte; this is not a text file");
+        fail_line(r, "contains a zero byte: not a text file");
         return NULL;
     }
-    bool marked = r->line == 1 && !strncmp(r->buffer, "\xEF\xBB\xBF", 3); /* some editors' UTF-8 mark */
-    char *line = strip(r->buffer + (marked ? 3 : 0));
-    if (check_line(r, line, (size_t)room))
+    bool has_bom = r->line == 1 && !strncmp(r->buffer, "\xEF\xBB\xBF", 3); /* UTF-8 byte order mark */
+    char *line = strip(r->buffer + (has_bom ? 3 : 0));
+    if (check_line(r, line, (size_t)capacity))
         return NULL;
-    snprintf(out, (size_t)room, "%s\n", line);
+    snprintf(out, (size_t)capacity, "%s\n", line);
     return out;
 }
 
-/* inih's handler: one key = value. Returns 0 for an error, as inih wants it. */
-static int take_key(void *user, const char *section, const char *name, const char *text) {
+/* inih's handler: one key = value. Returns 0 for an error, as inih requires. */
+static int set_key(void *user, const char *section, const char *name, const char *text) {
     struct reader *r = user;
     struct draft *d = r->draft;
     char where[MAX_WHERE], why[MAX_WHY], quote[MAX_QUOTE];
@@ -201,11 +186,10 @@ static int read_file(struct draft *d) {
         ini_use_stack = false;
         ini_max_line = ini_initial_alloc = LONGEST_LINE;
     }
-    /* The stream and the handler share one reader: the handler needs the line's number. */
-    int status = ini_parse_stream(read_line, &r, take_key, &r);
+    /* The stream and the handler share one reader, because the handler needs the line number. */
+    int status = ini_parse_stream(read_line, &r, set_key, &r);
     if (status && !r.failed)
-        status > 0 ? fail_line(&r, "not a line of an INI file")
-                   : fail_run(d->error, "%s: out of memory", d->file);
+        status > 0 ? fail_line(&r, "not a valid INI line") : fail_run(d->error, "%s: out of memory", d->file);
     fclose(r.file);
     free(r.buffer);
     return status || r.failed ? -1 : 0;
@@ -213,7 +197,7 @@ static int read_file(struct draft *d) {
 
 /* ---- overrides ---- */
 
-/* A word without a section: perhaps the key of one. */
+/* An argument without a section: it may be a key's bare name. */
 static int fail_bare_key(const struct draft *d, const char *where, const char *key) {
     for (int i = 0; i < config_row_count; i++)
         if (!strcmp(config_rows[i].name, key))
@@ -222,7 +206,7 @@ static int fail_bare_key(const struct draft *d, const char *where, const char *k
     return fail_user(d->error, "%s: expected section.key=value, such as train.lr=3e-4", where);
 }
 
-static int take_override(struct draft *d, int index, bool model_is_given) {
+static int apply_override(struct draft *d, int index, bool model_is_given) {
     const char *text = d->overrides[index], *equals = strchr(text, '='), *dot = strchr(text, '.');
     char where[MAX_WHERE], quote[MAX_QUOTE], key[MAX_QUOTE] = "", section[MAX_QUOTE] = "", why[MAX_WHY];
     snprintf(where, sizeof where, "override '%s'", quotable(text, quote));
@@ -245,18 +229,29 @@ static int take_override(struct draft *d, int index, bool model_is_given) {
     return 0;
 }
 
-/* ---- the two together ---- */
+/* ---- defaults, then the file, then the overrides ---- */
+
+void config_defaults(struct config *c) {
+    memset(c, 0, sizeof *c);
+    struct draft d = {.config = c};
+    char why[MAX_WHY];
+    for (int i = 0; i < config_row_count; i++)
+        if (config_rows[i].initial)
+            set_value(&d, &config_rows[i], config_rows[i].initial, why);
+    for (int layer = 0; layer < MAX_LAYERS; layer++)
+        c->model.layer_types[layer] = d.pattern[layer % d.pattern_count];
+}
 
 int config_load(struct config *c, const char *path, int count, char *const *overrides, int ranks,
                 struct error *e) {
     struct draft d = {.config = c, .error = e, .file = path, .overrides = overrides};
     if (ranks < 1 || ranks > 1 << 22)
-        return fail_user(e, "%d ranks; from 1 to %d are possible", ranks, 1 << 22);
+        return fail_user(e, "%d ranks: the number must be from 1 to %d", ranks, 1 << 22);
     config_defaults(c);
     if (path && read_file(&d))
         return -1;
     for (int i = 0; i < count; i++)
-        if (take_override(&d, i, false))
+        if (apply_override(&d, i, false))
             return -1;
     if (check_required(&d) || finish_model(&d, c->train.seq_len) || check_positions(&d, c->train.seq_len) ||
         finish_train(&d, ranks) || check_tokenizer(&d))
@@ -267,7 +262,7 @@ int config_load(struct config *c, const char *path, int count, char *const *over
 int config_override(struct config *c, int count, char *const *overrides, struct error *e) {
     struct draft d = {.config = c, .error = e, .overrides = overrides};
     for (int i = 0; i < count; i++)
-        if (take_override(&d, i, true))
+        if (apply_override(&d, i, true))
             return -1;
     if (check_positions(&d, c->train.seq_len) || check_tokenizer(&d) || check_widths(&d))
         return -1;

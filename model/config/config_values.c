@@ -1,5 +1,4 @@
-/* One value at a time: from the text a user wrote to a checked value and back, and the words for what is
- * wrong with it, with the nearest legal name where there is one. */
+/* Single values: text to checked value and back, the error messages for them, and the nearest legal name. */
 #include "model/config/config_internal.h"
 
 #include <math.h>
@@ -8,8 +7,9 @@
 #include <string.h>
 #include <strings.h>
 
-static int because(char why[MAX_WHY], const char *format, ...) __attribute__((format(printf, 2, 3)));
-static int because(char why[MAX_WHY], const char *format, ...) {
+/* Write the reason into `why` and return -1. */
+static int explain(char why[MAX_WHY], const char *format, ...) __attribute__((format(printf, 2, 3)));
+static int explain(char why[MAX_WHY], const char *format, ...) {
     va_list args;
     va_start(args, format);
     vsnprintf(why, MAX_WHY, format, args);
@@ -25,9 +25,27 @@ const char *quotable(const char *text, char out[MAX_QUOTE]) {
     return out;
 }
 
+/* ---- where a value was given ---- */
+
+int fail_at(const struct draft *d, const struct config_row *row, const char *format, ...) {
+    char where[MAX_WHERE], text[900], quote[MAX_QUOTE];
+    int origin = row ? d->origin[row - config_rows] : 0;
+    if (origin < 0)
+        snprintf(where, sizeof where, "override '%s'", quotable(d->overrides[-origin - 1], quote));
+    else if (origin > 0 && origin != WITHOUT_LINE)
+        snprintf(where, sizeof where, "%s:%d", d->file, origin);
+    else
+        snprintf(where, sizeof where, "%s", d->file ? d->file : "configuration");
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return fail_user(d->error, "%s: %s", where, text);
+}
+
 /* ---- nearest names ---- */
 
-static size_t smaller(size_t a, size_t b) {
+static size_t min_size(size_t a, size_t b) {
     return a < b ? a : b;
 }
 
@@ -35,8 +53,8 @@ static bool same_letter(char a, char b) {
     return !strncasecmp(&a, &b, 1);
 }
 
-/* Insertions, deletions, replacements and swaps of neighbours that turn a into b, whatever the case.
- * Both shorter than MAX_NAME. */
+/* The number of insertions, deletions, replacements and swaps of adjacent letters that turn a into b, ignoring
+ * case (optimal string alignment). Both are shorter than MAX_NAME. */
 enum { MAX_NAME = 64 };
 static size_t edit_distance(const char *a, const char *b) {
     size_t rows[3][MAX_NAME + 1], *before = rows[0], *last = rows[1], *now = rows[2];
@@ -47,9 +65,9 @@ static size_t edit_distance(const char *a, const char *b) {
         now[0] = i;
         for (size_t j = 1; j <= b_length; j++) {
             now[j] =
-                smaller(last[j - 1] + !same_letter(a[i - 1], b[j - 1]), smaller(last[j], now[j - 1]) + 1);
+                min_size(last[j - 1] + !same_letter(a[i - 1], b[j - 1]), min_size(last[j], now[j - 1]) + 1);
             if (i > 1 && j > 1 && same_letter(a[i - 1], b[j - 2]) && same_letter(a[i - 2], b[j - 1]))
-                now[j] = smaller(now[j], before[j - 2] + 1);
+                now[j] = min_size(now[j], before[j - 2] + 1);
         }
         size_t *oldest = before;
         before = last;
@@ -63,7 +81,7 @@ const char *nearest_name(const char *word, const char *const *names) {
     size_t length = strlen(word);
     if (!length || length >= MAX_NAME)
         return NULL;
-    /* One slip in three letters may still be meant; more is another word. */
+    /* Accept about one error in three letters. */
     size_t best_distance = (length + 2) / 3 + 1;
     const char *best = NULL;
     for (; *names; names++) {
@@ -99,7 +117,7 @@ void real_text(double x, char text[32]) {
     }
 }
 
-/* A bound, for a message. Integers in full: 2147483647 says more than 2.1e9. */
+/* A bound, for a message; integers in full: 2147483647, not 2.1e9. */
 static void bound_text(const struct config_row *row, double x, char text[32]) {
     if (row->kind == KIND_INTEGER)
         snprintf(text, 32, "%lld", (long long)x);
@@ -124,7 +142,7 @@ int check_range(const struct config_row *row, double x, char why[MAX_WHY]) {
         return 0;
     char range[160];
     range_text(row, range);
-    return because(why, "out of range; %s takes %s", row->name, range);
+    return explain(why, "out of range; %s takes %s", row->name, range);
 }
 
 static int set_integer(void *target, const struct config_row *row, const char *text, char why[MAX_WHY]) {
@@ -134,11 +152,11 @@ static int set_integer(void *target, const struct config_row *row, const char *t
         if (!*digits || digits[strspn(digits, "0123456789")]) {
             char range[160];
             range_text(row, range);
-            return because(why, "not a whole number; %s takes %s", row->name, range);
+            return explain(why, "not a whole number; %s takes %s", row->name, range);
         }
         long long parsed = strtoll(text, NULL, 10);
-        /* Beyond 2^63 strtoll gives the largest it can, which every bound excludes. As a double, 2^53 + 1
-         * would be 2^53. */
+        /* Above 2^63 strtoll returns LLONG_MAX, which every bound excludes. Compared as integers first, since
+         * 2^53 + 1 as a double would be 2^53. */
         if (check_range(row, parsed > (long long)row->max ? (double)INFINITY : (double)parsed, why))
             return -1;
         value = parsed;
@@ -150,11 +168,11 @@ static int set_integer(void *target, const struct config_row *row, const char *t
 static int set_real(void *target, const struct config_row *row, const char *text, char why[MAX_WHY]) {
     char *end;
     double value = strtod(text, &end);
-    /* strtod alone would take leading blanks, hexadecimals, "inf" and "nan". */
+    /* strtod alone would accept leading blanks, hexadecimals, "inf" and "nan". */
     if (end == text || *end || text[strspn(text, "0123456789+-.eE")]) {
         char range[160];
         range_text(row, range);
-        return because(why, "not a number; %s takes %s", row->name, range);
+        return explain(why, "not a number; %s takes %s", row->name, range);
     }
     if (check_range(row, value, why))
         return -1;
@@ -165,7 +183,7 @@ static int set_real(void *target, const struct config_row *row, const char *text
 static int set_bool(void *target, const struct config_row *row, const char *text, char why[MAX_WHY]) {
     bool value = !strcmp(text, "true");
     if (!value && strcmp(text, "false"))
-        return because(why, "not true or false; %s takes only these two words", row->name);
+        return explain(why, "not true or false; %s takes only these two values", row->name);
     memcpy(target, &value, sizeof value);
     return 0;
 }
@@ -181,7 +199,7 @@ static void list_names(const char *const *names, char out[160]) {
                                  names[i]);
 }
 
-/* The index of text among the names, or -1 and why not. */
+/* The index of text among the names, or -1 and the reason in `why`. */
 static int find_name(const struct config_row *row, const char *const *names, const char *text,
                      char why[MAX_WHY]) {
     for (int i = 0; names[i]; i++)
@@ -190,16 +208,16 @@ static int find_name(const struct config_row *row, const char *const *names, con
     char quote[MAX_QUOTE], hint[96], legal[160];
     did_you_mean(text, names, hint);
     list_names(names, legal);
-    return because(why, "unknown value '%s'%s%s %s takes %s", quotable(text, quote), hint, *hint ? "" : ";",
+    return explain(why, "unknown value '%s'%s%s %s takes %s", quotable(text, quote), hint, *hint ? "" : ";",
                    row->name, legal);
 }
 
 static int set_text(void *target, const struct config_row *row, const char *text, char why[MAX_WHY]) {
     if (!*text)
-        return because(why, "empty; give %s a value%s%s", row->name, row->zero ? " or write " : "",
+        return explain(why, "empty; give %s a value%s%s", row->name, row->zero ? " or write " : "",
                        row->zero ? row->zero : "");
     if (strlen(text) >= MAX_TEXT)
-        return because(why, "too long; %s takes at most %d bytes", row->name, MAX_TEXT - 1);
+        return explain(why, "too long; %s takes at most %d bytes", row->name, MAX_TEXT - 1);
     strncpy(target, row->zero && !strcmp(text, row->zero) ? "" : text, MAX_TEXT); /* pads with zeros */
     return 0;
 }
@@ -209,25 +227,24 @@ static int set_pattern(struct draft *d, const struct config_row *row, const char
     int count = 0;
     text += strspn(text, " \t");
     if (!*text)
-        return because(why, "empty; %s takes names of layer kinds, such as iha_local*4 mha_global",
-                       row->name);
+        return explain(why, "empty; %s takes layer types, such as iha_local*4 mha_global", row->name);
     while (*text) {
         char word[MAX_NAME] = "", quote[MAX_QUOTE];
         size_t length = strcspn(text, " \t");
-        memcpy(word, text, smaller(length, sizeof word - 1));
+        memcpy(word, text, min_size(length, sizeof word - 1));
         char *star = strchr(word, '*');
         long times = 1;
         if (star) {
             *star++ = 0;
             if (!*star || star[strspn(star, "0123456789")] || strlen(star) > 9 || (times = atol(star)) < 1)
-                return because(why, "'%s' is not a count; write the name alone, or name*N with N >= 1",
+                return explain(why, "'%s' is not a count; write the name alone, or name*N with N >= 1",
                                quotable(star, quote));
         }
         int type = find_name(row, config_layer_type_names, word, why);
         if (type < 0)
             return -1;
         if (times > MAX_LAYERS - count)
-            return because(why, "names more than %d layers", MAX_LAYERS);
+            return explain(why, "names more than %d layers", MAX_LAYERS);
         while (times--)
             d->pattern[count++] = (enum layer_type)type;
         text += length;
@@ -291,5 +308,27 @@ void value_text(const struct config *c, const struct config_row *row, char text[
         snprintf(text, MAX_TEXT, "%s",
                  *(const char *)source || !row->zero ? (const char *)source : row->zero);
         break;
+    }
+}
+
+static void pattern_text(const struct model_config *m, char text[PATTERN_TEXT]) {
+    size_t used = 0;
+    text[0] = 0;
+    for (int64_t layer = 0; layer < m->num_hidden_layers; layer++)
+        used += (size_t)snprintf(text + used, PATTERN_TEXT - used, "%s%s", layer ? " " : "",
+                                 layer_type_name(m->layer_types[layer]));
+}
+
+void config_visit(const struct config *c, void (*visit)(void *context, const char *key, const char *value),
+                  void *context) {
+    for (int i = 0; i < config_row_count; i++) {
+        const struct config_row *row = &config_rows[i];
+        char key[64], text[PATTERN_TEXT];
+        snprintf(key, sizeof key, "%s.%s", row->section, row->name);
+        if (row->kind == KIND_PATTERN)
+            pattern_text(&c->model, text);
+        else
+            value_text(c, row, text);
+        visit(context, key, text);
     }
 }

@@ -24,7 +24,7 @@ static int descending(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
-/* The same as threshold(), slowly: from the largest value down, one after the other. */
+/* The same as threshold(), without memory and slower: finds the largest values one after the other. */
 static float threshold_in_place(const float *logits, int64_t vocab, int64_t k) {
     float value = INFINITY;
     for (int64_t found = 0; found < k && value > -INFINITY;) {
@@ -39,7 +39,7 @@ static float threshold_in_place(const float *logits, int64_t vocab, int64_t k) {
     return value;
 }
 
-/* The k-th largest logit: what is smaller is never drawn. */
+/* The k-th largest logit; smaller ones are not sampled. */
 static float threshold(const float *logits, int64_t vocab, int64_t k) {
     if (k <= 0 || k >= vocab)
         return -INFINITY;
@@ -87,7 +87,7 @@ int generate(struct decoder *d, const int32_t *prompt, int64_t length, int64_t c
     for (int64_t i = 0; i < count; i++) {
         if (!isfinite(logits[0])) {
             status = fail_run(
-                e, "the logits are not finite: the weights have diverged; take an earlier checkpoint");
+                e, "the logits are not finite: the weights have diverged; use an earlier checkpoint");
             break;
         }
         int32_t token = sample_token(logits, vocab, s, &state);

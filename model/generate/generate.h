@@ -10,13 +10,13 @@ struct sampling {
     uint64_t seed;
 };
 
-/* Feed the prompt, then up to `count` times sample a token and hand it to `emit`, which returns false to
- * stop. The decoder is reset first; its capacity must hold prompt and count. */
+/* Reset the decoder, feed the prompt, then sample up to `count` tokens and pass each to `emit`, which returns false
+ * to stop. The decoder's capacity must be at least length + count. */
 typedef bool emit_token(void *context, int32_t token);
 int generate(struct decoder *d, const int32_t *prompt, int64_t length, int64_t count,
              const struct sampling *s, emit_token *emit, void *context, struct error *e);
 
-/* One draw from logits [V], which are overwritten. *state is advanced. */
+/* Sample from logits [V], which are overwritten. Advances *state. */
 int32_t sample_token(float *logits, int64_t vocab, const struct sampling *s, uint64_t *state);
 
 #endif

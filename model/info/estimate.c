@@ -2,7 +2,7 @@
 
 #include "model/flops.h"
 
-double estimate_room(const struct gpu_spec *gpu) {
+double estimate_usable_memory(const struct gpu_spec *gpu) {
     return gpu->memory - gpu->reserved;
 }
 
@@ -14,7 +14,7 @@ static enum dtype reduce_dtype_of(const struct config *c) {
     return c->system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16 : DTYPE_F32;
 }
 
-/* What the trainer does in a step, without data. */
+/* A step as the trainer does it, without data. */
 static void run_step(struct model *m, const struct config *c, int64_t step, int64_t passes) {
     struct update_hyper hyper = {c->train.beta1, c->train.beta2, c->train.eps, c->train.grad_clip,
                                  c->train.skip_zscore};
@@ -41,7 +41,7 @@ static struct estimate_totals difference(struct estimate_totals after, const str
     return after;
 }
 
-static void conclude(struct run_estimate *p, const struct config *c, const struct estimate_options *o) {
+static void compute_rates(struct run_estimate *p, const struct config *c, const struct estimate_options *o) {
     struct flops f = flops_per_token(&c->model, c->train.seq_len);
     for (int i = 0; i < ESTIMATE_PARTS; i++)
         p->compute += p->step.seconds[i];
@@ -49,7 +49,7 @@ static void conclude(struct run_estimate *p, const struct config *c, const struc
     p->mfu = (f.matmul + f.attention + f.mixing) * p->tokens_per_second / o->ranks / o->gpu->peak;
 }
 
-/* The first step finds the queues empty; those after it are alike. */
+/* The second step is measured: the first starts with empty queues, all later ones are equal. */
 static int run_estimated_steps(struct run_estimate *p, const struct config *c, struct device *dev,
                                struct error *e) {
     struct model m;
@@ -80,11 +80,11 @@ int estimate_run(struct run_estimate *p, const struct config *c, const struct es
     int status = run_estimated_steps(p, c, dev, e);
     kernels_estimate()->close(dev);
     if (status == 0)
-        conclude(p, c, o);
+        compute_rates(p, c, o);
     return status;
 }
 
-/* ---- what fits ---- */
+/* ---- fitting into memory ---- */
 
 int estimate_fits(const struct config *c, const struct estimate_options *o, struct memory_plan *plan,
                   struct error *e) {
@@ -95,11 +95,11 @@ int estimate_fits(const struct config *c, const struct estimate_options *o, stru
     int status = model_memory(&c->model, kernels_estimate(), dev, &shape, o->ranks, (int)c->system.zero_stage,
                               reduce_dtype_of(c), plan, e);
     kernels_estimate()->close(dev);
-    return status != 0 ? -1 : (double)memory_total(plan) <= estimate_room(o->gpu);
+    return status != 0 ? -1 : (double)memory_total(plan) <= estimate_usable_memory(o->gpu);
 }
 
-/* One notch further in one direction; false at its end. A divisor of micro_batch still divides batch_tokens.
- */
+/* Each function saves memory by one step of one setting; false if there is no further step. The new micro_batch
+ * divides the old one, so that batch_tokens remains a multiple of it. */
 static bool lower_micro_batch(struct config *c) {
     int64_t was = c->train.micro_batch, now = was / 2;
     while (now > 1 && was % now != 0)
@@ -108,14 +108,14 @@ static bool lower_micro_batch(struct config *c) {
     return now > 0;
 }
 
-static bool recompute_more(struct config *c) {
+static bool raise_recompute(struct config *c) {
     if (c->system.recompute == RECOMPUTE_FULL)
         return false;
     c->system.recompute++;
     return true;
 }
 
-static bool share_more(struct config *c) {
+static bool raise_zero_stage(struct config *c) {
     if (c->system.zero_stage == 2)
         return false;
     c->system.zero_stage++;
@@ -124,11 +124,11 @@ static bool share_more(struct config *c) {
 
 int estimate_fit(const struct config *c, const struct estimate_options *o, int attempt,
                  struct config *changed, struct memory_plan *plan, struct error *e) {
-    static bool (*const notches[])(struct config *) = {lower_micro_batch, recompute_more, share_more};
+    static bool (*const steps[])(struct config *) = {lower_micro_batch, raise_recompute, raise_zero_stage};
     int first = attempt < 3 ? attempt : 0, last = attempt < 3 ? attempt : 2;
     *changed = *c;
-    for (int way = last; way >= first; way--)
-        while (notches[way](changed)) {
+    for (int i = last; i >= first; i--)
+        while (steps[i](changed)) {
             int fit = estimate_fits(changed, o, plan, e);
             if (fit != 0)
                 return fit;

@@ -1,5 +1,5 @@
-/* What a training run would cost on GPUs that are not at hand: the model's own passes, update and messages,
- * run on a GPU that exists on paper only (kernels/estimate/). */
+/* The time and memory of a training run on GPUs that this machine need not have: the model's own passes, update
+ * and communication, run on the estimate backend (kernels/estimate/), which only counts. */
 #ifndef IHA_MODEL_INFO_ESTIMATE_H
 #define IHA_MODEL_INFO_ESTIMATE_H
 
@@ -8,8 +8,8 @@
 
 struct run_estimate {
     int64_t passes;              /* of each rank in a step */
-    struct estimate_totals step; /* one optimizer step, others before it: .now is the step's time in s */
-    double compute;              /* s of it that something was computed; the rest waited for messages */
+    struct estimate_totals step; /* one optimizer step after the first: .now is its time in s */
+    double compute;              /* s of the step spent computing; the rest waits for communication */
     double tokens_per_second;    /* all ranks */
     double mfu;                  /* part of the dense peak, FLOPs as flops.h counts them */
     struct memory_plan memory;   /* of one rank */
@@ -19,16 +19,15 @@ struct run_estimate {
 int estimate_run(struct run_estimate *p, const struct config *c, const struct estimate_options *o,
                  struct error *e);
 
-/* Bytes that a run may use of a GPU's memory. */
-double estimate_room(const struct gpu_spec *gpu);
+/* Bytes of a GPU's memory that a run may use. */
+double estimate_usable_memory(const struct gpu_spec *gpu);
 
-/* Does *c fit, on o->ranks GPUs? 1, 0, or -1 and *e. */
+/* 1 if *c fits into the memory of o->ranks GPUs, 0 if not, -1 and *e on errors. */
 int estimate_fits(const struct config *c, const struct estimate_options *o, struct memory_plan *plan,
                   struct error *e);
 
-/* One change of *c that makes it fit: lower micro_batch, recompute more, share more, in the order of
- * `attempt` from 0; then all of them together. 1 when *changed fits, 0 when it does not, as far as it goes,
- * -1 and *e. */
+/* Change one setting of *c until it fits: attempt 0 lowers micro_batch, 1 raises recompute, 2 raises
+ * zero_stage, 3 does all three. 1 if *changed fits, 0 if it does not even at the end, -1 and *e on errors. */
 enum { FIT_ATTEMPTS = 4 };
 int estimate_fit(const struct config *c, const struct estimate_options *o, int attempt,
                  struct config *changed, struct memory_plan *plan, struct error *e);

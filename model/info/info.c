@@ -34,7 +34,7 @@ static void print_model(FILE *out, const struct model_config *m) {
             m->iha_collapse == COLLAPSE_FULL ? "full" : "per-head");
 }
 
-/* Parameters by group: the part of a tensor's name that says what it is for. */
+/* The group that a parameter is counted in, by its name. */
 static const char *group_of(const struct param *p) {
     if (p->layer < 0)
         return strstr(p->name, "norm") ? "norms" : strstr(p->name, "lm_head") ? "lm_head" : "embeddings";
@@ -74,24 +74,25 @@ static void print_schedule(FILE *out, const struct model_config *m, int64_t seq_
         while (last + 1 < m->num_hidden_layers && m->layer_types[last + 1] == type)
             last++;
         double pairs = attention_pairs(m, type, seq_len),
-               paper = attention_pairs_in_paper(m, type, seq_len);
+               charged_pairs = attention_pairs_in_paper(m, type, seq_len);
         char range[32], window[48] = "-";
         snprintf(range, sizeof range, first == last ? "%d" : "%d-%d", first, last);
         if (layer_is_local(type))
             snprintf(window, sizeof window, "%lld",
                      (long long)(layer_is_iha(type) ? m->iha_window : m->local_window));
         fprintf(out, "  %-8s %-12s %10s %10.3f %10.3f\n", range, layer_type_name(type), window,
-                pairs / causal, paper / full);
+                pairs / causal, charged_pairs / full);
         executed += (last - first + 1) * pairs / causal;
-        charged += (last - first + 1) * paper / full;
+        charged += (last - first + 1) * charged_pairs / full;
         first = last + 1;
     }
     double L = (double)m->num_hidden_layers;
     fprintf(out, "  %-8s %-12s %10s %10.3f %10.3f\n", "mean", "", "", executed / L, charged / L);
     fprintf(
         out,
-        "  executed: visible pairs over those of a causal MHA layer; charged: the paper's accounting, every\n"
-        "  query its whole window over T^2. Windows are in virtual tokens (P a token) in IHA layers.\n\n");
+        "  executed: visible pairs over those of a causal MHA layer; charged: as the paper counts, the "
+        "whole\n"
+        "  window of every query, over T^2. In IHA layers, windows are in virtual tokens (P per token).\n\n");
 }
 
 static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len) {
@@ -122,11 +123,11 @@ void info_print_memory(FILE *out, const struct config *c, enum dtype compute, co
     size_t count = sizeof rows / sizeof *rows - (p->messages == 0);
     for (size_t i = 0; i < count; i++)
         fprintf(out, "  %-12s %12s\n", rows[i].name, human_bytes(rows[i].bytes, text));
-    fprintf(out, "  and %s to save while training goes on, where there is room\n",
+    fprintf(out, "  and %s of host memory for checkpoint snapshots, if available\n",
             human_bytes(p->snapshot, text));
 }
 
-/* What sharing leaves to each rank, stage by stage. */
+/* The memory of one rank by number of ranks and ZeRO stage. */
 static int print_ranks(FILE *out, const struct config *c, const struct kernels *k, struct device *dev,
                        const struct pass_shape *shape, struct error *e) {
     fprintf(out,
@@ -167,4 +168,32 @@ int info_print(FILE *out, const struct config *c, const struct kernels *k, struc
         return -1;
     info_print_memory(out, c, k->dtypes(dev).compute, &memory);
     return print_ranks(out, c, k, dev, &shape, e);
+}
+
+enum { LAYER_TYPES = LAYER_IHA_LOCAL + 1 };
+
+void info_print_determinism(FILE *out, const struct model *m) {
+    bool printed[LAYER_TYPES] = {false};
+    const char *separator = "";
+    size_t workspace = 0;
+    if (!m->k->attention_backend)
+        return;
+    fprintf(out, "deterministic: attention");
+    for (int layer = 0; layer < m->config.num_hidden_layers; layer++) {
+        enum layer_type type = m->config.layer_types[layer];
+        size_t bytes;
+        if (printed[type])
+            continue;
+        const char *backend = m->k->attention_backend(m->dev, &m->specs[layer].attention, &bytes);
+        fprintf(out, "%s of %s layers by %s", separator, layer_type_name(type), backend);
+        if (bytes > 0)
+            fprintf(out, " with %.1f MB", (double)bytes / 1e6);
+        separator = ",";
+        printed[type] = true;
+        workspace = bytes > workspace ? bytes : workspace; /* all layers share one workspace */
+    }
+    fprintf(out, "; %.1f MB of the workspace are for that\n", (double)workspace / 1e6);
+    if (m->comm->ranks > 1)
+        fprintf(out, "deterministic: gradients are summed in rank order, with %.1f MB for messages\n",
+                (double)m->plan.messages / 1e6);
 }

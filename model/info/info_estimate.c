@@ -1,87 +1,38 @@
 #include "model/info/info_estimate.h"
 
-#include <stdlib.h>
-
 #include "model/info/info.h"
-#include "model/config/options.h"
 #include "model/info/estimate.h"
 
-/* ---- the command line ---- */
+enum { MAX_GPUS_ADVISED = 1 << 14 };
 
-enum { MAX_GPUS = 1 << 20, MOST_ADVISED = 1 << 14 };
+/* ---- options ---- */
 
-static int unknown_name(const char *option, const char *given, const char *const *names, struct error *e) {
-    const char *near = nearest_name(given, names);
-    char list[128] = "";
-    for (size_t at = 0; *names && at < sizeof list; names++)
-        at += (size_t)snprintf(list + at, sizeof list - at, "%s%s", at ? ", " : "", *names);
-    return fail_user(e, "info: %s %.60s is not known; it may be %s%s%s%s", option, given, list,
-                     near ? "; did you mean '" : "", near ? near : "", near ? "'?" : "");
-}
-
-static int parse_gpus(const char *text, int *gpus, struct error *e) {
-    char *end;
-    long n = strtol(text, &end, 10);
-    if (end == text || *end || n < 1 || n > MAX_GPUS)
-        return fail_user(e, "info: --gpus %.60s: not a whole number from 1 to %d", text, (int)MAX_GPUS);
-    *gpus = (int)n;
-    return 0;
-}
-
-static int parse_option(int which, const char *value, struct info_options *o, struct error *e) {
-    if (which == 0)
-        return parse_gpus(value, &o->gpus, e);
-    if (which == 1)
-        return (o->gpu = gpu_spec(value)) ? 0 : unknown_name("--gpu", value, gpu_names, e);
-    return (o->link = link_spec(value)) ? 0 : unknown_name("--link", value, link_names, e);
-}
-
-/* What was not said: H200s, on NVLink as far as it reaches. */
-static int complete(struct info_options *o, struct error *e) {
-    if (o->gpus == 0)
-        return o->gpu || o->link
-                   ? fail_user(e, "info: --gpu and --link plan a run: say on how many, --gpus N")
-                   : 0;
-    if (!o->gpu)
-        o->gpu = gpu_spec("h200");
-    if (!o->link)
-        o->link = link_spec(o->gpus <= NODE_GPUS ? "nvlink" : "ib400");
-    if (o->gpus > NODE_GPUS && o->link->network == 0)
+int info_options_set(struct info_options *o, int gpus, const char *gpu, const char *link, struct error *e) {
+    *o = (struct info_options){.gpus = gpus};
+    if (gpus == 0)
+        return gpu || link ? fail_user(e, "info: --gpu and --link need the number of GPUs: add --gpus N") : 0;
+    bool one_node = gpus <= NODE_GPUS;
+    o->gpu = gpu_spec(gpu ? gpu : "h200");
+    o->link = link_spec(link ? link : one_node ? "nvlink" : "ib400");
+    if (!one_node && o->link->network == 0)
         return fail_user(
             e, "info: --link %s joins the %d GPUs of a node, not %d; use --link ib400 for several nodes",
-            o->link->name, NODE_GPUS, o->gpus);
-    if (o->gpus > NODE_GPUS && o->gpus % NODE_GPUS != 0)
-        return fail_user(e, "info: --gpus %d: several nodes have %d GPUs each; the nearest that fits is %d",
-                         o->gpus, NODE_GPUS, (o->gpus + NODE_GPUS / 2) / NODE_GPUS * NODE_GPUS);
+            o->link->name, NODE_GPUS, gpus);
+    if (!one_node && gpus % NODE_GPUS != 0)
+        return fail_user(e, "info: --gpus %d: several nodes have %d GPUs each; the nearest multiple is %d",
+                         gpus, NODE_GPUS, (gpus + NODE_GPUS / 2) / NODE_GPUS * NODE_GPUS);
     return 0;
 }
 
-int info_parse(int argc, char **argv, struct info_options *o, struct error *e) {
-    static const char *const known[] = {"--gpus", "--gpu", "--link", NULL};
-    *o = (struct info_options){.overrides = argv};
-    for (int i = 0; i < argc; i++) {
-        if (argv[i][0] != '-') {
-            o->overrides[o->override_count++] = argv[i];
-            continue;
-        }
-        int which = option_find("info", known, argv, i, argc, e);
-        if (which < 0)
-            return -1;
-        if (parse_option(which, argv[++i], o, e) != 0)
-            return -1;
-    }
-    return complete(o, e);
-}
-
-/* Refuse a configuration that asks for what is not predicted. */
-static int check_plannable(const struct config *c, int gpus, struct error *e) {
+/* Refuse a configuration that cannot be estimated. */
+static int check_can_estimate(const struct config *c, int gpus, struct error *e) {
     bool cpu = c->system.device == DEVICE_CPU, fp32 = c->system.precision == PRECISION_FP32;
     bool mpi = c->system.comm == COMM_MPI && gpus > 1;
     if (!cpu && !fp32 && !mpi)
         return 0;
     return fail_user(
         e,
-        "info --gpus predicts runs on GPUs, in bf16, over NCCL; the configuration says otherwise: "
+        "info --gpus estimates runs on GPUs, in bf16, over NCCL; the configuration asks for something else: "
         "add%s%s%s",
         cpu ? " system.device=auto" : "", fp32 ? " system.precision=auto" : "",
         mpi ? " system.comm=auto" : "");
@@ -93,17 +44,18 @@ static void print_header(FILE *out, const struct config *c, const struct info_op
                          const struct run_estimate *p) {
     const char *modes[] = {"none", "light", "full"};
     int nodes = (o->gpus + NODE_GPUS - 1) / NODE_GPUS;
-    fprintf(out, "Prediction for %d x %s, ", o->gpus, o->gpu->name);
+    fprintf(out, "Estimate for %d x %s, ", o->gpus, o->gpu->name);
     if (nodes > 1)
         fprintf(out, "%d nodes of %d, NVLink within and %s between them\n", nodes, NODE_GPUS, o->link->name);
     else
-        fprintf(out, "%s\n", o->gpus > 1 ? "one node, NVLink" : "nothing to share");
+        fprintf(out, "%s\n", o->gpus > 1 ? "one node, NVLink" : "no communication");
     if (nodes == 1 && o->link->network > 0)
-        fprintf(out, "  --link %s has no effect: it joins nodes, and up to %d GPUs are one\n", o->link->name,
+        fprintf(out, "  --link %s ignored: up to %d GPUs are one node, joined by NVLink\n", o->link->name,
                 NODE_GPUS);
-    fprintf(out, "  not measured on this hardware: ceilings and published figures "
-                 "(kernels/estimate/hardware.c), so read\n"
-                 "  the speed as the best that is possible\n");
+    fprintf(
+        out,
+        "  calculated from peak rates and published figures (kernels/estimate/hardware.c), not measured: an "
+        "upper\n  bound of the speed\n");
     fprintf(out,
             "  bf16, zero_stage %lld, recompute %s; a step of %lld tokens is %lld pass%s of %lld x %lld on "
             "each GPU\n\n",
@@ -137,7 +89,7 @@ static void print_time(FILE *out, const struct run_estimate *p) {
         "optimizer"};
     static const char *const waits[MESSAGES] = {"waiting for reduce-scatter", "waiting for all-gather",
                                                 "waiting for the gradient norm"};
-    fprintf(out, "Where the time of a step goes:\n");
+    fprintf(out, "Time of a step:\n");
     for (int i = 0; i < ESTIMATE_PARTS; i++) {
         char rates[64];
         double t = p->step.seconds[i];
@@ -157,34 +109,35 @@ static void print_time(FILE *out, const struct run_estimate *p) {
     fputc('\n', out);
 }
 
-/* What differs between two configurations, as a user would write it. */
-static void print_changes(FILE *out, const struct config *was, const struct config *is) {
+/* The keys that differ between two configurations, as overrides. */
+static void print_changes(FILE *out, const struct config *from, const struct config *to) {
     const char *modes[] = {"none", "light", "full"};
-    if (is->train.micro_batch != was->train.micro_batch)
-        fprintf(out, " train.micro_batch=%lld", (long long)is->train.micro_batch);
-    if (is->system.recompute != was->system.recompute)
-        fprintf(out, " system.recompute=%s", modes[is->system.recompute]);
-    if (is->system.zero_stage != was->system.zero_stage)
-        fprintf(out, " system.zero_stage=%lld", (long long)is->system.zero_stage);
+    if (to->train.micro_batch != from->train.micro_batch)
+        fprintf(out, " train.micro_batch=%lld", (long long)to->train.micro_batch);
+    if (to->system.recompute != from->system.recompute)
+        fprintf(out, " system.recompute=%s", modes[to->system.recompute]);
+    if (to->system.zero_stage != from->system.zero_stage)
+        fprintf(out, " system.zero_stage=%lld", (long long)to->system.zero_stage);
 }
 
-/* What is left where no change makes it fit: *c has all of them. More GPUs share the optimizer and the
- * gradients among them, but not what each keeps for itself. */
-static int print_last_resort(FILE *out, const struct config *was, const struct config *c,
+/* Advice if even *changed, which has all memory-saving settings, does not fit: a smaller model, or more GPUs,
+ * which helps only as far as optimizer state and gradients are sharded. */
+static int print_last_resort(FILE *out, const struct config *c, const struct config *changed,
                              struct estimate_options more, struct error *e) {
     struct memory_plan plan;
     int fit = 0;
-    while (fit == 0 && more.ranks < MOST_ADVISED) {
+    while (fit == 0 && more.ranks < MAX_GPUS_ADVISED) {
         more.ranks = more.ranks < NODE_GPUS ? NODE_GPUS : 2 * more.ranks;
-        fit = estimate_fits(c, &more, &plan, e);
+        fit = estimate_fits(changed, &more, &plan, e);
     }
     if (fit < 0)
         return -1;
     fprintf(out, "    a smaller model, or a shorter train.seq_len");
     if (fit > 0) {
-        int64_t pass = c->train.micro_batch * c->train.seq_len * more.ranks, batch = c->train.batch_tokens;
+        int64_t pass = changed->train.micro_batch * changed->train.seq_len * more.ranks;
+        int64_t batch = changed->train.batch_tokens;
         fprintf(out, "; or --gpus %d", more.ranks);
-        print_changes(out, was, c);
+        print_changes(out, c, changed);
         if (batch % pass != 0)
             fprintf(out, " train.batch_tokens=%lld", (long long)((batch / pass + 1) * pass));
         fprintf(out, "   (%.1f GB)", (double)memory_total(&plan) / 1e9);
@@ -193,34 +146,33 @@ static int print_last_resort(FILE *out, const struct config *was, const struct c
     return 0;
 }
 
-static int print_room(FILE *out, const struct config *c, const struct info_options *o,
-                      const struct estimate_options *estimate, const struct memory_plan *memory,
-                      struct error *e) {
-    double room = estimate_room(o->gpu), need = (double)memory_total(memory);
+static int print_fit(FILE *out, const struct config *c, const struct info_options *o,
+                     const struct estimate_options *estimate, const struct memory_plan *memory,
+                     struct error *e) {
+    double usable = estimate_usable_memory(o->gpu), need = (double)memory_total(memory);
     struct config changed;
-    bool any = false;
-    if (need <= room) {
-        fprintf(out, "  fits: %.1f of %.0f GB on each GPU, %.0f GB left aside for CUDA and NCCL\n",
-                need / 1e9, o->gpu->memory / 1e9, o->gpu->reserved / 1e9);
+    bool found = false;
+    if (need <= usable) {
+        fprintf(out, "  fits: %.1f of %.0f GB on each GPU, %.0f GB reserved for CUDA and NCCL\n", need / 1e9,
+                o->gpu->memory / 1e9, o->gpu->reserved / 1e9);
         return 0;
     }
-    fprintf(out,
-            "  DOES NOT FIT: %.1f GB of %.0f that each GPU has, %.0f left aside for CUDA and NCCL; try\n",
+    fprintf(out, "  DOES NOT FIT: %.1f of %.0f GB on each GPU, %.0f GB reserved for CUDA and NCCL; try\n",
             need / 1e9, o->gpu->memory / 1e9, o->gpu->reserved / 1e9);
-    /* The last attempt makes all changes together: only where none suffices alone. */
-    for (int attempt = 0; attempt < FIT_ATTEMPTS && !(any && attempt == FIT_ATTEMPTS - 1); attempt++) {
+    /* The last attempt makes all changes together: only if no single one is enough. */
+    for (int attempt = 0; attempt < FIT_ATTEMPTS && !(found && attempt == FIT_ATTEMPTS - 1); attempt++) {
         struct memory_plan plan;
         int fit = estimate_fit(c, estimate, attempt, &changed, &plan, e);
         if (fit < 0)
             return -1;
         if (fit == 0)
             continue;
-        any = true;
+        found = true;
         fprintf(out, "   ");
         print_changes(out, c, &changed);
         fprintf(out, "   (%.1f GB)\n", (double)memory_total(&plan) / 1e9);
     }
-    return any ? 0 : print_last_resort(out, c, &changed, *estimate, e);
+    return found ? 0 : print_last_resort(out, c, &changed, *estimate, e);
 }
 
 int info_print_estimate(FILE *out, const struct config *c, const struct info_options *o, struct error *e) {
@@ -230,13 +182,13 @@ int info_print_estimate(FILE *out, const struct config *c, const struct info_opt
                                         .precision = DEVICE_BF16,
                                         .deterministic = c->system.deterministic};
     struct run_estimate p;
-    if (check_plannable(c, o->gpus, e) != 0 || info_print_counts(out, c, e) != 0 ||
+    if (check_can_estimate(c, o->gpus, e) != 0 || info_print_counts(out, c, e) != 0 ||
         estimate_run(&p, c, &estimate, e) != 0)
         return -1;
     print_header(out, c, o, &p);
     print_speed(out, c, o, &p);
     print_time(out, &p);
     info_print_memory(out, c, DTYPE_BF16, &p.memory);
-    fprintf(out, "  workspace is an estimate: logits, or the scratch of cuDNN's backward\n");
-    return print_room(out, c, o, &estimate, &p.memory, e);
+    fprintf(out, "  workspace is estimated: the logits, or the workspace of cuDNN's backward\n");
+    return print_fit(out, c, o, &estimate, &p.memory, e);
 }

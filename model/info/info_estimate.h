@@ -1,4 +1,5 @@
-/* `train_iha info CONFIG --gpus N ...`: planning a run on GPUs that are not at hand. */
+/* What `train_iha info CONFIG --gpus N ...` prints: the estimate of a training run on GPUs that this machine need
+ * not have. */
 #ifndef IHA_MODEL_INFO_INFO_ESTIMATE_H
 #define IHA_MODEL_INFO_INFO_ESTIMATE_H
 
@@ -7,20 +8,18 @@
 #include "kernels/estimate/hardware.h"
 #include "model/config/config.h"
 
-/* What stands on the command line beside the configuration. gpus = 0: nothing is to be planned. */
 struct info_options {
-    int gpus;
+    int gpus; /* 0: no estimate */
     const struct gpu_spec *gpu;
     const struct link_spec *link;
-    int override_count;
-    char **overrides; /* moved to the front of argv */
 };
 
-/* argv: what follows CONFIG. Errors: EXIT_USER. */
-int info_parse(int argc, char **argv, struct info_options *o, struct error *e);
+/* From --gpus (0: not given), --gpu and --link (names in gpu_names and link_names, or NULL), with defaults for
+ * what is not given. EXIT_USER for options that contradict each other. */
+int info_options_set(struct info_options *o, int gpus, const char *gpu, const char *link, struct error *e);
 
-/* The model's counts and the run_estimate, for a configuration resolved for o->gpus ranks. EXIT_USER where its
- * [system] asks for what is not predicted, EXIT_RUN when memory runs out. */
+/* The model's counts and the estimate, for a configuration resolved for o->gpus ranks. EXIT_USER if its [system]
+ * asks for what cannot be estimated, EXIT_RUN when memory runs out. */
 int info_print_estimate(FILE *out, const struct config *c, const struct info_options *o, struct error *e);
 
 #endif

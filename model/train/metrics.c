@@ -22,7 +22,7 @@ struct metrics {
     double last_shown;
 };
 
-/* Lines of whole steps up to `step`; a line cut short by a kill goes too. Returns the new length. */
+/* Keep the complete lines of steps up to `step`; drop a last line that a kill cut off. Returns the new length. */
 static size_t keep_lines(char *text, size_t length, int64_t step) {
     size_t out = 0;
     for (size_t at = 0; at < length;) {
@@ -31,9 +31,10 @@ static size_t keep_lines(char *text, size_t length, int64_t step) {
             break;
         size_t bytes = (size_t)(end - line) + 1;
         long long number;
-        int past = 0; /* stays so when the comma is missing */
-        *end = '\0';  /* or sscanf would measure the whole rest, line by line, and read on into it */
-        bool keep = sscanf(line, "{\"step\": %lld,%n", &number, &past) == 1 && past > 0 && number <= step;
+        int after_comma = 0; /* stays 0 if the comma is missing */
+        *end = '\0';         /* sscanf would take the length of all that follows, and read on into it */
+        bool keep = sscanf(line, "{\"step\": %lld,%n", &number, &after_comma) == 1 && after_comma > 0 &&
+                    number <= step;
         *end = '\n';
         if (keep) {
             memmove(text + out, line, bytes);
@@ -44,8 +45,8 @@ static size_t keep_lines(char *text, size_t length, int64_t step) {
     return out;
 }
 
-/* Samples up to `step`: each begins with a line "---- step N". Their order is that of the steps, so the first
- * one past `step` ends what is kept; if there is none, a last line cut short is the beginning of one. */
+/* Keep the samples up to `step`. Each begins with a line "---- step N", in the order of the steps: cut before the
+ * first one after `step`, or else before a last line that was cut off. Returns the new length. */
 static size_t keep_samples(char *text, size_t length, int64_t step) {
     for (size_t at = 0; at < length;) {
         char *line = text + at, *end = memchr(line, '\n', length - at);
@@ -57,7 +58,7 @@ static size_t keep_samples(char *text, size_t length, int64_t step) {
     return length;
 }
 
-/* Rewrite a file of the run's with what `keep` keeps of it. A pipe in its place has no past. */
+/* Rewrite a file with what `keep` keeps of it. Anything but a regular file is left as it is. */
 static int drop_later(const char *path, size_t (*keep)(char *, size_t, int64_t), int64_t step,
                       struct error *e) {
     char *text, tmp[MAX_TEXT + 64];
@@ -175,8 +176,8 @@ void status_step(struct metrics *m, const struct step_record *r) {
     double smooth = 0.05, t = clock_seconds();
     m->seconds_per_step =
         m->seconds_per_step == 0 ? r->seconds : (1 - smooth) * m->seconds_per_step + smooth * r->seconds;
-    double pause = m->terminal ? 0.1 : 10;
-    if (r->step < r->steps && m->last_shown > 0 && t - m->last_shown < pause)
+    double interval = m->terminal ? 0.1 : 10;
+    if (r->step < r->steps && m->last_shown > 0 && t - m->last_shown < interval)
         return;
     m->last_shown = t;
     char left[32], rate[32], mfu[32] = "", bar[3 * BAR + 1] = "", head[128], tail[192];
@@ -192,14 +193,13 @@ void status_step(struct metrics *m, const struct step_record *r) {
         fprintf(stderr, "%s%s\n", head, tail);
         return;
     }
-    /* One line, whatever the terminal's width: the bar takes what the numbers leave, and the numbers are cut
-     * last. */
-    int room = terminal_columns() - 2 - (int)strlen(head) - (int)strlen(tail),
-        cells = room < BAR ? room : BAR;
+    /* Fit into one line: shorten the bar first, then cut the numbers. */
+    int columns_left = terminal_columns() - 2 - (int)strlen(head) - (int)strlen(tail),
+        cells = columns_left < BAR ? columns_left : BAR;
     for (int i = 0; i < cells; i++)
         strcat(bar, i < (int)(cells * r->step / r->steps) ? "━" : "─");
     fprintf(stderr, "\r\033[K%s%s%s%.*s", head, bar, cells > 0 ? " " : "",
-            room < 0 ? (int)strlen(tail) + room : (int)strlen(tail), tail);
+            columns_left < 0 ? (int)strlen(tail) + columns_left : (int)strlen(tail), tail);
     m->line_open = m->terminal;
     fflush(stderr);
 }

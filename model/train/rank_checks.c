@@ -20,19 +20,21 @@ static void add_setting(void *context, const char *key, const char *value) {
     add_text(context, value);
 }
 
-int ranks_check_alike(struct comm *comm, const struct config *config, const struct trainer_state *trainer,
-                      struct error *e) {
-    struct digest mine = {FNV1A_START, FNV1A_START}, first;
-    config_visit(config, add_setting, &mine.settings);
-    add_text(&mine.data, trainer->train_fingerprint);
-    add_text(&mine.data, trainer->val_fingerprint);
-    memcpy(&first, comm_all_gather_small(comm, &mine, sizeof mine), sizeof first);
+int ranks_check_same_run(struct comm *comm, const struct config *config, const struct trainer_state *trainer,
+                         struct error *e) {
+    struct digest own = {FNV1A_START, FNV1A_START}, rank0;
+    config_visit(config, add_setting, &own.settings);
+    add_text(&own.data, trainer->train_fingerprint);
+    add_text(&own.data, trainer->val_fingerprint);
+    memcpy(&rank0, comm_all_gather_small(comm, &own, sizeof own), sizeof rank0);
     int status = 0;
-    if (first.settings != mine.settings)
-        status = fail_user(e, "has another configuration than rank 0; give all the same file and overrides");
-    else if (first.data != mine.data)
-        status = fail_user(e, "finds other training or validation data than rank 0 under the same names; all "
-                              "hosts must have the same shards");
+    if (rank0.settings != own.settings)
+        status = fail_user(
+            e, "its configuration differs from rank 0's; start all ranks with the same file and overrides");
+    else if (rank0.data != own.data)
+        status = fail_user(
+            e, "its training or validation data differs from rank 0's; all hosts must have the same "
+               "shards");
     return comm_agree(comm, status, e);
 }
 
@@ -42,15 +44,15 @@ int ranks_check_run_dir(struct comm *comm, const char *run_dir, struct error *e)
     snprintf(path, sizeof path, "%s/lock", run_dir);
     memcpy(&pid, comm_all_gather_small(comm, &pid, sizeof pid), sizeof pid); /* rank 0's */
     FILE *f = fopen(path, "r");
-    bool same = f && fscanf(f, "%ld", &found) == 1 && found == pid;
+    bool is_shared = f && fscanf(f, "%ld", &found) == 1 && found == pid;
     if (f)
         fclose(f);
     int status =
-        same && access(run_dir, W_OK) == 0
+        is_shared && access(run_dir, W_OK) == 0
             ? 0
             : fail_user(e,
-                        "%s: not the directory that rank 0 writes to, or not writable; run.dir must be "
-                        "on a file system that all hosts share",
+                        "%s: not the directory that rank 0 writes to, or not writable; set run.dir to a "
+                        "directory that all hosts share",
                         run_dir);
     return comm_agree(comm, status, e);
 }

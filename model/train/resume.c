@@ -6,28 +6,28 @@
 #include "model/train/rank_checks.h"
 #include "model/state_dict.h"
 
-static bool leads(const struct model *m) {
+static bool is_rank0(const struct model *m) {
     return m->comm->rank == 0;
 }
 
-/* Weights, and where asked for the optimizer's state, of another run. */
+/* Load the weights of another run, and with init_optimizer = keep its optimizer state. */
 static int load_from(struct model *m, const struct config *c, struct trainer_state *p, const char *dir,
                      struct error *e) {
-    if (checkpoint_check_geometry(dir, &c->model, e) != 0 || checkpoint_load_weights(dir, m, 0, e) != 0)
+    if (checkpoint_check_architecture(dir, &c->model, e) != 0 || checkpoint_load_weights(dir, m, 0, e) != 0)
         return -1;
-    if (leads(m))
+    if (is_rank0(m))
         fprintf(stderr, "weights from %s\n", dir);
     if (c->train.init_optimizer != OPTIMIZER_KEEP)
         return 0;
     struct trainer_state from;
     if (checkpoint_read_trainer_state(dir, &from, e) != 0)
         return -1;
-    p->history.updates = from.history.updates; /* the moments' age, for their bias correction */
+    p->history.updates = from.history.updates; /* for the bias correction of the moments */
     return checkpoint_load_optimizer(dir, m, e);
 }
 
-static int start_from(struct model *m, const struct config *c, struct trainer_state *p, const char *path,
-                      struct error *e) {
+static int initialize_from(struct model *m, const struct config *c, struct trainer_state *p, const char *path,
+                           struct error *e) {
     char dir[MAX_TEXT];
     return ranks_find_checkpoint(m->comm, path, dir, e) != 0 ||
                    comm_agree(m->comm, load_from(m, c, p, dir, e), e) != 0
@@ -35,20 +35,20 @@ static int start_from(struct model *m, const struct config *c, struct trainer_st
                : 0;
 }
 
-/* Every rank loads the newest checkpoint that loads; all must have found the same. 1: resumed, 0: there is
- * none. */
+/* Load the newest checkpoint that loads, which must be the same on all ranks. 1: resumed; 0: there is none. */
 static int resume(struct model *m, const struct config *c, struct trainer_state *p, struct error *e) {
     char dir[MAX_TEXT] = "";
-    int status = checkpoint_resume(c->run.dir, m, c, p, dir, leads(m), e);
+    int status = checkpoint_resume(c->run.dir, m, c, p, dir, is_rank0(m), e);
     if (comm_agree(m->comm, status < 0 ? -1 : 0, e) != 0)
         return -1;
-    const char *first = comm_all_gather_small(m->comm, dir, MAX_TEXT);
-    if (strcmp(first, dir) != 0)
-        status = fail_user(e,
-                           "finds \"%s\" where rank 0 finds \"%s\"; run.dir must be the same for all ranks: "
-                           "start again",
-                           dir, first);
-    if (status == 1 && leads(m)) {
+    const char *rank0_dir = comm_all_gather_small(m->comm, dir, MAX_TEXT);
+    if (strcmp(rank0_dir, dir) != 0)
+        status = fail_user(
+            e,
+            "found checkpoint \"%s\", and rank 0 found \"%s\"; run.dir must be the same directory on "
+            "all ranks",
+            dir, rank0_dir);
+    if (status == 1 && is_rank0(m)) {
         fprintf(stderr, "resuming from %s\n", dir);
         status = checkpoint_prune(c->run.dir, c, p, e) == 0 ? 1 : -1;
     }
@@ -61,7 +61,7 @@ int resume_or_initialize(struct model *m, const struct config *c, struct trainer
         return -1;
     if (status == 0 && comm_agree(m->comm, model_initialize(m, (uint64_t)c->train.seed, e), e) != 0)
         return -1;
-    if (status == 0 && c->train.init_from[0] && start_from(m, c, p, c->train.init_from, e) != 0)
+    if (status == 0 && c->train.init_from[0] && initialize_from(m, c, p, c->train.init_from, e) != 0)
         return -1;
     struct step_state state = {.history = p->history};
     m->k->step_write(m->dev, m->state, &state);

@@ -2,9 +2,9 @@
 
 #include <math.h>
 
-static const double WSD_DECAY = 0.2; /* part of all steps over which wsd decays */
+static const double WSD_DECAY = 0.2; /* fraction of all steps over which wsd decays */
 
-/* Part of [begin, end) done at `step`, within [0, 1]. */
+/* Fraction of [begin, end) done at `step`, in [0, 1]. */
 static double progress(int64_t step, int64_t begin, int64_t end) {
     if (step <= begin)
         return 0;

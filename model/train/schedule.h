@@ -5,7 +5,7 @@
 #include "model/config/config.h"
 
 /* Step counts from 0. Warm-up rises linearly and reaches lr at step warmup_steps - 1; then, with r in [0, 1]
- * the part of the remaining steps done: cosine min + (lr - min)(1 + cos(pi r))/2, linear lr - (lr - min) r,
+ * the fraction of the remaining steps done: cosine min + (lr - min)(1 + cos(pi r))/2, linear lr - (lr - min) r,
  * constant lr, wsd lr until the last fifth of all steps, then linear to min. */
 double schedule_lr(const struct train_config *t, int64_t step);
 

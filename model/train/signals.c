@@ -8,8 +8,8 @@
 
 #include "kernels/clock.h"
 
-static atomic_int asked;
-static atomic_bool heeded;
+static atomic_int requested; /* the signal */
+static atomic_bool graceful;
 
 static sigset_t stop_signals(void) {
     sigset_t set;
@@ -20,19 +20,20 @@ static sigset_t stop_signals(void) {
     return set;
 }
 
-/* timeout(1) and schedulers send one signal twice, to the process and to its group. */
-static const double TWICE_SECONDS = 1;
+/* timeout(1) and schedulers send one signal twice, to the process and to its group: the second within this time is
+ * ignored. */
+static const double REPEAT_SECONDS = 1;
 
 static void *wait_for_signals(void *unused) {
     sigset_t set = stop_signals();
     int number;
     sigwait(&set, &number);
-    if (atomic_load(&heeded)) {
+    if (atomic_load(&graceful)) {
         double first = clock_seconds();
-        atomic_store(&asked, number);
+        atomic_store(&requested, number);
         do
             sigwait(&set, &number);
-        while (clock_seconds() - first < TWICE_SECONDS);
+        while (clock_seconds() - first < REPEAT_SECONDS);
     }
     signal(number, SIG_DFL);
     pthread_sigmask(SIG_UNBLOCK, &set, NULL);
@@ -51,9 +52,9 @@ int signals_watch(struct error *e) {
 }
 
 void signals_enable_graceful_stop(void) {
-    atomic_store(&heeded, true);
+    atomic_store(&graceful, true);
 }
 
 int signals_stop_requested(void) {
-    return atomic_load(&asked);
+    return atomic_load(&requested);
 }

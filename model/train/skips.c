@@ -12,13 +12,14 @@ int skips_fail(struct model *m, const struct step_state *state, double skip_zsco
             e,
             "the gradient norm was an outlier (train.skip_zscore = %g) in %d steps in a row, step %lld to "
             "step %lld; in the last it was %.4g, %.1f deviations above its recent mean, the largest part "
-            "in %s; lower train.lr, or look at the data of these steps",
+            "in %s; lower train.lr, or check the data of these steps",
             skip_zscore, count, first, last, state->grad_norm, state->zscore, worst->name);
     return fail_run(
         e,
-        "the %s was not finite in %d steps in a row, step %lld to step %lld; %s%s; lower train.lr, look at "
-        "the data of these steps, or go back: remove the newest step_... directories of the run",
+        "the %s was not finite in %d steps in a row, step %lld to step %lld; %s%s; lower train.lr, check "
+        "the data of these steps, or resume from an earlier checkpoint: remove the newest step_... "
+        "directories",
         isfinite(state->loss) ? "gradient" : "loss", count, first, last,
-        finite ? "every parameter's own gradient is finite, the largest " : "backward met it first in ",
+        finite ? "every parameter's gradient is finite, the largest is " : "the first one in backward is ",
         worst->name);
 }

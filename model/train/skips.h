@@ -1,11 +1,11 @@
-/* Why a run gives up when too many steps in a row were skipped. */
+/* The error that ends a run after too many skipped steps in a row. */
 #ifndef IHA_MODEL_TRAIN_SKIPS_H
 #define IHA_MODEL_TRAIN_SKIPS_H
 
 #include "model/model.h"
 
-/* Say which steps they were, up to the one that *state is of, and whose gradient it was: always -1, EXIT_RUN.
- * All ranks look for it together (model_worst_gradient). */
+/* Fill *e (EXIT_RUN) with the skipped steps, up to the one of *state, and the parameter with the worst gradient.
+ * Returns -1. Collective (model_worst_gradient). */
 int skips_fail(struct model *m, const struct step_state *state, double skip_zscore, struct error *e);
 
 #endif

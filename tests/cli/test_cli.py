@@ -30,7 +30,7 @@ from tests.lib.tiny import write_shard
 # ---- training ------------------------------------------------------------------------------------------------------
 
 class Families(Case):
-    """The four kinds of model the configurations in configs/ stand for, made small; their structure stays."""
+    """The models of the configurations in configs/, made small, with the same structure."""
 
     def family(self, name, *overrides, wide=False, **kind):
         data = self.wide if wide else self.data
@@ -152,7 +152,7 @@ class Options(Case):
             self.assertEqual((a["sequences"], a["tokens"]), (b["sequences"], b["tokens"]))
 
     def test_accumulation_sees_the_same_sequences(self):
-        # Every sequence is of one byte of its own, so a step's loss at lr = 0 tells which it saw.
+        # Every sequence repeats a byte of its own, so a step's loss at lr = 0 identifies the sequences in it.
         data = self.new_dir("data")
         data.mkdir()
         write_shard(data / "train.bin", np.repeat(np.arange(60), T).tolist() + [0])
@@ -160,7 +160,7 @@ class Options(Case):
                            f"train.micro_batch={b}", "train.steps=16") for b in (4, 1)]
         one, four = losses(runs[1]), losses(runs[0])
         np.testing.assert_allclose(one, four, rtol=1e-6)
-        self.assertGreater(np.diff(np.sort(four)).max(), 1e-4)  # steps can be told apart
+        self.assertGreater(np.diff(np.sort(four)).max(), 1e-4)  # steps can be distinguished
         self.assertAlmostEqual(four[:15].mean(), losses(self.train(
             f"data.train={data}/*.bin", "data.val=none", "train.lr=0", "train.micro_batch=60",
             "train.batch_tokens=1920", "train.steps=1"))[0], places=5)  # an epoch sees each sequence once
@@ -311,8 +311,8 @@ class Resume(Case):
         there = steps_in(run_dir)  # that of step 6 appears when it has been written, at the end of a later step
         self.assertIn(there, ([3], [3, 6]))
         with open(run_dir / "metrics.jsonl", "a") as f:
-            f.write('{"step": 8, "loss": 4.')  # a line cut short
-        (run_dir / "step_00000009.tmp").mkdir()  # a checkpoint cut short
+            f.write('{"step": 8, "loss": 4.')  # an incomplete line
+        (run_dir / "step_00000009.tmp").mkdir()  # an incomplete checkpoint
         self.train(*self.often, run_dir=run_dir)
         self.assertIn(f"resuming from {step_dir(run_dir, there[-1])}\n", self.last.stderr.decode())
         self.assert_same_end(run_dir)
@@ -358,7 +358,7 @@ class Resume(Case):
             np.testing.assert_array_equal(losses(resumed), losses(straight))
 
     def test_signal_between_steps(self):
-        # Where a run evaluates or samples for long, this is when a signal comes.
+        # The usual moment for a signal in runs that evaluate or sample for long.
         process, run_dir = self.stop_between_steps(7, *self.often)
         process.send_signal(signal.SIGTERM)
         code, err = self.free(process, run_dir)
@@ -461,7 +461,7 @@ class Keep(Case):
             self.assertFalse((run_dir / "best").is_symlink())
 
     def test_appears_while_training_goes_on(self):
-        """Not only when the next is saved: step 8's is there by step 14, of which nothing is saved."""
+        """A checkpoint is published while later steps run, not only at the next save: step 8's exists by step 14."""
         run_dir = self.new_dir()
         run_dir.mkdir()
         samples, half = run_dir / "samples.txt", run_dir / "step_00000008.tmp" / "trainer.json"
@@ -497,7 +497,7 @@ class Keep(Case):
         self.assertEqual(steps_in(self.train("run.save_every=15")), [15, 20])
 
     def test_best_stays(self):
-        # Ten good steps, then a learning rate that spoils what was learned.
+        # Ten good steps, then a learning rate that makes the model worse.
         saving = ["run.save_every=2", "run.eval_every=2", "train.schedule=constant", "train.grad_clip=0"]
         run_dir = self.train("train.steps=10", *saving)
         self.assertEqual(os.readlink(run_dir / "best"), "step_00000010")
@@ -543,7 +543,7 @@ class InitFrom(Case):
         return load_file(step_dir(run_dir, step) / "optimizer-00000-of-00001.safetensors")
 
     def test_weights_and_moments(self):
-        # At lr = 0 the weights stay, and the moments tell what they started from.
+        # At lr = 0 the weights do not change, and the moments show what they started from.
         start = ["train.steps=1", "train.lr=0", f"train.init_from={self.source}"]
         fresh, keep = self.train(*start), self.train(*start, "train.init_optimizer=keep")
         weights = [tree(step_dir(r, s))["model.safetensors"] for r, s in ((self.source, 20), (fresh, 1), (keep, 1))]
@@ -559,7 +559,7 @@ class InitFrom(Case):
                              f"data.train={self.data}/train_1.bin", "train.seed=3")
         self.assertEqual([r["step"] for r in lines_of(run_dir / "metrics.jsonl") if "loss" in r], list(range(1, 7)))
         self.assertLess(losses(run_dir)[0], losses(self.source)[0] - 1)
-        # On resume the run's own checkpoint counts.
+        # On resume the run's own checkpoint is used.
         self.train("train.steps=8", "train.lr=1e-3", f"train.init_from={step_dir(self.source, 20)}",
                    f"data.train={self.data}/train_1.bin", "train.seed=3", run_dir=run_dir)
         self.assertIn(f"resuming from {step_dir(run_dir, 6)}", self.last.stderr.decode())
@@ -570,7 +570,7 @@ class InitFrom(Case):
 
     def test_refused(self):
         for override, names in (("model.hidden_size=32", ["another model"]), ("model.bias=true", ["bias"]),
-                                # These fit by their shapes.
+                                # The shapes of these are the same.
                                 ("model.activation=relu2", ["model.activation"]), ("model.norm=layernorm", ["model.norm"]),
                                 ("model.position_embedding=none", ["model.position_embedding"])):
             self.refused("train", self.config, f"run.dir={self.new_dir()}", f"train.init_from={self.source}", override,
@@ -745,7 +745,7 @@ class Skipping(Case):
     STEPS = ["train.steps=60", "train.skip_zscore=0.8", "train.max_skips=60"]
 
     def test_outliers_are_skipped_by_their_zscore(self):
-        """The decisions, made again from the norms in metrics.jsonl."""
+        """The decisions, recomputed from the norms in metrics.jsonl."""
         run_dir = self.train(*self.STEPS, "train.lr=1e-3")
         count, mean, variance, skips = 0, 0.0, 0.0, 0
         for r in lines_of(run_dir / "metrics.jsonl"):
@@ -783,7 +783,7 @@ class Skipping(Case):
         self.assertRegex(last, r"largest part in [a-z0-9_.]+\.(weight|alpha_[qkv]|collapse)")
 
     def test_a_checkpoint_under_way_is_finished_when_the_run_gives_up(self):
-        """The step after a save fails, so that nothing else comes to see that it was written."""
+        """The step after a save fails, so only the end of the run can publish the checkpoint."""
         giving_up = ["train.steps=60", "train.skip_zscore=1e-6", "train.max_skips=0", "train.lr=0", "data.val=none"]
         first, second = self.new_dir(), self.new_dir()
         self.train(*giving_up, "run.save_every=0", run_dir=first, code=1)
@@ -840,7 +840,7 @@ class Generate(Case):
         return Generate.ids
 
     def test_prompt_longer_than_a_chunk(self):
-        # Prompts are fed in pieces; the continuation must not depend on where they end.
+        # Prompts are fed in chunks; the continuation must not depend on where these end.
         greedy = ["--temperature", 0]
         ids = [str(i) for i in documents(20, 3)[:150]]
         whole = self.generate("--prompt", " ".join(ids), "--tokens", 10, *greedy, run_dir=self.ids_run()).split()
@@ -878,22 +878,21 @@ class Generate(Case):
         self.assertRegex(out, "[a-z. ]{10,}\n$")
 
 
-class Alone(Case):
-    def test_comm_has_no_effect(self):
-        """There is nobody to talk to, which a line says."""
+class SingleProcess(Case):
+    def test_comm_is_ignored(self):
+        """A single process says so on a line of its own."""
         for comm, lines in (("auto", 0), ("mpi", 1), ("nccl", 1)):
             run_dir = self.train("train.steps=1", f"system.comm={comm}")
             evaluated = self.run_cli("eval", run_dir, f"data.val={self.val}", *CPU, f"system.comm={comm}")
             for text in (self.last.stderr.decode(), evaluated.stderr.decode()):
-                self.assertEqual(text.count("has no effect"), lines, text)
-                self.assertEqual(text.count(f"system.comm = {comm} has no effect: a single process"), lines, text)
+                self.assertEqual(text.count("system.comm ignored: single-process run\n"), lines, text)
 
 
 class Profile(Case):
-    outer = ("forward", "backward", "update")  # all that a step is
+    outer = ("forward", "backward", "update")  # a step consists of these
 
     def table(self, text):
-        """{name: times a step} and the sum of the times, in ms a step, which is all of a step."""
+        """{name: times a step}, and the sum of all times, in ms a step."""
         lines = re.findall(r"^(\w[\w ]*?) +(\d+\.\d{3}) +(\d+\.\d)% +(\d+\.\d)$", text, re.M)
         total = float(re.search(r"^all of a step +(\d+\.\d+)$", text, re.M)[1])
         self.assertAlmostEqual(sum(float(ms) for _, ms, _, _ in lines), total, delta=0.001 * len(lines))
@@ -906,17 +905,17 @@ class Profile(Case):
         self.assertEqual([e["name"] for e in events].count("update"), steps)
         self.assertAlmostEqual(total * steps * 1e3, sum(e["dur"] for e in events if e["name"] in self.outer),
                                delta=steps + 0.001 * len(events))
-        said = re.findall(r"^not counted: (\d+\.\d+) ms in all of evaluation, sampling and saving$", text, re.M)
+        printed = re.findall(r"^not counted: (\d+\.\d+) ms in all of evaluation, sampling and saving$", text, re.M)
         between = [e["dur"] for e in events if e["name"] == "between steps"]
-        self.assertEqual((len(said), len(between)), (min(apart, 1), apart))
+        self.assertEqual((len(printed), len(between)), (min(apart, 1), apart))
         if apart:
-            self.assertAlmostEqual(float(said[0]) * 1e3, sum(between), delta=apart)
+            self.assertAlmostEqual(float(printed[0]) * 1e3, sum(between), delta=apart)
 
-    def test_what_lies_between_steps_is_counted_apart(self):
+    def test_what_lies_between_steps_is_not_counted(self):
         plain = self.train("--profile", "4")
         self.check(self.last.stderr.decode(), plain, 4, 0)
         busy = self.train("--profile", "4", "run.eval_every=1", "run.save_every=2", "run.sample_every=3")
-        self.check(self.last.stderr.decode(), busy, 4, 3)  # the table comes before what follows the last
+        self.check(self.last.stderr.decode(), busy, 4, 3)  # the table is printed before what follows the last step
         np.testing.assert_array_equal(losses(plain), losses(busy))
 
     def test_a_signal_ends_it(self):
@@ -931,7 +930,7 @@ class Profile(Case):
                 self.assertIn("steps 4 to 5, ", err)
                 self.check(err, run_dir, traced, 1)
             else:
-                self.assertNotIn("own time", err)
+                self.assertNotIn("self time", err)
 
     def test_a_file_that_cannot_be_written(self):
         run_dir = self.new_dir()
@@ -940,7 +939,7 @@ class Profile(Case):
         text = self.last.stderr.decode()
         self.assertRegex(text, rf"\nwarning: {run_dir}/profile.json: cannot write: .*\n")
         self.table(text)
-        self.assertEqual(text.count("own time of"), 1)
+        self.assertEqual(text.count("self time of"), 1)
         self.assertEqual(steps_in(run_dir), [20])
 
     def test_refused(self):
@@ -999,7 +998,7 @@ class Info(Case):
         return self.run_cli("info", *args).stdout.decode()
 
     def test_plan_of_the_paper(self):
-        """The 2.4B model on 128 GPUs, in numbers that belong together."""
+        """The 2.4B model on 128 GPUs: numbers that must be consistent."""
         path = ROOT / "configs" / "iha_paper_2.4b.ini"
         text = self.plan(path, "--gpus", "128", "--gpu", "h200", "--link", "ib400")
         self.assertIn("128 x h200", text)
@@ -1031,11 +1030,11 @@ class Info(Case):
         self.assertIn("1 pass of 4 x 32", several)
         self.assertIn("waiting for all-gather", several)
         self.assertIn("GB on each GPU", several)
-        self.assertNotIn("no effect", several)
+        self.assertNotIn("ignored", several)
         self.assertEqual(self.plan("--gpus", "8", "--gpu", "a100", "--link", "nvlink", self.config, *batch), several)
-        self.assertIn("--link ib400 has no effect", self.plan(self.config, *batch, "--link", "ib400", "--gpus", "8"))
+        self.assertIn("--link ib400 ignored", self.plan(self.config, *batch, "--link", "ib400", "--gpus", "8"))
         nodes = self.plan(self.config, *batch[1:], "train.batch_tokens=2048", "--link", "ib400", "--gpus", "16")
-        self.assertNotIn("no effect", nodes)
+        self.assertNotIn("ignored", nodes)
         large = ["model.hidden_size=8192", "model.num_hidden_layers=40", "model.num_attention_heads=64",
                  "model.intermediate_size=32768", "train.seq_len=2048", "train.batch_tokens=262144"]
         large += ["train.micro_batch=16", "system.zero_stage=1", *self.gpu]
@@ -1045,7 +1044,7 @@ class Info(Case):
         self.assertIn("fits: ", self.plan(self.config, *large, *advice, "--gpus", "8", "--gpu", "h200"))
 
     def test_more_gpus(self):
-        """They are advice where what they share is too large, and none where each GPU's own part is."""
+        """More GPUs are advised if the sharded memory is too large, not if the part of each GPU is."""
         for hidden, helps in ((8192, True), (16384, False)):
             large = [f"model.hidden_size={hidden}", "model.num_hidden_layers=40", "model.num_attention_heads=64",
                      f"model.intermediate_size={4 * hidden}", "train.micro_batch=1", "train.batch_tokens=32", *self.gpu]
@@ -1062,7 +1061,7 @@ class Info(Case):
         for override in ("system.precision=fp32", "system.device=cpu", "system.comm=mpi"):
             line = self.refused("info", self.config, "--gpus", "2", *self.gpu, override)
             self.assertIn("add " + override.split("=")[0] + "=auto", line)
-        self.plan(self.config, "--gpus", "1", *self.gpu, "system.comm=mpi")  # alone, nothing is sent
+        self.plan(self.config, "--gpus", "1", *self.gpu, "system.comm=mpi")  # one GPU communicates with no other
         for args, names in (
                 (["--gpus", "16", "--link", "nvlink"], ["nvlink", "16", "ib400"]),
                 (["--gpus", "2", "--gpu", "h20"], ["h20", "h200", "a100"]),

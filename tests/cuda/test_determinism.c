@@ -3,7 +3,7 @@
 #include "tests/cuda/fixture.h"
 
 #include "kernels/cuda/attention/attention_cudnn.h"
-#include "model/info/determinism.h"
+#include "model/info/info.h"
 #include "tests/lib/model_configs.h"
 
 static size_t version = 91900;
@@ -49,7 +49,7 @@ static char *announced(struct model_config *c, enum device_precision precision, 
     if (!dev || model_create(&m, c, k, dev, &shape, &e) != 0)
         fail_msg("%s", e.text);
     FILE *out = fmemopen(text, sizeof text, "w");
-    determinism_print(out, &m);
+    info_print_determinism(out, &m);
     fclose(out);
     assert_true(m.plan.workspace >= planned_for_determinism);
     model_free(&m);

@@ -1,4 +1,4 @@
-/* What holds for every configuration that loads, whichever way it was given. */
+/* Checks that every configuration that loads must pass. */
 #ifndef IHA_TESTS_FUZZ_CONFIG_CHECKS_H
 #define IHA_TESTS_FUZZ_CONFIG_CHECKS_H
 
@@ -59,7 +59,7 @@ static inline void check_model(const struct model_config *m) {
     }
 }
 
-/* config.json says all of a model but how it was initialised. */
+/* config.json holds all of a model except the init_* keys. */
 static inline void check_json(const struct model_config *m) {
     struct error e = {0};
     struct config *c = calloc(1, sizeof *c);
@@ -76,8 +76,8 @@ static inline void check_json(const struct model_config *m) {
     free(c);
 }
 
-/* Sizes are computed before anything is allocated, and none may overflow: the sanitizer looks at signed ones,
- * here a look at the unsigned. FLOPs are counted query by query, which takes its time. */
+/* No size may overflow. The sanitizer checks signed arithmetic; this checks the unsigned sizes. FLOPs are counted
+ * query by query, so only for short sequences. */
 static inline void check_costs(const struct model_config *m, int64_t batch, int64_t seq_len) {
     static struct device *dev;
     struct error e = {0};

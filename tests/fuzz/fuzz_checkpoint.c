@@ -1,5 +1,5 @@
-/* A checkpoint of a small model with one of its files replaced: it is taken with what the file says, or
- * refused with the model as it was.
+/* A checkpoint of a small model with one of its files replaced: it loads with the file's values, or is refused and
+ * leaves the model unchanged.
  *
  * Input: a byte that picks the file, then the file. */
 #include "tests/fuzz/safetensors_mutator.h"
@@ -9,7 +9,7 @@
 #include <sys/stat.h>
 
 #include "model/checkpoint/checkpoint.h"
-#include "model/checkpoint/checkpoint_files.h"
+#include "model/checkpoint/trainer_state.h"
 #include "model/checkpoint/safetensors.h"
 #include "model/state_dict.h"
 
@@ -98,15 +98,15 @@ static float *snapshot(enum file f, int64_t *count) {
     return copy;
 }
 
-/* Where the parameter counted `place` lies in the flat buffer. */
-static int64_t offset_of(int64_t place) {
+/* The offset in the flat buffer of a parameter, counted without padding. */
+static int64_t offset_of(int64_t packed_offset) {
     int i = 0;
-    while (place >= model.params.list[i].packed_offset + model.params.list[i].count)
+    while (packed_offset >= model.params.list[i].packed_offset + model.params.list[i].count)
         i++;
-    return model.params.list[i].offset + place - model.params.list[i].packed_offset;
+    return model.params.list[i].offset + packed_offset - model.params.list[i].packed_offset;
 }
 
-/* Every range's moments, wherever the file has them. */
+/* The moments of every range of the file. */
 static void check_moments(const struct safetensors *s) {
     const struct safetensors_entry *ranges = safetensors_find(s, "ranges"),
                                    *moments[2] = {safetensors_find(s, "exp_avg"),
@@ -117,10 +117,11 @@ static void check_moments(const struct safetensors *s) {
     for (int64_t r = 0; r < ranges->shape[0]; r++) {
         int64_t range[2];
         memcpy(range, (const char *)ranges->data + r * 16, sizeof range);
-        for (int64_t place = range[0]; place < range[1]; place++, at++)
+        for (int64_t packed_offset = range[0]; packed_offset < range[1]; packed_offset++, at++)
             for (int i = 0; i < 2; i++)
                 CHECK(memcmp((const char *)moments[i]->data + 4 * at,
-                             (float *)model.moments + i * model.params.elements + offset_of(place), 4) == 0);
+                             (float *)model.moments + i * model.params.elements + offset_of(packed_offset),
+                             4) == 0);
     }
     CHECK(at == model.params.num_params);
 }

@@ -1,13 +1,13 @@
-/* The configuration: a file and overrides. What loads is within its ranges and, written key by key, loads
- * again as the same.
+/* The configuration: a file and overrides. What loads is within its ranges and, written key by key, loads again with
+ * the same values.
  *
  * Input: the INI file; then overrides, a RECORD_SEPARATOR before each. */
 #include "tests/fuzz/config_checks.h"
 
-enum { MOST = 128 };
+enum { MAX_OVERRIDES = 128 };
 
 struct overrides {
-    char *text[MOST];
+    char *text[MAX_OVERRIDES];
     int count;
 };
 
@@ -20,7 +20,7 @@ static void free_overrides(struct overrides *o) {
 static void collect(void *context, const char *key, const char *value) {
     struct overrides *o = context;
     size_t bytes = strlen(key) + strlen(value) + 2;
-    CHECK(o->count < MOST);
+    CHECK(o->count < MAX_OVERRIDES);
     o->text[o->count] = malloc(bytes);
     CHECK(o->text[o->count]);
     snprintf(o->text[o->count++], bytes, "%s=%s", key, value);

@@ -1,4 +1,4 @@
-/* metrics.jsonl of a resumed run, damaged: lines up to the step stay as they are, all others go.
+/* A damaged metrics.jsonl of a resumed run: lines up to the step stay as they are, all others are removed.
  *
  * Input: a byte, the step; then the file. */
 #include "tests/fuzz/fuzz.h"
@@ -43,8 +43,7 @@ static void open_metrics(int64_t step) {
     metrics_close(m);
 }
 
-/* The step of a line: -1 when it has none as the program writes it; *number holds any number it begins with.
- */
+/* The step of a line, or -1 if it does not begin as the program writes it; *number: any number that it begins with. */
 static int64_t step_of(const char *line, size_t length, long long *number) {
     char plain[64], comma = 0, *text = strndup(line, length);
     CHECK(text);
@@ -56,7 +55,7 @@ static int64_t step_of(const char *line, size_t length, long long *number) {
     return own ? *number : -1;
 }
 
-/* Every line of `before`: is it the next of `after`? */
+/* Check that every line of `before` up to the step is the next line of `after`. */
 static void check_lines(const char *before, size_t size, const char *after, size_t left, int64_t step) {
     for (const char *end; (end = memchr(before, '\n', size));) {
         size_t bytes = (size_t)(end - before) + 1;

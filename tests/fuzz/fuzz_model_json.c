@@ -1,5 +1,5 @@
-/* config.json: a model that is read is a legal one, and comes back the same when it is written; and one that
- * no machine could hold is refused before its sizes overflow. */
+/* config.json: a model that is read is valid and the same when written and read again; sizes beyond the limits are
+ * refused before they overflow. */
 #include "tests/fuzz/config_checks.h"
 
 #include <cjson/cJSON.h>
@@ -13,7 +13,7 @@ static void check_layers(const struct model_config *m, const cJSON *list) {
 }
 
 /* Every key of the file has the value that the file gives it. */
-static void check_says(const struct model_config *m, const char *text) {
+static void check_values(const struct model_config *m, const char *text) {
     static struct config c;
     char value[MAX_TEXT];
     cJSON *root = cJSON_Parse(text);
@@ -59,7 +59,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     char *text = fuzz_text(data, size);
     if (config_model_from_json(&m, text, "config.json", &e) == 0) {
         check_model(&m);
-        check_says(&m, text);
+        check_values(&m, text);
         check_json(&m);
         check_use(&m);
     } else {

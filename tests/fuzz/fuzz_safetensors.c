@@ -1,4 +1,4 @@
-/* safetensors files: what opens describes the file exactly, and written again it is the same. */
+/* safetensors files: the entries of a file that opens describe it exactly, and are the same when written again. */
 #include "tests/fuzz/safetensors_mutator.h"
 
 #include "model/checkpoint/safetensors.h"

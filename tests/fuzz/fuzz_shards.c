@@ -1,4 +1,4 @@
-/* Token shards: what is accepted is exactly what the format's description accepts, and reads back as it is.
+/* Token shards: exactly the files that the format allows are accepted, and read with their tokens.
  *
  * Input: a byte of form, a byte that picks the vocabulary's size, then the file. Form's bits: RAW, the file
  * is given as it is; else its 12 bytes of header that count, and the tokens. COUNTED: the header's count is
@@ -49,7 +49,7 @@ static uint32_t token(const struct file *f, int64_t width, int64_t i) {
     return x;
 }
 
-/* The number of tokens when the format's description allows the file, or -1. */
+/* The number of tokens if the format allows the file, or -1. */
 static int64_t tokens_of(const struct file *f, int64_t seq_len, int64_t vocab, int64_t *width) {
     int32_t header[3];
     if (f->size < HEADER)

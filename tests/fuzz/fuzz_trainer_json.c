@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "model/checkpoint/checkpoint_files.h"
+#include "model/checkpoint/trainer_state.h"
 
 static void check_setting(void *context, const char *key, const char *value) {
     *(size_t *)context += strlen(key) + strlen(value);

@@ -131,7 +131,7 @@ class Ranks(Case):
         other.write_text(Path(self.config).read_text().replace("lr = 1e-2", "lr = 1e-3"))
         data = self.tmp / "otherdata.ini"
         data.write_text(Path(self.config).read_text().replace("train_*.bin", "val_*.bin"))
-        for config, message in ((other, "rank 1: has another configuration than rank 0"),
+        for config, message in ((other, "rank 1: its configuration differs from rank 0's"),
                                 (data, "rank 1: ")):
             p = subprocess.run([*MPIRUN, "-np", "1", BINARY, "train",
                                 str(self.config), f"run.dir={self.tmp}/alike", *COMMON, ":", "-np", "1", BINARY, "train",
@@ -151,7 +151,7 @@ class Ranks(Case):
                             ":", "-np", "1", "-wdir", str(there), *command], env=MPI, text=True, capture_output=True,
                            timeout=TIMEOUT, cwd=self.tmp)
         self.assertEqual(p.returncode, 2, p.stderr)
-        self.assertIn("rank 1: finds other training or validation data than rank 0", p.stderr)
+        self.assertIn("rank 1: its training or validation data differs from rank 0's", p.stderr)
 
     def test_missing_optimizer_file_of_a_rank(self):
         run = self.tmp / "missing"

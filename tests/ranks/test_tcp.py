@@ -217,7 +217,7 @@ class Peers(Case):
         run = Ranks(self, 3, start=[0, 1])
         run.args[1] = other
         run.start(2)
-        run.fail(2, 0, "rank 2: has another configuration than rank 0")
+        run.fail(2, 0, "rank 2: its configuration differs from rank 0's")
 
 
 class Start(Case):

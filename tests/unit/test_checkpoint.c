@@ -1,6 +1,5 @@
-/* Checkpoints: what is saved comes back bit for bit and training goes on as if it had never stopped; which
- * checkpoints stay; a damaged one is passed over; one of another run is refused; and whatever fails while
- * saving, the checkpoint before stays what it was.
+/* Checkpoints: resuming restores every bit, so that training continues as if it had not stopped; which checkpoints are
+ * kept; a damaged one is skipped; one of another run is refused; a failed save leaves earlier ones unchanged.
  *
  * Everything happens in a temporary directory that is the current one while the tests run. */
 #define FIXTURE_THREADS 1
@@ -24,7 +23,7 @@
 
 static const char WEIGHTS[] = "model.safetensors", OPTIMIZER[] = "optimizer-00000-of-00001.safetensors";
 
-/* In the place of the C library's fsync: from the call `sync_fails_at` on (counted from 1), no space. */
+/* Replaces the C library's fsync: fails with ENOSPC from the call `sync_fails_at` on (counted from 1). */
 static int sync_calls, sync_fails_at;
 
 int fsync(int fd) {
@@ -108,7 +107,7 @@ static void step_and_save(struct run *r) {
         fail_msg("%s", e.text);
 }
 
-/* As the trainer does it: AdamW's count goes back to the device. */
+/* As the trainer does it: AdamW's number of updates is written to the device. */
 static int resume(struct run *r, char dir[MAX_TEXT], struct error *e) {
     int status = checkpoint_resume(r->dir, &r->model, &r->config, &r->trainer, dir, true, e);
     struct step_state state = {.history = r->trainer.history};
@@ -158,7 +157,7 @@ static bool has_step(const struct run *r, int64_t step) {
     return exists(path);
 }
 
-/* What the program writes to stderr goes to a file meanwhile. */
+/* Redirect stderr to a file. */
 static int kept_stderr;
 
 static void capture_stderr(void) {
@@ -183,7 +182,7 @@ static void check_error(const struct error *e, int exit_code, const char *expect
         fail_msg("exit %d, \"%s\": not exit %d with \"%s\"", e->exit_code, e->text, exit_code, expected);
 }
 
-/* ---- there and back ---- */
+/* ---- saving and resuming ---- */
 
 static void what_is_saved_comes_back(void **state) {
     (void)state;
@@ -204,7 +203,7 @@ static void what_is_saved_comes_back(void **state) {
     assert_string_equal(dir, "back/step_00000003");
     assert_memory_equal(&other.trainer, &r.trainer, sizeof r.trainer);
     check_same_numbers(&other.model, &r.model);
-    for (int i = 0; i < 3; i++) { /* and both go on alike */
+    for (int i = 0; i < 3; i++) { /* and both continue equally */
         train_step(&r);
         train_step(&other);
     }
@@ -338,7 +337,7 @@ static void config_json_reads_as_the_model(void **state) {
     close_run(&r);
 }
 
-/* ---- which stay ---- */
+/* ---- which are kept ---- */
 
 static void check_steps(const struct run *r, const char *expected) {
     for (int step = 1; step <= 9; step++)
@@ -414,7 +413,7 @@ static void leftovers_are_cleaned(void **state) {
     assert_int_equal(files_make_dirs("clean/step_00000009.tmp", &e), 0);
     assert_int_equal(files_write_synced("clean/notes.tmp", "mine", 4, &e), 0);
     check_newest("clean", "clean/step_00000001");
-    step_and_save(&r); /* over the leftover of the same step */
+    step_and_save(&r); /* replaces what is left of the same step */
     check_resumes(&r, NULL, 2);
     checkpoint_clean("clean");
     assert_false(exists("clean/step_00000009.tmp"));
@@ -441,7 +440,7 @@ static void damage_file(const char *path, enum damage how) {
         assert_int_equal(truncate(path, how == EMPTY ? 0 : st.st_size - 9), 0);
 }
 
-/* The newest of two, with one file damaged: the one before is loaded whole, and the user is told. */
+/* One file of the newer checkpoint is damaged: the older one is loaded, with a warning. */
 static void check_passed_over(const char *file, enum damage how) {
     struct run r, first;
     char path[256], dir[64];
@@ -493,7 +492,7 @@ static void edit_trainer(const struct run *r, const char *from, const char *to) 
     free(text);
 }
 
-/* Numbers that JSON can say and a run cannot have: as if there were none. */
+/* Numbers that are valid JSON and impossible for a run are read as missing. */
 static void numbers_beyond_sense_are_left_out(void **state) {
     (void)state;
     struct run r;
@@ -527,7 +526,7 @@ static void text_after_the_json_is_damage(void **state) {
     close_run(&r);
 }
 
-/* A recorded setting may be any text; the terminal sees one line of it, and nothing that it would obey. */
+/* A recorded setting may be any text; the error has one line of it, without control characters. */
 static void a_file_cannot_write_to_the_terminal(void **state) {
     (void)state;
     struct run r;
@@ -588,7 +587,7 @@ static void another_run_is_refused(void **state) {
     step_and_save(&r);
     check_refused("other", "model.hidden_size=18", same, "model.hidden_size");
     check_refused("other", "model.tie_word_embeddings=false", same, "model.tie_word_embeddings");
-    check_refused("other", "model.rope_theta=500", same, "model.rope_theta"); /* no tensor would tell */
+    check_refused("other", "model.rope_theta=500", same, "model.rope_theta"); /* changes no tensor's shape */
     check_refused("other", "model.layer_pattern=mha_global", same, "model.layer_pattern");
     check_refused("other", "train.seed=5", same, "train.seed");
     check_refused("other", NULL, "fedcba9876543210", "data");
@@ -644,7 +643,7 @@ static void a_directory_that_takes_nothing(void **state) {
     check_save_fails(&r, "gone");
     assert_int_equal(unlink("gone"), 0);
     assert_int_equal(mkdir("gone", 0555), 0);
-    if (geteuid() != 0) /* whom nothing is forbidden */
+    if (geteuid() != 0) /* root may write anywhere */
         check_save_fails(&r, "gone");
     close_run(&r);
 }
@@ -697,8 +696,8 @@ static void a_full_disk_leaves_the_one_before(void **state) {
     close_run(&before);
 }
 
-/* Syncing fails from the n-th time on, for every n there is: a save that reports failure has left the run
- * either as it was or, where the rename was done, with the whole new checkpoint. */
+/* fsync fails from the n-th call on, for every n: after a save that reports failure the run is as it was, or, if the
+ * rename was done, has the complete new checkpoint. */
 static void any_failing_sync_leaves_a_whole_checkpoint(void **state) {
     (void)state;
     struct run r, before;

@@ -1,5 +1,5 @@
-/* Configuration: defaults, every class of user error with its words and exit code, and the ways round
- * (JSON, visit). Run from the root of the repository, where configs/ is. */
+/* Configuration: defaults, every class of user error with its message and exit code, and round trips (JSON, visit).
+ * Run from the root of the repository, where configs/ is. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -39,7 +39,7 @@ static int load_text(const char *text, va_list args) {
         assert_true(++count < MAX_OVERRIDES);
     write_file(text, strlen(text));
     memset(&error, 0, sizeof error);
-    memset(&config, 0x5a, sizeof config); /* nothing may depend on what was there */
+    memset(&config, 0x5a, sizeof config); /* old content must not matter */
     return config_load(&config, file, count, overrides, 1, &error);
 }
 
@@ -61,7 +61,7 @@ static void check_error(int status, const char *words) {
     assert_null(strchr(error.text, '\n'));
 }
 
-/* The text is refused, with these words in the message. */
+/* The text is refused, with `words` in the message. */
 static void refused(const char *words, const char *text, ...) {
     va_list args;
     va_start(args, text);
@@ -70,14 +70,14 @@ static void refused(const char *words, const char *text, ...) {
     check_error(status, words);
 }
 
-/* `small` with more lines behind it (line 15 on) is refused. */
+/* `small` with more lines after it (from line 15) is refused. */
 static void refused_line(const char *line, const char *words) {
     char text[20000];
     snprintf(text, sizeof text, "%s%s\n", small, line);
     refused(words, text, NULL);
 }
 
-/* ---- what loads ---- */
+/* ---- valid configurations ---- */
 
 static void test_defaults(void **state) {
     (void)state;
@@ -185,8 +185,8 @@ static void test_without_a_file(void **state) {
     assert_int_equal(config_load(&config, NULL, 10, overrides, 3, &error), 0);
     assert_int_equal(config.train.batch_tokens, 12);
     check_error(config_load(&config, NULL, 9, overrides, 1, &error),
-                "configuration: missing key without a default: run.dir");
-    assert_int_equal(config_load(&config, NULL, 9, overrides, 1, NULL), -1); /* nobody listens */
+                "configuration: missing required key: run.dir");
+    assert_int_equal(config_load(&config, NULL, 9, overrides, 1, NULL), -1); /* without an error to fill */
 }
 
 static void pattern_is(const char *pattern, const char *letters) {
@@ -265,7 +265,7 @@ static void test_committed_configs(void **state) {
     assert_int_equal(config.model.layer_types[25], LAYER_IHA_LOCAL);
 }
 
-/* ---- what does not ---- */
+/* ---- invalid configurations ---- */
 
 static void test_broken_files(void **state) {
     (void)state;
@@ -286,8 +286,8 @@ static void test_broken_files(void **state) {
     refused_line("[train]\ninit_from =", "empty; give init_from a value or write none");
     refused_line("[train]\nbeta1 = 0.5\n  beta2 = x",
                  ":17: beta2 = x: not a number"); /* indented: no continuation */
-    refused("missing keys without a default: model.vocab_size, model.hidden_size", "", NULL);
-    refused(": missing key without a default: run.dir",
+    refused("missing required keys: model.vocab_size, model.hidden_size", "", NULL);
+    refused(": missing required key: run.dir",
             "[model]\nvocab_size=9\nhidden_size=8\nnum_hidden_layers=1\n"
             "num_attention_heads=2\n[train]\nseq_len=4\nmicro_batch=1\nsteps=1\nlr=1\n[data]\ntrain=x\n",
             NULL);
@@ -304,7 +304,7 @@ static void test_long_lines_and_zero_bytes(void **state) {
     snprintf(text, sizeof text, "%s[data]\nval = %s\n", small, path);
     loads(text, NULL);
     assert_string_equal(config.data.val, path);
-    /* Longer ones arrive whole or are refused, never cut. */
+    /* Longer ones are read whole or refused, never cut. */
     path[150] = 'p';
     path[MAX_TEXT - 1] = 0;
     snprintf(text, sizeof text, "%s[data]\nval = %s\n", small, path);
@@ -325,7 +325,7 @@ static void test_long_lines_and_zero_bytes(void **state) {
     strcpy(text + 9000, "\n");
     refused(":2: line of", text, NULL);
     write_file("[model]\nvo\0cab_size = 3\n", 24);
-    check_error(config_load(&config, file, 0, NULL, 1, &error), ":2: a zero byte");
+    check_error(config_load(&config, file, 0, NULL, 1, &error), ":2: contains a zero byte");
 }
 
 static void test_overrides(void **state) {
@@ -342,7 +342,7 @@ static void test_overrides(void **state) {
     refused("override 'x=a.b': expected section.key=value", small, "x=a.b", NULL);
     refused("override '': expected", small, "", NULL);
     refused("override 'run.dir=': empty", small, "run.dir=", NULL);
-    /* Control characters and any length stay one line. */
+    /* Errors are one line, whatever the length and the control characters of the text. */
     refused("override 'tr?ain.lr?=1': unknown section 'tr?ain'", small, "tr\nain.lr\033=1", NULL);
     char wide[3000];
     memset(wide, 'k', sizeof wide - 1);
@@ -373,7 +373,7 @@ static void test_values_refused(void **state) {
         {"model.local_window=0", "out of range"},
         {"model.local_window=auto", "not a whole number"},
         {"model.norm_eps=0", "out of range; norm_eps takes a number from 1e-30 to 1"},
-        {"model.bias=yes", "not true or false; bias takes only these two words"},
+        {"model.bias=yes", "not true or false; bias takes only these two values"},
         {"model.causal=1", "not true or false"},
         {"model.norm=rms", "unknown value 'rms'; norm takes rmsnorm or layernorm"},
         {"model.norm=RMSNorm", "did you mean 'rmsnorm'?"},
@@ -435,9 +435,9 @@ static void test_relations(void **state) {
     refused("tokenizer = bytes needs model.vocab_size >= 257", small, "data.tokenizer=bytes",
             "model.vocab_size=256", NULL);
     loads(small, "data.tokenizer=bytes", "model.vocab_size=257", NULL);
-    refused("tokens in one pass; at most 4294967296", small, "train.micro_batch=65536",
+    refused("tokens in one pass; the limit is 4294967296", small, "train.micro_batch=65536",
             "train.seq_len=16777216", NULL);
-    refused("beyond 2^44 numbers", small, "train.micro_batch=65536", "train.seq_len=65536",
+    refused("above the limit of 2^44 numbers", small, "train.micro_batch=65536", "train.seq_len=65536",
             "model.num_pseudo_heads=4096", NULL);
 }
 
@@ -480,7 +480,7 @@ static void test_override_of_a_checkpoint(void **state) {
     }
 }
 
-/* ---- there and back ---- */
+/* ---- round trips ---- */
 
 static struct model_config from_json(const char *json) {
     struct model_config m;
@@ -510,7 +510,7 @@ static void test_json_round_trip(void **state) {
     assert_null(strstr(json, "layer_pattern"));
     assert_string_equal(json + strlen(json) - 3, "\n}\n");
     free(json);
-    /* How it was initialised stays behind. */
+    /* The init_* keys are left out. */
     loads(small, "model.init_alpha=noise", NULL);
     json = config_model_to_json(&config.model);
     assert_int_equal(from_json(json).init_alpha, ALPHA_IDENTITY);
@@ -607,7 +607,7 @@ static bool has(const struct visited *v, const char *text) {
     return false;
 }
 
-/* What visit gives, given back as overrides, is the same configuration. */
+/* The output of config_visit, given as overrides, is the same configuration. */
 static void visit_round_trip(const struct config *original, struct visited *v) {
     *v = (struct visited){0};
     config_visit(original, collect, v);
@@ -723,7 +723,8 @@ static void test_help(void **state) {
 static void test_nearest(void **state) {
     (void)state;
     static const char *const names[] = {"train", "eval", "generate", "info", NULL};
-    assert_string_equal(nearest_name("trian", names), "train"); /* a swap is one slip */
+    assert_string_equal(nearest_name("trian", names),
+                        "train"); /* a swap of adjacent letters counts as one error */
     assert_string_equal(nearest_name("GENERATE", names), "generate");
     assert_string_equal(nearest_name("evla", names), "eval");
     assert_null(nearest_name("serve", names));

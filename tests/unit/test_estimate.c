@@ -1,5 +1,5 @@
-/* Predictions on paper: operations are those that flops.h counts, messages those that real ranks send, times
- * what a few lines of arithmetic by hand give, and memory what the model plans. */
+/* The estimate of a run: its operations against flops.h, its messages against those of real ranks, its times against
+ * a few lines of arithmetic, and its memory against the model's plan. */
 #define FIXTURE_THREADS 1
 #include "kernels/estimate/hardware.h"
 #include "model/flops.h"
@@ -13,9 +13,9 @@ static void expect_near(const char *what, double is, double want) {
         fail_msg("%s: %.17g instead of %.17g", what, is, want);
 }
 
-/* ---- machines that calculate by hand ---- */
+/* ---- hardware with round figures ---- */
 
-/* Everything infinitely fast; tests slow down what they look at. */
+/* Everything infinitely fast; a test sets the rates that it checks. */
 static struct gpu_spec fast_gpu(void) {
     const double inf = INFINITY;
     return (struct gpu_spec){.name = "fast",
@@ -59,7 +59,7 @@ static struct config config_of(struct model_config model, int ranks, int passes,
                            .system = {.zero_stage = stage}};
 }
 
-static struct run_estimate predicted(const struct config *c, const struct estimate_options *o) {
+static struct run_estimate estimate_of(const struct config *c, const struct estimate_options *o) {
     struct run_estimate p;
     struct error e = {0};
     if (estimate_run(&p, c, o, &e) != 0)
@@ -92,7 +92,7 @@ static void check_flops(struct model_config model) {
         for (enum recompute mode = RECOMPUTE_NONE; mode <= RECOMPUTE_FULL; mode++) {
             struct config c = config_of(model, 1, passes, 0);
             c.system.recompute = mode;
-            struct run_estimate p = predicted(&c, &o);
+            struct run_estimate p = estimate_of(&c, &o);
             double again = mode == RECOMPUTE_FULL ? passes * repeated_products(&model) : 0;
             const double *is = p.step.flops, tokens = (double)ROWS * passes;
             expect_near("products", is[ESTIMATE_MATMUL] + is[ESTIMATE_CLASSIFIER] - again, tokens * f.matmul);
@@ -427,7 +427,7 @@ static void check_messages(struct model_config model, int ranks, int stage, int 
     struct job jobs[THREAD_RANKS];
     o.precision = DEVICE_FP32;
     run_ranks(jobs, &c, ranks);
-    struct run_estimate p = predicted(&c, &o);
+    struct run_estimate p = estimate_of(&c, &o);
     assert_int_equal(p.passes, passes);
     for (int r = 0; r < ranks; r++)
         for (int kind = 0; kind < MESSAGES; kind++) {
@@ -436,7 +436,7 @@ static void check_messages(struct model_config model, int ranks, int stage, int 
         }
     check_bytes(&c, &p, ranks, 4);
     o.precision = DEVICE_BF16;
-    p = predicted(&c, &o);
+    p = estimate_of(&c, &o);
     check_bytes(&c, &p, ranks, 2);
 }
 
@@ -455,7 +455,7 @@ static void one_rank_sends_nothing(void **state) {
     (void)state;
     for (int stage = 0; stage <= 2; stage++) {
         struct config c = config_of(plain_config(), 1, 2, stage);
-        struct run_estimate p = predicted(&c, &o);
+        struct run_estimate p = estimate_of(&c, &o);
         assert_true(sum(p.step.moving, MESSAGES) == 0 && sum(p.step.exposed, MESSAGES) == 0);
         assert_true(p.step.messages[MESSAGE_REDUCE_SCATTER] == 0 && p.step.messages[MESSAGE_ALL_REDUCE] == 0);
     }
@@ -476,7 +476,7 @@ static void a_timeline_by_hand(void **state) {
     timeline_wait(&t, first);
     assert_true(t.compute_end == 7 && t.exposed[MESSAGE_REDUCE_SCATTER] == 2);
     timeline_compute(&t, 5);
-    timeline_wait(&t, second); /* long there */
+    timeline_wait(&t, second); /* arrived before */
     assert_true(t.compute_end == 12 && t.exposed[MESSAGE_REDUCE_SCATTER] == 2);
     int64_t third = timeline_send(&t, MESSAGE_ALL_GATHER, 10); /* the link was idle: 12 to 22 */
     timeline_wait(&t, third);
@@ -506,7 +506,7 @@ static void a_ring_by_hand(void **state) {
     expect_near("a tree of one", all_reduce_seconds(&l, 1), 0);
 }
 
-/* The table of figures is written by hand: what must hold between them. */
+/* Relations that must hold between the figures of the hand-written table. */
 static void figures_are_possible(void **state) {
     (void)state;
     for (int i = 0; gpu_names[i]; i++) {
@@ -544,7 +544,7 @@ static struct run_estimate on_link(struct model_config model, int ranks, int sta
     g.nvlink = bandwidth;
     struct estimate_options o = options_of(&g, &l, ranks);
     struct config c = config_of(model, ranks, 1, stage);
-    return predicted(&c, &o);
+    return estimate_of(&c, &o);
 }
 
 static void a_fast_link_is_hidden_and_a_slow_one_is_all_there_is(void **state) {
@@ -560,7 +560,7 @@ static void a_fast_link_is_hidden_and_a_slow_one_is_all_there_is(void **state) {
     }
 }
 
-/* Time passes by computing and by waiting, no faster than either queue, and never slower than one after the
+/* A step takes at least as long as computation and as communication alone, and at most as long as both one after the
  * other. */
 static void a_step_is_computing_and_waiting(void **state) {
     double before = INFINITY;
@@ -578,8 +578,8 @@ static void a_step_is_computing_and_waiting(void **state) {
         }
 }
 
-/* Gradients of all but what backward ends with travel while it runs: of many layers less is exposed than of
- * one, by their number. */
+/* The reduction of all but the last gradients overlaps with backward, so the exposed part shrinks with the number of
+ * layers. */
 static void layers_hide_each_other(void **state) {
     struct run_estimate one, many;
     (void)state;
@@ -595,7 +595,7 @@ static void layers_hide_each_other(void **state) {
         one = on_link(layers(1), 4, stage, bandwidth);
         many = on_link(layers(9), 4, stage, bandwidth);
         double least = many.step.exposed[MESSAGE_REDUCE_SCATTER];
-        assert_true(least > 0); /* the embeddings' gradients have nothing to hide behind */
+        assert_true(least > 0); /* nothing overlaps with the embeddings' gradients */
         assert_true(least <= one.step.exposed[MESSAGE_REDUCE_SCATTER] * (1 + 1e-9));
         assert_true(many.step.moving[MESSAGE_REDUCE_SCATTER] > 3 * one.step.moving[MESSAGE_REDUCE_SCATTER]);
     }
@@ -605,7 +605,7 @@ static void speed_and_mfu_follow_from_the_step(void **state) {
     struct link_spec l = *link_spec("ib400");
     struct estimate_options o = options_of(gpu_spec("a100"), &l, 16);
     struct config c = config_of(plain_config(), 16, 3, 2);
-    struct run_estimate p = predicted(&c, &o);
+    struct run_estimate p = estimate_of(&c, &o);
     struct flops f = flops_per_token(&c.model, TOKENS);
     (void)state;
     assert_int_equal(p.passes, 3);
@@ -625,7 +625,7 @@ static void memory_is_what_the_model_plans(void **state) {
         struct estimate_options o = options_of(&g, &l, 4);
         struct config c = config_of(other_config(), 4, 1, stage);
         c.system.recompute = RECOMPUTE_LIGHT;
-        struct memory_plan cpu, paper = predicted(&c, &o).memory;
+        struct memory_plan cpu, paper = estimate_of(&c, &o).memory;
         assert_int_equal(
             model_memory(&c.model, kernels_cpu(), fixture_device(), &shape, 4, stage, DTYPE_F32, &cpu, &e),
             0);
@@ -635,7 +635,7 @@ static void memory_is_what_the_model_plans(void **state) {
         assert_int_equal(2 * paper.optimizer, 3 * cpu.optimizer);
         assert_true(paper.activations < cpu.activations && paper.activations > cpu.activations / 3);
         o.precision = DEVICE_FP32;
-        paper = predicted(&c, &o).memory;
+        paper = estimate_of(&c, &o).memory;
         assert_int_equal(paper.parameters, cpu.parameters);
         assert_int_equal(paper.optimizer, cpu.optimizer);
         /* A GPU sums one share at a time; the CPU keeps three whole buckets in flight. */
@@ -644,7 +644,7 @@ static void memory_is_what_the_model_plans(void **state) {
     }
 }
 
-/* A GPU that is a little too small for what is asked, then one for which nothing is small enough. */
+/* A GPU that is a little too small, then one that is too small for any setting. */
 static void advice_fits(void **state) {
     struct gpu_spec g = fast_gpu();
     struct link_spec l = fast_link();
@@ -658,13 +658,13 @@ static void advice_fits(void **state) {
     c.train.seq_len = 1024;
     c.train.micro_batch = 8;
     c.train.batch_tokens = 4 * 8 * 1024;
-    plan = predicted(&c, &o).memory;
+    plan = estimate_of(&c, &o).memory;
     g.memory = g.reserved + 0.9 * (double)memory_total(&plan);
     for (int attempt = 0; attempt < FIT_ATTEMPTS; attempt++) {
         assert_int_equal(estimate_fit(&c, &o, attempt, &changed, &plan, &e), 1);
-        struct memory_plan again = predicted(&changed, &o).memory;
+        struct memory_plan again = estimate_of(&changed, &o).memory;
         assert_int_equal(memory_total(&again), memory_total(&plan));
-        assert_true((double)memory_total(&plan) <= estimate_room(&g));
+        assert_true((double)memory_total(&plan) <= estimate_usable_memory(&g));
         assert_int_equal(changed.train.micro_batch, attempt == 0 ? 4 : 8);
         assert_int_equal(changed.system.recompute, attempt == 1 ? RECOMPUTE_LIGHT : RECOMPUTE_NONE);
         assert_int_equal(changed.system.zero_stage, attempt >= 2);
@@ -673,7 +673,7 @@ static void advice_fits(void **state) {
     for (int attempt = 0; attempt < FIT_ATTEMPTS; attempt++)
         assert_int_equal(estimate_fit(&c, &o, attempt, &changed, &plan, &e), 0);
     assert_true(changed.train.micro_batch == 1 && changed.system.recompute == RECOMPUTE_FULL &&
-                changed.system.zero_stage == 2); /* all that could be tried */
+                changed.system.zero_stage == 2); /* every setting was tried */
 }
 
 int main(void) {

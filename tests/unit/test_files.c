@@ -1,4 +1,4 @@
-/* Tests of the file-system routines: what each leaves on the disk, and what it says when it cannot.
+/* The file-system functions: what each leaves on the disk, and its errors.
  *
  * Everything happens in a temporary directory that is the current one while the tests run. */
 #include <setjmp.h>
@@ -24,7 +24,7 @@
 #include "model/checkpoint/files.h"
 #include "tests/lib/temporary_directory.h"
 
-/* In the place of the C library's fsync: count the calls, or fail them with a chosen errno. */
+/* Replaces the C library's fsync: counts the calls, or fails them with a chosen errno. */
 static int sync_calls, sync_errno;
 
 int fsync(int fd) {
@@ -66,7 +66,7 @@ static void test_read_and_write(void **state) {
     (void)state;
     put("a", "hello");
     check_content("a", "hello");
-    put("a", "bye"); /* shorter: the rest must go */
+    put("a", "bye"); /* shorter: nothing of the old content may remain */
     check_content("a", "bye");
     assert_int_equal(files_write_synced("a", NULL, 0, NULL), 0);
     check_content("a", "");
@@ -91,7 +91,7 @@ static void test_read_limits(void **state) {
     check_error(&e, EXIT_USER, "\"a\"", "larger than the 4 bytes");
     assert_int_equal(files_read_all("a", SIZE_MAX, &data, NULL, &e), 0);
     free(data);
-    /* No size to go by: a file that never ends, and one of /proc. */
+    /* Without a size: an endless file, and one in /proc. */
     assert_int_equal(files_read_all("/dev/zero", 100000, &data, NULL, &e), -1);
     check_error(&e, EXIT_USER, "/dev/zero", "larger");
     assert_int_equal(files_read_all("/proc/self/status", 1 << 20, &data, NULL, &e), 0);
@@ -252,7 +252,7 @@ static void test_remove_tree(void **state) {
     assert_int_equal(files_remove_tree("r/tree", &e), 0);
     assert_false(exists("r/tree"));
     check_content("r/kept/file", "kept");
-    assert_int_equal(files_remove_tree("r/tree", &e), 0); /* gone already */
+    assert_int_equal(files_remove_tree("r/tree", &e), 0); /* removed already */
     assert_int_equal(files_remove_tree("r/absent/tree", &e), 0);
 
     assert_int_equal(symlink("kept", "r/link"), 0);
@@ -286,7 +286,7 @@ static void test_publish_dir(void **state) {
     assert_int_equal(files_publish_dir("p/step_1.tmp", "p/step_1", &e), 0);
     assert_false(exists("p/step_1.tmp"));
     check_content("p/step_1/file", "1");
-    /* One that is there and not empty stays as it is. */
+    /* An existing one that is not empty is left as it is. */
     assert_int_equal(files_make_dirs("p/step_1.tmp", &e), 0);
     put("p/step_1.tmp/file", "2");
     assert_int_equal(files_publish_dir("p/step_1.tmp", "p/step_1", &e), -1);
@@ -318,7 +318,7 @@ static void check_link(const char *path, const char *expected) {
     assert_string_equal(target, expected);
 }
 
-/* Each routine syncs what it promises, and says so when that fails. */
+/* Each function syncs what it promises, and reports failures. */
 static void test_synced(void **state) {
     (void)state;
     struct error e = {0};
@@ -339,10 +339,10 @@ static void test_synced(void **state) {
     check_error(&e, EXIT_RUN, "\"s\"", "Input/output error; check the disk");
     assert_int_equal(files_publish_dir("sync/one", "sync/two", &e), -1);
     check_error(&e, EXIT_RUN, "sync/one", "Input/output error");
-    assert_false(exists("sync/two")); /* not renamed when its names may be lost */
+    assert_false(exists("sync/two")); /* not renamed, since its names may be lost */
     assert_int_equal(files_make_dirs("sync/three", &e), -1);
     check_error(&e, EXIT_RUN, "sync", "Input/output error");
-    sync_errno = EINVAL; /* a file system that cannot sync directories is no error, for a file it is */
+    sync_errno = EINVAL; /* "cannot be synced" is no error for a directory, and one for a file */
     assert_int_equal(files_sync_dir("sync", &e), 0);
     assert_int_equal(files_write_synced("s", "x", 1, &e), -1);
     sync_errno = 0;
@@ -357,7 +357,7 @@ static void test_link_replace(void **state) {
     check_link("l/best", "step_1");
     assert_int_equal(files_link_replace("step_2", "l/best", &e), 0); /* not a link inside step_1 */
     check_link("l/best", "step_2");
-    assert_int_equal(symlink("stale", "l/best.tmp"), 0); /* as a crash leaves it */
+    assert_int_equal(symlink("stale", "l/best.tmp"), 0); /* left by a crash */
     assert_int_equal(files_link_replace("step_1", "l/best", &e), 0);
     check_link("l/best", "step_1");
     assert_false(exists("l/best.tmp"));
@@ -388,7 +388,7 @@ static int child_locks(const char *path, const char *expected) {
 static void test_lock(void **state) {
     (void)state;
     struct error e = {0};
-    put("lock", "99999999999\n"); /* of a process long gone */
+    put("lock", "99999999999\n"); /* of a process that has ended */
     int fd = files_lock("lock", &e);
     assert_true(fd >= 0);
     char pid[32], expected[64];
@@ -396,7 +396,7 @@ static void test_lock(void **state) {
     check_content("lock", pid);
     snprintf(expected, sizeof expected, "is in use by another process (pid %ld)", (long)getpid());
     assert_int_equal(child_locks("lock", expected), 1);
-    check_content("lock", pid); /* the loser has not touched it */
+    check_content("lock", pid); /* unchanged by the child, which did not get the lock */
     close(fd);
     assert_int_equal(child_locks("lock", ""), 0); /* and the child's end frees it again */
     fd = files_lock("lock", &e);

@@ -1,5 +1,5 @@
-/* metrics.jsonl of a run that goes on: lines past its step go, so do damaged ones, and all others stay as
- * they are. */
+/* metrics.jsonl when a run is resumed: lines of later steps and damaged lines are removed, all others stay as they
+ * are. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -50,13 +50,13 @@ static void damaged_lines_go(void **state) {
     check_trimmed(LINE(1) "\n" LINE(2), 2, LINE(1) LINE(2));
     check_trimmed("garbage\n" LINE(2), 2, LINE(2));
     check_trimmed(LINE(99999999999999999999), 2, "");
-    /* A line is judged by itself: not by a number that stands in the next. */
+    /* Each line counts by itself: the number may not be taken from the next line. */
     check_trimmed("{\"step\":\n" LINE(2), 2, LINE(2));
     check_trimmed("{\"step\":\n 2, \"loss\": 1}\n", 2, "");
     check_trimmed("{\"step\": 2\n, \"loss\": 1}\n", 2, "");
 }
 
-/* A week of steps, and a small part of the time that a look at the whole rest for every line would take. */
+/* As many lines as a week of training writes, in a small part of the time that a quadratic search would take. */
 static void a_long_file_takes_no_time(void **state) {
     (void)state;
     enum { STEPS = 400000 };

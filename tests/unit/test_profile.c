@@ -1,4 +1,4 @@
-/* The table of a trace that is made by hand, and what becomes of it where the file cannot be written. */
+/* The table of a hand-made trace, and the report when its file cannot be written. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -67,7 +67,7 @@ static void each_range_has_its_own_time(void **state) {
     trace_free(t);
 }
 
-/* A clock that stands still, and a trace of nothing. */
+/* Ranges of no duration, and an empty trace. */
 static void no_time_is_no_share(void **state) {
     struct trace *t = trace_create();
     (void)state;

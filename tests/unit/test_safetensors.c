@@ -1,7 +1,7 @@
-/* Tests of the safetensors reader and writer: a round trip, headers written by an enemy, disks that fail.
+/* The safetensors reader and writer: round trip, malformed headers, disk errors.
  *
- * The hostile headers are a table: a JSON text, the number of data bytes after it, and a piece of the error
- * that must come out. Each becomes a file in a temporary directory of the run. */
+ * The malformed headers are a table: a JSON text, the number of data bytes after it, and a part of the expected
+ * error. Each becomes a file in a temporary directory of the run. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -24,7 +24,7 @@
 static char directory[] = "/tmp/test_safetensors_XXXXXX";
 static char path[sizeof directory + 32]; /* the file each test writes */
 
-/* In the place of the C library's fsync: count the calls, or fail them with a chosen errno. */
+/* Replaces the C library's fsync: counts the calls, or fails them with a chosen errno. */
 static int sync_calls, sync_errno;
 
 int fsync(int fd) {
@@ -57,7 +57,7 @@ static void write_bytes(const void *data, size_t bytes) {
     assert_int_equal(fclose(f), 0);
 }
 
-/* A file with the given header, its true length in front or a false one, and data_bytes of data after it. */
+/* A file with the given header, preceded by its true length or a false one, and data_bytes of data. */
 static void write_file(const char *header, size_t header_bytes, uint64_t told_bytes, size_t data_bytes) {
     char *file = calloc(1, 8 + header_bytes + data_bytes);
     assert_non_null(file);
@@ -68,7 +68,7 @@ static void write_file(const char *header, size_t header_bytes, uint64_t told_by
     free(file);
 }
 
-/* The file must be refused as the user's, in one line that names it and says `expected`. */
+/* The file must be refused with EXIT_USER, in one line with its name and `expected`. */
 static void check_refused(const char *expected) {
     struct safetensors s;
     struct error e = {.exit_code = -1};
@@ -79,7 +79,7 @@ static void check_refused(const char *expected) {
         fail_msg("\"%s\" does not say \"%s\"", e.text, expected);
     assert_null(s.entries);
     assert_int_equal(s.count, 0);
-    safetensors_close(&s); /* harmless after an error */
+    safetensors_close(&s); /* allowed after an error */
 }
 
 static void open_well(struct safetensors *s) {
@@ -156,7 +156,7 @@ static void test_round_trip(void **state) {
         const struct safetensors_entry *first = safetensors_find(&s, "z.f32");
         assert_int_equal(((uintptr_t)first->data - (uintptr_t)s.map) % 64, 0);
         safetensors_close(&s);
-        safetensors_close(&s); /* twice is harmless */
+        safetensors_close(&s); /* allowed twice */
         assert_null(safetensors_find(&s, "f64"));
     }
 }
@@ -234,7 +234,7 @@ static void test_many_and_large(void **state) {
     free(large);
 }
 
-/* ---- headers of others ---- */
+/* ---- malformed headers ---- */
 
 #define T(name, dtype, shape, offsets)                                                                       \
     "\"" name "\":{\"dtype\":\"" dtype "\",\"shape\":" shape ",\"data_offsets\":" offsets "}"
@@ -330,8 +330,8 @@ static const struct {
     {"{" T("a", "F32", "[1]", "[0,4]") "," T("b", "F32", "[1]", "[0,4]") "}", 4, "overlaps"},
     {"{" T("a", "F32", "[2]", "[0,8]") "," T("b", "F32", "[0]", "[4,4]") "}", 8, "overlaps"},
     {"{" T("a", "F32", "[1]", "[0,4]") "," T("b", "F32", "[1]", "[8,12]") "}", 12,
-     "tensor \"b\" follows a hole of 4 bytes"},
-    {"{" T("a", "F32", "[1]", "[4,8]") "}", 8, "follows a hole of 4 bytes"},
+     "tensor \"b\" follows a gap of 4 bytes"},
+    {"{" T("a", "F32", "[1]", "[4,8]") "}", 8, "follows a gap of 4 bytes"},
     {"{" T("a", "F32", "[1]", "[0,4]") "}", 7, "3 bytes at its end"},
     {"{}", 1, "1 bytes at its end"},
     {"{" T("a", "F32", "[1]", "[0,4]") "," T("a", "F32", "[1]", "[4,8]") "}", 8,
@@ -343,7 +343,7 @@ static const struct {
     {"{\"a\":{\"dtype\":\"U8\",\"dtype\":\"U8\",\"shape\":[1],\"data_offsets\":[0,1]}}", 1,
      "has dtype twice"},
     {"{\"a\":{\"dtype\":\"U8\",\"shape\":[1],\"shape\":[1],\"data_offsets\":[0,1]}}", 1, "has shape twice"},
-    /* a name that would break the line or the terminal */
+    /* a name with control characters */
     {"{\"a\\nb\\u001b[2J\":{}}", 0, "tensor \"a?b?[2J\" has no dtype"},
 };
 
@@ -390,7 +390,7 @@ static void test_hostile_bytes(void **state) {
     memcpy(header, "{\"x\":", 5);
     write_file(header, DEEP, DEEP, 0);
     check_refused("not JSON");
-    /* A name of a megabyte must not flood the error. */
+    /* A name of a megabyte is cut in the error. */
     memset(header, 'n', DEEP);
     memcpy(header, "{\"", 2);
     memcpy(header + DEEP - 5, "\":{}}", 5);
@@ -399,7 +399,7 @@ static void test_hostile_bytes(void **state) {
     free(header);
 }
 
-/* Every prefix of a good file is refused, and so is every single changed byte or it reads without harm. */
+/* Every prefix of a good file is refused. With any one byte changed, it is refused or read without a memory error. */
 static void test_damaged_file(void **state) {
     (void)state;
     write_all_dtypes(1000);
@@ -443,7 +443,7 @@ static void test_not_a_file(void **state) {
     }
     unlink(path);
     assert_int_equal(mkfifo(path, 0600), 0);
-    check_refused("is not a file"); /* and does not wait for a writer */
+    check_refused("is not a file"); /* and does not block on the pipe */
     unlink(path);
 }
 
@@ -502,7 +502,7 @@ static void test_file_size_limit(void **state) {
     signal(SIGXFSZ, SIG_DFL);
     struct stat status;
     assert_int_equal(stat(path, &status), 0);
-    assert_int_equal(status.st_size, 10000001); /* the short write was taken up and went on */
+    assert_int_equal(status.st_size, 10000001); /* a short write was continued */
 }
 
 static void test_synced(void **state) {

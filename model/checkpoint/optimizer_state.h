@@ -1,0 +1,26 @@
+/* optimizer-RRRRR-of-WWWWW.safetensors: AdamW's moments, one file per rank.
+ *
+ * A file holds `ranges` [n,2], the parameters whose moments it has, as begin and end in the order of
+ * model.safetensors without padding, and exp_avg and exp_avg_sq, their moments one after the other. So any number
+ * of ranks can read what any other number wrote. */
+#ifndef IHA_MODEL_CHECKPOINT_OPTIMIZER_STATE_H
+#define IHA_MODEL_CHECKPOINT_OPTIMIZER_STATE_H
+
+#include "model/model.h"
+
+enum { OPTIMIZER_NAME = 48 };
+void optimizer_name(char out[OPTIMIZER_NAME], int rank, int ranks);
+
+/* Parameters whose moments this rank writes; -1: out of memory. */
+int64_t optimizer_elements(const struct model *m);
+
+/* Both moments of those parameters: moments [2 * optimizer_elements], all first moments, then all second. */
+int optimizer_copy(struct model *m, float *moments, struct error *e);
+
+/* moments: such a copy, or NULL: they are read from the model, which then must not change meanwhile. */
+int optimizer_write(const char *path, struct model *m, const float *moments, struct error *e);
+
+/* Read from all files in `dir` the moments of the parameters that this rank updates. */
+int optimizer_read(const char *dir, struct model *m, struct error *e);
+
+#endif

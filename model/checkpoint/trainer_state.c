@@ -1,0 +1,159 @@
+#include "model/checkpoint/trainer_state.h"
+
+#include <cjson/cJSON.h>
+#include <inttypes.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "model/checkpoint/files.h"
+
+enum { MAX_JSON = 16 << 20 }; /* bytes */
+
+/* ---- writing ---- */
+
+/* A JSON object being written. complete: no member failed for lack of memory. */
+struct json_object {
+    cJSON *object;
+    bool complete;
+};
+
+static void add_setting(void *context, const char *key, const char *value) {
+    struct json_object *o = context;
+    o->complete &= cJSON_AddStringToObject(o->object, key, value) != NULL;
+}
+
+/* Numbers are formatted here, since cJSON would round 64-bit counts and doubles to 15 digits. */
+static void add_number(struct json_object *o, const char *key, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+static void add_number(struct json_object *o, const char *key, const char *format, ...) {
+    char text[64];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    o->complete &= cJSON_AddRawToObject(o->object, key, text) != NULL;
+}
+
+int trainer_state_write(const char *path, const struct trainer_state *p, const struct config *c,
+                        struct error *e) {
+    struct json_object root = {cJSON_CreateObject(), true};
+    add_number(&root, "format_version", "%d", 1);
+    add_number(&root, "step", "%" PRId64, p->step);
+    add_number(&root, "tokens", "%" PRId64, p->tokens);
+    add_number(&root, "sequences", "%" PRId64, p->sequences);
+    add_number(&root, "updates", "%" PRId64, p->history.updates);
+    add_number(&root, "skips_run", "%d", p->history.skips_run);
+    add_number(&root, "norm_count", "%" PRId64, p->history.norm_count);
+    add_number(&root, "norm_mean", "%.17g", p->history.norm_mean);
+    add_number(&root, "norm_variance", "%.17g", p->history.norm_variance);
+    add_number(&root, "seconds", "%.17g", p->seconds);
+    add_number(&root, "best_step", "%" PRId64, p->best_step);
+    if (isfinite(p->best_val_loss))
+        add_number(&root, "best_val_loss", "%.17g", p->best_val_loss);
+    else
+        add_number(&root, "best_val_loss", "null");
+    add_setting(&root, "train_fingerprint", p->train_fingerprint);
+    add_setting(&root, "val_fingerprint", p->val_fingerprint);
+    struct json_object settings = {cJSON_AddObjectToObject(root.object, "config"), true};
+    config_visit(c, add_setting, &settings);
+    char *text = root.complete && settings.complete ? cJSON_Print(root.object) : NULL;
+    cJSON_Delete(root.object);
+    if (!text)
+        return fail_run(e, "out of memory saving %s", path);
+    int status = files_write_synced(path, text, strlen(text), e);
+    free(text);
+    return status;
+}
+
+/* ---- reading ---- */
+
+static cJSON *parse(const char *path, struct error *e) {
+    char *text;
+    size_t length;
+    if (files_read_all(path, MAX_JSON, &text, &length, e) != 0)
+        return NULL;
+    cJSON *root = cJSON_ParseWithLengthOpts(text, length + 1, NULL,
+                                            true); /* the NUL included: nothing may follow the object */
+    free(text);
+    if (!cJSON_IsObject(root)) {
+        cJSON_Delete(root);
+        fail_user(e, "%s: not a JSON object: the file is damaged", path);
+        return NULL;
+    }
+    return root;
+}
+
+/* A whole number that a double holds exactly, or -1. */
+static int64_t count_of(const cJSON *root, const char *key) {
+    const cJSON *item = cJSON_GetObjectItemCaseSensitive(root, key);
+    if (!cJSON_IsNumber(item) || !(item->valuedouble >= 0 && item->valuedouble < 9007199254740992.0) ||
+        item->valuedouble != floor(item->valuedouble))
+        return -1;
+    return (int64_t)item->valuedouble;
+}
+
+/* JSON allows 1e999, which is infinite as a double. */
+static bool is_finite(const cJSON *item) {
+    return cJSON_IsNumber(item) && isfinite(item->valuedouble);
+}
+
+/* 0 if it is missing, not positive or not finite. */
+static double number_of(const cJSON *root, const char *key) {
+    const cJSON *item = cJSON_GetObjectItemCaseSensitive(root, key);
+    return is_finite(item) && item->valuedouble > 0 ? item->valuedouble : 0;
+}
+
+static void text_of(const cJSON *root, const char *key, char *out, size_t bytes) {
+    const char *text = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(root, key));
+    snprintf(out, bytes, "%s", text ? text : "");
+}
+
+int trainer_state_read(const char *path, struct trainer_state *p, struct error *e) {
+    cJSON *root = parse(path, e);
+    if (!root)
+        return -1;
+    const cJSON *best = cJSON_GetObjectItemCaseSensitive(root, "best_val_loss");
+    int64_t skips_run = count_of(root, "skips_run");
+    *p = (struct trainer_state){
+        .step = count_of(root, "step"),
+        .tokens = count_of(root, "tokens"),
+        .sequences = count_of(root, "sequences"),
+        .history = {.updates = count_of(root, "updates"),
+                    .skips_run = skips_run > INT32_MAX ? -1 : (int32_t)skips_run,
+                    .norm_count = count_of(root, "norm_count"),
+                    .norm_mean = number_of(root, "norm_mean"),
+                    .norm_variance = number_of(root, "norm_variance")},
+        .best_step = count_of(root, "best_step"),
+        .best_val_loss = is_finite(best) ? best->valuedouble : (double)NAN,
+        .seconds = number_of(root, "seconds"),
+    };
+    text_of(root, "train_fingerprint", p->train_fingerprint, sizeof p->train_fingerprint);
+    text_of(root, "val_fingerprint", p->val_fingerprint, sizeof p->val_fingerprint);
+    int64_t version = count_of(root, "format_version");
+    cJSON_Delete(root);
+    if (version != 1)
+        return fail_user(e, "%s: format version %lld; this program reads version 1 only", path,
+                         (long long)version);
+    if (p->step < 0 || p->tokens < 0 || p->sequences < 0 || p->history.updates < 0 ||
+        p->history.skips_run < 0 || p->history.norm_count < 0)
+        return fail_user(
+            e, "%s: step, tokens, sequences, updates, skips_run or norm_count is missing or not a count",
+            path);
+    return 0;
+}
+
+int settings_visit(const char *path, setting_visitor *visit, void *context, struct error *e) {
+    cJSON *root = parse(path, e);
+    if (!root)
+        return -1;
+    const cJSON *item, *settings = cJSON_GetObjectItemCaseSensitive(root, "config");
+    cJSON_ArrayForEach(item, settings) {
+        if (item->string && cJSON_IsString(item))
+            visit(context, item->string, item->valuestring);
+    }
+    cJSON_Delete(root);
+    return 0;
+}

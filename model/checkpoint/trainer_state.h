@@ -1,0 +1,27 @@
+/* trainer.json: the progress of a run, and its configuration. */
+#ifndef IHA_MODEL_CHECKPOINT_TRAINER_STATE_H
+#define IHA_MODEL_CHECKPOINT_TRAINER_STATE_H
+
+#include "kernels/kernels.h"
+#include "model/config/config.h"
+
+struct trainer_state {
+    int64_t step;      /* optimizer steps done */
+    int64_t tokens;    /* trained on */
+    int64_t sequences; /* drawn from the training data: the data position */
+    struct step_history history;
+    double seconds;       /* of training, without evaluation and saving */
+    double best_val_loss; /* NAN: none yet */
+    int64_t best_step;
+    char train_fingerprint[17], val_fingerprint[17];
+};
+
+int trainer_state_write(const char *path, const struct trainer_state *p, const struct config *c,
+                        struct error *e);
+int trainer_state_read(const char *path, struct trainer_state *p, struct error *e);
+
+/* Call visit for every setting in trainer.json: "section.key" and its value. */
+typedef void setting_visitor(void *context, const char *key, const char *value);
+int settings_visit(const char *path, setting_visitor *visit, void *context, struct error *e);
+
+#endif

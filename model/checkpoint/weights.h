@@ -1,0 +1,14 @@
+/* model.safetensors: the weights of a checkpoint, fp32, on one rank. */
+#ifndef IHA_MODEL_CHECKPOINT_WEIGHTS_H
+#define IHA_MODEL_CHECKPOINT_WEIGHTS_H
+
+#include "model/model.h"
+
+/* weights: a copy of all parameters [params.num_params], or NULL: they are read from the model, which then must
+ * not change meanwhile. */
+int weights_write(const char *path, struct model *m, const float *weights, struct error *e);
+
+/* Tensors must have the model's names and shapes. updates: see model_set_param. */
+int weights_read(const char *path, struct model *m, int64_t updates, struct error *e);
+
+#endif
