@@ -3,12 +3,12 @@
 #   make                 build ./train_iha, with CUDA where a toolkit is found (kernels/cuda/cuda.mk)
 #   make deps            install what is missing: distribution packages, and .venv
 #   make quickstart      from real text to a trained model in a few minutes; TEXT=FILE.txt for your own
+#   make check           the inner loop: the C tests of units, and of CUDA kernels on an emulated GPU; ONLY=cuda: one group
 #   make test            every test; SANITIZE=1 runs them under ASan and UBSan
 #   make faults          all the faults and kills that make test draws a sample of
 #   make leaks           every command under LeakSanitizer, AddressSanitizer and Valgrind
 #   make tsan            every command under ThreadSanitizer
-#   make emulator        only the tests that run CUDA kernels on the CPU
-#   make bench           measure, and print the table that the README shows
+#   make bench           measure, and print a table
 #   make fuzz            feed the file readers hostile files; FUZZ_SECONDS=600 for each target, FUZZ_ONLY=shards
 #   make check-gpu       every operation and whole models on the GPU, beside the CPU; full results in build/check-gpu.txt
 #   make bench-gpu       measure on the GPU
@@ -71,7 +71,7 @@ include kernels/cuda/cuda.mk
 include tests/cuda/emulator.mk
 include tests/gpu/gpu.mk
 
-.PHONY: all help deps test bench quickstart golden clean format
+.PHONY: all help deps check test bench quickstart golden clean format
 .SECONDARY:
 
 all: $(BINARY)
@@ -93,11 +93,18 @@ quickstart: deps
 	@$(MAKE) --no-print-directory
 	@scripts/quickstart.sh "$(TEXT)"
 
+# The groups of tests/run.sh that run no program beside their own.
+ONLY ?= unit cuda
+check: deps
+	@$(MAKE) --no-print-directory -j2 check-built
+	@PYTHON=no tests/run.sh $(BUILD) $(BINARY) $(ONLY)
+
 test: deps
 	@$(MAKE) --no-print-directory -j2 $(BINARY) tests-built fuzz-built
 	@tests/run.sh $(BUILD) $(BINARY)
 
-.PHONY: tests-built
+.PHONY: check-built tests-built
+check-built: $(filter %/unit/%,$(C_TESTS) $(DOUBLE_TESTS)) $(filter %/cuda/%,$(EMULATOR_BUILT))
 tests-built: $(C_TESTS) $(DOUBLE_TESTS) $(EMULATOR_BUILT)
 
 include tests/fuzz/fuzz.mk

@@ -66,7 +66,3 @@ $(EMULATOR_PROGRAM): $(BUILD)/train_iha.o $(EMULATOR_OBJECTS) $(BUILD)/tests/cud
 	@mkdir -p $(@D)
 	@echo "  LINK $@"
 	@$(CXX) $(CFLAGS:-std=%=) -Wl,--wrap=cpu_memory_available $^ -o $@ $(LIBS)
-
-.PHONY: emulator
-emulator: $(EMULATOR_BUILT)
-	@for test in $(EMULATOR_TESTS); do $$test || exit 1; done

@@ -1,9 +1,9 @@
 # What needs a GPU: `make check-gpu` and `make bench-gpu`. Included by the Makefile.
 #
-# The tests of tests/cuda/emulator/ are linked once more, the same objects with nvcc's code and the real runtime in the place of
-# the harness. `make gpu-programs` builds everything and runs nothing, which works without a GPU.
+# The test programs of tests/cuda/ are linked once more: the same objects, with nvcc's code and the real runtime instead
+# of the emulator. `make gpu-programs` builds everything and runs nothing, which works without a GPU.
 
-# These test the harness itself, or bring a cuDNN of their own.
+# These test the emulator itself, or replace cuDNN.
 EMULATOR_ONLY = %_emulator.c %_streams.c %_nccl.c %_determinism.c %_cudnn.c
 GPU_TESTS = $(patsubst tests/cuda/test_%.c,$(BUILD)/gpu/test_%,$(filter-out $(EMULATOR_ONLY),$(wildcard tests/cuda/test_*.c)))
 GPU_LINKED = $(CUDA_LINKED) $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
