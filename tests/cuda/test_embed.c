@@ -1,69 +1,15 @@
-/* embed of the CUDA backend, forward and backward, in the harness of tests/cuda/emulator/. */
-#include "tests/cuda/fixture.h"
+/* embed of the CUDA backend against the CPU backend, forward and backward. */
+#include "tests/cuda/op_run.h"
 
-enum { MAX_TOKENS = 700 };
-
-enum choice { ANY, ONE /* token again and again */, FEW, EVERY /* once each */ };
-
-static void choose(int32_t *tokens, int64_t n, int64_t vocab, enum choice choice) {
-    for (int64_t i = 0; i < n; i++) {
-        int64_t any = (int64_t)((fixture_noise() + 1) / 2 * (double)vocab);
-        tokens[i] = (int32_t)(choice == ANY   ? any
-                              : choice == ONE ? vocab - 1
-                              : choice == FEW ? any % 3
-                                              : i % vocab);
+static void check(enum device_precision precision, const struct op_case *c) {
+    struct op_run r;
+    run_open(&r, precision, c);
+    EACH(r.k, b) {
+        run_forward(&r, b, NULL);
+        run_backward(&r, b, NULL);
     }
-}
-
-static void check(enum device_precision precision, int64_t batch, int64_t tokens, int64_t vocab,
-                  int64_t hidden, enum choice choice, bool positions) {
-    struct backends *k = backends(precision);
-    enum dtype t = k->compute;
-    struct embed_spec s = {batch, tokens, vocab, hidden};
-    int32_t chosen[MAX_TOKENS];
-    choose(chosen, batch * tokens, vocab, choice);
-    struct operand id = ids(k, chosen, batch, tokens), w = input(k, t, vocab, hidden, 0, 0, 0);
-    struct operand pos = positions ? input(k, t, tokens + 3, hidden, 0, 0, 0) : absent();
-    struct operand x = output(k, t, batch * tokens, hidden, 0, 0, 0);
-    struct operand dx = input(k, t, batch * tokens, hidden, 0, 0, 0);
-    struct operand dw = input(k, DTYPE_F32, vocab, hidden, 0, 0, 0);
-    struct operand dpos = positions ? input(k, DTYPE_F32, tokens + 3, hidden, 0, 0, 0) : absent();
-    plan(k, (struct op_spec){.kind = OP_EMBED, .embed = s});
-    EACH(k, b) {
-        b->k->embed(b->dev, &s, on(id, b), on(w, b), on(pos, b), positions ? 2 : 0, on(x, b));
-        b->k->embed_backward(b->dev, &s, on(id, b), on(dx, b), on(dw, b), on(dpos, b));
-    }
-    expect_close("embed", "x", k, x);
-    expect_close("embed_backward", "dW", k, dw);
-    if (positions)
-        expect_close("embed_backward", "dpos", k, dpos);
-    done(k);
-}
-
-static void check_all(enum device_precision precision) {
-    int seed = 0;
-    for (int choice = ANY; choice <= EVERY; choice++)
-        for (int positions = 0; positions < 2; positions++) {
-            emulator_seed((uint64_t)seed++);
-            check(precision, 1, 1, 5, 1, (enum choice)choice, positions);
-            check(precision, 2, 3, 7, 5, (enum choice)choice, positions);
-            check(precision, 3, 21, 1500, 24, (enum choice)choice, positions);
-            check(precision, 5, 67, 33, 40, (enum choice)choice, positions);
-        }
-    check(precision, 1, 320, 4, 9, ONE, false); /* whole chunks, all one run */
-    check(precision, 2, 350, 20, 16, FEW, true);
-    check(precision, 1, 33, 3, 8, ONE, false);    /* one row crosses */
-    check(precision, 1, 33, 70, 2056, ANY, true); /* more columns than a block takes */
-}
-
-static void embed_fp32(void **state) {
-    (void)state;
-    check_all(DEVICE_FP32);
-}
-
-static void embed_bf16(void **state) {
-    (void)state;
-    check_all(DEVICE_BF16);
+    run_expect_close(&r);
+    done(r.k);
 }
 
 /* The same bits whatever the order of threads and blocks. */
@@ -72,7 +18,8 @@ static void same_bits(void **state) {
     enum { N = 600, C = 8, V = 6 };
     double *first = NULL;
     int32_t chosen[N];
-    choose(chosen, N, V, ANY);
+    for (int i = 0; i < N; i++)
+        chosen[i] = (int32_t)((fixture_noise() + 1) / 2 * V);
     for (uint64_t seed = 0; seed < 6; seed++) {
         struct backends *k = backends(DEVICE_BF16);
         struct backend *b = &k->each[CUDA];
@@ -97,8 +44,8 @@ static void same_bits(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(embed_fp32),
-        cmocka_unit_test(embed_bf16),
+        EVERY_CASE("embed_fp32", OP_EMBED, DEVICE_FP32, check),
+        EVERY_CASE("embed_bf16", OP_EMBED, DEVICE_BF16, check),
         cmocka_unit_test(same_bits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,83 +1,42 @@
-/* residual_norm of the CUDA backend, forward, again and backward, in the harness of tests/cuda/emulator/. */
-#include "tests/cuda/fixture.h"
+/* residual_norm of the CUDA backend against the CPU backend: forward, recomputed, and backward. */
+#include "tests/cuda/op_run.h"
 
-static const struct norm_case {
-    int64_t rows, hidden;
-} CASES[] = {{1, 5}, {3, 8}, {9, 24}, {11, 130}, {7, 768}, {2, 1032}, {3, 2056}};
+enum { X, DELTA_X, W, B, SUM, Y };
 
-static void check(enum device_precision precision, enum norm_type type, bool bias, bool delta_present,
-                  bool accumulate, struct norm_case c) {
-    struct backends *k = backends(precision);
-    int64_t N = c.rows, C = c.hidden;
-    enum dtype t = k->compute;
-    struct norm_spec s = {type, 1e-5, N, C};
-    struct operand x = scaled_input(k, t, 2, 0.5, N, C, 0, 0, 0);
-    struct operand delta = delta_present ? input(k, t, N, C, 0, 0, 0) : absent();
-    struct operand w = scaled_input(k, t, 0.5, 1, C, 0, 0, 0, 0);
-    struct operand b = bias ? input(k, t, C, 0, 0, 0, 0) : absent();
-    struct operand sum = delta_present ? output(k, t, N, C, 0, 0, 0) : x;
-    struct operand y = output(k, t, N, C, 0, 0, 0), again = output(k, t, N, C, 0, 0, 0);
-    struct operand dy = input(k, t, N, C, 0, 0, 0), dx = input(k, t, N, C, 0, 0, 0);
-    struct operand dw = accumulate ? input(k, DTYPE_F32, C, 0, 0, 0, 0) : output(k, DTYPE_F32, C, 0, 0, 0, 0);
-    struct operand db = !bias        ? absent()
-                        : accumulate ? input(k, DTYPE_F32, C, 0, 0, 0, 0)
-                                     : output(k, DTYPE_F32, C, 0, 0, 0, 0);
-    plan(k, (struct op_spec){.kind = OP_NORM, .norm = s});
-    EACH(k, p) {
-        p->k->residual_norm(p->dev, &s, on(x, p), on(delta, p), on(w, p), on(b, p), on(sum, p), on(y, p),
-                            p->saved);
-        if (p->which == PLAIN && delta_present && t == DTYPE_BF16) {
+static void check(enum device_precision precision, const struct op_case *c) {
+    struct op_run r;
+    run_open(&r, precision, c);
+    const struct norm_spec *s = &r.spec.norm;
+    bool delta = c->options & DELTA;
+    struct operand sum = r.x[delta ? SUM : X], again = output(r.k, r.k->compute, s->rows, s->hidden, 0, 0, 0);
+    EACH(r.k, b) {
+        run_forward(&r, b, NULL);
+        if (b->which == PLAIN && delta && precision == DEVICE_BF16) {
             /* The plain computation in bf16 stores the sum, and normalizes what it stored. */
-            round_plain(k, sum);
-            p->k->residual_norm(p->dev, &s, on(sum, p), tensor_none(), on(w, p), on(b, p), tensor_none(),
-                                on(y, p), p->saved);
+            round_plain(r.k, sum);
+            b->k->residual_norm(b->dev, s, on(sum, b), tensor_none(), on(r.x[W], b), on(r.x[B], b),
+                                tensor_none(), on(r.x[Y], b), b->saved);
         }
-        p->k->residual_norm_recompute(p->dev, &s, on(sum, p), on(w, p), on(b, p), on(again, p), p->saved);
-        p->k->residual_norm_backward(p->dev, &s, on(dy, p), on(sum, p), on(w, p), p->saved, on(dx, p),
-                                     on(dw, p), on(db, p), accumulate);
+        b->k->residual_norm_recompute(b->dev, s, on(sum, b), on(r.x[W], b), on(r.x[B], b), on(again, b),
+                                      b->saved);
+        run_backward(&r, b, NULL);
     }
-    if (delta_present)
-        expect_close("residual_norm", "sum", k, sum);
-    expect_close("residual_norm", "y", k, y);
-    double *first = values_on(&k->each[CUDA], y), *second = values_on(&k->each[CUDA], again);
-    assert_memory_equal(first, second, (size_t)(N * C) * sizeof *first);
+    run_expect_close(&r);
+    struct backend *cuda = &r.k->each[CUDA];
+    double *first = values_on(cuda, r.x[Y]), *second = values_on(cuda, again);
+    assert_memory_equal(first, second, (size_t)(s->rows * s->hidden) * sizeof *first);
     free(first);
     free(second);
-    expect_close("residual_norm_backward", "dx", k, dx);
-    expect_close("residual_norm_backward", "dw", k, dw);
-    if (bias)
-        expect_close("residual_norm_backward", "db", k, db);
-    done(k);
+    done(r.k);
 }
 
-static void check_all(enum device_precision precision) {
-    for (size_t i = 0; i < sizeof CASES / sizeof *CASES; i++)
-        for (int choice = 0; choice < 8; choice++) {
-            enum norm_type type = choice & 1 ? NORM_TYPE_LAYER : NORM_TYPE_RMS;
-            emulator_seed(i + (unsigned)choice * 3);
-            check(precision, type, choice & 1, choice & 2, choice & 4, CASES[i]);
-        }
-    /* Rows whose sums take all of the shared memory that a block has unasked. */
-    check(precision, NORM_TYPE_LAYER, true, false, false,
-          (struct norm_case){2, precision == DEVICE_BF16 ? 12288 : 8192});
-    check(precision, NORM_TYPE_LAYER, false, true, false, CASES[4]);
-}
-
-static void norm_fp32(void **state) {
+/* Rows whose sums take all of the shared memory that a block has unless it asks for more. */
+static void widest_rows(void **state) {
     (void)state;
-    check_all(DEVICE_FP32);
-}
-
-static void norm_bf16(void **state) {
-    (void)state;
-    check_all(DEVICE_BF16);
-}
-
-/* More rows than the blocks of backward take at once. */
-static void many_rows(void **state) {
-    (void)state;
-    check(DEVICE_BF16, NORM_TYPE_LAYER, true, true, true, (struct norm_case){301, 64});
-    check(DEVICE_FP32, NORM_TYPE_RMS, false, true, false, (struct norm_case){203, 1028});
+    static const struct op_case fp32 = {COMPARE, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 2, 8192), BIAS},
+                                bf16 = {COMPARE, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 2, 12288), BIAS};
+    check(DEVICE_FP32, &fp32);
+    check(DEVICE_BF16, &bf16);
 }
 
 /* In place: the sum over x. */
@@ -110,8 +69,11 @@ static void too_wide(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(norm_fp32),  cmocka_unit_test(norm_bf16), cmocka_unit_test(many_rows),
-        cmocka_unit_test(sum_over_x), cmocka_unit_test(too_wide),
+        EVERY_CASE("norm_fp32", OP_NORM, DEVICE_FP32, check),
+        EVERY_CASE("norm_bf16", OP_NORM, DEVICE_BF16, check),
+        cmocka_unit_test(widest_rows),
+        cmocka_unit_test(sum_over_x),
+        cmocka_unit_test(too_wide),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

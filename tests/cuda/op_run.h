@@ -1,0 +1,134 @@
+/* Any case of tests/lib/op_cases.h on the three backends of fixture.h. */
+#ifndef IHA_TESTS_CUDA_OP_RUN_H
+#define IHA_TESTS_CUDA_OP_RUN_H
+
+#include "tests/cuda/fixture.h"
+#include "tests/lib/op_operands.h"
+
+struct op_run {
+    const struct op_case *c;
+    struct op_spec spec;
+    struct backends *k;
+    struct op_operand info[OP_OPERANDS];
+    struct operand x[OP_OPERANDS];
+    struct operand rows[OP_OPERANDS]; /* with a gap: what x is the first columns of */
+};
+
+/* linear's activations, but not dx, may be columns of wider rows. */
+static inline int64_t run_gap(const struct op_run *r, int i) {
+    return r->spec.kind == OP_LINEAR && (i == 0 || i == 3 || i == 4) ? r->c->gap : 0;
+}
+
+/* Inputs hold noise, outputs NaN. */
+static inline struct operand run_operand(struct op_run *r, int i) {
+    const struct op_operand *x = &r->info[i];
+    enum dtype t = x->type == TYPE_COMPUTE ? r->k->compute : x->type == TYPE_IDS ? DTYPE_I32 : DTYPE_F32;
+    int64_t s[TENSOR_MAX_DIMS];
+    memcpy(s, x->shape, sizeof s);
+    s[1] += run_gap(r, i);
+    if (x->type == TYPE_IDS) {
+        int64_t n = tensor_count(tensor_of(NULL, t, s[0], s[1], 0, 0, 0));
+        int32_t *chosen = (int32_t *)malloc((size_t)n * sizeof *chosen);
+        for (int64_t j = 0; j < n; j++)
+            chosen[j] = op_id(r->c, x, j, fixture_noise());
+        struct operand made = ids(r->k, chosen, s[0], s[1]);
+        free(chosen);
+        return made;
+    }
+    bool given =
+        x->touched & FORWARD_READS || (x->touched & BACKWARD_READS && !(x->touched & FORWARD_WRITES));
+    return scaled_input(r->k, t,
+                        !given         ? 0
+                        : x->scale > 0 ? x->scale
+                                       : 1,
+                        given ? x->offset : (double)NAN, s[0], s[1], s[2], s[3], s[4]);
+}
+
+static inline void run_open(struct op_run *r, enum device_precision precision, const struct op_case *c) {
+    *r = (struct op_run){.c = c, .spec = op_spec_of(c), .k = backends(precision)};
+    op_operands(c, r->info);
+    for (int i = 0; i < OP_OPERANDS; i++) {
+        if (!r->info[i].name)
+            continue;
+        r->x[i] = r->rows[i] = run_operand(r, i);
+        EACH(r->k, b) {
+            if (run_gap(r, i) > 0)
+                r->x[i].on[b->which].shape[1] -= run_gap(r, i);
+            if (r->info[i].type == TYPE_ROPE)
+                b->k->rope_table(b->dev, on(r->x[i], b), 100);
+        }
+    }
+    plan(r->k, r->spec);
+}
+
+static inline void run_tensors(const struct op_run *r, const struct backend *b, tensor t[OP_OPERANDS]) {
+    for (int i = 0; i < OP_OPERANDS; i++)
+        t[i] = on(r->x[i], b);
+}
+
+static inline void run_forward(const struct op_run *r, const struct backend *b, struct step_state *state) {
+    tensor t[OP_OPERANDS];
+    run_tensors(r, b, t);
+    op_forward(b->k, b->dev, r->c, t, b->saved, state);
+}
+
+static inline void run_backward(const struct op_run *r, const struct backend *b, struct step_state *state) {
+    tensor t[OP_OPERANDS];
+    run_tensors(r, b, t);
+    op_backward(b->k, b->dev, r->c, t, b->saved, state);
+}
+
+/* Everything that was written, but what has gaps. */
+static inline void run_expect_close(const struct op_run *r) {
+    for (int i = 0; i < OP_OPERANDS; i++)
+        if (r->info[i].touched & (FORWARD_WRITES | BACKWARD_WRITES) && r->info[i].name && run_gap(r, i) == 0)
+            expect_close(op_describe(r->c), r->info[i].name, r->k, r->x[i]);
+}
+
+/* Both again, in another order of threads and blocks (backwards, in which a warp runs ahead of the others), leave the
+ * same bits in everything that is written over. */
+static inline void run_expect_same(struct op_run *r) {
+    struct backend *cuda = &r->k->each[CUDA];
+    double *before[OP_OPERANDS] = {NULL};
+    for (int i = 0; i < OP_OPERANDS; i++)
+        if (r->info[i].name && r->info[i].touched & (FORWARD_WRITES | BACKWARD_WRITES) &&
+            (r->info[i].touched & BACKWARD_ADDS) != BACKWARD_ADDS)
+            before[i] = values_on(cuda, r->x[i]);
+    emulator_seed(1);
+    run_forward(r, cuda, NULL);
+    run_backward(r, cuda, NULL);
+    for (int i = 0; i < OP_OPERANDS; i++)
+        if (before[i])
+            expect_same(op_describe(r->c), r->info[i].name, r->k, r->x[i], before[i]);
+}
+
+/* ---- tests that run every case ---- */
+
+struct every_case {
+    enum op_kind kind;
+    enum device_precision precision;
+    void (*check)(enum device_precision precision, const struct op_case *c);
+    uint64_t number; /* of the case: seeds its data, and the order of threads and blocks */
+};
+
+static inline void check_one_case(const struct op_case *c, void *context) {
+    struct every_case *all = (struct every_case *)context;
+    emulator_seed(all->number);
+    fixture_seed = ++all->number; /* a case's numbers do not depend on the cases before it */
+    all->check(all->precision, c);
+}
+
+static inline void check_every_case(void **state) {
+    struct every_case *all = (struct every_case *)*state;
+    assert_true(op_cases_run(all->kind, COMPARE, check_one_case, all) > 0);
+}
+
+/* An element of a list of tests. */
+#define EVERY_CASE(NAME, KIND, PRECISION, CHECK)                                                             \
+    {                                                                                                        \
+        NAME, check_every_case, NULL, NULL, &(struct every_case) {                                           \
+            KIND, PRECISION, CHECK, 0                                                                        \
+        }                                                                                                    \
+    }
+
+#endif

@@ -1,0 +1,224 @@
+/* The cases of every operation, once: what its gradient check, the comparison of backends (on an emulated GPU and on
+ * a real one) and the benchmarks run. Attention's many masks, and who sees whom, are in attention_cases.h. */
+#ifndef IHA_TESTS_LIB_OP_CASES_H
+#define IHA_TESTS_LIB_OP_CASES_H
+
+#include "kernels/kernels.h"
+
+/* What a case is run by. */
+enum {
+    GRADIENT = 1,  /* against central differences, in double: small */
+    COMPARE = 2,   /* the CUDA backend against the CPU's */
+    BENCH_CPU = 4, /* make bench */
+    BENCH_GPU = 8, /* make bench-gpu */
+};
+
+/* What a spec leaves open. */
+enum {
+    ACCUMULATE = 1,  /* parameters' gradients (and linear's dx) are added to */
+    BIAS = 2,        /* linear; of a norm: layernorm, with its bias */
+    DELTA = 4,       /* norm: x + delta */
+    POSITIONS = 8,   /* embed: learned positions */
+    ONE_TOKEN = 16,  /* embed: one token again and again, ... */
+    FEW_TOKENS = 32, /* ... three of them; with ONE_TOKEN every token in turn; neither: any */
+    LOSS_ONLY = 64,  /* classifier */
+};
+
+struct op_case {
+    unsigned use;
+    struct op_spec spec;
+    unsigned options, vary; /* vary: run with every combination of these options as well */
+    int64_t first;          /* embed, qkv_mix: the position of the first token, forward */
+    int64_t gap;            /* linear: elements beside each row of x, y and dy */
+};
+
+/* clang-format off */
+#define EMBED_CASE(...) .spec = {.kind = OP_EMBED, .embed = {__VA_ARGS__}}
+#define NORM_CASE(...) .spec = {.kind = OP_NORM, .norm = {__VA_ARGS__}}
+#define LINEAR_CASE(...) .spec = {.kind = OP_LINEAR, .linear = {__VA_ARGS__}}
+#define MIX_CASE(...) .spec = {.kind = OP_QKV_MIX, .qkv_mix = {__VA_ARGS__}}
+#define ATTENTION_CASE(...) .spec = {.kind = OP_ATTENTION, .attention = {__VA_ARGS__}}
+#define COLLAPSE_CASE(...) .spec = {.kind = OP_COLLAPSE, .collapse = {__VA_ARGS__}}
+#define ACT_CASE(...) .spec = {.kind = OP_ACT, .act = {__VA_ARGS__}}
+#define CLASSIFIER_CASE(...) .spec = {.kind = OP_CLASSIFIER, .classifier = {__VA_ARGS__}}
+
+#define ALL_TOKENS (ONE_TOKEN | FEW_TOKENS)
+#define ALL_ACTS(USE, ROWS, HIDDEN)                                                                          \
+    {USE, ACT_CASE(ACT_GELU_TANH, ROWS, HIDDEN)}, {USE, ACT_CASE(ACT_RELU2, ROWS, HIDDEN)},                  \
+    {USE, ACT_CASE(ACT_SWIGLU, ROWS, HIDDEN)}
+/* One layer's mixing of heads: T tokens, H heads, P pseudo-heads, d. */
+#define MIX_AND_COLLAPSE(USE, T, H, P, D)                                                                    \
+    {USE, MIX_CASE(1, T, H, D, P, true, true, true)}, {USE, COLLAPSE_CASE(1, T, H, D, P, false)}
+/* clang-format on */
+
+/* Benchmarks measure and print in this order. */
+static const struct op_case OP_CASES[] = {
+    /* ---- embed: batch, tokens, vocab, hidden ---- */
+    {GRADIENT, EMBED_CASE(2, 3, 7, 5), .options = POSITIONS, .vary = FEW_TOKENS},
+    {COMPARE, EMBED_CASE(1, 1, 5, 1), .vary = POSITIONS | ALL_TOKENS, .first = 2},
+    {COMPARE, EMBED_CASE(2, 3, 7, 5), .vary = POSITIONS | ALL_TOKENS, .first = 2},
+    {COMPARE, EMBED_CASE(3, 21, 1500, 24), .vary = POSITIONS | ALL_TOKENS, .first = 2},
+    {COMPARE, EMBED_CASE(5, 67, 33, 40), .vary = POSITIONS | ALL_TOKENS, .first = 2},
+    {COMPARE, EMBED_CASE(1, 320, 4, 9), .options = ONE_TOKEN}, /* whole chunks, all one run */
+    {COMPARE, EMBED_CASE(2, 350, 20, 16), .options = FEW_TOKENS | POSITIONS, .first = 2},
+    {COMPARE, EMBED_CASE(1, 33, 3, 8), .options = ONE_TOKEN}, /* one row crosses */
+    {COMPARE, EMBED_CASE(1, 33, 70, 2056), .options = POSITIONS,
+     .first = 2}, /* more columns than a block takes */
+
+    /* ---- residual_norm: type, eps, rows, hidden ---- */
+    {GRADIENT, NORM_CASE(NORM_TYPE_RMS, 1e-3, 5, 19), .vary = ACCUMULATE | DELTA},
+    {GRADIENT, NORM_CASE(NORM_TYPE_LAYER, 1e-3, 5, 19), .options = DELTA},
+    {GRADIENT, NORM_CASE(NORM_TYPE_LAYER, 1e-3, 5, 19), .options = DELTA | BIAS},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 1, 5), .vary = BIAS | DELTA | ACCUMULATE},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 3, 8), .vary = BIAS | DELTA | ACCUMULATE},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 9, 24), .vary = BIAS | DELTA | ACCUMULATE},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 11, 130), .vary = BIAS | DELTA | ACCUMULATE},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 7, 768), .vary = BIAS | DELTA | ACCUMULATE},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 2, 1032), .vary = BIAS | DELTA | ACCUMULATE},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 3, 2056), .vary = BIAS | DELTA | ACCUMULATE},
+    {COMPARE, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 7, 768), .options = DELTA},
+    /* More rows than the blocks of backward take at once. */
+    {COMPARE, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 301, 64), .options = BIAS | DELTA | ACCUMULATE},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 203, 1028), .options = DELTA},
+    {BENCH_GPU, NORM_CASE(NORM_TYPE_RMS, 1e-5, 65536, 2560), .options = DELTA | ACCUMULATE},
+
+    /* ---- linear: rows, in, out ---- */
+    {GRADIENT, LINEAR_CASE(6, 5, 7), .options = BIAS, .vary = ACCUMULATE},
+    {COMPARE, LINEAR_CASE(1, 1, 1), .vary = BIAS | ACCUMULATE},
+    {COMPARE, LINEAR_CASE(3, 5, 7), .vary = BIAS | ACCUMULATE},
+    {COMPARE, LINEAR_CASE(16, 8, 24), .vary = BIAS | ACCUMULATE},
+    {COMPARE, LINEAR_CASE(33, 40, 129), .vary = BIAS | ACCUMULATE},
+    {COMPARE, LINEAR_CASE(70, 24, 264), .vary = BIAS | ACCUMULATE},
+    {COMPARE, LINEAR_CASE(301, 16, 8), .vary = BIAS | ACCUMULATE},
+    {COMPARE, LINEAR_CASE(1000, 4, 8), .vary = BIAS | ACCUMULATE},
+    {COMPARE, LINEAR_CASE(70, 24, 264), .options = BIAS | ACCUMULATE, .gap = 8},
+    {COMPARE, LINEAR_CASE(33, 40, 129), .options = BIAS, .gap = 3},
+
+    /* ---- qkv_mix: batch, tokens, heads, head_dim, pseudo; mixed, rope, rope_virtual ---- */
+    {GRADIENT, MIX_CASE(2, 5, 3, 6, 1, false, true, true)},
+    {GRADIENT, MIX_CASE(1, 4, 4, 16, 1, true, true, true)},
+    {GRADIENT | COMPARE, MIX_CASE(2, 5, 3, 6, 2, true, true, true)}, /* a d that tensor cores do not take */
+    {GRADIENT | COMPARE, MIX_CASE(1, 20, 5, 10, 3, true, true, false)}, /* more than a CPU block of tokens */
+    {GRADIENT | COMPARE, MIX_CASE(2, 3, 2, 8, 4, true, false, true), .vary = ACCUMULATE},
+    {COMPARE, MIX_CASE(1, 3, 2, 7, 2, true, false, true)},                          /* an odd d */
+    {COMPARE, MIX_CASE(1, 4, 4, 16, 1, true, true, true), .first = 3},              /* smallest tile */
+    {COMPARE, MIX_CASE(2, 11, 3, 32, 5, true, true, true), ACCUMULATE, .first = 7}, /* two chunks of P */
+    {COMPARE, MIX_CASE(1, 37, 12, 64, 2, true, true, true)},                        /* GPT-2 */
+    {COMPARE, MIX_CASE(2, 3, 12, 64, 2, true, true, false), .first = 2},
+    {COMPARE, MIX_CASE(1, 3, 16, 64, 4, true, true, true), ACCUMULATE},
+    {COMPARE, MIX_CASE(1, 2, 7, 96, 3, true, true, true), .first = 1},   /* a group of columns, half full */
+    {COMPARE, MIX_CASE(1, 13, 5, 128, 9, true, true, true)},             /* two warps to a team */
+    {COMPARE, MIX_CASE(1, 5, 20, 16, 20, true, true, true), ACCUMULATE}, /* the 2.4B model with P = H */
+    {COMPARE, MIX_CASE(1, 3, 17, 32, 3, true, false, false)},
+    {COMPARE, MIX_CASE(1, 2, 33, 16, 2, true, true, true)}, /* four tiles of heads */
+    {COMPARE, MIX_CASE(1, 2, 64, 16, 5, true, true, true),
+     ACCUMULATE}, /* backward: too many rows for tiles */
+    {COMPARE,
+     MIX_CASE(1, 1, 64, 16, 12, true, true, true)}, /* more alphas than shared memory holds at once */
+    {COMPARE, MIX_CASE(1, 3, 20, 64, 20, true, true, false)},
+    {COMPARE, MIX_CASE(1, 1, 65, 16, 1, true, true, true), ACCUMULATE}, /* too many heads */
+    {COMPARE, MIX_CASE(1, 1, 1, 64, 1, true, true, true), .first = 100},
+    {COMPARE, MIX_CASE(2, 5, 3, 6, 1, false, true, true), .first = 4}, /* rotation alone */
+    {COMPARE, MIX_CASE(2, 7, 3, 48, 1, false, true, true), .first = 4},
+    {COMPARE, MIX_CASE(1, 5, 2, 64, 1, false, true, false)},
+    {COMPARE, MIX_CASE(1, 3, 2, 9, 1, false, false, false)},
+
+    /* ---- collapse: batch, tokens, heads, head_dim, pseudo, per_head ---- */
+    {GRADIENT | COMPARE, COLLAPSE_CASE(2, 5, 3, 6, 2, false)}, /* a d that tensor cores do not take */
+    {GRADIENT | COMPARE, COLLAPSE_CASE(1, 19, 5, 9, 3, false)},
+    {GRADIENT | COMPARE, COLLAPSE_CASE(2, 5, 3, 6, 2, true), .vary = ACCUMULATE},
+    {COMPARE, COLLAPSE_CASE(1, 1, 1, 16, 1, false)}, /* smallest tile: 8 columns a half */
+    {COMPARE, COLLAPSE_CASE(2, 11, 3, 32, 5, false)},
+    {COMPARE, COLLAPSE_CASE(1, 37, 12, 64, 2, false), ACCUMULATE}, /* GPT-2 */
+    {COMPARE, COLLAPSE_CASE(2, 3, 12, 64, 2, true)},
+    {COMPARE, COLLAPSE_CASE(1, 3, 16, 64, 4, false)},
+    {COMPARE, COLLAPSE_CASE(1, 2, 7, 96, 3, false), ACCUMULATE}, /* a group of columns, half full */
+    {COMPARE, COLLAPSE_CASE(1, 13, 5, 128, 15, false)},          /* two warps to a team */
+    {COMPARE, COLLAPSE_CASE(1, 2, 5, 128, 15, true)},
+    {COMPARE, COLLAPSE_CASE(1, 5, 20, 16, 20, false), ACCUMULATE}, /* the 2.4B model with P = H */
+    {COMPARE, COLLAPSE_CASE(1, 3, 17, 32, 3, false)},
+    {COMPARE, COLLAPSE_CASE(1, 2, 33, 16, 2, false)}, /* four tiles of heads */
+    {COMPARE, COLLAPSE_CASE(1, 2, 40, 32, 5, true), ACCUMULATE},
+    {COMPARE, COLLAPSE_CASE(1, 2, 64, 16, 5, false)},  /* backward: too many rows for tiles */
+    {COMPARE, COLLAPSE_CASE(1, 1, 64, 16, 26, false)}, /* more of R than shared memory holds */
+    {COMPARE, COLLAPSE_CASE(1, 3, 20, 64, 20, false), ACCUMULATE},
+    {COMPARE, COLLAPSE_CASE(1, 1, 65, 16, 1, false)}, /* too many heads */
+
+    MIX_AND_COLLAPSE(BENCH_CPU, 2048, 12, 2, 64),
+    MIX_AND_COLLAPSE(BENCH_CPU, 2048, 16, 4, 64),
+    MIX_AND_COLLAPSE(BENCH_CPU, 2048, 20, 4, 128),
+    MIX_AND_COLLAPSE(BENCH_GPU, 16384, 12, 2, 64),
+    MIX_AND_COLLAPSE(BENCH_GPU, 16384, 12, 2, 128),
+    MIX_AND_COLLAPSE(BENCH_GPU, 16384, 16, 4, 64),
+    MIX_AND_COLLAPSE(BENCH_GPU, 16384, 16, 4, 128),
+    MIX_AND_COLLAPSE(BENCH_GPU, 4096, 20, 20, 64),
+    MIX_AND_COLLAPSE(BENCH_GPU, 4096, 20, 20, 128),
+
+    /* ---- attention: batch, S, heads, head_dim, pseudo, causal, token_mask, window, scale (0: 1 / sqrt(d)) ---- */
+    {GRADIENT, ATTENTION_CASE(2, 7, 2, 4, 1, true, false, 0, 0.7)},
+    {GRADIENT, ATTENTION_CASE(1, 9, 2, 5, 3, true, true, 0, 0.7)},
+    {GRADIENT, ATTENTION_CASE(1, 9, 1, 6, 3, true, true, 4, 0.7)},
+    {GRADIENT, ATTENTION_CASE(1, 70, 1, 3, 1, true, false, 9, 0.7)}, /* two tiles */
+    {GRADIENT, ATTENTION_CASE(1, 67, 1, 3, 2, false, false, 0, 0.7)},
+    /* Short sequences of small heads, where what surrounds the products weighs most. */
+    {BENCH_CPU, ATTENTION_CASE(32, 66 * 8, 8, 16, 8, false, false, 0, 0)},
+    /* With a window, time and tiles per token must not grow with the sequence. */
+    {BENCH_CPU, ATTENTION_CASE(1, 4 * 1024, 8, 64, 4, true, false, 512, 0)},
+    {BENCH_CPU, ATTENTION_CASE(1, 4 * 2048, 8, 64, 4, true, false, 512, 0)},
+    {BENCH_CPU, ATTENTION_CASE(1, 4 * 4096, 8, 64, 4, true, false, 512, 0)},
+    {BENCH_CPU, ATTENTION_CASE(1, 4 * 8192, 8, 64, 4, true, false, 512, 0)},
+    {BENCH_CPU, ATTENTION_CASE(1, 4 * 16384, 8, 64, 4, true, false, 512, 0)},
+    {BENCH_GPU, ATTENTION_CASE(16, 1024, 12, 64, 1, true, false, 0, 0)},
+    {BENCH_GPU, ATTENTION_CASE(8, 2048, 12, 64, 1, true, false, 512, 0)},
+    {BENCH_GPU, ATTENTION_CASE(4, 4096, 16, 128, 1, true, false, 0, 0)},
+    {BENCH_GPU, ATTENTION_CASE(2, 8192, 20, 128, 1, true, false, 0, 0)},
+    {BENCH_GPU, ATTENTION_CASE(1, 32768, 20, 128, 1, true, false, 1024, 0)},
+
+    /* ---- mlp_act: type, rows, hidden ---- */
+    ALL_ACTS(GRADIENT, 4, 21),
+    ALL_ACTS(COMPARE, 1, 1),
+    ALL_ACTS(COMPARE, 1, 7),
+    ALL_ACTS(COMPARE, 3, 8),
+    ALL_ACTS(COMPARE, 5, 129),
+    ALL_ACTS(COMPARE, 7, 1024),
+    ALL_ACTS(COMPARE, 2, 4100),
+    {BENCH_GPU, ACT_CASE(ACT_GELU_TANH, 32768, 4096)},
+    {BENCH_GPU, ACT_CASE(ACT_SWIGLU, 32768, 4096)},
+
+    /* ---- classifier: rows, hidden, vocab ---- */
+    {GRADIENT, CLASSIFIER_CASE(5, 6, 9)},
+    {COMPARE, CLASSIFIER_CASE(1, 1, 2), .vary = LOSS_ONLY | ACCUMULATE},
+    {COMPARE, CLASSIFIER_CASE(5, 8, 7), .vary = LOSS_ONLY | ACCUMULATE},
+    {COMPARE, CLASSIFIER_CASE(9, 24, 64), .vary = LOSS_ONLY | ACCUMULATE},
+    {COMPARE, CLASSIFIER_CASE(6, 16, 4099), .vary = LOSS_ONLY | ACCUMULATE},
+    {COMPARE, CLASSIFIER_CASE(33, 40, 130), .vary = LOSS_ONLY | ACCUMULATE},
+    {COMPARE, CLASSIFIER_CASE(3, 8, 8200), .vary = LOSS_ONLY | ACCUMULATE},
+    {BENCH_GPU, CLASSIFIER_CASE(16384, 768, 50257), .options = ACCUMULATE},
+};
+
+/* Call run with every case of an operation for one use, its options varied. Returns how many there were. */
+static inline int op_cases_run(enum op_kind kind, unsigned use,
+                               void (*run)(const struct op_case *c, void *context), void *context) {
+    int count = 0;
+    for (size_t i = 0; i < sizeof OP_CASES / sizeof *OP_CASES; i++) {
+        const struct op_case *row = &OP_CASES[i];
+        if (row->spec.kind != kind || !(row->use & use))
+            continue;
+        for (unsigned varied = row->vary;;
+             varied = (varied - 1) & row->vary) { /* all subsets, down to none */
+            struct op_case c = *row;
+            c.options |= varied;
+            if (c.spec.kind == OP_NORM && c.options & BIAS)
+                c.spec.norm.type = NORM_TYPE_LAYER; /* rmsnorm has no bias */
+            if ((varied & (LOSS_ONLY | ACCUMULATE)) != (LOSS_ONLY | ACCUMULATE)) {
+                run(&c, context);
+                count++;
+            }
+            if (varied == 0)
+                break;
+        }
+    }
+    return count;
+}
+
+#endif
