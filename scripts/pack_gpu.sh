@@ -12,13 +12,13 @@ cd "$(dirname "$0")/.."
 build=$1 out=$2
 tree=$build/gpu-pack
 rm -rf "$tree"
-mkdir -p "$tree/lib" "$tree/gpu" "$tree/tests"
+mkdir -p "$tree/lib" "$tree/gpu" "$tree/tests/gpu"
 
 strip -o "$tree/train_iha" "$build/train_iha"
 for program in "$build"/gpu/*; do
     strip -o "$tree/gpu/$(basename "$program")" "$program"
 done
-cp tests/gpu/check_gpu.sh tests/gpu/check_gpu_runs.sh "$tree/tests"
+cp tests/gpu/check_gpu.sh tests/gpu/check_gpu_runs.sh "$tree/tests/gpu"
 cp -r configs "$tree"
 
 theirs='^(linux-vdso|ld-linux|libc\.|libm\.|libdl\.|librt\.|libpthread\.|libutil\.|libstdc\+\+|libgcc_s|libcuda|libcublas|libcudnn|libcupti|libnccl|libnv)'

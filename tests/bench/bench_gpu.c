@@ -10,6 +10,7 @@
 
 #include "kernels/cuda/comm/comm_sums.h"
 #include "model/flops.h"
+#include "tests/bench/bench_case.h"
 #include "tests/bench/bench_gpu_measure.h"
 #include "tests/bench/bench_gpu_pairs.h"
 #include "tests/bench/bench_models.h"
@@ -19,7 +20,7 @@ static const size_t GPU_COPY_BYTES = (size_t)1 << 30;
 
 /* ---- measuring ---- */
 
-/* Operands of one operation, and what its plan asked for. */
+/* What is no case of tests/lib/op_cases.h: operands, and what the plan asked for. */
 enum { OPERANDS = 16 };
 struct job {
     struct bench *b;
@@ -47,7 +48,8 @@ static void job_open(struct job *j, struct bench *b, struct op_spec spec) {
 }
 
 static tensor *job_operand(struct job *j, int64_t s0, int64_t s1, int64_t s2, int64_t s3, int64_t s4) {
-    j->t[j->count] = bench_noise(j->b, s0, s1, s2, s3, s4);
+    enum dtype type = j->b->k->dtypes(j->b->dev).compute;
+    j->t[j->count] = bench_noise(j->b, type, s0, s1, s2, s3, s4);
     return &j->t[j->count++];
 }
 
@@ -68,11 +70,10 @@ static void job_close(struct job *j) {
     k->release(j->b->dev, j->workspace);
 }
 
-static void bandwidth_row(struct table *t, struct job *j, void (*run)(struct job *), double bytes,
+static void bandwidth_row(struct table *t, struct bench *b, void (*work)(void *), void *context, double bytes,
                           const char *what) {
-    j->run = run;
-    struct summary s = time_work(j->b, run_job, j);
-    double copy = copy_rate(j->b, 0) * ((double)GPU_COPY_BYTES / (double)COPY_BYTES);
+    struct summary s = time_work(b, work, context);
+    double copy = copy_rate(b, 0) * ((double)GPU_COPY_BYTES / (double)COPY_BYTES);
     struct row *row = table_row(t, "%s", what);
     cell_seconds(row->took, s);
     cell(row->rate, "%.0f GB/s", bytes / s.median / 1e9);
@@ -81,19 +82,24 @@ static void bandwidth_row(struct table *t, struct job *j, void (*run)(struct job
     row_progress(row);
 }
 
+static void job_row(struct table *t, struct job *j, void (*run)(struct job *), double bytes,
+                    const char *what) {
+    j->run = run;
+    bandwidth_row(t, j->b, run_job, j, bytes, what);
+}
+
 static double matmul_rate(const struct bench *b) {
     return 2 * pow(MATMUL_SIZE, 3) / samples_summary(&b->sgemm, 0).median;
 }
 
-static void flops_row(struct table *t, struct job *j, void (*run)(struct job *), double flops,
+static void flops_row(struct table *t, struct bench *b, void (*work)(void *), void *context, double flops,
                       const char *what) {
-    j->run = run;
-    struct summary s = time_work(j->b, run_job, j);
+    struct summary s = time_work(b, work, context);
     struct row *row = table_row(t, "%s", what);
     cell_seconds(row->took, s);
     cell(row->rate, "%.0f TFLOP/s", flops / s.median / 1e12);
-    cell(row->beside, "matmul %.0f TFLOP/s", matmul_rate(j->b) / 1e12);
-    cell(row->ratio, "%.2f", flops / s.median / matmul_rate(j->b));
+    cell(row->beside, "matmul %.0f TFLOP/s", matmul_rate(b) / 1e12);
+    cell(row->ratio, "%.2f", flops / s.median / matmul_rate(b));
     row_progress(row);
 }
 
@@ -142,185 +148,84 @@ static void ceiling_rows(const struct bench *b, struct table *t) {
     cell(row->rate, "%.0f TFLOP/s", matmul_rate(b) / 1e12);
 }
 
-/* ---- mixing heads
- * ------------------------------------------------------------------------------------------ */
+/* ---- operations ---- */
 
-enum { QKV, ALPHA_Q, ALPHA_K, ALPHA_V, ROPE, MQ, MK, MV, DQKV, DALPHA_Q, DALPHA_K, DALPHA_V };
+struct gpu_context {
+    struct bench *b;
+    struct table *t;
+};
 
-static void run_mix(struct job *j) {
-    tensor *t = j->t;
-    j->b->k->qkv_mix(j->b->dev, &j->spec.qkv_mix, t[QKV], t[ALPHA_Q], t[ALPHA_K], t[ALPHA_V], t[ROPE], 0,
-                     t[MQ], t[MK], t[MV]);
-}
-
-static void run_mix_backward(struct job *j) {
-    tensor *t = j->t;
-    j->b->k->qkv_mix_backward(j->b->dev, &j->spec.qkv_mix, t[MQ], t[MK], t[MV], t[QKV], t[ALPHA_Q],
-                              t[ALPHA_K], t[ALPHA_V], t[ROPE], t[DQKV], t[DALPHA_Q], t[DALPHA_K], t[DALPHA_V],
-                              true);
-}
-
-enum { COLLAPSE_O, COLLAPSE_R, COLLAPSE_OUT, COLLAPSE_DO, COLLAPSE_DR };
-
-static void run_collapse(struct job *j) {
-    tensor *t = j->t;
-    j->b->k->collapse(j->b->dev, &j->spec.collapse, t[COLLAPSE_O], t[COLLAPSE_R], t[COLLAPSE_OUT]);
-}
-
-static void run_collapse_backward(struct job *j) {
-    tensor *t = j->t;
-    j->b->k->collapse_backward(j->b->dev, &j->spec.collapse, t[COLLAPSE_OUT], t[COLLAPSE_O], t[COLLAPSE_R],
-                               t[COLLAPSE_DO], t[COLLAPSE_DR], true);
-}
-
-static void bench_mixing_of(struct bench *b, struct table *table, int64_t T, int64_t H, int64_t P,
-                            int64_t d) {
-    struct job j;
-    char what[CELL];
-    double row = 2.0 * (double)(T * H * d); /* bytes of one [T,H,d] */
-    job_open(&j, b, (struct op_spec){.kind = OP_QKV_MIX, .qkv_mix = {1, T, H, d, P, true, true, true}});
-    job_operand(&j, 1, T, 3, H, d);
-    for (int i = 0; i < 3; i++)
-        job_operand(&j, P, H, H, 0, 0);
-    tensor *table_of_rope = job_float(&j, T * P, 2, d / 2);
-    b->k->rope_table(b->dev, *table_of_rope, 10000);
-    for (int i = 0; i < 3; i++)
-        job_operand(&j, 1, T * P, H, d, 0);
-    job_operand(&j, 1, T, 3, H, d);
-    for (int i = 0; i < 3; i++)
-        job_float(&j, P, H, H);
-    snprintf(what, sizeof what, "qkv_mix forward: H=%d, P=%d, d=%d, %d tokens", (int)H, (int)P, (int)d,
-             (int)T);
-    bandwidth_row(table, &j, run_mix, 3 * (1 + (double)P) * row, what);
-    snprintf(what, sizeof what, "qkv_mix backward: H=%d, P=%d, d=%d, %d tokens", (int)H, (int)P, (int)d,
-             (int)T);
-    bandwidth_row(table, &j, run_mix_backward, 3 * (2 + (double)P) * row, what);
-    job_close(&j);
-    job_open(&j, b, (struct op_spec){.kind = OP_COLLAPSE, .collapse = {1, T, H, d, P, false}});
-    job_operand(&j, 1, T * P, H, d, 0);
-    job_operand(&j, H, P, H, 0, 0);
-    job_operand(&j, 1, T, H, d, 0);
-    job_operand(&j, 1, T * P, H, d, 0);
-    job_float(&j, H, P, H);
-    snprintf(what, sizeof what, "collapse forward: H=%d, P=%d, d=%d, %d tokens", (int)H, (int)P, (int)d,
-             (int)T);
-    bandwidth_row(table, &j, run_collapse, (1 + (double)P) * row, what);
-    snprintf(what, sizeof what, "collapse backward: H=%d, P=%d, d=%d, %d tokens", (int)H, (int)P, (int)d,
-             (int)T);
-    bandwidth_row(table, &j, run_collapse_backward, (1 + 2 * (double)P) * row, what);
-    job_close(&j);
+/* Both directions of one case, compared with the speed of a copy. */
+static void bandwidth_rows(const struct op_case *c, void *context) {
+    struct gpu_context *x = context;
+    struct bench_case w;
+    char sizes[OP_TEXT], what[CELL];
+    case_open(&w, x->b, c);
+    for (int backward = 0; backward < 2; backward++) {
+        snprintf(what, sizeof what, "%s %s: %.80s", op_name(c), backward ? "backward" : "forward",
+                 op_sizes(c, sizes));
+        bandwidth_row(x->t, x->b, backward ? case_backward : case_forward, &w, case_bytes(&w, backward),
+                      what);
+    }
+    case_close(&w);
 }
 
 static void bench_mix(struct bench *b, struct table *t) {
-    static const int64_t sizes[][2] = {{12, 2}, {16, 4}, {20, 20}};
-    for (int i = 0; i < 3; i++)
-        for (int64_t d = 64; d <= 128; d *= 2)
-            bench_mixing_of(b, t, i < 2 ? 16384 : 4096, sizes[i][0], sizes[i][1], d);
+    op_cases_of(OP_QKV_MIX, OP_COLLAPSE, BENCH_GPU, bandwidth_rows, &(struct gpu_context){b, t});
 }
 
-/* ---- attention, own and cuDNN's ---- */
-
-enum { AQ, AK, AV, AO, ADO, ADQ, ADK, ADV, ATTENTION_TENSORS };
-
-static void run_attention(struct job *j) {
-    tensor *t = j->t;
-    j->b->k->attention(j->b->dev, &j->spec.attention, t[AQ], t[AK], t[AV], t[AO], j->saved);
-}
-
-static void run_attention_backward(struct job *j) {
-    tensor *t = j->t;
-    j->b->k->attention_backward(j->b->dev, &j->spec.attention, t[AQ], t[AK], t[AV], t[AO], t[ADO], j->saved,
-                                t[ADQ], t[ADK], t[ADV]);
-}
-
-/* Visible (query, key) pairs of one head. */
-static double pairs_of(const struct attention_spec *s) {
-    double pairs = 0;
-    for (int64_t i = 0; i < s->length; i++) {
-        int64_t begin, end;
-        attention_keys(s, i, s->length, &begin, &end);
-        pairs += (double)(end - begin);
-    }
-    return pairs;
-}
-
-/* Forward counts two products of every visible pair, backward four: those it computes again are not work
- * done. */
-static void bench_attention_by(struct bench *b, struct table *t, const char *by, struct attention_spec s) {
-    struct bench other = *b; /* a device of its own, which reads the variable when it plans */
+/* On a device of its own, which reads the variable when it plans. */
+static void attention_rows_by(const char *by, const struct op_case *c, const struct gpu_context *x) {
+    struct bench other = *x->b;
     struct op_cost cost;
-    struct op_spec spec = {.kind = OP_ATTENTION, .attention = s};
+    struct op_spec spec = op_spec_of(c);
     struct device_options options = {.precision = DEVICE_BF16};
     struct error e = {0};
-    struct job j;
-    char what[CELL];
+    char sizes[OP_TEXT], what[CELL];
     setenv("IHA_ATTENTION", by, 1);
-    other.dev = b->k->open(&options, &e);
+    other.dev = other.k->open(&options, &e);
     if (!other.dev)
         bench_fail(&e);
-    snprintf(what, sizeof what, "attention by %s: B=%d, S=%d, H=%d, d=%d, window %d", by, (int)s.batch,
-             (int)s.length, (int)s.heads, (int)s.head_dim, (int)s.window);
-    if (b->k->plan(other.dev, &spec, &cost, &e) != 0) {
-        struct row *row = table_row(t, "%s", what);
+    if (other.k->plan(other.dev, &spec, &cost, &e) != 0) {
+        struct row *row = table_row(x->t, "attention by %s: %s", by, op_sizes(c, sizes));
         cell(row->took, "not supported: %.120s", e.text);
     } else {
-        job_open(&j, &other, spec);
-        for (int i = 0; i < ATTENTION_TENSORS; i++)
-            job_operand(&j, s.batch, s.length, s.heads, s.head_dim, 0);
-        double flops = 4 * pairs_of(&s) * (double)(s.head_dim * s.heads * s.batch);
-        char direction[CELL + 16];
-        snprintf(direction, sizeof direction, "%s, forward", what);
-        flops_row(t, &j, run_attention, flops, direction);
-        snprintf(direction, sizeof direction, "%s, backward", what);
-        flops_row(t, &j, run_attention_backward, 2 * flops, direction);
-        job_close(&j);
+        struct bench_case w;
+        case_open(&w, &other, c);
+        for (int backward = 0; backward < 2; backward++) {
+            snprintf(what, sizeof what, "attention by %s: %.80s, %s", by, op_sizes(c, sizes),
+                     backward ? "backward" : "forward");
+            flops_row(x->t, &other, backward ? case_backward : case_forward, &w,
+                      (1 + backward) * attention_flops(&spec.attention), what);
+        }
+        case_close(&w);
     }
-    b->k->close(other.dev);
+    other.k->close(other.dev);
     unsetenv("IHA_ATTENTION");
 }
 
+static void attention_rows(const struct op_case *c, void *context) {
+    attention_rows_by("own", c, context);
+    attention_rows_by("cudnn", c, context);
+}
+
 static void bench_attention_both(struct bench *b, struct table *t) {
-    static const int64_t sizes[][5] = {
-        /* B, S, H, d, window */
-        {16, 1024, 12, 64, 0}, {8, 2048, 12, 64, 512},    {4, 4096, 16, 128, 0},
-        {2, 8192, 20, 128, 0}, {1, 32768, 20, 128, 1024},
-    };
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
-        const int64_t *z = sizes[i];
-        struct attention_spec s = {z[0], z[1], z[2], z[3], 1, true, false, z[4], 1 / sqrt((double)z[3])};
-        bench_attention_by(b, t, "own", s);
-        bench_attention_by(b, t, "cudnn", s);
-    }
+    op_cases_run(OP_ATTENTION, BENCH_GPU, attention_rows, &(struct gpu_context){b, t});
 }
 
-/* ---- the other operations ---- */
-
-static void run_norm(struct job *j) {
-    tensor *t = j->t;
-    j->b->k->residual_norm(j->b->dev, &j->spec.norm, t[0], t[1], t[4], tensor_none(), t[2], t[3], j->saved);
+/* Loss and both gradients: three matrix products. */
+static void classifier_rows(const struct op_case *c, void *context) {
+    struct gpu_context *x = context;
+    const struct classifier_spec *s = &c->spec.classifier;
+    struct bench_case w;
+    char sizes[OP_TEXT], what[CELL];
+    case_open(&w, x->b, c);
+    snprintf(what, sizeof what, "classifier, loss and both gradients: %.80s", op_sizes(c, sizes));
+    flops_row(x->t, x->b, case_backward, &w, 6.0 * (double)(s->rows * s->hidden) * (double)s->vocab, what);
+    case_close(&w);
 }
 
-static void run_norm_backward(struct job *j) {
-    tensor *t = j->t;
-    j->b->k->residual_norm_backward(j->b->dev, &j->spec.norm, t[3], t[2], t[4], j->saved, t[0], t[5],
-                                    tensor_none(), true);
-}
-
-static void run_act(struct job *j) {
-    bool gated = j->spec.act.type == ACT_SWIGLU;
-    j->b->k->mlp_act(j->b->dev, &j->spec.act, j->t[0], gated ? j->t[1] : tensor_none(), j->t[2]);
-}
-
-static void run_act_backward(struct job *j) {
-    bool gated = j->spec.act.type == ACT_SWIGLU;
-    j->b->k->mlp_act_backward(j->b->dev, &j->spec.act, j->t[2], j->t[0], gated ? j->t[1] : tensor_none(),
-                              j->t[3], gated ? j->t[4] : tensor_none());
-}
-
-static void run_classifier(struct job *j) {
-    tensor *t = j->t;
-    j->b->k->classifier(j->b->dev, &j->spec.classifier, t[0], t[1], t[2], 1e-4, t[3].data, t[4], t[5], true);
-}
+/* ---- the optimizer ---- */
 
 static void run_sumsq(struct job *j) {
     j->b->k->sumsq(j->b->dev, j->t[1], j->t[5].data);
@@ -331,58 +236,6 @@ static void run_adamw(struct job *j) {
     const struct param_group group = {0, j->t[0].shape[0], 1, 0.1f};
     tensor *t = j->t;
     j->b->k->adamw(j->b->dev, &hyper, &group, 1, 0, t[0], t[4], t[1], t[2], t[3], t[5].data);
-}
-
-static void bench_norm(struct bench *b, struct table *t) {
-    const int64_t N = 65536, C = 2560;
-    struct job j;
-    job_open(&j, b, (struct op_spec){.kind = OP_NORM, .norm = {NORM_TYPE_RMS, 1e-5, N, C}});
-    for (int i = 0; i < 4; i++)
-        job_operand(&j, N, C, 0, 0, 0);
-    job_operand(&j, C, 0, 0, 0, 0);
-    job_float(&j, C, 0, 0);
-    bandwidth_row(t, &j, run_norm, 4 * 2.0 * (double)(N * C), "residual_norm forward: 65536 rows of 2560");
-    bandwidth_row(t, &j, run_norm_backward, 4 * 2.0 * (double)(N * C),
-                  "residual_norm backward: 65536 rows of 2560");
-    job_close(&j);
-}
-
-static void bench_act(struct bench *b, struct table *t) {
-    const int64_t N = 32768, F = 4096;
-    const double each = 2.0 * (double)(N * F);
-    for (int gated = 0; gated <= 1; gated++) {
-        struct job j;
-        enum act_type type = gated ? ACT_SWIGLU : ACT_GELU_TANH;
-        job_open(&j, b, (struct op_spec){.kind = OP_ACT, .act = {type, N, F}});
-        for (int i = 0; i < 5; i++)
-            job_operand(&j, N, F, 0, 0, 0);
-        bandwidth_row(t, &j, run_act, (gated ? 3 : 2) * each,
-                      gated ? "swiglu forward: 32768 rows of 4096" : "gelu_tanh forward: 32768 rows of 4096");
-        bandwidth_row(t, &j, run_act_backward, (gated ? 5 : 3) * each,
-                      gated ? "swiglu backward: 32768 rows of 4096"
-                            : "gelu_tanh backward: 32768 rows of 4096");
-        job_close(&j);
-    }
-}
-
-static void bench_classifier(struct bench *b, struct table *t) {
-    const int64_t N = 16384, C = 768, V = 50257;
-    struct job j;
-    int32_t *targets = malloc((size_t)N * sizeof *targets);
-    job_open(&j, b, (struct op_spec){.kind = OP_CLASSIFIER, .classifier = {N, C, V}});
-    job_operand(&j, N, C, 0, 0, 0);
-    job_operand(&j, V, C, 0, 0, 0);
-    tensor *ids = job_float(&j, N, 0, 0);
-    ids->dtype = DTYPE_I32;
-    random_tokens(targets, N, V, 3);
-    b->k->upload(b->dev, *ids, targets, DTYPE_I32);
-    job_float(&j, (int64_t)(sizeof(struct step_state) / sizeof(float)) + 1, 0, 0);
-    job_operand(&j, N, C, 0, 0, 0);
-    job_float(&j, V, C, 0);
-    flops_row(t, &j, run_classifier, 6.0 * (double)(N * C) * (double)V,
-              "classifier, loss and both gradients: 16384 rows, C=768, V=50257");
-    job_close(&j);
-    free(targets);
 }
 
 static void bench_optimizer(struct bench *b, struct table *t) {
@@ -396,17 +249,16 @@ static void bench_optimizer(struct bench *b, struct table *t) {
     j.t[j.count++] = p;
     job_float(&j, (int64_t)(sizeof(struct step_state) / sizeof(float)) + 1, 0, 0);
     b->k->step_begin(b->dev, j.t[5].data, 0, 1e-4);
-    bandwidth_row(t, &j, run_sumsq, 4.0 * (double)n, "sumsq: 124M gradients");
+    job_row(t, &j, run_sumsq, 4.0 * (double)n, "sumsq: 124M gradients");
     b->k->step_decide(b->dev, j.t[5].data, 1, 0);
-    bandwidth_row(t, &j, run_adamw, 30.0 * (double)n,
-                  "adamw: 124M parameters, 16 bytes read and 14 written each");
+    job_row(t, &j, run_adamw, 30.0 * (double)n, "adamw: 124M parameters, 16 bytes read and 14 written each");
     job_close(&j);
 }
 
 static void bench_others(struct bench *b, struct table *t) {
-    bench_norm(b, t);
-    bench_act(b, t);
-    bench_classifier(b, t);
+    struct gpu_context context = {b, t};
+    op_cases_of(OP_NORM, OP_ACT, BENCH_GPU, bandwidth_rows, &context);
+    op_cases_run(OP_CLASSIFIER, BENCH_GPU, classifier_rows, &context);
     bench_optimizer(b, t);
 }
 
@@ -443,10 +295,10 @@ static void bench_ranks(struct bench *b, struct table *t) {
     job_float(&j, n * SUMMED_RANKS, 0, 0);
     job_float(&j, n, 0, 0);
     job_float(&j, n * SUMMED_RANKS / 2, 0, 0);
-    bandwidth_row(t, &j, run_add_fp32, (8 + 4 * others) * N, "sum of 8 ranks' shares of 16M, fp32 messages");
-    bandwidth_row(t, &j, run_add_bf16, (8 + 2 * others) * N, "sum of 8 ranks' shares of 16M, bf16 messages");
-    bandwidth_row(t, &j, run_add_to, 12 * N, "a pass's sums added to those before: 16M");
-    bandwidth_row(t, &j, run_round, 6 * SUMMED_RANKS * N, "gradients rounded to bf16 messages: 128M");
+    job_row(t, &j, run_add_fp32, (8 + 4 * others) * N, "sum of 8 ranks' shares of 16M, fp32 messages");
+    job_row(t, &j, run_add_bf16, (8 + 2 * others) * N, "sum of 8 ranks' shares of 16M, bf16 messages");
+    job_row(t, &j, run_add_to, 12 * N, "a pass's sums added to those before: 16M");
+    job_row(t, &j, run_round, 6 * SUMMED_RANKS * N, "gradients rounded to bf16 messages: 128M");
     job_close(&j);
     cell(table_row(t, "reduce-scatter and all-gather over NCCL")->took, "not measured: takes two GPUs");
 }
@@ -542,8 +394,7 @@ static void bench_paper_steps(struct bench *b, struct table *table) {
     }
 }
 
-/* ---- the program
- * -------------------------------------------------------------------------------------------- */
+/* ---- the program ---- */
 
 static const struct item {
     const char *name;

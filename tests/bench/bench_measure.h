@@ -78,13 +78,12 @@ static inline void *bench_alloc(const struct bench *b, size_t bytes) {
     return data;
 }
 
-/* A tensor [s0, ...] (0 ends the shape) of reproducible noise in [-1, 1); free with k->release(data). The
+/* A tensor [s0, ...] (0 ends the shape) of this type, of reproducible noise in [-1, 1); free with k->release(data). The
  * noise repeats: a GPU's benchmark makes ten billion numbers of it, and the GPU would wait for the host to
  * draw them. */
 enum { NOISE = 1 << 20 };
-static inline tensor bench_noise(const struct bench *b, int64_t s0, int64_t s1, int64_t s2, int64_t s3,
-                                 int64_t s4) {
-    enum dtype type = b->k->dtypes(b->dev).compute;
+static inline tensor bench_noise(const struct bench *b, enum dtype type, int64_t s0, int64_t s1, int64_t s2,
+                                 int64_t s3, int64_t s4) {
     tensor t = tensor_of(NULL, type, s0, s1, s2, s3, s4);
     int64_t n = tensor_count(t);
     static float host[NOISE];
@@ -109,9 +108,9 @@ static inline void ceilings_open(struct bench *b) {
     struct error e = {0};
     if (b->k->plan(b->dev, &spec, &cost, &e) != 0)
         bench_fail(&e);
-    b->x = bench_noise(b, n, n, 0, 0, 0);
-    b->w = bench_noise(b, n, n, 0, 0, 0);
-    b->y = bench_noise(b, n, n, 0, 0, 0);
+    b->x = bench_noise(b, DTYPE_F32, n, n, 0, 0, 0);
+    b->w = bench_noise(b, DTYPE_F32, n, n, 0, 0, 0);
+    b->y = bench_noise(b, DTYPE_F32, n, n, 0, 0, 0);
     b->copy_from = bench_alloc(b, COPY_BYTES);
     b->copy_to = bench_alloc(b, COPY_BYTES);
     memset(b->copy_from, 1, COPY_BYTES); /* else all its pages are one page of zeros */

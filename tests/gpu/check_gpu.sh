@@ -6,7 +6,7 @@
 # The tests of the operations and of NCCL with one rank; whole models beside the CPU's; whole runs
 # (tests/gpu/check_gpu_runs.sh); the tests under compute-sanitizer, where it is installed, until BUDGET seconds have gone by.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 programs=$1 binary=$2 cuda_home=${3:-/usr/local/cuda}
 results=build/check-gpu.txt
 BUDGET=${BUDGET:-420}

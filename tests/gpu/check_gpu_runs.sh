@@ -12,7 +12,7 @@
 # Two ranks are started by mpirun where it is, otherwise by torchrun's variables, over TCP; LAUNCH=tcp or mpirun says.
 # FOLDER keeps the runs, each in a folder of its own. BINARY may be build/release/emulator/train_iha, on emulated GPUs.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 binary=$1 work=$2
 PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3) # nothing but its own library is asked of it
 LAUNCH=${LAUNCH:-$(command -v mpirun >/dev/null && echo mpirun || echo tcp)}

@@ -196,13 +196,14 @@ static const struct op_case OP_CASES[] = {
     {BENCH_GPU, CLASSIFIER_CASE(16384, 768, 50257), .options = ACCUMULATE},
 };
 
-/* Call run with every case of an operation for one use, its options varied. Returns how many there were. */
-static inline int op_cases_run(enum op_kind kind, unsigned use,
-                               void (*run)(const struct op_case *c, void *context), void *context) {
+/* Call run with every case of two operations for one use, in the table's order, its options varied. Returns how many
+ * there were. */
+static inline int op_cases_of(enum op_kind kind, enum op_kind other, unsigned use,
+                              void (*run)(const struct op_case *c, void *context), void *context) {
     int count = 0;
     for (size_t i = 0; i < sizeof OP_CASES / sizeof *OP_CASES; i++) {
         const struct op_case *row = &OP_CASES[i];
-        if (row->spec.kind != kind || !(row->use & use))
+        if ((row->spec.kind != kind && row->spec.kind != other) || !(row->use & use))
             continue;
         for (unsigned varied = row->vary;;
              varied = (varied - 1) & row->vary) { /* all subsets, down to none */
@@ -219,6 +220,11 @@ static inline int op_cases_run(enum op_kind kind, unsigned use,
         }
     }
     return count;
+}
+
+static inline int op_cases_run(enum op_kind kind, unsigned use,
+                               void (*run)(const struct op_case *c, void *context), void *context) {
+    return op_cases_of(kind, kind, use, run, context);
 }
 
 #endif

@@ -262,6 +262,7 @@ static inline const char *op_name(const struct op_case *c) {
 /* "H=12, P=2, d=64, 2048 tokens": what tells the cases of an operation apart. */
 static inline const char *op_sizes(const struct op_case *c, char text[OP_TEXT]) {
     const struct op_spec *s = &c->spec;
+    int at;
     switch (s->kind) {
     case OP_EMBED:
         snprintf(text, OP_TEXT, "%d x %d tokens, V=%d, C=%d", (int)s->embed.batch, (int)s->embed.tokens,
@@ -279,10 +280,12 @@ static inline const char *op_sizes(const struct op_case *c, char text[OP_TEXT]) 
                  (int)s->qkv_mix.head_dim, (int)(s->qkv_mix.batch * s->qkv_mix.tokens));
         break;
     case OP_ATTENTION:
-        snprintf(text, OP_TEXT, "B=%d, S=%d, H=%d, d=%d, P=%d%s%s, window %d", (int)s->attention.batch,
-                 (int)s->attention.length, (int)s->attention.heads, (int)s->attention.head_dim,
-                 (int)s->attention.pseudo, s->attention.causal ? "" : ", not causal",
-                 s->attention.token_mask ? ", token mask" : "", (int)s->attention.window);
+        at = snprintf(text, OP_TEXT, "B=%d, S=%d, H=%d, d=%d, P=%d%s%s", (int)s->attention.batch,
+                      (int)s->attention.length, (int)s->attention.heads, (int)s->attention.head_dim,
+                      (int)s->attention.pseudo, s->attention.causal ? "" : ", not causal",
+                      s->attention.token_mask ? ", token mask" : "");
+        if (s->attention.window > 0)
+            snprintf(text + at, OP_TEXT - (size_t)at, ", window %d", (int)s->attention.window);
         break;
     case OP_COLLAPSE:
         snprintf(text, OP_TEXT, "H=%d, P=%d, d=%d, %d tokens%s", (int)s->collapse.heads,
