@@ -1,4 +1,4 @@
-/* The CUDA backend's own attention, forward and backward, in the harness of tests/cuda/emulator/: every mask with
+/* The CUDA backend's own attention, forward and backward, against the CPU backend: every mask with
  * every edge of a tile, a window or a pseudo-token, packed and gapped views, extreme scores; which tiles are
  * visited; and that two runs give the same bits.
  *
@@ -6,6 +6,7 @@
  * gradients are judged by the norm of all three, since dq and dk are differences of two sums as large as
  * those of dv, taken in different orders (and may be exactly zero). */
 #include "tests/cuda/fixture.h"
+#include "tests/lib/attention_cases.h"
 
 /* Tiles visited since the program began (kernels/cuda/attention/attention_bf16.cu). */
 extern int64_t cuda_attention_tiles;
@@ -185,45 +186,30 @@ static void check_case(enum device_precision precision, struct attention_case c)
 
 /* ---- the table ---- */
 
-static const int64_t LENGTHS[] = {1, 7, 63, 64, 65, 130, 200};
-static const int64_t WINDOWS[] = {0, 1, 2, 32, 63, 64, 65, 201};
-static const struct {
-    bool causal, token_mask;
-    int64_t pseudo;
-} MASKS[] = {
-    {true, false, 1}, {true, false, 3}, {true, true, 1},   {true, true, 2},
-    {true, true, 3},  {true, true, 4},  {false, false, 1},
-};
 static const int64_t DIMS[] = {4, 8, 20, 24, 32, 7};
-
-#define COUNT(a) (sizeof(a) / sizeof *(a))
 
 static size_t drawn(size_t n) {
     return (size_t)((fixture_noise() + 1) / 2 * (double)n);
 }
 
-/* Every length with every window and mask; head dims, heads and layouts take turns at random. cuDNN takes a
- * second or so to build each of its graphs, up to four a case: there one case in five has to do. */
-static void every_case(enum device_precision precision) {
-    int step = precision == DEVICE_BF16 && cudnn_may_serve() ? 5 : 1, next = 0;
-    for (size_t i = 0; i < COUNT(LENGTHS); i++)
-        for (size_t j = 0; j < COUNT(WINDOWS); j++)
-            for (size_t m = 0; m < COUNT(MASKS); m++) {
-                bool small = LENGTHS[i] < 64;
-                if (next++ % step != 0)
-                    continue;
-                struct attention_case c = {{.batch = small ? 1 + (int64_t)drawn(2) : 1,
-                                            .length = LENGTHS[i],
-                                            .heads = small ? 1 + (int64_t)drawn(3) : 1,
-                                            .head_dim = DIMS[drawn(COUNT(DIMS))],
-                                            .pseudo = MASKS[m].pseudo,
-                                            .causal = MASKS[m].causal,
-                                            .token_mask = MASKS[m].token_mask,
-                                            .window = WINDOWS[j]},
-                                           (enum layout)drawn(3),
-                                           2};
-                check_case(precision, c);
-            }
+/* Head dims, heads and layouts take turns at random. cuDNN takes a second or so to build each of its graphs, up to four
+ * a case: there one case in five has to do. */
+static void check_drawn(enum device_precision precision, struct attention_spec s) {
+    static int next;
+    if (next++ % (precision == DEVICE_BF16 && cudnn_may_serve() ? 5 : 1) != 0)
+        return;
+    s.batch = s.length < 64 ? 1 + (int64_t)drawn(2) : 1;
+    s.heads = s.length < 64 ? 1 + (int64_t)drawn(3) : 1;
+    s.head_dim = DIMS[drawn(COUNT(DIMS))];
+    check_case(precision, (struct attention_case){s, (enum layout)drawn(3), 2});
+}
+
+static void check_bf16(struct attention_spec s) {
+    check_drawn(DEVICE_BF16, s);
+}
+
+static void check_fp32(struct attention_spec s) {
+    check_drawn(DEVICE_FP32, s);
 }
 
 /* Every kernel: one padded head dim each, with and without padding, over more than one tile. */
@@ -254,12 +240,12 @@ static void large_scores(enum device_precision precision) {
 
 static void table_bf16(void **state) {
     (void)state;
-    every_case(DEVICE_BF16);
+    attention_each_case(ON_CUDA, check_bf16);
 }
 
 static void table_fp32(void **state) {
     (void)state;
-    every_case(DEVICE_FP32);
+    attention_each_case(ON_CUDA, check_fp32);
 }
 
 static void head_dims(void **state) {
@@ -275,11 +261,6 @@ static void extreme_scores(void **state) {
 }
 
 /* ---- NaN ---- */
-
-static bool visible(const struct attention_spec *a, int64_t s, int64_t key) {
-    bool before = !a->causal || (a->token_mask ? key / a->pseudo <= s / a->pseudo : key <= s);
-    return before && (a->window == 0 || s - key < a->window);
-}
 
 /* One pass of the CUDA backend alone, on separate tensors of one head. */
 struct pass {
@@ -335,11 +316,11 @@ static void check_nan(enum device_precision precision, bool in_key, int64_t at) 
     struct backend *b = &p.k->each[CUDA];
     double *o = values_on(b, p.o), *dq = values_on(b, p.dq), *dv = values_on(b, p.dv);
     for (int64_t i = 0; i < NAN_LENGTH; i++) {
-        bool hit = in_key ? visible(&s, i, at) : i == at;
+        bool hit = in_key ? attention_visible(&s, i, at) : i == at;
         for (int64_t c = 0; c < NAN_DIM; c++) {
             assert_int_equal(isnan(o[i * NAN_DIM + c]) != 0, hit);
             assert_true(!hit || isnan(dq[i * NAN_DIM + c]));
-            assert_true(in_key || !visible(&s, at, i) || isnan(dv[i * NAN_DIM + c]));
+            assert_true(in_key || !attention_visible(&s, at, i) || isnan(dv[i * NAN_DIM + c]));
         }
     }
     free(o);
@@ -362,20 +343,6 @@ static void nan_is_not_swallowed(void **state) {
 
 /* ---- tiles ---- */
 
-/* Tiles of `queries` by `keys` scores that hold a visible pair. */
-static int64_t tiles_needed(const struct attention_spec *a, int64_t queries, int64_t keys) {
-    int64_t count = 0;
-    for (int64_t q0 = 0; q0 < a->length; q0 += queries)
-        for (int64_t k0 = 0; k0 < a->length; k0 += keys) {
-            bool needed = false;
-            for (int64_t s = q0; s < a->length && s < q0 + queries; s++)
-                for (int64_t key = k0; key < a->length && key < k0 + keys; key++)
-                    needed = needed || visible(a, s, key);
-            count += needed;
-        }
-    return count * a->batch * a->heads;
-}
-
 /* The sides of the tiles: see forward_shape, backward_shape and fp32_shape. */
 static void check_tiles(enum device_precision precision, struct attention_spec s) {
     bool bf16 = precision == DEVICE_BF16, narrow = s.head_dim <= 64;
@@ -383,26 +350,27 @@ static void check_tiles(enum device_precision precision, struct attention_spec s
     struct pass p = pass_of(precision, &s, NULL, NULL);
     run_pass(&p, &s);
     done(p.k);
-    assert_int_equal(p.forward_tiles, bf16 ? tiles_needed(&s, 128, 64) : tiles_needed(&s, 32, 32));
-    assert_int_equal(p.backward_tiles, bf16 ? tiles_needed(&s, 32, rows) + tiles_needed(&s, rows, 32)
-                                            : 2 * tiles_needed(&s, 32, 32));
+    assert_int_equal(p.forward_tiles,
+                     bf16 ? attention_tiles_needed(&s, 128, 64) : attention_tiles_needed(&s, 32, 32));
+    assert_int_equal(p.backward_tiles,
+                     bf16 ? attention_tiles_needed(&s, 32, rows) + attention_tiles_needed(&s, rows, 32)
+                          : 2 * attention_tiles_needed(&s, 32, 32));
+}
+
+static void check_tiles_of_mask(struct attention_spec s) {
+    s.head_dim = 8;
+    s.scale = 0.3;
+    check_tiles(DEVICE_BF16, s);
+    if (s.length == 65)
+        check_tiles(DEVICE_FP32, s);
 }
 
 static void no_empty_tile_is_visited(void **state) {
     (void)state;
     if (emulator_on_gpu())
-        skip(); /* only the harness counts */
+        skip(); /* only the emulator counts */
     static const int64_t lengths[] = {1, 65, 129, 300}, windows[] = {0, 1, 2, 31, 33, 64, 65, 130, 500};
-    for (size_t i = 0; i < COUNT(lengths); i++)
-        for (size_t j = 0; j < COUNT(windows); j++)
-            for (size_t m = 0; m < COUNT(MASKS); m++) {
-                struct attention_spec s = {
-                    1,          lengths[i], 1, 8, MASKS[m].pseudo, MASKS[m].causal, MASKS[m].token_mask,
-                    windows[j], 0.3};
-                check_tiles(DEVICE_BF16, s);
-                if (lengths[i] == 65)
-                    check_tiles(DEVICE_FP32, s);
-            }
+    attention_each_mask(ON_CUDA, lengths, COUNT(lengths), windows, COUNT(windows), check_tiles_of_mask);
     check_tiles(DEVICE_BF16, (struct attention_spec){1, 200, 1, 128, 3, true, true, 40, 0.1});
     check_tiles(DEVICE_FP32, (struct attention_spec){2, 200, 2, 128, 3, true, true, 40, 0.1});
 }

@@ -6,6 +6,7 @@
  * plain error happens to be smaller still. Then: which tiles are visited, and how their
  * number grows with the sequence. */
 #include "tests/lib/model_fixture.h"
+#include "tests/lib/attention_cases.h"
 
 #include "kernels/cpu/cpu.h"
 
@@ -18,11 +19,6 @@ static const float SENTINEL = 12345.5f;
 static uint64_t SEED = 11;
 
 /* ---- the reference ---- */
-
-static bool visible(const struct attention_spec *a, int64_t s, int64_t key) {
-    bool before = !a->causal || (a->token_mask ? key / a->pseudo <= s / a->pseudo : key <= s);
-    return before && (a->window == 0 || s - key < a->window);
-}
 
 /* One head in double; all arrays [S,d] but the probabilities, [S,S]. */
 struct head {
@@ -52,8 +48,9 @@ static void softmax(const struct attention_spec *a, struct head *w, int64_t s, b
     double *p = w->p + s * a->length, top = -INFINITY, sum = 0, scale = rounded(a->scale, plain);
     int64_t d = a->head_dim;
     for (int64_t key = 0; key < a->length; key++) {
-        p[key] = visible(a, s, key) ? rounded(scale * dot(w->q + s * d, w->k + key * d, d, plain), plain)
-                                    : (double)-INFINITY;
+        p[key] = attention_visible(a, s, key)
+                     ? rounded(scale * dot(w->q + s * d, w->k + key * d, d, plain), plain)
+                     : (double)-INFINITY;
         top = fmax(top, p[key]);
         w->score = isfinite(p[key]) ? fmax(w->score, fabs(p[key])) : w->score;
     }
@@ -316,39 +313,23 @@ static void check_case(struct attention_spec spec, bool packed, float magnitude)
 
 /* ---- the table ---- */
 
-static const int64_t LENGTHS[] = {1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 130, 200};
-static const int64_t WINDOWS[] = {0, 1, 2, 3, 16, 63, 64, 65, 201};
 static const int64_t DIMS[] = {4, 8, 16, 20, 64};
-static const struct {
-    bool causal, token_mask;
-    int64_t pseudo;
-} MASKS[] = {
-    {true, false, 1}, {true, false, 3}, {true, true, 1},   {true, true, 2},
-    {true, true, 3},  {true, true, 5},  {false, false, 1},
-};
-
-#define COUNT(a) (sizeof(a) / sizeof *(a))
 
 static size_t drawn(size_t n) {
     return (size_t)((fixture_noise(&SEED) + 1) / 2 * (double)n);
 }
 
-/* Every length with every window and mask; head dims, batches, heads and packing take turns at random. */
+/* Head dims, batches, heads and packing take turns at random. */
+static void check_drawn(struct attention_spec s) {
+    s.batch = 1 + (int64_t)drawn(2);
+    s.heads = drawn(2) ? 3 : 1;
+    s.head_dim = DIMS[drawn(COUNT(DIMS))];
+    check_case(s, drawn(2), 1);
+}
+
 static void every_case(void **state) {
     (void)state;
-    for (size_t i = 0; i < COUNT(LENGTHS); i++)
-        for (size_t j = 0; j < COUNT(WINDOWS); j++)
-            for (size_t k = 0; k < COUNT(MASKS); k++) {
-                struct attention_spec spec = {.batch = 1 + (int64_t)drawn(2),
-                                              .length = LENGTHS[i],
-                                              .heads = drawn(2) ? 3 : 1,
-                                              .head_dim = DIMS[drawn(COUNT(DIMS))],
-                                              .pseudo = MASKS[k].pseudo,
-                                              .causal = MASKS[k].causal,
-                                              .token_mask = MASKS[k].token_mask,
-                                              .window = WINDOWS[j]};
-                check_case(spec, drawn(2), 1);
-            }
+    attention_each_case(ON_CPU, check_drawn);
 }
 
 static void every_head_dim(void **state) {
@@ -399,12 +380,12 @@ static void check_nan(bool in_key, int64_t at, float nan) {
     run_forward(&c);
     run_backward(&c);
     for (int64_t s = 0; s < c.spec.length; s++) {
-        bool hit = in_key ? visible(&c.spec, s, at) : s == at;
+        bool hit = in_key ? attention_visible(&c.spec, s, at) : s == at;
         if (!(hit ? all_nan : all_finite)(row_of(c.o, 0, s, 0), 8))
             fail_nan(&c, hit ? "o swallowed a NaN" : "o has a NaN that it does not see", in_key, at, s);
         if (hit && !all_nan(row_of(c.grad[0], 0, s, 0), 8))
             fail_nan(&c, "dq swallowed a NaN", in_key, at, s);
-        if (!in_key && visible(&c.spec, at, s) && !all_nan(row_of(c.grad[2], 0, s, 0), 8))
+        if (!in_key && attention_visible(&c.spec, at, s) && !all_nan(row_of(c.grad[2], 0, s, 0), 8))
             fail_nan(&c, "dv swallowed a NaN", in_key, at, s);
     }
     case_close(&c);
@@ -436,34 +417,18 @@ static int64_t visits(struct attention_spec spec, bool backward) {
     return attention_tiles_visited - before;
 }
 
-static bool tile_is_needed(const struct attention_spec *a, int64_t q0, int64_t k0) {
-    for (int64_t s = q0; s < a->length && s < q0 + TILE_SIDE; s++)
-        for (int64_t key = k0; key < a->length && key < k0 + TILE_SIDE; key++)
-            if (visible(a, s, key))
-                return true;
-    return false;
-}
-
-static int64_t tiles_needed(const struct attention_spec *a) {
-    int64_t count = 0;
-    for (int64_t q0 = 0; q0 < a->length; q0 += TILE_SIDE)
-        for (int64_t k0 = 0; k0 < a->length; k0 += TILE_SIDE)
-            count += tile_is_needed(a, q0, k0);
-    return count * a->batch * a->heads;
+static void check_tiles(struct attention_spec s) {
+    s.batch = 1 + !s.token_mask;
+    s.heads = 2;
+    s.head_dim = 4;
+    assert_int_equal(visits(s, false), attention_tiles_needed(&s, TILE_SIDE, TILE_SIDE));
+    assert_int_equal(visits(s, true), attention_tiles_needed(&s, TILE_SIDE, TILE_SIDE));
 }
 
 static void no_empty_tile_is_visited(void **state) {
     (void)state;
     static const int64_t lengths[] = {1, 64, 65, 200, 449}, windows[] = {0, 1, 2, 63, 64, 65, 66, 129, 500};
-    for (size_t i = 0; i < COUNT(lengths); i++)
-        for (size_t j = 0; j < COUNT(windows); j++)
-            for (size_t k = 0; k < COUNT(MASKS); k++) {
-                struct attention_spec a = {
-                    1 + (int64_t)(k % 2), lengths[i],          2,          4, MASKS[k].pseudo,
-                    MASKS[k].causal,      MASKS[k].token_mask, windows[j], 0};
-                assert_int_equal(visits(a, false), tiles_needed(&a));
-                assert_int_equal(visits(a, true), tiles_needed(&a));
-            }
+    attention_each_mask(ON_CPU, lengths, COUNT(lengths), windows, COUNT(windows), check_tiles);
 }
 
 /* A window of 512 virtual tokens spans 9 tiles of keys, of which the first 8 rows of tiles lack 8, 7, ... 1:
