@@ -1,4 +1,4 @@
-/* Operations of the CUDA backend, run in the harness, against the CPU backend.
+/* Operations of the CUDA backend, on an emulated GPU (or a real one), against the CPU backend.
  *
  * A test fills inputs, calls an operation on three backends, and compares outputs by one rule. Every tensor
  * is made three times from the same numbers:
@@ -13,10 +13,15 @@
  * largest element.
  *
  *     struct backends *k = backends(DEVICE_BF16);
- *     struct operand x = input(k, DTYPE_BF16, rows, cols, 0, 0, 0), y = output(k, DTYPE_BF16, rows, cols, 0,
- * 0, 0); plan(k, (struct op_spec){.kind = OP_ACT, .act = spec}); EACH(k, b) b->k->mlp_act(b->dev, &spec,
- * on(x, b), tensor_none(), on(y, b)); expect_close("mlp_act", "out", k, y); done(k);
- */
+ *     struct operand x = input(k, DTYPE_BF16, rows, cols, 0, 0, 0);
+ *     struct operand y = output(k, DTYPE_BF16, rows, cols, 0, 0, 0);
+ *     plan(k, (struct op_spec){.kind = OP_ACT, .act = spec});
+ *     EACH(k, b)
+ *         b->k->mlp_act(b->dev, &spec, on(x, b), tensor_none(), on(y, b));
+ *     expect_close("mlp_act", "out", k, y);
+ *     done(k);
+ *
+ * tests/cuda/op_run.h does this for any operation. */
 #ifndef IHA_TESTS_CUDA_FIXTURE_H
 #define IHA_TESTS_CUDA_FIXTURE_H
 

@@ -1,5 +1,5 @@
-/* Kernels for tests/cuda/test_emulator.c: a good one of each kind that the emulator supports, and faulty ones
- * that it must catch. */
+/* Kernels for tests/cuda/test_emulator.c: a correct one of each kind that the emulator supports, and faulty
+ * ones that it must report. */
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/mma.cuh"
 #include "tests/cuda/samples.h"
@@ -52,7 +52,7 @@ void sample_rotate(float *out, int second_barrier) {
     sample<rotate>(1, 64, 64 * sizeof(float), out, 64, second_barrier);
 }
 
-/* Reads shared memory that nobody wrote. */
+/* Reads shared memory that was not written. */
 static __global__ void uninitialised(float *out, int) {
     __shared__ float s[32];
     out[threadIdx.x] = s[threadIdx.x] + dynamic_shared<float>()[threadIdx.x];

@@ -227,7 +227,7 @@ static void every_head_dim(enum device_precision precision) {
 
 /* Scores of 1e4 and more leave one key with all of the weight, or two that can hardly be told apart. The bf16
  * kernels scale and shift a score in one FMA, so the largest weight is 1 but for a rounding of the score: at
- * 1e5, where that would be as large as bf16's own, nobody trains. */
+ * 1e5, where that would be as large as bf16's own, no model trains. */
 static void large_scores(enum device_precision precision) {
     double magnitude = precision == DEVICE_BF16 ? 60 : 200;
     for (int64_t window = 0; window < 70; window += 33) {
@@ -329,7 +329,7 @@ static void check_nan(enum device_precision precision, bool in_key, int64_t at) 
     done(p.k);
 }
 
-static void nan_is_not_swallowed(void **state) {
+static void nan_reaches_what_depends_on_it(void **state) {
     (void)state;
     if (cudnn_may_serve())
         skip(); /* a promise of our own kernels, not of cuDNN's */
@@ -425,7 +425,7 @@ int main(void) {
         cmocka_unit_test(table_fp32),
         cmocka_unit_test(head_dims),
         cmocka_unit_test(extreme_scores),
-        cmocka_unit_test(nan_is_not_swallowed),
+        cmocka_unit_test(nan_reaches_what_depends_on_it),
         cmocka_unit_test(no_empty_tile_is_visited),
         cmocka_unit_test(two_runs_give_the_same_bits),
         cmocka_unit_test(too_wide_is_refused),

@@ -1,5 +1,5 @@
-/* What a deterministic run on a GPU announces: who serves attention, and the memory it takes; and what cuDNN
- * is left out for. A cuDNN that only plans stands in for the library. */
+/* What a deterministic run on a GPU announces: what computes attention, and the memory it takes; and what cuDNN
+ * is left out for. The cuDNN here only plans: these functions replace the library's. */
 #include "tests/cuda/fixture.h"
 
 #include "kernels/cuda/attention/attention_cudnn.h"
@@ -111,7 +111,7 @@ static void no_price(void **state) {
     assert_string_equal(announced(&c, DEVICE_FP32, true, 128, kernels_cpu()), "");
 }
 
-/* Which of these lengths cuDNN serves, as a string of c (cuDNN) and o (built-in kernels). */
+/* Which of these lengths cuDNN computes, as a string of c (cuDNN) and o (built-in kernels). */
 static const char *served(size_t cudnn, bool graphs) {
     static const int64_t lengths[] = {128, 130, 256, 300};
     static char text[5];

@@ -1,4 +1,4 @@
-/* The CUDA backend's device in the harness of tests/cuda/emulator/: opening, memory, transfers, the rope table. */
+/* The CUDA backend's device: opening, memory, transfers, the rope table. */
 #include "tests/cuda/fixture.h"
 
 static struct device *open_cuda(enum device_precision precision, struct error *e) {

@@ -1,4 +1,4 @@
-/* The harness that runs CUDA kernels on a CPU: what it computes, and that it catches what it promises to. */
+/* The emulator of a GPU (tests/cuda/emulator/): what it computes, and which faults of kernels it reports. */
 #include "tests/cuda/fixture.h"
 
 #include "tests/cuda/death.h"

@@ -1,4 +1,4 @@
-/* Whole models on the CUDA backend, in the harness of tests/cuda/emulator/: losses and gradients against the CPU
+/* Whole models on the CUDA backend: losses and gradients against the CPU
  * backend, recomputation, and steps whose bits do not depend on the order in which threads and blocks run. */
 #include "tests/cuda/fixture.h"
 

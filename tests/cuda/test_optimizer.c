@@ -1,4 +1,4 @@
-/* The step state, sumsq and AdamW of the CUDA backend, in the harness of tests/cuda/emulator/. */
+/* The step state, sumsq and AdamW of the CUDA backend against the CPU backend. */
 #include "kernels/rounding.h"
 #include "tests/cuda/fixture.h"
 
@@ -37,7 +37,7 @@ static void sumsq(void **unused) {
             b->k->step_begin(b->dev, on(state, b).data, 12, 0.5);
             b->k->sumsq(b->dev, on(g, b), on(state, b).data);
             b->k->sumsq(b->dev, on(h, b), on(state, b).data);
-            if (sizes[i] > 1) { /* a range that starts anywhere */
+            if (sizes[i] > 1) { /* a range that starts off 16 bytes */
                 tensor tail = tensor_rows(on(g, b), 1, sizes[i] - 1);
                 b->k->sumsq(b->dev, tail, on(state, b).data);
             }
@@ -80,9 +80,9 @@ static void decide(void **unused) {
 
 enum { MAX_TEST_GROUPS = 300 };
 
-/* `steps` updates over `count` groups of `each` elements that begin at `start`, with gaps of `gap`. */
-enum { PLACE = 12345 }; /* of the first element in the flat buffer */
+enum { FIRST_ELEMENT = 12345 }; /* the flat buffer's index of element 0 */
 
+/* `steps` updates over `count` groups of `each` elements that begin at `start`, with gaps of `gap`. */
 static void check_adamw(enum device_precision precision, int count, int64_t start, int64_t each, int64_t gap,
                         int steps) {
     struct backends *k = backends(precision);
@@ -104,7 +104,7 @@ static void check_adamw(enum device_precision precision, int count, int64_t star
             b->k->step_begin(b->dev, on(state, b).data, step, 0.01);
             b->k->sumsq(b->dev, on(g, b), on(state, b).data);
             b->k->step_decide(b->dev, on(state, b).data, 2, 0);
-            b->k->adamw(b->dev, &hyper, groups, count, PLACE, on(master, b),
+            b->k->adamw(b->dev, &hyper, groups, count, FIRST_ELEMENT, on(master, b),
                         b->which == CUDA ? on(p, b) : tensor_none(), on(g, b), on(m, b), on(v, b),
                         on(state, b).data);
         }
@@ -112,7 +112,7 @@ static void check_adamw(enum device_precision precision, int count, int64_t star
     expect_close("adamw", "master", k, master);
     expect_close("adamw", "m", k, m);
     expect_close("adamw", "v", k, v);
-    if (separate) { /* the values are the master_weights, rounded; gaps are left alone */
+    if (separate) { /* the parameters are the master weights, rounded; gaps are left alone */
         double *values = values_on(&k->each[CUDA], p), *master_weights = values_on(&k->each[CUDA], master);
         int64_t i = 0;
         for (int group = 0; group <= count; group++) {
@@ -120,7 +120,7 @@ static void check_adamw(enum device_precision precision, int count, int64_t star
                 assert_true(values[i] == before[i]);
             for (; group < count && i < groups[group].end; i++) {
                 uint32_t bits = (uint32_t)round_stochastic((float)master_weights[i], (uint32_t)steps,
-                                                           (uint64_t)(PLACE + i))
+                                                           (uint64_t)(FIRST_ELEMENT + i))
                                 << 16;
                 float rounded;
                 memcpy(&rounded, &bits, sizeof rounded);

@@ -1,4 +1,4 @@
-/* Streams, events, captures and graphs of the harness in tests/cuda/emulator/: they keep the order that CUDA promises
+/* Streams, events, captures and graphs of the emulator: they keep the order that CUDA promises
  * and no other, and refuse what CUDA refuses. Work here is copies and memsets of small buffers of bytes. */
 #include "tests/cuda/death.h"
 
@@ -157,7 +157,7 @@ static void queries(void **state) {
     ok(cudaStreamQuery(T.s[0]));
 }
 
-/* Even seeds leave undone what nobody waits for; odd ones may do it at any time. */
+/* Even seeds leave undone what is not waited for; odd ones may do it at any time. */
 static void lazy_and_eager(void **state) {
     (void)state;
     int done[2] = {0, 0};
@@ -401,7 +401,7 @@ static void replay(void **state) {
             set(0, (int)seed + i, T.s[2]);
             ok(cudaGraphLaunch(chain, T.s[2]));
             set(0, 99, T.s[2]);
-            if (i == 2) { /* two launches that nobody waits for in between */
+            if (i == 2) { /* two launches without a wait in between */
                 ok(cudaStreamSynchronize(T.s[2]));
                 assert_int_equal(value(3), (int)seed + i);
                 assert_int_equal(value(0), 99);

@@ -1,14 +1,12 @@
 /* The program behind `make check-gpu`'s whole models: the CUDA backend beside the CPU's.
  *
  *  - Loss and every gradient of a model of each layer type, in fp32 and bf16, by the rule of
- * tests/cuda/fixture.h: the error against the CPU backend in double is at most FACTOR times that of the plain
- * computation in the same precision (bf16: tests/lib/rounded.h), or a few roundings of the largest value.
+ *    tests/cuda/fixture.h: the error against the CPU backend in double is at most FACTOR times that of the plain
+ *    computation in the same precision (bf16: tests/lib/rounded.h), or a few roundings of the largest value.
  *  - A hundred training steps, the losses beside those of the CPU.
  *
  * One line a check on stdout, "ok" or "FAIL" first; the exit code is 1 when one failed and 2 without a GPU.
- * With
- * --self the CPU backend stands in for the GPU, which tests this program; --devices prints how many GPUs
- * there are.
+ * --self: the CPU backend instead of a GPU's, to test this program; --devices: print how many GPUs there are.
  */
 #include <math.h>
 #include <stdio.h>
@@ -97,7 +95,7 @@ static void trio_close(struct trio *t) {
     }
 }
 
-/* ---- tokens with a rule that can be learned ---- */
+/* ---- tokens that follow a rule ---- */
 
 /* Each token follows from the one before, one in eight at random: [BATCH, TOKENS] and the same shifted by
  * one. */
@@ -138,7 +136,7 @@ static struct deviation deviation(const double *x, const double *from, int64_t n
     return d;
 }
 
-/* How many times what it may be one parameter's gradient is wrong by: at most 1 passes. */
+/* The error of one parameter's gradient over the error it may have: at most 1 passes. */
 static double excess(struct trio *t, int param) {
     int64_t n = t->m[EXACT].params.list[param].count;
     double *g[SIDES];
@@ -176,7 +174,7 @@ static void check_gradients(const char *name, enum device_precision precision, c
                 break;
         }
     }
-    /* The loss is one number, whose plain error may happen to be nothing: a few roundings of it are allowed.
+    /* The loss is one number, whose plain error may happen to be zero: a few roundings of it are allowed.
      */
     double off = fabs(loss[TESTED] - loss[EXACT]),
            allowed = FACTOR * fabs(loss[PLAIN] - loss[EXACT]) + 4 * t.ulp * loss[EXACT];
@@ -227,9 +225,9 @@ static void train(struct model *m, double *losses) {
     }
 }
 
-/* Two runs part company as rounding errors grow from step to step, so no step's loss is compared by itself:
+/* Two runs differ more and more as rounding errors grow from step to step, so no step's loss is compared by itself:
  * the mean distance over the run may be 0.1 % in fp32 and, as bf16 weights follow their master_weights in steps of
- * 0.4 %, 1 % in bf16; and the model must have learned. (The plain computation's are 0.000 % and 0.013 %.) */
+ * 0.4 %, 1 % in bf16; and the loss must have fallen. (The plain computation's are 0.000 % and 0.013 %.) */
 static void check_training(enum device_precision precision) {
     static struct trio t;
     static double losses[SIDES][STEPS];
@@ -247,10 +245,10 @@ static void check_training(enum device_precision precision) {
     }
     for (int i = 0; i < STEPS; i += i < STEPS - 10 ? 10 : 9)
         printf("      step %3d  loss %.5f  on the CPU %.5f\n", i + 1, losses[TESTED][i], losses[EXACT][i]);
-    bool learned = losses[TESTED][STEPS - 1] < 0.8 * losses[TESTED][0];
+    bool fell = losses[TESTED][STEPS - 1] < 0.8 * losses[TESTED][0];
     snprintf(text, sizeof text, "%d steps, loss %.4f to %.4f, %.3f%% from the CPU's in the mean", STEPS,
              losses[TESTED][0], losses[TESTED][STEPS - 1], 100 * off / mean);
-    report(learned && off <= (bf16 ? 0.01 : 0.001) * mean, "training", bf16 ? "bf16" : "fp32", text);
+    report(fell && off <= (bf16 ? 0.01 : 0.001) * mean, "training", bf16 ? "bf16" : "fp32", text);
 }
 
 int main(int argc, char **argv) {

@@ -3,7 +3,7 @@
 
 struct emulator_gpu emulator_gpu = {.count = 1};
 
-int64_t cuda_attention_tiles; /* counted in the harness alone */
+int64_t cuda_attention_tiles; /* counted by the emulator alone */
 
 void emulator_seed(uint64_t seed) {
     (void)seed;
