@@ -104,7 +104,7 @@ test: deps
 	@tests/run.sh $(BUILD) $(BINARY)
 
 .PHONY: check-built tests-built
-check-built: $(filter %/unit/%,$(C_TESTS) $(DOUBLE_TESTS)) $(filter %/cuda/%,$(EMULATOR_BUILT))
+check-built: $(filter $(BUILD)/tests/unit/%,$(C_TESTS) $(DOUBLE_TESTS)) $(filter $(BUILD)/tests/cuda/%,$(EMULATOR_BUILT))
 tests-built: $(C_TESTS) $(DOUBLE_TESTS) $(EMULATOR_BUILT)
 
 include tests/fuzz/fuzz.mk
