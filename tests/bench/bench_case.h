@@ -95,8 +95,8 @@ static inline double case_bytes(const struct bench_case *w, bool backward) {
     return bytes;
 }
 
-/* attention forward: two products of every visible pair. Backward has four, as model/flops.h counts; the scores that it
- * computes again are not work done. */
+/* attention forward: two products of every visible pair. Backward has four, as model/flops.h counts; the
+ * scores that it computes again are not work done. */
 static inline double attention_flops(const struct attention_spec *s) {
     double pairs = 0;
     for (int64_t i = 0; i < s->length; i++) {

@@ -78,9 +78,9 @@ static inline void *bench_alloc(const struct bench *b, size_t bytes) {
     return data;
 }
 
-/* A tensor [s0, ...] (0 ends the shape) of this type, of reproducible noise in [-1, 1); free with k->release(data). The
- * noise repeats: a GPU's benchmark makes ten billion numbers of it, and the GPU would wait for the host to
- * draw them. */
+/* A tensor [s0, ...] (0 ends the shape) of this type, of reproducible noise in [-1, 1); free with
+ * k->release(data). The noise repeats: a GPU's benchmark makes ten billion numbers of it, and the GPU
+ * would wait for the host to draw them. */
 enum { NOISE = 1 << 20 };
 static inline tensor bench_noise(const struct bench *b, enum dtype type, int64_t s0, int64_t s1, int64_t s2,
                                  int64_t s3, int64_t s4) {

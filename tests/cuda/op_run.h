@@ -85,8 +85,8 @@ static inline void run_expect_close(const struct op_run *r) {
             expect_close(op_describe(r->c), r->info[i].name, r->k, r->x[i]);
 }
 
-/* Both again, in another order of threads and blocks (backwards, in which a warp runs ahead of the others), leave the
- * same bits in everything that is written over. */
+/* Both again, in another order of threads and blocks (backwards, in which a warp runs ahead of the
+ * others), leave the same bits in everything that is written over. */
 static inline void run_expect_same(struct op_run *r) {
     struct backend *cuda = &r->k->each[CUDA];
     double *before[OP_OPERANDS] = {NULL};

@@ -192,8 +192,8 @@ static size_t drawn(size_t n) {
     return (size_t)((fixture_noise() + 1) / 2 * (double)n);
 }
 
-/* Head dims, heads and layouts take turns at random. cuDNN takes a second or so to build each of its graphs, up to four
- * a case: there one case in five has to do. */
+/* Head dims, heads and layouts take turns at random. cuDNN takes a second or so to build each of its
+ * graphs, up to four a case: there one case in five has to do. */
 static void check_drawn(enum device_precision precision, struct attention_spec s) {
     static int next;
     if (next++ % (precision == DEVICE_BF16 && cudnn_may_serve() ? 5 : 1) != 0)

@@ -1,5 +1,5 @@
-/* attention_decode of the CUDA backend against the CPU backend: passes of every size over ring caches that wrap, for
- * every mask; and what the caches then hold. */
+/* attention_decode of the CUDA backend against the CPU backend: passes of every size over ring caches that
+ * wrap, for every mask; and what the caches then hold. */
 #include "tests/cuda/fixture.h"
 
 enum { PASSES = 4 };

@@ -3,9 +3,9 @@
 
 enum { QKV, ALPHA, TABLE = 4, OUT, DOUT = 8, DQKV = 11, DALPHA };
 
-/* In bf16 dalpha's factors are bf16, as in every computation whose matrix products take bf16: the gradient that was
- * rotated back is rounded. So the plain computation's is, too: it gets gradients that have been rotated back and
- * rounded already, and does not rotate. dqkv is compared without that rounding. */
+/* In bf16 dalpha's factors are bf16, as in every computation whose matrix products take bf16: the gradient
+ * that was rotated back is rounded. So the plain computation's is, too: it gets gradients that have been
+ * rotated back and rounded already, and does not rotate. dqkv is compared without that rounding. */
 static void plain_backward(struct op_run *r) {
     struct backends *k = r->k;
     struct backend *b = &k->each[PLAIN];

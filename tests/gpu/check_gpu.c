@@ -1,8 +1,9 @@
 /* The program behind `make check-gpu`'s whole models: the CUDA backend beside the CPU's.
  *
  *  - Loss and every gradient of a model of each layer type, in fp32 and bf16, by the rule of
- *    tests/cuda/fixture.h: the error against the CPU backend in double is at most FACTOR times that of the plain
- *    computation in the same precision (bf16: tests/lib/rounded.h), or a few roundings of the largest value.
+ *    tests/cuda/fixture.h: the error against the CPU backend in double is at most FACTOR times that of the
+ *    plain computation in the same precision (bf16: tests/lib/rounded.h), or a few roundings of the largest
+ *    value.
  *  - A hundred training steps, the losses beside those of the CPU.
  *
  * One line a check on stdout, "ok" or "FAIL" first; the exit code is 1 when one failed and 2 without a GPU.
@@ -225,9 +226,10 @@ static void train(struct model *m, double *losses) {
     }
 }
 
-/* Two runs differ more and more as rounding errors grow from step to step, so no step's loss is compared by itself:
- * the mean distance over the run may be 0.1 % in fp32 and, as bf16 weights follow their master_weights in steps of
- * 0.4 %, 1 % in bf16; and the loss must have fallen. (The plain computation's are 0.000 % and 0.013 %.) */
+/* Two runs differ more and more as rounding errors grow from step to step, so no step's loss is compared
+ * by itself: the mean distance over the run may be 0.1 % in fp32 and, as bf16 weights follow their
+ * master_weights in steps of 0.4 %, 1 % in bf16; and the loss must have fallen. (The plain computation's
+ * are 0.000 % and 0.013 %.) */
 static void check_training(enum device_precision precision) {
     static struct trio t;
     static double losses[SIDES][STEPS];

@@ -1,5 +1,6 @@
-/* Attention's masks at every edge of a tile, a window or a pseudo-token; who sees whom; and which tiles of scores are
- * needed. Shared by the CPU backend's test and the CUDA backend's, whose numbers differ where their tiles do. */
+/* Attention's masks at every edge of a tile, a window or a pseudo-token; who sees whom; and which tiles of
+ * scores are needed. Shared by the CPU backend's test and the CUDA backend's, whose numbers differ where
+ * their tiles do. */
 #ifndef IHA_TESTS_LIB_ATTENTION_CASES_H
 #define IHA_TESTS_LIB_ATTENTION_CASES_H
 

@@ -1,5 +1,6 @@
-/* The cases of every operation, once: what its gradient check, the comparison of backends (on an emulated GPU and on
- * a real one) and the benchmarks run. Attention's many masks, and who sees whom, are in attention_cases.h. */
+/* The cases of every operation, once: what its gradient check, the comparison of backends (on an emulated
+ * GPU and on a real one) and the benchmarks run. Attention's many masks, and who sees whom, are in
+ * attention_cases.h. */
 #ifndef IHA_TESTS_LIB_OP_CASES_H
 #define IHA_TESTS_LIB_OP_CASES_H
 
@@ -154,7 +155,7 @@ static const struct op_case OP_CASES[] = {
     MIX_AND_COLLAPSE(BENCH_GPU, 4096, 20, 20, 64),
     MIX_AND_COLLAPSE(BENCH_GPU, 4096, 20, 20, 128),
 
-    /* ---- attention: batch, S, heads, head_dim, pseudo, causal, token_mask, window, scale (0: 1 / sqrt(d)) ---- */
+    /* ---- attention: batch, S, heads, head_dim, pseudo, causal, token_mask, window, scale; 0: 1/sqrt(d) ---- */
     {GRADIENT, ATTENTION_CASE(2, 7, 2, 4, 1, true, false, 0, 0.7)},
     {GRADIENT, ATTENTION_CASE(1, 9, 2, 5, 3, true, true, 0, 0.7)},
     {GRADIENT, ATTENTION_CASE(1, 9, 1, 6, 3, true, true, 4, 0.7)},
@@ -196,8 +197,8 @@ static const struct op_case OP_CASES[] = {
     {BENCH_GPU, CLASSIFIER_CASE(16384, 768, 50257), .options = ACCUMULATE},
 };
 
-/* Call run with every case of two operations for one use, in the table's order, its options varied. Returns how many
- * there were. */
+/* Call run with every case of two operations for one use, in the table's order, its options varied.
+ * Returns how many there were. */
 static inline int op_cases_of(enum op_kind kind, enum op_kind other, unsigned use,
                               void (*run)(const struct op_case *c, void *context), void *context) {
     int count = 0;

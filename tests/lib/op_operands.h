@@ -1,5 +1,6 @@
-/* What the operations of op_cases.h work on: the operands of a case, in the order of the calls of kernels.h, who reads
- * and who writes them, and the calls themselves. So a test or a benchmark sets up any operation in one loop. */
+/* What the operations of op_cases.h work on: the operands of a case, in the order of the calls of
+ * kernels.h, what reads and what writes them, and the calls themselves. So a test or a benchmark sets up any
+ * operation in one loop. */
 #ifndef IHA_TESTS_LIB_OP_OPERANDS_H
 #define IHA_TESTS_LIB_OP_OPERANDS_H
 
@@ -10,7 +11,8 @@
 
 enum { OP_OPERANDS = 16 };
 
-/* Who touches an operand. What only backward reads is the gradient of an output; what it reads and writes, it adds to. */
+/* Which direction reads or writes an operand. What only backward reads is the gradient of an output; what it
+ * reads and writes, it adds to. */
 enum { FORWARD_READS = 1, FORWARD_WRITES = 2, BACKWARD_READS = 4, BACKWARD_WRITES = 8 };
 enum { BOTH_READ = FORWARD_READS | BACKWARD_READS, BACKWARD_ADDS = BACKWARD_READS | BACKWARD_WRITES };
 

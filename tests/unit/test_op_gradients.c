@@ -1,6 +1,6 @@
-/* Every operation's backward against central differences, in double: the cases of tests/lib/op_cases.h that are small
- * enough. The loss is a fixed random weighting of the outputs; for each input, norm of the error over norm of the
- * gradient is under 1e-6. */
+/* Every operation's backward against central differences, in double: the cases of tests/lib/op_cases.h
+ * that are small enough. The loss is a fixed random weighting of the outputs; for each input, norm of the
+ * error over norm of the gradient is under 1e-6. */
 #define FIXTURE_THREADS 2
 #include "tests/lib/model_fixture.h"
 #include "tests/lib/op_operands.h"
