@@ -155,7 +155,7 @@ static const struct op_case OP_CASES[] = {
     MIX_AND_COLLAPSE(BENCH_GPU, 4096, 20, 20, 64),
     MIX_AND_COLLAPSE(BENCH_GPU, 4096, 20, 20, 128),
 
-    /* ---- attention: batch, S, heads, head_dim, pseudo, causal, token_mask, window, scale; 0: 1/sqrt(d) ---- */
+    /* ---- attention: batch, S, heads, head_dim, pseudo, causal, token_mask, window, scale (0: d^-1/2) ---- */
     {GRADIENT, ATTENTION_CASE(2, 7, 2, 4, 1, true, false, 0, 0.7)},
     {GRADIENT, ATTENTION_CASE(1, 9, 2, 5, 3, true, true, 0, 0.7)},
     {GRADIENT, ATTENTION_CASE(1, 9, 1, 6, 3, true, true, 4, 0.7)},
