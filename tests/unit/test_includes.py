@@ -24,7 +24,7 @@ def listed(*suffixes):
     return sorted(str(path.relative_to(ROOT)) for path in found if path.suffix in suffixes)
 
 
-SOURCES = [*listed(".c", ".h", ".cc", ".cpp", ".cu", ".cuh"), "train_iha.cu"]
+SOURCES = [*listed(".c", ".h", ".def", ".cc", ".cpp", ".cu", ".cuh"), "train_iha.cu"]
 FAKE_HEADERS = "tests/cuda/emulator/include/"  # named as the toolkit's
 
 
