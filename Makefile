@@ -51,11 +51,10 @@ LIBS += $(MPI_LIBS)
 endif
 MODEL = $(wildcard model/*.c model/*/*.c)
 DATA = $(wildcard data/*.c)
-CLI = $(wildcard cli/*.c)
 
 KERNEL_OBJECTS = $(KERNELS:%.c=$(BUILD)/%.o)
 DOUBLE_OBJECTS = $(KERNELS:%.c=$(BUILD)/double/%.o)
-OTHER_OBJECTS = $(patsubst %.c,$(BUILD)/%.o,$(MODEL) $(DATA) $(CLI))
+OTHER_OBJECTS = $(patsubst %.c,$(BUILD)/%.o,$(MODEL) $(DATA))
 
 # Tests of gradients link the kernels built in double; the others link what training runs.
 DOUBLE_TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/unit/test_*_gradients.c tests/unit/test_facts.c))

@@ -2,21 +2,33 @@
  * point.
  *
  * A training run is train(): read the configuration, open the data, build the model, resume or initialise,
- * then step by step train, evaluate, sample and save. The other commands are in cli/commands.c. */
+ * then step by step train, evaluate, sample and save. The other commands read a checkpoint. */
 #include <errno.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
-#include "cli/banner.h"
-#include "cli/command_line.h"
-#include "cli/commands.h"
-#include "cli/run.h"
+#include "data/shards.h"
 #include "data/text.h"
+#include "data/tokenizer.h"
 #include "kernels/clock.h"
+#include "kernels/comm.h"
+#include "model/checkpoint/checkpoint.h"
 #include "model/checkpoint/files.h"
+#include "model/checkpoint/saver.h"
+#include "model/config/command_line.h"
+#include "model/config/config.h"
+#include "model/flops.h"
+#include "model/generate/decode.h"
 #include "model/generate/generate.h"
+#include "model/info/info.h"
+#include "model/info/info_estimate.h"
+#include "model/model.h"
+#include "model/train/banner.h"
+#include "model/train/metrics.h"
 #include "model/train/profile.h"
 #include "model/train/rank_checks.h"
 #include "model/train/resume.h"
@@ -24,11 +36,173 @@
 #include "model/train/signals.h"
 #include "model/train/skips.h"
 
+enum { DEFAULT_TIMEOUT = 300 }; /* seconds to wait for a rank before the configuration has been read */
+enum { DECODE_CHUNK = 64 };     /* tokens of a prompt that are fed at a time */
+
+/* release frees every pointer that is not NULL. */
+struct run {
+    struct config config;
+    struct comm *comm; /* between the ranks' hosts; NULL in commands that run on one rank */
+    const struct kernels *k;
+    struct device *dev;
+    struct comm *device_comm; /* between the ranks' devices, the same as comm on the CPU; NULL on one rank */
+    size_t host_memory;       /* bytes free before the model was created */
+    struct model model;
+    struct shards *train, *val;
+    struct tokenizer *tokenizer;
+    char *tokenizer_text; /* of tokenizer.json, for checkpoints; NULL: none */
+    size_t tokenizer_bytes;
+    struct decoder decoder;
+    struct metrics *metrics; /* on rank 0 */
+    struct trainer_state trainer;
+    struct saver *saver;
+    int steps_in_flight;       /* begun, and their state not collected yet */
+    double step_start;         /* clock_seconds() from which the next collected step is timed */
+    int64_t profile_steps;     /* to trace; 0: none */
+    int64_t profile_from;      /* the first of them */
+    int lock;                  /* descriptor of run.dir/lock */
+    int32_t *tokens, *targets; /* one pass, [micro_batch, seq_len] */
+    double flops_per_token;
+};
+
+static bool is_rank0(const struct run *r) {
+    return !r->comm || r->comm->rank == 0;
+}
+
+static bool single_rank(const struct run *r) {
+    return !r->comm || r->comm->ranks == 1;
+}
+
+static void release(struct run *r) {
+    saver_close(r->saver);
+    metrics_close(r->metrics);
+    if (r->decoder.m)
+        decoder_free(&r->decoder);
+    model_free(&r->model);
+    shards_close(r->train);
+    shards_close(r->val);
+    tokenizer_close(r->tokenizer);
+    free(r->tokenizer_text);
+    free(r->tokens);
+    free(r->targets);
+    if (r->device_comm && r->device_comm != r->comm)
+        r->device_comm->ops->close(r->device_comm);
+    if (r->dev)
+        r->k->close(r->dev);
+    if (r->lock > 0)
+        close(r->lock);
+    if (r->comm)
+        r->comm->ops->close(r->comm);
+}
+
+/* ---- phases that several commands share ---- */
+
+/* Open this rank's device as [system] asks. */
+static int open_device(struct run *r, struct error *e) {
+    const struct system_config *s = &r->config.system;
+    bool cuda = s->device == DEVICE_CUDA || (s->device == DEVICE_AUTO && cuda_devices() > 0);
+    bool bf16 = s->precision == PRECISION_BF16 || (s->precision == PRECISION_AUTO && cuda);
+    struct device_options options = {.threads = (int)s->threads,
+                                     .precision = bf16 ? DEVICE_BF16 : DEVICE_FP32,
+                                     .deterministic = s->deterministic,
+                                     .graphs = s->graph == GRAPH_AUTO && r->profile_steps == 0,
+                                     .comm = r->comm};
+    r->k = cuda ? kernels_cuda() : kernels_cpu();
+    if (!r->k)
+        return fail_user(e, "system.device = cuda, but this program was built without CUDA; use auto or cpu");
+    if (s->comm == COMM_MPI && !single_rank(r) && strcmp(r->comm->ops->name, "mpi") != 0)
+        return fail_user(e, "system.comm = mpi, but mpirun did not start these ranks; start them with "
+                            "scripts/launch.sh, or use auto");
+    if (r->profile_steps > 0)
+        r->k = kernels_traced(r->k);
+    r->dev = r->k->open(&options, e);
+    return r->dev ? 0 : -1;
+}
+
+static void progress_comm(void *comm) {
+    ((struct comm *)comm)->ops->progress(comm);
+}
+
+/* Open the devices of all ranks and the communicator between them. All ranks call it. */
+static int join_devices(struct run *r, struct error *e) {
+    static const enum comm_backend backends[] = {
+        [COMM_AUTO] = COMM_BACKEND_AUTO, [COMM_MPI] = COMM_BACKEND_HOST, [COMM_NCCL] = COMM_BACKEND_NCCL};
+    if (comm_agree(r->comm, open_device(r, e), e) != 0)
+        return -1;
+    if (!single_rank(r))
+        r->device_comm = r->k->open_comm(r->dev, r->comm, backends[r->config.system.comm], e);
+    if (comm_agree(r->comm, r->device_comm || single_rank(r) ? 0 : -1, e) != 0)
+        return -1;
+    if (r->device_comm)
+        r->k->set_progress_callback(r->dev, progress_comm, r->device_comm);
+    return 0;
+}
+
+/* Create the model, with uninitialised weights, and the buffers for a pass. */
+static int build_model(struct run *r, bool training, struct error *e) {
+    const struct train_config *t = &r->config.train;
+    struct model_options options = {
+        .shape = {t->micro_batch, t->seq_len, r->config.system.recompute, training},
+        .weight_decay = t->weight_decay,
+        .mix_lr_scale = t->mix_lr_scale,
+        .comm = r->device_comm,
+        .zero_stage = (int)r->config.system.zero_stage,
+        .reduce_dtype = r->config.system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16 : DTYPE_F32};
+    r->host_memory = kernels_cpu()->memory_available(NULL);
+    if (model_create(&r->model, &r->config.model, r->k, r->dev, &options, e) != 0)
+        return -1;
+    size_t bytes = (size_t)(t->micro_batch * t->seq_len) * sizeof(int32_t);
+    r->tokens = malloc(bytes);
+    r->targets = malloc(bytes);
+    if (!r->tokens || !r->targets)
+        return fail_run(e, "out of memory for a batch of tokens");
+    struct flops f = flops_per_token(&r->config.model, t->seq_len);
+    r->flops_per_token = f.matmul + f.attention + f.mixing;
+    return 0;
+}
+
+/* name: "none", "bytes" or a tokenizer file. */
+static int open_tokenizer(struct run *r, const char *name, struct error *e) {
+    if (strcmp(name, "none") == 0 || name[0] == '\0')
+        return 0;
+    if (strcmp(name, "bytes") != 0 &&
+        checkpoint_tokenizer(name, &r->tokenizer_text, &r->tokenizer_bytes, e) != 0)
+        return -1;
+    r->tokenizer = tokenizer_open(name, r->config.model.vocab_size, e);
+    return r->tokenizer ? 0 : -1;
+}
+
+/* Mean loss in nats over the first `batches` batches of r->val (0: all of it), and the tokens they hold. The
+ * batches are distributed over the ranks and do not depend on how many there are. All ranks call it. */
+static double validation_loss(struct run *r, int64_t batches, int64_t *tokens) {
+    const struct train_config *t = &r->config.train;
+    int64_t B = t->micro_batch, T = t->seq_len, sequences = shards_sequences(r->val);
+    if (batches > 0 && batches * B < sequences)
+        sequences = batches * B;
+    struct step_state before, after;
+    r->k->step_read(r->dev, r->model.state, &before);
+    r->k->step_begin(r->dev, r->model.state, before.step, before.lr);
+    for (int64_t i = r->model.comm->rank * B; i < sequences; i += r->model.comm->ranks * B) {
+        for (int64_t b = 0; b < B; b++) {
+            int32_t *targets = r->targets + b * T;
+            shards_read(r->val, i + b < sequences ? i + b : i, r->tokens + b * T, targets);
+            for (int64_t j = 0; j < T && i + b >= sequences; j++)
+                targets[j] = -1; /* the last batch is padded with sequences that do not count */
+        }
+        model_evaluate(&r->model, r->tokens, r->targets, 1);
+    }
+    r->model.comm->ops->all_reduce(r->model.comm, &r->model.state->loss, 1);
+    r->k->step_read(r->dev, r->model.state, &after);
+    r->k->step_write(r->dev, r->model.state, &before);
+    *tokens = sequences * T;
+    return after.loss / (double)*tokens;
+}
+
+/* ---- train: one step ---- */
+
 static bool is_due(int64_t every, int64_t step) {
     return every > 0 && step % every == 0;
 }
-
-/* ---- one step ---- */
 
 /* Forward and backward over the step's sequences, then the update. Returns while the device may still work. */
 static void train_step(struct run *r) {
@@ -100,7 +274,7 @@ static int record_steps(struct run *r, int max_in_flight, struct error *e) {
 static int evaluate(struct run *r, bool saves, struct error *e) {
     struct trainer_state *trainer = &r->trainer;
     int64_t tokens;
-    double loss = run_evaluate(r, r->config.run.eval_batches, &tokens);
+    double loss = validation_loss(r, r->config.run.eval_batches, &tokens);
     if (saves && isfinite(loss) && !(loss >= trainer->best_val_loss)) {
         trainer->best_val_loss = loss;
         trainer->best_step = trainer->step;
@@ -316,7 +490,7 @@ static int open_data(struct run *r, struct error *e) {
             return -1;
         shards_fingerprint(r->val, r->trainer.val_fingerprint);
     }
-    return run_open_tokenizer(r, c->data.tokenizer, e);
+    return open_tokenizer(r, c->data.tokenizer, e);
 }
 
 /* Create run.dir, lock it against other runs, and remove what a killed run left. */
@@ -372,7 +546,7 @@ static int prepare_training(struct run *r, const struct command_line *line, stru
     if (comm_agree(r->comm, prepare_rank(r, line, e), e) != 0 ||
         (!single_rank(r) && (ranks_check_same_run(r->comm, &r->config, &r->trainer, e) != 0 ||
                              ranks_check_run_dir(r->comm, r->config.run.dir, e) != 0)) ||
-        run_join_devices(r, e) != 0 || comm_agree(r->comm, run_build_model(r, true, e), e) != 0)
+        join_devices(r, e) != 0 || comm_agree(r->comm, build_model(r, true, e), e) != 0)
         return -1;
     return resume_or_initialize(&r->model, &r->config, &r->trainer, e);
 }
@@ -408,12 +582,169 @@ static int train(struct run *r, const struct command_line *line, struct error *e
     }
     if (comm_agree(r->comm, prepare_loop(r, e), e) != 0)
         return -1;
-    banner_print(r, saver_reserve(r->saver, &r->model, host_memory_left(r)));
+    bool async_saving = saver_reserve(r->saver, &r->model, host_memory_left(r));
+    if (is_rank0(r))
+        banner_print(&r->config, &r->model, shards_tokens(r->train), shards_files(r->train), async_saving);
     int status = train_loop(r, e);
     struct error ignored; /* after a failure, still finish the checkpoint that is being written */
     if (status != 0)
         saver_finish(r->saver, &ignored);
     return status;
+}
+
+/* ---- commands on a checkpoint ---- */
+
+/* The model of a checkpoint and the settings it was trained with, then the overrides. */
+static int read_checkpoint(struct run *r, const char *dir, const struct command_line *line, struct error *e) {
+    struct config *c = &r->config;
+    config_defaults(c);
+    if (checkpoint_read_config(dir, &c->model, e) != 0)
+        return -1;
+    c->train.seq_len = c->model.max_position_embeddings;
+    c->train.micro_batch = 1;
+    static const char *const recorded[] = {"train.seq_len", "train.micro_batch", "data.val"};
+    for (size_t i = 0; i < sizeof recorded / sizeof *recorded; i++) {
+        char value[MAX_TEXT], text[MAX_TEXT + 64], *setting = text;
+        if (checkpoint_setting(dir, recorded[i], value, e) != 0)
+            return -1;
+        snprintf(text, sizeof text, "%s=%s", recorded[i], value);
+        if (value[0] && config_override(c, 1, &setting, e) != 0)
+            return -1;
+    }
+    return config_override(c, line->override_count, line->overrides, e);
+}
+
+/* ---- eval ---- */
+
+static int prepare_eval(struct run *r, const char *dir, const struct command_line *line, struct error *e) {
+    if (read_checkpoint(r, dir, line, e) != 0)
+        return -1;
+    const struct config *c = &r->config;
+    if (!c->data.val[0] || strcmp(c->data.val, "none") == 0)
+        return fail_user(e, "eval needs data: add data.val=GLOB");
+    if (c->system.precision == PRECISION_AUTO)
+        r->config.system.precision = PRECISION_FP32; /* eval's default, on GPUs as well */
+    comm_set_timeout(r->comm, c->system.peer_timeout);
+    r->val = shards_open(c->data.val, c->train.seq_len, c->model.vocab_size, e);
+    return r->val ? 0 : -1;
+}
+
+static int eval_command(struct run *r, const struct command_line *line, struct error *e) {
+    char dir[MAX_TEXT];
+    if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)) ||
+        ranks_find_checkpoint(r->comm, line->path, dir, e) != 0 ||
+        comm_agree(r->comm, prepare_eval(r, dir, line, e), e) != 0 || join_devices(r, e) != 0 ||
+        comm_agree(r->comm, build_model(r, false, e), e) != 0 ||
+        comm_agree(r->comm, checkpoint_load_weights(dir, &r->model, 0, e), e) != 0)
+        return -1;
+    banner_print_ignored(&r->config, r->comm->ranks);
+    int64_t tokens;
+    double loss = validation_loss(r, r->config.run.eval_batches, &tokens);
+    if (!isfinite(loss))
+        return fail_run(e, "%s: the loss is not finite: the weights have diverged; use an earlier checkpoint",
+                        dir);
+    if (is_rank0(r))
+        printf("val_loss %.7f %lld\n", loss, (long long)tokens);
+    return 0;
+}
+
+/* ---- generate ---- */
+
+/* data.tokenizer if it is set, else the tokenizer saved with the checkpoint. */
+static int find_tokenizer(struct run *r, const char *dir, struct error *e) {
+    char path[MAX_TEXT + 32], recorded[MAX_TEXT];
+    snprintf(path, sizeof path, "%s/tokenizer.json", dir);
+    if (strcmp(r->config.data.tokenizer, "none") != 0)
+        return open_tokenizer(r, r->config.data.tokenizer, e);
+    if (access(path, R_OK) == 0 || errno != ENOENT)
+        return open_tokenizer(r, path, e);
+    if (checkpoint_setting(dir, "data.tokenizer", recorded, e) != 0)
+        return -1;
+    return strcmp(recorded, "bytes") == 0 ? open_tokenizer(r, recorded, e) : 0;
+}
+
+static int generate_text(struct run *r, const struct command_line *line, struct error *e) {
+    int32_t *ids = NULL, end = r->tokenizer ? tokenizer_end_of_text(r->tokenizer) : -1;
+    int64_t vocab = r->config.model.vocab_size;
+    int64_t length = r->tokenizer
+                         ? tokenizer_encode(r->tokenizer, line->prompt, strlen(line->prompt), &ids, e)
+                         : text_parse_ids(line->prompt, vocab, &ids, e);
+    struct text_writer w = {r->tokenizer, stdout, NULL, end};
+    struct sampling sampling = {line->temperature, line->top_k, (uint64_t)line->seed};
+    int status = length < 0 ? -1 : 0;
+    if (status == 0 && length == 0) { /* no prompt: start a document */
+        free(ids);
+        ids = malloc(sizeof *ids);
+        if (!ids)
+            return fail_run(e, "out of memory for the prompt");
+        ids[0] = end >= 0 ? end : 0;
+        length = 1;
+    }
+    if (status == 0)
+        status = decoder_create(&r->decoder, &r->model, length + line->tokens, DECODE_CHUNK, e);
+    for (int64_t i = 0; status == 0 && i < length; i++)
+        if (ids[i] != end)
+            text_write(&w, ids[i]);
+    fflush(stdout);
+    if (status == 0)
+        status = generate(&r->decoder, ids, length, line->tokens, &sampling, text_emit, &w, e);
+    if (status == 0)
+        printf("\n");
+    free(ids);
+    return status;
+}
+
+static int generate_command(struct run *r, const struct command_line *line, struct error *e) {
+    if (comm_launch_rank() > 0)
+        return 0; /* only the first process generates */
+    char dir[MAX_TEXT];
+    if (checkpoint_find(line->path, dir, e) != 0 || read_checkpoint(r, dir, line, e) != 0)
+        return -1;
+    r->config.train.micro_batch = r->config.train.seq_len = 1; /* the decoder has its own buffers */
+    if (open_device(r, e) != 0 || find_tokenizer(r, dir, e) != 0 || build_model(r, false, e) != 0 ||
+        checkpoint_load_weights(dir, &r->model, 0, e) != 0)
+        return -1;
+    return generate_text(r, line, e);
+}
+
+/* ---- info ---- */
+
+static bool is_directory(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
+}
+
+/* info --gpus: a configuration for as many ranks, on GPUs that this machine need not have. */
+static int estimate_training(struct run *r, const struct command_line *line, const struct info_options *o,
+                             struct error *e) {
+    if (is_directory(line->path))
+        return fail_user(e, "info --gpus estimates a run: give its configuration, not the checkpoint %s",
+                         line->path);
+    if (config_load(&r->config, line->path, line->override_count, line->overrides, o->gpus, e) != 0)
+        return -1;
+    return info_print_estimate(stdout, &r->config, o, e);
+}
+
+static int info_command(struct run *r, const struct command_line *line, struct error *e) {
+    if (comm_launch_rank() > 0)
+        return 0;
+    char dir[MAX_TEXT];
+    struct info_options o;
+    if (info_options_set(&o, (int)line->gpus, line->gpu, line->link, e) != 0)
+        return -1;
+    if (o.gpus > 0)
+        return estimate_training(r, line, &o, e);
+    int status = -1;
+    if (!is_directory(line->path))
+        status = config_load(&r->config, line->path, line->override_count, line->overrides, 1, e);
+    else if (checkpoint_find(line->path, dir, e) == 0)
+        status = read_checkpoint(r, dir, line, e);
+    /* The configuration may be for another machine: count for this one's device and its default precision. */
+    r->config.system.device = DEVICE_AUTO;
+    r->config.system.precision = PRECISION_AUTO;
+    if (status != 0 || open_device(r, e) != 0)
+        return -1;
+    return info_print(stdout, &r->config, r->k, r->dev, e);
 }
 
 /* ---- main ---- */
@@ -455,7 +786,7 @@ int main(int argc, char **argv) {
         status_break(r.metrics);
     if (status != 0 && should_print(&r, &e))
         fprintf(stderr, "train_iha: %s\n", e.text);
-    run_release(&r); /* after printing: mpirun kills the other ranks once one has exited with an error */
+    release(&r); /* after printing: mpirun kills the other ranks once one has exited with an error */
     if (status == 0)
         return EXIT_OK;
     return e.exit_code ? e.exit_code : EXIT_RUN;

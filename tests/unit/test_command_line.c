@@ -9,7 +9,7 @@
 
 #include <cmocka.h>
 
-#include "cli/command_line.h"
+#include "model/config/command_line.h"
 
 enum { MAX_ARGUMENTS = 24 };
 

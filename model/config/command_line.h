@@ -1,7 +1,7 @@
 /* The command line, parsed in one place: a command, CONFIG or CHECKPOINT, options "--name value", and overrides
  * "section.key=value" in any order after the command. */
-#ifndef IHA_CLI_COMMAND_LINE_H
-#define IHA_CLI_COMMAND_LINE_H
+#ifndef IHA_MODEL_CONFIG_COMMAND_LINE_H
+#define IHA_MODEL_CONFIG_COMMAND_LINE_H
 
 #include <stdint.h>
 #include <stdio.h>

@@ -1,6 +1,6 @@
 /* The tables of commands and options, and the parser. To add an option: add a field to struct command_line, a
  * row to the command's options, and a sentence to its help. */
-#include "cli/command_line.h"
+#include "model/config/command_line.h"
 
 #include <math.h>
 #include <stdbool.h>
