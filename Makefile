@@ -13,6 +13,7 @@
 #   make check-gpu       every operation and whole models on the GPU, beside the CPU; full results in build/check-gpu.txt
 #   make bench-gpu       measure on the GPU
 #   make gpu-pack        both as build/gpu-pack.tar.xz, for a machine with a GPU and no compiler (scripts/pack_gpu.sh)
+#   make docs            write the tables of docs/configuration.md again, from the table in model/config/config.c
 #   make golden          compute the reference cases in tests/golden again (needs jax)
 #   make clean           remove what was built
 
@@ -70,7 +71,7 @@ include kernels/cuda/cuda.mk
 include tests/cuda/emulator.mk
 include tests/gpu/gpu.mk
 
-.PHONY: all help deps check test bench quickstart golden clean format
+.PHONY: all help deps check test bench quickstart docs golden clean format
 .SECONDARY:
 
 all: $(BINARY)
@@ -111,6 +112,11 @@ include tests/fuzz/fuzz.mk
 bench: deps
 	@$(MAKE) --no-print-directory $(BENCH)
 	@$(BENCH)
+
+# The text up to the marker is written by hand, the tables after it are not.
+docs: $(BINARY)
+	@{ sed '/^<!-- Generated/q' docs/configuration.md; $(BINARY:%=./%) --help=markdown; } >$(BUILD)/configuration.md
+	@mv $(BUILD)/configuration.md docs/configuration.md
 
 golden:
 	.venv/bin/pip install --quiet jax

@@ -762,6 +762,9 @@ static int run_command(struct run *r, const struct command_line *line, struct er
     case COMMAND_HELP:
         command_line_print_help(stdout, line->help_topic);
         break;
+    case COMMAND_HELP_MARKDOWN:
+        config_print_markdown(stdout);
+        break;
     case COMMAND_VERSION:
         command_line_print_version(stdout);
         break;

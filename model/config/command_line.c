@@ -249,6 +249,10 @@ int command_line_parse(struct command_line *line, int argc, char **argv, struct 
         return fail_user(e, "no command given; see train_iha --help");
     if (strcmp(argv[0], "--help") == 0)
         return 0;
+    if (strcmp(argv[0], "--help=markdown") == 0) {
+        line->command = COMMAND_HELP_MARKDOWN;
+        return 0;
+    }
     if (strcmp(argv[0], "--version") == 0) {
         line->command = COMMAND_VERSION;
         return 0;

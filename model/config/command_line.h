@@ -8,7 +8,15 @@
 
 #include "kernels/error.h"
 
-enum command { COMMAND_TRAIN, COMMAND_EVAL, COMMAND_GENERATE, COMMAND_INFO, COMMAND_HELP, COMMAND_VERSION };
+enum command {
+    COMMAND_TRAIN,
+    COMMAND_EVAL,
+    COMMAND_GENERATE,
+    COMMAND_INFO,
+    COMMAND_HELP,
+    COMMAND_HELP_MARKDOWN, /* the configuration keys, for docs/configuration.md */
+    COMMAND_VERSION
+};
 
 struct command_line {
     enum command command;

@@ -145,6 +145,9 @@ bool config_may_change_on_resume(const char *key);
 /* All keys with defaults and one-line explanations, for --help. */
 void config_print_help(FILE *out);
 
+/* The same as Markdown tables, for docs/configuration.md. */
+void config_print_markdown(FILE *out);
+
 const char *layer_type_name(enum layer_type type);
 static inline bool layer_is_iha(enum layer_type t) {
     return t == LAYER_IHA_GLOBAL || t == LAYER_IHA_LOCAL;
