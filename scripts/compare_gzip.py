@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Held-out bits per byte of a byte model next to what gzip -9 reaches on the same bytes.
+"""Bits per byte of a byte model on held-out text, next to those of gzip -9.
 
     compare_gzip.py "val_loss <nats> <tokens>" VAL_SHARD...
 
@@ -13,7 +13,7 @@ from array import array
 
 
 def held_out_bytes(paths):
-    """The text of byte shards: ids below 256; 256 ends a document and becomes a line feed for gzip."""
+    """The text of byte shards. 256, which ends a document, becomes a line feed."""
     text = bytearray()
     for path in paths:
         with open(path, "rb") as f:

@@ -15,8 +15,8 @@ missing=()
 for package in "${packages[@]}"; do
     dpkg-query -W -f='${Status}' "$package" 2>/dev/null | grep -q 'install ok installed' || missing+=("$package")
 done
-# clang with its sanitizers and libFuzzer, for the fuzz targets. Tried and not asked for by name: their package is
-# called after the compiler's version.
+# clang with its sanitizers and libFuzzer, for the fuzz targets. Found by compiling, not by a package's name, which
+# contains the compiler's version.
 can_fuzz() {
     local probe status
     probe=$(mktemp)
@@ -30,14 +30,14 @@ can_fuzz || missing+=(clang)
 
 if [ ${#missing[@]} -gt 0 ]; then
     if ! command -v apt-get >/dev/null; then
-        echo "deps: this is neither Debian nor Ubuntu; install these by hand: ${missing[*]}" >&2
+        echo "deps: no apt-get here; install these by hand: ${missing[*]}" >&2
         exit 2
     fi
     sudo=
     [ "$(id -u)" = 0 ] || sudo=sudo
     echo "deps: installing ${missing[*]}${sudo:+ (with sudo)}"
     $sudo apt-get update -qq
-    # What goes with the distribution's clang; on Ubuntu 22.04 clang brings it along and there is no such package.
+    # The runtime libraries of the distribution's clang; on Ubuntu 22.04 they are part of clang.
     if [[ " ${missing[*]} " == *" clang "* ]] && apt-cache show libclang-rt-dev >/dev/null 2>&1; then
         missing+=(libclang-rt-dev)
     fi
@@ -54,11 +54,11 @@ if ! cat "${requirements[@]}" | cmp -s - .venv/installed-requirements.txt; then
     .venv/bin/pip install --quiet --disable-pip-version-check "${requirements[@]/#/-r}"
     cat "${requirements[@]}" >.venv/installed-requirements.txt
 fi
-# Tests of CUDA kernels run on the CPU with the toolkit's headers, or with these.
+# The emulator of a GPU needs headers of the CUDA runtime, from the toolkit or these.
 if ! command -v nvcc >/dev/null && [ ! -e "${CUDA_HOME:-/usr/local/cuda}/include/cuda_bf16.h" ] &&
     ! cmp -s tests/cuda/requirements.txt .venv/installed-emulator-requirements.txt; then
-    echo "deps: headers of the CUDA runtime in .venv"
+    echo "deps: headers of the CUDA runtime, in .venv"
     .venv/bin/pip install --quiet --disable-pip-version-check -r tests/cuda/requirements.txt
     cp tests/cuda/requirements.txt .venv/installed-emulator-requirements.txt
 fi
-echo "deps: everything is there"
+echo "deps: everything is installed"

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Draws the loss curves of one or several runs from their metrics.jsonl.
+"""Draw the loss curves of one or several runs from their metrics.jsonl.
 
-Training loss as logged is a pale thin line, smoothed a strong one; validation loss has markers. A run that
-is still going, or was killed in the middle of a line, is drawn as far as it got.
+Training loss is a thin pale line as logged, and a strong line smoothed; validation loss has markers. Incomplete runs
+are drawn up to their last complete line.
 """
 
 import argparse
@@ -21,7 +21,7 @@ examples:
   scripts/plot_loss.py runs/gpt2 --bytes 4.35
 """
 
-# Okabe and Ito's colours, told apart by colourblind readers; the strongest first
+# Okabe and Ito's palette, which colour-blind readers can tell apart; the strongest first
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
 INK, GREY = "#222222", "#6b6b6b"
@@ -32,7 +32,7 @@ class UserError(Exception):
 
 
 class Run:
-    """One run's points: steps, losses (NaN where not finite), x; and the same of the evaluations."""
+    """One run: steps, losses (NaN where not finite) and x of its training steps; losses and x of its evaluations."""
 
     def __init__(self, path, x):
         path = Path(path)
@@ -43,7 +43,7 @@ class Run:
         self.loss = np.array([number(train[step].get("loss")) for step in sorted(train)])
         self.x = self.axis([train[step] for step in sorted(train)], x)
         self.val = np.array([number(val[step]) for step in sorted(val)])
-        # an evaluation line has a step only; its place on the axis is that step's
+        # an evaluation's line has only its step: its x is that of the training step
         self.val_x = np.interp(sorted(val), np.append(0, self.steps), np.append(0, self.x)) if len(train) else \
             np.array(sorted(val), dtype=float) * (1 if x == "step" else math.nan)
 
@@ -64,7 +64,7 @@ class Run:
 
 
 def number(value):
-    """A finite float, or NaN: a diverged run may hold NaN, null or "inf"."""
+    """A finite float, or NaN: diverged runs contain NaN, null or "inf"."""
     try:
         value = float(value)
     except (TypeError, ValueError):
@@ -73,7 +73,7 @@ def number(value):
 
 
 def read_metrics(path):
-    """({step: line}, {step: val_loss}). A line that is not whole JSON is passed over; of two, the later counts."""
+    """({step: line}, {step: val_loss}). Lines that are not JSON are left out; of two of a step the later counts."""
     train, val = {}, {}
     try:
         text = path.read_bytes().decode(errors="replace")
@@ -93,13 +93,13 @@ def read_metrics(path):
 
 
 def smooth(values, window):
-    """Two centred moving averages: a single one would turn each spike into a step up and a step down."""
+    """Two centred moving averages: a single one turns each spike into a plateau."""
     return moving_average(moving_average(values, window), window // 2)
 
 
 def moving_average(values, window):
-    """Over the finite values. Narrower towards the start, lest the fall from the initial loss be smeared;
-    at the end only cut off, lest the last points wag."""
+    """Mean over the finite values in a window. At the start the window shrinks, so that the fall from the initial loss
+    stays sharp; at the end it is cut off on one side only, so that the last points do not swing."""
     finite = np.isfinite(values)
     sums = np.concatenate([[0], np.cumsum(np.where(finite, values, 0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
@@ -112,7 +112,7 @@ def moving_average(values, window):
 
 
 def names_of(runs):
-    """Each run by its folder's name; with as many parents as it takes to tell them apart."""
+    """Each run's folder, with as many parents as make the names differ."""
     for depth in range(1, 10):
         names = ["/".join(run.folder.parts[-depth:]) for run in runs]
         if len(set(names)) == len(names):
@@ -132,21 +132,21 @@ def quantity(value, _=None):
 
 
 def clock(longest):
-    """The unit to show times in: (seconds, name)."""
+    """Unit for times up to `longest` seconds: (seconds, name)."""
     return (3600, "hours") if longest >= 2 * 3600 else (60, "minutes") if longest >= 120 else (1, "seconds")
 
 
 def loss_range(runs, curves):
-    """What must be seen: the smoothed curves and evaluations. Single spikes may leave the picture, and so
-    may the first percents' fall from the initial loss where it would press all the rest flat."""
+    """Limits of the loss axis: the smoothed curves and the evaluations fit in. Single spikes may be cut off, and so may
+    the fall of the first tenth from the initial loss, where it would leave little room for the rest."""
     values = np.concatenate([np.append(curve, run.val) for run, curve in zip(runs, curves)])
     values = values[np.isfinite(values)]
     raw = [np.nanpercentile(run.loss, 0.5) for run in runs if np.isfinite(run.loss).any()]
     low, high = min([values.min(), *raw]), values.max()
-    later = np.concatenate([np.append(curve[len(curve) // 20:], run.val[len(run.val) // 20:])
+    later = np.concatenate([np.append(curve[len(curve) // 10:], run.val[len(run.val) // 10:])
                             for run, curve in zip(runs, curves)])
-    high = min(high, low + 2 * (np.nanmax(later) - low)) if np.isfinite(later).any() else high
-    pad = 0.06 * (high - low) or 0.05 * abs(high) or 1
+    high = min(high, low + 1.4 * (np.nanmax(later) - low)) if np.isfinite(later).any() else high
+    pad = 0.05 * (high - low) or 0.05 * abs(high) or 1
     return low - pad, high + pad
 
 
@@ -160,7 +160,7 @@ def style(plt):
 
 def draw(plt, options, runs):
     style(plt)
-    figure, axes = plt.subplots(figsize=(8.6, 5.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8.6, 4.6), layout="constrained")
     scale, label = 1, {"step": "optimizer step", "tokens": "training tokens"}.get(options.x)
     if options.x == "time":
         scale, unit = clock(max((np.nanmax(run.x) for run in runs if len(run.x)), default=0))
@@ -190,7 +190,7 @@ def draw_run(axes, run, curve, name, colour, marker, scale):
     single = np.isfinite(run.loss).sum() == 1
     axes.plot(run.x / scale, run.loss, color=colour, linewidth=0.7, alpha=1 if single else 0.28,
               marker="." if single else None, markersize=12, zorder=1)
-    # few evaluations get a marker each; of many, about twenty
+    # about twenty markers at most
     every = max(1, math.ceil(len(run.val) / 20))
     line, = axes.plot(run.x / scale, curve, color=colour, linewidth=1.9, label=name)
     finite = run.val[np.isfinite(run.val)]
@@ -214,6 +214,16 @@ def what_is_drawn(runs):
     return ";  ".join(parts)
 
 
+def save(figure, out):
+    """A PNG with a palette takes a third of the space."""
+    figure.savefig(out, dpi=125)
+    if out.suffix.lower() == ".png":
+        from PIL import Image  # comes with matplotlib
+        with Image.open(out) as picture:
+            small = picture.convert("RGB").quantize(64)
+        small.save(out, optimize=True)
+
+
 # ---------------------------------------------------------------------------------------------- main
 
 
@@ -227,17 +237,17 @@ def parse():
     parser.error = fail
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its metrics.jsonl")
     parser.add_argument("--out", metavar="FILE", help=".png, .svg or .pdf (default for one run: RUN/curve.png)")
-    parser.add_argument("--x", choices=("tokens", "step", "time"), default="tokens", help="what runs along (default: tokens)")
+    parser.add_argument("--x", choices=("tokens", "step", "time"), default="tokens", help="horizontal axis (default: tokens)")
     parser.add_argument("--bytes", nargs="?", type=float, const=1.0, metavar="N",
                         help="a second axis in bits per byte, at N bytes per token (default: 1, the byte tokenizer); "
                              "give it after the runs")
-    parser.add_argument("--title", metavar="TEXT", help="default: the run's name")
+    parser.add_argument("--title", metavar="TEXT", help="default: the name of a single run")
     parser.add_argument("--help", action="help", help="show this and stop")
     options = parser.parse_args()
     if options.bytes is not None and not options.bytes > 0:
         raise UserError(f"--bytes {options.bytes}: must be above 0")
     if options.out is None and len(options.runs) > 1:
-        raise UserError("several runs: say where the picture goes: --out FILE.png")
+        raise UserError("several runs: give the file to write: --out FILE.png")
     return options
 
 
@@ -246,10 +256,10 @@ def plot():
     runs = [Run(path, options.x) for path in options.runs]
     for run in runs:
         if not run.has_points():
-            print(f"plot_loss.py: {run.file}: no loss in it yet", file=sys.stderr)
+            print(f"plot_loss.py: {run.file}: contains no loss", file=sys.stderr)
     runs = [run for run in runs if run.has_points()]
     if not runs:
-        raise UserError("nothing to draw")
+        raise UserError("no run has a loss to draw")
     try:
         import matplotlib
     except ImportError:
@@ -258,7 +268,7 @@ def plot():
     import matplotlib.pyplot as plt
     out = Path(options.out) if options.out else runs[0].folder / "curve.png"
     try:
-        draw(plt, options, runs).savefig(out, dpi=160)
+        save(draw(plt, options, runs), out)
     except ValueError as error:  # a suffix that matplotlib does not know
         raise UserError(f"{out}: {str(error).splitlines()[0]}") from None
     print(out)

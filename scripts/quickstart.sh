@@ -1,27 +1,27 @@
 #!/usr/bin/env bash
-# From nothing to a trained model: a corpus, shards, about three minutes of training, an evaluation on held-out
-# text next to gzip, a sample, a loss curve.
+# Prepare a text, train a model on it (about three minutes), evaluate it on held-out text next to gzip, print a
+# sample, and draw the loss curve.
 #
 #   scripts/quickstart.sh           the King James Bible, from the distribution's packages
 #   scripts/quickstart.sh FILE.txt  any text of a megabyte or more
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-trap 'exit 130' INT TERM # a stopped training run saves and exits 0; the rest should not follow
+trap 'exit 130' INT TERM # train_iha saves and exits 0 on these: do not go on after that
 python=.venv/bin/python
 text=${1:-}
 if [ -n "$text" ]; then
     [ -f "$text" ] && [ -r "$text" ] || { echo "quickstart: cannot read $text" >&2; exit 2; }
     bytes=$(wc -c <"$text")
     if [ "$bytes" -lt 200000 ]; then
-        echo "quickstart: $text has $bytes bytes; a model wants a megabyte or more to learn from" >&2
+        echo "quickstart: $text has $bytes bytes: too few to train on; give a text of a megabyte or more" >&2
         exit 2
     fi
     if [ "$(tr -d '\0' <"$text" | wc -c)" != "$bytes" ]; then
-        echo "quickstart: $text holds NUL bytes: it is not a text" >&2
+        echo "quickstart: $text contains NUL bytes: not a text file" >&2
         exit 2
     fi
-    name=text_$(cksum <"$text" | cut -d' ' -f1) # by content: an edited file is another corpus
+    name=text_$(cksum <"$text" | cut -d' ' -f1) # named by content, so that an edited file is prepared again
     run=runs/quickstart_$name
     separator=()
 else
@@ -37,7 +37,7 @@ echo "== 1. Shards of bytes from $text"
 if ! ls "$data"/train_*.bin >/dev/null 2>&1; then
     $python data/prepare.py --tokenizer bytes "${separator[@]}" --out "$data" -- "$text"
 else
-    echo "$data/ is there already; remove it to prepare it again"
+    echo "$data/ exists; remove it to prepare the data again"
 fi
 
 echo
@@ -62,8 +62,8 @@ Everything is in $run/: curve.png, metrics.jsonl, and the checkpoint (model.safe
 Next:
   ./train_iha generate $run --prompt 'And the' --temperature 0.6
   ./train_iha info $run
-  # the same without IHA, and the two curves:
+  # the same with plain attention, and both curves:
   ./train_iha train configs/quickstart.ini data.train="$data/train_*.bin" data.val="$data/val_*.bin" \\
       run.dir=${run}_mha model.layer_pattern=mha_global
-  $python scripts/plot_loss.py $run ${run}_mha --out runs/both.png
+  $python scripts/plot_loss.py $run ${run}_mha --bytes --out runs/both.png
 END
