@@ -17,6 +17,7 @@ in their output; … stands for what is left out, at the end of a line or in a l
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -28,7 +29,7 @@ from tests.lib.tiny import write_shard
 ROOT = Path(__file__).resolve().parent.parent.parent
 BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-TIMEOUT = 600  # seconds for one block; most take less than two, but the machine may be busy
+TIMEOUT = 300  # seconds for one block; most take less than two, but the machine may be busy
 
 REASONS = ("needs a GPU", "needs a cluster", "needs the network", "takes too long", "part of make test")
 LANGUAGES = ("sh", "text", "ini")
@@ -122,18 +123,24 @@ class Documents(unittest.TestCase):
 
     def run_block(self, document, block):
         """Run it as a user would, stopping at the first failure; returns what it printed."""
-        environment = {**os.environ, "PATH": f"{self.folder}/bin:{os.environ['PATH']}", "OMP_WAIT_POLICY": "passive",
+        inherited = {k: v for k, v in os.environ.items() if k != "TRAIN_IHA"}  # the folder's train_iha, with small runs
+        environment = {**inherited, "PATH": f"{self.folder}/bin:{os.environ['PATH']}", "OMP_WAIT_POLICY": "passive",
                        "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
                        "OMPI_MCA_rmaps_base_oversubscribe": "1"}
         script = block.text.replace(PORT, free_port())
-        p = subprocess.run(["bash", "-euo", "pipefail", "-c", script], cwd=self.folder, env=environment, text=True,
-                           errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           timeout=TIMEOUT)
         where = f"{document.name}:{block.line}"
-        self.assertEqual(p.returncode, 0, f"{where} fails:\n{script}\n{p.stdout}")
+        p = subprocess.Popen(["bash", "-euo", "pipefail", "-c", script], cwd=self.folder, env=environment, text=True,
+                             errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                             stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            printed = p.communicate(timeout=TIMEOUT)[0]
+        except subprocess.TimeoutExpired:
+            os.killpg(p.pid, signal.SIGKILL)  # with what it started
+            self.fail(f"{where}: not done after {TIMEOUT} s:\n{script}\n{p.communicate()[0]}")
+        self.assertEqual(p.returncode, 0, f"{where} fails:\n{script}\n{printed}")
         for run in re.findall(r"run\.dir=(\S+)", script):  # of commands in the background, too
-            self.assertTrue(list((self.folder / run).glob("step_*")), f"{where}: no checkpoint in {run}:\n{p.stdout}")
-        return p.stdout
+            self.assertTrue(list((self.folder / run).glob("step_*")), f"{where}: no checkpoint in {run}:\n{printed}")
+        return printed
 
     def check_output(self, document, block, printed):
         """The lines of a text block come in this order in what was printed."""
