@@ -37,7 +37,7 @@ else
 BUILD = build/release
 CFLAGS = $(COMMON) -O3 $(VECTORS) -fno-math-errno -fno-trapping-math
 endif
-LIBS = -ldnnl -lcjson -linih -lpcre2-8 -lm
+LIBS = -ldnnl -lcjson -linih -lpcre2-8 -lutf8proc -lm
 
 KERNELS = $(wildcard kernels/*.c kernels/*/*.c)
 # Ranks that mpirun starts need MPI; without it they meet over TCP.
@@ -77,7 +77,7 @@ include tests/gpu/gpu.mk
 all: $(BINARY)
 
 # The library headers, looked for once, so that a missing one is an instruction and not a page of errors.
-HEADERS = oneapi/dnnl/dnnl.h cjson/cJSON.h ini.h pcre2.h
+HEADERS = oneapi/dnnl/dnnl.h cjson/cJSON.h ini.h pcre2.h utf8proc.h
 build/headers-found:
 	@mkdir -p build
 	@for header in $(HEADERS); do \

@@ -11,6 +11,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "data/dataset.h"
 #include "data/shards.h"
 #include "data/text.h"
 #include "data/tokenizer.h"
@@ -52,6 +53,8 @@ struct run {
     struct tokenizer *tokenizer;
     char *tokenizer_text; /* of tokenizer.json, for checkpoints; NULL: none */
     size_t tokenizer_bytes;
+    struct end_ids ends;     /* a text ends at these ids, and begins after the first */
+    char *generation_config; /* them, for checkpoints; NULL: none */
     struct decoder decoder;
     struct metrics *metrics; /* on rank 0 */
     struct trainer_state trainer;
@@ -83,6 +86,7 @@ static void release(struct run *r) {
     shards_close(r->val);
     tokenizer_close(r->tokenizer);
     free(r->tokenizer_text);
+    free(r->generation_config);
     free(r->tokens);
     free(r->targets);
     if (r->device_comm && r->device_comm != r->comm)
@@ -289,8 +293,8 @@ static int evaluate(struct run *r, bool saves, struct error *e) {
 
 enum { SAMPLE_TOKENS = 256 };
 
-static bool is_not_end(void *end, int32_t token) {
-    return token != *(const int32_t *)end;
+static bool is_not_end(void *ends, int32_t token) {
+    return !end_ids_has(ends, token);
 }
 
 /* A sample from the start of a document, to stdout and appended to run.dir/samples.txt. The other ranks generate
@@ -298,14 +302,14 @@ static bool is_not_end(void *end, int32_t token) {
 static int print_sample(struct run *r, struct error *e) {
     char path[MAX_TEXT + 32];
     snprintf(path, sizeof path, "%s/samples.txt", r->config.run.dir);
-    int32_t end = r->tokenizer ? tokenizer_end_of_text(r->tokenizer) : -1, start = end >= 0 ? end : 0;
+    int32_t start = r->ends.count ? r->ends.ids[0] : 0;
     struct sampling sampling = {0.8, 0, (uint64_t)(r->config.train.seed + r->trainer.step)};
     if (!is_rank0(r))
-        return generate(&r->decoder, &start, 1, r->decoder.capacity - 1, &sampling, is_not_end, &end, e);
+        return generate(&r->decoder, &start, 1, r->decoder.capacity - 1, &sampling, is_not_end, &r->ends, e);
     FILE *file = fopen(path, "a");
     if (!file)
         return fail_run(e, "%s: cannot write: %s; %s", path, strerror(errno), files_advice(errno));
-    struct text_writer w = {r->tokenizer, stdout, file, end};
+    struct text_writer w = {r->tokenizer, stdout, file, &r->ends, {0}};
     status_break(r->metrics);
     printf("---- sample at step %lld\n", (long long)r->trainer.step);
     fprintf(file, "---- step %lld\n", (long long)r->trainer.step);
@@ -327,6 +331,7 @@ static int save(struct run *r, bool wait, struct error *e) {
                                        .config = &r->config,
                                        .tokenizer = r->tokenizer_text,
                                        .tokenizer_bytes = r->tokenizer_bytes,
+                                       .generation_config = r->generation_config,
                                        .trainer = r->trainer,
                                        .model = &r->model};
     if (comm_agree(r->comm, is_rank0(r) ? metrics_sync(r->metrics, e) : 0, e) != 0)
@@ -490,7 +495,12 @@ static int open_data(struct run *r, struct error *e) {
             return -1;
         shards_fingerprint(r->val, r->trainer.val_fingerprint);
     }
-    return open_tokenizer(r, c->data.tokenizer, e);
+    if (open_tokenizer(r, c->data.tokenizer, e) != 0 ||
+        dataset_end_ids(c->data.train, c->data.val, r->tokenizer, r->tokenizer_text, r->tokenizer_bytes, V,
+                        &r->ends, e) != 0)
+        return -1;
+    r->generation_config = r->ends.count ? end_ids_json(&r->ends) : NULL;
+    return r->ends.count && !r->generation_config ? fail_run(e, "out of memory for a checkpoint's files") : 0;
 }
 
 /* Create run.dir, lock it against other runs, and remove what a killed run left. */
@@ -663,13 +673,22 @@ static int find_tokenizer(struct run *r, const char *dir, struct error *e) {
     return strcmp(recorded, "bytes") == 0 ? open_tokenizer(r, recorded, e) : 0;
 }
 
+/* Where generation stops: at the ids saved with the checkpoint, and at the tokenizer's. */
+static int find_end_ids(struct run *r, const char *dir, struct error *e) {
+    if (read_generation_config(dir, r->config.model.vocab_size, &r->ends, e) != 0)
+        return -1;
+    for (int i = 0; r->tokenizer && i < tokenizer_end_ids(r->tokenizer)->count; i++)
+        end_ids_add(&r->ends, tokenizer_end_ids(r->tokenizer)->ids[i]);
+    return 0;
+}
+
 static int generate_text(struct run *r, const struct command_line *line, struct error *e) {
-    int32_t *ids = NULL, end = r->tokenizer ? tokenizer_end_of_text(r->tokenizer) : -1;
+    int32_t *ids = NULL;
     int64_t vocab = r->config.model.vocab_size;
     int64_t length = r->tokenizer
                          ? tokenizer_encode(r->tokenizer, line->prompt, strlen(line->prompt), &ids, e)
                          : text_parse_ids(line->prompt, vocab, &ids, e);
-    struct text_writer w = {r->tokenizer, stdout, NULL, end};
+    struct text_writer w = {r->tokenizer, stdout, NULL, &r->ends, {0}};
     struct sampling sampling = {line->temperature, line->top_k, (uint64_t)line->seed};
     int status = length < 0 ? -1 : 0;
     if (status == 0 && length == 0) { /* no prompt: start a document */
@@ -677,13 +696,13 @@ static int generate_text(struct run *r, const struct command_line *line, struct 
         ids = malloc(sizeof *ids);
         if (!ids)
             return fail_run(e, "out of memory for the prompt");
-        ids[0] = end >= 0 ? end : 0;
+        ids[0] = r->ends.count ? r->ends.ids[0] : 0;
         length = 1;
     }
     if (status == 0)
         status = decoder_create(&r->decoder, &r->model, length + line->tokens, DECODE_CHUNK, e);
     for (int64_t i = 0; status == 0 && i < length; i++)
-        if (ids[i] != end)
+        if (!end_ids_has(&r->ends, ids[i]))
             text_write(&w, ids[i]);
     fflush(stdout);
     if (status == 0)
@@ -701,8 +720,8 @@ static int generate_command(struct run *r, const struct command_line *line, stru
     if (checkpoint_find(line->path, dir, e) != 0 || read_checkpoint(r, dir, line, e) != 0)
         return -1;
     r->config.train.micro_batch = r->config.train.seq_len = 1; /* the decoder has its own buffers */
-    if (open_device(r, e) != 0 || find_tokenizer(r, dir, e) != 0 || build_model(r, false, e) != 0 ||
-        checkpoint_load_weights(dir, &r->model, 0, e) != 0)
+    if (open_device(r, e) != 0 || find_tokenizer(r, dir, e) != 0 || find_end_ids(r, dir, e) != 0 ||
+        build_model(r, false, e) != 0 || checkpoint_load_weights(dir, &r->model, 0, e) != 0)
         return -1;
     return generate_text(r, line, e);
 }

@@ -3,25 +3,22 @@
 #include <stdlib.h>
 #include <string.h>
 
-static void write_to(FILE *out, const struct tokenizer *tokenizer, int32_t token) {
+void text_write(struct text_writer *w, int32_t token) {
+    char number[16];
     size_t length;
-    if (!tokenizer) {
-        fprintf(out, "%d ", token);
-        return;
-    }
-    const char *text = tokenizer_decode(tokenizer, token, &length);
-    fwrite(text, 1, length, out);
-}
-
-void text_write(const struct text_writer *w, int32_t token) {
-    write_to(w->out, w->tokenizer, token);
+    const char *text = number;
+    if (w->tokenizer)
+        text = tokenizer_decode_next(w->tokenizer, &w->decoding, token, &length);
+    else
+        length = (size_t)snprintf(number, sizeof number, "%d ", token);
+    fwrite(text, 1, length, w->out);
     if (w->copy)
-        write_to(w->copy, w->tokenizer, token);
+        fwrite(text, 1, length, w->copy);
 }
 
 bool text_emit(void *text_writer, int32_t token) {
-    const struct text_writer *w = text_writer;
-    if (token == w->end_of_text)
+    struct text_writer *w = text_writer;
+    if (w->ends && end_ids_has(w->ends, token))
         return false;
     text_write(w, token);
     fflush(w->out);

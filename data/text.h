@@ -8,15 +8,17 @@
 
 #include "data/tokenizer.h"
 
+/* Zeroed but for what the caller sets; one for each sequence of tokens. */
 struct text_writer {
     const struct tokenizer *tokenizer; /* NULL: ids are written, as numbers */
     FILE *out, *copy;                  /* copy: NULL, or a second place */
-    int32_t end_of_text;               /* -1: none */
+    const struct end_ids *ends;        /* NULL: none */
+    struct decoding decoding;
 };
 
-void text_write(const struct text_writer *w, int32_t token);
+void text_write(struct text_writer *w, int32_t token);
 
-/* The same, seen at once, for a generator that asks whether to go on: not past the end of a text. */
+/* For a generator that asks whether to go on: false at the end of a text; writes and flushes other tokens. */
 bool text_emit(void *text_writer, int32_t token);
 
 /* Token ids below `vocab`, as numbers apart: a malloc'd array in *ids, to be freed also after an error, and

@@ -21,6 +21,7 @@ static int make_byte_tokenizer(struct tokenizer *t, int64_t vocab_size, struct e
     t->bytes = true;
     t->size = BYTE_IDS;
     t->end_of_text = END_OF_DOCUMENT;
+    end_ids_add(&t->ends, END_OF_DOCUMENT);
     t->tokens = calloc(BYTE_IDS, sizeof *t->tokens); /* the last one stays unknown: it has no text */
     t->pool = calloc(256, 2);
     if (!t->tokens || !t->pool)
@@ -51,9 +52,11 @@ void tokenizer_close(struct tokenizer *t) {
         return;
     added_set_free(&t->added[0]);
     added_set_free(&t->added[1]);
+    normalizer_free(t);
     pre_tokenizer_free(t);
     bpe_free(&t->bpe);
     free(t->tokens);
+    free(t->first);
     free(t->pool);
     free(t);
 }
@@ -66,57 +69,41 @@ int32_t tokenizer_end_of_text(const struct tokenizer *t) {
     return t->end_of_text;
 }
 
+const struct end_ids *tokenizer_end_ids(const struct tokenizer *t) {
+    return &t->ends;
+}
+
+/* ---- decoding ---- */
+
 const char *tokenizer_decode(const struct tokenizer *t, int32_t id, size_t *length) {
     bool known = id >= 0 && id < t->size && t->tokens[id].known;
     *length = known ? t->tokens[id].length : 0;
     return known ? t->pool + t->tokens[id].at : "";
 }
 
-/* ---- UTF-8 ---- */
-
-uint32_t utf8_next(const char *bytes, size_t length, int *used) {
-    static const uint32_t smallest[5] = {0, 0, 0x80, 0x800, 0x10000};
-    unsigned char c = (unsigned char)bytes[0];
-    int size = c < 0x80 ? 1 : c < 0xc2 ? 0 : c < 0xe0 ? 2 : c < 0xf0 ? 3 : c < 0xf5 ? 4 : 0;
-    uint32_t code = size == 1 ? c : size ? c & (0x7fu >> size) : 0;
-    *used = 1;
-    if (size == 0 || (size_t)size > length)
-        return UINT32_MAX;
-    for (int i = 1; i < size; i++) {
-        if (((unsigned char)bytes[i] & 0xc0) != 0x80)
-            return UINT32_MAX;
-        code = code << 6 | ((unsigned char)bytes[i] & 0x3f);
+const char *tokenizer_decode_next(const struct tokenizer *t, struct decoding *d, int32_t id, size_t *length) {
+    *length = 0;
+    if (id < 0 || id >= t->size || !t->tokens[id].known)
+        return "";
+    const struct token *token = t->first && !d->begun ? &t->first[id] : &t->tokens[id];
+    const char *text = t->pool + token->at, *strip = t->decoder.strip;
+    size_t n = token->length, strip_length = strlen(strip);
+    d->begun = true;
+    if (d->space) { /* the pool has one before every text */
+        text--;
+        n++;
     }
-    if (code < smallest[size] || code > 0x10ffff || (code >= 0xd800 && code < 0xe000))
-        return UINT32_MAX;
-    *used = size;
-    return code;
-}
-
-/* A regular expression must see UTF-8 only. Bytes that are none become U+0001, neither space nor letter nor
- * digit, one for one, so that offsets stay true; their own values are what gets encoded. U+180E becomes
- * U+2060, another format character of the same length, because PCRE2's \s counts the former as a space
- * (as Unicode did until 6.3) and the tokenizers library does not. Sets *clean to a malloc'd copy, or NULL
- * when the text can stay as it is; *largest to its largest code point. */
-static int clean_text(const char *text, size_t length, char **clean, uint32_t *largest) {
-    int used;
-    *clean = NULL;
-    *largest = 0;
-    for (size_t i = 0; i < length; i += (size_t)used) {
-        uint32_t code = utf8_next(text + i, length - i, &used);
-        if (code == UINT32_MAX || code == 0x180e) {
-            if (!*clean) {
-                *clean = malloc(length);
-                if (!*clean)
-                    return -1;
-                memcpy(*clean, text, length);
-            }
-            memcpy(*clean + i, code == UINT32_MAX ? "\x01" : "\xe2\x81\xa0", (size_t)used);
-        }
-        if (code != UINT32_MAX && code > *largest)
-            *largest = code;
+    d->space = token->space_after;
+    while (d->stripped < t->decoder.strip_count && n >= strip_length &&
+           memcmp(text, strip, strip_length) == 0) {
+        text += strip_length;
+        n -= strip_length;
+        d->stripped++;
     }
-    return 0;
+    if (n > 0)
+        d->stripped = t->decoder.strip_count;
+    *length = n;
+    return text;
 }
 
 /* ---- encoding ---- */
@@ -141,7 +128,7 @@ static int encode_bytes(struct encoding *x, const char *text, size_t length) {
     return 0;
 }
 
-enum { HEAP_LIMIT_KIB = 256 << 10, CACHE_FROM_BYTES = 512 };
+enum { CACHE_FROM_BYTES = 512 };
 
 static int prepare_encoding(struct encoding *x, size_t length) {
     x->match = pcre2_match_data_create(1, NULL); /* only the whole match is of interest */
@@ -154,26 +141,17 @@ static int prepare_encoding(struct encoding *x, size_t length) {
     return 0;
 }
 
-static int encode_cleaned(struct encoding *x, struct slice text, uint32_t largest) {
-    if (largest >= x->t->normal_below)
-        return fail_user(
-            x->e,
-            "this tokenizer cannot encode U+%04X: its normalizer is not supported from U+%04X on; "
-            "decoding works",
-            largest, x->t->normal_below);
-    return prepare_encoding(x, text.length) ? -1 : encode_text(x, text);
-}
-
 static int encode_with_file(struct encoding *x, const char *text, size_t length) {
-    uint32_t largest;
     char *clean;
     if (x->t->refusal[0])
         return fail_user(x->e, "this tokenizer cannot encode text: %s; decoding works", x->t->refusal);
     if (length > INT32_MAX)
         return fail_user(x->e, "%zu bytes of text are too many at once: encode it in parts", length);
-    if (clean_text(text, length, &clean, &largest))
+    if (clean_text(&x->t->named, text, length, &clean))
         return fail_run(x->e, "out of memory for %zu bytes of text", length);
-    int rc = encode_cleaned(x, (struct slice){text, clean ? clean : text, length}, largest);
+    int rc = prepare_encoding(x, length);
+    if (rc == 0)
+        rc = encode_text(x, (struct slice){text, clean ? clean : text, length});
     free(clean);
     pcre2_match_data_free(x->match);
     pcre2_match_context_free(x->limits);

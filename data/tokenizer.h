@@ -1,19 +1,22 @@
 /* Text to tokens and back: the byte tokenizer, or a Hugging Face tokenizer.json.
  *
  * Bytes: ids 0-255 are bytes, 256 ends a document.
- * tokenizer.json: byte-level BPE (GPT-2, Llama 3, ...) encodes and decodes exactly as the tokenizers
- * library does with add_special_tokens=False: the post-processor is not applied, so no BOS or EOS is added.
- * (Characters newer than the Unicode version of the installed PCRE2 may be split differently.) Bytes that are
- * not UTF-8 are encoded too, each by its own token. Other models (Unigram, WordPiece) decode only, and
- * encoding says so; so do normalizers and split patterns that are not supported.
+ * tokenizer.json: BPE, byte-level (GPT-2, Llama 3, Qwen, ...) or SentencePiece's (Llama 2, Mistral, Gemma),
+ * encodes and decodes exactly as the tokenizers library does with add_special_tokens=False: the post-processor
+ * is not applied, so no BOS or EOS is added, and no merge is dropped, whatever "dropout" says. Bytes that are
+ * not UTF-8 are encoded too, each by its own token where there is one. Other models (Unigram, WordPiece)
+ * decode only, and encoding says so; so do steps and patterns that are not supported. A decoder that would need
+ * a whole sequence at once is refused.
  *
  * A tokenizer does not change once open: threads may share it. */
 #ifndef IHA_DATA_TOKENIZER_H
 #define IHA_DATA_TOKENIZER_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
+#include "data/end_of_text.h"
 #include "kernels/error.h"
 
 struct tokenizer;
@@ -26,8 +29,12 @@ void tokenizer_close(struct tokenizer *t);
 /* The highest id the tokenizer itself knows, plus one (257 for bytes): the smallest vocab_size for it. */
 int64_t tokenizer_size(const struct tokenizer *t);
 
-/* The id that ends a document (256 for bytes; <|endoftext|>, <|end_of_text|>, </s>, ... of a file), or -1. */
+/* The id that ends a document, or -1: 256 for bytes; of a file, the eos_token of the tokenizer_config.json beside
+ * it, or the first known name (end_of_text_names.h). */
 int32_t tokenizer_end_of_text(const struct tokenizer *t);
+
+/* The ids at which generation stops: that one, and those of a generation_config.json beside the file. */
+const struct end_ids *tokenizer_end_ids(const struct tokenizer *t);
 
 /* Encode length bytes of text (any bytes, NUL included). Returns the count and a malloc'd array in *ids, or
  * -1. Added tokens written out in the text (such as <|endoftext|>) are recognised as the tokenizers library
@@ -35,8 +42,16 @@ int32_t tokenizer_end_of_text(const struct tokenizer *t);
 int64_t tokenizer_encode(const struct tokenizer *t, const char *text, size_t length, int32_t **ids,
                          struct error *e);
 
-/* The bytes of one token, NUL-terminated beside *length; "" for ids without text (the byte tokenizer's 256
- * and ids beyond the vocabulary). Owned by the tokenizer. Concatenating these decodes a sequence. */
+/* The bytes of one token after another, NUL-terminated beside *length; "" for ids without text (the byte
+ * tokenizer's 256 and ids beyond the vocabulary). Owned by the tokenizer. */
 const char *tokenizer_decode(const struct tokenizer *t, int32_t id, size_t *length);
+
+/* The same in its place in a sequence: concatenating what these return for each token decodes the sequence (some
+ * decoders drop the first space, or the last). *d is zeroed before the first token. */
+struct decoding {
+    bool begun, space;
+    int stripped;
+};
+const char *tokenizer_decode_next(const struct tokenizer *t, struct decoding *d, int32_t id, size_t *length);
 
 #endif

@@ -1,16 +1,20 @@
-/* Byte-pair encoding: a piece of text, as bytes, to the ids of the tokens that its merges lead to.
+/* Byte-pair encoding: a piece of text to the ids of the tokens that its merges lead to.
  *
- * Every byte starts as a token of its own; then, again and again, the adjacent pair whose merge stands first
- * in the file is replaced by its result, the leftmost such pair first (Sennrich et al., 2016, over bytes as
- * in GPT-2). A heap of (rank, position) finds that pair, so that a piece of n bytes takes O(n log n) even
- * when it is a megabyte without a space. Entries go stale when a neighbour is merged away; they are
- * recognised when they come up, by looking at the pair that stands there now. Short pieces repeat a lot in
- * real text: the ids of those met in this call are copied from the output instead of being computed again. */
+ * Every byte (byte-level vocabularies) or character (others) starts as a token of its own; then, again and
+ * again, the adjacent pair whose merge stands first in the file is replaced by its result, the leftmost such
+ * pair first (Sennrich et al., 2016). A heap of (rank, position) finds that pair, so that a piece of n bytes
+ * takes O(n log n) even when it is a megabyte without a space. Entries go stale when a neighbour is merged
+ * away; they are recognised when they come up, by looking at the pair that stands there now. Short pieces
+ * repeat a lot in real text: the ids of those met in this call are copied from the output instead of being
+ * computed again. */
 #include "data/tokenizer_internal.h"
 
 #include <cjson/cJSON.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+
+enum { MAX_SUFFIX = 32 };
 
 struct symbol {
     int32_t id;         /* -1: merged into its left neighbour */
@@ -96,32 +100,65 @@ static int load_merges(struct tokenizer *t, const cJSON *merges, const struct st
     return rc;
 }
 
-/* Which id each byte has: returns how many of the 256 have none. */
+/* The id of the symbol that one byte, or one ASCII character, starts as. */
+static int32_t id_of_byte(const struct bpe *bpe, const struct string_map *vocab, int b, const char *suffix) {
+    char text[8 + MAX_SUFFIX];
+    int length = 1;
+    if (!bpe->byte_level && b >= 0x80)
+        return -1;
+    if (bpe->byte_level)
+        length = byte_character((unsigned char)b, text);
+    else
+        text[0] = (char)b;
+    memcpy(text + length, suffix, strlen(suffix));
+    return string_map_get(vocab, text, (size_t)length + strlen(suffix), -1);
+}
+
+/* Returns how many of the 256 bytes of a byte-level vocabulary are lacking. */
 static int load_bytes(struct bpe *bpe, const struct string_map *vocab) {
     int lacking = 0;
     for (int b = 0; b < 256; b++) {
-        char text[3];
-        int length = byte_character((unsigned char)b, text);
-        bpe->byte_ids[b] = string_map_get(vocab, text, (size_t)length, -1);
-        lacking += bpe->byte_ids[b] < 0;
+        bpe->byte_ids[b] = id_of_byte(bpe, vocab, b, "");
+        bpe->last_ids[b] = bpe->suffix ? id_of_byte(bpe, vocab, b, bpe->suffix) : bpe->byte_ids[b];
+        lacking += bpe->byte_level && bpe->byte_ids[b] < 0;
     }
     return lacking;
 }
 
-static int load_words(struct tokenizer *t, const struct string_map *vocab) {
+/* <0x00> to <0xFF>, which spell a character that the vocabulary lacks. */
+static void load_fallback(struct bpe *bpe, const struct string_map *vocab, bool byte_fallback) {
+    char text[8];
+    for (int b = 0; b < 256; b++) {
+        snprintf(text, sizeof text, "<0x%02X>", b);
+        bpe->fallback_ids[b] = byte_fallback ? string_map_get(vocab, text, 6, -1) : -1;
+    }
+}
+
+/* The vocabulary by what it spells. Borrows no text, since the file's goes away. */
+static int load_words(struct bpe *bpe, const struct string_map *vocab) {
+    size_t bytes = 1;
+    for (size_t i = 0; i < vocab->capacity; i++)
+        bytes += vocab->slots[i].key ? vocab->slots[i].length : 0;
+    char *out = bpe->word_text = malloc(bytes);
+    if (!out)
+        return -1;
     for (size_t i = 0; i < vocab->capacity; i++) {
         const struct string_slot *slot = &vocab->slots[i];
-        if (!slot->key || bytes_of_token(slot->key, NULL) < 0)
+        int64_t length = slot->length;
+        if (!slot->key || (bpe->byte_level && (length = bytes_of_token(slot->key, slot->length, out)) < 0))
             continue;
-        const struct token *token = &t->tokens[slot->value];
-        if (string_map_put(&t->bpe.words, t->pool + token->at, token->length, slot->value))
+        if (!bpe->byte_level)
+            memcpy(out, slot->key, slot->length);
+        if (string_map_put(&bpe->words, out, (size_t)length, slot->value))
             return -1;
+        out += length;
     }
     return 0;
 }
 
-/* Options that change which ids come out, and that byte-level models do without. */
-static int refuse_options(struct tokenizer *t, const cJSON *model, const char *path, struct error *e) {
+/* Options that change which ids come out. "dropout" is for training the model that reads them: encoding here
+ * never leaves a merge out. */
+static int load_options(struct tokenizer *t, const cJSON *model, const char *path, struct error *e) {
     const char *prefix = NULL, *suffix = NULL;
     const cJSON *dropout = json_member(model, "dropout");
     if (json_text(model, "continuing_subword_prefix", &prefix, path, e) ||
@@ -130,11 +167,11 @@ static int refuse_options(struct tokenizer *t, const cJSON *model, const char *p
     if (dropout && !cJSON_IsNumber(dropout))
         return fail_user(e, "%s: \"dropout\" must be a number; is this a tokenizer.json?", path);
     if (prefix && *prefix)
-        refuse_to_encode(t, "its model has a continuing_subword_prefix");
-    if (suffix && *suffix)
-        refuse_to_encode(t, "its model has an end_of_word_suffix");
-    if (dropout && dropout->valuedouble != 0)
-        refuse_to_encode(t, "its model draws merges at random (dropout)");
+        return refuse_to_encode(t, "its model has a continuing_subword_prefix");
+    if (suffix && strlen(suffix) > MAX_SUFFIX)
+        return refuse_to_encode(t, "its end_of_word_suffix is longer than %d bytes", MAX_SUFFIX);
+    if (suffix && *suffix && !(t->bpe.suffix = strdup(suffix)))
+        return fail_run(e, "%s: out of memory", path);
     return 0;
 }
 
@@ -157,15 +194,18 @@ int bpe_load(struct tokenizer *t, const cJSON *model, const struct string_map *v
     bool byte_fallback = false;
     if (!cJSON_IsArray(merges))
         return fail_user(e, "%s: its model has no list of \"merges\"; is this a tokenizer.json?", path);
-    if (refuse_options(t, model, path, e) || load_unk(&t->bpe, model, vocab, path, e) ||
+    if (load_options(t, model, path, e) || load_unk(&t->bpe, model, vocab, path, e) ||
         json_bool(model, "byte_fallback", false, &byte_fallback, path, e) ||
         json_bool(model, "ignore_merges", false, &t->bpe.whole_words, path, e))
         return -1;
     if (load_bytes(&t->bpe, vocab) && byte_fallback)
         refuse_to_encode(t, "its vocabulary lacks bytes and falls back to others (byte_fallback)");
+    if (t->bpe.suffix && byte_fallback)
+        refuse_to_encode(t, "its model has an end_of_word_suffix and byte_fallback");
+    load_fallback(&t->bpe, vocab, byte_fallback);
     if (t->refusal[0])
         return 0;
-    if (t->bpe.whole_words && load_words(t, vocab))
+    if ((t->bpe.whole_words || !t->bpe.byte_level) && load_words(&t->bpe, vocab))
         return fail_run(e, "%s: out of memory", path);
     return load_merges(t, merges, vocab, path, e);
 }
@@ -173,6 +213,8 @@ int bpe_load(struct tokenizer *t, const cJSON *model, const struct string_map *v
 void bpe_free(struct bpe *bpe) {
     pair_map_free(&bpe->merges);
     string_map_free(&bpe->words);
+    free(bpe->word_text);
+    free(bpe->suffix);
 }
 
 /* ---- the heap ---- */
@@ -240,24 +282,71 @@ static void offer(const struct bpe *bpe, struct bpe_scratch *s, int32_t i) {
         heap_push(s, (uint64_t)merge->rank << 32 | (uint32_t)i);
 }
 
-/* A byte for each symbol; bytes the vocabulary lacks become unk, or vanish. Returns the number of symbols. */
-static int32_t spell(const struct bpe *bpe, struct symbol *symbols, const char *bytes, size_t length) {
-    int32_t n = 0;
-    bool after_unk = false;
-    for (size_t i = 0; i < length; i++) {
-        int32_t id = bpe->byte_ids[(unsigned char)bytes[i]];
-        bool is_unk = id < 0;
-        if (is_unk)
-            id = after_unk && bpe->fuse_unk ? -1 : bpe->unk;
-        if (id >= 0) {
-            symbols[n] = (struct symbol){id, n - 1, n + 1};
-            n++;
-        }
-        after_unk = is_unk;
+/* The symbols of a piece before any merge. */
+struct speller {
+    const struct bpe *bpe;
+    struct symbol *symbols;
+    int32_t n;
+    bool unk_pending; /* an unk that a following one may be fused with */
+};
+
+static void add_symbol(struct speller *s, int32_t id) {
+    s->symbols[s->n] = (struct symbol){id, s->n - 1, s->n + 1};
+    s->n++;
+}
+
+static void add_pending_unk(struct speller *s) {
+    if (s->unk_pending)
+        add_symbol(s, s->bpe->unk);
+    s->unk_pending = false;
+}
+
+/* A character that the vocabulary lacks: its bytes, if they all have tokens; or unk; or nothing. Like the
+ * library, an unk that waits to be fused comes after such bytes. */
+static void add_unknown(struct speller *s, const char *bytes, int length) {
+    const int32_t *fallback = s->bpe->fallback_ids;
+    bool all = true;
+    for (int i = 0; i < length; i++)
+        all &= fallback[(unsigned char)bytes[i]] >= 0;
+    if (all) {
+        for (int i = 0; i < length; i++)
+            add_symbol(s, fallback[(unsigned char)bytes[i]]);
+    } else if (s->bpe->unk >= 0) {
+        if (!s->bpe->fuse_unk)
+            add_pending_unk(s);
+        s->unk_pending = true;
     }
-    if (n > 0)
-        symbols[n - 1].next = -1;
-    return n;
+}
+
+static int32_t id_of_character(const struct bpe *bpe, const char *bytes, int length, bool is_last) {
+    char text[8 + MAX_SUFFIX];
+    const char *suffix = is_last && bpe->suffix ? bpe->suffix : "";
+    if (length == 1)
+        return is_last ? bpe->last_ids[(unsigned char)*bytes] : bpe->byte_ids[(unsigned char)*bytes];
+    memcpy(text, bytes, (size_t)length);
+    memcpy(text + length, suffix, strlen(suffix));
+    return string_map_get(&bpe->words, text, (size_t)length + strlen(suffix), -1);
+}
+
+/* Returns the number of symbols. */
+static int32_t spell(const struct bpe *bpe, struct symbol *symbols, const char *bytes, size_t length) {
+    struct speller s = {.bpe = bpe, .symbols = symbols};
+    int used = 1;
+    for (size_t i = 0; i < length; i += (size_t)used) {
+        if (!bpe->byte_level)
+            utf8_next(bytes + i, length - i, &used);
+        int32_t id = id_of_character(bpe, bytes + i, used, i + (size_t)used == length);
+        if (id >= 0) {
+            add_pending_unk(&s);
+            add_symbol(&s, id);
+        } else {
+            add_unknown(&s, bytes + i, used);
+        }
+    }
+    add_pending_unk(&s);
+    if (s.n > 0)
+        symbols[s.n - 1].next = -1;
+    return s.n;
 }
 
 static void merge_all(const struct bpe *bpe, struct bpe_scratch *s, int32_t n) {
@@ -289,6 +378,8 @@ static int compute_piece(struct encoding *x, const char *bytes, size_t length) {
         if (id >= 0)
             return push_id(x, id);
     }
+    if (length > INT32_MAX)
+        return fail_user(x->e, "%zu bytes of text in one piece are too many: encode it in parts", length);
     if (reserve(&x->scratch, length))
         return fail_run(x->e, "out of memory for a piece of %zu bytes", length);
     int32_t n = spell(bpe, x->scratch.symbols, bytes, length);

@@ -1,12 +1,12 @@
-/* Hugging Face's tokenizer.json: the vocabulary, the added tokens, and how ids become bytes.
+/* Hugging Face's tokenizer.json: the vocabulary, the added tokens, and the text of every id.
  *
  * The file is parsed with cJSON, whose lists are linked: everything here walks them once and looks tokens up
  * in a hash table. All entries (vocabulary, then added tokens) are first collected and their ids checked,
  * which bounds every later allocation; then their text goes into one pool, already decoded, so that
- * tokenizer_decode is an array access.
+ * decoding is an array access.
  *
- * Not read: "post_processor" (encoding adds no BOS or EOS; whoever wants one puts it there), "truncation" and
- * "padding", which belong to a model's input and not to its text. */
+ * Not read: "post_processor" (encoding adds no BOS or EOS), "truncation" and "padding", which belong to a
+ * model's input and not to its text. */
 #include "data/tokenizer_internal.h"
 
 #include <cjson/cJSON.h>
@@ -34,10 +34,10 @@ struct loader {
     const cJSON *root, *model;
     struct entry *entries; /* the vocabulary's, then the added tokens' */
     size_t count, capacity, vocab_count;
-    size_t text_bytes; /* enough for all their texts, decoded */
     int64_t max_id;
     struct string_map vocab; /* text as the file has it, to id: the model's own tokens */
-    struct spelling spelling;
+    struct decoder_steps *decoder;
+    struct text pool;
 };
 
 /* ---- small helpers ---- */
@@ -91,15 +91,6 @@ bool json_is_type(const cJSON *node, const char *type) {
     return cJSON_IsString(item) && strcmp(item->valuestring, type) == 0;
 }
 
-static bool is_utf8(const char *text) {
-    size_t length = strlen(text);
-    int used;
-    for (size_t i = 0; i < length; i += (size_t)used)
-        if (utf8_next(text + i, length - i, &used) == UINT32_MAX)
-            return false;
-    return true;
-}
-
 static int out_of_memory(const struct loader *l) {
     return fail_run(l->e, "%s: out of memory", l->path);
 }
@@ -123,14 +114,14 @@ static int read_all(int fd, char *out, size_t length) {
     return 0;
 }
 
-static char *read_open_file(int fd, const char *path, size_t *length, struct error *e) {
+static char *read_open_file(int fd, const char *path, const char *what, size_t *length, struct error *e) {
     struct stat st;
     if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
-        fail_user(e, "%s: not a regular file; data.tokenizer takes none, bytes or a tokenizer.json", path);
+        fail_user(e, "%s: not a regular file; %s", path, what);
         return NULL;
     }
     if (st.st_size > MAX_FILE_BYTES) {
-        fail_user(e, "%s: %lld bytes are more than any tokenizer.json has; is it the right file?", path,
+        fail_user(e, "%s: %lld bytes are more than any such file has; is it the right one?", path,
                   (long long)st.st_size);
         return NULL;
     }
@@ -149,22 +140,21 @@ static char *read_open_file(int fd, const char *path, size_t *length, struct err
     return text;
 }
 
-static cJSON *parse_file(const char *path, struct error *e) {
+cJSON *json_read(const char *path, const char *what, struct error *e) {
     size_t length = 0;
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hang us */
     if (fd < 0) {
-        fail_user(e, "%s: cannot be opened: %s; data.tokenizer takes none, bytes or a tokenizer.json", path,
-                  strerror(errno));
+        fail_user(e, "%s: cannot be opened: %s; %s", path, strerror(errno), what);
         return NULL;
     }
-    char *text = read_open_file(fd, path, &length, e);
+    char *text = read_open_file(fd, path, what, &length, e);
     close(fd);
     if (!text)
         return NULL;
     const char *end = text;
     cJSON *root = cJSON_ParseWithLengthOpts(text, length + 1, &end, true);
     if (!root)
-        fail_user(e, "%s: not valid JSON at byte %td of %zu; is it a tokenizer.json, and whole?", path,
+        fail_user(e, "%s: not valid JSON at byte %td of %zu; is it the right file, and whole?", path,
                   end - text, length);
     free(text);
     return root;
@@ -187,7 +177,6 @@ static int add_entry(struct loader *l, const char *text, double id) {
         l->capacity = capacity;
     }
     l->entries[l->count++] = (struct entry){text, (int32_t)id};
-    l->text_bytes += strlen(text) + 2; /* a NUL, and a space where a style adds one */
     if ((int64_t)id > l->max_id)
         l->max_id = (int64_t)id;
     return 0;
@@ -249,7 +238,7 @@ static int collect_added(struct loader *l) {
         if (!cJSON_IsNumber(id) || !cJSON_IsString(content))
             return not_a_tokenizer(l, "an added token lacks its \"id\" or its \"content\"");
         const char *text = content->valuestring;
-        if (!is_utf8(text))
+        if (!is_utf8(text, strlen(text)))
             return not_a_tokenizer(l, "an added token is not UTF-8");
         if (add_entry(l, text, id->valuedouble))
             return -1;
@@ -278,13 +267,25 @@ static int check_range(const struct loader *l, int64_t vocab_size) {
 
 /* ---- the table of texts ---- */
 
-static void set_text(struct loader *l, const struct entry *entry, const struct spelling *spelling,
-                     size_t *used) {
-    struct token *token = &l->t->tokens[entry->id];
-    size_t length = spell_token(spelling, entry->text, l->t->pool + *used);
-    l->t->pool[*used + length] = 0;
-    *token = (struct token){.at = *used, .length = (uint32_t)length, .known = true};
-    *used += length + 1;
+/* A token's text into the pool, with a space before it and a NUL after it. */
+static int add_text(struct loader *l, const char *text, bool begins, struct token *token) {
+    bool space_after;
+    if (text_append(&l->pool, " ", 1))
+        return out_of_memory(l);
+    size_t at = l->pool.length;
+    if (token_decoder_text(l->decoder, text, begins, &l->pool, &space_after, l->e))
+        return -1;
+    size_t length = l->pool.length - at;
+    if (length > UINT32_MAX || text_append(&l->pool, "", 1))
+        return out_of_memory(l);
+    *token = (struct token){.at = at, .length = (uint32_t)length, .known = true, .space_after = space_after};
+    return 0;
+}
+
+static int set_text(struct loader *l, int32_t id, const char *text) {
+    if (add_text(l, text, false, &l->t->tokens[id]))
+        return -1;
+    return l->t->first ? add_text(l, text, true, &l->t->first[id]) : 0;
 }
 
 static int same_id(const struct loader *l, const struct entry *entry) {
@@ -294,28 +295,55 @@ static int same_id(const struct loader *l, const struct entry *entry) {
         l->path, entry->id, shown(entry->text, name));
 }
 
-static int fill_vocab(struct loader *l, size_t *used) {
+static int fill_vocab(struct loader *l) {
     struct tokenizer *t = l->t;
     t->size = l->max_id + 1;
     t->tokens = calloc((size_t)t->size, sizeof *t->tokens);
-    t->pool = malloc(l->text_bytes + 1);
-    if (!t->tokens || !t->pool)
+    t->first = token_decoder_knows_begin(l->decoder) ? calloc((size_t)t->size, sizeof *t->first) : NULL;
+    if (!t->tokens || (token_decoder_knows_begin(l->decoder) && !t->first))
         return out_of_memory(l);
     for (size_t i = 0; i < l->vocab_count; i++) {
         if (t->tokens[l->entries[i].id].known)
             return same_id(l, &l->entries[i]);
-        set_text(l, &l->entries[i], &l->spelling, used);
+        if (set_text(l, l->entries[i].id, l->entries[i].text))
+            return -1;
     }
     return 0;
 }
 
-/* Added tokens decode to what they are in the text. One may be in the vocabulary too, but not another's id.
- */
-static int fill_added(struct loader *l, size_t *used) {
-    const struct spelling plain = {.style = STYLE_PLAIN};
+/* What an added token looks like in normalized text, and to the decoder. */
+static int added_text(const struct loader *l, const cJSON *item, bool *normalized, struct text *out) {
+    const char *text = json_member(item, "content")->valuestring;
+    bool special = false, moved;
+    *out = (struct text){0};
+    if (json_bool(item, "special", false, &special, l->path, l->e) ||
+        json_bool(item, "normalized", !special, normalized, l->path, l->e))
+        return -1;
+    if (*normalized && l->t->step_count && !l->t->refusal[0]) {
+        if (normalize_text(l->t, text, strlen(text), out, &moved, l->e))
+            return -1;
+    } else if (text_append(out, text, strlen(text))) {
+        return out_of_memory(l);
+    }
+    return text_append(out, "", 1) ? out_of_memory(l) : 0;
+}
+
+static int set_added_text(struct loader *l, const struct entry *entry, const cJSON *item) {
+    struct text text;
+    bool normalized;
+    int rc = added_text(l, item, &normalized, &text);
+    if (rc == 0)
+        rc = set_text(l, entry->id, text.bytes);
+    free(text.bytes);
+    return rc;
+}
+
+/* An added token may be in the vocabulary too, but not have another's id. */
+static int fill_added(struct loader *l) {
+    const cJSON *list = added_tokens(l), *item = list ? list->child : NULL;
     struct string_map seen = {0};
     int rc = 0;
-    for (size_t i = l->vocab_count; i < l->count && rc == 0; i++) {
+    for (size_t i = l->vocab_count; i < l->count && rc == 0; i++, item = item->next) {
         const struct entry *entry = &l->entries[i];
         size_t length = strlen(entry->text);
         int32_t own = string_map_get(&l->vocab, entry->text, length, -1);
@@ -325,7 +353,7 @@ static int fill_added(struct loader *l, size_t *used) {
         else if (string_map_put(&seen, entry->text, length, entry->id))
             rc = out_of_memory(l);
         else
-            set_text(l, entry, &plain, used);
+            rc = set_added_text(l, entry, item);
     }
     string_map_free(&seen);
     return rc;
@@ -333,111 +361,106 @@ static int fill_added(struct loader *l, size_t *used) {
 
 /* ---- what encoding needs ---- */
 
-/* Whether text without code points from `below` on stays as it is; 0 when nothing is known about it. */
-static uint32_t normalizer_limit(const cJSON *node) {
-    if (!node)
-        return UINT32_MAX;
-    if (json_is_type(node, "NFC"))
-        return 0x300; /* the first combining character: everything below is in normal form */
-    if (json_is_type(node, "NFD") || json_is_type(node, "NFKC") || json_is_type(node, "NFKD"))
-        return 0x80;
-    const cJSON *list = json_is_type(node, "Sequence") ? json_member(node, "normalizers") : NULL;
-    uint32_t limit = cJSON_IsArray(list) ? UINT32_MAX : 0;
-    for (const cJSON *item = limit ? list->child : NULL; item; item = item->next) {
-        uint32_t one = normalizer_limit(item);
-        limit = one < limit ? one : limit;
-    }
-    return limit;
+static int put_added(struct loader *l, const cJSON *item) {
+    struct added_token token = {.id = (int32_t)json_member(item, "id")->valuedouble};
+    struct text text;
+    bool normalized;
+    if (json_bool(item, "lstrip", false, &token.lstrip, l->path, l->e) ||
+        json_bool(item, "rstrip", false, &token.rstrip, l->path, l->e) ||
+        json_bool(item, "single_word", false, &token.single_word, l->path, l->e))
+        return -1;
+    int rc = added_text(l, item, &normalized, &text);
+    if (rc == 0 && *text.bytes && added_set_put(&l->t->added[normalized], text.bytes, &token))
+        rc = out_of_memory(l);
+    free(text.bytes);
+    return rc;
 }
 
-static void load_normalizer(struct loader *l) {
-    l->t->normal_below = normalizer_limit(json_member(l->root, "normalizer"));
-    if (l->t->normal_below == 0)
-        refuse_to_encode(l->t, "its normalizer is not supported");
-}
-
-static int load_added_set(struct loader *l) {
+static int load_added_sets(struct loader *l) {
     const cJSON *list = added_tokens(l);
-    for (const cJSON *item = list ? list->child : NULL; item; item = item->next) {
-        const char *text = json_member(item, "content")->valuestring;
-        struct added_token token = {.id = (int32_t)json_member(item, "id")->valuedouble};
-        bool special = false, normalized = false;
-        if (json_bool(item, "special", false, &special, l->path, l->e) ||
-            json_bool(item, "normalized", !special, &normalized, l->path, l->e) ||
-            json_bool(item, "lstrip", false, &token.lstrip, l->path, l->e) ||
-            json_bool(item, "rstrip", false, &token.rstrip, l->path, l->e) ||
-            json_bool(item, "single_word", false, &token.single_word, l->path, l->e))
-            return -1;
-        if (*text && added_set_put(&l->t->added[normalized], text, &token))
-            return out_of_memory(l);
-    }
-    return 0;
+    int rc = 0;
+    for (const cJSON *item = list ? list->child : NULL; item && rc == 0; item = item->next)
+        rc = put_added(l, item);
+    return rc;
 }
 
 static int load_model(struct loader *l) {
-    bool is_bpe =
-        json_is_type(l->model, "BPE") || (!json_member(l->model, "type") && json_member(l->model, "merges"));
-    if (pre_tokenizer_load(l->t, json_member(l->root, "pre_tokenizer"), l->path, l->e))
-        return -1;
-    if (l->spelling.style != STYLE_BYTE_LEVEL)
-        refuse_to_encode(l->t, "it is not byte-level: its decoder is another one");
-    if (!is_bpe)
+    if (!json_is_type(l->model, "BPE") && (json_member(l->model, "type") || !json_member(l->model, "merges")))
         return refuse_to_encode(l->t, "its model is not BPE");
     return bpe_load(l->t, l->model, &l->vocab, l->path, l->e);
 }
 
-static int32_t id_of(const struct loader *l, size_t from, size_t to, const char *text) {
-    for (size_t i = from; i < to; i++)
-        if (strcmp(l->entries[i].text, text) == 0)
+/* ---- the end of a text ---- */
+
+static int32_t added_id(const struct loader *l, const char *name) {
+    for (size_t i = l->vocab_count; i < l->count; i++)
+        if (strcmp(l->entries[i].text, name) == 0)
             return l->entries[i].id;
     return -1;
 }
 
-/* By name, since the file does not say; an added token rather than an ordinary one. */
-static void find_end_of_text(struct loader *l) {
-    static const char *const names[] = {"<|endoftext|>",
-                                        "<|end_of_text|>",
-                                        "<|end▁of▁sentence|>",
-                                        "<｜end▁of▁sentence｜>",
-                                        "</s>",
-                                        "<eos>",
-                                        "<|eos|>",
-                                        "[EOS]",
-                                        "<EOS>"};
-    const int count = sizeof names / sizeof *names;
-    l->t->end_of_text = -1;
-    for (int i = 0; i < count && l->t->end_of_text < 0; i++)
-        l->t->end_of_text = id_of(l, l->vocab_count, l->count, names[i]);
-    for (int i = 0; i < count && l->t->end_of_text < 0; i++)
-        l->t->end_of_text = string_map_get(&l->vocab, names[i], strlen(names[i]), -1);
+static int32_t id_of_name(const struct loader *l, const char *name) {
+    int32_t id = added_id(l, name);
+    return id >= 0 ? id : string_map_get(&l->vocab, name, strlen(name), -1);
+}
+
+/* The rule that data/prepare_tokenizers.py follows too: the eos_token of a tokenizer_config.json beside the
+ * file; or the first of end_of_text_names.h that is an added token, or else an ordinary one. */
+static int find_end_of_text(struct loader *l) {
+    char *name = NULL;
+    int32_t end = -1;
+    if (read_eos_token(l->path, &name, l->e))
+        return -1;
+    if (name) {
+        char text[48];
+        end = id_of_name(l, name);
+        int rc = end >= 0
+                     ? 0
+                     : fail_user(l->e,
+                                 "%s: the tokenizer_config.json beside it names '%s' as its eos_token, and "
+                                 "there is no such token; the files do not belong together",
+                                 l->path, shown(name, text));
+        free(name);
+        if (rc)
+            return -1;
+    }
+    for (int i = 0; i < end_of_text_name_count && end < 0; i++)
+        end = added_id(l, end_of_text_names[i]);
+    for (int i = 0; i < end_of_text_name_count && end < 0; i++)
+        end = id_of_name(l, end_of_text_names[i]);
+    if (end >= 0)
+        end_ids_add(&l->t->ends, end);
+    l->t->end_of_text = end;
+    return 0;
 }
 
 /* ---- all of it ---- */
 
 static int load_tree(struct loader *l, int64_t vocab_size) {
-    size_t used = 0;
     l->model = json_member(l->root, "model");
     if (!cJSON_IsObject(l->model))
         return not_a_tokenizer(l, "it has no \"model\"");
-    if (collect_vocab(l) || collect_added(l) || check_range(l, vocab_size))
+    if (collect_vocab(l) || collect_added(l) || check_range(l, vocab_size) ||
+        normalizer_load(l->t, json_member(l->root, "normalizer"), l->path, l->e) ||
+        pre_tokenizer_load(l->t, json_member(l->root, "pre_tokenizer"), l->path, l->e))
         return -1;
-    find_spelling(&l->spelling, l->root, l->model);
-    load_normalizer(l);
-    if (fill_vocab(l, &used) || load_model(l) || fill_added(l, &used) || load_added_set(l))
+    l->decoder = token_decoder_load(l->t, json_member(l->root, "decoder"), l->path, l->e);
+    if (!l->decoder || fill_vocab(l) || load_model(l) || fill_added(l) || load_added_sets(l))
         return -1;
-    find_end_of_text(l);
-    return 0;
+    return find_end_of_text(l);
 }
 
 int tokenizer_load_json(struct tokenizer *t, const char *path, int64_t vocab_size, struct error *e) {
     struct loader l = {.t = t, .path = path, .e = e, .max_id = -1};
-    cJSON *root = parse_file(path, e);
+    cJSON *root = json_read(path, "data.tokenizer takes none, bytes or a tokenizer.json", e);
     if (!root)
         return -1;
     l.root = root;
     int rc = load_tree(&l, vocab_size);
+    t->pool = l.pool.bytes;
+    token_decoder_free(l.decoder);
     free(l.entries);
     string_map_free(&l.vocab);
     cJSON_Delete(root);
-    return rc;
+    return rc ? rc : read_generation_config_beside(path, vocab_size, &t->ends, e);
 }

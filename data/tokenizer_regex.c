@@ -1,102 +1,422 @@
-/* The pre-tokenizer of a tokenizer.json: a list of steps, each a regular expression or a space put in front.
+/* Regular expressions of a tokenizer.json, as the tokenizers library reads them, on PCRE2.
  *
- * The tokenizers library runs its expressions on Oniguruma in Ruby's syntax, this file on PCRE2 with Unicode
- * properties. The two agree on everything that published byte-level tokenizers use; a pattern with something
- * on which they may not (find_foreign) is refused rather than read differently. Their one difference in \s,
- * U+180E, is taken out of the text that the expressions see (clean_text in tokenizer.c). What remains are
- * characters newer than the installed PCRE2's Unicode (14 in 10.42), which count as no letters here. */
+ * The library runs them on Oniguruma in Ruby's syntax. A pattern is rewritten for PCRE2 so that every version
+ * from 10.40 on matches the same: what ignores case is spelled out letter by letter ((?i:'s) becomes
+ * '[sS\x{17f}]), since versions disagree on properties inside (?i:); a script is named as one (\p{Han} means
+ * script extensions to PCRE2). A pattern with anything that the two engines, or two versions, may read
+ * differently is refused. Categories of characters follow the library's Unicode: see tokenizer_unicode.c. */
 #include "data/tokenizer_internal.h"
 
-#include <cjson/cJSON.h>
+#include <ctype.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
-/* GPT-2's pattern, which "ByteLevel" stands for. */
-#define GPT2_PATTERN "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\s\\p{L}\\p{N}]+|\\s+(?!\\S)|\\s+"
+enum { MAX_DEPTH = 200 }; /* PCRE2 itself stops at 250 */
 
-/* What Rust's regex calls \w, which decides whether an added token stands alone: Alphabetic, marks, decimal
- * digits, connectors and joiners. PCRE2's \w is narrower. */
-#define WORD_PATTERN                                                                                         \
-    "[\\p{L}\\p{M}\\p{Nd}\\p{Nl}\\p{Pc}\\x{200c}\\x{200d}\\x{24b6}-\\x{24e9}\\x{1f130}-\\x{1f149}"           \
-    "\\x{1f150}-\\x{1f169}\\x{1f170}-\\x{1f189}]"
+/* Options of a group, and of what stands in it. */
+struct group {
+    bool ignores_case, in_lookbehind, is_lookaround, is_nested; /* nested: in a group inside a lookbehind */
+};
 
-/* ---- where Oniguruma and PCRE2 part ---- */
+struct translator {
+    const char *pattern;
+    struct text out;
+    struct code_ranges *named;
+    struct group groups[MAX_DEPTH];
+    int depth;
+    char last_letter; /* the letter just before, where case is ignored; 0: none */
+    bool failed;      /* out of memory */
+};
 
-/* The end of an escape that both read alike (p stands on its backslash), or NULL. */
-static const char *end_of_escape(const char *p) {
-    char c = p[1];
-    bool letter = (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9');
-    if (c == 0 || (letter && !strchr("dDsSpPnrtfxAz", c)))
-        return NULL;
-    if ((c == 'p' || c == 'P' || c == 'x') && p[2] == '{')
-        return strchr(p, '}') ? strchr(p, '}') + 1 : NULL;
-    return p + 2;
+static struct group *here(struct translator *t) {
+    return &t->groups[t->depth];
 }
 
-/* The end of a character class (p stands on its bracket), or NULL: Ruby nests classes and intersects them. */
-static const char *end_of_class(const char *p) {
-    p += p[1] == '^' ? 2 : 1;
-    for (bool first = true; *p; first = false) {
-        if (*p == ']' && !first)
-            return p + 1;
-        if (*p == '[' || (p[0] == '&' && p[1] == '&') || (*p == ']' && first))
-            return NULL;
-        p = *p == '\\' ? end_of_escape(p) : p + 1;
-        if (!p)
-            return NULL;
-    }
+static void emit(struct translator *t, const char *bytes, size_t length) {
+    t->failed |= text_append(&t->out, bytes, length) != 0;
+}
+
+static void emit_text(struct translator *t, const char *text) {
+    emit(t, text, strlen(text));
+}
+
+/* Code points of which one is named in the pattern, and another may not stand in for it. */
+static void name_range(struct translator *t, uint32_t first, uint32_t last) {
+    if (last >= 0x80)
+        t->failed |= code_ranges_add(t->named, first, last) != 0;
+}
+
+/* ---- escapes ---- */
+
+/* Categories and scripts, with the names that Oniguruma has for them in lower case; PCRE2's where it differs. */
+static const struct property {
+    const char *name, *pcre2;
+} properties[] = {
+    {"l", "L"},
+    {"letter", "L"},
+    {"lu", "Lu"},
+    {"uppercaseletter", "Lu"},
+    {"ll", "Ll"},
+    {"lowercaseletter", "Ll"},
+    {"lt", "Lt"},
+    {"titlecaseletter", "Lt"},
+    {"lm", "Lm"},
+    {"modifierletter", "Lm"},
+    {"lo", "Lo"},
+    {"otherletter", "Lo"},
+    {"m", "M"},
+    {"mark", "M"},
+    {"mn", "Mn"},
+    {"nonspacingmark", "Mn"},
+    {"mc", "Mc"},
+    {"spacingmark", "Mc"},
+    {"me", "Me"},
+    {"enclosingmark", "Me"},
+    {"n", "N"},
+    {"number", "N"},
+    {"nd", "Nd"},
+    {"decimalnumber", "Nd"},
+    {"nl", "Nl"},
+    {"letternumber", "Nl"},
+    {"no", "No"},
+    {"othernumber", "No"},
+    {"p", "P"},
+    {"punctuation", "P"},
+    {"pc", "Pc"},
+    {"connectorpunctuation", "Pc"},
+    {"pd", "Pd"},
+    {"dashpunctuation", "Pd"},
+    {"ps", "Ps"},
+    {"openpunctuation", "Ps"},
+    {"pe", "Pe"},
+    {"closepunctuation", "Pe"},
+    {"pi", "Pi"},
+    {"initialpunctuation", "Pi"},
+    {"pf", "Pf"},
+    {"finalpunctuation", "Pf"},
+    {"po", "Po"},
+    {"otherpunctuation", "Po"},
+    {"s", "S"},
+    {"symbol", "S"},
+    {"sm", "Sm"},
+    {"mathsymbol", "Sm"},
+    {"sc", "Sc"},
+    {"currencysymbol", "Sc"},
+    {"sk", "Sk"},
+    {"modifiersymbol", "Sk"},
+    {"so", "So"},
+    {"othersymbol", "So"},
+    {"z", "Z"},
+    {"separator", "Z"},
+    {"zs", "Zs"},
+    {"spaceseparator", "Zs"},
+    {"zl", "Zl"},
+    {"lineseparator", "Zl"},
+    {"zp", "Zp"},
+    {"paragraphseparator", "Zp"},
+    {"c", "C"},
+    {"other", "C"},
+    {"cc", "Cc"},
+    {"control", "Cc"},
+    {"cf", "Cf"},
+    {"format", "Cf"},
+    {"cn", "Cn"},
+    {"unassigned", "Cn"},
+    {"co", "Co"},
+    {"privateuse", "Co"},
+    {"han", "sc:Han"},
+    {"hiragana", "sc:Hiragana"},
+    {"latin", "sc:Latin"},
+    {"katakana", "sc:Katakana"},
+    {"greek", "sc:Greek"},
+    {"cyrillic", "sc:Cyrillic"},
+    {"hangul", "sc:Hangul"},
+    {"arabic", "sc:Arabic"},
+    {"hebrew", "sc:Hebrew"},
+    {"devanagari", "sc:Devanagari"},
+    {"thai", "sc:Thai"},
+};
+
+static const char *find_property(const char *name) {
+    for (size_t i = 0; i < sizeof properties / sizeof *properties; i++)
+        if (strcmp(properties[i].name, name) == 0)
+            return properties[i].pcre2;
     return NULL;
 }
 
+/* \p{...} (p stands on its backslash). Where case is ignored, a class with letters or marks in it would grow by
+ * what the library folds into them. Returns the end, or NULL. */
+static const char *translate_property(struct translator *t, const char *p, bool in_class) {
+    bool negated = p[1] == 'P';
+    char name[32];
+    size_t n = 0;
+    const char *c = p + 3;
+    if (p[2] != '{')
+        return NULL;
+    if (*c == '^') {
+        negated = !negated;
+        c++;
+    }
+    for (; *c != '}'; c++) {
+        if (*c == 0 || n == sizeof name - 1)
+            return NULL;
+        if (*c != ' ' && *c != '-' && *c != '_')
+            name[n++] = (char)tolower((unsigned char)*c);
+    }
+    name[n] = 0;
+    const char *property = find_property(name);
+    if (!property || (in_class && here(t)->ignores_case && (negated || !strchr("NPSZ", *property))))
+        return NULL;
+    /* As a class where it is none: PCRE2 takes \P{L}?\P{N} for things that exclude each other. */
+    bool as_class = negated && !in_class;
+    emit_text(t, as_class ? "[^\\p{" : negated ? "\\P{" : "\\p{");
+    emit_text(t, property);
+    emit_text(t, as_class ? "}]" : "}");
+    return c + 1;
+}
+
+/* \x41 or \x{41} (p stands on its backslash): the value to *code, and the end, or NULL. Oniguruma takes \x80
+ * to \xff for single bytes. */
+static const char *read_hex(const char *p, uint32_t *code) {
+    bool braces = p[2] == '{';
+    const char *digits = p + 2 + braces, *c = digits;
+    for (*code = 0; isxdigit((unsigned char)*c) && c - digits < (braces ? 6 : 2); c++)
+        *code = *code * 16 + (uint32_t)(isdigit((unsigned char)*c) ? *c - '0' : (*c | 32) - 'a' + 10);
+    if (braces)
+        return c > digits && *c == '}' && *code <= 0x10ffff ? c + 1 : NULL;
+    return c - digits == 2 && *code < 0x80 ? c : NULL;
+}
+
+/* A character or an escape for one (p stands on it): its code point to *code, and its end, or NULL. */
+static const char *read_character(const char *p, uint32_t *code) {
+    static const char letters[] = "nrtf", values[] = "\n\r\t\f";
+    const char *letter;
+    int used;
+    if (*p != '\\') {
+        *code = utf8_next(p, strnlen(p, 4), &used);
+        return *code == UINT32_MAX ? NULL : p + used;
+    }
+    if (p[1] == 'x')
+        return read_hex(p, code);
+    letter = p[1] ? strchr(letters, p[1]) : NULL;
+    *code = letter ? (uint32_t)values[letter - letters] : (unsigned char)p[1];
+    return letter || ispunct((unsigned char)p[1]) || p[1] == ' ' ? p + 2 : NULL;
+}
+
+/* ---- characters ---- */
+
+static void emit_code(struct translator *t, uint32_t code) {
+    char text[16];
+    snprintf(text, sizeof text, "\\x{%x}", code);
+    emit_text(t, text);
+}
+
+static bool is_letter(uint32_t code) {
+    return code < 0x80 && isalpha((int)code);
+}
+
+/* The other characters that a letter is equal to when case is ignored. */
+static void emit_other_cases(struct translator *t, uint32_t letter) {
+    emit_code(t, letter ^ 32);
+    if ((letter | 32) == 'k')
+        emit_code(t, 0x212a); /* the sign for Kelvin */
+    if ((letter | 32) == 's')
+        emit_code(t, 0x17f); /* the long s */
+}
+
+/* Pairs that the library also finds in one character (the German sharp s, ligatures). */
+static bool folds_together(char a, char b) {
+    return (a == 's' && (b == 's' || b == 't')) || (a == 'f' && (b == 'f' || b == 'i' || b == 'l'));
+}
+
+static const char *translate_character(struct translator *t, const char *p) {
+    uint32_t code;
+    const char *end = read_character(p, &code);
+    char letter = 0;
+    if (!end)
+        return NULL;
+    name_range(t, code, code);
+    if (!here(t)->ignores_case) {
+        emit(t, p, (size_t)(end - p));
+        return end;
+    }
+    if (code >= 0x80)
+        return NULL;
+    if (!is_letter(code)) {
+        emit(t, p, (size_t)(end - p));
+    } else {
+        letter = (char)(code | 32);
+        if (folds_together(t->last_letter, letter))
+            return NULL;
+        emit_text(t, "[");
+        emit_code(t, code);
+        emit_other_cases(t, code);
+        emit_text(t, "]");
+    }
+    t->last_letter = letter;
+    return end;
+}
+
+static const char *translate_escape(struct translator *t, const char *p) {
+    if (p[1] == 'p' || p[1] == 'P')
+        return translate_property(t, p, false);
+    if (p[1] && strchr("dDsSAz", p[1])) {
+        emit(t, p, 2);
+        return p + 2;
+    }
+    return translate_character(t, p);
+}
+
+/* ---- classes ---- */
+
+/* One item of a class: a property, a shorthand, a character or a range (p stands on it). */
+static const char *translate_item(struct translator *t, const char *p) {
+    uint32_t first, last;
+    const char *end;
+    if (*p == '\\' && (p[1] == 'p' || p[1] == 'P'))
+        return translate_property(t, p, true);
+    if (*p == '\\' && p[1] && strchr("dDsS", p[1])) {
+        if ((p[2] == '-' && p[3] != ']') || (here(t)->ignores_case && (p[1] == 'S' || p[1] == 'D')))
+            return NULL;
+        emit(t, p, 2);
+        return p + 2;
+    }
+    if (*p == '[' || (p[0] == '&' && p[1] == '&') || !(end = read_character(p, &first)))
+        return NULL; /* Ruby nests classes and intersects them */
+    last = first;
+    if (*end == '-' && end[1] && end[1] != ']') {
+        if (first == '-' || end[1] == '[' || !(end = read_character(end + 1, &last)) || last < first)
+            return NULL;
+    }
+    name_range(t, first, last);
+    emit_code(t, first);
+    if (last > first) {
+        emit_text(t, "-");
+        emit_code(t, last);
+    }
+    if (here(t)->ignores_case) {
+        if (last >= 0x80)
+            return NULL;
+        for (uint32_t c = first; c <= last; c++)
+            if (is_letter(c))
+                emit_other_cases(t, c);
+    }
+    return end;
+}
+
+/* p stands on the bracket. */
+static const char *translate_class(struct translator *t, const char *p) {
+    emit_text(t, "[");
+    if (*++p == '^') {
+        emit_text(t, "^");
+        p++;
+    }
+    if (*p == ']')
+        return NULL;
+    while (p && *p != ']')
+        p = *p ? translate_item(t, p) : NULL;
+    emit_text(t, "]");
+    return p ? p + 1 : NULL;
+}
+
+/* ---- groups and counts ---- */
+
+/* Groups and lookarounds are alike, options are not: Ruby's m is Perl's s, and its (?i) ends elsewhere. */
+static const char *translate_group(struct translator *t, const char *p) {
+    struct group inner = *here(t);
+    const char *open = "(";
+    int length = 1;
+    inner.is_nested = inner.in_lookbehind;
+    inner.is_lookaround = false;
+    if (p == t->pattern && strncmp(p, "(?i)", 4) == 0) {
+        here(t)->ignores_case = true;
+        return p + 4;
+    }
+    if (strncmp(p, "(?i:", 4) == 0) {
+        inner.ignores_case = true;
+        open = "(?:";
+        length = 4;
+    } else if (strncmp(p, "(?<=", 4) == 0 || strncmp(p, "(?<!", 4) == 0) {
+        inner.in_lookbehind = inner.is_lookaround = true;
+        open = p[3] == '=' ? "(?<=" : "(?<!";
+        length = 4;
+    } else if (p[1] == '?') {
+        if (!p[2] || !strchr(":=!>", p[2]))
+            return NULL;
+        inner.is_lookaround = p[2] == '=' || p[2] == '!';
+        open = p[2] == ':' ? "(?:" : p[2] == '=' ? "(?=" : p[2] == '!' ? "(?!" : "(?>";
+        length = 3;
+    } else if (p[1] == '*') {
+        return NULL;
+    }
+    if (t->depth + 1 == MAX_DEPTH)
+        return NULL;
+    t->groups[++t->depth] = inner;
+    emit_text(t, open);
+    return p + length;
+}
+
+static const char *end_group(struct translator *t, const char *p) {
+    if (t->depth == 0)
+        return NULL;
+    bool is_lookaround = t->groups[t->depth--].is_lookaround;
+    if (is_lookaround && p[1] && strchr("*+?{", p[1]))
+        return NULL;
+    emit_text(t, ")");
+    return p + 1;
+}
+
 /* Ruby has neither {n,m}+ nor a lazy {n}?, and reads {,m} as PCRE2 does not. */
-static const char *end_of_count(const char *p) {
+static const char *translate_count(struct translator *t, const char *p) {
     const char *end = p + 1 + strspn(p + 1, "0123456789,");
     if (p[1] == ',' || end == p + 1 || *end != '}')
         return NULL;
     bool fixed = !memchr(p, ',', (size_t)(end - p));
-    return end[1] == '+' || (fixed && end[1] == '?') ? NULL : end + 1;
+    if (end[1] == '+' || (fixed && end[1] == '?') || (!fixed && here(t)->in_lookbehind))
+        return NULL;
+    emit(t, p, (size_t)(end + 1 - p));
+    return end + 1;
 }
 
-/* Groups and lookarounds are alike, options are not: Ruby's m is Perl's s, and its (?i) ends elsewhere. */
-static const char *end_of_group_start(const char *pattern, const char *p) {
-    if (p[1] != '?')
-        return p[1] == '*' ? NULL : p + 1;
-    if (strncmp(p, "(?i:", 4) == 0 || (p == pattern && strncmp(p, "(?i)", 4) == 0))
-        return p + 4;
-    if (strncmp(p, "(?<=", 4) == 0 || strncmp(p, "(?<!", 4) == 0)
-        return p + 4;
-    return p[2] && strchr(":=!>", p[2]) ? p + 3 : NULL;
+/* ---- all of it ---- */
+
+/* One element; its end, or NULL when the engines may read it differently. A lookbehind must have one length,
+ * or several only at its top: PCRE2 takes others from 10.43 on. */
+static const char *translate_next(struct translator *t, const char *p) {
+    if (*p == '\\')
+        return translate_escape(t, p);
+    if (*p == '[')
+        return translate_class(t, p);
+    if (*p == '(')
+        return translate_group(t, p);
+    if (*p == ')')
+        return end_group(t, p);
+    if (*p == '{')
+        return translate_count(t, p);
+    if (!strchr("*+?|.^$", *p))
+        return translate_character(t, p);
+    if ((strchr("*+?", *p) && here(t)->in_lookbehind) || (*p == '|' && here(t)->is_nested))
+        return NULL;
+    emit(t, p, 1);
+    if (*p == '|')
+        t->last_letter = 0;
+    return p + 1;
 }
 
-/* The first place of a pattern that the two may read differently, or NULL. */
-static const char *find_foreign(const char *pattern) {
-    for (const char *p = pattern, *end; *p; p = end) {
-        switch (*p) {
-        case '\\':
-            end = end_of_escape(p);
-            break;
-        case '[':
-            end = end_of_class(p);
-            break;
-        case '{':
-            end = end_of_count(p);
-            break;
-        case '(':
-            end = end_of_group_start(pattern, p);
-            break;
-        default:
-            end = p + 1;
-        }
+static const char *translate(struct translator *t) {
+    const char *p = t->pattern;
+    while (*p && !t->failed) {
+        const char *end = translate_next(t, p);
         if (!end)
             return p;
+        p = end;
     }
+    emit(t, "", 1);
     return NULL;
 }
 
-/* ---- stages ---- */
-
-/* As Ruby has it, ^ and $ match at every line. */
-static pcre2_code *compile(const char *pattern, bool literal, char message[160]) {
-    uint32_t options = PCRE2_UTF | (literal ? PCRE2_LITERAL : PCRE2_UCP | PCRE2_MULTILINE);
+static pcre2_code *compile(const char *pattern, uint32_t options, char message[REGEX_MESSAGE]) {
     pcre2_compile_context *context = pcre2_compile_context_create(NULL);
     int code = 0;
     PCRE2_SIZE offset = 0;
@@ -105,151 +425,60 @@ static pcre2_code *compile(const char *pattern, bool literal, char message[160])
         return NULL;
     }
     pcre2_set_newline(context, PCRE2_NEWLINE_LF);
-    pcre2_code *regex =
-        pcre2_compile((PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED, options, &code, &offset, context);
+    pcre2_code *regex = pcre2_compile((PCRE2_SPTR)pattern, PCRE2_ZERO_TERMINATED,
+                                      options | PCRE2_UTF | PCRE2_NO_START_OPTIMIZE, &code, &offset, context);
     pcre2_compile_context_free(context);
-    if (!regex)
-        pcre2_get_error_message(code, (PCRE2_UCHAR *)message, 160);
-    else
+    if (!regex) {
+        int n = snprintf(message, REGEX_MESSAGE, "does not compile: ");
+        pcre2_get_error_message(code, (PCRE2_UCHAR *)message + n, (PCRE2_SIZE)(REGEX_MESSAGE - n));
+    } else {
         pcre2_jit_compile(regex, PCRE2_JIT_COMPLETE); /* without it, slower and the same */
+    }
     return regex;
 }
 
-static struct stage *add_stage(struct tokenizer *t) {
-    if (t->stage_count == MAX_STAGES) {
-        refuse_to_encode(t, "its pre-tokenizer has more than %d steps", MAX_STAGES);
-        return NULL;
-    }
-    struct stage *stage = &t->stages[t->stage_count++];
-    *stage = (struct stage){0};
-    return stage;
-}
-
-static int add_split(struct tokenizer *t, const char *pattern, bool literal, enum split_behavior behavior,
-                     bool invert) {
-    char message[160];
-    const char *foreign = literal ? NULL : find_foreign(pattern);
+pcre2_code *regex_compile(const char *pattern, struct code_ranges *named, char message[REGEX_MESSAGE]) {
+    struct translator t = {.pattern = pattern, .named = named};
+    pcre2_code *regex = NULL;
+    const char *foreign = translate(&t);
     if (foreign)
-        return refuse_to_encode(t, "byte %d of its split pattern starts something not supported here",
-                                (int)(foreign - pattern));
-    pcre2_code *regex = compile(pattern, literal, message);
-    if (!regex)
-        return refuse_to_encode(t, "its split pattern does not compile: %s", message);
-    struct stage *stage = add_stage(t);
-    if (!stage)
-        pcre2_code_free(regex);
+        snprintf(message, REGEX_MESSAGE, "has something at byte %d that is not supported here",
+                 (int)(foreign - pattern));
+    else if (t.failed)
+        strcpy(message, "out of memory");
     else
-        *stage = (struct stage){regex, behavior, invert};
-    return 0;
+        regex = compile(t.out.bytes, PCRE2_UCP | PCRE2_MULTILINE, message); /* as Ruby has ^ and $ */
+    free(t.out.bytes);
+    return regex;
 }
 
-/* ---- the file ---- */
-
-static int wrong(const char *path, const char *what, struct error *e) {
-    return fail_user(e, "%s: the pre_tokenizer's %s; is this a tokenizer.json?", path, what);
-}
-
-static int load_byte_level(struct tokenizer *t, const cJSON *node, const char *path, struct error *e) {
-    bool prefix = true, regex = true;
-    if (json_bool(node, "add_prefix_space", true, &prefix, path, e) ||
-        json_bool(node, "use_regex", true, &regex, path, e))
-        return -1;
-    if (prefix)
-        add_stage(t);
-    return regex ? add_split(t, GPT2_PATTERN, false, SPLIT_ISOLATED, false) : 0;
-}
-
-static int load_behavior(const cJSON *node, enum split_behavior *out, const char *path, struct error *e) {
-    static const char *const names[] = {[SPLIT_ISOLATED] = "Isolated",
-                                        [SPLIT_REMOVED] = "Removed",
-                                        [SPLIT_CONTIGUOUS] = "Contiguous",
-                                        [SPLIT_WITH_PREVIOUS] = "MergedWithPrevious",
-                                        [SPLIT_WITH_NEXT] = "MergedWithNext"};
-    const char *name;
-    if (json_text(node, "behavior", &name, path, e))
-        return -1;
-    for (int i = 0; name && i < 5; i++) {
-        if (strcmp(name, names[i]) == 0) {
-            *out = (enum split_behavior)i;
-            return 0;
+pcre2_code *regex_compile_literal(const char *text, struct code_ranges *named, char message[REGEX_MESSAGE]) {
+    int used;
+    size_t length = strlen(text);
+    for (size_t i = 0; i < length; i += (size_t)used) {
+        uint32_t code = utf8_next(text + i, length - i, &used);
+        if (code >= 0x80 && code != UINT32_MAX && code_ranges_add(named, code, code)) {
+            strcpy(message, "out of memory");
+            return NULL;
         }
     }
-    return wrong(path, "Split has no known \"behavior\"", e);
+    return compile(text, PCRE2_LITERAL, message);
 }
 
-static int load_split(struct tokenizer *t, const cJSON *node, const char *path, struct error *e) {
-    const cJSON *pattern = json_member(node, "pattern");
-    const char *regex = NULL, *string = NULL;
-    enum split_behavior behavior = SPLIT_ISOLATED;
-    bool invert = false;
-    if (!cJSON_IsObject(pattern))
-        return wrong(path, "Split has no \"pattern\"", e);
-    if (json_text(pattern, "Regex", &regex, path, e) || json_text(pattern, "String", &string, path, e) ||
-        load_behavior(node, &behavior, path, e) || json_bool(node, "invert", false, &invert, path, e))
-        return -1;
-    if ((regex == NULL) == (string == NULL))
-        return wrong(path, "Split needs a \"Regex\" or a \"String\"", e);
-    if (string && !*string)
-        return refuse_to_encode(t, "its pre-tokenizer splits at an empty string");
-    return add_split(t, regex ? regex : string, string != NULL, behavior, invert);
+pcre2_code *regex_compile_own(const char *pattern, char message[REGEX_MESSAGE]) {
+    return compile(pattern, PCRE2_UCP, message);
 }
 
-static int load_digits(struct tokenizer *t, const cJSON *node, const char *path, struct error *e) {
-    bool individual = false;
-    if (json_bool(node, "individual_digits", false, &individual, path, e))
-        return -1;
-    return add_split(t, "\\p{N}", false, individual ? SPLIT_ISOLATED : SPLIT_CONTIGUOUS, false);
-}
-
-static int load_node(struct tokenizer *t, const cJSON *node, bool *byte_level, const char *path,
-                     struct error *e);
-
-static int load_sequence(struct tokenizer *t, const cJSON *node, bool *byte_level, const char *path,
-                         struct error *e) {
-    const cJSON *list = json_member(node, "pretokenizers");
-    int rc = 0;
-    if (!cJSON_IsArray(list))
-        return wrong(path, "Sequence has no list of \"pretokenizers\"", e);
-    for (const cJSON *item = list->child; item && rc == 0; item = item->next)
-        rc = load_node(t, item, byte_level, path, e);
-    return rc;
-}
-
-static int load_node(struct tokenizer *t, const cJSON *node, bool *byte_level, const char *path,
-                     struct error *e) {
-    const char *type = NULL;
-    if (!cJSON_IsObject(node) || json_text(node, "type", &type, path, e) || !type)
-        return wrong(path, "steps must be objects with a \"type\"", e);
-    if (strcmp(type, "Sequence") == 0) /* its depth is bounded by the parser's */
-        return load_sequence(t, node, byte_level, path, e);
-    if (*byte_level) /* a later step would see byte characters instead of text */
-        return refuse_to_encode(t, "its pre-tokenizer goes on after ByteLevel");
-    if (strcmp(type, "ByteLevel") == 0) {
-        *byte_level = true;
-        return load_byte_level(t, node, path, e);
+int code_ranges_add(struct code_ranges *r, uint32_t first, uint32_t last) {
+    if (r->count == r->capacity) {
+        size_t capacity = r->capacity ? 2 * r->capacity : 16;
+        uint32_t(*more)[2] = realloc(r->ranges, capacity * sizeof *more);
+        if (!more)
+            return -1;
+        r->ranges = more;
+        r->capacity = capacity;
     }
-    if (strcmp(type, "Split") == 0)
-        return load_split(t, node, path, e);
-    if (strcmp(type, "Digits") == 0)
-        return load_digits(t, node, path, e);
-    return refuse_to_encode(t, "its pre-tokenizer has a step of a type that is not supported, %.40s", type);
-}
-
-int pre_tokenizer_load(struct tokenizer *t, const cJSON *node, const char *path, struct error *e) {
-    char message[160];
-    bool byte_level = false;
-    if (node && load_node(t, node, &byte_level, path, e))
-        return -1;
-    if (!byte_level)
-        refuse_to_encode(t, "it is not byte-level: its pre-tokenizer has no ByteLevel step");
-    t->word = compile(WORD_PATTERN, false, message);
-    if (!t->word)
-        return fail_run(e, "%s: the pattern of word characters does not compile: %s", path, message);
+    r->ranges[r->count][0] = first;
+    r->ranges[r->count++][1] = last;
     return 0;
-}
-
-void pre_tokenizer_free(struct tokenizer *t) {
-    for (int i = 0; i < t->stage_count; i++)
-        pcre2_code_free(t->stages[i].regex);
-    pcre2_code_free(t->word);
 }

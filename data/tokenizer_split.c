@@ -56,41 +56,6 @@ static const struct added_token *longest_at(const struct added_set *set, const c
     return found;
 }
 
-/* Unicode's White_Space. */
-static bool is_space(uint32_t c) {
-    return (c >= 9 && c <= 13) || c == ' ' || c == 0x85 || c == 0xa0 || c == 0x1680 ||
-           (c >= 0x2000 && c <= 0x200a) || c == 0x2028 || c == 0x2029 || c == 0x202f || c == 0x205f ||
-           c == 0x3000;
-}
-
-static size_t spaces_after(const char *text, size_t length) {
-    size_t i = 0;
-    int used;
-    while (i < length && is_space(utf8_next(text + i, length - i, &used)))
-        i += (size_t)used;
-    return i;
-}
-
-/* Where the code point before `end` starts. */
-static size_t step_back(const char *text, size_t end) {
-    size_t i = end - 1;
-    while (i > 0 && ((unsigned char)text[i] & 0xc0) == 0x80)
-        i--;
-    return i;
-}
-
-/* From `end` back, and no further than `limit`. */
-static size_t start_of_spaces_before(const char *text, size_t limit, size_t end) {
-    int used;
-    while (end > limit) {
-        size_t start = step_back(text, end);
-        if (!is_space(utf8_next(text + start, end - start, &used)))
-            break;
-        end = start;
-    }
-    return end;
-}
-
 static bool is_word(struct encoding *x, const char *text, size_t length) {
     return pcre2_match(x->t->word, (PCRE2_SPTR)text, length, 0, PCRE2_ANCHORED | PCRE2_NO_UTF_CHECK, x->match,
                        x->limits) > 0;
@@ -107,11 +72,47 @@ static struct slice cut(struct slice text, size_t start, size_t end) {
 }
 
 static int run_stage(struct encoding *x, int k, struct slice text);
+static int split_at_added(struct encoding *x, int k, struct slice text);
 
-/* Takes the tokens of added[k] out of the text, and gives the rest to the next set, or the pre-tokenizer. */
+static bool at_start(const struct encoding *x, struct slice text) {
+    return text.bytes == x->start;
+}
+
+/* A text that a step has rewritten goes on to `next`, cleaned for regular expressions. */
+static int go_on(struct encoding *x, const struct text *text, bool starts,
+                 int (*next)(struct encoding *x, int k, struct slice text), int k) {
+    const char *before = x->start;
+    char *clean;
+    if (text->length == 0)
+        return 0;
+    if (clean_text(&x->t->named, text->bytes, text->length, &clean))
+        return fail_run(x->e, "out of memory for %zu bytes of text", text->length);
+    x->start = starts ? text->bytes : NULL;
+    int rc = next(x, k, (struct slice){text->bytes, clean ? clean : text->bytes, text->length});
+    x->start = before;
+    free(clean);
+    return rc;
+}
+
+/* What is left between the tokens of added[0] is normalized before those of added[1] are looked for. */
+static int normalize_rest(struct encoding *x, struct slice text) {
+    struct text normal;
+    bool moved;
+    if (x->t->step_count == 0)
+        return split_at_added(x, 1, text);
+    if (normalize_text(x->t, text.bytes, text.length, &normal, &moved, x->e))
+        return -1;
+    int rc = go_on(x, &normal, at_start(x, text) && !moved, split_at_added, 1);
+    free(normal.bytes);
+    return rc;
+}
+
+static int encode_rest(struct encoding *x, int k, struct slice text) {
+    return k == 0 ? normalize_rest(x, text) : run_stage(x, 0, text);
+}
+
+/* Takes the tokens of added[k] out of the text; the rest is normalized, or goes to the pre-tokenizer. */
 static int split_at_added(struct encoding *x, int k, struct slice text) {
-    if (k == 2)
-        return run_stage(x, 0, text);
     const struct added_set *set = &x->t->added[k];
     size_t done = 0, at = set->count ? 0 : text.length, matched = 0;
     size_t spaces_end = 0; /* of those last looked at: tokens that are spaces may stand among them */
@@ -132,16 +133,17 @@ static int split_at_added(struct encoding *x, int k, struct slice text) {
                 spaces_end = end + spaces_after(text.clean + end, text.length - end);
             end = spaces_end;
         }
-        if (start > done && split_at_added(x, k + 1, cut(text, done, start)))
+        if (start > done && encode_rest(x, k, cut(text, done, start)))
             return -1;
         if (push_id(x, token->id))
             return -1;
         done = end;
     }
-    return done < text.length ? split_at_added(x, k + 1, cut(text, done, text.length)) : 0;
+    return done < text.length ? encode_rest(x, k, cut(text, done, text.length)) : 0;
 }
 
 int encode_text(struct encoding *x, struct slice text) {
+    x->start = text.bytes;
     return split_at_added(x, 0, text);
 }
 
@@ -157,8 +159,53 @@ static int prepend_space(struct encoding *x, int k, struct slice text) {
     *copy = *clean = ' ';
     memcpy(copy + 1, text.bytes, text.length);
     memcpy(clean + 1, text.clean, text.length);
+    const char *before = x->start;
+    x->start = at_start(x, text) ? copy : NULL;
     int rc = run_stage(x, k + 1, (struct slice){copy, clean, text.length + 1});
+    x->start = before;
     free(copy);
+    return rc;
+}
+
+/* Each piece begins with a replacement, but for the first, which may not. */
+static int cut_at_replacements(struct encoding *x, int k, struct slice text) {
+    const char *replacement = x->t->stages[k].replacement;
+    size_t length = strlen(replacement), start = 0;
+    for (size_t i = 1; x->t->stages[k].cuts && i + length <= text.length; i++) {
+        if (memcmp(text.bytes + i, replacement, length) != 0)
+            continue;
+        if (run_stage(x, k + 1, cut(text, start, i)))
+            return -1;
+        start = i;
+        i += length - 1;
+    }
+    return run_stage(x, k + 1, cut(text, start, text.length));
+}
+
+static int write_metaspace(const struct stage *stage, struct slice text, bool starts, struct text *out) {
+    size_t length = strlen(stage->replacement);
+    bool starts_with_one = text.bytes[0] == ' ' ||
+                           (text.length >= length && memcmp(text.bytes, stage->replacement, length) == 0);
+    bool prepends = stage->prepend == PREPEND_ALWAYS || (stage->prepend == PREPEND_FIRST && starts);
+    if (prepends && !starts_with_one && text_append(out, stage->replacement, length))
+        return -1;
+    for (size_t i = 0, done = 0; i <= text.length; i++) {
+        if (i < text.length && text.bytes[i] != ' ')
+            continue;
+        if (text_append(out, text.bytes + done, i - done) ||
+            (i < text.length && text_append(out, stage->replacement, length)))
+            return -1;
+        done = i + 1;
+    }
+    return 0;
+}
+
+static int run_metaspace(struct encoding *x, int k, struct slice text) {
+    struct text out = {0};
+    int rc = write_metaspace(&x->t->stages[k], text, at_start(x, text), &out)
+                 ? fail_run(x->e, "out of memory for %zu bytes of text", text.length)
+                 : go_on(x, &out, at_start(x, text), cut_at_replacements, k);
+    free(out.bytes);
     return rc;
 }
 
@@ -209,23 +256,20 @@ static int add_stretch(struct cutter *c, size_t start, size_t end, bool matches)
     return 0;
 }
 
-/* The next match at or after `from`: 1 found, 0 none, -1 an error. */
-static int next_match(struct encoding *x, const struct stage *stage, struct slice text, size_t from,
-                      size_t *start, size_t *end) {
-    PCRE2_SPTR subject = (PCRE2_SPTR)text.clean;
-    int rc = pcre2_match(stage->regex, subject, text.length, from, PCRE2_NO_UTF_CHECK, x->match, x->limits);
+int regex_match(const pcre2_code *regex, const char *text, size_t length, size_t from,
+                pcre2_match_data *match, pcre2_match_context *limits, const char *what, size_t *start,
+                size_t *end, struct error *e) {
+    PCRE2_SPTR subject = (PCRE2_SPTR)text;
+    int rc = pcre2_match(regex, subject, length, from, PCRE2_NO_UTF_CHECK, match, limits);
     if (rc == PCRE2_ERROR_JIT_STACKLIMIT) /* the interpreter keeps its stack on the heap */
-        rc = pcre2_match(stage->regex, subject, text.length, from, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT,
-                         x->match, x->limits);
+        rc = pcre2_match(regex, subject, length, from, PCRE2_NO_UTF_CHECK | PCRE2_NO_JIT, match, limits);
     if (rc == PCRE2_ERROR_NOMATCH)
         return 0;
-    const PCRE2_SIZE *offsets = pcre2_get_ovector_pointer(x->match);
+    const PCRE2_SIZE *offsets = pcre2_get_ovector_pointer(match);
     if (rc < 0 || offsets[0] < from || offsets[1] < offsets[0])
         return fail_user(
-            x->e,
-            "the tokenizer's split pattern cannot cope with this text (PCRE2 error %d); encode it in "
-            "smaller parts",
-            rc);
+            e, "the tokenizer's %s cannot cope with this text (PCRE2 error %d); encode it in smaller parts",
+            what, rc);
     *start = offsets[0];
     *end = offsets[1];
     return 1;
@@ -235,7 +279,8 @@ static int split_text(struct encoding *x, int k, struct slice text) {
     struct cutter c = {.x = x, .k = k, .text = text};
     size_t from = 0, done = 0, last_end = SIZE_MAX, start = 0, end = 0;
     while (from <= text.length) {
-        int found = next_match(x, &x->t->stages[k], text, from, &start, &end);
+        int found = regex_match(x->t->stages[k].regex, text.clean, text.length, from, x->match, x->limits,
+                                "split pattern", &start, &end, x->e);
         if (found < 0)
             return -1;
         if (!found)
@@ -259,5 +304,12 @@ static int split_text(struct encoding *x, int k, struct slice text) {
 static int run_stage(struct encoding *x, int k, struct slice text) {
     if (k == x->t->stage_count)
         return encode_piece(x, text.bytes, text.length);
-    return x->t->stages[k].regex ? split_text(x, k, text) : prepend_space(x, k, text);
+    switch (x->t->stages[k].kind) {
+    case STAGE_SPACE:
+        return prepend_space(x, k, text);
+    case STAGE_METASPACE:
+        return run_metaspace(x, k, text);
+    default:
+        return split_text(x, k, text);
+    }
 }

@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=(gcc g++ make bc libc6-dev libdnnl-dev libcjson-dev libinih-dev libpcre2-dev libcmocka-dev
+packages=(gcc g++ make bc libc6-dev libdnnl-dev libcjson-dev libinih-dev libpcre2-dev libutf8proc-dev libcmocka-dev
     libopenmpi-dev openmpi-bin iproute2 python3 python3-venv)
 [ "${1:-}" = --no-corpus ] || packages+=(bible-kjv bible-kjv-text)
 

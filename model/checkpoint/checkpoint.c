@@ -193,6 +193,10 @@ int checkpoint_write(const struct checkpoint_job *job, struct error *e) {
     snprintf(path, sizeof path, "%s/tokenizer.json", dir);
     if (job->tokenizer && files_write_synced(path, job->tokenizer, job->tokenizer_bytes, e) != 0)
         return -1;
+    snprintf(path, sizeof path, "%s/generation_config.json", dir);
+    if (job->generation_config &&
+        files_write_synced(path, job->generation_config, strlen(job->generation_config), e) != 0)
+        return -1;
     snprintf(path, sizeof path, "%s/trainer.json", dir);
     return trainer_state_write(path, &job->trainer, job->config, e);
 }

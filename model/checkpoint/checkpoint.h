@@ -4,7 +4,8 @@
  *   config.json                              the model, as other tools read it
  *   optimizer-RRRRR-of-WWWWW.safetensors     AdamW's moments of the parameters that rank R of W owns
  *   trainer.json                             everything else that a resumed run needs
- *   tokenizer.json                           when the run has a tokenizer file */
+ *   tokenizer.json                           when the run has a tokenizer file
+ *   generation_config.json                   the ids that end a text, when they are known */
 #ifndef IHA_MODEL_CHECKPOINT_CHECKPOINT_H
 #define IHA_MODEL_CHECKPOINT_CHECKPOINT_H
 
@@ -23,6 +24,7 @@ struct checkpoint_job {
     const struct config *config;
     const char *tokenizer; /* the text of tokenizer.json, or NULL */
     size_t tokenizer_bytes;
+    const char *generation_config; /* the text of generation_config.json, or NULL */
     struct trainer_state trainer;
     struct model *model;
     const float

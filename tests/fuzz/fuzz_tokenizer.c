@@ -38,33 +38,66 @@ static const char *build_file(const uint8_t *data, size_t size) {
 
 /* ---- what may be expected of a round trip ---- */
 
-/* Is this id an added token's, whose text may then differ from what merges make of it? */
-static bool is_added(const struct tokenizer *t, int32_t id) {
-    for (int k = 0; k < 2; k++)
-        for (uint32_t i = 0; i < t->added[k].count; i++)
-            if (t->added[k].tokens[i].id == id)
-                return true;
-    return false;
+static bool decodes_to(const struct tokenizer *t, int32_t id, const char *text, size_t length) {
+    size_t found;
+    const char *decoded = tokenizer_decode(t, id, &found);
+    return found == length && memcmp(decoded, text, length) == 0;
+}
+
+/* The token's text, which the trie has from its last byte back. */
+static bool added_decodes_to_itself(const struct tokenizer *t, const struct added_set *set, int32_t index) {
+    char text[4096];
+    size_t at = sizeof text;
+    uint32_t node = UINT32_MAX;
+    for (size_t i = 0; i < set->trie.capacity; i++) {
+        const struct pair_slot *slot = &set->trie.slots[i];
+        bool is_step = slot->a != UINT32_MAX && (node == UINT32_MAX ? slot->id == index : slot->rank == node);
+        if (!is_step)
+            continue;
+        if (at == 0)
+            return false;
+        text[--at] = (char)slot->b;
+        node = slot->a;
+        if (node == 0)
+            break;
+        i = SIZE_MAX; /* again from the front, for the step before */
+    }
+    return decodes_to(t, set->tokens[index].id, text + at, sizeof text - at);
+}
+
+static bool merge_decodes_to_its_parts(const struct tokenizer *t, const struct pair_slot *slot) {
+    size_t a, b, ab;
+    const char *left = tokenizer_decode(t, (int32_t)slot->a, &a),
+               *right = tokenizer_decode(t, (int32_t)slot->b, &b), *both = tokenizer_decode(t, slot->id, &ab);
+    return ab == a + b && memcmp(both, left, a) == 0 && memcmp(both + a, right, b) == 0;
 }
 
 static bool loses_nothing(const struct tokenizer *t) {
+    const struct bpe *bpe = &t->bpe;
     if (t->bytes)
         return true;
+    if (!bpe->byte_level || bpe->suffix || t->step_count || t->first || t->decoder.strip_count)
+        return false;
     for (int b = 0; b < 256; b++)
-        if (t->bpe.byte_ids[b] < 0 || is_added(t, t->bpe.byte_ids[b]))
+        if (bpe->byte_ids[b] < 0 || !decodes_to(t, bpe->byte_ids[b], (const char[]){(char)b}, 1))
+            return false;
+    for (int64_t i = 0; i < t->size; i++)
+        if (t->tokens[i].space_after)
             return false;
     for (int i = 0; i < t->stage_count; i++)
-        if (!t->stages[i].regex || t->stages[i].behavior == SPLIT_REMOVED)
+        if (t->stages[i].kind != STAGE_SPLIT || t->stages[i].behavior == SPLIT_REMOVED)
             return false;
     for (int k = 0; k < 2; k++)
         for (uint32_t i = 0; i < t->added[k].count; i++)
-            if (t->added[k].tokens[i].lstrip || t->added[k].tokens[i].rstrip)
+            if (t->added[k].tokens[i].lstrip || t->added[k].tokens[i].rstrip ||
+                !added_decodes_to_itself(t, &t->added[k], (int32_t)i))
                 return false;
-    for (size_t i = 0; i < t->bpe.merges.capacity; i++)
-        if (t->bpe.merges.slots[i].a != UINT32_MAX && is_added(t, t->bpe.merges.slots[i].id))
+    for (size_t i = 0; i < bpe->merges.capacity; i++)
+        if (bpe->merges.slots[i].a != UINT32_MAX && !merge_decodes_to_its_parts(t, &bpe->merges.slots[i]))
             return false;
-    for (size_t i = 0; i < t->bpe.words.capacity; i++)
-        if (t->bpe.words.slots[i].key && is_added(t, t->bpe.words.slots[i].value))
+    for (size_t i = 0; i < bpe->words.capacity; i++)
+        if (bpe->words.slots[i].key &&
+            !decodes_to(t, bpe->words.slots[i].value, bpe->words.slots[i].key, bpe->words.slots[i].length))
             return false;
     return true;
 }
@@ -76,8 +109,11 @@ static void check_tokens(const struct tokenizer *t) {
     size_t length = 99;
     CHECK(size >= 1 && size <= VOCAB_SIZE);
     CHECK(tokenizer_end_of_text(t) >= -1 && tokenizer_end_of_text(t) < size);
+    struct decoding sequence = {0};
     for (int64_t id = -1; id <= size; id++) {
-        const char *text = tokenizer_decode(t, (int32_t)id, &length);
+        const char *text = tokenizer_decode_next(t, &sequence, (int32_t)id, &length);
+        CHECK(text && text[length] == 0);
+        text = tokenizer_decode(t, (int32_t)id, &length);
         CHECK(text && text[length] == 0 && (length == 0 || memchr(text, 0, length + 1)));
         CHECK(length == 0 || (id >= 0 && id < size));
     }
@@ -102,8 +138,22 @@ static void check_ids(const struct tokenizer *t, const char *text, size_t size, 
 /* ---- merging, the slow and obvious way ---- */
 
 static bool is_one_piece(const struct tokenizer *t) {
-    return !t->refusal[0] && t->stage_count == 0 && !t->bpe.whole_words && t->bpe.unk < 0 &&
-           t->added[0].count + t->added[1].count == 0;
+    return !t->refusal[0] && t->stage_count == 0 && t->step_count == 0 && !t->bpe.whole_words &&
+           !t->bpe.suffix && t->bpe.unk < 0 && t->added[0].count + t->added[1].count == 0;
+}
+
+/* The symbols of one character, which is a byte where the vocabulary is byte-level. Returns how many. */
+static int symbols_of(const struct bpe *bpe, const char *bytes, int length, int32_t out[4]) {
+    *out = bpe->byte_level ? bpe->byte_ids[(unsigned char)*bytes]
+                           : string_map_get(&bpe->words, bytes, (size_t)length, -1);
+    if (*out >= 0)
+        return 1;
+    for (int i = 0; i < length; i++) {
+        out[i] = bpe->fallback_ids[(unsigned char)bytes[i]];
+        if (out[i] < 0)
+            return 0;
+    }
+    return length;
 }
 
 /* The best pair of neighbours: the merge that stands first, and its first place. */
@@ -122,12 +172,15 @@ static const struct pair_slot *best_pair(const struct tokenizer *t, const int32_
 
 static void check_merges(const struct tokenizer *t, const char *text, size_t size, const int32_t *ids,
                          int64_t count) {
-    int32_t expected[MOST_BYTES];
+    int32_t expected[MOST_BYTES + 4];
     const struct pair_slot *merge;
     int64_t n = 0, at = 0;
-    for (size_t i = 0; i < size; i++)
-        if (t->bpe.byte_ids[(unsigned char)text[i]] >= 0)
-            expected[n++] = t->bpe.byte_ids[(unsigned char)text[i]];
+    int used = 1;
+    for (size_t i = 0; i < size; i += (size_t)used) {
+        if (!t->bpe.byte_level)
+            utf8_next(text + i, size - i, &used);
+        n += symbols_of(&t->bpe, text + i, used, expected + n);
+    }
     while ((merge = best_pair(t, expected, n, &at))) {
         expected[at] = merge->id;
         memmove(expected + at + 1, expected + at + 2, (size_t)(--n - at - 1) * sizeof *expected);

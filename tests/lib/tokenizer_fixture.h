@@ -15,7 +15,7 @@
 #include <cmocka.h>
 #include <cjson/cJSON.h>
 
-#include "data/tokenizer_internal.h" /* for utf8_next alone */
+#include "data/tokenizer_internal.h" /* for UTF-8 and regular expressions */
 
 #define GOLDEN "tests/golden/tokenizer_"
 
@@ -124,6 +124,23 @@ static inline char *decode_all(const struct tokenizer *t, const int32_t *ids, in
     for (int64_t i = 0; i < count; i++) {
         size_t n = 99;
         const char *bytes = tokenizer_decode(t, ids[i], &n);
+        assert_int_equal(bytes[n], 0);
+        fwrite(bytes, 1, n, f);
+    }
+    fclose(f);
+    return out;
+}
+
+/* The text of a sequence, as generation writes it, with a NUL behind it; the caller frees. */
+static inline char *decode_sequence(const struct tokenizer *t, const int32_t *ids, int64_t count,
+                                    size_t *length) {
+    struct decoding state = {0};
+    char *out = NULL;
+    FILE *f = open_memstream(&out, length);
+    assert_non_null(f);
+    for (int64_t i = 0; i < count; i++) {
+        size_t n = 99;
+        const char *bytes = tokenizer_decode_next(t, &state, ids[i], &n);
         assert_int_equal(bytes[n], 0);
         fwrite(bytes, 1, n, f);
     }

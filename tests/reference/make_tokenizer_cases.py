@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes tests/golden/tokenizer_*.json: three small tokenizers and what the tokenizers library encodes with them.
+"""Makes tests/golden/tokenizer_*.json: small tokenizers and what the tokenizers library encodes and decodes with them.
 
     pip install tokenizers && python tests/reference/make_tokenizer_cases.py
 
@@ -12,11 +12,19 @@ a family:
 The cases file lists, for each, texts and their ids, and whether decoding gives the text back; and, under
 "splits", the gpt2 tokenizer with other pre-tokenizers, which put a space in front of each piece, so that the
 ids show where the text was cut.
+
+kinds.json has a tokenizer of each other kind (see KINDS), with texts, their ids and what the ids decode to.
 """
 import json
 import pathlib
+import random
+import sys
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "data"))
+import prepare_tokenizers  # noqa: E402
+from check_tokenizers import random_text  # noqa: E402
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden"
 
@@ -169,6 +177,112 @@ def split_cases(tokenizer):
     return result
 
 
+# ------------------------------------------------------------------------------------------- other kinds
+
+
+def byte_level(regexes=None, prefix=False):
+    splits = [pre_tokenizers.Split(Regex(regex), "isolated") for regex in regexes or []]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(prefix, use_regex=not regexes)])
+
+
+def fallback_decoder(strips):
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if strips else []))
+
+
+ALPHABET = pre_tokenizers.ByteLevel.alphabet()
+FALLBACK = [f"<0x{byte:02X}>" for byte in range(256)]
+LLAMA = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+PATTERN = lambda name: [regex] if isinstance(regex := prepare_tokenizers.NAMED[name][0], str) else regex
+CLIP = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+# name: model's options, normalizer, pre-tokenizer, decoder, what the vocabulary begins with, alphabet
+KINDS = {
+    "qwen2": ({}, normalizers.NFC(), byte_level(PATTERN("qwen2")), decoders.ByteLevel(), [], ALPHABET),
+    "deepseek": ({}, None, byte_level(PATTERN("deepseek")), decoders.ByteLevel(), [], ALPHABET),
+    "o200k": ({"ignore_merges": True}, None, byte_level(PATTERN("o200k")), decoders.ByteLevel(), [], ALPHABET),
+    "tekken": ({}, None, byte_level(PATTERN("tekken")), decoders.ByteLevel(), ["<unk>", "<s>", "</s>"], ALPHABET),
+    "claude": ({}, normalizers.NFKC(), byte_level(), decoders.ByteLevel(), [], ALPHABET),
+    "nfd": ({}, normalizers.Sequence([normalizers.NFD(), normalizers.Strip(), normalizers.Lowercase()]), byte_level(prefix=True),
+            None, [], ALPHABET),
+    "nfkd": ({}, normalizers.Sequence([normalizers.NFKD(), normalizers.Replace(Regex(r"\s+"), " ")]), byte_level(),
+             decoders.ByteLevel(), [], ALPHABET),
+    "llama2": ({"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}, LLAMA, None, fallback_decoder(True),
+               ["<unk>", "<s>", "</s>", *FALLBACK], ["▁"]),
+    "gemma": ({"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}, normalizers.Replace(" ", "▁"),
+              pre_tokenizers.Split(" ", "merged_with_previous"), fallback_decoder(False),
+              ["<unk>", "<eos>", *FALLBACK], ["▁"]),
+    "some_fallback": ({"byte_fallback": True, "fuse_unk": True, "unk_token": "<unk>"}, LLAMA, None, fallback_decoder(True),
+                      ["<unk>", *FALLBACK[0xA0:0xE4]], ["▁"]),
+    "metaspace_first": ({"unk_token": "<unk>"}, None, pre_tokenizers.Metaspace(prepend_scheme="first"),
+                        decoders.Metaspace(prepend_scheme="first"), ["<unk>"], ["▁"]),
+    "metaspace_always": ({"unk_token": "<unk>", "fuse_unk": True}, normalizers.NFKC(),
+                         pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.Metaspace()]), decoders.Metaspace(),
+                         ["<unk>"], ["▁"]),
+    "metaspace_never": ({}, None, pre_tokenizers.Metaspace(prepend_scheme="never", split=False),
+                        decoders.Metaspace(prepend_scheme="never"), [], ["▁"]),
+    "clip": ({"end_of_word_suffix": "</w>", "unk_token": "<unk>"},
+             normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]),
+             pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(CLIP), "removed", True), pre_tokenizers.ByteLevel(False, use_regex=False)]),
+             decoders.ByteLevel(), ["<unk>", *(character + "</w>" for character in sorted(ALPHABET))], ALPHABET),
+    "gpt1": ({"end_of_word_suffix": "</w>", "unk_token": "<unk>"}, normalizers.Lowercase(), pre_tokenizers.WhitespaceSplit(),
+             decoders.BPEDecoder("</w>"), ["<unk>"], []),
+    "whitespace": ({"unk_token": "<unk>", "dropout": 0.5}, normalizers.NFC(), pre_tokenizers.Whitespace(), None, ["<unk>"], []),
+    "delimiter": ({"unk_token": "<unk>"}, None, pre_tokenizers.CharDelimiterSplit("e"),
+                  decoders.Sequence([decoders.Strip("t", 1, 0), decoders.Replace(Regex("[aeiou]"), "*"),
+                                     decoders.WordPiece("o", cleanup=True)]), ["<unk>"], []),
+}
+
+
+def make_kind(name):
+    options, normalizer, pre_tokenizer, decoder, first, alphabet = KINDS[name]
+    tokenizer = Tokenizer(models.BPE(**{key: value for key, value in options.items() if key != "dropout"}))
+    if normalizer:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    if decoder:
+        tokenizer.decoder = decoder
+    trainer = trainers.BpeTrainer(vocab_size=len(set(first) | set(alphabet)) + 200, initial_alphabet=list(alphabet),
+                                  special_tokens=list(first), show_progress=False, max_token_length=16,
+                                  **{key: value for key, value in options.items() if key == "end_of_word_suffix"})
+    # In words, or a SentencePiece-like model has tokens of several.
+    corpus = CORPUS if pre_tokenizer else [" " * (i > 0) + word for line in CORPUS for i, word in enumerate(line.split(" "))]
+    tokenizer.train_from_iterator(corpus, trainer)
+    data = json.loads(tokenizer.to_str())
+    data["added_tokens"] = [token for token in data["added_tokens"] if not token["content"].startswith("<0x")
+                            and not token["content"].endswith("</w>")]
+    data["model"] |= options
+    tokenizer = Tokenizer.from_str(json.dumps(data))
+    tokenizer.add_tokens([AddedToken("Straße", normalized=True), AddedToken("<tag>", normalized=False), "quick fox"])
+    tokenizer.add_special_tokens([AddedToken("<left>", lstrip=True), AddedToken("<right>", rstrip=True)])
+    return json.loads(tokenizer.to_str())
+
+
+KIND_TEXTS = [text for text in TEXTS if len(text) < 100] + [
+    "  two  leading", "caf\u00e9 cafe\u0301 A\u030a \u212b \u1e9b\u0323 \ufb01 \u00bd \u2167 \uac00\u11a8 \u1100\u1161",
+    "a\u0315\u0300\u05ae\u0300b \u0344 \u0958", "quick fox Straße STRASSE <tag>Straße<tag> <left> x <right> y", "<right> <left>",
+    "\u0130stanbul \u1c89 \u10d50 \u03a3\u03a3", "▁a ▁ b▁", "it'\u017f (\u212a)", "<0x0A><0xZZ>", "e\u0301" * 40,
+    "1e8f \U0001e08f\U0001e030 \U0002ebf0\u0897 \u180e x\u1c8a", "don't stop  believing!  ", "\u200b\u200d \u2028z",
+]
+
+
+def kind(name):
+    data = make_kind(name)
+    encoder = json.loads(json.dumps(data))
+    encoder["model"]["dropout"] = None
+    tokenizer = Tokenizer.from_str(json.dumps(encoder))
+    rng = random.Random(name)
+    size = tokenizer.get_vocab_size()
+    texts = KIND_TEXTS + [text for text in (random_text(rng) for _ in range(25)) if "\0" not in text and len(text) < 60]
+    rows = [(text, tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
+    rows += [(None, [rng.randrange(size) for _ in range(rng.randrange(1, 9))]) for _ in range(25)]
+    cases = [{"text": text, "ids": ids, "decoded": tokenizer.decode(ids, skip_special_tokens=False) if ids else ""}
+             for text, ids in rows]
+    cases = [case for case in cases if "\0" not in case["decoded"]]  # which cJSON takes for the end
+    return {"name": name, "tokenizer": data, "cases": cases}
+
+
 def main():
     made = {"gpt2": make_gpt2(), "llama3": make_llama3(), "odd": make_odd()}
     lines = ["{"]
@@ -178,6 +292,8 @@ def main():
     rows = [json.dumps(case) for case in split_cases(made["gpt2"])]
     lines.append(' "splits": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n")
     (GOLDEN / "tokenizer_cases.json").write_text("\n".join(lines))
+    lines = [json.dumps(kind(name), ensure_ascii=False, separators=(",", ":")) for name in KINDS]
+    (GOLDEN / "tokenizer_kinds.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
     for name, tokenizer in made.items():
         print(name, tokenizer.get_vocab_size())
 

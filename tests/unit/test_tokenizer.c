@@ -52,6 +52,45 @@ static void odd_matches_the_library(void **state) {
     matches_the_library("odd", 50);
 }
 
+/* A text without U+FFFD, which the library writes for bytes that are not UTF-8, is decoded to the byte. */
+static void check_kind(const struct tokenizer *t, const cJSON *row, const char *name) {
+    const cJSON *text = cJSON_GetObjectItem(row, "text"), *list = cJSON_GetObjectItem(row, "ids");
+    const char *decoded = cJSON_GetObjectItem(row, "decoded")->valuestring;
+    int count = cJSON_GetArraySize(list), n = 0;
+    int32_t *ids = malloc((size_t)(count + 1) * sizeof *ids);
+    for (const cJSON *id = list->child; id; id = id->next)
+        ids[n++] = (int32_t)id->valuedouble;
+    if (cJSON_IsString(text))
+        encodes_to(t, text->valuestring, strlen(text->valuestring), count, ids);
+    size_t length;
+    char *found = decode_sequence(t, ids, count, &length);
+    if (!strstr(decoded, "\xef\xbf\xbd") &&
+        (length != strlen(decoded) || memcmp(found, decoded, length) != 0))
+        fail_msg("%s: '%s' should be decoded to '%s'", name, found, decoded);
+    free(found);
+    free(ids);
+}
+
+static void kinds_match_the_library(void **state) {
+    (void)state;
+    size_t length;
+    char *text = read_file(GOLDEN "kinds.json", &length);
+    cJSON *kinds = cJSON_Parse(text);
+    assert_true(cJSON_GetArraySize(kinds) >= 15);
+    for (const cJSON *kind = kinds->child; kind; kind = kind->next) {
+        char *json = cJSON_PrintUnformatted(cJSON_GetObjectItem(kind, "tokenizer"));
+        struct tokenizer *t = open_text(json);
+        const cJSON *cases = cJSON_GetObjectItem(kind, "cases");
+        assert_true(cJSON_GetArraySize(cases) >= 100);
+        for (const cJSON *row = cases->child; row; row = row->next)
+            check_kind(t, row, cJSON_GetObjectItem(kind, "name")->valuestring);
+        tokenizer_close(t);
+        free(json);
+    }
+    cJSON_Delete(kinds);
+    free(text);
+}
+
 /* The gpt2 file with one member replaced. */
 static struct tokenizer *open_gpt2_with(const char *member, const cJSON *value) {
     size_t length;
@@ -258,21 +297,30 @@ static void byte_tokenizer(void **state) {
 
 /* ---- models that only decode ---- */
 
+/* What a sequence of two ids decodes to. */
+static void pair_decodes_to(const struct tokenizer *t, int32_t a, int32_t b, const char *expected) {
+    size_t length;
+    char *found = decode_sequence(t, (int32_t[]){a, b}, 2, &length);
+    assert_string_equal(found, expected);
+    free(found);
+}
+
 static void unigram_decodes(void **state) {
     (void)state;
-    struct tokenizer *t = open_text(
-        "{\"added_tokens\":[{\"id\":0,\"content\":\"<unk>\",\"special\":true}],"
-        "\"pre_tokenizer\":{\"type\":\"Metaspace\",\"replacement\":\"\xe2\x96\x81\"},"
-        "\"decoder\":{\"type\":\"Metaspace\"},\"model\":{\"type\":\"Unigram\",\"unk_id\":0,\"vocab\":"
-        "[[\"<unk>\",0],[\"\xe2\x96\x81the\",-1.5],[\"s\",-2],[\"<0x0A>\",-3],[\"<0xE9>\",-3],["
-        "\"a\xe2\x96\x81\xe2\x96\x81z\",-4]]}}");
+    struct tokenizer *t =
+        open_text("{\"added_tokens\":[{\"id\":0,\"content\":\"<unk>\",\"special\":true}],"
+                  "\"pre_tokenizer\":{\"type\":\"Metaspace\",\"replacement\":\"\xe2\x96\x81\"},"
+                  "\"decoder\":{\"type\":\"Metaspace\",\"replacement\":\"\xe2\x96\x81\"},\"model\":{\"type\":"
+                  "\"Unigram\",\"unk_id\":0,"
+                  "\"vocab\":[[\"<unk>\",0],[\"\xe2\x96\x81the\",-1.5],[\"s\",-2],["
+                  "\"a\xe2\x96\x81\xe2\x96\x81z\",-4]]}}");
     decodes_to(t, 0, "<unk>");
     decodes_to(t, 1, " the");
     decodes_to(t, 2, "s");
-    decodes_to(t, 3, "\n");
-    decodes_to(t, 4, "\xe9");
-    decodes_to(t, 5, "a  z");
-    encode_is_refused(t, "the", "Metaspace");
+    decodes_to(t, 3, "a  z");
+    pair_decodes_to(t, 1, 1, "the the");
+    pair_decodes_to(t, 3, 3, "aza  z"); /* as the library: the first token has none at all */
+    encode_is_refused(t, "the", "not BPE");
     tokenizer_close(t);
 }
 
@@ -282,31 +330,130 @@ static void wordpiece_decodes(void **state) {
         open_text("{\"added_tokens\":[{\"id\":0,\"content\":\"[SEP]\",\"special\":true}],"
                   "\"decoder\":{\"type\":\"WordPiece\",\"prefix\":\"##\",\"cleanup\":true},"
                   "\"model\":{\"type\":\"WordPiece\",\"vocab\":{\"[SEP]\":0,\"play\":1,\"##ing\":2,"
-                  "\"##\":4}}}");
-    decodes_to(t, 0, "[SEP]");
+                  "\"##\":4,\".\":5}}}");
+    decodes_to(t, 0, " [SEP]");
     decodes_to(t, 1, " play");
     decodes_to(t, 2, "ing");
     decodes_to(t, 3, "");
     decodes_to(t, 4, "");
-    assert_int_equal(tokenizer_size(t), 5);
+    decodes_to(t, 5, ".");
+    pair_decodes_to(t, 1, 2, "playing");
+    pair_decodes_to(t, 2, 1, "##ing play");
+    pair_decodes_to(t, 3, 1, "play");
+    assert_int_equal(tokenizer_size(t), 6);
     assert_int_equal(tokenizer_end_of_text(t), -1);
-    encode_is_refused(t, "playing", "not byte-level");
+    encode_is_refused(t, "playing", "not BPE");
     tokenizer_close(t);
 }
 
-static void byte_fallback_bpe_decodes(void **state) {
+static void byte_fallback_bpe(void **state) {
     (void)state;
     struct tokenizer *t = open_text(
-        "{\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Replace\"},{\"type\":\"ByteFallback\"}"
-        ","
-        "{\"type\":\"Fuse\"}]},\"model\":{\"type\":\"BPE\",\"byte_fallback\":true,\"vocab\":{\"</s>\":0,"
-        "\"\xe2\x96\x81\":1,\"<0x41>\":2,\"<0xZZ>\":3},\"merges\":[]}}");
+        "{\"decoder\":{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Replace\",\"pattern\":{\"String\":"
+        "\"\xe2\x96\x81\"},\"content\":\" "
+        "\"},{\"type\":\"ByteFallback\"},{\"type\":\"Fuse\"}]},\"model\":{\"type\":\"BPE\","
+        "\"byte_fallback\":true,\"vocab\":{\"</"
+        "s>\":0,\"\xe2\x96\x81\":1,\"<0x41>\":2,\"<0xZZ>\":3,\"<0xFF>\":4},"
+        "\"merges\":[]}}");
     decodes_to(t, 1, " ");
     decodes_to(t, 2, "A");
     decodes_to(t, 3, "<0xZZ>");
+    decodes_to(t, 4, "\xff");
     assert_int_equal(tokenizer_end_of_text(t), 0);
-    encode_is_refused(t, "A", "not byte-level");
+    encodes_to(t, "A\xe2\x96\x81 A\xff", 7, 4, (int32_t[]){2, 1, 2, 4}); /* no token for the space, nor unk */
     tokenizer_close(t);
+}
+
+/* Decoders that would need to see the whole sequence, and a step that is not known. */
+static void other_decoders_are_refused(void **state) {
+    (void)state;
+    const char *const decoders[] = {
+        "{\"type\":\"CTC\"}",
+        "{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Fuse\"},{\"type\":\"Strip\",\"content\":\" "
+        "\",\"start\":0,"
+        "\"stop\":1}]}",
+        "{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"Fuse\"},{\"type\":\"Replace\",\"pattern\":{"
+        "\"String\":\"ab\"},"
+        "\"content\":\"\"}]}",
+        "{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"ByteFallback\"},{\"type\":\"Replace\",\"pattern\":"
+        "{\"String\":\"a\"},\"content\":\"b\"}]}",
+        "{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"ByteLevel\"},{\"type\":\"BPEDecoder\",\"suffix\":"
+        "\"</w>\"}]}",
+        "{\"type\":\"Sequence\",\"decoders\":[{\"type\":\"BPEDecoder\",\"suffix\":\"</"
+        "w>\"},{\"type\":\"Metaspace\","
+        "\"replacement\":\"_\"}]}",
+        "{\"type\":\"BPEDecoder\",\"suffix\":\"b\"}", /* in the middle of a token */
+    };
+    char json[512];
+    for (size_t i = 0; i < sizeof decoders / sizeof *decoders; i++) {
+        snprintf(json, sizeof json,
+                 "{\"decoder\":%s,\"model\":{\"type\":\"BPE\",\"vocab\":{\"abc\":0},\"merges\":[]}}",
+                 decoders[i]);
+        refuses_text(json, "its decoder cannot be applied token by token");
+    }
+}
+
+/* ---- the end of a text ---- */
+
+static void write_beside(const char *name, const char *content) {
+    char path[192];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    FILE *f = fopen(path, "wb");
+    assert_non_null(f);
+    fputs(content, f);
+    assert_int_equal(fclose(f), 0);
+}
+
+static void remove_beside(const char *name) {
+    char path[192];
+    snprintf(path, sizeof path, "%s/%s", dir, name);
+    assert_int_equal(remove(path), 0);
+}
+
+#define WITH_ENDS                                                                                            \
+    "{\"decoder\":{\"type\":\"ByteLevel\"},\"model\":{\"type\":\"BPE\",\"vocab\":{\"a\":0,\"</s>\":256,"     \
+    "\"<|endoftext|>\":3},\"merges\":[]},\"added_tokens\":[{\"id\":258,\"content\":\"<eos>\",\"special\":"   \
+    "true}]}"
+
+static void ends_are_found_by_one_rule(void **state) {
+    (void)state;
+    struct tokenizer *t = open_text(WITH_ENDS);
+    assert_int_equal(tokenizer_end_of_text(t), 258); /* an added token before ordinary ones */
+    assert_int_equal(tokenizer_end_ids(t)->count, 1);
+    tokenizer_close(t);
+    const char *const same[] = {"{\"eos_token\":\"</s>\"}",
+                                "{\"eos_token\":{\"content\":\"</s>\",\"lstrip\":false}}"};
+    for (int i = 0; i < 2; i++) {
+        write_beside("tokenizer_config.json", same[i]);
+        t = open_good(file_path);
+        assert_int_equal(tokenizer_end_of_text(t), 256);
+        tokenizer_close(t);
+    }
+    write_beside("tokenizer_config.json", "{\"eos_token\":null}");
+    write_beside("generation_config.json", "{\"eos_token_id\":[3,258,0]}");
+    t = open_good(file_path);
+    assert_int_equal(tokenizer_end_of_text(t), 258);
+    assert_int_equal(tokenizer_end_ids(t)->count, 3);
+    assert_true(end_ids_has(tokenizer_end_ids(t), 258) && end_ids_has(tokenizer_end_ids(t), 0));
+    assert_false(end_ids_has(tokenizer_end_ids(t), 256));
+    tokenizer_close(t);
+    write_beside("generation_config.json", "{\"eos_token_id\":7}");
+    t = open_good(file_path);
+    assert_true(end_ids_has(tokenizer_end_ids(t), 7));
+    tokenizer_close(t);
+    const char *const bad[] = {"{\"eos_token\":\"<nope>\"}", "{\"eos_token\":7}", "{", "[]"};
+    for (int i = 0; i < 3; i++) {
+        write_beside("tokenizer_config.json", bad[i]);
+        refuses_name(file_path, ANY_SIZE, "tokenizer_config.json");
+    }
+    remove_beside("tokenizer_config.json");
+    const char *const bad_ids[] = {"{\"eos_token_id\":\"</s>\"}", "{\"eos_token_id\":[0,1000000]}",
+                                   "{\"eos_token_id\":-1}", "nonsense"};
+    for (int i = 0; i < 4; i++) {
+        write_beside("generation_config.json", bad_ids[i]);
+        refuses_name(file_path, ANY_SIZE, "generation_config.json");
+    }
+    remove_beside("generation_config.json");
 }
 
 int main(void) {
@@ -315,6 +462,7 @@ int main(void) {
         cmocka_unit_test(llama3_matches_the_library),
         cmocka_unit_test(odd_matches_the_library),
         IN_DIR(splits_match_the_library),
+        IN_DIR(kinds_match_the_library),
         cmocka_unit_test(knows_its_size_and_end),
         cmocka_unit_test(utf8_is_read_strictly),
         cmocka_unit_test(different_pieces_stay_different),
@@ -324,7 +472,9 @@ int main(void) {
         cmocka_unit_test(byte_tokenizer),
         IN_DIR(unigram_decodes),
         IN_DIR(wordpiece_decodes),
-        IN_DIR(byte_fallback_bpe_decodes),
+        IN_DIR(byte_fallback_bpe),
+        IN_DIR(other_decoders_are_refused),
+        IN_DIR(ends_are_found_by_one_rule),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
