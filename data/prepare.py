@@ -2,8 +2,8 @@
 """Text to token shards that train_iha reads (llm.c's format).
 
 Reads text, JSONL and parquet files as a stream, tokenizes in --workers processes, and writes
-OUT/train_000000.bin, ..., OUT/val_000000.bin and, for every tokenizer but `bytes`, the tokenizer.json that
-sampling and `train_iha generate` need. The same input, tokenizer and seed give the same files, whatever
+OUT/train_000000.bin, ..., OUT/val_000000.bin, dataset.json (see write_dataset) and, for every tokenizer but `bytes`,
+the tokenizer.json that sampling and `train_iha generate` need. The same input, tokenizer and seed give the same files, whatever
 the number of workers. Nothing appears under its final name before everything is written.
 
 How it flows: readers yield (text, ends_document) pieces -> documents get their split -> batches of about a
@@ -14,6 +14,7 @@ import argparse
 import collections
 import contextlib
 import hashlib
+import json
 import multiprocessing
 import os
 import shutil
@@ -28,7 +29,7 @@ except ImportError:
     sys.exit("prepare.py: numpy is not installed; run: make deps, then .venv/bin/python data/prepare.py ...")
 
 from prepare_readers import BATCH, file_format, paragraph_boundary, read_jsonl, read_parquet, read_text, separator_regex
-from prepare_tokenizers import PATTERNS, load_tokenizer
+from prepare_tokenizers import NAMED, load_tokenizer
 from user_error import UserError
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers is the one knob
@@ -53,14 +54,21 @@ def start_worker(*state):
 
 
 def encode_batch(batch):
-    """A list of (split, text, ends_document) -> {split: tokens}."""
-    tokens = {}
-    for (split, _, ends), ids in zip(batch, _tokenizer.encode([text for _, text, _ in batch])):
+    """A list of (split, text, ends_document), with a True behind it where the text goes on with the document before ->
+    {split: (tokens, ends)}, where row i of ends says how many tokens and bytes of text there are up to the end of text i."""
+    tokens, ends = {}, {}
+    encoded = _tokenizer.encode([text for _, text, *_ in batch], [bool(goes_on) for _, _, _, *goes_on in batch])
+    for (split, text, ends_document, *_), ids in zip(batch, encoded):
         out = tokens.setdefault(split, [])
         out.append(np.asarray(ids, dtype=_dtype))
-        if ends:
+        if ends_document:
             out.append(np.array([_separator], dtype=_dtype))
-    return {split: np.concatenate(arrays) for split, arrays in tokens.items()}
+        ends.setdefault(split, []).append((len(ids) + ends_document, byte_length(text)))
+    return {split: (np.concatenate(arrays), np.cumsum(ends[split], axis=0)) for split, arrays in tokens.items()}
+
+
+def byte_length(text):
+    return len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode(errors="replace"))
 
 
 def serve(pipe, state):
@@ -124,25 +132,30 @@ class Writer:
 
     def __init__(self, folder, split, dtype, shard_tokens):
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, np.dtype(dtype), shard_tokens
-        self.counts, self.file = [], None
+        self.counts, self.bytes, self.file = [], [], None
 
     def name(self, i, suffix=""):
         return self.folder / f"{self.split}_{i:06d}.bin{suffix}"
 
-    def write(self, tokens):
-        while len(tokens):
+    def write(self, tokens, ends):
+        """ends: see encode_batch. A text that two shards share counts in both, in proportion to its tokens there."""
+        done = 0
+        bytes_until = lambda count: round(np.interp(count, np.append(0, ends[:, 0]), np.append(0, ends[:, 1])))
+        while done < len(tokens):
             if self.file is None or self.counts[-1] == self.shard_tokens:
                 self.next_shard()
-            part = tokens[:self.shard_tokens - self.counts[-1]]
+            part = tokens[done:done + self.shard_tokens - self.counts[-1]]
             part.astype(self.dtype.newbyteorder("<")).tofile(self.file)
             self.counts[-1] += len(part)
-            tokens = tokens[len(part):]
+            self.bytes[-1] += bytes_until(done + len(part)) - bytes_until(done)
+            done += len(part)
 
     def next_shard(self):
         self.close()
         self.file = open(self.name(len(self.counts), ".tmp"), "wb")
         self.file.write(bytes(1024))
         self.counts.append(0)
+        self.bytes.append(0)
 
     def close(self):
         """The header, now that the count is known."""
@@ -166,6 +179,7 @@ class Writer:
                 self.file.seek(0, os.SEEK_END)
                 shutil.copyfileobj(short, self.file)
                 self.counts[-2:] = [self.counts[-2] + self.counts[-1]]
+                self.bytes[-2:] = [self.bytes[-2] + self.bytes[-1]]
                 self.close()
             last.unlink()
 
@@ -176,7 +190,7 @@ class Writer:
     def discard(self):
         if self.file:
             self.file.close()
-        self.file, self.counts = None, []
+        self.file, self.counts, self.bytes = None, [], []
         for path in self.folder.glob(f"{self.split}_*.bin.tmp"):
             path.unlink()
 
@@ -250,24 +264,36 @@ class Preparation:
                     for piece in read_text(path, begin, end, None, self.tokenizer.wants_str))
         return read_text(path, 0, self.sizes[path], options.document_separator, self.tokenizer.wants_str)
 
+    def whole_documents(self, pieces):
+        """The pieces of a document put together again, for a tokenizer that a cut anywhere would change."""
+        if not self.tokenizer.whole_documents:
+            yield from pieces
+            return
+        held = []
+        for text, ends, position in pieces:
+            held.append(text)
+            if ends:
+                yield "".join(held), ends, position
+                held = []
+
     def split_of(self, index, forced):
         if self.cut:
             return ("train", "val")[index]
         return forced.get(index) or ("val" if score(self.options.seed, index) < self.options.val_fraction else "train")
 
     def batches(self, progress, forced):
-        """Batches of (split, text, ends_document). Blank documents are left out."""
+        """Batches for encode_batch. Blank documents are left out."""
         self.documents, self.bytes, self.blank = collections.Counter(), collections.Counter(), 0
         batch, size, index, started, before = [], 0, 0, False, 0
         for path in self.options.inputs:
-            for text, ends, position in self.pieces(path):
+            for text, ends, position in self.whole_documents(self.pieces(path)):
                 progress.show(before + position)
                 if ends and not started and not text.strip():
                     self.blank += 1
                     continue
                 split = self.split_of(index, forced)
-                length = len(text) if isinstance(text, bytes) or text.isascii() else len(text.encode(errors="replace"))
-                batch.append((split, text if isinstance(text, bytes) else unpaired(text), ends))
+                length = byte_length(text)
+                batch.append((split, text if isinstance(text, bytes) else unpaired(text), ends) + (True,) * started)
                 self.bytes[split] += length
                 size, started = size + length, not ends
                 if ends:
@@ -286,8 +312,8 @@ class Preparation:
         state = (self.tokenizer, self.separator, self.dtype)
         workers = max(1, min(self.options.workers, -(-sum(self.sizes.values()) // BATCH)))
         for arrays in ordered_map(self.batches(progress, forced), workers, state):
-            for split, tokens in arrays.items():
-                writers[split].write(tokens)
+            for split, (tokens, ends) in arrays.items():
+                writers[split].write(tokens, ends)
         self.check_split(writers, forced)
 
     def check_split(self, writers, forced):
@@ -325,7 +351,7 @@ class Preparation:
         row("bytes per token", {split: f"{self.bytes[split] / counts[split]:.4f}" for split in splits})
         print(f"files           {folder}/: " + ", ".join(
             file_range(split, len(writers[split].counts)) for split in splits) + f" ({np.dtype(self.dtype).name})"
-            + (", tokenizer.json" if self.tokenizer.json_path else ""))
+            + ", dataset.json" + (", tokenizer.json" if self.tokenizer.json_path else ""))
         print(f"\n[model]\nvocab_size = {self.vocab_size}\n\n[data]")
         for split in splits:
             print(f"{split} = {folder}/{split}_*.bin")
@@ -360,16 +386,21 @@ def parse(arguments):
     parser.error = fail
     add = parser.add_argument
     add("inputs", nargs="+", metavar="INPUT", help=".jsonl or .ndjson, .parquet; anything else is text")
-    add("--tokenizer", required=True, metavar="bytes|gpt2|llama3|FILE",
-        help="FILE: a Hugging Face tokenizer.json, or a tiktoken rank file (.tiktoken, Llama 3's tokenizer.model)")
+    add("--tokenizer", required=True, metavar="bytes|gpt2|llama3|FILE|FOLDER",
+        help="FILE: a Hugging Face tokenizer.json, Mistral's tekken.json, or a tiktoken rank file (.tiktoken, Llama 3's "
+             "tokenizer.model); FOLDER: a Hugging Face model's")
     add("--out", required=True, type=Path, metavar="FOLDER", help="where the shards go")
-    add("--pattern", choices=PATTERNS, help="how a rank file's encoding cuts words (default: by its size, if known)")
+    add("--pattern", metavar="NAME|REGEX",
+        help=f"how a rank file's encoding cuts words (default: by its size, if known): {', '.join(NAMED)}, or a regular "
+             "expression of its own")
     add("--format", choices=("auto", "text", "jsonl", "parquet"), default="auto", help="of the inputs (default: by suffix)")
     add("--field", default="text", metavar="NAME", help="JSONL field or parquet column (default: text)")
     add("--document-separator", metavar="REGEX",
         help="what parts the documents of a text file: blank-lines, lines, or a regular expression, whose match is "
              "dropped (default: a file is one document)")
-    add("--separator", type=int, metavar="ID", help="token that ends a document (default: the end-of-text token)")
+    add("--separator", type=int, metavar="ID",
+        help="token that ends a document (default: the eos_token of a tokenizer_config.json beside the tokenizer, or its "
+             "token with a known name: <|endoftext|>, </s>, ...)")
     add("--val-fraction", type=float, default=0.05, metavar="X",
         help="share of the documents for validation, chosen by a hash of seed and index; of a single whole text, its "
              "last part; 0: none (default: 0.05)")
@@ -414,8 +445,22 @@ def write_tokenizer(tokenizer, folder):
     if tokenizer.json is not None:
         tokenizer.json_path = folder / "tokenizer.json"
         partial = folder / "tokenizer.json.tmp"
-        partial.write_text(tokenizer.json, encoding="utf-8")
+        partial.write_text(tokenizer.json, encoding="utf-8", newline="")
         os.replace(partial, tokenizer.json_path)
+
+
+def write_dataset(run, folder, writers):
+    """dataset.json: what made these shards. tokenizer_sha256 is that of tokenizer.json, null for bytes; separator the id
+    that ends a document; bytes the UTF-8 bytes of text in a shard."""
+    tokenizer, path = run.tokenizer, run.tokenizer.json_path
+    shards = {writer.name(i).name: {"tokens": count, "bytes": length} for writer in writers.values()
+              for i, (count, length) in enumerate(zip(writer.counts, writer.bytes))}
+    content = {"tokenizer": path.name if path else "bytes",
+               "tokenizer_sha256": hashlib.sha256(tokenizer.json.encode()).hexdigest() if path else None,
+               "vocab_size": run.vocab_size, "separator": run.separator, "shards": shards}
+    partial = folder / "dataset.json.tmp"
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8", newline="\n")
+    os.replace(partial, folder / "dataset.json")
 
 
 def prepare(arguments):
@@ -429,6 +474,7 @@ def prepare(arguments):
         for writer in writers.values():
             writer.finish()
         write_tokenizer(tokenizer, options.out)
+        write_dataset(run, options.out, writers)
         for old in existing_shards(options.out):
             old.unlink()
         for writer in writers.values():

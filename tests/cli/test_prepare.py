@@ -139,7 +139,7 @@ class Shards(Case):
             self.assertEqual((magic, version), (20240520, 1))
             want = [list(text.encode()) for i, text in enumerate(texts) if expected_split(i) == split]
             self.same(documents(tokens, 256), want)
-        self.assertEqual(sorted(path.name for path in self.out.iterdir()), ["train_000000.bin", "val_000000.bin"])
+        self.assertEqual(sorted(path.name for path in self.out.iterdir()), ["dataset.json", "train_000000.bin", "val_000000.bin"])
         for line in ("vocab_size = 257", f"train = {self.out}/train_*.bin", f"val = {self.out}/val_*.bin", "tokenizer = bytes"):
             self.assertIn(line, printed.splitlines())
 
