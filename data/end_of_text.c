@@ -9,11 +9,19 @@
 
 #include "data/tokenizer_internal.h"
 
-// clang-format off
+/* In the order they are looked for. The same list as END_OF_TEXT in prepare_tokenizers.py, which a test compares. */
 const char *const end_of_text_names[] = {
-#include "data/end_of_text_names.h"
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|end▁of▁sentence|>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+    "<eos>",
+    "<|eos|>",
+    "[EOS]",
+    "<EOS>",
+    "<EOT>",
 };
-// clang-format on
 const int end_of_text_name_count = sizeof end_of_text_names / sizeof *end_of_text_names;
 
 bool end_ids_has(const struct end_ids *ends, int32_t id) {

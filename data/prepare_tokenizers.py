@@ -14,8 +14,9 @@ import numpy as np
 
 from user_error import UserError
 
-# One list for both sides: data/tokenizer_json.c includes this file.
-END_OF_TEXT = re.findall(r'^"(.*)",$', (Path(__file__).parent / "end_of_text_names.h").read_text(encoding="utf-8"), re.M)
+# In the order they are looked for; the same list as end_of_text_names in end_of_text.c.
+END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<｜end▁of▁sentence｜>", "</s>",
+               "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<EOT>")
 
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"

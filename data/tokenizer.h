@@ -30,7 +30,7 @@ void tokenizer_close(struct tokenizer *t);
 int64_t tokenizer_size(const struct tokenizer *t);
 
 /* The id that ends a document, or -1: 256 for bytes; of a file, the eos_token of the tokenizer_config.json beside
- * it, or the first known name (end_of_text_names.h). */
+ * it, or the first known name (end_of_text.c). */
 int32_t tokenizer_end_of_text(const struct tokenizer *t);
 
 /* The ids at which generation stops: that one, and those of a generation_config.json beside the file. */

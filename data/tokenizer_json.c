@@ -405,7 +405,7 @@ static int32_t id_of_name(const struct loader *l, const char *name) {
 }
 
 /* The rule that data/prepare_tokenizers.py follows too: the eos_token of a tokenizer_config.json beside the
- * file; or the first of end_of_text_names.h that is an added token, or else an ordinary one. */
+ * file; or the first of end_of_text.c that is an added token, or else an ordinary one. */
 static int find_end_of_text(struct loader *l) {
     char *name = NULL;
     int32_t end = -1;

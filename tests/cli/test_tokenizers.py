@@ -15,6 +15,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -150,6 +151,11 @@ class EndOfText(Case):
 
     def test_the_order_of_the_list(self):
         self.assertEqual(self.both_sides(byte_vocabulary([], ["</s>", "<|endoftext|>"])), 257)
+
+    def test_one_list_of_names(self):
+        source = (ROOT / "data" / "end_of_text.c").read_text(encoding="utf-8")
+        listed = re.search(r"end_of_text_names\[\] = \{(.*?)\};", source, re.S)[1]
+        self.assertEqual(tuple(re.findall(r'"([^"]+)"', listed)), prepare_tokenizers.END_OF_TEXT)
 
     def test_every_known_name(self):
         for name in prepare_tokenizers.END_OF_TEXT:
