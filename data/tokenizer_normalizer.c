@@ -237,7 +237,8 @@ int normalize_text(const struct tokenizer *t, const char *bytes, size_t length, 
     *out = (struct text){0};
     for (int i = 0; i < t->step_count; i++) {
         *out = (struct text){0};
-        int rc = text_append(out, "", 0) || run_step(t, &t->steps[i], &in, out, moved, e);
+        int rc = text_append(out, "", 0) ? fail_run(e, "out of memory for %zu bytes of text", in.length)
+                                         : run_step(t, &t->steps[i], &in, out, moved, e);
         if (i > 0)
             free(in.bytes);
         if (rc) {
