@@ -9,7 +9,8 @@
 
 #include "data/tokenizer_internal.h"
 
-/* In the order they are looked for. The same list as END_OF_TEXT in prepare_tokenizers.py, which a test compares. */
+/* In the order they are looked for. The same list as END_OF_TEXT in prepare_tokenizers.py, which a test
+ * compares. */
 const char *const end_of_text_names[] = {
     "<|endoftext|>",
     "<|end_of_text|>",

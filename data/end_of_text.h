@@ -17,8 +17,8 @@ struct end_ids {
 void end_ids_add(struct end_ids *ends, int32_t id); /* once; beyond MAX_END_IDS it is left out */
 bool end_ids_has(const struct end_ids *ends, int32_t id);
 
-/* Adds the eos_token_id, one or a list, of the generation_config.json in `folder`. A file that is not there is no
- * error; one that is damaged, or names an id of no token, is (EXIT_USER). */
+/* Adds the eos_token_id, one or a list, of the generation_config.json in `folder`. A file that is not there
+ * is no error; one that is damaged, or names an id of no token, is (EXIT_USER). */
 int read_generation_config(const char *folder, int64_t vocab_size, struct end_ids *ends, struct error *e);
 
 /* The content of a generation_config.json with these ids, malloc'd; NULL: no memory. */

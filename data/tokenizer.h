@@ -1,12 +1,13 @@
 /* Text to tokens and back: the byte tokenizer, or a Hugging Face tokenizer.json.
  *
  * Bytes: ids 0-255 are bytes, 256 ends a document.
- * tokenizer.json: BPE, byte-level (GPT-2, Llama 3, Qwen, ...) or SentencePiece's (Llama 2, Mistral, Gemma),
- * encodes and decodes exactly as the tokenizers library does with add_special_tokens=False: the post-processor
- * is not applied, so no BOS or EOS is added, and no merge is dropped, whatever "dropout" says. Bytes that are
- * not UTF-8 are encoded too, each by its own token where there is one. Other models (Unigram, WordPiece)
- * decode only, and encoding says so; so do steps and patterns that are not supported. A decoder that would need
- * a whole sequence at once is refused.
+ *
+ * tokenizer.json: a BPE model, byte-level (GPT-2, Llama 3, Qwen) or SentencePiece's (Llama 2, Mistral,
+ * Gemma), encodes and decodes exactly as the tokenizers library does with add_special_tokens=False. No BOS or
+ * EOS is added, since the post-processor is not applied; "dropout" is ignored. Bytes that are not UTF-8 are
+ * encoded too, each by its own token where there is one. Other models (Unigram, WordPiece), and files with
+ * steps or patterns that are not supported, decode only: encoding fails with the reason. A decoder that needs
+ * the whole sequence at once is refused.
  *
  * A tokenizer does not change once open: threads may share it. */
 #ifndef IHA_DATA_TOKENIZER_H
@@ -29,8 +30,8 @@ void tokenizer_close(struct tokenizer *t);
 /* The highest id the tokenizer itself knows, plus one (257 for bytes): the smallest vocab_size for it. */
 int64_t tokenizer_size(const struct tokenizer *t);
 
-/* The id that ends a document, or -1: 256 for bytes; of a file, the eos_token of the tokenizer_config.json beside
- * it, or the first known name (end_of_text.c). */
+/* The id that ends a document, or -1: 256 for bytes; of a file, the eos_token of the tokenizer_config.json
+ * beside it, or the first known name (end_of_text.c). */
 int32_t tokenizer_end_of_text(const struct tokenizer *t);
 
 /* The ids at which generation stops: that one, and those of a generation_config.json beside the file. */
@@ -46,8 +47,8 @@ int64_t tokenizer_encode(const struct tokenizer *t, const char *text, size_t len
  * tokenizer's 256 and ids beyond the vocabulary). Owned by the tokenizer. */
 const char *tokenizer_decode(const struct tokenizer *t, int32_t id, size_t *length);
 
-/* The same in its place in a sequence: concatenating what these return for each token decodes the sequence (some
- * decoders drop the first space, or the last). *d is zeroed before the first token. */
+/* The same in its place in a sequence: concatenating what these return for each token decodes the sequence
+ * (some decoders drop the first space, or the last). *d is zeroed before the first token. */
 struct decoding {
     bool begun, space;
     int stripped;

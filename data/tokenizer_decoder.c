@@ -3,7 +3,7 @@
  * The library runs a decoder over a whole sequence; generation writes tokens as they come. So each step is
  * applied to every token once, when the file is read, in two forms: at the start of a sequence and after
  * another token. What still depends on the sequence is small enough to keep while writing: a space that comes
- * only before a next token, and spaces stripped from the front. Decoders for which that does not do are refused.
+ * only before a next token, and spaces stripped from the front. Other decoders are refused.
  *
  * One difference stays: bytes that are no UTF-8 come out as they are, where the library writes U+FFFD. */
 #define _GNU_SOURCE /* memmem */

@@ -95,11 +95,12 @@ int append_lower(struct text *out, const char *bytes, size_t length);
 
 enum { REGEX_MESSAGE = 200 };
 
-/* A pattern of the file, rewritten for PCRE2. NULL when it has something that the library may read otherwise, or
- * does not compile: then the message, which continues "its pattern ". The code points it names go to *named. */
+/* A pattern of the file, rewritten for PCRE2. NULL when it has something that the library may read otherwise,
+ * or does not compile: then the message, which continues "its pattern ". The code points it names go to
+ * *named. */
 pcre2_code *regex_compile(const char *pattern, struct code_ranges *named, char message[REGEX_MESSAGE]);
 pcre2_code *regex_compile_literal(const char *text, struct code_ranges *named, char message[REGEX_MESSAGE]);
-pcre2_code *regex_compile_own(const char *pattern, char message[REGEX_MESSAGE]); /* in PCRE2's own syntax */
+pcre2_code *regex_compile_pcre2(const char *pattern, char message[REGEX_MESSAGE]); /* in PCRE2's own syntax */
 
 /* The next match at or after `from`: 1 found, 0 none, -1 an error, which names the pattern as `what`. */
 int regex_match(const pcre2_code *regex, const char *text, size_t length, size_t from,
@@ -219,7 +220,7 @@ int tokenizer_load_json(struct tokenizer *t, const char *path, int64_t vocab_siz
 int normalizer_load(struct tokenizer *t, const struct cJSON *node, const char *path, struct error *e);
 void normalizer_free(struct tokenizer *t);
 
-/* The text after every step, to be freed by the caller; *moved when its start is not the start of the text. */
+/* The text after every step, to be freed by the caller; *moved when its start is not the text's. */
 int normalize_text(const struct tokenizer *t, const char *bytes, size_t length, struct text *out, bool *moved,
                    struct error *e);
 
@@ -230,7 +231,7 @@ int prepend_scheme_load(const struct cJSON *node, enum prepend_scheme *scheme, c
 int pre_tokenizer_load(struct tokenizer *t, const struct cJSON *node, const char *path, struct error *e);
 void pre_tokenizer_free(struct tokenizer *t);
 
-/* tokenizer_bpe.c: reads the BPE "model"; vocab maps the text of its tokens, as the file writes it, to ids. */
+/* tokenizer_bpe.c: reads the BPE "model"; vocab maps the text of its tokens, as in the file, to ids. */
 int bpe_load(struct tokenizer *t, const struct cJSON *model, const struct string_map *vocab, const char *path,
              struct error *e);
 void bpe_free(struct bpe *bpe);
@@ -245,14 +246,14 @@ int token_decoder_text(const struct decoder_steps *steps, const char *token, boo
 bool token_decoder_knows_begin(const struct decoder_steps *steps); /* may text at the start be another? */
 void token_decoder_free(struct decoder_steps *steps);
 
-/* tokenizer_alphabet.c. byte_character fills out with the UTF-8 of one byte's character and returns its length;
- * bytes_of_token undoes it for a whole token, returning the number of bytes, or -1 when a character is none of
- * the 256 (out, which may be NULL, then holds nothing of use). */
+/* tokenizer_alphabet.c. byte_character fills out with the UTF-8 of one byte's character and returns its
+ * length; bytes_of_token undoes it for a whole token, returning the number of bytes, or -1 when a character
+ * is none of the 256 (out, which may be NULL, then holds nothing of use). */
 int byte_character(unsigned char byte, char out[3]);
 int64_t bytes_of_token(const char *token, size_t length, char *out);
 
-/* end_of_text.c. The eos_token of a tokenizer_config.json beside the file `path`, malloc'd, or NULL; and the end
- * ids of a generation_config.json beside it. */
+/* end_of_text.c. The eos_token of a tokenizer_config.json beside the file `path`, malloc'd, or NULL; and the
+ * end ids of a generation_config.json beside it. */
 extern const char *const end_of_text_names[];
 extern const int end_of_text_name_count;
 int read_eos_token(const char *path, char **name, struct error *e);

@@ -41,9 +41,9 @@ static int add_regex(struct tokenizer *t, pcre2_code *regex, const char *message
     return 0;
 }
 
-static int add_own(struct tokenizer *t, const char *pattern, enum split_behavior behavior, bool invert) {
+static int add_pcre2(struct tokenizer *t, const char *pattern, enum split_behavior behavior, bool invert) {
     char message[REGEX_MESSAGE] = "";
-    return add_regex(t, regex_compile_own(pattern, message), message, behavior, invert);
+    return add_regex(t, regex_compile_pcre2(pattern, message), message, behavior, invert);
 }
 
 static int add_literal(struct tokenizer *t, const char *text, enum split_behavior behavior, bool invert) {
@@ -66,7 +66,7 @@ static int load_byte_level(struct tokenizer *t, const cJSON *node, const char *p
     struct stage *stage = prefix ? add_stage(t) : NULL;
     if (stage)
         stage->kind = STAGE_SPACE;
-    return regex ? add_own(t, GPT2_PATTERN, SPLIT_ISOLATED, false) : 0;
+    return regex ? add_pcre2(t, GPT2_PATTERN, SPLIT_ISOLATED, false) : 0;
 }
 
 static int load_behavior(const cJSON *node, enum split_behavior *out, const char *path, struct error *e) {
@@ -111,7 +111,7 @@ static int load_digits(struct tokenizer *t, const cJSON *node, const char *path,
     bool individual = false;
     if (json_bool(node, "individual_digits", false, &individual, path, e))
         return -1;
-    return add_own(t, "\\p{N}", individual ? SPLIT_ISOLATED : SPLIT_CONTIGUOUS, false);
+    return add_pcre2(t, "\\p{N}", individual ? SPLIT_ISOLATED : SPLIT_CONTIGUOUS, false);
 }
 
 /* One character of the file's, as UTF-8. */
@@ -194,9 +194,9 @@ static int load_node(struct tokenizer *t, const cJSON *node, const char *path, s
     if (strcmp(type, "Metaspace") == 0)
         return load_metaspace(t, node, path, e);
     if (strcmp(type, "Whitespace") == 0)
-        return add_own(t, "[" WORD_CHARACTERS "]+|[^\\s" WORD_CHARACTERS "]+", SPLIT_REMOVED, true);
+        return add_pcre2(t, "[" WORD_CHARACTERS "]+|[^\\s" WORD_CHARACTERS "]+", SPLIT_REMOVED, true);
     if (strcmp(type, "WhitespaceSplit") == 0)
-        return add_own(t, "\\s", SPLIT_REMOVED, false);
+        return add_pcre2(t, "\\s", SPLIT_REMOVED, false);
     if (strcmp(type, "CharDelimiterSplit") == 0)
         return load_delimiter(t, node, path, e);
     return refuse_to_encode(t, "its pre-tokenizer has a step of a type that is not supported, %.40s", type);
@@ -206,7 +206,7 @@ int pre_tokenizer_load(struct tokenizer *t, const cJSON *node, const char *path,
     char message[REGEX_MESSAGE];
     if (node && load_node(t, node, path, e))
         return -1;
-    t->word = regex_compile_own("[" WORD_CHARACTERS "]", message);
+    t->word = regex_compile_pcre2("[" WORD_CHARACTERS "]", message);
     if (!t->word)
         return fail_run(e, "%s: the pattern of word characters %s", path, message);
     return 0;

@@ -49,7 +49,7 @@ static void name_range(struct translator *t, uint32_t first, uint32_t last) {
 
 /* ---- escapes ---- */
 
-/* Categories and scripts, with the names that Oniguruma has for them in lower case; PCRE2's where it differs. */
+/* Categories and scripts, with the names that Oniguruma has for them in lower case, and PCRE2's. */
 static const struct property {
     const char *name, *pcre2;
 } properties[] = {
@@ -145,8 +145,8 @@ static const char *find_property(const char *name) {
     return NULL;
 }
 
-/* \p{...} (p stands on its backslash). Where case is ignored, a class with letters or marks in it would grow by
- * what the library folds into them. Returns the end, or NULL. */
+/* \p{...} (p stands on its backslash). Where case is ignored, a class with letters or marks in it would grow
+ * by what the library folds into them. Returns the end, or NULL. */
 static const char *translate_property(struct translator *t, const char *p, bool in_class) {
     bool negated = p[1] == 'P';
     char name[32];
@@ -465,7 +465,7 @@ pcre2_code *regex_compile_literal(const char *text, struct code_ranges *named, c
     return compile(text, PCRE2_LITERAL, message);
 }
 
-pcre2_code *regex_compile_own(const char *pattern, char message[REGEX_MESSAGE]) {
+pcre2_code *regex_compile_pcre2(const char *pattern, char message[REGEX_MESSAGE]) {
     return compile(pattern, PCRE2_UCP, message);
 }
 

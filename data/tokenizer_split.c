@@ -79,8 +79,8 @@ static bool at_start(const struct encoding *x, struct slice text) {
 }
 
 /* A text that a step has rewritten goes on to `next`, cleaned for regular expressions. */
-static int go_on(struct encoding *x, const struct text *text, bool starts,
-                 int (*next)(struct encoding *x, int k, struct slice text), int k) {
+static int continue_with(struct encoding *x, const struct text *text, bool starts,
+                         int (*next)(struct encoding *x, int k, struct slice text), int k) {
     const char *before = x->start;
     char *clean;
     if (text->length == 0)
@@ -102,7 +102,7 @@ static int normalize_rest(struct encoding *x, struct slice text) {
         return split_at_added(x, 1, text);
     if (normalize_text(x->t, text.bytes, text.length, &normal, &moved, x->e))
         return -1;
-    int rc = go_on(x, &normal, at_start(x, text) && !moved, split_at_added, 1);
+    int rc = continue_with(x, &normal, at_start(x, text) && !moved, split_at_added, 1);
     free(normal.bytes);
     return rc;
 }
@@ -204,7 +204,7 @@ static int run_metaspace(struct encoding *x, int k, struct slice text) {
     struct text out = {0};
     int rc = write_metaspace(&x->t->stages[k], text, at_start(x, text), &out)
                  ? fail_run(x->e, "out of memory for %zu bytes of text", text.length)
-                 : go_on(x, &out, at_start(x, text), cut_at_replacements, k);
+                 : continue_with(x, &out, at_start(x, text), cut_at_replacements, k);
     free(out.bytes);
     return rc;
 }

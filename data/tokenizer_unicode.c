@@ -1,8 +1,8 @@
 /* Unicode as the tokenizers library knows it, whatever versions of PCRE2 and utf8proc are installed: UTF-8,
  * categories, normal forms, lower case.
  *
- * The library carries its own tables: Unicode 16 in its regular expressions, 9 in its normal forms, the newest
- * for lower case. The differences stand in tokenizer_unicode_tables.h. */
+ * The library carries its own tables: Unicode 16 in its regular expressions, 9 in its normal forms, the
+ * newest for lower case. The differences stand in tokenizer_unicode_tables.h. */
 #include "data/tokenizer_internal.h"
 
 #include <stdlib.h>
@@ -12,7 +12,7 @@
 struct range {
     uint32_t first, last;
 };
-struct stand_in {
+struct substitute {
     uint32_t first, last, code;
 };
 struct lower_range {
@@ -95,18 +95,18 @@ size_t start_of_spaces_before(const char *text, size_t limit, size_t end) {
 /* ---- what a regular expression sees ---- */
 
 /* PCRE2's \s counts U+180E as a space, as Unicode did until 6.3; U+2060 is another format character. */
-static uint32_t stand_in_of(uint32_t code) {
-    size_t low = 0, high = COUNT(stand_ins);
+static uint32_t substitute_of(uint32_t code) {
+    size_t low = 0, high = COUNT(substitutes);
     if (code == 0x180e)
         return 0x2060;
     while (low < high) {
         size_t middle = (low + high) / 2;
-        if (code > stand_ins[middle].last)
+        if (code > substitutes[middle].last)
             low = middle + 1;
-        else if (code < stand_ins[middle].first)
+        else if (code < substitutes[middle].first)
             high = middle;
         else
-            return stand_ins[middle].code;
+            return substitutes[middle].code;
     }
     return code;
 }
@@ -122,10 +122,10 @@ static bool named_alike(const struct code_ranges *named, uint32_t a, uint32_t b)
 
 /* The code point that a pattern is shown: one of the category that the library has for it, as long in UTF-8.
  * Not where the pattern itself names code points and would tell the two apart. */
-static uint32_t shown_code(const struct code_ranges *named, uint32_t code) {
-    if (!(stand_in_blocks[code >> 13] >> (code >> 8 & 31) & 1)) /* most text */
+static uint32_t code_for_regex(const struct code_ranges *named, uint32_t code) {
+    if (!(substitute_blocks[code >> 13] >> (code >> 8 & 31) & 1)) /* most text */
         return code;
-    uint32_t other = stand_in_of(code);
+    uint32_t other = substitute_of(code);
     return other == code || named_alike(named, code, other) ? other : code;
 }
 
@@ -137,7 +137,7 @@ int clean_text(const struct code_ranges *named, const char *text, size_t length,
         if ((unsigned char)text[i] < 0x80)
             continue;
         uint32_t code = utf8_next(text + i, length - i, &used);
-        uint32_t shown = code == UINT32_MAX ? 1 : shown_code(named, code);
+        uint32_t shown = code == UINT32_MAX ? 1 : code_for_regex(named, code);
         if (shown == code)
             continue;
         if (!*clean) {
@@ -178,7 +178,7 @@ static int append_normal(struct text *out, const char *bytes, size_t length, int
     return rc;
 }
 
-/* Code points below this are in every one of these forms as they are, and combine with nothing before them. */
+/* Code points below this stay as they are in this form, and do not combine with what precedes. */
 static uint32_t settled_below(enum normal_form form) {
     return form == FORM_NFC ? 0x300 : 0x80;
 }

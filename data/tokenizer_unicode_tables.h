@@ -2,7 +2,7 @@
 
 // clang-format off
 /* first, last, what a regular expression sees instead */
-static const struct stand_in stand_ins[] = {
+static const struct substitute substitutes[] = {
     {0x295, 0x295, 0xdf},
     {0x558, 0x558, 0x378},
     {0x58b, 0x58c, 0x378},
@@ -216,8 +216,8 @@ static const struct stand_in stand_ins[] = {
     {0x3d000, 0x3fc3f, 0x1fffe},
 };
 
-/* a bit for each 256 code points that have a stand-in among them */
-static const uint32_t stand_in_blocks[] = {
+/* a bit for each 256 code points that have a substitute among them */
+static const uint32_t substitute_blocks[] = {
     0x1d005924, 0x2c811, 0x0, 0x0, 0x0, 0x880, 0x0, 0x28000000,
     0xa8cc62a0, 0xfff00070, 0xf, 0xe002, 0x3f080, 0x20000, 0x88467000, 0xdc20071,
     0x0, 0x0, 0x0, 0x0, 0x0, 0x1800000, 0x4000, 0x7800,

@@ -33,8 +33,8 @@ def size(code):
     return len(chr(code).encode())
 
 
-def stand_ins():
-    """(first, last, stand-in): code points that the library puts into another category than some PCRE2 may, and
+def substitutes():
+    """(first, last, substitute): code points that the library puts into another category than some PCRE2 may, and
     one of the library's category (and script, if patterns can name it) that has always been there."""
     category, script = by_name(CATEGORIES), by_name(SCRIPTS)
     settled = [c for c in ALL if category[c] == old.category(chr(c)) == new.category(chr(c)) and c >= 0x80]
@@ -48,11 +48,11 @@ def stand_ins():
     for c in sorted(set(ALL) - set(settled) - set(range(0x80))):
         key = size(c), category[c], script.get(c)
         # Of a script whose older members lack this category, any of the category will do.
-        stand_in = spare.get(key) or spare[size(c), category[c], None]
-        if ranges and ranges[-1][1] == c - 1 and ranges[-1][2] == stand_in:
+        substitute = spare.get(key) or spare[size(c), category[c], None]
+        if ranges and ranges[-1][1] == c - 1 and ranges[-1][2] == substitute:
             ranges[-1][1] = c
         else:
-            ranges.append([c, c, stand_in])
+            ranges.append([c, c, substitute])
     return ranges
 
 
@@ -113,17 +113,17 @@ def blocks(ranges):
     for first, last, _ in ranges + [[0x180E, 0x180E, 0]]:
         for block in range(first >> 8, (last >> 8) + 1):
             words[block >> 5] |= 1 << (block & 31)
-    return ("/* a bit for each 256 code points that have a stand-in among them */\n"
-            "static const uint32_t stand_in_blocks[] = {\n"
+    return ("/* a bit for each 256 code points that have a substitute among them */\n"
+            "static const uint32_t substitute_blocks[] = {\n"
             + "".join("    " + " ".join(f"{word:#x}," for word in words[i:i + 8]) + "\n" for i in range(0, len(words), 8)) + "};\n")
 
 
 def main():
     hexes = lambda row: [f"{value:#x}" for value in row]
-    ranges = stand_ins()
+    ranges = substitutes()
     OUT.write_text(
         "/* Made by tests/reference/make_unicode_tables.py; included by tokenizer_unicode.c. */\n\n// clang-format off\n"
-        + table("stand_in", "stand_ins", "first, last, what a regular expression sees instead", ranges, hexes) + "\n"
+        + table("substitute", "substitutes", "first, last, what a regular expression sees instead", ranges, hexes) + "\n"
         + blocks(ranges) + "\n"
         + table("range", "inert_ranges", "first, last: left alone by normalization", inert(), hexes) + "\n"
         + table("lower_range", "lower_ranges", "first, last, distance to the lower-case form", lower(),

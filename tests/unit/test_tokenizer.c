@@ -1,6 +1,6 @@
 /* Tokenizers: C encodes what the tokenizers library encodes (tests/golden/tokenizer_*.json, made by
- * tests/reference/make_tokenizer_cases.py), any bytes at all come back from decoding, and models of other kinds decode.
- */
+ * tests/reference/make_tokenizer_cases.py), any bytes at all come back from decoding, and models of other
+ * kinds decode. */
 #include "tests/lib/tokenizer_fixture.h"
 
 /* ---- against the library ---- */
