@@ -267,14 +267,14 @@ class Profile(EmulatorRanksCase):
                 events = self.check_time_line(run, 2)
                 total = self.check_table(run)
                 outer = sum(e["dur"] for e in events if e["name"] in ("forward", "backward", "update"))
-                self.assertAlmostEqual(total * 2 * 1e3, outer, delta=0.02 * outer + 5)  # the table's time is theirs
-                self.assertEqual(run.text.count("all of a step"), 1)  # rank 0 speaks
+                self.assertAlmostEqual(total * 2 * 1e3, outer, delta=0.02 * outer + 5)  # the table's time is that of these ranges
+                self.assertEqual(run.text.count("all of a step"), 1)  # only rank 0 prints it
 
     def test_refusals(self):
         says = {"train: --profile needs a value": (["--profile"],),
-                "--profile needs the number of steps to trace, 1 to 1000":
+                "not a whole number from 1 to 1000":
                     (["--profile", "0"], ["--profile", "-1"], ["--profile", "2x"], ["--profile", "1001"]),
-                "--profile 2 traces steps after 3 others, and the run has 4 left; raise train.steps": (["--profile", "2"],)}
+                "--profile 2 traces steps after 3 warm-up steps, and the run has 4 left; raise train.steps": (["--profile", "2"],)}
         for message, cases in says.items():
             for case in cases:
                 run = self.on(1, ONE_PASS, *case, code=2)
