@@ -2,8 +2,8 @@
  * are kernels/cpu/, kernels/cuda/ and, to estimate speed and memory, kernels/estimate/.
  *
  * The operations themselves, with shapes and equations, are listed in kernels/ops.def. They are cut where a
- * GPU would fuse them, each with its backward beside it. They know nothing of transformers: they take views
- * of memory and a `*_spec` that holds the sizes and choices they were planned with. Rules for every backend:
+ * GPU would fuse them, each with its backward beside it. They do not depend on a model: they take views of
+ * memory and a `*_spec` that holds the sizes and choices they were planned with. Rules for every backend:
  *  - plan() is called once for each distinct spec, before the first use: it says how many bytes the operation
  *    saves for its backward and how much scratch it needs, and builds library plans. After that nothing
  *    allocates. The layout of `saved` is private to the backend.
@@ -175,8 +175,8 @@ struct kernels {
      * is host memory. A new one is closed before the device and `ranks`. All ranks call this at the same
      * time. NULL and *e when `how` is not possible. */
     struct comm *(*open_comm)(struct device *dev, struct comm *ranks, enum comm_backend how, struct error *e);
-    /* Bytes of device memory that the communicator's reserve() allocates for buffers of `elements` elements.
-     * */
+    /* Bytes of device memory that the communicator's reserve() allocates for buffers of `elements`
+     * elements. */
     size_t (*staging_bytes)(struct device *dev, int64_t elements, int ranks, enum dtype dtype,
                             enum dtype wire);
 

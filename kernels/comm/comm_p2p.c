@@ -1,8 +1,8 @@
 /* Collectives on host memory, made of non-blocking messages between pairs of ranks.
  *
  * MPI's own collectives are not used, for three reasons: a sum in rank order does not depend on the library's
- * choice of algorithm; every byte travels once, (W-1)/W of a buffer out and in per rank, the minimum for both
- * halves of an all-reduce; and when a message does not arrive, it is known from which rank.
+ * choice of algorithm; every byte is sent once, so a rank sends and receives (W-1)/W of a buffer, the minimum
+ * for both halves of an all-reduce; and when a message does not arrive, it is known from which rank.
  *
  * Messages make progress only while the transport is called, so progress() is called between operations. */
 #include <sched.h>
@@ -16,7 +16,7 @@
 #include "kernels/rounding.h"
 
 enum {
-    DELAY_SECONDS = 5, /* for a rank that knows more about the failure to abort the run first */
+    DELAY_SECONDS = 5, /* so that a rank with a better error message aborts the run first */
     MAX_REDUCED = 8,   /* doubles in an all_reduce */
 };
 
@@ -47,7 +47,7 @@ static struct p2p *p2p_of(struct comm *c) {
 
 /* ---- aborting the run ---- */
 
-/* Print why and end every rank. */
+/* Print the reason and end every rank. */
 static void abort_run(const struct p2p *p, const char *format, ...)
     __attribute__((format(printf, 2, 3), noreturn));
 static void abort_run(const struct p2p *p, const char *format, ...) {
@@ -192,7 +192,7 @@ static void p2p_wait(struct comm *c, comm_event event) {
             wait_transfer(p, &p->transfers[i]);
 }
 
-/* A new transfer, in the place of the oldest. */
+/* A new transfer; waits for the oldest one and reuses its slot. */
 static struct transfer *new_transfer(struct p2p *p, const char *name) {
     int index = (int)(p->events % COMM_IN_FLIGHT);
     struct transfer *t = &p->transfers[index];
@@ -339,8 +339,8 @@ void comm_p2p_set_timeout(struct comm *c, double seconds) {
     p2p_of(c)->transport->timeout = seconds;
 }
 
-/* Host names of all ranks, and from them local_rank and local_ranks where the transport does not know
- * these. */
+/* Host names of all ranks, and from them local_rank and local_ranks if the transport does not provide
+ * them. */
 static void gather_hosts(struct p2p *p) {
     struct comm *c = &p->base;
     struct transport *t = p->transport;

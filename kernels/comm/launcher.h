@@ -1,8 +1,8 @@
 /* How this process was launched among others, read from the environment variables that launchers set.
  *
- * Ranks of mpirun find each other through MPI. Without MPI each process must be told its rank, the number of
- * ranks and where rank 0 listens: by torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), which
- * can also be set by hand, or by the variables of Slurm's srun. */
+ * Ranks of mpirun find each other through MPI. Without MPI each process reads its rank, the number of ranks
+ * and where rank 0 listens from torchrun's variables (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), which can
+ * also be set by hand, or from those of Slurm's srun. */
 #ifndef IHA_KERNELS_COMM_LAUNCHER_H
 #define IHA_KERNELS_COMM_LAUNCHER_H
 
@@ -24,7 +24,7 @@ struct launcher_env {
 /* ranks 1: a single process. -1 and an EXIT_USER error: the variables are incomplete or contradictory. */
 int launcher_read_env(struct launcher_env *env, struct error *e);
 
-/* Whether a launcher that MPI may know started this process. */
+/* Whether an MPI launcher (mpirun, or srun with PMI) started this process. */
 bool launcher_is_mpi(void);
 /* The number of processes that mpirun started; 0: unknown. */
 int launcher_mpi_ranks(void);

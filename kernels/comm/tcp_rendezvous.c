@@ -68,7 +68,7 @@ static void send_reply(int fd, int status) {
     tcp_send_all(fd, &reply, sizeof reply, clock_seconds() + 1);
 }
 
-/* Rank 0: tell the ranks that have connected that the run ends. */
+/* Rank 0: notify the ranks that have connected that the run ends. */
 static void send_failure(const struct tcp_rendezvous *rdzv, const struct error *e) {
     for (int r = 1; r < rdzv->env->ranks; r++)
         if (rdzv->sockets[r] >= 0)

@@ -16,7 +16,7 @@ struct tcp_rendezvous {
 
 /* Step 1: all ranks connect to rank 0, which sends each the addresses of all. A rank that rank 0 rejects ends
  * its process, because rank 0 reports the reason. -1 and *e: EXIT_USER for invalid settings, EXIT_RUN where
- * ranks are missing; rank 0 has then told the ranks that did connect. */
+ * ranks are missing; rank 0 has then notified the ranks that did connect. */
 int tcp_rendezvous_gather(struct tcp_rendezvous *rdzv, struct error *e);
 
 /* Step 2: the ranks above 0 connect to each other. -1 and an EXIT_RUN error: all ranks must end. */

@@ -7,7 +7,7 @@
  *
  * A rank that finds that the run cannot go on sends all others an ABORT message with the reason. Each rank
  * forwards it and ends. The lowest rank that can still be reached prints the reason, once for the whole run:
- * usually rank 0, on whose terminal the user looks. */
+ * usually rank 0, whose output the user sees. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <poll.h>

@@ -1,7 +1,7 @@
 /* mlp_act: the activation between the two halves of the MLP.
  *
- *   gelu_tanh  f(u) = u sigma(2z), z = sqrt(2/pi) (u + 0.044715 u^3)      (Hendrycks & Gimpel 2016; since
- *              (1 + tanh z) / 2 = sigma(2z), one exponential and one division do)
+ *   gelu_tanh  f(u) = u sigma(2z), z = sqrt(2/pi) (u + 0.044715 u^3)      (Hendrycks & Gimpel 2016;
+ *              (1 + tanh z) / 2 = sigma(2z), which takes one exponential and one division)
  *   relu2      f(u) = max(u, 0)^2
  *   swiglu     silu(gate) u, silu(g) = g sigma(g) */
 #include "kernels/cpu/cpu.h"

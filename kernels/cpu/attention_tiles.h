@@ -4,8 +4,8 @@
 
 #include "kernels/cpu/cpu.h"
 
-/* Queries and keys of a tile. 64 x 64 scores in fp32 are 16 KiB: they stay in the L1 cache, beside what they
- * are multiplied with. */
+/* Queries and keys of a tile. 64 x 64 scores in fp32 are 16 KiB: they stay in the L1 cache, together with the
+ * rows that they are multiplied with. */
 enum { TILE = 64 };
 
 /* Tiles of keys for the `rows` queries from q0: those starting at *begin, *begin + TILE, ... below *end.

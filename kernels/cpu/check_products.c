@@ -1,9 +1,9 @@
 /* A check of the library's matrix products, once, before the first step.
  *
- * A product that is wrong on some machine (a part that no thread computed, a kernel that an emulated or new
- * processor runs wrongly) would train garbage without a word. So each planned shape is computed once on small
- * integers, whose sums are exact in any order, and held against plain dot products: everywhere for parts that
- * were not written, and in every thread's part for wrong values. */
+ * On some machines a product may be wrong: a part that no thread computed, or a kernel that an emulated or
+ * new processor runs incorrectly. Training would go wrong without an error. So each planned shape is computed
+ * once on small integers, whose sums are exact in any order. All of the result is checked for elements that
+ * were not written, and samples in every thread's part are compared with plain dot products. */
 #include "kernels/cpu/cpu.h"
 
 #include <stdlib.h>

@@ -39,11 +39,11 @@ static inline void call_progress_callback(const struct device *dev) {
  * NULL. */
 size_t cpu_memory_available(struct device *dev);
 
-/* Start the team of threads that every operation and library uses: `asked`, or 0 for this rank's part of the
- * processors that affinity, CPU quota and OMP_NUM_THREADS leave. Returns its size, and in `note` what limited it
- * (text for the device's description, or empty). -1 and an EXIT_USER error: so many cannot be had, or their stacks
- * are too small. With several ranks it is collective. */
-int cpu_set_threads(int asked, struct comm *comm, char note[96], struct error *e);
+/* Start the team of threads that every operation and library uses: `requested` of them, or if 0 for this
+ * rank's part of the processors that affinity, CPU quota and OMP_NUM_THREADS leave. Returns its size, and in
+ * `note` what limited it (text for the device's description, or empty). -1 and an EXIT_USER error: that many
+ * threads cannot be started, or their stacks are too small. With several ranks it is collective. */
+int cpu_set_threads(int requested, struct comm *comm, char note[96], struct error *e);
 
 /* The first bytes of the workspace, for the running operation until it returns. */
 void *cpu_workspace(struct device *dev, size_t bytes, const char *op);
@@ -57,7 +57,8 @@ void check_i32(const char *op, const char *what, tensor t, int64_t s0, int64_t s
 void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const real *a, int64_t lda,
           const real *b, int64_t ldb, real beta, real *c, int64_t ldc);
 
-/* Remember that these products will be asked for; check all that were not checked yet (check_products.c). */
+/* plan_product: add the shape to the list of products to check. cpu_check_libraries: check those on the list
+ * that were not checked yet (check_products.c). */
 void plan_product(struct device *dev, int64_t rows, int64_t in, int64_t out);
 int cpu_check_libraries(struct device *dev, struct error *e);
 

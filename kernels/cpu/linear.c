@@ -27,15 +27,6 @@ static void column_sums(const real *x, int64_t rows, int64_t cols, int64_t strid
     }
 }
 
-void sum_partials(const real *partials, int parts, int64_t stride, int64_t n, real *out, bool accumulate) {
-    for (int64_t i = 0; i < n; i++) {
-        real sum = accumulate ? out[i] : 0;
-        for (int p = 0; p < parts; p++)
-            sum += partials[p * stride + i];
-        out[i] = sum;
-    }
-}
-
 void cpu_linear(struct device *dev, const struct linear_spec *s, tensor x, tensor w, tensor bias, tensor y) {
     call_progress_callback(dev);
     check_real("linear", "x", x, s->rows, s->in, 0, 0, 0);

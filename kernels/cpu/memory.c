@@ -1,5 +1,5 @@
-/* Free memory: the machine's, or that of the container or job of this process if it is less. What control groups
- * count as used includes the page cache, which the kernel frees when memory is needed. */
+/* Free memory: the machine's, or that of the container or job of this process if it is less. The memory use
+ * that control groups report includes the page cache, which the kernel frees when memory is needed. */
 #include <stdio.h>
 #include <string.h>
 

@@ -1,16 +1,16 @@
 /* How many threads compute, and which processor each runs on.
  *
  * A library that splits its work by omp_get_max_threads() leaves part of a result unwritten when the parallel
- * region then gets fewer threads (OMP_DYNAMIC, OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS; oneDNN's sgemm does so).
- * So the team is made once, here: what could change its size is switched off or respected, a region is opened,
- * and the number of threads that really came is the number that everything uses from then on.
+ * region then gets fewer threads (OMP_DYNAMIC, OMP_THREAD_LIMIT, OMP_MAX_ACTIVE_LEVELS; oneDNN's sgemm does
+ * so). So the team is made once, here: what could change its size is switched off or respected, a parallel
+ * region is opened, and the number of threads that it got is used everywhere from then on.
  *
- * A kernel is a parallel loop with a barrier at its end, thousands of times a second. When the system runs two
- * of our threads on one processor, even for a tick, the barrier waits for a whole time slice; some virtual
- * machines do so by default while another processor idles (measured there: six times slower). So where all
- * processors are used, thread i is pinned to the i-th of them. With fewer threads the system chooses: two such
- * runs side by side must not both be pinned to the first processors. OMP_PROC_BIND or GOMP_CPU_AFFINITY, when
- * set, decide instead.
+ * A kernel is a parallel loop with a barrier at its end, thousands of times a second. When the system runs
+ * two of our threads on one processor, even briefly, the barrier waits for a whole time slice; some virtual
+ * machines do so while another processor idles (measured: six times slower). So where all processors are
+ * used, thread i is pinned to the i-th of them. With fewer threads the system chooses: two such runs side by
+ * side must not both be pinned to the first processors. OMP_PROC_BIND or GOMP_CPU_AFFINITY, when set, decide
+ * instead.
  *
  * Ranks on one machine that may use the same processors divide them, in rank order. */
 #define _GNU_SOURCE
@@ -26,7 +26,7 @@
 #include "kernels/cpu/cgroup.h"
 #include "kernels/cpu/cpu.h"
 
-/* Frames of ours take up to 33 KiB; the rest is for libraries. */
+/* Stack frames of this program take up to 33 KiB; the rest is for libraries. */
 enum { MIN_STACK_BYTES = 256 << 10 };
 
 /* ---- processors ---- */
@@ -83,11 +83,11 @@ static void count_sharers(struct comm *comm, const cpu_set_t *allowed, int *shar
 struct team {
     int processors; /* that the process may use, by affinity and by quota */
     int wanted;
-    bool asked; /* by system.threads; otherwise `wanted` is what is best */
+    bool requested; /* by system.threads; otherwise `wanted` may be lowered */
     char note[96];
 };
 
-/* As OMP_NUM_THREADS was at the start: omp_set_num_threads changes what OpenMP tells later. */
+/* As OMP_NUM_THREADS was at the start: omp_set_num_threads changes what OpenMP reports later. */
 static int environment_threads(void) {
     static int threads = -1;
     if (threads < 0)
@@ -95,33 +95,33 @@ static int environment_threads(void) {
     return threads;
 }
 
-static int choose(struct team *t, int asked, int sharers, struct error *e) {
+static int choose_threads(struct team *t, int requested, int sharers, struct error *e) {
     int from_environment = environment_threads(), limit = omp_get_thread_limit();
     double quota = cgroup_cpu_quota();
     int processors = t->processors;
-    t->asked = asked > 0;
-    if (asked > processors)
+    t->requested = requested > 0;
+    if (requested > processors)
         return fail_user(
             e,
             "system.threads = %d, and this process may use %d processor%s; lower it to %d or set "
             "system.threads = all",
-            asked, processors, processors == 1 ? "" : "s", processors);
+            requested, processors, processors == 1 ? "" : "s", processors);
     if (quota > 0 &&
         quota < processors) { /* more threads than that would wait for each other's next period */
         t->processors = quota < 1 ? 1 : (int)(quota + 0.5);
         snprintf(t->note, sizeof t->note, ", CPU quota %.3g", quota);
     }
     int share = t->processors / sharers > 1 ? t->processors / sharers : 1;
-    t->wanted = asked > 0 ? asked : from_environment > 0 ? from_environment : share;
+    t->wanted = requested > 0 ? requested : from_environment > 0 ? from_environment : share;
     if (t->wanted > processors) {
         t->wanted = processors;
         snprintf(t->note, sizeof t->note, ", OMP_NUM_THREADS = %d limited to the processors",
                  from_environment);
     }
-    if (t->wanted > limit && t->asked)
+    if (t->wanted > limit && t->requested)
         return fail_user(
-            e, "system.threads = %d, and OMP_THREAD_LIMIT allows %d; unset it or lower system.threads", asked,
-            limit);
+            e, "system.threads = %d, and OMP_THREAD_LIMIT allows %d; unset it or lower system.threads",
+            requested, limit);
     t->wanted = t->wanted < limit ? t->wanted : limit;
     return 0;
 }
@@ -145,7 +145,7 @@ static size_t environment_stack(const char **name) {
                     : *end == 'G' || *end == 'g' ? 30
                                                  : 10;
         if (end == text || n == 0)
-            continue; /* OpenMP has said so by itself */
+            continue; /* OpenMP has printed a warning */
         *name = names[i];
         return n > SIZE_MAX >> shift ? SIZE_MAX : (size_t)n << shift;
     }
@@ -167,7 +167,7 @@ static void *wait_for_latch(void *latch) {
     return NULL;
 }
 
-/* Can so many threads more be had at once? OpenMP would end the program where they cannot. */
+/* Check that `count` more threads can be started: OpenMP would end the program if they cannot. */
 static int try_threads(int count, struct error *e) {
     struct latch latch = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, false};
     pthread_t *threads = malloc((size_t)(count > 0 ? count : 1) * sizeof *threads);
@@ -218,15 +218,15 @@ static void pin_this_thread(const cpu_set_t *allowed, bool each, int processor) 
         CPU_ZERO(&mine);
         CPU_SET(nth_processor(allowed, processor), &mine);
     }
-    sched_setaffinity(0, sizeof mine, &mine); /* a failure costs speed alone */
+    sched_setaffinity(0, sizeof mine, &mine); /* if it fails, threads are only slower */
 }
 
-int cpu_set_threads(int asked, struct comm *comm, char note[96], struct error *e) {
+int cpu_set_threads(int requested, struct comm *comm, char note[96], struct error *e) {
     const cpu_set_t *allowed = allowed_processors();
     struct team t = {.processors = count_processors(allowed)};
     int sharers, index, team = 0;
     count_sharers(comm, allowed, &sharers, &index); /* all ranks together, so before any fails */
-    if (choose(&t, asked, sharers, e) != 0 || try_threads(t.wanted - 1, e) != 0)
+    if (choose_threads(&t, requested, sharers, e) != 0 || try_threads(t.wanted - 1, e) != 0)
         return -1;
     omp_set_dynamic(0);
     if (omp_get_max_active_levels() < 1)
@@ -250,9 +250,9 @@ int cpu_set_threads(int asked, struct comm *comm, char note[96], struct error *e
             "threads have stacks of %zu KiB, and at least %d KiB are needed; unset OMP_STACKSIZE and "
             "GOMP_STACKSIZE, or raise ulimit -s",
             stack >> 10, MIN_STACK_BYTES >> 10);
-    if (team < t.wanted && t.asked)
+    if (team < t.wanted && t.requested)
         return fail_user(e, "system.threads = %d, and OpenMP gives %d; unset the OMP_ variables or lower it",
-                         asked, team);
+                         requested, team);
     omp_set_num_threads(team);
     snprintf(note, 96, "%s", t.note);
     return team;

@@ -1,4 +1,5 @@
-/* The device that counts: its table of functions, made-up memory, and the totals. */
+/* The device of the estimate: its table of functions, its addresses, which have no memory behind them, and
+ * the totals. */
 #include "kernels/estimate/device.h"
 
 #include <stdlib.h>
@@ -15,7 +16,7 @@ static struct device_dtypes dtypes(struct device *dev) {
                                   DTYPE_F32};
 }
 
-/* Made-up addresses, which are never read or written; as far apart as real buffers would be. */
+/* Addresses without memory, which are never read or written; as far apart as those of real buffers. */
 static void *alloc(struct device *dev, size_t bytes, struct error *e) {
     uintptr_t at = dev->next_address;
     dev->next_address += (bytes + 511) / 256 * 256;

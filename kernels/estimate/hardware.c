@@ -15,7 +15,7 @@
  *             other memory, which does not limit attention. A100: FlashAttention-2's paper (arXiv 2307.08691)
  *             reaches 73 % and 63 % of the peak without a mask; 0.85 of that for a causal one.
  *   narrow    H200: the same figures at d = 64, window 1024. A100: 0.6 of `wide`, as on the H200.
- *   own       a guess: mma.sync reaches about two thirds of Hopper's peak and all of Ampere's, half of
+ *   builtin   a guess: mma.sync reaches about two thirds of Hopper's peak and all of Ampere's, half of
  *             which is softmax and masks
  *   cudnn     cuDNN 9.19's answers to queries (tests/cuda/test_cudnn.c)
  *   window    a guess: tiles of 128 keys that lie half outside at both edges
@@ -29,7 +29,7 @@ static const struct gpu_spec gpus[] = {
      .matmul = 790e12,
      .wide = {644e12, 541e12},
      .narrow = {349e12, 300e12},
-     .own = {280e12, 220e12},
+     .builtin = {280e12, 220e12},
      .cudnn_head_dim = 256,
      .cudnn_scratch = 1,
      .cudnn_nan = true,
@@ -46,7 +46,7 @@ static const struct gpu_spec gpus[] = {
      .matmul = 790e12,
      .wide = {644e12, 541e12},
      .narrow = {349e12, 300e12},
-     .own = {280e12, 220e12},
+     .builtin = {280e12, 220e12},
      .cudnn_head_dim = 256,
      .cudnn_scratch = 1,
      .cudnn_nan = true,
@@ -63,7 +63,7 @@ static const struct gpu_spec gpus[] = {
      .matmul = 250e12,
      .wide = {193e12, 167e12},
      .narrow = {116e12, 100e12},
-     .own = {130e12, 100e12},
+     .builtin = {130e12, 100e12},
      .cudnn_head_dim = 128,
      .cudnn_scratch = 2,
      .cudnn_nan = false,

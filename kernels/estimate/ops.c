@@ -185,7 +185,7 @@ static bool uses_cudnn(const struct device *dev, const struct attention_spec *s)
 static struct attention_rate rate_for(const struct device *dev, const struct attention_spec *s) {
     const struct gpu_spec *g = dev->options.gpu;
     if (!uses_cudnn(dev, s))
-        return g->own;
+        return g->builtin;
     if (s->head_dim <= 64)
         return g->narrow;
     double factor = has_window(s) ? g->window : 1;

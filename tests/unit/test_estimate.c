@@ -23,7 +23,7 @@ static struct gpu_spec fast_gpu(void) {
                              .matmul = inf,
                              .wide = {inf, inf},
                              .narrow = {inf, inf},
-                             .own = {inf, inf},
+                             .builtin = {inf, inf},
                              .cudnn_head_dim = 256,
                              .cudnn_scratch = 1,
                              .cudnn_nan = true,
@@ -183,7 +183,7 @@ static void attention_goes_at_the_rate_of_who_serves_it(void **state) {
     (void)state;
     g.wide = (struct attention_rate){1000, 500};
     g.narrow = (struct attention_rate){100, 50};
-    g.own = (struct attention_rate){10, 5};
+    g.builtin = (struct attention_rate){10, 5};
     g.window = 0.5;
     double product = 2 * 128 * (128 * 129 / 2);
     struct attention_spec s = {1, 128, 1, 128, 1, true, false, 0, 1}, t = s;
@@ -512,9 +512,10 @@ static void figures_are_possible(void **state) {
     for (int i = 0; gpu_names[i]; i++) {
         const struct gpu_spec *g = gpu_spec(gpu_names[i]);
         assert_non_null(g);
-        assert_true(g->matmul < g->peak && g->wide.forward < g->matmul && g->own.forward < g->wide.forward);
+        assert_true(g->matmul < g->peak && g->wide.forward < g->matmul &&
+                    g->builtin.forward < g->wide.forward);
         assert_true(g->narrow.forward < g->wide.forward && g->wide.backward < g->wide.forward);
-        assert_true(g->narrow.backward < g->narrow.forward && g->own.backward < g->own.forward);
+        assert_true(g->narrow.backward < g->narrow.forward && g->builtin.backward < g->builtin.forward);
         assert_true(g->window < 1 && g->mixing < 1 && g->copy > 1e12 && g->copy < 5e12);
         assert_true(g->reserved < 0.1 * g->memory && g->nvlink > 50e9 && g->launch < 1e-5);
         for (int j = 0; link_names[j]; j++) {
@@ -629,7 +630,7 @@ static void memory_is_what_the_model_plans(void **state) {
         assert_int_equal(
             model_memory(&c.model, kernels_cpu(), fixture_device(), &shape, 4, stage, DTYPE_F32, &cpu, &e),
             0);
-        /* Parameters and activations in 2 bytes, and master_weights beside the moments, in 4. */
+        /* Parameters and activations in 2 bytes, and master weights beside the moments, in 4. */
         assert_int_equal(2 * paper.parameters, cpu.parameters);
         assert_int_equal(paper.gradients, cpu.gradients);
         assert_int_equal(2 * paper.optimizer, 3 * cpu.optimizer);
