@@ -5,7 +5,7 @@
 #   make quickstart      from real text to a trained model in a few minutes; TEXT=FILE.txt for your own
 #   make check           the inner loop: the C tests of units, and of CUDA kernels on an emulated GPU; ONLY=cuda: one group
 #   make test            every test; SANITIZE=1 runs them under ASan and UBSan
-#   make faults          all the faults and kills that make test draws a sample of
+#   make faults          every fault and kill; make test takes a sample of them
 #   make leaks           every command under LeakSanitizer, AddressSanitizer and Valgrind
 #   make tsan            every command under ThreadSanitizer
 #   make bench           measure, and print a table
@@ -40,7 +40,7 @@ endif
 LIBS = -ldnnl -lcjson -linih -lpcre2-8 -lutf8proc -lm
 
 KERNELS = $(wildcard kernels/*.c kernels/*/*.c)
-# Ranks that mpirun starts need MPI; without it they meet over TCP.
+# Ranks that mpirun starts need MPI; without it ranks connect over TCP.
 MPI_CFLAGS := $(shell pkg-config --cflags ompi-c 2>/dev/null || mpicc --showme:compile 2>/dev/null)
 MPI_LIBS := $(shell pkg-config --libs ompi-c 2>/dev/null || mpicc --showme:link 2>/dev/null)
 ifeq ($(MPI_LIBS),)
@@ -93,7 +93,7 @@ quickstart: deps
 	@$(MAKE) --no-print-directory
 	@scripts/quickstart.sh "$(TEXT)"
 
-# The groups of tests/run.sh that run no program beside their own.
+# The groups of tests/run.sh whose C tests do not start train_iha.
 ONLY ?= unit cuda
 check: deps
 	@$(MAKE) --no-print-directory -j2 check-built

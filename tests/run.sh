@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Run tests and close with the counts. Without GROUPS all of them: every test program, every Python test file and a
-# short run of every fuzz target.
+# Run tests and print the counts last. Without GROUP all groups: every test program, every Python test file and a short
+# run of every fuzz target.
 #
 #   tests/run.sh BUILD_DIR BINARY [GROUP ...]        GROUP: unit, cuda, ranks, cli, faults, fuzz
 #   PYTHON=no                                        without the Python tests that start the program

@@ -1,4 +1,5 @@
-/* When the GPU works and when it waits, from CUPTI's activity records; without CUPTI, nothing is traced. */
+/* When the GPU computes and when it is idle, from CUPTI's activity records; without CUPTI, nothing is
+ * recorded. */
 #include "tests/bench/timing.h"
 
 #include "kernels/cuda/cuda.h"
@@ -51,7 +52,7 @@ static void CUPTIAPI take_buffer(CUcontext, uint32_t, uint8_t *buffer, size_t, s
 static const CUpti_ActivityKind KINDS[] = {CUPTI_ACTIVITY_KIND_CONCURRENT_KERNEL, CUPTI_ACTIVITY_KIND_MEMCPY,
                                            CUPTI_ACTIVITY_KIND_MEMSET};
 
-/* Some machines forbid it; then it is as if it were not there. */
+/* Some machines forbid the use of CUPTI; then nothing is recorded. */
 bool activity_available(void) {
     static int available = -1;
     if (available < 0) {

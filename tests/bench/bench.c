@@ -30,7 +30,7 @@ static const struct item ITEMS[] = {
     {"window", bench_window, "windowed IHA attention from 1k to 16k tokens"},
     {"mixing", bench_mixing, "qkv_mix and collapse at three sizes"},
     {"quickstart", bench_quickstart, "an optimizer step of the quickstart model"},
-    {"memory", bench_memory, "peak memory of training, beside what was announced"},
+    {"memory", bench_memory, "peak memory of training, and what the memory plan says"},
 };
 enum { ITEM_COUNT = sizeof ITEMS / sizeof *ITEMS };
 
@@ -47,7 +47,7 @@ static void print_help(void) {
         printf("  %-12s %s\n", ITEMS[i].name, ITEMS[i].help);
 }
 
-/* An error about a word that is not among `names`, with the one it may have been. */
+/* An error about a word that is not among `names`, with the nearest name. */
 static int fail_word(struct error *e, const char *what, const char *word, const char *const *names) {
     const char *near = nearest_name(word, names);
     return fail_user(e, "%s '%s'%s%s; see bench --help", what, word, near ? "; did you mean " : "",
@@ -61,7 +61,7 @@ static int parse_only(struct options *o, const char *value, struct error *e) {
         if (strcmp(value, ITEMS[i].name) == 0)
             o->only = ITEMS[i].name;
     }
-    return o->only ? 0 : fail_word(e, "--only: nothing is called", value, names);
+    return o->only ? 0 : fail_word(e, "--only: unknown item", value, names);
 }
 
 static int parse_repeats(struct options *o, const char *value, struct error *e) {
@@ -73,7 +73,7 @@ static int parse_repeats(struct options *o, const char *value, struct error *e) 
     return 0;
 }
 
-/* Fill *o from the command line; *help when help is all that was asked for. */
+/* Fill *o from the command line. *help: --help was given. */
 static int parse(struct options *o, bool *help, int argc, char **argv, struct error *e) {
     static const char *const known[] = {"--only", "--repeats", "--quickstart", "--help", NULL};
     *o = (struct options){.quickstart = "configs/quickstart.ini", .repeats = 5};

@@ -403,7 +403,7 @@ static const struct item {
 } ITEMS[] = {
     {"ceilings", bench_nothing, "a copy within device memory, and a matrix product"},
     {"mixing", bench_mix, "qkv_mix and collapse at three sizes"},
-    {"attention", bench_attention_both, "own kernels and cuDNN's"},
+    {"attention", bench_attention_both, "built-in kernels and cuDNN's"},
     {"others", bench_others, "norm, activations, classifier, optimizer"},
     {"gpt2", bench_gpt2_steps, "optimizer steps of GPT-2 124M, with and without IHA"},
     {"ranks", bench_ranks, "what a GPU does with the messages of 8 ranks"},

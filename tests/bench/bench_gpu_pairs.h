@@ -1,5 +1,6 @@
-/* Optimizer steps of two devices in turns, which differ in one option: what CUDA graphs bring and what
- * capturing them costs, and the price of determinism. Steps are queued as the trainer queues them. */
+/* Optimizer steps of two devices that differ in one option, measured in turns: the time that CUDA graphs
+ * save, the time that capturing them takes, and the cost of determinism. Steps are queued as the trainer
+ * queues them. */
 #ifndef IHA_TESTS_BENCH_BENCH_GPU_PAIRS_H
 #define IHA_TESTS_BENCH_BENCH_GPU_PAIRS_H
 
@@ -14,7 +15,7 @@ struct side {
     int posted;
     double first[FIRST_STEPS]; /* seconds of the first steps, each by itself */
     struct samples steps;
-    struct activity activity; /* of one step; count 0: not seen */
+    struct activity activity; /* of one step; count 0: not measured */
 };
 
 /* GPT-2 124M with its 4:1 schedule, two passes a step. */

@@ -1,5 +1,5 @@
-/* How the benchmark measures. Machines are shared and their clocks wander, so the two ceilings, how fast a
- * matrix product and a copy run, are measured right before and right after every piece of work: a ratio
+/* How the benchmark measures. Machines are shared and clock rates vary, so two ceilings, the speeds of a
+ * matrix product and of a copy, are measured right before and right after every piece of work: a ratio
  * compares numbers of the same few seconds. Medians throughout. */
 #ifndef IHA_TESTS_BENCH_BENCH_MEASURE_H
 #define IHA_TESTS_BENCH_BENCH_MEASURE_H

@@ -137,10 +137,10 @@ static inline void bench_quickstart(struct bench *b, struct table *table) {
 
 /* ---- peak memory ---- */
 
-/* Announced by model_memory, and the most that was resident. */
+/* Memory planned by model_memory, and the peak that was resident. */
 struct footprint {
-    double announced, measured; /* bytes */
-    double seconds;             /* of two steps */
+    double planned, measured; /* bytes */
+    double seconds;           /* of two steps */
 };
 
 /* This process's peak of resident memory in bytes, 0 when the system does not say. */
@@ -156,8 +156,9 @@ static inline double peak_resident(void) {
     return kb * 1024;
 }
 
-/* In a process of its own: plan, then two steps, since memory counts only once it was touched. */
-static inline struct footprint train_and_look(int count, char *const *keys) {
+/* Plan, then take two steps, since memory is resident only once it was touched. Runs in a
+ * process of its own. */
+static inline struct footprint measure_footprint(int count, char *const *keys) {
     static struct training t;
     struct device_options options = {.precision = DEVICE_FP32};
     struct memory_plan p;
@@ -176,7 +177,7 @@ static inline struct footprint train_and_look(int count, char *const *keys) {
     return (struct footprint){bytes, peak_resident(), clock_seconds() - start};
 }
 
-/* Fork, run train_and_look there, and bring back what it found. */
+/* Run measure_footprint in a forked process, and return its result. */
 static inline struct footprint footprint_of(int count, char *const *keys) {
     int ends[2];
     struct footprint f = {0};
@@ -186,7 +187,7 @@ static inline struct footprint footprint_of(int count, char *const *keys) {
     if (child < 0)
         bench_fail(&e);
     if (child == 0) {
-        f = train_and_look(count, keys);
+        f = measure_footprint(count, keys);
         _exit(write(ends[1], &f, sizeof f) == sizeof f ? EXIT_OK : EXIT_RUN);
     }
     close(ends[1]);
@@ -224,8 +225,8 @@ static inline void bench_memory(struct bench *b, struct table *table) {
         struct row *row = table_row(table, "peak memory of training: GPT-2 with %s, B=2, T=128", names[i]);
         cell(row->took, "two steps in %.1f s", f.seconds);
         cell(row->rate, "%.3f GB resident at most", f.measured / 1e9);
-        cell(row->beside, "announced %.3f GB", f.announced / 1e9);
-        cell(row->ratio, "%.3f", f.measured / f.announced);
+        cell(row->beside, "planned %.3f GB", f.planned / 1e9);
+        cell(row->ratio, "%.3f", f.measured / f.planned);
         row_progress(row);
     }
 }

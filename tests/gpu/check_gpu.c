@@ -226,10 +226,10 @@ static void train(struct model *m, double *losses) {
     }
 }
 
-/* Two runs differ more and more as rounding errors grow from step to step, so no step's loss is compared
- * by itself: the mean distance over the run may be 0.1 % in fp32 and, as bf16 weights follow their
- * master_weights in steps of 0.4 %, 1 % in bf16; and the loss must have fallen. (The plain computation's
- * are 0.000 % and 0.013 %.) */
+/* Two runs differ more and more as rounding errors grow from step to step, so no step's loss is compared by
+ * itself: the mean distance over the run may be 0.1 % in fp32 and, as bf16 weights follow their master
+ * weights in steps of 0.4 %, 1 % in bf16; and the loss must have fallen. (The plain computation's are 0.000 %
+ * and 0.013 %.) */
 static void check_training(enum device_precision precision) {
     static struct trio t;
     static double losses[SIDES][STEPS];

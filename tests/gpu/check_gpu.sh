@@ -64,7 +64,7 @@ step "whole models, gradients, training" 180 "$programs/check_gpu"
 grep -E '^(ok|FAIL|     ) ' "$work/out"
 
 # ---- whole runs ----
-# seconds each may take, what is asked of tests/gpu/check_gpu_runs.sh
+# seconds each may take, arguments of tests/gpu/check_gpu_runs.sh
 run() {
     local limit=$1
     shift
@@ -90,7 +90,7 @@ for tool in memcheck racecheck; do
     for test in "$programs"/test_*; do
         name="$tool $(basename "$test")"
         case $test in
-        *nccl*) continue ;; # its kernels are not ours to judge, nor are cuDNN's below
+        *nccl*) continue ;; # the kernels of NCCL, and of cuDNN below, are not checked
         esac
         if [ -z "$sanitizer" ]; then
             note "$name" skipped "compute-sanitizer is not installed"

@@ -3,18 +3,19 @@
 #
 #   tests/gpu/check_gpu_runs.sh BINARY FOLDER data                   write the tokens that all others train on; first
 #   tests/gpu/check_gpu_runs.sh BINARY FOLDER moving                 from the GPU to the CPU and back
-#   tests/gpu/check_gpu_runs.sh BINARY FOLDER ranks PRECISION STAGE  two ranks on one GPU learn what one does
-#   tests/gpu/check_gpu_runs.sh BINARY FOLDER deterministic RANKS    twice the same bits, and a resumed run's too
+#   tests/gpu/check_gpu_runs.sh BINARY FOLDER ranks PRECISION STAGE  two ranks on one GPU have the losses of one rank
+#   tests/gpu/check_gpu_runs.sh BINARY FOLDER deterministic RANKS    two runs and a resumed run have the same bits
 #   tests/gpu/check_gpu_runs.sh BINARY FOLDER graph                  the same bits with CUDA graphs and without
 #   tests/gpu/check_gpu_runs.sh BINARY FOLDER killed                 one of two ranks: the other ends, the checkpoint is good
 #   tests/gpu/check_gpu_runs.sh BINARY FOLDER profile                --profile prints its table and writes its file
 #
-# Two ranks are started by mpirun where it is, otherwise by torchrun's variables, over TCP; LAUNCH=tcp or mpirun says.
+# Two ranks are started by mpirun if it is installed, otherwise over TCP with torchrun's variables; LAUNCH=mpirun or
+# LAUNCH=tcp selects one.
 # FOLDER keeps the runs, each in a folder of its own. BINARY may be build/release/emulator/train_iha, on emulated GPUs.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 binary=$1 work=$2
-PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3) # nothing but its own library is asked of it
+PYTHON=$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3) # only its standard library is used
 LAUNCH=${LAUNCH:-$(command -v mpirun >/dev/null && echo mpirun || echo tcp)}
 END_SECONDS=60 # for a rank to notice that another was killed
 
@@ -60,7 +61,7 @@ train() {
     on_ranks "$ranks" train "$work/run.ini" run.dir="$work/$name" "$@" || fail "the run $name ended with code $?"
 }
 
-# ---- looking ----
+# ---- results of a run ----
 
 losses() { # of a run, a line a step
     sed -n 's/.*"step": *\([0-9]*\),.*"loss": *\([^,}]*\).*"grad_norm": *\([^,}]*\).*/\1 \2 \3/p' "$work/$1/metrics.jsonl"
@@ -70,13 +71,13 @@ last_loss() {
     losses "$1" | tail -1 | cut -d' ' -f2
 }
 
-# Is a positive, and within so much of b, relatively?
+# Check that a is positive, and that its relative distance from b is at most `most`.
 near() {
     awk -v a="$1" -v b="$2" -v most="$3" 'BEGIN { exit !(a > 0 && (a - b) ^ 2 <= (most * b) ^ 2) }' ||
         fail "$1 is not within $3 of $2"
 }
 
-# Have two runs of so many steps the same losses and the same weights, to the bit?
+# Check that two runs have so many steps, the same losses and the same weights, to the bit.
 same() {
     local a=$work/$1 b=$work/$2 steps=$3
     [ "$(losses "$1" | wc -l)" = "$steps" ] || fail "$1 has not $steps steps in metrics.jsonl"
@@ -93,7 +94,7 @@ val_loss() {
         sed -n 's/^val_loss \([^ ]*\) .*/\1/p'
 }
 
-# ---- what is checked ----
+# ---- checks ----
 
 data() {
     cat >"$work/run.ini" <<END

@@ -1,4 +1,5 @@
-/* tests/cuda/emulator/control.h on a real GPU: what lets the same tests run there. There is nothing to steer. */
+/* tests/cuda/emulator/control.h on a real GPU, so that the same tests run there. Its settings
+ * have no effect. */
 #include "tests/cuda/emulator/control.h"
 
 struct emulator_gpu emulator_gpu = {.count = 1};

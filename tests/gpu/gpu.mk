@@ -59,7 +59,8 @@ bench-gpu: gpu-found deps
 	@$(MAKE) --no-print-directory $(BUILD)/gpu/bench_gpu
 	@$(BUILD)/gpu/bench_gpu
 
-# For a GPU's machine that cannot build: without MPI, whose parts are many, and for any x86-64 of the last ten years.
+# For a machine with a GPU that cannot build: without MPI, which has many shared libraries, and for any x86-64 of the
+# last ten years.
 gpu-pack:
 	@$(MAKE) --no-print-directory BUILD=build/pack BINARY=build/pack/train_iha MPI_CFLAGS= MPI_LIBS= \
 	    ARCH=$(if $(filter command,$(firstword $(origin ARCH))),$(ARCH),x86-64-v3) build/pack/train_iha gpu-programs

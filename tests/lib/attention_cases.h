@@ -1,6 +1,6 @@
-/* Attention's masks at every edge of a tile, a window or a pseudo-token; who sees whom; and which tiles of
- * scores are needed. Shared by the CPU backend's test and the CUDA backend's, whose numbers differ where
- * their tiles do. */
+/* Attention's masks at every edge of a tile, a window or a pseudo-token; which query sees which key; and
+ * which tiles of scores are needed. Shared by the tests of the CPU and the CUDA backend, whose lengths and
+ * windows differ because their tiles do. */
 #ifndef IHA_TESTS_LIB_ATTENTION_CASES_H
 #define IHA_TESTS_LIB_ATTENTION_CASES_H
 
@@ -54,7 +54,8 @@ static inline void attention_each_case(int on, void (*run)(struct attention_spec
                 attention_each_mask(on, &ATTENTION_LENGTHS[i].value, 1, &ATTENTION_WINDOWS[j].value, 1, run);
 }
 
-/* The contract's sentence, of one pair. */
+/* Whether query s sees this key: the definition in struct attention_spec (kernels.h), independent of
+ * attention_keys(). */
 static inline bool attention_visible(const struct attention_spec *a, int64_t s, int64_t key) {
     bool before = !a->causal || (a->token_mask ? key / a->pseudo <= s / a->pseudo : key <= s);
     return before && (a->window == 0 || s - key < a->window);

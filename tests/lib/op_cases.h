@@ -1,5 +1,5 @@
-/* The cases of every operation, once: what its gradient check, the comparison of backends (on an emulated
- * GPU and on a real one) and the benchmarks run. Attention's many masks, and who sees whom, are in
+/* The cases of every operation, once: what its gradient check, the comparison of backends (on an emulated GPU
+ * and on a real one) and the benchmarks run. Attention's many masks, and which query sees which key, are in
  * attention_cases.h. */
 #ifndef IHA_TESTS_LIB_OP_CASES_H
 #define IHA_TESTS_LIB_OP_CASES_H

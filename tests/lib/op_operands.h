@@ -1,6 +1,6 @@
-/* What the operations of op_cases.h work on: the operands of a case, in the order of the calls of
- * kernels.h, what reads and what writes them, and the calls themselves. So a test or a benchmark sets up any
- * operation in one loop. */
+/* What the operations of op_cases.h work on: the operands of a case, in the order of kernels/ops.def, which
+ * direction reads or writes them, and the calls themselves. So a test or a benchmark sets up any operation in
+ * one loop. */
 #ifndef IHA_TESTS_LIB_OP_OPERANDS_H
 #define IHA_TESTS_LIB_OP_OPERANDS_H
 
@@ -130,7 +130,7 @@ static inline void collapse_operands(const struct op_case *c, struct op_operand 
                                .gradient_of = {2}};
 }
 
-/* The inputs reach into the bends of the curves. */
+/* Inputs large enough to reach the nonlinear parts of the activations. */
 static inline void act_operands(const struct op_case *c, struct op_operand *x) {
     const int64_t N = c->spec.act.rows, F = c->spec.act.hidden;
     bool gated = c->spec.act.type == ACT_SWIGLU;
@@ -250,7 +250,7 @@ static inline void op_backward(const struct kernels *k, struct device *dev, cons
     }
 }
 
-/* ---- words ---- */
+/* ---- descriptions ---- */
 
 enum { OP_TEXT = 256 };
 
@@ -261,7 +261,7 @@ static inline const char *op_name(const struct op_case *c) {
     return c->spec.kind == OP_ACT ? acts[c->spec.act.type] : names[c->spec.kind];
 }
 
-/* "H=12, P=2, d=64, 2048 tokens": what tells the cases of an operation apart. */
+/* "H=12, P=2, d=64, 2048 tokens": the sizes in which the cases of an operation differ. */
 static inline const char *op_sizes(const struct op_case *c, char text[OP_TEXT]) {
     const struct op_spec *s = &c->spec;
     int at;

@@ -1,5 +1,5 @@
-/* Ranks as threads of one process, for tests: a communicator that does everything as late as it may. A
- * collective reads and writes nothing until every rank waits for it, so code that touches a buffer in
+/* Ranks as threads of one process, for tests: a communicator that delays everything as long as it is allowed
+ * to. A collective reads and writes nothing until every rank waits for it, so code that touches a buffer in
  * flight gets wrong numbers every time. */
 #ifndef IHA_TESTS_LIB_THREAD_COMM_H
 #define IHA_TESTS_LIB_THREAD_COMM_H

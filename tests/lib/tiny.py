@@ -39,7 +39,7 @@ tokenizer = bytes
 
 
 def write_shard(path, tokens, wide=False, magic=None, version=None, count=None):
-    """An llm.c shard; magic, version and count can be made to lie."""
+    """An llm.c shard; magic, version and count can be given wrong values."""
     header = np.zeros(256, "<i4")
     header[0] = magic if magic is not None else 20240801 if wide else 20240520
     header[1] = version if version is not None else 7 if wide else 1

@@ -76,7 +76,7 @@ def check_equivalence(rng):
 
 
 def check_masks():
-    """visible() against a loop over the contract's sentence."""
+    """visible() against a loop over the definition."""
     for P in (1, 2, 3):
         for window in range(1, 12):
             for mask in ("flat", "token"):

@@ -157,8 +157,8 @@ def make(name):
     tokens, targets = random_tokens(config, B, T, ignored, rng)
     loss, z, grads = differentiable(config, tokens, targets, np.float64)(params)
 
-    # One float32 run is a poor yardstick: the error of one scalar, or a common factor of one gradient, is small by
-    # luck now and then. So it runs under several labellings and the largest error of each tensor stands.
+    # One float32 run does not measure the error well: that of one scalar, or of a common factor of one gradient, is
+    # sometimes small by chance. So it runs under several labellings, and the largest error of each tensor is kept.
     plain = differentiable(config, tokens, targets, np.float32)
     plain32 = {}
     for run in range(LABELLINGS):

@@ -1,4 +1,4 @@
-/* Attention, forward and backward, against the contract's sentence written out in float64: who sees whom at
+/* Attention, forward and backward, against its definition computed in float64: which query sees which key at
  * every edge of a tile, a window or a pseudo-token, packed and strided views, and no write outside them.
  *
  * The tolerance is not picked by hand: the error of a tensor may be at most three times that of the plain
@@ -284,7 +284,8 @@ static void compare_with_reference(const struct attention_case *c) {
     check_errors(c, &e);
 }
 
-/* Overwrites the views, so it comes last: what then is not the sentinel was written outside of them. */
+/* Overwrites the views with the sentinel, so it is called last: another value was then written outside of
+ * them. */
 static void check_sentinels(struct attention_case *c) {
     for_rows(c->o, clear_row, NULL);
     for (int i = 0; i < 3; i++)
@@ -297,7 +298,7 @@ static void check_sentinels(struct attention_case *c) {
     for (int i = 0; i < GUARD; i++)
         if (c->saved[c->cost.saved + (size_t)i] != 0x5a ||
             c->workspace[c->cost.workspace + (size_t)i] != 0x5a)
-            fail_case(c, "wrote past what its plan asked for");
+            fail_case(c, "wrote past the bytes of its plan");
 }
 
 static void check_case(struct attention_spec spec, bool packed, float magnitude) {
@@ -372,7 +373,8 @@ static void fail_nan(const struct attention_case *c, const char *what, bool in_k
     fail_case(c, text);
 }
 
-/* A NaN in one element of q or k: exactly the queries that use it say NaN; in backward the keys as well. */
+/* A NaN in one element of q or k: the outputs of exactly the queries that use it are NaN; in backward,
+ * gradients of the keys as well. */
 static void check_nan(bool in_key, int64_t at, float nan) {
     struct attention_case c = {.spec = {1, 130, 1, 8, 1, true, false, 40, 0.3}, .magnitude = 1};
     case_open(&c);

@@ -1,5 +1,5 @@
-/* The checks that stand before every operation: what fits passes, and what does not ends the program with a
- * line that names the operation. */
+/* The checks of an operation's arguments: valid ones pass, and invalid ones end the program with a line that
+ * names the operation. */
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
@@ -35,7 +35,7 @@ static void want_16_bytes(tensor t) {
         _exit(1);
 }
 
-/* Does check(t) abort, and say so? It does so in a process of its own. */
+/* Whether check(t), run in a process of its own, aborts with a message. */
 static bool refuses(void (*check)(tensor), tensor t) {
     int pipes[2], status;
     char said[512];

@@ -226,7 +226,7 @@ static double model_loss(enum layer_type type, enum position_embedding positions
     fixture_tokens(targets, 12, 13, 2);
     fixture_model(&m, &c, (struct pass_shape){1, 12, RECOMPUTE_NONE, true});
     assert_int_equal(model_initialize(&m, 5, &e), 0);
-    for (int i = 0; i < m.params.count; i++) { /* initial weights are too small to tell attention apart */
+    for (int i = 0; i < m.params.count; i++) { /* initial weights are small: attention is almost uniform */
         double *values = model_param(&m, i).data;
         for (int64_t j = 0; m.params.list[i].class == PARAM_MATRIX && j < m.params.list[i].count; j++)
             values[j] *= 20;

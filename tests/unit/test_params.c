@@ -340,7 +340,7 @@ static void counting_release(struct device *dev, void *data) {
     free(data);
 }
 
-/* Strike one allocation of this size off the list. */
+/* Remove one allocation of this size from the list. */
 static void expect_allocated(size_t bytes) {
     for (int i = 0; i < allocation_count; i++)
         if (allocated[i] == bytes) {
