@@ -58,7 +58,7 @@ static inline void cell_seconds(char out[CELL], struct summary s) {
 
 /* The row as a line of progress. */
 static inline void row_progress(const struct row *r) {
-    fprintf(stderr, "%s: %s; %s; beside %s; ratio %s\n", r->what, r->took, r->rate, r->beside, r->ratio);
+    fprintf(stderr, "%s: %s; %s; compared with %s; ratio %s\n", r->what, r->took, r->rate, r->beside, r->ratio);
 }
 
 static inline void row_print(FILE *out, const struct row *r) {
@@ -66,7 +66,7 @@ static inline void row_print(FILE *out, const struct row *r) {
 }
 
 static inline void table_print_head(FILE *out) {
-    fprintf(out, "| what | median (min–max) | rate | beside | ratio |\n|---|---|---|---|---|\n");
+    fprintf(out, "| what | median (min–max) | rate | compared with | ratio |\n|---|---|---|---|---|\n");
 }
 
 static inline void table_print(FILE *out, const struct table *t) {
