@@ -10,7 +10,7 @@
 #   make tsan            every command under ThreadSanitizer
 #   make bench           measure, and print a table
 #   make fuzz            feed the file readers hostile files; FUZZ_SECONDS=600 for each target, FUZZ_ONLY=shards
-#   make check-gpu       every operation and whole models on the GPU, beside the CPU; full results in build/check-gpu.txt
+#   make check-gpu       every operation and whole models on the GPU, against the CPU; full results in build/check-gpu.txt
 #   make bench-gpu       measure on the GPU
 #   make gpu-pack        both as build/gpu-pack.tar.xz, for a machine with a GPU and no compiler (scripts/pack_gpu.sh)
 #   make docs            write the tables of docs/configuration.md again, from the table in model/config/config.c
@@ -76,7 +76,7 @@ include tests/gpu/gpu.mk
 
 all: $(BINARY)
 
-# The library headers, looked for once, so that a missing one is an instruction and not a page of errors.
+# Look for the library headers once, so that a missing one gives one line with what to do instead of pages of errors.
 HEADERS = oneapi/dnnl/dnnl.h cjson/cJSON.h ini.h pcre2.h utf8proc.h
 build/headers-found:
 	@mkdir -p build

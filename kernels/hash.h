@@ -1,5 +1,5 @@
-/* FNV-1a (Fowler, Noll, Vo), 64 bits: to tell whether two things are the same. Not a cryptographic hash: it
- * does not protect against someone who makes two things with the same hash on purpose. */
+/* FNV-1a (Fowler, Noll, Vo), 64 bits: to compare data and settings by their hashes. Not a cryptographic hash:
+ * it does not protect against data that are made to have the same hash. */
 #ifndef IHA_KERNELS_HASH_H
 #define IHA_KERNELS_HASH_H
 

@@ -21,7 +21,7 @@
 
 enum {
     VERSION = 1,
-    MAX_UNIDENTIFIED = 64,   /* pending connections, beside the ranks' */
+    MAX_UNIDENTIFIED = 64,   /* pending connections in addition to those of the ranks */
     PORT_IN_USE_SECONDS = 2, /* retry binding MASTER_PORT: a run that has just ended may still hold it */
     CONNECT_SECONDS = 30,    /* to a rank that is listening already */
     GRACE_SECONDS = 10,      /* beyond the timeout: rank 0, which knows the missing ranks, reports first */

@@ -26,7 +26,7 @@
 enum {
     HEADER_MAGIC = 0x41484954,
     LINE_BYTES = 1500,
-    SPARE_FILES = 256, /* open files beside the sockets of the ranks, pending connections included */
+    SPARE_FILES = 256, /* open files besides the sockets of the ranks, including pending connections */
 };
 
 /* After an abort, in seconds: for another rank to confirm that it has printed the reason; for an ABORT

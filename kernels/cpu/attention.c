@@ -90,7 +90,7 @@ static void pack_rows(const struct attention_spec *s, const real *x, int64_t str
     memset(out + s->length * D, 0, (size_t)((padded_length(s) - s->length) * D) * sizeof(real));
 }
 
-/* The same, each tile of TILE rows transposed: in q k^T, tile_gemm wants the keys along the vectors. */
+/* The same, each tile of TILE rows transposed: in q k^T, tile_gemm needs the keys along the vectors. */
 static void pack_transposed(const struct attention_spec *s, const real *x, int64_t stride, real *out) {
     int64_t d = s->head_dim;
     for (int64_t begin = 0; begin < s->length; begin += TILE) {

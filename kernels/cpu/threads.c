@@ -128,8 +128,8 @@ static int choose_threads(struct team *t, int requested, int sharers, struct err
 
 /* ---- making the team ---- */
 
-/* The bytes of a stack that OpenMP will ask for, by OMP_STACKSIZE or GOMP_STACKSIZE (a number of KiB, or with a
- * letter B, K, M or G); 0: the system's default. */
+/* The stack size that OpenMP will request, in bytes, from OMP_STACKSIZE or GOMP_STACKSIZE (a number of KiB,
+ * or with a letter B, K, M or G); 0: the system's default. */
 static size_t environment_stack(const char **name) {
     static const char *const names[] = {"OMP_STACKSIZE", "GOMP_STACKSIZE"};
     for (int i = 0; i < 2; i++) {

@@ -83,7 +83,7 @@ static inline void case_both(void *context) {
     case_backward(context);
 }
 
-/* Every operand that is read, once, and every one that is written. */
+/* Bytes of every operand that is read plus those of every operand that is written. */
 static inline double case_bytes(const struct bench_case *w, bool backward) {
     double bytes = 0;
     for (int i = 0; i < OP_OPERANDS; i++) {
@@ -95,8 +95,8 @@ static inline double case_bytes(const struct bench_case *w, bool backward) {
     return bytes;
 }
 
-/* attention forward: two products of every visible pair. Backward has four, as model/flops.h counts; the
- * scores that it computes again are not work done. */
+/* attention forward: two products of every visible pair. Backward has four, as model/flops.h counts: the
+ * recomputed scores are not included. */
 static inline double attention_flops(const struct attention_spec *s) {
     double pairs = 0;
     for (int64_t i = 0; i < s->length; i++) {

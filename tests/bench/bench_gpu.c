@@ -20,7 +20,7 @@ static const size_t GPU_COPY_BYTES = (size_t)1 << 30;
 
 /* ---- measuring ---- */
 
-/* What is no case of tests/lib/op_cases.h: operands, and what the plan asked for. */
+/* Operands and planned memory of an operation that has no case in tests/lib/op_cases.h. */
 enum { OPERANDS = 16 };
 struct job {
     struct bench *b;
@@ -77,7 +77,7 @@ static void bandwidth_row(struct table *t, struct bench *b, void (*work)(void *)
     struct row *row = table_row(t, "%s", what);
     cell_seconds(row->took, s);
     cell(row->rate, "%.0f GB/s", bytes / s.median / 1e9);
-    cell(row->beside, "copy %.0f GB/s", copy / 1e9);
+    cell(row->compared, "copy %.0f GB/s", copy / 1e9);
     cell(row->ratio, "%.2f", bytes / s.median / copy);
     row_progress(row);
 }
@@ -98,7 +98,7 @@ static void flops_row(struct table *t, struct bench *b, void (*work)(void *), vo
     struct row *row = table_row(t, "%s", what);
     cell_seconds(row->took, s);
     cell(row->rate, "%.0f TFLOP/s", flops / s.median / 1e12);
-    cell(row->beside, "matmul %.0f TFLOP/s", matmul_rate(b) / 1e12);
+    cell(row->compared, "matmul %.0f TFLOP/s", matmul_rate(b) / 1e12);
     cell(row->ratio, "%.2f", flops / s.median / matmul_rate(b));
     row_progress(row);
 }
@@ -337,10 +337,10 @@ static void step_row(struct bench *b, struct table *table, struct training *t, c
     else
         cell(row->rate, "%.0f tokens/s; %.0f TFLOP/s", rate, flops / 1e12);
     if (seen.count > 0)
-        cell(row->beside, "GPU idle %.1f%% of the step, over %lld kernels and copies",
+        cell(row->compared, "GPU idle %.1f%% of the step, over %lld kernels and copies",
              100 * (1 - seen.busy / seen.duration), (long long)seen.count);
     else
-        cell(row->beside, "GPU's idle time: not measured without CUPTI");
+        cell(row->compared, "GPU's idle time: not measured without CUPTI");
     cell(row->ratio, "%.2f of matmul", flops / matmul_rate(b));
     row_progress(row);
     training_close(t);

@@ -85,9 +85,9 @@ static inline void pair_run(struct bench *b, struct side *plain, struct side *ot
     }
 }
 
-/* beside: the other's time, where this is compared with another. */
+/* baseline: the device that this one is compared with; NULL: none. */
 static inline void side_row(struct table *t, const struct side *s, const char *what,
-                            const struct side *beside, const char *besides_name) {
+                            const struct side *baseline, const char *baseline_name) {
     struct summary mine = samples_summary(&s->steps, 0);
     struct row *row = table_row(t, "GPT-2 124M, IHA P=2, 2 passes of 8 x 1024: %s", what);
     cell_seconds(row->took, mine);
@@ -96,9 +96,9 @@ static inline void side_row(struct table *t, const struct side *s, const char *w
              100 * (1 - s->activity.busy / s->activity.duration), (long long)s->activity.count);
     else
         cell(row->rate, "GPU's idle time: not measured without CUPTI");
-    if (beside) {
-        double other = samples_summary(&beside->steps, 0).median;
-        cell(row->beside, "%s %.2f ms", besides_name, 1e3 * other);
+    if (baseline) {
+        double other = samples_summary(&baseline->steps, 0).median;
+        cell(row->compared, "%s %.2f ms", baseline_name, 1e3 * other);
         cell(row->ratio, "%.3f", mine.median / other);
     }
     row_progress(row);
@@ -115,7 +115,7 @@ static inline void bench_graphs(struct bench *b, struct table *t) {
         table_row(t, "its first three steps, the first two of which capture graphs; host and GPU");
     cell(row->took, "%.1f, %.1f, %.1f ms", 1e3 * graphs.first[0], 1e3 * graphs.first[1],
          1e3 * graphs.first[2]);
-    cell(row->beside, "without graphs %.1f, %.1f, %.1f ms", 1e3 * plain.first[0], 1e3 * plain.first[1],
+    cell(row->compared, "without graphs %.1f, %.1f, %.1f ms", 1e3 * plain.first[0], 1e3 * plain.first[1],
          1e3 * plain.first[2]);
     row_progress(row);
     side_close(&graphs, b);
@@ -132,7 +132,7 @@ static inline void bench_deterministic(struct bench *b, struct table *t) {
            after = (double)memory_total(&fixed.t.model.plan);
     struct row *row = table_row(t, "its memory plan");
     cell(row->took, "%.1f MB", after / 1e6);
-    cell(row->beside, "otherwise %.1f MB", before / 1e6);
+    cell(row->compared, "otherwise %.1f MB", before / 1e6);
     cell(row->ratio, "%.3f", after / before);
     row_progress(row);
     side_close(&fixed, b);

@@ -108,7 +108,7 @@ static inline void bench_gpt2(struct bench *b, struct table *table) {
                                 (int)t.config.train.micro_batch, (int)t.config.train.seq_len);
     cell_seconds(row->took, f.seconds);
     cell(row->rate, "%.1f tokens/s", tokens / f.seconds.median);
-    cell(row->beside, "floor %.2f s: %.0f GFLOP at %.0f GFLOP/s + %.2f GB at %.2f GB/s", floor, flops / 1e9,
+    cell(row->compared, "floor %.2f s: %.0f GFLOP at %.0f GFLOP/s + %.2f GB at %.2f GB/s", floor, flops / 1e9,
          f.sgemm / 1e9, bytes / 1e9, f.copy / 1e9);
     cell(row->ratio, "%.2f", f.seconds.median / floor);
     row_progress(row);
@@ -129,7 +129,7 @@ static inline void bench_quickstart(struct bench *b, struct table *table) {
                                 (double)t.model.params.num_params / 1e6, (int)c->train.batch_tokens);
     cell_seconds(row->took, f.seconds);
     cell(row->rate, "%.0f tokens/s; %.1f GFLOP/s", rate, flops / 1e9);
-    cell(row->beside, "sgemm %.0f GFLOP/s", f.sgemm / 1e9);
+    cell(row->compared, "sgemm %.0f GFLOP/s", f.sgemm / 1e9);
     cell(row->ratio, "%.2f", flops / f.sgemm);
     row_progress(row);
     training_close(&t);
@@ -143,7 +143,7 @@ struct footprint {
     double seconds;           /* of two steps */
 };
 
-/* This process's peak of resident memory in bytes, 0 when the system does not say. */
+/* This process's peak of resident memory in bytes; 0: unknown. */
 static inline double peak_resident(void) {
     char line[256];
     double kb = 0;
@@ -225,7 +225,7 @@ static inline void bench_memory(struct bench *b, struct table *table) {
         struct row *row = table_row(table, "peak memory of training: GPT-2 with %s, B=2, T=128", names[i]);
         cell(row->took, "two steps in %.1f s", f.seconds);
         cell(row->rate, "%.3f GB resident at most", f.measured / 1e9);
-        cell(row->beside, "planned %.3f GB", f.planned / 1e9);
+        cell(row->compared, "planned %.3f GB", f.planned / 1e9);
         cell(row->ratio, "%.3f", f.measured / f.planned);
         row_progress(row);
     }

@@ -30,7 +30,7 @@ static inline void attention_row(const struct op_case *c, struct bench *b, struc
     if (s->window > 0)
         cell(row->rate, "%.2f ms and %.0f tiles per 1k tokens; %.1f GFLOP/s",
              f.seconds.median * 1e3 * 1024 / tokens, 1024 * tiles / tokens, rate / 1e9);
-    cell(row->beside, "sgemm %.0f GFLOP/s", f.sgemm / 1e9);
+    cell(row->compared, "sgemm %.0f GFLOP/s", f.sgemm / 1e9);
     cell(row->ratio, "%.2f", rate / f.sgemm);
     row_progress(row);
 }
@@ -70,7 +70,7 @@ static inline void bandwidth_rows(const struct op_case *c, void *context) {
         double rate = case_bytes(&w, backward) / f.seconds.median;
         cell_seconds(row->took, f.seconds);
         cell(row->rate, "%.2f GB/s", rate / 1e9);
-        cell(row->beside, "copy %.2f GB/s", f.copy / 1e9);
+        cell(row->compared, "copy %.2f GB/s", f.copy / 1e9);
         cell(row->ratio, "%.2f", rate / f.copy);
         row_progress(row);
     }

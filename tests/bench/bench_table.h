@@ -13,7 +13,7 @@ struct row {
     char what[CELL]; /* was measured */
     char took[CELL]; /* median (min-max) */
     char rate[CELL];
-    char beside[CELL]; /* the ceiling, floor or plan it is compared with */
+    char compared[CELL]; /* the ceiling, floor or plan it is compared with */
     char ratio[CELL];
 };
 
@@ -43,7 +43,7 @@ static inline struct row *table_row(struct table *t, const char *format, ...) {
     va_end(args);
     cell(r->took, "–");
     cell(r->rate, "–");
-    cell(r->beside, "–");
+    cell(r->compared, "–");
     cell(r->ratio, "–");
     return r;
 }
@@ -58,11 +58,12 @@ static inline void cell_seconds(char out[CELL], struct summary s) {
 
 /* The row as a line of progress. */
 static inline void row_progress(const struct row *r) {
-    fprintf(stderr, "%s: %s; %s; compared with %s; ratio %s\n", r->what, r->took, r->rate, r->beside, r->ratio);
+    fprintf(stderr, "%s: %s; %s; compared with %s; ratio %s\n", r->what, r->took, r->rate, r->compared,
+            r->ratio);
 }
 
 static inline void row_print(FILE *out, const struct row *r) {
-    fprintf(out, "| %s | %s | %s | %s | %s |\n", r->what, r->took, r->rate, r->beside, r->ratio);
+    fprintf(out, "| %s | %s | %s | %s | %s |\n", r->what, r->took, r->rate, r->compared, r->ratio);
 }
 
 static inline void table_print_head(FILE *out) {

@@ -1,10 +1,10 @@
-/* The program behind `make check-gpu`'s whole models: the CUDA backend beside the CPU's.
+/* The checks of whole models of `make check-gpu`: the CUDA backend against the CPU backend.
  *
  *  - Loss and every gradient of a model of each layer type, in fp32 and bf16, by the rule of
  *    tests/cuda/fixture.h: the error against the CPU backend in double is at most FACTOR times that of the
  *    plain computation in the same precision (bf16: tests/lib/rounded.h), or a few roundings of the largest
  *    value.
- *  - A hundred training steps, the losses beside those of the CPU.
+ *  - A hundred training steps, the losses compared with those of the CPU.
  *
  * One line a check on stdout, "ok" or "FAIL" first; the exit code is 1 when one failed and 2 without a GPU.
  * --self: the CPU backend instead of a GPU's, to test this program; --devices: print how many GPUs there are.

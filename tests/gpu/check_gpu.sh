@@ -3,7 +3,7 @@
 #
 #   tests/gpu/check_gpu.sh PROGRAM_DIR BINARY [CUDA_HOME]
 #
-# The tests of the operations and of NCCL with one rank; whole models beside the CPU's; whole runs
+# The tests of the operations and of NCCL with one rank; whole models compared with the CPU; whole runs
 # (tests/gpu/check_gpu_runs.sh); the tests under compute-sanitizer, where it is installed, until BUDGET seconds have gone by.
 set -uo pipefail
 cd "$(dirname "$0")/../.."

@@ -127,7 +127,7 @@ open(sys.argv[1], "wb").write(struct.pack("<256i", *header) + struct.pack(f"<{le
 END
 }
 
-# One run that changes devices after a third and two thirds, in fp32, beside one that stays on the CPU.
+# One run that changes devices after a third and two thirds, in fp32, compared with one that stays on the CPU.
 moving() {
     local fp32=system.precision=fp32 gpu cpu
     train 1 moving $fp32 train.steps=20

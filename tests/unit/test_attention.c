@@ -294,7 +294,7 @@ static void check_sentinels(struct attention_case *c) {
     for (int i = 0; i < 4; i++)
         for (int64_t j = 0; j < all[i].count; j++)
             if (all[i].data[j] != SENTINEL)
-                fail_case(c, i == 0 ? "wrote beside o" : "wrote beside a gradient");
+                fail_case(c, i == 0 ? "wrote outside of o" : "wrote outside of a gradient");
     for (int i = 0; i < GUARD; i++)
         if (c->saved[c->cost.saved + (size_t)i] != 0x5a ||
             c->workspace[c->cost.workspace + (size_t)i] != 0x5a)
@@ -320,7 +320,7 @@ static size_t drawn(size_t n) {
     return (size_t)((fixture_noise(&SEED) + 1) / 2 * (double)n);
 }
 
-/* Head dims, batches, heads and packing take turns at random. */
+/* Head dims, batches, heads and packing are drawn at random. */
 static void check_drawn(struct attention_spec s) {
     s.batch = 1 + (int64_t)drawn(2);
     s.heads = drawn(2) ? 3 : 1;
@@ -344,7 +344,7 @@ static void every_head_dim(void **state) {
 
 /* ---- extreme numbers ---- */
 
-/* Scores of 1e4 leave one key with all of the weight, or two that fp32 can hardly tell apart. */
+/* Scores of 1e4 leave one key with all of the weight, or two whose difference fp32 hardly resolves. */
 static void large_scores(void **state) {
     (void)state;
     for (int64_t window = 0; window < 70; window += 33) {

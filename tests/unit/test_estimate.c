@@ -203,7 +203,7 @@ static void attention_goes_at_the_rate_of_who_serves_it(void **state) {
     t.token_mask = true; /* half of the queries see one key more */
     expect_near("token mask", attention_seconds(&g, t, false), 2 * 2 * 128 * (128 * 129 / 2.0 + 64) / 10);
     t = s;
-    deterministic = true; /* cuDNN wants 2 B H S^2 bytes: over 256 MiB from S = 11586 for one head */
+    deterministic = true; /* cuDNN needs 2 B H S^2 bytes: over 256 MiB from S = 11586 for one head */
     expect_near("deterministic", attention_seconds(&g, t, false), 2 * product / 1000);
     t.length = 11648;
     expect_near("too large", attention_seconds(&g, t, false), 2 * 2 * 128 * (11648 * 11649 / 2.0) / 10);
