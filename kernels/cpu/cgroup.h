@@ -1,4 +1,4 @@
-/* Control groups (Linux cgroups, versions 1 and 2): the limits of the container or job this process runs in. */
+/* Control groups (Linux cgroups, versions 1 and 2): the limits of the container or job of this process. */
 #ifndef IHA_KERNELS_CPU_CGROUP_H
 #define IHA_KERNELS_CPU_CGROUP_H
 

@@ -1,6 +1,6 @@
 /* The plain computation in bf16: the CPU backend, with every activation that an operation writes rounded to
- * bf16. Its error is the measure for the CUDA backend's error in bf16. Gradients of parameters, statistics and
- * the step state stay in fp32, as in the CUDA backend. */
+ * bf16. Its error is the measure for the CUDA backend's error in bf16. Gradients of parameters, statistics
+ * and the step state stay in fp32, as in the CUDA backend. */
 #ifndef IHA_TESTS_LIB_ROUNDED_H
 #define IHA_TESTS_LIB_ROUNDED_H
 

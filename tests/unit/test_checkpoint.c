@@ -1,5 +1,6 @@
-/* Checkpoints: resuming restores every bit, so that training continues as if it had not stopped; which checkpoints are
- * kept; a damaged one is skipped; one of another run is refused; a failed save leaves earlier ones unchanged.
+/* Checkpoints: resuming restores every bit, so that training continues as if it had not stopped; which
+ * checkpoints are kept; a damaged one is skipped; one of another run is refused; a failed save leaves earlier
+ * ones unchanged.
  *
  * Everything happens in a temporary directory that is the current one while the tests run. */
 #define FIXTURE_THREADS 1
@@ -696,8 +697,8 @@ static void a_full_disk_leaves_the_one_before(void **state) {
     close_run(&before);
 }
 
-/* fsync fails from the n-th call on, for every n: after a save that reports failure the run is as it was, or, if the
- * rename was done, has the complete new checkpoint. */
+/* fsync fails from the n-th call on, for every n: after a save that reports failure the run is as it was, or,
+ * if the rename was done, has the complete new checkpoint. */
 static void any_failing_sync_leaves_a_whole_checkpoint(void **state) {
     (void)state;
     struct run r, before;

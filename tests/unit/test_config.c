@@ -1,5 +1,5 @@
-/* Configuration: defaults, every class of user error with its message and exit code, and round trips (JSON, visit).
- * Run from the root of the repository, where configs/ is. */
+/* Configuration: defaults, every class of user error with its message and exit code, and round trips (JSON,
+ * visit). Run from the root of the repository, where configs/ is. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

@@ -1,5 +1,5 @@
-/* The estimate of a run: its operations against flops.h, its messages against those of real ranks, its times against
- * a few lines of arithmetic, and its memory against the model's plan. */
+/* The estimate of a run: its operations against flops.h, its messages against those of real ranks, its times
+ * against a few lines of arithmetic, and its memory against the model's plan. */
 #define FIXTURE_THREADS 1
 #include "kernels/estimate/hardware.h"
 #include "model/flops.h"
@@ -561,8 +561,8 @@ static void a_fast_link_is_hidden_and_a_slow_one_is_all_there_is(void **state) {
     }
 }
 
-/* A step takes at least as long as computation and as communication alone, and at most as long as both one after the
- * other. */
+/* A step takes at least as long as computation and as communication alone, and at most as long as both one
+ * after the other. */
 static void a_step_is_computing_and_waiting(void **state) {
     double before = INFINITY;
     (void)state;
@@ -579,8 +579,8 @@ static void a_step_is_computing_and_waiting(void **state) {
         }
 }
 
-/* The reduction of all but the last gradients overlaps with backward, so the exposed part shrinks with the number of
- * layers. */
+/* The reduction of all but the last gradients overlaps with backward, so the exposed part shrinks with the
+ * number of layers. */
 static void layers_hide_each_other(void **state) {
     struct run_estimate one, many;
     (void)state;

@@ -1,5 +1,5 @@
-/* metrics.jsonl when a run is resumed: lines of later steps and damaged lines are removed, all others stay as they
- * are. */
+/* metrics.jsonl when a run is resumed: lines of later steps and damaged lines are removed, all others stay as
+ * they are. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -56,7 +56,7 @@ static void damaged_lines_go(void **state) {
     check_trimmed("{\"step\": 2\n, \"loss\": 1}\n", 2, "");
 }
 
-/* As many lines as a week of training writes, in a small part of the time that a quadratic search would take. */
+/* As many lines as a week of training writes, in far less time than a quadratic search would take. */
 static void a_long_file_takes_no_time(void **state) {
     (void)state;
     enum { STEPS = 400000 };

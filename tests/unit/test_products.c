@@ -1,6 +1,6 @@
-/* The check of the library's matrix products at the start: products that leave a part unwritten or have a wrong
- * value in one thread's part end the run; right ones pass, whatever their shape. This program has a dnnl_sgemm of
- * its own, which computes wrongly when told to. */
+/* The check of the library's matrix products at the start: products that leave a part unwritten or have a
+ * wrong value in one thread's part end the run; right ones pass, whatever their shape. This program
+ * replaces dnnl_sgemm by one that computes wrong results on request. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>

@@ -1,7 +1,7 @@
 /* The safetensors reader and writer: round trip, malformed headers, disk errors.
  *
- * The malformed headers are a table: a JSON text, the number of data bytes after it, and a part of the expected
- * error. Each becomes a file in a temporary directory of the run. */
+ * The malformed headers are a table: a JSON text, the number of data bytes after it, and a part of the
+ * expected error. Each becomes a file in a temporary directory of the run. */
 #include <setjmp.h>
 #include <stdarg.h>
 #include <stddef.h>
@@ -399,7 +399,8 @@ static void test_hostile_bytes(void **state) {
     free(header);
 }
 
-/* Every prefix of a good file is refused. With any one byte changed, it is refused or read without a memory error. */
+/* Every prefix of a good file is refused. With any one byte changed, it is refused or read without a memory
+ * error. */
 static void test_damaged_file(void **state) {
     (void)state;
     write_all_dtypes(1000);
