@@ -2,7 +2,7 @@
  * categories, normal forms, lower case.
  *
  * The library carries its own tables: Unicode 16 in its regular expressions, 9 in its normal forms, the
- * newest for lower case. The differences stand in tokenizer_unicode_tables.h. */
+ * newest for lower case. The differences stand in tokenizer_unicode_tables.def. */
 #include "data/tokenizer_internal.h"
 
 #include <stdlib.h>
@@ -20,7 +20,7 @@ struct lower_range {
     int32_t distance;
 };
 
-#include "data/tokenizer_unicode_tables.h"
+#include "data/tokenizer_unicode_tables.def"
 
 #define COUNT(table) (sizeof(table) / sizeof *(table))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes data/tokenizer_unicode_tables.h: where the Unicode data of PCRE2 and utf8proc, of whatever version is
+"""Makes data/tokenizer_unicode_tables.def: where the Unicode data of PCRE2 and utf8proc, of whatever version is
 installed, differs from what the tokenizers library was built with.
 
     pip install tokenizers unicodedata2 && python tests/reference/make_unicode_tables.py
@@ -13,7 +13,7 @@ import unicodedata2 as new
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-OUT = pathlib.Path(__file__).resolve().parents[2] / "data" / "tokenizer_unicode_tables.h"
+OUT = pathlib.Path(__file__).resolve().parents[2] / "data" / "tokenizer_unicode_tables.def"
 CATEGORIES = "Lu Ll Lt Lm Lo Mn Mc Me Nd Nl No Pc Pd Ps Pe Pi Pf Po Sm Sc Sk So Zs Zl Zp Cc Cf Co Cn".split()
 SCRIPTS = "Han Hiragana Katakana Hangul Latin Cyrillic Greek Arabic Hebrew Thai Devanagari".split()  # of tokenizer_regex.c
 ALL = [c for c in range(0x110000) if not 0xD800 <= c < 0xE000]
