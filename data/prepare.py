@@ -17,9 +17,11 @@ import hashlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,9 +30,11 @@ try:
 except ImportError:
     sys.exit("prepare.py: numpy is not installed; run: make deps, then .venv/bin/python data/prepare.py ...")
 
-from prepare_readers import BATCH, file_format, paragraph_boundary, read_jsonl, read_parquet, read_text, separator_regex
+from prepare_inputs import Input, format_by_name, is_compressed, json_layout
+from prepare_output import ini_path, locked, remove_temporary
+from prepare_readers import BATCH, paragraph_boundary, read_json, read_jsonl, read_parquet, read_text, separator_regex
 from prepare_tokenizers import NAMED, load_tokenizer
-from user_error import UserError
+from user_error import UserError, allow_any_file_name, describe, one_line
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers is the one knob
 
@@ -45,12 +49,40 @@ examples:
 
 # -------------------------------------------------------------------------------------- tokenizing
 
-_tokenizer = _separator = _dtype = None  # a worker's own
+_tokenizer = _separator = _dtype = _specials = None  # a worker's own
 
 
 def start_worker(*state):
-    global _tokenizer, _separator, _dtype
+    global _tokenizer, _separator, _dtype, _specials
     _tokenizer, _separator, _dtype = state
+    _specials = specials_regex(_tokenizer)
+
+
+def special_names(tokenizer):
+    """The special tokens of a tokenizer as text; of bytes, which has none, the name that most data sets use."""
+    if hasattr(tokenizer, "encoding"):
+        return sorted(tokenizer.encoding._special_tokens)
+    if hasattr(tokenizer, "tokenizer"):
+        added = tokenizer.tokenizer.get_added_tokens_decoder().values()
+        return sorted(token.content for token in added if token.special and token.content)
+    return ["<|endoftext|>"]
+
+
+def specials_regex(tokenizer):
+    """Finds special tokens in a text, given as str and as bytes; longest first, as one may begin another."""
+    names = sorted(special_names(tokenizer), key=len, reverse=True)
+    pattern = "|".join(map(re.escape, names)) or "(?!)"
+    return {str: re.compile(pattern), bytes: re.compile(pattern.encode())}
+
+
+def count_specials(batch):
+    """How often each special token stands in the texts of a batch."""
+    return collections.Counter(name if isinstance(name, str) else name.decode()
+                               for _, text, *_ in batch for name in _specials[type(text)].findall(text))
+
+
+def process_batch(batch):
+    return encode_batch(batch), count_specials(batch)
 
 
 def encode_batch(batch):
@@ -78,7 +110,7 @@ def serve(pipe, state):
     with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             try:
-                result = encode_batch(pipe.recv())
+                result = process_batch(pipe.recv())
             except EOFError:
                 raise
             except Exception as error:
@@ -87,11 +119,11 @@ def serve(pipe, state):
 
 
 def ordered_map(batches, workers, state):
-    """encode_batch over the batches, in order. Worker k has batches k, k + workers, ...: one under way each, so
+    """process_batch over the batches, in order. Worker k has batches k, k + workers, ...: one under way each, so
     memory stays bounded, and pipes without threads, so that nothing can hang when a worker dies or Ctrl-C comes."""
     if workers == 1:
         start_worker(*state)
-        yield from map(encode_batch, batches)
+        yield from map(process_batch, batches)
         return
     context = multiprocessing.get_context("spawn")  # not forked: a reader may have threads
     pipes, processes, sent = [], [], 0
@@ -127,6 +159,24 @@ def received(pipe):
 # ----------------------------------------------------------------------------------------- writing
 
 
+def write_all(file, data):
+    """A write to an unbuffered file: it may take several calls, and an error comes here and not at close."""
+    data = memoryview(data)
+    while len(data):
+        data = data[file.write(data):]
+
+
+def naming(path):
+    """Errors of writing an open file get the file's name."""
+    @contextlib.contextmanager
+    def named():
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from None
+    return named()
+
+
 class Writer:
     """The shards of one split. They carry temporary names until commit() renames them."""
 
@@ -145,15 +195,17 @@ class Writer:
             if self.file is None or self.counts[-1] == self.shard_tokens:
                 self.next_shard()
             part = tokens[done:done + self.shard_tokens - self.counts[-1]]
-            part.astype(self.dtype.newbyteorder("<")).tofile(self.file)
+            with naming(self.name(len(self.counts) - 1)):
+                write_all(self.file, part.astype(self.dtype.newbyteorder("<")).view(np.uint8))
             self.counts[-1] += len(part)
             self.bytes[-1] += bytes_until(done + len(part)) - bytes_until(done)
             done += len(part)
 
     def next_shard(self):
         self.close()
-        self.file = open(self.name(len(self.counts), ".tmp"), "wb")
-        self.file.write(bytes(1024))
+        self.file = open(self.name(len(self.counts), ".tmp"), "wb", buffering=0)
+        with naming(self.name(len(self.counts))):
+            write_all(self.file, bytes(1024))
         self.counts.append(0)
         self.bytes.append(0)
 
@@ -162,11 +214,11 @@ class Writer:
         if self.file is None:
             return
         magic, version = (20240520, 1) if self.dtype.itemsize == 2 else (20240801, 7)
-        self.file.seek(0)
-        self.file.write(np.array([magic, version, self.counts[-1]], dtype="<i4").tobytes())
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with naming(self.name(len(self.counts) - 1)):
+            self.file.seek(0)
+            write_all(self.file, np.array([magic, version, self.counts[-1]], dtype="<i4").tobytes())
+            os.fsync(self.file.fileno())
+            self.file.close()
         self.file = None
 
     def finish(self):
@@ -174,31 +226,38 @@ class Writer:
         self.close()
         if len(self.counts) > 1 and self.counts[-1] < self.shard_tokens / 16:
             last = self.name(len(self.counts) - 1, ".tmp")
-            with open(last, "rb") as short, open(self.name(len(self.counts) - 2, ".tmp"), "r+b") as self.file:
+            with open(last, "rb") as short, open(self.name(len(self.counts) - 2, ".tmp"), "r+b", buffering=0) as self.file:
                 short.seek(1024)
                 self.file.seek(0, os.SEEK_END)
-                shutil.copyfileobj(short, self.file)
+                with naming(self.name(len(self.counts) - 2)):
+                    while chunk := short.read(BATCH):
+                        write_all(self.file, chunk)
                 self.counts[-2:] = [self.counts[-2] + self.counts[-1]]
                 self.bytes[-2:] = [self.bytes[-2] + self.bytes[-1]]
                 self.close()
             last.unlink()
 
     def commit(self):
+        """The final names, which it returns. Older shards of these names are replaced at once."""
         for i in range(len(self.counts)):
             os.replace(self.name(i, ".tmp"), self.name(i))
+        return {self.name(i) for i in range(len(self.counts))}
 
     def discard(self):
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):
+                self.file.close()
         self.file, self.counts, self.bytes = None, [], []
         for path in self.folder.glob(f"{self.split}_*.bin.tmp"):
             path.unlink()
 
 
 class Progress:
-    """Bytes read, bytes per second and time left on stderr: one line redrawn on a terminal, else one every 10 s."""
+    """Bytes read, bytes per second and, where the total is known, time left on stderr: one line redrawn on a terminal,
+    else one every 10 s."""
 
-    def __init__(self, total):
+    def __init__(self, total, label=""):
+        self.label = label
         self.total, self.begin, self.shown = total, time.monotonic(), time.monotonic()
         self.terminal = sys.stderr.isatty()
 
@@ -208,10 +267,15 @@ class Progress:
             return
         self.shown = now
         speed = done / max(now - self.begin, 1e-9)
+        if self.total is None:
+            line = f"{self.label}{done / 1e6:,.1f} MB  {speed / 1e6:.1f} MB/s"
+            print(f"\r{line} " if self.terminal else line, end="" if self.terminal and not last else "\n", file=sys.stderr,
+                  flush=True)
+            return
         share = min(1, done / max(1, self.total))
         left = int((now - self.begin) * (1 - share) / max(share, 1e-9))
         bar = "#" * int(28 * share)
-        line = (f"{100 * share:3.0f}% {done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB  {speed / 1e6:.1f} MB/s  "
+        line = (f"{self.label}{100 * share:3.0f}% {done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB  {speed / 1e6:.1f} MB/s  "
                 f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
         if self.terminal:
             print(f"\r[{bar:<28}] {line} ", end="\n" if last else "", file=sys.stderr, flush=True)
@@ -239,30 +303,54 @@ class Preparation:
         self.vocab_size = max(tokenizer.vocab_size, separator + 1)
         self.separator = separator
         self.dtype = np.uint16 if self.vocab_size <= 65536 else np.uint32
-        self.sizes = {path: os.path.getsize(path) for path in options.inputs}
-        self.cut = self.single_text_cut()
+        self.inputs = [Input(path, options.out) for path in options.inputs]
+        sizes = [source.size for source in self.inputs]
+        self.total = None if None in sizes else sum(sizes)  # bytes as stored
+        self.cut, self.texts, self.text_documents = None, 0, 0
+        self.is_split = options.val_fraction == 0  # has each split its document?
 
     def single_text_cut(self):
-        """(position, boundary) for one whole text, which has no second document to validate on."""
-        options = self.options
-        path = options.inputs[0]
-        if (len(options.inputs) > 1 or file_format(path, options.format) != "text" or options.document_separator
-                or options.val_fraction == 0):
+        """(position, boundary, size) for one whole text, which has no second document to validate on."""
+        options, source = self.options, self.inputs[0]
+        if len(self.inputs) > 1 or options.document_separator or options.val_fraction == 0:
             return None
-        if self.sizes[path] < 2:
-            raise UserError(f"{path}: too short to cut a validation part from; use --val-fraction 0")
-        return paragraph_boundary(path, self.sizes[path], options.val_fraction)
+        source.open().close()
+        if source.format(options.format) != "text":
+            return None
+        size = source.content_size(Progress(source.size, "measuring: ").show)
+        if size < 2:
+            raise UserError(f"{source.name}: too short to cut a validation part from; use --val-fraction 0")
+        return *paragraph_boundary(source, size, options.val_fraction), size
 
-    def pieces(self, path):
-        options, kind = self.options, file_format(path, self.options.format)
-        if kind == "jsonl":
-            return read_jsonl(path, options.field)
-        if kind == "parquet":
-            return read_parquet(path, options.field)
-        if self.cut:
-            return (piece for begin, end in ((0, self.cut[0]), (self.cut[0], self.sizes[path]))
-                    for piece in read_text(path, begin, end, None, self.tokenizer.wants_str))
-        return read_text(path, 0, self.sizes[path], options.document_separator, self.tokenizer.wants_str)
+    def pieces(self, source):
+        options = self.options
+        source.keep = source.keep and not self.is_split
+        with source.open() as stream:
+            kind = source.format(options.format)
+            if kind == "jsonl":
+                read = read_jsonl if json_layout(source.head) == "lines" else read_json
+                yield from read(stream, source, options.field)
+            elif kind == "parquet":
+                with self.seekable(stream, source) as file:
+                    yield from read_parquet(file, source, options.field)
+            else:
+                parts = [(0, self.cut[0]), (self.cut[0], self.cut[2])] if self.cut else [(0, None)]
+                self.texts += 1
+                for begin, end in parts:
+                    for piece in read_text(stream, source, begin, end, options.document_separator, self.tokenizer.wants_str,
+                                           options.format == "text"):
+                        self.text_documents += piece[1]
+                        yield piece
+
+    def seekable(self, stream, source):
+        """A parquet file, whose index is at its end, as a file one can seek in."""
+        if not source.read_once:
+            return open(source.path, "rb")
+        file = tempfile.TemporaryFile(dir=self.options.out)
+        with naming(self.options.out):
+            shutil.copyfileobj(stream, file, BATCH)
+            file.seek(0)
+        return file
 
     def whole_documents(self, pieces):
         """The pieces of a document put together again, for a tokenizer that a cut anywhere would change."""
@@ -284,9 +372,10 @@ class Preparation:
     def batches(self, progress, forced):
         """Batches for encode_batch. Blank documents are left out."""
         self.documents, self.bytes, self.blank = collections.Counter(), collections.Counter(), 0
+        self.texts, self.text_documents = 0, 0
         batch, size, index, started, before = [], 0, 0, False, 0
-        for path in self.options.inputs:
-            for text, ends, position in self.whole_documents(self.pieces(path)):
+        for source in self.inputs:
+            for text, ends, position in self.whole_documents(self.pieces(source)):
                 progress.show(before + position)
                 if ends and not started and not text.strip():
                     self.blank += 1
@@ -299,19 +388,28 @@ class Preparation:
                 if ends:
                     self.documents[split] += 1
                     index += 1
+                    if len(self.documents) == 2 and not self.is_split and not self.cut:
+                        self.is_split = True  # so nothing is read again
+                        source.forget()
                 if size >= BATCH:
                     yield batch
                     batch, size = [], 0
-            before += self.sizes[path]
+            before += source.consumed if source.size is None else source.size
         if batch:
             yield batch
-        progress.show(sum(self.sizes.values()), last=True)
+        progress.show(before, last=True)
 
     def run(self, writers, forced={}):
-        progress = Progress(sum(self.sizes.values()))
+        if not forced:
+            self.cut = self.single_text_cut()
+        progress = Progress(self.total)
+        self.specials = collections.Counter()
         state = (self.tokenizer, self.separator, self.dtype)
-        workers = max(1, min(self.options.workers, -(-sum(self.sizes.values()) // BATCH)))
-        for arrays in ordered_map(self.batches(progress, forced), workers, state):
+        workers = self.options.workers
+        if self.total is not None and not any(is_compressed(source.path) for source in self.inputs):
+            workers = max(1, min(workers, -(-self.total // BATCH)))
+        for arrays, specials in ordered_map(self.batches(progress, forced), workers, state):
+            self.specials += specials
             for split, (tokens, ends) in arrays.items():
                 writers[split].write(tokens, ends)
         self.check_split(writers, forced)
@@ -320,7 +418,7 @@ class Preparation:
         """Few documents may all fall on one side; then the lowest score moves to val, or the highest to train."""
         count = sum(self.documents.values())
         if count == 0:
-            raise UserError(f"{self.options.inputs[0]}: no text" + (" in any input" if len(self.sizes) > 1 else ""))
+            raise UserError(f"{self.inputs[0].name}: no text" + (" in any input" if len(self.inputs) > 1 else ""))
         if self.options.val_fraction == 0 or len(self.documents) == 2:
             return
         if count == 1 or self.cut:
@@ -344,7 +442,7 @@ class Preparation:
         row("documents", {split: f"{self.documents[split]:,}" for split in splits})
         if self.cut:
             print(f"                (one text, cut after a {self.cut[1]} at byte {self.cut[0]:,}: "
-                  f"the last {100 - 100 * self.cut[0] / sum(self.sizes.values()):.2f}% is val)")
+                  f"the last {100 - 100 * self.cut[0] / self.cut[2]:.2f}% is val)")
         if self.blank:
             print(f"                ({self.blank:,} blank ones left out)")
         row("tokens", {split: f"{counts[split]:,}" for split in splits})
@@ -354,8 +452,24 @@ class Preparation:
             + ", dataset.json" + (", tokenizer.json" if self.tokenizer.json_path else ""))
         print(f"\n[model]\nvocab_size = {self.vocab_size}\n\n[data]")
         for split in splits:
-            print(f"{split} = {folder}/{split}_*.bin")
-        print(f"tokenizer = {self.tokenizer.json_path or 'bytes'}")
+            print(f"{split} = {ini_path(folder)}/{split}_*.bin")
+        path = ini_path(self.tokenizer.json_path, is_pattern=False) if self.tokenizer.json_path else "bytes"
+        print(f"tokenizer = {path}" if path else "# tokenizer: the folder's name has a blank and then '#' or ';', where an INI "
+              "value ends; rename the folder, or give data.tokenizer=FILE on the command line")
+        self.warn()
+
+    def warn(self):
+        """What the user may have meant otherwise."""
+        options = self.options
+        for name, count in sorted(self.specials.items()):
+            times = f"{count:,} time" + "s" * (count != 1)
+            separates = f"; --document-separator '{name}' ends documents there" if self.texts else ""
+            print(f"prepare.py: warning: {name} stands in the text {times} and was encoded as ordinary text, not as a special "
+                  f"token{separates}", file=sys.stderr)
+        if options.document_separator and self.texts and self.text_documents == self.texts:
+            print(f"prepare.py: warning: --document-separator '{options.separator_text}' stands in no text input"
+                  + ("" if options.separator_text.startswith("regex:") else "; it is taken literally (regex:PATTERN is a "
+                     "regular expression)"), file=sys.stderr)
 
 
 def unpaired(text):
@@ -385,7 +499,8 @@ def parse(arguments):
 
     parser.error = fail
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help=".jsonl or .ndjson, .parquet; anything else is text")
+    add("inputs", nargs="+", metavar="INPUT", help="text, JSON (an object per line, an array, or objects one after another) or parquet; a pipe, or - for "
+             "standard input; text and JSON also compressed by gzip, zstd, bzip2 or xz")
     add("--tokenizer", required=True, metavar="bytes|gpt2|llama3|FILE|FOLDER",
         help="FILE: a Hugging Face tokenizer.json, Mistral's tekken.json, or a tiktoken rank file (.tiktoken, Llama 3's "
              "tokenizer.model); FOLDER: a Hugging Face model's")
@@ -393,11 +508,12 @@ def parse(arguments):
     add("--pattern", metavar="NAME|REGEX",
         help=f"how a rank file's encoding cuts words (default: by its size, if known): {', '.join(NAMED)}, or a regular "
              "expression of its own")
-    add("--format", choices=("auto", "text", "jsonl", "parquet"), default="auto", help="of the inputs (default: by suffix)")
-    add("--field", default="text", metavar="NAME", help="JSONL field or parquet column (default: text)")
-    add("--document-separator", metavar="REGEX",
-        help="what parts the documents of a text file: blank-lines, lines, or a regular expression, whose match is "
-             "dropped (default: a file is one document)")
+    add("--format", choices=("auto", "text", "jsonl", "parquet"), default="auto", help="of the inputs (default: by their first bytes and their names); jsonl: any JSON; text: every byte as it is")
+    add("--field", default="text", metavar="NAME", help="JSON field or parquet column (default: text); it must be there and hold strings, null is a blank document, "
+             "and blank documents are left out")
+    add("--document-separator", metavar="TEXT",
+        help="what parts the documents of a text, and is dropped: blank-lines, lines, a text taken literally, or "
+             "regex:PATTERN (default: an input is one document)")
     add("--separator", type=int, metavar="ID",
         help="token that ends a document (default: the eos_token of a tokenizer_config.json beside the tokenizer, or its "
              "token with a known name: <|endoftext|>, </s>, ...)")
@@ -414,6 +530,25 @@ def parse(arguments):
     return options
 
 
+def check_input(path):
+    if path == "-":
+        return
+    if not os.path.exists(path):
+        raise UserError(f"{path}: no such file")
+    if os.path.isdir(path):
+        raise UserError(f"{path}: is a folder; give its files, for example {path.rstrip('/')}/*.txt")
+    if Input(path).size == 0:
+        raise UserError(f"{path}: empty")
+
+
+def may_be_text(path, asked):
+    source = Input(path)
+    if source.read_once:  # it must not be opened yet
+        return (format_by_name(path) if asked == "auto" else asked) in (None, "text")
+    source.open().close()
+    return source.format(asked) == "text"
+
+
 def check(options):
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"--val-fraction {options.val_fraction}: must be at least 0 and below 1")
@@ -425,19 +560,20 @@ def check(options):
         raise UserError(f"--workers {options.workers}: must be at least 1")
     if options.separator is not None and not 0 <= options.separator < 2**31:
         raise UserError(f"--separator {options.separator}: not a token id")
+    if any(not c.isprintable() and not "\udc80" <= c <= "\udcff" for c in str(options.out)):
+        raise UserError(f"--out {options.out}: a line break or control character in the name, which no configuration can hold")
+    if os.path.exists(options.out) and not os.path.isdir(options.out):
+        raise UserError(f"--out {options.out}: is no folder")
+    if options.inputs.count("-") > 1:
+        raise UserError("-: standard input can only be read once")
     for path in options.inputs:
-        if not os.path.exists(path):
-            raise UserError(f"{path}: no such file")
-        if os.path.isdir(path):
-            raise UserError(f"{path}: is a folder; give its files, for example {path.rstrip('/')}/*.txt")
-        if os.path.getsize(path) == 0:
-            raise UserError(f"{path}: empty")
+        check_input(path)
+    options.separator_text = options.document_separator
     if options.document_separator is not None:
-        if not any(file_format(path, options.format) == "text" for path in options.inputs):
-            raise UserError("--document-separator is for text files; a JSONL line or parquet row is a document")
+        if not any(may_be_text(path, options.format) for path in options.inputs):
+            raise UserError("--document-separator is for text files; a JSON object or parquet row is a document")
         options.document_separator = separator_regex(options.document_separator)
-    if not options.overwrite and existing_shards(options.out):
-        raise UserError(f"{options.out}: already holds shards; give another --out, or --overwrite")
+    check_no_shards(options)
 
 
 def write_tokenizer(tokenizer, folder):
@@ -463,39 +599,55 @@ def write_dataset(run, folder, writers):
     os.replace(partial, folder / "dataset.json")
 
 
+def check_no_shards(options):
+    if not options.overwrite and existing_shards(options.out):
+        raise UserError(f"{options.out}: already holds shards; give another --out, or --overwrite")
+
+
 def prepare(arguments):
     options = parse(arguments)
     tokenizer = load_tokenizer(options.tokenizer, options.pattern)
     run = Preparation(options, tokenizer)
-    options.out.mkdir(parents=True, exist_ok=True)
-    writers = {split: Writer(options.out, split, run.dtype, options.shard_tokens) for split in ("train", "val")}
+    with locked(options.out):
+        check_no_shards(options)  # another run may just have ended
+        write(run, tokenizer, options.out)
+
+
+def write(run, tokenizer, folder):
+    remove_temporary(folder)
+    writers = {split: Writer(folder, split, run.dtype, run.options.shard_tokens) for split in ("train", "val")}
     try:
         run.run(writers)
         for writer in writers.values():
             writer.finish()
-        write_tokenizer(tokenizer, options.out)
-        write_dataset(run, options.out, writers)
-        for old in existing_shards(options.out):
-            old.unlink()
-        for writer in writers.values():
-            writer.commit()
+        write_tokenizer(tokenizer, folder)
+        write_dataset(run, folder, writers)
+        written = set().union(*(writer.commit() for writer in writers.values()))
+        for old in existing_shards(folder):
+            if old not in written:
+                old.unlink()
     except BaseException:
         for writer in writers.values():
             writer.discard()
+        remove_temporary(folder)
         raise
     run.report(writers)
 
 
 def main():
+    allow_any_file_name()
     try:
         prepare(sys.argv[1:])
     except UserError as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
+        print(f"prepare.py: {one_line(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # whoever read the summary has left; the shards are there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        print(f"prepare.py: {error}", file=sys.stderr)
+        print(f"prepare.py: {one_line(describe(error))}", file=sys.stderr)
+        return 1
+    except MemoryError:
+        print("prepare.py: out of memory; try fewer --workers", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("prepare.py: stopped; nothing was written", file=sys.stderr)
@@ -503,5 +655,13 @@ def main():
     return 0
 
 
+def terminate(number, frame):
+    """SIGTERM and SIGHUP remove the temporary files as well."""
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, terminate)
     sys.exit(main())

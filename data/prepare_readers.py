@@ -1,29 +1,29 @@
-"""The inputs of prepare.py. A reader yields (text, ends_document, position): bytes or str, and how far into its file
-it has read."""
+"""The formats that prepare.py reads. A reader yields (text, ends_document, position): bytes or str, and how far into its
+input it has read."""
 
+import codecs
 import json
 import os
 import re
-from pathlib import Path
 
 from user_error import UserError
 
-PIECE = 256 << 10   # longest stretch of one document tokenized at once
-BATCH = 1 << 20     # text handed to a worker at once
-MARGIN = 64 << 10   # a document separator may be this long
-
-
-def file_format(path, asked):
-    if asked != "auto":
-        return asked
-    return {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}.get(Path(path).suffix.lower(), "text")
+PIECE = 256 << 10        # longest stretch of one document tokenized at once
+BATCH = 1 << 20          # text handed to a worker at once
+MARGIN = 64 << 10        # a document separator may be this long
+MAX_VALUE = 1 << 30      # characters of one JSON value
+TOKEN_CUT = 20           # a number, a name or an escape cut in two is shorter than this
 
 
 def separator_regex(text):
-    """--document-separator: a name, or a regular expression over the file's bytes."""
+    """--document-separator: a name, the text itself, or regex: and a regular expression over the input's bytes."""
     names = {"blank-lines": r"\r?\n(?:[ \t]*\r?\n)+", "lines": r"\r?\n"}
+    if text in ("", "regex:"):
+        raise UserError("--document-separator: empty; give blank-lines, lines, a text, or regex:PATTERN")
     try:
-        return re.compile(names.get(text, text).encode(), re.MULTILINE)
+        if text.startswith("regex:"):
+            return re.compile(os.fsencode(text[len("regex:"):]), re.MULTILINE)
+        return re.compile(names[text].encode() if text in names else re.escape(os.fsencode(text)), re.MULTILINE)
     except re.error as error:
         raise UserError(f"--document-separator {text}: {error}") from None
 
@@ -44,13 +44,13 @@ def piece_end(buffer, start, end):
 
 
 def split_documents(read, separator):
-    """Pieces (bytes, ends_document) of a byte stream, in constant memory; the separators are dropped.
+    """Pieces (bytes, ends_document, offset) of a byte stream, in constant memory; the separators are dropped.
     A separator counts only when MARGIN bytes follow it, lest more text should lengthen the match."""
-    buffer, start, search, done = b"", 0, 0, False
+    buffer, base, start, search, done = b"", 0, 0, 0, False  # base: where in the stream the buffer begins
     while True:
         match = separator.search(buffer, search) if separator else None
         if match and (done or match.end() + MARGIN <= len(buffer)):
-            yield buffer[start:match.start()], True
+            yield buffer[start:match.start()], True, base + start
             start = match.end()
             search = start + (match.start() == match.end())  # an empty match must not be found again
             continue
@@ -59,94 +59,233 @@ def split_documents(read, separator):
         settled = min(match.start() if match else len(buffer), len(buffer) - MARGIN)
         while settled - start > PIECE:
             cut = piece_end(buffer, start, start + PIECE)
-            yield buffer[start:cut], False
+            yield buffer[start:cut], False, base + start
             start = cut
         search = max(search, start)
         drop = max(0, start - 1)  # the byte before stays, for ^ and look-behind
         chunk = read(BATCH)
         done = not chunk
-        buffer, start, search = buffer[drop:] + chunk, start - drop, search - drop
-    yield buffer[start:], True
+        buffer, start, search, base = buffer[drop:] + chunk, start - drop, search - drop, base + drop
+    yield buffer[start:], True, base + start
 
 
-def read_text(path, begin, end, separator, as_str):
-    """Bytes [begin, end) of a text file; decoded when the tokenizer wants characters."""
-    position = begin
-    with open(path, "rb") as file:
-        if begin == 0 and file.read(3) == b"\xef\xbb\xbf":
-            position = 3  # a byte order mark is no text
-        file.seek(position)
-        left = [end - position]
+def read_text(stream, source, begin, end, separator, as_str, any_byte=False):
+    """Bytes [begin, end) of a text, end None: all; the stream stands at begin. Decoded when the tokenizer wants
+    characters. any_byte: zero bytes are text as well."""
+    left = float("inf") if end is None else end - begin
+
+    def read(size):
+        nonlocal left
+        chunk = stream.read(min(size, left))
+        left -= len(chunk)
+        return chunk
+
+    if begin == 0:
+        mark = read(3)
+        if mark == b"\xef\xbb\xbf":  # a byte order mark is no text
+            begin, mark = 3, b""
+        read_on = read
 
         def read(size):
-            chunk = file.read(min(size, left[0]))
-            left[0] -= len(chunk)
-            return chunk
+            nonlocal mark
+            chunk, mark = mark, b""
+            return chunk + read_on(size - len(chunk))
 
-        for piece, ends in split_documents(read, separator):
-            if as_str:
-                try:
-                    piece = piece.decode()
-                except UnicodeDecodeError as error:
-                    raise UserError(f"{path}: not UTF-8 (byte {error.object[error.start]:#04x} in "
-                                    f"{error.object[max(0, error.start - 10):error.start + 10]!r}); convert it, "
-                                    "or use --tokenizer bytes") from None
-            yield piece, ends, end - left[0]
-
-
-def read_jsonl(path, field):
-    """A document per line: the string in `field`."""
-    position = 0
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            position += len(line)
-            if not line.strip():
-                continue
+    for piece, ends, offset in split_documents(read, separator):
+        if not any_byte and b"\0" in piece:
+            raise UserError(f"{source.name}: a zero byte at byte {begin + offset + piece.index(0):,}, so this is no text; "
+                            "convert or clean it, or give --format text to take every byte as it is")
+        if as_str:
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                piece = piece.decode()
+            except UnicodeDecodeError as error:
+                raise UserError(f"{source.name}: not UTF-8: byte {error.object[error.start]:#04x} at byte "
+                                f"{begin + offset + error.start:,}, in "
+                                f"{error.object[max(0, error.start - 10):error.start + 10]!r}; convert it, "
+                                "or use --tokenizer bytes") from None
+        yield piece, ends, source.consumed
+
+
+# ---------------------------------------------------------------------------------------------- JSON
+
+
+def document_text(row, field, where):
+    """The string in `field` of a JSON object; null is a blank document."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: not a JSON object")
+    if field not in row:
+        names = ", ".join(row) or "none"
+        raise UserError(f"{where}: no field \"{field}\"; it has {names if len(names) < 300 else names[:300] + '...'} "
+                        "(--field NAME)")
+    text = row[field]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{where}: field \"{field}\" is not a string")
+    return text or ""
+
+
+def read_jsonl(stream, source, field):
+    """A document per line: the string in `field`."""
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source.name}:{number}: not UTF-8: byte {error.object[error.start]:#04x} at byte {error.start:,} "
+                            "of the line") from None
+        except ValueError as error:
+            raise UserError(f"{source.name}:{number}: not JSON: {error}") from None
+        except RecursionError:
+            raise UserError(f"{source.name}:{number}: brackets nested too deeply") from None
+        yield document_text(row, field, f"{source.name}:{number}"), True, source.consumed
+
+
+class JsonScanner:
+    """JSON values out of a stream, whatever lines they lie on."""
+    blanks = re.compile(r"[ \t\r\n]*")
+
+    def __init__(self, stream, name):
+        self.stream, self.name, self.decode_value = stream, name, json.JSONDecoder().raw_decode
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.at, self.line, self.bytes_read, self.done = "", 0, 1, 0, False
+
+    def where(self, position=None):
+        position = self.at if position is None else position
+        return f"{self.name}:{self.line + self.text.count(chr(10), self.at, position)}"
+
+    def advance(self, end):
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end
+
+    def more(self):
+        """Read on; a long value takes ever larger steps."""
+        chunk = self.stream.read(max(BATCH, len(self.text) - self.at))
+        self.done = not chunk
+        self.bytes_read += len(chunk)
+        try:
+            text = self.decoder.decode(chunk, final=self.done)
+        except UnicodeDecodeError as error:
+            offset = self.bytes_read - len(error.object) + error.start
+            raise UserError(f"{self.name}: not UTF-8: byte {error.object[error.start]:#04x} at byte {offset:,}") from None
+        self.text, self.at = self.text[self.at:] + text, 0
+
+    def peek(self):
+        """The next character that is no blank; "" at the end."""
+        while True:
+            self.advance(self.blanks.match(self.text, self.at).end())
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if self.done:
+                return ""
+            self.more()
+
+    def value(self):
+        while True:
+            try:
+                value, end = self.decode_value(self.text, self.at)
+                self.advance(end)
+                return value
+            except json.JSONDecodeError as error:
+                cut = error.pos >= len(self.text) - TOKEN_CUT or error.msg.startswith("Unterminated string")
+                if self.done or not cut:
+                    raise UserError(f"{self.where(error.pos)}: not JSON: {error.msg}") from None
             except ValueError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: not a JSON object")
-            if field not in row:
-                raise UserError(f"{path}:{number}: no field \"{field}\"; it has {', '.join(row) or 'none'} (--field NAME)")
-            if not isinstance(row[field], str):
-                raise UserError(f"{path}:{number}: field \"{field}\" is not a string")
-            yield row[field], True, position
+                raise UserError(f"{self.where()}: not JSON: {error}") from None
+            except RecursionError:
+                raise UserError(f"{self.where()}: brackets nested too deeply") from None
+            if len(self.text) - self.at > MAX_VALUE:
+                raise UserError(f"{self.where()}: a JSON value of more than {MAX_VALUE:,} characters; is a quote missing?")
+            self.more()
 
 
-def read_parquet(path, field):
-    """A document per row: the string in column `field`; a null is an empty document."""
+def read_json(stream, source, field):
+    """A document per JSON object, in an array or one after another; in an array also per string."""
+    scanner = JsonScanner(stream, source.name)
+    in_array = False
+    while character := scanner.peek():
+        if character == "[" and not in_array:
+            in_array = True
+            scanner.advance(scanner.at + 1)
+            if scanner.peek() == "]":
+                in_array = False
+                scanner.advance(scanner.at + 1)
+            continue
+        where = scanner.where()
+        row = scanner.value()
+        is_text = in_array and (row is None or isinstance(row, str))
+        yield (row or "") if is_text else document_text(row, field, where), True, source.consumed
+        if in_array:
+            mark = scanner.peek()
+            if mark not in (",", "]"):
+                raise UserError(f"{scanner.where()}: not JSON: " + ("the array is not closed" if not mark else
+                                                                    "expected ',' or ']' after an element"))
+            in_array = mark == ","
+            scanner.advance(scanner.at + 1)
+    if in_array:
+        raise UserError(f"{scanner.where()}: not JSON: the array is not closed")
+
+
+# ------------------------------------------------------------------------------------------- parquet
+
+
+def is_string(types, kind):
+    kind = getattr(kind, "storage_type", kind)  # of an extension type
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    is_view = getattr(types, "is_string_view", lambda kind: False)
+    return types.is_string(kind) or types.is_large_string(kind) or is_view(kind) or types.is_null(kind)
+
+
+def read_parquet(file, source, field):
+    """A document per row: the string in column `field`; a null is a blank document. file: seekable, from its beginning."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+        raise UserError(f"{source.name}: reading parquet needs pyarrow: pip install pyarrow") from None
+
+    def damaged(what, error):
+        if isinstance(error, OSError) and error.errno:
+            raise error
+        return UserError(f"{source.name}: {what}: {(str(error) or repr(error)).splitlines()[0]}")
+
+    failures = (pyarrow.ArrowException, OSError, ValueError)
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a parquet file: {str(error).splitlines()[0]}") from None
-    names = file.schema_arrow.names
-    if field not in names:
-        raise UserError(f"{path}: no column \"{field}\"; it has {', '.join(names) or 'none'} (--field NAME)")
-    kind = file.schema_arrow.field(field).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(f"{path}: column \"{field}\" holds {kind}, not strings")
-    size, rows, done = os.path.getsize(path), file.metadata.num_rows, 0
-    for batch in file.iter_batches(columns=[field], batch_size=256):
-        for text in batch.column(0).to_pylist():
-            done += 1
-            yield text or "", True, size * done // rows
+        parquet = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        schema = parquet.schema_arrow
+    except failures as error:
+        raise damaged("not a parquet file", error) from None
+    if field not in schema.names:
+        raise UserError(f"{source.name}: no column \"{field}\"; it has {', '.join(schema.names) or 'none'} (--field NAME)")
+    kind = schema.field(schema.names.index(field)).type
+    if not is_string(pyarrow.types, kind):
+        raise UserError(f"{source.name}: column \"{field}\" holds {kind}, not strings")
+    size, rows, done = source.size or source.consumed, parquet.metadata.num_rows, 0
+    for group in range(parquet.num_row_groups):
+        batches = parquet.iter_batches(row_groups=[group], columns=[field], batch_size=256)
+        while True:
+            try:
+                batch = next(batches, None)
+                texts = batch.column(0).to_pylist() if batch is not None else None
+            except failures as error:
+                raise damaged(f"row group {group}, column \"{field}\": damaged", error) from None
+            if texts is None:
+                break
+            for text in texts:
+                done += 1
+                yield text or "", True, size * done // max(1, rows)
 
 
-def paragraph_boundary(path, size, fraction):
+# --------------------------------------------------------------------------------------- one whole text
+
+
+def paragraph_boundary(source, size, fraction):
     """Where a single text is cut in two: (position, what it follows). The best kind of boundary that lies near
     enough to leave the last part between half and one and a half of `fraction`."""
     target = min(max(1, int(size * (1 - fraction))), size - 1)
     begin = max(0, target - BATCH)
-    with open(path, "rb") as file:
-        file.seek(begin)
-        text = file.read(target + BATCH - begin)
+    with source.open(begin) as stream:
+        text = stream.read(target + BATCH - begin)
 
     def nearest(places):
         return min((place for place in places if 0 < begin + place < size),

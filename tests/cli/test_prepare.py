@@ -211,7 +211,7 @@ class Texts(Case):
         text = "\ufeffone\nstill\n\n\ntwo\n \nthree\r\n\r\nfour\n"
         for separator, want in (("blank-lines", ["one\nstill", "two", "three", "four\n"]),
                                 ("lines", ["one", "still", "two", "three", "four"]),
-                                ("(?=^t)", ["one\nstill\n\n\n", "two\n \n", "three\r\n\r\nfour\n"])):
+                                ("regex:(?=^t)", ["one\nstill\n\n\n", "two\n \n", "three\r\n\r\nfour\n"])):
             self.run_ok("--tokenizer", "bytes", "--document-separator", separator, "--val-fraction", 0, "--overwrite",
                         "--out", self.out, self.file("a.txt", text))
             found = [bytes(document).decode() for document in documents(read_split(self.out, "train"), 256)]
@@ -227,7 +227,7 @@ class Texts(Case):
                 with mock.patch.multiple(prepare_readers, PIECE=40, MARGIN=24, BATCH=rng.randrange(1, 50)):
                     stream = io.BytesIO(text)
                     found, current = [], b""
-                    for piece, ends in prepare_readers.split_documents(lambda size: stream.read(prepare_readers.BATCH), regex):
+                    for piece, ends, _ in prepare_readers.split_documents(lambda size: stream.read(prepare_readers.BATCH), regex):
                         current += piece
                         if ends:
                             found.append(current)
@@ -244,7 +244,7 @@ class Texts(Case):
         text = ("日本語のテキスト" * 500).encode()
         with mock.patch.multiple(prepare_readers, PIECE=1000, MARGIN=100, BATCH=3001):
             stream = io.BytesIO(text)
-            pieces = [piece for piece, _ in prepare_readers.split_documents(stream.read, None)]
+            pieces = [piece for piece, *_ in prepare_readers.split_documents(stream.read, None)]
         self.assertGreater(len(pieces), 5)
         self.assertEqual("".join(piece.decode() for piece in pieces), text.decode())
 
@@ -496,7 +496,7 @@ class Refusals(Case):
         self.refused(*base, "--workers", 0, says=["--workers"])
         self.refused(*base, "--document-separator", "lines", says=["is for text files"])
         self.refused(*base, "--colour", "red", says=["--colour"])
-        self.refused("--tokenizer", "bytes", "--out", self.out, "--document-separator", "(", self.file("a.txt", "a"), says=["("])
+        self.refused("--tokenizer", "bytes", "--out", self.out, "--document-separator", "regex:(", self.file("a.txt", "a"), says=["("])
 
     def test_shards_are_not_mixed(self):
         base = ("--tokenizer", "bytes", "--out", self.out)
