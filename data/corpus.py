@@ -17,7 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from user_error import UserError
+from user_error import UserError, allow_any_file_name, describe, naming
 
 GCIDE = Path("/usr/share/dictd/gcide.dict.dz")
 
@@ -120,10 +120,10 @@ CORPORA = {"bible": bible, "gcide": gcide}
 def write(documents, path):
     """All or nothing: a reader never sees half a corpus."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".tmp")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another corpus.py may write the same file
     count = 0
     try:
-        with open(partial, "w", encoding="ascii", newline="\n") as file:
+        with naming(path), open(partial, "w", encoding="ascii", newline="\n") as file:
             for document in documents:
                 file.write("\n" * bool(count) + document + "\n")
                 count += 1
@@ -134,6 +134,7 @@ def write(documents, path):
 
 
 def main():
+    allow_any_file_name()
     parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(CORPORA))
@@ -147,7 +148,7 @@ def main():
     except UserError as error:
         parser.error(str(error))
     except OSError as error:
-        print(f"corpus.py: {error}", file=sys.stderr)
+        print(f"corpus.py: {describe(error)}", file=sys.stderr)
         return 1
     print(f"{os.path.relpath(path)}: {path.stat().st_size:,} bytes, {count:,} documents")
     return 0

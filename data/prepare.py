@@ -34,7 +34,7 @@ from prepare_inputs import Input, format_by_name, is_compressed, json_layout
 from prepare_output import ini_path, locked, remove_temporary
 from prepare_readers import BATCH, paragraph_boundary, read_json, read_jsonl, read_parquet, read_text, separator_regex
 from prepare_tokenizers import NAMED, load_tokenizer
-from user_error import UserError, allow_any_file_name, describe, one_line
+from user_error import UserError, allow_any_file_name, describe, naming, one_line
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers is the one knob
 
@@ -166,17 +166,6 @@ def write_all(file, data):
         data = data[file.write(data):]
 
 
-def naming(path):
-    """Errors of writing an open file get the file's name."""
-    @contextlib.contextmanager
-    def named():
-        try:
-            yield
-        except OSError as error:
-            raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from None
-    return named()
-
-
 class Writer:
     """The shards of one split. They carry temporary names until commit() renames them."""
 
@@ -269,16 +258,18 @@ class Progress:
         speed = done / max(now - self.begin, 1e-9)
         if self.total is None:
             line = f"{self.label}{done / 1e6:,.1f} MB  {speed / 1e6:.1f} MB/s"
-            print(f"\r{line} " if self.terminal else line, end="" if self.terminal and not last else "\n", file=sys.stderr,
-                  flush=True)
+            self.draw(line, last)
             return
         share = min(1, done / max(1, self.total))
         left = int((now - self.begin) * (1 - share) / max(share, 1e-9))
         bar = "#" * int(28 * share)
         line = (f"{self.label}{100 * share:3.0f}% {done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB  {speed / 1e6:.1f} MB/s  "
                 f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+        self.draw(f"[{bar:<28}] {line}" if self.terminal else line, last)
+
+    def draw(self, line, last):
         if self.terminal:
-            print(f"\r[{bar:<28}] {line} ", end="\n" if last else "", file=sys.stderr, flush=True)
+            print(f"\r{line} \033[K", end="\n" if last else "", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)
 
@@ -620,8 +611,10 @@ def write(run, tokenizer, folder):
         run.run(writers)
         for writer in writers.values():
             writer.finish()
-        write_tokenizer(tokenizer, folder)
-        write_dataset(run, folder, writers)
+        with naming(folder / "tokenizer.json"):
+            write_tokenizer(tokenizer, folder)
+        with naming(folder / "dataset.json"):
+            write_dataset(run, folder, writers)
         written = set().union(*(writer.commit() for writer in writers.values()))
         for old in existing_shards(folder):
             if old not in written:
@@ -638,6 +631,7 @@ def main():
     allow_any_file_name()
     try:
         prepare(sys.argv[1:])
+        flush_output()
     except UserError as error:
         print(f"prepare.py: {one_line(str(error))}", file=sys.stderr)
         return 2
@@ -653,6 +647,18 @@ def main():
         print("prepare.py: stopped; nothing was written", file=sys.stderr)
         return 130
     return 0
+
+
+def flush_output():
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again
+        raise OSError(error.errno, f"{error.strerror}; the shards are written", "standard output") from None
 
 
 def terminate(number, frame):

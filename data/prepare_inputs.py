@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import re
+import select
 import stat
 import sys
 import tempfile
@@ -268,7 +269,11 @@ class Input:
                 self.consumed += len(chunk)
                 return chunk
             self.replaying = False
-        chunk = self.file.read(size)
+        try:
+            while (chunk := self.file.read(size)) is None:  # a pipe that another program made non-blocking
+                select.select([self.file], [], [])
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.name) from None
         self.consumed += len(chunk)
         if self.copy:
             if not self.keep:
@@ -355,16 +360,14 @@ class Input:
 
     def format(self, asked):
         """text, jsonl or parquet, of an opened input; what is none of these is refused."""
-        by_name = format_by_name(self.path)
         if asked == "text":
             return "text"
-        parquet = "parquet" if self.head.startswith(b"PAR1") or "parquet" in (asked, by_name if asked == "auto" else None) \
-            else None
-        if parquet and self.compressions:
-            raise UserError(f"{self.name}: a parquet file inside {self.compressions[-1]}; decompress it first (parquet is "
-                            "compressed in itself)")
-        if parquet and asked != "jsonl":
-            return parquet
+        by_name = format_by_name(self.path)
+        if "parquet" in (asked, by_name if asked == "auto" else None) or asked == "auto" and self.head.startswith(b"PAR1"):
+            if self.compressions:
+                raise UserError(f"{self.name}: a parquet file inside {self.compressions[-1]}; decompress it first (parquet is "
+                                "compressed in itself)")
+            return "parquet"
         for mark, encoding in UTF_MARKS:
             if self.head.startswith(mark):
                 raise UserError(f"{self.name}: {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8")

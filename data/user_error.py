@@ -1,6 +1,7 @@
 """What the scripts in data/ share about errors and about printing file names."""
 
 import codecs
+import contextlib
 import os
 import sys
 
@@ -16,14 +17,23 @@ def describe(error):
     return str(error)
 
 
+@contextlib.contextmanager
+def naming(path):
+    """Errors of writing an open file get that file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), error.filename or os.fspath(path)) from None
+
+
 def one_line(text):
     """A message with its line breaks and other control characters escaped: a file or a field may be named with them."""
     return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else c.encode("unicode_escape", "surrogatepass").decode()
                    for c in text)
 
 
-def encode_name(error):
-    """For characters that a stream's encoding lacks: file names as their own bytes, anything else escaped."""
+def encode_rest(error):
+    """Characters that the encoding of file names lacks: bytes that os.fsdecode() could not decode, or else escapes."""
     text = error.object[error.start:error.end]
     try:
         return os.fsencode(text), error.end
@@ -32,8 +42,8 @@ def encode_name(error):
 
 
 def allow_any_file_name():
-    """Let print() write every file name, whatever encoding the terminal claims to have."""
-    codecs.register_error("file_name", encode_name)
+    """Let print() write file names as their own bytes, whatever encoding the terminal claims to have."""
+    codecs.register_error("file_name", encode_rest)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="file_name")
+            stream.reconfigure(encoding=sys.getfilesystemencoding(), errors="file_name")
