@@ -447,7 +447,6 @@ class Preparation:
         path = ini_path(self.tokenizer.json_path, is_pattern=False) if self.tokenizer.json_path else "bytes"
         print(f"tokenizer = {path}" if path else "# tokenizer: the folder's name has a blank and then '#' or ';', where an INI "
               "value ends; rename the folder, or give data.tokenizer=FILE on the command line")
-        self.warn()
 
     def warn(self):
         """What the user may have meant otherwise."""
@@ -601,7 +600,7 @@ def prepare(arguments):
     run = Preparation(options, tokenizer)
     with locked(options.out):
         check_no_shards(options)  # another run may just have ended
-        write(run, tokenizer, options.out)
+        return run, write(run, tokenizer, options.out)
 
 
 def write(run, tokenizer, folder):
@@ -624,14 +623,27 @@ def write(run, tokenizer, folder):
             writer.discard()
         remove_temporary(folder)
         raise
-    run.report(writers)
+    return writers
+
+
+def report(run, writers):
+    """The summary; the shards are there whatever becomes of it."""
+    if sys.stdout is not None:
+        try:
+            run.report(writers)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again
+            raise OSError(error.errno, f"{error.strerror}; the shards are written", "standard output") from None
+    run.warn()
 
 
 def main():
     allow_any_file_name()
     try:
-        prepare(sys.argv[1:])
-        flush_output()
+        report(*prepare(sys.argv[1:]))
     except UserError as error:
         print(f"prepare.py: {one_line(str(error))}", file=sys.stderr)
         return 2
@@ -647,18 +659,6 @@ def main():
         print("prepare.py: stopped; nothing was written", file=sys.stderr)
         return 130
     return 0
-
-
-def flush_output():
-    if sys.stdout is None:
-        return
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again
-        raise OSError(error.errno, f"{error.strerror}; the shards are written", "standard output") from None
 
 
 def terminate(number, frame):
