@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Text to token shards that train_iha reads (llm.c's format).
 
-Reads text, JSONL and parquet files as a stream, tokenizes in --workers processes, and writes
-OUT/train_000000.bin, ..., OUT/val_000000.bin, dataset.json (see write_dataset) and, for every tokenizer but `bytes`,
-the tokenizer.json that sampling and `train_iha generate` need. The same input, tokenizer and seed give the same files, whatever
-the number of workers. Nothing appears under its final name before everything is written.
+Reads text, JSON and parquet as a stream, from files or pipes, compressed or not; tokenizes in --workers
+processes; and writes OUT/train_000000.bin, ..., OUT/val_000000.bin, dataset.json (see write_dataset) and, for
+every tokenizer but `bytes`, the tokenizer.json that sampling and `train_iha generate` need. The same input,
+tokenizer and seed give the same files, whatever the number of workers. Nothing appears under its final name
+before everything is written.
 
 How it flows: readers yield (text, ends_document) pieces -> documents get their split -> batches of about a
 megabyte -> workers return token arrays -> one writer per split.
@@ -22,7 +23,6 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 try:
@@ -31,12 +31,15 @@ except ImportError:
     sys.exit("prepare.py: numpy is not installed; run: make deps, then .venv/bin/python data/prepare.py ...")
 
 from prepare_inputs import Input, format_by_name, is_compressed, json_layout
-from prepare_output import ini_path, locked, remove_temporary
-from prepare_readers import BATCH, paragraph_boundary, read_json, read_jsonl, read_parquet, read_text, separator_regex
+from prepare_output import Progress, Writer, ini_path, locked, remove_temporary
+from prepare_readers import (BATCH, paragraph_boundary, read_json, read_jsonl, read_parquet, read_text,
+                             separator_regex)
 from prepare_tokenizers import NAMED, load_tokenizer
 from user_error import UserError, allow_any_file_name, describe, naming, one_line
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # --workers is the one knob
+
+MAX_WARNINGS = 5  # special tokens that are named
 
 EXAMPLES = """\
 examples:
@@ -44,7 +47,9 @@ examples:
   data/prepare.py --tokenizer bytes --document-separator blank-lines --out data/bible data/corpus/bible.txt
   data/prepare.py --tokenizer gpt2 --field content --workers 8 --out data/web web-*.jsonl
   data/prepare.py --tokenizer tokenizer.model --pattern llama3 --out data/wiki wiki-*.parquet
-  data/prepare.py --tokenizer my/tokenizer.json --out data/books books/*.txt
+  data/prepare.py --tokenizer my/tokenizer.json --out data/books books/*.txt.gz
+  data/prepare.py --tokenizer bytes --document-separator '<|endoftext|>' --out data/stories stories.txt
+  curl -s https://host/web.jsonl.zst | data/prepare.py --tokenizer gpt2 --out data/web -
 """
 
 # -------------------------------------------------------------------------------------- tokenizing
@@ -59,7 +64,8 @@ def start_worker(*state):
 
 
 def special_names(tokenizer):
-    """The special tokens of a tokenizer as text; of bytes, which has none, the name that most data sets use."""
+    """The special tokens of a tokenizer as text; of bytes, which has none, the name that most data sets
+    use."""
     if hasattr(tokenizer, "encoding"):
         return sorted(tokenizer.encoding._special_tokens)
     if hasattr(tokenizer, "tokenizer"):
@@ -86,8 +92,9 @@ def process_batch(batch):
 
 
 def encode_batch(batch):
-    """A list of (split, text, ends_document), with a True behind it where the text goes on with the document before ->
-    {split: (tokens, ends)}, where row i of ends says how many tokens and bytes of text there are up to the end of text i."""
+    """A list of (split, text, ends_document), with a True behind it where the text goes on with the document
+    before -> {split: (tokens, ends)}, where row i of ends says how many tokens and bytes of text there are up
+    to the end of text i."""
     tokens, ends = {}, {}
     encoded = _tokenizer.encode([text for _, text, *_ in batch], [bool(goes_on) for _, _, _, *goes_on in batch])
     for (split, text, ends_document, *_), ids in zip(batch, encoded):
@@ -119,8 +126,9 @@ def serve(pipe, state):
 
 
 def ordered_map(batches, workers, state):
-    """process_batch over the batches, in order. Worker k has batches k, k + workers, ...: one under way each, so
-    memory stays bounded, and pipes without threads, so that nothing can hang when a worker dies or Ctrl-C comes."""
+    """process_batch over the batches, in order. Worker k has batches k, k + workers, ...: one under way each,
+    so memory stays bounded, and pipes without threads, so that nothing can hang when a worker dies or Ctrl-C
+    comes."""
     if workers == 1:
         start_worker(*state)
         yield from map(process_batch, batches)
@@ -156,124 +164,6 @@ def received(pipe):
     return result
 
 
-# ----------------------------------------------------------------------------------------- writing
-
-
-def write_all(file, data):
-    """A write to an unbuffered file: it may take several calls, and an error comes here and not at close."""
-    data = memoryview(data)
-    while len(data):
-        data = data[file.write(data):]
-
-
-class Writer:
-    """The shards of one split. They carry temporary names until commit() renames them."""
-
-    def __init__(self, folder, split, dtype, shard_tokens):
-        self.folder, self.split, self.dtype, self.shard_tokens = folder, split, np.dtype(dtype), shard_tokens
-        self.counts, self.bytes, self.file = [], [], None
-
-    def name(self, i, suffix=""):
-        return self.folder / f"{self.split}_{i:06d}.bin{suffix}"
-
-    def write(self, tokens, ends):
-        """ends: see encode_batch. A text that two shards share counts in both, in proportion to its tokens there."""
-        done = 0
-        bytes_until = lambda count: round(np.interp(count, np.append(0, ends[:, 0]), np.append(0, ends[:, 1])))
-        while done < len(tokens):
-            if self.file is None or self.counts[-1] == self.shard_tokens:
-                self.next_shard()
-            part = tokens[done:done + self.shard_tokens - self.counts[-1]]
-            with naming(self.name(len(self.counts) - 1)):
-                write_all(self.file, part.astype(self.dtype.newbyteorder("<")).view(np.uint8))
-            self.counts[-1] += len(part)
-            self.bytes[-1] += bytes_until(done + len(part)) - bytes_until(done)
-            done += len(part)
-
-    def next_shard(self):
-        self.close()
-        self.file = open(self.name(len(self.counts), ".tmp"), "wb", buffering=0)
-        with naming(self.name(len(self.counts))):
-            write_all(self.file, bytes(1024))
-        self.counts.append(0)
-        self.bytes.append(0)
-
-    def close(self):
-        """The header, now that the count is known."""
-        if self.file is None:
-            return
-        magic, version = (20240520, 1) if self.dtype.itemsize == 2 else (20240801, 7)
-        with naming(self.name(len(self.counts) - 1)):
-            self.file.seek(0)
-            write_all(self.file, np.array([magic, version, self.counts[-1]], dtype="<i4").tobytes())
-            os.fsync(self.file.fileno())
-            self.file.close()
-        self.file = None
-
-    def finish(self):
-        """Close; a short last shard joins the one before, since one below a sequence's length is unusable."""
-        self.close()
-        if len(self.counts) > 1 and self.counts[-1] < self.shard_tokens / 16:
-            last = self.name(len(self.counts) - 1, ".tmp")
-            with open(last, "rb") as short, open(self.name(len(self.counts) - 2, ".tmp"), "r+b", buffering=0) as self.file:
-                short.seek(1024)
-                self.file.seek(0, os.SEEK_END)
-                with naming(self.name(len(self.counts) - 2)):
-                    while chunk := short.read(BATCH):
-                        write_all(self.file, chunk)
-                self.counts[-2:] = [self.counts[-2] + self.counts[-1]]
-                self.bytes[-2:] = [self.bytes[-2] + self.bytes[-1]]
-                self.close()
-            last.unlink()
-
-    def commit(self):
-        """The final names, which it returns. Older shards of these names are replaced at once."""
-        for i in range(len(self.counts)):
-            os.replace(self.name(i, ".tmp"), self.name(i))
-        return {self.name(i) for i in range(len(self.counts))}
-
-    def discard(self):
-        if self.file:
-            with contextlib.suppress(OSError):
-                self.file.close()
-        self.file, self.counts, self.bytes = None, [], []
-        for path in self.folder.glob(f"{self.split}_*.bin.tmp"):
-            path.unlink()
-
-
-class Progress:
-    """Bytes read, bytes per second and, where the total is known, time left on stderr: one line redrawn on a terminal,
-    else one every 10 s."""
-
-    def __init__(self, total, label=""):
-        self.label = label
-        self.total, self.begin, self.shown = total, time.monotonic(), time.monotonic()
-        self.terminal = sys.stderr.isatty()
-
-    def show(self, done, last=False):
-        now = time.monotonic()
-        if now - self.shown < (0.1 if self.terminal else 10) and not (last and self.terminal):
-            return
-        self.shown = now
-        speed = done / max(now - self.begin, 1e-9)
-        if self.total is None:
-            line = f"{self.label}{done / 1e6:,.1f} MB  {speed / 1e6:.1f} MB/s"
-            self.draw(line, last)
-            return
-        share = min(1, done / max(1, self.total))
-        left = int((now - self.begin) * (1 - share) / max(share, 1e-9))
-        bar = "#" * int(28 * share)
-        line = (f"{self.label}{100 * share:3.0f}% {done / 1e6:,.1f} of {self.total / 1e6:,.1f} MB  {speed / 1e6:.1f} MB/s  "
-                f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
-        self.draw(f"[{bar:<28}] {line}" if self.terminal else line, last)
-
-    def draw(self, line, last):
-        if self.terminal:
-            print(f"\r{line} \033[K", end="\n" if last else "", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-
 # -------------------------------------------------------------------------------------------- main
 
 
@@ -289,8 +179,8 @@ class Preparation:
         self.options, self.tokenizer = options, tokenizer
         separator = options.separator if options.separator is not None else tokenizer.end_of_text
         if separator is None:
-            raise UserError(f"{options.tokenizer}: no end-of-text token known in its vocabulary; say which id ends a "
-                            "document: --separator ID")
+            raise UserError(f"{options.tokenizer}: no end-of-text token known in its vocabulary; say which "
+                            "id ends a document: --separator ID")
         self.vocab_size = max(tokenizer.vocab_size, separator + 1)
         self.separator = separator
         self.dtype = np.uint16 if self.vocab_size <= 65536 else np.uint32
@@ -328,8 +218,8 @@ class Preparation:
                 parts = [(0, self.cut[0]), (self.cut[0], self.cut[2])] if self.cut else [(0, None)]
                 self.texts += 1
                 for begin, end in parts:
-                    for piece in read_text(stream, source, begin, end, options.document_separator, self.tokenizer.wants_str,
-                                           options.format == "text"):
+                    for piece in read_text(stream, source, begin, end, options.document_separator,
+                                           self.tokenizer.wants_str, any_byte=options.format == "text"):
                         self.text_documents += piece[1]
                         yield piece
 
@@ -406,10 +296,12 @@ class Preparation:
         self.check_split(writers, forced)
 
     def check_split(self, writers, forced):
-        """Few documents may all fall on one side; then the lowest score moves to val, or the highest to train."""
+        """Few documents may all fall on one side; then the lowest score moves to val, or the highest to
+        train."""
         count = sum(self.documents.values())
         if count == 0:
-            raise UserError(f"{self.inputs[0].name}: no text" + (" in any input" if len(self.inputs) > 1 else ""))
+            raise UserError(f"{self.inputs[0].name}: no text"
+                            + (" in any input" if len(self.inputs) > 1 else ""))
         if self.options.val_fraction == 0 or len(self.documents) == 2:
             return
         if count == 1 or self.cut:
@@ -445,21 +337,28 @@ class Preparation:
         for split in splits:
             print(f"{split} = {ini_path(folder)}/{split}_*.bin")
         path = ini_path(self.tokenizer.json_path, is_pattern=False) if self.tokenizer.json_path else "bytes"
-        print(f"tokenizer = {path}" if path else "# tokenizer: the folder's name has a blank and then '#' or ';', where an INI "
-              "value ends; rename the folder, or give data.tokenizer=FILE on the command line")
+        print(f"tokenizer = {path}" if path else
+              "# tokenizer: the folder's name has a blank and then '#' or ';', where an INI value ends; rename the "
+              "folder, or give data.tokenizer=FILE on the command line")
 
     def warn(self):
         """What the user may have meant otherwise."""
-        options = self.options
-        for name, count in sorted(self.specials.items()):
+        def warning(text):
+            print(f"prepare.py: warning: {text}", file=sys.stderr)
+
+        separator = self.options.separator_text
+        most = self.specials.most_common(MAX_WARNINGS)
+        for name, count in most:
             times = f"{count:,} time" + "s" * (count != 1)
-            separates = f"; --document-separator '{name}' ends documents there" if self.texts else ""
-            print(f"prepare.py: warning: {name} stands in the text {times} and was encoded as ordinary text, not as a special "
-                  f"token{separates}", file=sys.stderr)
-        if options.document_separator and self.texts and self.text_documents == self.texts:
-            print(f"prepare.py: warning: --document-separator '{options.separator_text}' stands in no text input"
-                  + ("" if options.separator_text.startswith("regex:") else "; it is taken literally (regex:PATTERN is a "
-                     "regular expression)"), file=sys.stderr)
+            advice = f"; --document-separator '{name}' ends documents there" if self.texts else ""
+            warning(f"{name} stands in the text {times} and was encoded as ordinary text, not as a special token"
+                    + advice)
+        if len(self.specials) > len(most):
+            warning(f"so do {len(self.specials) - len(most)} other special tokens, less often")
+        if separator is not None and self.texts and self.text_documents == self.texts:
+            literally = "; it is taken literally (regex:PATTERN is a regular expression)"
+            warning(f"--document-separator '{separator}' stands in no text input"
+                    + ("" if separator.startswith("regex:") else literally))
 
 
 def unpaired(text):
@@ -489,29 +388,34 @@ def parse(arguments):
 
     parser.error = fail
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="INPUT", help="text, JSON (an object per line, an array, or objects one after another) or parquet; a pipe, or - for "
-             "standard input; text and JSON also compressed by gzip, zstd, bzip2 or xz")
+    add("inputs", nargs="+", metavar="INPUT",
+        help="text, JSON (an object per line, an array, or objects one after another) or parquet; a pipe, or - "
+             "for standard input; text and JSON also compressed by gzip, zstd, bzip2 or xz")
     add("--tokenizer", required=True, metavar="bytes|gpt2|llama3|FILE|FOLDER",
-        help="FILE: a Hugging Face tokenizer.json, Mistral's tekken.json, or a tiktoken rank file (.tiktoken, Llama 3's "
-             "tokenizer.model); FOLDER: a Hugging Face model's")
+        help="FILE: a Hugging Face tokenizer.json, Mistral's tekken.json, or a tiktoken rank file (.tiktoken, "
+             "Llama 3's tokenizer.model); FOLDER: a Hugging Face model's")
     add("--out", required=True, type=Path, metavar="FOLDER", help="where the shards go")
     add("--pattern", metavar="NAME|REGEX",
-        help=f"how a rank file's encoding cuts words (default: by its size, if known): {', '.join(NAMED)}, or a regular "
-             "expression of its own")
-    add("--format", choices=("auto", "text", "jsonl", "parquet"), default="auto", help="of the inputs (default: by their first bytes and their names); jsonl: any JSON; text: every byte as it is")
-    add("--field", default="text", metavar="NAME", help="JSON field or parquet column (default: text); it must be there and hold strings, null is a blank document, "
-             "and blank documents are left out")
+        help=f"how a rank file's encoding cuts words (default: by its size, if known): {', '.join(NAMED)}, or "
+             "a regular expression of its own")
+    add("--format", choices=("auto", "text", "jsonl", "parquet"), default="auto",
+        help="of the inputs (default: by their first bytes and their names); jsonl: any of the JSON layouts; "
+             "text: every byte as it is")
+    add("--field", default="text", metavar="NAME",
+        help="JSON field or parquet column (default: text). It must be there and hold strings; null is a blank "
+             "document, and blank documents are left out")
     add("--document-separator", metavar="TEXT",
-        help="what parts the documents of a text, and is dropped: blank-lines, lines, a text taken literally, or "
-             "regex:PATTERN (default: an input is one document)")
+        help="what parts the documents of a text, and is dropped: blank-lines, lines, a text taken literally, "
+             "or regex:PATTERN (default: an input is one document)")
     add("--separator", type=int, metavar="ID",
-        help="token that ends a document (default: the eos_token of a tokenizer_config.json beside the tokenizer, or its "
-             "token with a known name: <|endoftext|>, </s>, ...)")
+        help="token that ends a document (default: the eos_token of a tokenizer_config.json beside the "
+             "tokenizer, or its token with a known name: <|endoftext|>, </s>, ...)")
     add("--val-fraction", type=float, default=0.05, metavar="X",
-        help="share of the documents for validation, chosen by a hash of seed and index; of a single whole text, its "
-             "last part; 0: none (default: 0.05)")
+        help="share of the documents for validation, chosen by a hash of seed and index; of a single whole "
+             "text, its last part; 0: none (default: 0.05)")
     add("--seed", type=int, default=1, metavar="N", help="of the split (default: 1)")
-    add("--shard-tokens", type=int, default=100_000_000, metavar="N", help="tokens in a file (default: 100,000,000)")
+    add("--shard-tokens", type=int, default=100_000_000, metavar="N",
+        help="tokens in a file (default: 100,000,000)")
     add("--workers", type=int, metavar="N", help="tokenizing processes (default: one per core; bytes: 1)")
     add("--overwrite", action="store_true", help="replace the shards that FOLDER holds")
     add("--help", action="help", help="show this and stop")
@@ -550,8 +454,9 @@ def check(options):
         raise UserError(f"--workers {options.workers}: must be at least 1")
     if options.separator is not None and not 0 <= options.separator < 2**31:
         raise UserError(f"--separator {options.separator}: not a token id")
-    if any(not c.isprintable() and not "\udc80" <= c <= "\udcff" for c in str(options.out)):
-        raise UserError(f"--out {options.out}: a line break or control character in the name, which no configuration can hold")
+    if re.search("[\0-\x1f\x7f]", str(options.out)):
+        raise UserError(f"--out {options.out}: a line break or control character in the name, which no "
+                        "configuration can hold")
     if os.path.exists(options.out) and not os.path.isdir(options.out):
         raise UserError(f"--out {options.out}: is no folder")
     if options.inputs.count("-") > 1:
@@ -561,7 +466,8 @@ def check(options):
     options.separator_text = options.document_separator
     if options.document_separator is not None:
         if not any(may_be_text(path, options.format) for path in options.inputs):
-            raise UserError("--document-separator is for text files; a JSON object or parquet row is a document")
+            raise UserError("--document-separator is for text files; a JSON object or parquet row is a "
+                            "document")
         options.document_separator = separator_regex(options.document_separator)
     check_no_shards(options)
 
@@ -576,8 +482,8 @@ def write_tokenizer(tokenizer, folder):
 
 
 def write_dataset(run, folder, writers):
-    """dataset.json: what made these shards. tokenizer_sha256 is that of tokenizer.json, null for bytes; separator the id
-    that ends a document; bytes the UTF-8 bytes of text in a shard."""
+    """dataset.json: what made these shards. tokenizer_sha256 is that of tokenizer.json, null for bytes;
+    separator the id that ends a document; bytes the UTF-8 bytes of text in a shard."""
     tokenizer, path = run.tokenizer, run.tokenizer.json_path
     shards = {writer.name(i).name: {"tokens": count, "bytes": length} for writer in writers.values()
               for i, (count, length) in enumerate(zip(writer.counts, writer.bytes))}
@@ -605,7 +511,8 @@ def prepare(arguments):
 
 def write(run, tokenizer, folder):
     remove_temporary(folder)
-    writers = {split: Writer(folder, split, run.dtype, run.options.shard_tokens) for split in ("train", "val")}
+    writers = {split: Writer(folder, split, run.dtype, run.options.shard_tokens)
+               for split in ("train", "val")}
     try:
         run.run(writers)
         for writer in writers.values():
@@ -636,7 +543,8 @@ def report(run, writers):
             raise
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter tries again
-            raise OSError(error.errno, f"{error.strerror}; the shards are written", "standard output") from None
+            why = f"{error.strerror}; the shards are written"
+            raise OSError(error.errno, why, "standard output") from None
     run.warn()
 
 

@@ -1,5 +1,5 @@
-"""Opening the inputs of prepare.py: files, pipes and standard input, compressed or not. What an input holds is decided
-by its first bytes, and by its name where these leave it open."""
+"""Opening the inputs of prepare.py: files, pipes and standard input, compressed or not. What an input holds
+is decided by its first bytes, and by its name where these leave it open."""
 
 import bz2
 import io
@@ -23,19 +23,21 @@ MAX_COMPRESSIONS = 4    # compressed files inside compressed files
 IN_MEMORY = 4 << 20     # a copy of a pipe above this size goes to a temporary file
 
 COMPRESSED_SUFFIXES = {".gz", ".gzip", ".bgz", ".z", ".zst", ".zstd", ".bz2", ".xz", ".lzma"}
-FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".json": "jsonl", ".parquet": "parquet",
-           ".pq": "parquet", ".txt": "text", ".text": "text", ".md": "text", ".rst": "text", ".tex": "text",
-           ".html": "text", ".xml": "text", ".csv": "text", ".tsv": "text"}
+FORMATS = {suffix: kind for kind, suffixes in (
+    ("jsonl", ".jsonl .ndjson .jsonlines .json"), ("parquet", ".parquet .pq"),
+    ("text", ".txt .text .md .rst .tex .html .xml .csv .tsv")) for suffix in suffixes.split()}
 MAGIC = [(rb"\x1f\x8b\x08", "gzip"), (rb"[\x28\x22-\x27]\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18", "zstd"),
          (rb"BZh[1-9](?:\x31\x41\x59\x26\x53\x59|\x17\x72\x45\x38\x50\x90)", "bzip2"), (rb"\xfd7zXZ\0", "xz"),
          (rb"\x5d\0\0[\0-\xff]{2}(?:\xff{8}|[\0-\xff]{4}\0{4})", "lzma")]
-REFUSED = [(rb"PK\x03\x04|PK\x05\x06", "a zip archive"), (rb"7z\xbc\xaf\x27\x1c", "a 7z archive"), (rb"Rar!\x1a\x07", "a rar archive"),
-           (rb"\x04\x22\x4d\x18", "lz4 data"), (rb"\x1f[\x9d\xa0]", "compress(1) data"),
-           (rb"\xff\x06\0\0sNaPpY", "snappy data"), (rb"[\0-\xff]{257}ustar[\0 ]", "a tar archive"),
-           (rb"PARE[\0-\x08\x15]", "encrypted parquet"), (rb"ARROW1\0\0", "an Arrow file"), (rb"ORC[\0-\x08]", "an ORC file"),
-           (rb"Obj\x01", "an Avro file"), (rb"\x89HDF\r\n", "an HDF5 file"), (rb"SQLite format 3\0", "an SQLite database"),
+REFUSED = [(rb"PK\x03\x04|PK\x05\x06", "a zip archive"), (rb"7z\xbc\xaf\x27\x1c", "a 7z archive"),
+           (rb"Rar!\x1a\x07", "a rar archive"), (rb"\x04\x22\x4d\x18", "lz4 data"),
+           (rb"\x1f[\x9d\xa0]", "compress(1) data"), (rb"\xff\x06\0\0sNaPpY", "snappy data"),
+           (rb"[\0-\xff]{257}ustar[\0 ]", "a tar archive"), (rb"PARE[\0-\x08\x15]", "encrypted parquet"),
+           (rb"ARROW1\0\0", "an Arrow file"), (rb"ORC[\0-\x08]", "an ORC file"), (rb"Obj\x01", "an Avro file"),
+           (rb"\x89HDF\r\n", "an HDF5 file"), (rb"SQLite format 3\0", "an SQLite database"),
            (rb"%PDF-\d", "a PDF file"), (rb"\x93NUMPY", "a NumPy array"), (rb"\x7fELF", "a program")]
-UTF_MARKS = [(b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16")]
+UTF_MARKS = [(b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"),
+             (b"\xfe\xff", "UTF-16")]
 
 
 # ---------------------------------------------------------------------------------------- compression
@@ -108,14 +110,17 @@ class Decompressed:
         try:
             self.decompressor = DECOMPRESSORS[kind]()
         except ImportError as error:
-            raise UserError(f"{source.name}: reading {kind} needs {error.name}: pip install {error.name}") from None
+            raise UserError(f"{source.name}: reading {kind} needs {error.name}: pip install "
+                            f"{error.name}") from None
 
     def damaged(self, why):
-        raise UserError(f"{self.source.name}: damaged {self.kind} data, near byte {self.source.consumed:,} of the input: "
+        raise UserError(f"{self.source.name}: damaged {self.kind} data, near byte {self.source.consumed:,} "
+                        "of the input: "
                         f"{why}") from None
 
     def next_stream(self):
-        """The beginning of the next compressed stream; b"" at the end. Zero bytes between streams are padding."""
+        """The beginning of the next compressed stream; b"" at the end. Zero bytes between streams are
+        padding."""
         data = self.decompressor.unused_data.lstrip(b"\0")
         while len(data) < 16:
             more = self.read_compressed(CHUNK)
@@ -151,7 +156,8 @@ class Decompressed:
 
 
 class Stream(io.RawIOBase):
-    """A read(size) function, and bytes that come before what it returns, as a raw stream. close() closes `file` too."""
+    """A read(size) function, and bytes that come before what it returns, as a raw stream. close() closes
+    `file` too."""
 
     def __init__(self, head, read, file=None):
         self.head, self.read_some, self.file = head, read, file
@@ -210,7 +216,8 @@ def first_line(head):
 
 
 def json_layout(head):
-    """How JSON lies in a file: "lines", a value on each line; or "values", an array or values over several lines."""
+    """How JSON lies in a file: "lines", a value on each line; or "values", an array or values over several
+    lines."""
     if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
         return "values"
     line = first_line(head)
@@ -241,8 +248,9 @@ def looks_like_json(head):
 
 
 class Input:
-    """One input. open() starts at its beginning, a second time too: of what can be read only once a copy is kept until
-    forget(). After open(): head, the first bytes; compressions, the kinds in the order they were taken off."""
+    """One input. open() starts at its beginning, a second time too: of what can be read only once a copy is
+    kept until forget(). After open(): head, the first bytes; compressions, the kinds in the order they were
+    taken off."""
 
     def __init__(self, path, temporary_folder=None):
         self.path, self.temporary_folder = path, temporary_folder
@@ -284,7 +292,8 @@ class Input:
                     self.copy.write(chunk)
                 except OSError as error:
                     folder = os.fspath(self.temporary_folder or tempfile.gettempdir())
-                    raise OSError(error.errno, f"{error.strerror} (a copy of {self.name} is kept there until both splits have "
+                    raise OSError(error.errno, f"{error.strerror} (a copy of {self.name} is kept there until "
+                                               "both splits have "
                                   "a document; or use --val-fraction 0)", folder) from None
         return chunk
 
@@ -296,8 +305,10 @@ class Input:
             self.file = open(self.path, "rb", buffering=0)
             self.file.seek(offset)
         elif self.file is None:
-            self.file = open(0 if self.path == "-" else self.path, "rb", buffering=0, closefd=self.path != "-")
-            self.copy = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=self.temporary_folder) if self.keep else None
+            is_stdin = self.path == "-"
+            self.file = open(0 if is_stdin else self.path, "rb", buffering=0, closefd=not is_stdin)
+            if self.keep:
+                self.copy = tempfile.SpooledTemporaryFile(IN_MEMORY, dir=self.temporary_folder)
         elif self.copy is None:
             raise OSError(f"{self.name}: it can only be read once")
         else:
@@ -363,27 +374,32 @@ class Input:
         if asked == "text":
             return "text"
         by_name = format_by_name(self.path)
-        if "parquet" in (asked, by_name if asked == "auto" else None) or asked == "auto" and self.head.startswith(b"PAR1"):
+        is_parquet = by_name == "parquet" or self.head.startswith(b"PAR1")
+        if asked == "parquet" or asked == "auto" and is_parquet:
             if self.compressions:
-                raise UserError(f"{self.name}: a parquet file inside {self.compressions[-1]}; decompress it first (parquet is "
+                raise UserError(f"{self.name}: a parquet file inside {self.compressions[-1]}; decompress it "
+                                "first (parquet is "
                                 "compressed in itself)")
             return "parquet"
         for mark, encoding in UTF_MARKS:
             if self.head.startswith(mark):
-                raise UserError(f"{self.name}: {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8")
+                raise UserError(f"{self.name}: {encoding}, not UTF-8; convert it: iconv -f {encoding} -t "
+                                "UTF-8")
         if asked != "auto":
             return asked
         for magic, kind in REFUSED:
             if re.match(magic, self.head):
                 inside = f"{kind} inside {self.compressions[-1]}" if self.compressions else kind
-                raise UserError(f"{self.name}: {inside}, neither text nor JSON nor parquet; unpack or convert it first")
+                raise UserError(f"{self.name}: {inside}, neither text nor JSON nor parquet; unpack or "
+                                "convert it first")
         if by_name == "jsonl":
             return by_name
         if looks_like_json(self.head):
             if by_name is None:
                 return "jsonl"
             if not self.warned:
-                print(f"prepare.py: warning: {self.name}: looks like JSON and is read as text, as its name says; "
+                print(f"prepare.py: warning: {self.name}: looks like JSON and is read as text, as its name "
+                      "says; "
                       "--format jsonl reads its documents", file=sys.stderr)
                 self.warned = True
         return "text"

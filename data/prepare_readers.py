@@ -1,5 +1,5 @@
-"""The formats that prepare.py reads. A reader yields (text, ends_document, position): bytes or str, and how far into its
-input it has read."""
+"""The formats that prepare.py reads. A reader yields (text, ends_document, position): bytes or str, and how
+far into its input it has read."""
 
 import codecs
 import json
@@ -16,14 +16,16 @@ TOKEN_CUT = 20           # a number, a name or an escape cut in two is shorter t
 
 
 def separator_regex(text):
-    """--document-separator: a name, the text itself, or regex: and a regular expression over the input's bytes."""
+    """--document-separator: a name, the text itself, or regex: and a regular expression over the input's
+    bytes."""
     names = {"blank-lines": r"\r?\n(?:[ \t]*\r?\n)+", "lines": r"\r?\n"}
     if text in ("", "regex:"):
         raise UserError("--document-separator: empty; give blank-lines, lines, a text, or regex:PATTERN")
     try:
         if text.startswith("regex:"):
             return re.compile(os.fsencode(text[len("regex:"):]), re.MULTILINE)
-        return re.compile(names[text].encode() if text in names else re.escape(os.fsencode(text)), re.MULTILINE)
+        pattern = names[text].encode() if text in names else re.escape(os.fsencode(text))
+        return re.compile(pattern, re.MULTILINE)
     except re.error as error:
         raise UserError(f"--document-separator {text}: {error}") from None
 
@@ -70,8 +72,8 @@ def split_documents(read, separator):
 
 
 def read_text(stream, source, begin, end, separator, as_str, any_byte=False):
-    """Bytes [begin, end) of a text, end None: all; the stream stands at begin. Decoded when the tokenizer wants
-    characters. any_byte: zero bytes are text as well."""
+    """Bytes [begin, end) of a text, end None: all; the stream stands at begin. Decoded when the tokenizer
+    wants characters. any_byte: zero bytes are text as well."""
     left = float("inf") if end is None else end - begin
 
     def read(size):
@@ -93,7 +95,8 @@ def read_text(stream, source, begin, end, separator, as_str, any_byte=False):
 
     for piece, ends, offset in split_documents(read, separator):
         if not any_byte and b"\0" in piece:
-            raise UserError(f"{source.name}: a zero byte at byte {begin + offset + piece.index(0):,}, so this is no text; "
+            raise UserError(f"{source.name}: a zero byte at byte {begin + offset + piece.index(0):,}, so "
+                            "this is no text; "
                             "convert or clean it, or give --format text to take every byte as it is")
         if as_str:
             try:
@@ -115,7 +118,8 @@ def document_text(row, field, where):
         raise UserError(f"{where}: not a JSON object")
     if field not in row:
         names = ", ".join(row) or "none"
-        raise UserError(f"{where}: no field \"{field}\"; it has {names if len(names) < 300 else names[:300] + '...'} "
+        raise UserError(f"{where}: no field \"{field}\"; it has "
+                        f"{names if len(names) < 300 else names[:300] + '...'} "
                         "(--field NAME)")
     text = row[field]
     if text is not None and not isinstance(text, str):
@@ -131,7 +135,8 @@ def read_jsonl(stream, source, field):
         try:
             row = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
-            raise UserError(f"{source.name}:{number}: not UTF-8: byte {error.object[error.start]:#04x} at byte {error.start:,} "
+            raise UserError(f"{source.name}:{number}: not UTF-8: byte {error.object[error.start]:#04x} at "
+                            f"byte {error.start:,} "
                             "of the line") from None
         except ValueError as error:
             raise UserError(f"{source.name}:{number}: not JSON: {error}") from None
@@ -166,7 +171,8 @@ class JsonScanner:
             text = self.decoder.decode(chunk, final=self.done)
         except UnicodeDecodeError as error:
             offset = self.bytes_read - len(error.object) + error.start
-            raise UserError(f"{self.name}: not UTF-8: byte {error.object[error.start]:#04x} at byte {offset:,}") from None
+            raise UserError(f"{self.name}: not UTF-8: byte {error.object[error.start]:#04x} at byte "
+                            f"{offset:,}") from None
         self.text, self.at = self.text[self.at:] + text, 0
 
     def peek(self):
@@ -194,7 +200,8 @@ class JsonScanner:
             except RecursionError:
                 raise UserError(f"{self.where()}: brackets nested too deeply") from None
             if len(self.text) - self.at > MAX_VALUE:
-                raise UserError(f"{self.where()}: a JSON value of more than {MAX_VALUE:,} characters; is a quote missing?")
+                raise UserError(f"{self.where()}: a JSON value of more than {MAX_VALUE:,} characters; is a "
+                                "quote missing?")
             self.more()
 
 
@@ -237,7 +244,8 @@ def is_string(types, kind):
 
 
 def read_parquet(file, source, field):
-    """A document per row: the string in column `field`; a null is a blank document. file: seekable, from its beginning."""
+    """A document per row: the string in column `field`; a null is a blank document. file: seekable, from its
+    beginning."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -256,7 +264,8 @@ def read_parquet(file, source, field):
     except failures as error:
         raise damaged("not a parquet file", error) from None
     if field not in schema.names:
-        raise UserError(f"{source.name}: no column \"{field}\"; it has {', '.join(schema.names) or 'none'} (--field NAME)")
+        raise UserError(f"{source.name}: no column \"{field}\"; it has {', '.join(schema.names) or 'none'} "
+                        "(--field NAME)")
     kind = schema.field(schema.names.index(field)).type
     if not is_string(pyarrow.types, kind):
         raise UserError(f"{source.name}: column \"{field}\" holds {kind}, not strings")
@@ -280,8 +289,8 @@ def read_parquet(file, source, field):
 
 
 def paragraph_boundary(source, size, fraction):
-    """Where a single text is cut in two: (position, what it follows). The best kind of boundary that lies near
-    enough to leave the last part between half and one and a half of `fraction`."""
+    """Where a single text is cut in two: (position, what it follows). The best kind of boundary that lies
+    near enough to leave the last part between half and one and a half of `fraction`."""
     target = min(max(1, int(size * (1 - fraction))), size - 1)
     begin = max(0, target - BATCH)
     with source.open(begin) as stream:

@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import os
+import re
 import sys
 
 
@@ -27,13 +28,15 @@ def naming(path):
 
 
 def one_line(text):
-    """A message with its line breaks and other control characters escaped: a file or a field may be named with them."""
-    return "".join(c if c.isprintable() or "\udc80" <= c <= "\udcff" else c.encode("unicode_escape", "surrogatepass").decode()
-                   for c in text)
+    """A message with its line breaks and other control characters escaped, as the name of a file or field may
+    have."""
+    escape = lambda match: match[0].encode("unicode_escape").decode()
+    return re.sub("[\0-\x1f\x7f-\x9f\u2028\u2029]", escape, text)
 
 
 def encode_rest(error):
-    """Characters that the encoding of file names lacks: bytes that os.fsdecode() could not decode, or else escapes."""
+    """Characters that the encoding of file names lacks: bytes that os.fsdecode() could not decode, or else
+    escapes."""
     text = error.object[error.start:error.end]
     try:
         return os.fsencode(text), error.end

@@ -526,7 +526,7 @@ class Configuration(Case):
     """The [data] block that is printed works as it stands, whatever the folder's name."""
     NAMES = ["plain", "two words", "a'b", '"quoted"', "'quoted'", "a#b", "#a", "a;b", ";a", "a #b", "a ;b", "*", "a?b", "[a]", "[",
              "]", "a[!b]", "~", "~root", "trailing ", " leading", "back\\slash", "a\\*", "{a,b}", "a=b", "$HOME", "${HOME}", "%41",
-             "-a", "é", "a  b", "[[]", "a]b[", "tab\\t", "!", "a,b", "a:b", "=", "[data]"]
+             "-a", "é", "a  b", "[[]", "a]b[", "tab\\t", "!", "a\u00a0b", "\U0001f468\u200d\U0001f469", "a,b", "a:b", "=", "[data]"]
 
     def train(self, printed):
         """train_iha with the block that prepare.py printed."""
@@ -566,7 +566,7 @@ class Configuration(Case):
         self.assertIn(b"# tokenizer: the folder's name has a blank and then", run.stdout)
 
     def test_refused(self):
-        for name in ("a\nb", "a\tb", "a\x1bb"):
+        for name in ("a\nb", "a\tb", "a\x1bb", "a\rb"):
             run = self.run_script(self.file("a.jsonl", JSONL), out=name, cwd=self.folder)
             self.assertEqual((run.returncode, run.stderr.count(b"\n")), (2, 1), run.stderr)
             self.assertIn(b"control character", run.stderr)
