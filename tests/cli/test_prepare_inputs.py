@@ -6,9 +6,11 @@ shared or hard to name.
 """
 
 import bz2
+import contextlib
 import fcntl
 import gzip
 import importlib.util
+import io
 import json
 import lzma
 import os
@@ -23,12 +25,14 @@ import tempfile
 import time
 import unittest
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "data" / "prepare.py"
 BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
 sys.path[:0] = [str(ROOT / "data"), str(ROOT)]
 
+import prepare  # noqa: E402
 import prepare_readers  # noqa: E402
 from tests.lib.tiny import tiny_config  # noqa: E402
 
@@ -82,6 +86,14 @@ class Case(unittest.TestCase):
         self.assertEqual(run.returncode, 0, run.stderr)
         return run
 
+    def run_here(self, *arguments, tokenizer="bytes", folder=None):
+        """As run_ok, in this process, which is faster; the standard output."""
+        out, err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), io.StringIO()
+        argv = ["prepare.py", "--tokenizer", str(tokenizer), f"--out={folder or self.out}", *map(str, arguments)]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", argv):
+            self.assertEqual(prepare.main(), 0, err.getvalue())
+        return out.buffer.getvalue()
+
     def refused(self, *arguments, says=(), code=2, **options):
         run = self.run_script(*arguments, **options)
         self.assertEqual(run.returncode, code, run.stderr)
@@ -100,7 +112,7 @@ class Case(unittest.TestCase):
 
     def all_documents(self, *arguments, **options):
         """The documents of a run without a split, in order."""
-        self.run_ok("--val-fraction", 0, "--overwrite", *arguments, **options)
+        self.run_here("--val-fraction", 0, "--overwrite", *arguments, **options)
         return [text.decode() for text in split_at(self.tokens(), 256)]
 
 
@@ -537,14 +549,15 @@ class Configuration(Case):
         config.write_bytes(before.encode() + b"[data]\n" + printed.split(b"\n[data]\n")[1] + b"\n" + after.encode())
         return subprocess.run([BINARY, "train", config], capture_output=True, cwd=self.folder)
 
-    def check(self, names, *arguments, **options):
+    def check(self, names, **options):
         for name in names:
             for decoy in ("a", "b", "xb", "ax"):  # what a pattern in the name might match
                 (self.folder / decoy).mkdir(exist_ok=True)
-            run = self.run_ok(self.file("a.jsonl", JSONL), "--overwrite", *arguments, out=name, cwd=self.folder, **options)
+            with contextlib.chdir(self.folder):
+                printed = self.run_here(self.file("a.jsonl", JSONL), "--overwrite", folder=name, **options)
             self.assertTrue((self.folder / name / "train_000000.bin").exists())
-            trained = self.train(run.stdout)
-            self.assertEqual(trained.returncode, 0, (name, run.stdout, trained.stderr))
+            trained = self.train(printed)
+            self.assertEqual(trained.returncode, 0, (name, printed, trained.stderr))
             shutil.rmtree(self.folder / "run")
             shutil.rmtree(self.folder / name)
 
