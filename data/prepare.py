@@ -83,8 +83,12 @@ def specials_regex(tokenizer):
 
 def count_specials(batch):
     """How often each special token stands in the texts of a batch."""
-    return collections.Counter(name if isinstance(name, str) else name.decode()
-                               for _, text, *_ in batch for name in _specials[type(text)].findall(text))
+    texts = {str: [], bytes: []}
+    for _, text, *_ in batch:
+        texts[type(text)].append(text)
+    names = _specials[str].findall("\0".join(texts[str]))
+    names += [name.decode() for name in _specials[bytes].findall(b"\0".join(texts[bytes]))]
+    return collections.Counter(names)
 
 
 def process_batch(batch):
