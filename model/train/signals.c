@@ -11,13 +11,18 @@
 static atomic_int requested; /* the signal */
 static atomic_bool graceful;
 
-static sigset_t stop_signals(void) {
-    sigset_t set;
-    sigemptyset(&set);
-    sigaddset(&set, SIGINT);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGUSR1);
-    return set;
+static sigset_t stop_signals; /* set once by signals_watch */
+
+/* A signal that was ignored at start stays ignored: nohup ignores SIGHUP, and a shell without job control SIGINT in
+ * commands started with `&`. */
+static void choose_signals(void) {
+    static const int numbers[] = {SIGINT, SIGTERM, SIGUSR1, SIGHUP};
+    sigemptyset(&stop_signals);
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        struct sigaction action;
+        if (sigaction(numbers[i], NULL, &action) == 0 && action.sa_handler != SIG_IGN)
+            sigaddset(&stop_signals, numbers[i]);
+    }
 }
 
 /* timeout(1) and schedulers send one signal twice, to the process and to its group: the second within this time is
@@ -25,26 +30,25 @@ static sigset_t stop_signals(void) {
 static const double REPEAT_SECONDS = 1;
 
 static void *wait_for_signals(void *unused) {
-    sigset_t set = stop_signals();
     int number;
-    sigwait(&set, &number);
+    sigwait(&stop_signals, &number);
     if (atomic_load(&graceful)) {
         double first = clock_seconds();
         atomic_store(&requested, number);
         do
-            sigwait(&set, &number);
+            sigwait(&stop_signals, &number);
         while (clock_seconds() - first < REPEAT_SECONDS);
     }
     signal(number, SIG_DFL);
-    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    pthread_sigmask(SIG_UNBLOCK, &stop_signals, NULL);
     raise(number);
     return unused;
 }
 
 int signals_watch(struct error *e) {
-    sigset_t set = stop_signals();
     pthread_t thread;
-    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    choose_signals();
+    pthread_sigmask(SIG_BLOCK, &stop_signals, NULL);
     if (pthread_create(&thread, NULL, wait_for_signals, NULL) != 0)
         return fail_run(e, "cannot start the thread that waits for signals");
     pthread_detach(thread);

@@ -1,6 +1,6 @@
-/* Graceful stop on signals: SIGINT and SIGTERM, and SIGUSR1, which schedulers send before a time limit and mpirun
- * forwards. After the first one the run saves and ends; another one, at least a second later, ends the process
- * immediately. */
+/* Graceful stop on signals: SIGINT, SIGTERM and SIGHUP, and SIGUSR1, which schedulers send before a time limit and
+ * mpirun forwards; those that were ignored at start stay ignored. After the first one the run saves and ends; another
+ * one, at least a second later, ends the process immediately. */
 #ifndef IHA_MODEL_TRAIN_SIGNALS_H
 #define IHA_MODEL_TRAIN_SIGNALS_H
 
