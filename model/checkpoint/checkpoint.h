@@ -58,6 +58,11 @@ int checkpoint_find(const char *path, char dir[MAX_TEXT], struct error *e);
 int checkpoint_read_config(const char *dir, struct model_config *config, struct error *e);
 int checkpoint_load_weights(const char *dir, struct model *m, int64_t updates, struct error *e);
 int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e);
+
+/* The same from a checkpoint whose model has another vocab_size. Weights of new token ids are the mean of the old, and
+ * their moments zero. */
+int checkpoint_load_resized(const char *dir, struct model *m, int64_t vocab_size, bool optimizer,
+                            struct error *e);
 int checkpoint_read_trainer_state(const char *dir, struct trainer_state *p, struct error *e);
 
 /* Check that the checkpoint's model has the architecture of *now. Weights of another one can have the same

@@ -296,17 +296,50 @@ void optimizer_name(char out[OPTIMIZER_NAME], int rank, int ranks) {
     snprintf(out, OPTIMIZER_NAME, "optimizer-%05d-of-%05d.safetensors", rank, ranks);
 }
 
-int optimizer_read(const char *dir, struct model *m, struct error *e) {
+/* Give each part of the list its packed offset in another layout of the same tensors, whose first dimension may
+ * differ, and leave out what that layout does not have. Returns the new length. */
+static int map_to_layout(struct owned *list, int count, const struct params *p, const struct params *layout) {
+    int out = 0;
+    for (int i = 0, tensor = 0; i < count; i++) {
+        struct owned own = list[i];
+        while (p->list[tensor].packed_offset + p->list[tensor].count <= own.packed_offset)
+            tensor++;
+        int64_t within = own.packed_offset - p->list[tensor].packed_offset;
+        own.packed_offset = layout->list[tensor].packed_offset + within;
+        own.count = min64(own.count, layout->list[tensor].count - within);
+        if (own.count > 0)
+            list[out++] = own;
+    }
+    return out;
+}
+
+/* layout: the parameters of the checkpoint. */
+static int read_moments(const char *dir, struct model *m, const struct params *layout, struct error *e) {
     struct optimizer_files o;
     struct owned *list = NULL;
-    int status = open_optimizer(&o, dir, m->params.num_params, e);
+    int status = open_optimizer(&o, dir, layout->num_params, e);
     if (status == 0) {
         int count = list_owned(m, m->partition.updates, m->partition.update_count, &list);
         status = count < 0 ? fail_run(e, "out of memory reading %s", dir) : 0;
         if (status == 0)
-            upload_moments(m, &o, list, count);
+            upload_moments(m, &o, list, map_to_layout(list, count, &m->params, layout));
     }
     free(list);
     close_optimizer(&o);
+    return status;
+}
+
+int optimizer_read(const char *dir, struct model *m, struct error *e) {
+    return read_moments(dir, m, &m->params, e);
+}
+
+int optimizer_read_resized(const char *dir, struct model *m, int64_t vocab_size, struct error *e) {
+    struct model_config config = m->config;
+    struct params old;
+    config.vocab_size = vocab_size;
+    if (params_create(&old, &config, 1, e) != 0)
+        return -1;
+    int status = read_moments(dir, m, &old, e);
+    params_free(&old);
     return status;
 }

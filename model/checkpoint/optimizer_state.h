@@ -23,4 +23,8 @@ int optimizer_write(const char *path, struct model *m, const float *moments, str
 /* Read from all files in `dir` the moments of the parameters that this rank updates. */
 int optimizer_read(const char *dir, struct model *m, struct error *e);
 
+/* The same for a checkpoint whose model differs only in its vocabulary. Moments of new rows keep their value, which is
+ * zero in a new model; those of rows beyond the model's vocabulary are left out. */
+int optimizer_read_resized(const char *dir, struct model *m, int64_t vocab_size, struct error *e);
+
 #endif

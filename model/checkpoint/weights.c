@@ -69,18 +69,67 @@ static int check_weight(const struct safetensors_entry *s, const struct param *p
     return 0;
 }
 
-int weights_read(const char *path, struct model *m, int64_t updates, struct error *e) {
+/* Values [rows, columns] of a parameter of a token each from those of `old_rows` tokens. */
+static void resize_rows(float *values, const float *old, int64_t rows, int64_t old_rows, int64_t columns) {
+    int64_t kept = rows < old_rows ? rows : old_rows;
+    memcpy(values, old, (size_t)(kept * columns) * sizeof *values);
+    for (int64_t c = 0; c < columns && rows > kept; c++) {
+        double sum = 0;
+        for (int64_t row = 0; row < old_rows; row++)
+            sum += (double)old[row * columns + c];
+        for (int64_t row = kept; row < rows; row++)
+            values[row * columns + c] = (float)(sum / (double)old_rows);
+    }
+}
+
+/* Set parameter i from the values that `old` describes. */
+static int set_param(struct model *m, int i, const struct param *old, const float *values, int64_t updates,
+                     struct error *e) {
+    const struct param *p = &m->params.list[i];
+    if (p->count == old->count) {
+        model_set_param(m, i, values, updates);
+        return 0;
+    }
+    float *resized = malloc((size_t)p->count * sizeof *resized);
+    if (!resized)
+        return fail_run(e, "out of memory resizing %s", p->name);
+    resize_rows(resized, values, p->shape[0], old->shape[0], p->shape[1]);
+    model_set_param(m, i, resized, updates);
+    free(resized);
+    return 0;
+}
+
+/* layout: the parameters of the file, as many and in the same order as the model's. */
+static int read_weights(const char *path, struct model *m, const struct params *layout, int64_t updates,
+                        struct error *e) {
     struct safetensors file;
     if (safetensors_open(&file, path, e) != 0)
         return -1;
     int status = 0;
-    if (file.count > m->params.count)
+    if (file.count > layout->count)
         status = fail_user(e, "%s: %d tensors where the model has %d: this checkpoint is of another model",
-                           path, file.count, m->params.count);
-    for (int i = 0; status == 0 && i < m->params.count; i++)
-        status = check_weight(safetensors_find(&file, m->params.list[i].name), &m->params.list[i], path, e);
-    for (int i = 0; status == 0 && i < m->params.count; i++)
-        model_set_param(m, i, safetensors_find(&file, m->params.list[i].name)->data, updates);
+                           path, file.count, layout->count);
+    for (int i = 0; status == 0 && i < layout->count; i++)
+        status = check_weight(safetensors_find(&file, layout->list[i].name), &layout->list[i], path, e);
+    for (int i = 0; status == 0 && i < layout->count; i++) {
+        const struct param *p = &layout->list[i];
+        status = set_param(m, i, p, safetensors_find(&file, p->name)->data, updates, e);
+    }
     safetensors_close(&file);
+    return status;
+}
+
+int weights_read(const char *path, struct model *m, int64_t updates, struct error *e) {
+    return read_weights(path, m, &m->params, updates, e);
+}
+
+int weights_read_resized(const char *path, struct model *m, int64_t vocab_size, struct error *e) {
+    struct model_config config = m->config;
+    struct params old;
+    config.vocab_size = vocab_size;
+    if (params_create(&old, &config, 1, e) != 0)
+        return -1;
+    int status = read_weights(path, m, &old, 0, e);
+    params_free(&old);
     return status;
 }

@@ -11,4 +11,8 @@ int weights_write(const char *path, struct model *m, const float *weights, struc
 /* Tensors must have the model's names and shapes. updates: see model_set_param. */
 int weights_read(const char *path, struct model *m, int64_t updates, struct error *e);
 
+/* The weights of a model that differs only in its vocabulary: rows of token ids are copied, new rows are the mean of
+ * the old, and rows beyond the model's vocabulary are left out. */
+int weights_read_resized(const char *path, struct model *m, int64_t vocab_size, struct error *e);
+
 #endif

@@ -97,6 +97,9 @@ const struct config_row config_rows[] = {
      .help = "a checkpoint to start a new run from"},
     {TRAIN(init_optimizer), ENUM("fresh", "keep"), .initial = "fresh",
      .help = "AdamW's moments, with init_from"},
+    {TRAIN(resize_vocab), .kind = KIND_BOOL, .initial = "false",
+     .help =
+         "init_from may have another vocab_size:\nnew rows are the mean of the old, surplus ones left out"},
     {TRAIN(skip_zscore), REAL(0, 1e9), .initial = "0",
      .help = "skip steps whose gradient norm is this many standard\ndeviations above its mean; 0: only "
              "non-finite steps"},

@@ -71,6 +71,7 @@ struct train_config {
     int64_t seed;
     char init_from[MAX_TEXT]; /* empty: none */
     enum init_optimizer init_optimizer;
+    bool resize_vocab; /* init_from may have another vocab_size */
     double skip_zscore;
     int64_t max_skips;
 };

@@ -61,6 +61,7 @@ struct reader {
     FILE *file;
     int line;     /* number of the line inih is looking at */
     bool failed;  /* the draft's error is filled; stop reading */
+    char *quoted; /* the value of the line, if it is in quotes: inih would cut it at a blank and ';' */
     char *buffer; /* of getline */
     size_t capacity;
 };
@@ -76,12 +77,22 @@ static int fail_line(struct reader *r, const char *format, ...) {
     return fail_user(r->draft->error, "%s:%d: %s", r->draft->file, r->line, text);
 }
 
+/* The value of a line if it begins with a quote that is closed, or NULL. */
+static char *quoted_value(char *line) {
+    char *value = strchr(line, '=');
+    if (!value || *line == '#' || *line == ';' || *line == '[')
+        return NULL;
+    value += 1 + strspn(value + 1, " \t");
+    return (*value == '"' || *value == '\'') && strchr(value + 1, *value) ? value : NULL;
+}
+
 /* Cut the comment and the blanks around what is left. A comment starts the line or follows a blank, so a
- * path may hold a '#' or ';' of its own. */
+ * path may hold a '#' or ';' of its own, and a path in quotes also one that follows a blank. */
 static char *strip(char *line) {
     static const char blanks[] = " \t\r\n";
     line += strspn(line, blanks);
-    for (char *p = line; *p; p++)
+    char *quoted = quoted_value(line);
+    for (char *p = quoted ? strchr(quoted + 1, *quoted) : line; *p; p++)
         if ((*p == '#' || *p == ';') && (p == line || strchr(blanks, p[-1]))) {
             *p = 0;
             break;
@@ -143,6 +154,7 @@ static char *read_line(char *out, int capacity, void *stream) {
     char *line = strip(r->buffer + (has_bom ? 3 : 0));
     if (check_line(r, line, (size_t)capacity))
         return NULL;
+    r->quoted = quoted_value(line);
     snprintf(out, (size_t)capacity, "%s\n", line);
     return out;
 }
@@ -171,6 +183,7 @@ static int set_key(void *user, const char *section, const char *name, const char
         return 0;
     }
     *origin = r->line;
+    text = r->quoted ? r->quoted : text;
     if (set_value(d, row, text, why)) {
         fail_line(r, "%s = %s: %s", name, quotable(text, quote), why);
         return 0;

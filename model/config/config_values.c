@@ -212,13 +212,53 @@ static int find_name(const struct config_row *row, const char *const *names, con
                    row->name, legal);
 }
 
+static bool is_quote(char c) {
+    return c == '"' || c == '\'';
+}
+
+/* The text within one pair of quotes around it, in `buffer`, or the text itself. */
+static const char *without_quotes(const char *text, char *buffer, size_t size) {
+    size_t n = strlen(text);
+    if (n < 2 || n > size || !is_quote(text[0]) || text[n - 1] != text[0])
+        return text;
+    memcpy(buffer, text + 1, n - 2);
+    buffer[n - 2] = 0;
+    return buffer;
+}
+
+/* A path whose leading ~ stands for the home directory. */
+static int expand_home(const char *text, char path[MAX_TEXT], char why[MAX_WHY]) {
+    const char *home = getenv("HOME");
+    if (text[1] && text[1] != '/')
+        return explain(why, "~ is expanded only as ~/...; write the whole path, or ./%.40s", text);
+    if (!home || home[0] != '/')
+        return explain(why, "~ cannot be expanded, since HOME is not set; write the whole path");
+    if (snprintf(path, MAX_TEXT, "%s%s", home, text + 1) >= MAX_TEXT)
+        return explain(why, "too long with %.60s for ~; at most %d bytes", home, MAX_TEXT - 1);
+    return 0;
+}
+
+/* Every text is a path, a glob or a word such as "none". */
 static int set_text(void *target, const struct config_row *row, const char *text, char why[MAX_WHY]) {
+    char path[MAX_TEXT];
     if (!*text)
         return explain(why, "empty; give %s a value%s%s", row->name, row->zero ? " or write " : "",
                        row->zero ? row->zero : "");
     if (strlen(text) >= MAX_TEXT)
         return explain(why, "too long; %s takes at most %d bytes", row->name, MAX_TEXT - 1);
-    strncpy(target, row->zero && !strcmp(text, row->zero) ? "" : text, MAX_TEXT); /* pads with zeros */
+    /* Recorded in a checkpoint and read again, such a value would be another one. */
+    if (is_quote(text[0]) || is_quote(text[strlen(text) - 1]))
+        return explain(why,
+                       "a quote is missing, or part of the value; write %s without quotes or in one pair",
+                       row->name);
+    if (text[0] == '~') {
+        if (expand_home(text, path, why) != 0)
+            return -1;
+        text = path;
+    }
+    memset(target, 0, MAX_TEXT);
+    if (!row->zero || strcmp(text, row->zero))
+        memcpy(target, text, strlen(text));
     return 0;
 }
 
@@ -256,6 +296,8 @@ static int set_pattern(struct draft *d, const struct config_row *row, const char
 
 int set_value(struct draft *d, const struct config_row *row, const char *text, char why[MAX_WHY]) {
     void *target = row_address(d->config, row);
+    char buffer[MAX_TEXT + 2];
+    text = without_quotes(text, buffer, sizeof buffer);
     switch (row->kind) {
     case KIND_INTEGER:
         return set_integer(target, row, text, why);

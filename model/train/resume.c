@@ -10,20 +10,48 @@ static bool is_rank0(const struct model *m) {
     return m->comm->rank == 0;
 }
 
+/* Weights, and moments if `optimizer`, of a checkpoint whose vocabulary is of another size. */
+static int load_resized(struct model *m, const struct config *c, int64_t vocab_size, bool optimizer,
+                        const char *dir, struct error *e) {
+    long long from = vocab_size, to = c->model.vocab_size;
+    if (!c->train.resize_vocab)
+        return fail_user(e,
+                         "train.init_from: %s has vocab_size %lld, and model.vocab_size is %lld; make them "
+                         "equal, or set train.resize_vocab = true: %s",
+                         dir, from, to,
+                         to > from ? "the new rows of the embedding become the mean of the old"
+                                   : "the last rows of the embedding are left out");
+    if (checkpoint_load_resized(dir, m, vocab_size, optimizer, e) != 0)
+        return -1;
+    if (is_rank0(m) && to > from)
+        fprintf(stderr,
+                "weights from %s: vocab_size %lld is now %lld; the %lld new rows%s are the mean of the old\n",
+                dir, from, to, to - from, c->model.tie_word_embeddings ? "" : " of embedding and lm_head");
+    else if (is_rank0(m))
+        fprintf(stderr, "weights from %s: vocab_size %lld is now %lld; the last %lld rows are left out\n",
+                dir, from, to, from - to);
+    return 0;
+}
+
 /* Load the weights of another run, and with init_optimizer = keep its optimizer state. */
 static int load_from(struct model *m, const struct config *c, struct trainer_state *p, const char *dir,
                      struct error *e) {
-    if (checkpoint_check_architecture(dir, &c->model, e) != 0 || checkpoint_load_weights(dir, m, 0, e) != 0)
+    bool optimizer = c->train.init_optimizer == OPTIMIZER_KEEP;
+    struct model_config model;
+    struct trainer_state from;
+    if (checkpoint_check_architecture(dir, &c->model, e) != 0 || checkpoint_read_config(dir, &model, e) != 0)
+        return -1;
+    if (optimizer && checkpoint_read_trainer_state(dir, &from, e) != 0)
+        return -1;
+    if (optimizer)
+        p->history.updates = from.history.updates; /* for the bias correction of the moments */
+    if (model.vocab_size != c->model.vocab_size)
+        return load_resized(m, c, model.vocab_size, optimizer, dir, e);
+    if (checkpoint_load_weights(dir, m, 0, e) != 0)
         return -1;
     if (is_rank0(m))
         fprintf(stderr, "weights from %s\n", dir);
-    if (c->train.init_optimizer != OPTIMIZER_KEEP)
-        return 0;
-    struct trainer_state from;
-    if (checkpoint_read_trainer_state(dir, &from, e) != 0)
-        return -1;
-    p->history.updates = from.history.updates; /* for the bias correction of the moments */
-    return checkpoint_load_optimizer(dir, m, e);
+    return optimizer ? checkpoint_load_optimizer(dir, m, e) : 0;
 }
 
 static int initialize_from(struct model *m, const struct config *c, struct trainer_state *p, const char *path,

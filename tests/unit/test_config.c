@@ -353,6 +353,44 @@ static void test_overrides(void **state) {
     refused("kkkkkkk...': unknown section", small, wide, NULL);
 }
 
+/* One pair of quotes around a value is not part of it, and ~/ is the home directory. */
+static void test_quotes_and_home(void **state) {
+    (void)state;
+    char text[20000];
+    assert_int_equal(setenv("HOME", "/home/anna", 1), 0);
+    snprintf(text, sizeof text, "%s%s", small,
+             "[train]\ninit_from = '~/runs/a b'\nschedule = \"linear\"\n[data]\nval = \"my data #1 ;/*.bin\" "
+             "# all\n"
+             "tokenizer = ~/t.json\n");
+    loads(text, "data.train=\"~/my data/*.bin\"", "run.dir=~", NULL);
+    assert_string_equal(config.train.init_from, "/home/anna/runs/a b");
+    assert_int_equal(config.train.schedule, SCHEDULE_LINEAR);
+    assert_string_equal(config.data.val, "my data #1 ;/*.bin");
+    assert_string_equal(config.data.tokenizer, "/home/anna/t.json");
+    assert_string_equal(config.data.train, "/home/anna/my data/*.bin");
+    assert_string_equal(config.run.dir, "/home/anna");
+    loads(small, "data.train=it's/~a\"b/*.bin", "data.val='none'", NULL); /* in the middle they are letters */
+    assert_string_equal(config.data.train, "it's/~a\"b/*.bin");
+    assert_string_equal(config.data.val, "");
+
+    static const char *const cases[][2] = {
+        {"data.train=\"a b", "a quote is missing"},
+        {"data.train=a b'", "a quote is missing"},
+        {"data.train=\"a'", "a quote is missing"},
+        {"data.train=''a''", "a quote is missing"},
+        {"data.train=\"", "a quote is missing"},
+        {"data.train=''", "empty; give train a value"},
+        {"data.train=~boris/*.bin", "write the whole path"},
+        {"data.train='~boris/x'", "write the whole path"},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        refused(cases[i][1], small, cases[i][0], NULL);
+    assert_int_equal(setenv("HOME", "", 1), 0);
+    refused("HOME is not set", small, "data.train=~/x", NULL);
+    assert_int_equal(unsetenv("HOME"), 0);
+    refused("HOME is not set", small, "data.train=~/x", NULL);
+}
+
 static void test_values_refused(void **state) {
     (void)state;
     static const char *const cases[][2] = {
@@ -706,7 +744,7 @@ static void test_help(void **state) {
     struct visited v = {0};
     loads(small, NULL);
     config_visit(&config, collect, &v);
-    assert_int_equal(v.count, 64); /* the contract's keys */
+    assert_int_equal(v.count, 65); /* every key */
     for (int i = 0; i < v.count; i++) {
         char word[80];
         char *name = strchr(v.text[i], '.') + 1;
@@ -738,27 +776,17 @@ static void test_nearest(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_defaults),
-        cmocka_unit_test(test_config_defaults),
-        cmocka_unit_test(test_values),
-        cmocka_unit_test(test_comments_and_layout),
-        cmocka_unit_test(test_without_a_file),
-        cmocka_unit_test(test_pattern),
-        cmocka_unit_test(test_auto_window),
-        cmocka_unit_test(test_committed_configs),
-        cmocka_unit_test(test_broken_files),
-        cmocka_unit_test(test_long_lines_and_zero_bytes),
-        cmocka_unit_test(test_overrides),
-        cmocka_unit_test(test_values_refused),
-        cmocka_unit_test(test_relations),
-        cmocka_unit_test(test_ranks),
-        cmocka_unit_test(test_override_of_a_checkpoint),
-        cmocka_unit_test(test_json_round_trip),
-        cmocka_unit_test(test_json_defaults),
-        cmocka_unit_test(test_json_refused),
-        cmocka_unit_test(test_visit),
-        cmocka_unit_test(test_resume),
-        cmocka_unit_test(test_help),
+        cmocka_unit_test(test_defaults),        cmocka_unit_test(test_config_defaults),
+        cmocka_unit_test(test_values),          cmocka_unit_test(test_comments_and_layout),
+        cmocka_unit_test(test_without_a_file),  cmocka_unit_test(test_pattern),
+        cmocka_unit_test(test_auto_window),     cmocka_unit_test(test_committed_configs),
+        cmocka_unit_test(test_broken_files),    cmocka_unit_test(test_long_lines_and_zero_bytes),
+        cmocka_unit_test(test_overrides),       cmocka_unit_test(test_quotes_and_home),
+        cmocka_unit_test(test_values_refused),  cmocka_unit_test(test_relations),
+        cmocka_unit_test(test_ranks),           cmocka_unit_test(test_override_of_a_checkpoint),
+        cmocka_unit_test(test_json_round_trip), cmocka_unit_test(test_json_defaults),
+        cmocka_unit_test(test_json_refused),    cmocka_unit_test(test_visit),
+        cmocka_unit_test(test_resume),          cmocka_unit_test(test_help),
         cmocka_unit_test(test_nearest),
     };
     int descriptor = mkstemp(file);
