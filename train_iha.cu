@@ -5,6 +5,7 @@
  * then step by step train, evaluate, sample and save. The other commands read a checkpoint. */
 #include <errno.h>
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -59,12 +60,13 @@ struct run {
     struct metrics *metrics; /* on rank 0 */
     struct trainer_state trainer;
     struct saver *saver;
-    int steps_in_flight;       /* begun, and their state not collected yet */
-    double step_start;         /* clock_seconds() from which the next collected step is timed */
-    int64_t profile_steps;     /* to trace; 0: none */
-    int64_t profile_from;      /* the first of them */
-    int lock;                  /* descriptor of run.dir/lock */
-    int32_t *tokens, *targets; /* one pass, [micro_batch, seq_len] */
+    int steps_in_flight;   /* begun, and their state not collected yet */
+    double step_start;     /* clock_seconds() from which the next collected step is timed */
+    int64_t profile_steps; /* to trace; 0: none */
+    int64_t profile_from;  /* the first of them */
+    int lock;              /* descriptor of run.dir/lock */
+    int32_t *tokens,
+        *targets; /* [micro_batch, seq_len] of an evaluation, then of each pass of the next step */
     double flops_per_token;
 };
 
@@ -142,9 +144,15 @@ static int join_devices(struct run *r, struct error *e) {
     return 0;
 }
 
-/* Create the model, with uninitialised weights, and the buffers for a pass. */
+static int64_t passes_per_step(const struct run *r) {
+    const struct train_config *t = &r->config.train;
+    return t->batch_tokens / (r->comm->ranks * t->micro_batch * t->seq_len);
+}
+
+/* Create the model, with uninitialised weights, and the buffers for tokens. */
 static int build_model(struct run *r, bool training, struct error *e) {
     const struct train_config *t = &r->config.train;
+    int64_t passes = 1 + (training ? passes_per_step(r) : 0);
     struct model_options options = {
         .shape = {t->micro_batch, t->seq_len, r->config.system.recompute, training},
         .weight_decay = t->weight_decay,
@@ -155,7 +163,7 @@ static int build_model(struct run *r, bool training, struct error *e) {
     r->host_memory = kernels_cpu()->memory_available(NULL);
     if (model_create(&r->model, &r->config.model, r->k, r->dev, &options, e) != 0)
         return -1;
-    size_t bytes = (size_t)(t->micro_batch * t->seq_len) * sizeof(int32_t);
+    size_t bytes = (size_t)(passes * t->micro_batch * t->seq_len) * sizeof(int32_t);
     r->tokens = malloc(bytes);
     r->targets = malloc(bytes);
     if (!r->tokens || !r->targets)
@@ -176,30 +184,44 @@ static int open_tokenizer(struct run *r, const char *name, struct error *e) {
     return r->tokenizer ? 0 : -1;
 }
 
-/* Mean loss in nats over the first `batches` batches of r->val (0: all of it), and the tokens they hold. The
- * batches are distributed over the ranks and do not depend on how many there are. All ranks call it. */
-static double validation_loss(struct run *r, int64_t batches, int64_t *tokens) {
+/* Read the batch of validation sequences [i, i + micro_batch) of `sequences`. */
+static int read_validation_batch(struct run *r, int64_t i, int64_t sequences, struct error *e) {
+    int64_t B = r->config.train.micro_batch, T = r->config.train.seq_len;
+    for (int64_t b = 0; b < B; b++) {
+        int32_t *targets = r->targets + b * T;
+        if (shards_read(r->val, i + b < sequences ? i + b : i, r->tokens + b * T, targets, e) != 0)
+            return -1;
+        for (int64_t j = 0; j < T && i + b >= sequences; j++)
+            targets[j] = -1; /* the last batch is padded with sequences that do not count */
+    }
+    return 0;
+}
+
+/* *loss: mean in nats over the first `batches` batches of r->val (0: all of it); *tokens: how many they hold. The
+ * batches are distributed over the ranks and do not depend on how many there are. All ranks call it, and fail
+ * together. */
+static int validation_loss(struct run *r, int64_t batches, double *loss, int64_t *tokens, struct error *e) {
     const struct train_config *t = &r->config.train;
-    int64_t B = t->micro_batch, T = t->seq_len, sequences = shards_sequences(r->val);
+    int64_t B = t->micro_batch, sequences = shards_sequences(r->val);
     if (batches > 0 && batches * B < sequences)
         sequences = batches * B;
+    int status = 0;
     struct step_state before, after;
     r->k->step_read(r->dev, r->model.state, &before);
     r->k->step_begin(r->dev, r->model.state, before.step, before.lr);
-    for (int64_t i = r->model.comm->rank * B; i < sequences; i += r->model.comm->ranks * B) {
-        for (int64_t b = 0; b < B; b++) {
-            int32_t *targets = r->targets + b * T;
-            shards_read(r->val, i + b < sequences ? i + b : i, r->tokens + b * T, targets);
-            for (int64_t j = 0; j < T && i + b >= sequences; j++)
-                targets[j] = -1; /* the last batch is padded with sequences that do not count */
-        }
-        model_evaluate(&r->model, r->tokens, r->targets, 1);
+    for (int64_t i = r->model.comm->rank * B; i < sequences && status == 0; i += r->model.comm->ranks * B) {
+        status = read_validation_batch(r, i, sequences, e);
+        if (status == 0)
+            model_evaluate(&r->model, r->tokens, r->targets, 1);
     }
+    if (comm_agree(r->comm, status, e) != 0)
+        return -1;
     r->model.comm->ops->all_reduce(r->model.comm, &r->model.state->loss, 1);
     r->k->step_read(r->dev, r->model.state, &after);
     r->k->step_write(r->dev, r->model.state, &before);
-    *tokens = sequences * T;
-    return after.loss / (double)*tokens;
+    *tokens = sequences * t->seq_len;
+    *loss = after.loss / (double)*tokens;
+    return 0;
 }
 
 /* ---- train: one step ---- */
@@ -208,27 +230,37 @@ static bool is_due(int64_t every, int64_t step) {
     return every > 0 && step % every == 0;
 }
 
-/* Forward and backward over the step's sequences, then the update. Returns while the device may still work. */
-static void train_step(struct run *r) {
+/* Read this rank's sequences of the next step. */
+static int read_step(struct run *r, struct error *e) {
     const struct config *c = &r->config;
-    const struct train_config *t = &c->train;
-    int64_t B = t->micro_batch, T = t->seq_len, ranks = r->comm->ranks;
-    int64_t passes = t->batch_tokens / (ranks * B * T);
+    int64_t B = c->train.micro_batch, T = c->train.seq_len, passes = passes_per_step(r);
+    for (int64_t pass = 0; pass < passes; pass++)
+        for (int64_t b = 0; b < B; b++) {
+            int64_t draw = r->trainer.sequences + (pass * r->comm->ranks + r->comm->rank) * B + b;
+            int64_t i = shards_draw(r->train, draw, c->data.shuffle, (uint64_t)c->train.seed);
+            int64_t offset = ((1 + pass) * B + b) * T;
+            if (shards_read(r->train, i, r->tokens + offset, r->targets + offset, e) != 0)
+                return -1;
+        }
+    return 0;
+}
+
+/* Forward and backward over the sequences that read_step has read, then the update. Returns while the device may
+ * still work. */
+static void train_step(struct run *r) {
+    const struct train_config *t = &r->config.train;
+    int64_t B = t->micro_batch, T = t->seq_len, passes = passes_per_step(r);
     r->k->step_begin(r->dev, r->model.state, r->trainer.step, schedule_lr(t, r->trainer.step));
     for (int64_t pass = 0; pass < passes; pass++) {
-        for (int64_t b = 0; b < B; b++) {
-            int64_t draw = r->trainer.sequences + (pass * ranks + r->comm->rank) * B + b;
-            int64_t i = shards_draw(r->train, draw, c->data.shuffle, (uint64_t)t->seed);
-            shards_read(r->train, i, r->tokens + b * T, r->targets + b * T);
-        }
-        model_train_pass(&r->model, r->tokens, r->targets, 1.0 / (double)t->batch_tokens, (int)pass,
-                         (int)passes);
+        int64_t offset = (1 + pass) * B * T;
+        model_train_pass(&r->model, r->tokens + offset, r->targets + offset, 1.0 / (double)t->batch_tokens,
+                         (int)pass, (int)passes);
     }
     struct update_hyper hyper = {t->beta1, t->beta2, t->eps, t->grad_clip, t->skip_zscore};
     model_update(&r->model, &hyper);
     r->k->step_post(r->dev, r->model.state);
     r->steps_in_flight++;
-    r->trainer.sequences += passes * ranks * B;
+    r->trainer.sequences += passes * r->comm->ranks * B;
     r->trainer.tokens += t->batch_tokens;
     r->trainer.step++;
 }
@@ -278,7 +310,9 @@ static int record_steps(struct run *r, int max_in_flight, struct error *e) {
 static int evaluate(struct run *r, bool saves, struct error *e) {
     struct trainer_state *trainer = &r->trainer;
     int64_t tokens;
-    double loss = validation_loss(r, r->config.run.eval_batches, &tokens);
+    double loss;
+    if (validation_loss(r, r->config.run.eval_batches, &loss, &tokens, e) != 0)
+        return -1;
     if (saves && isfinite(loss) && !(loss >= trainer->best_val_loss)) {
         trainer->best_val_loss = loss;
         trainer->best_step = trainer->step;
@@ -303,13 +337,13 @@ static int print_sample(struct run *r, struct error *e) {
     char path[MAX_TEXT + 32];
     snprintf(path, sizeof path, "%s/samples.txt", r->config.run.dir);
     int32_t start = r->ends.count ? r->ends.ids[0] : 0;
-    struct sampling sampling = {0.8, 0, (uint64_t)(r->config.train.seed + r->trainer.step)};
+    struct sampling sampling = {0.8, 0, 1, (uint64_t)(r->config.train.seed + r->trainer.step)};
     if (!is_rank0(r))
         return generate(&r->decoder, &start, 1, r->decoder.capacity - 1, &sampling, is_not_end, &r->ends, e);
     FILE *file = fopen(path, "a");
     if (!file)
         return fail_run(e, "%s: cannot write: %s; %s", path, strerror(errno), files_advice(errno));
-    struct text_writer w = {r->tokenizer, stdout, file, &r->ends, {0}};
+    struct text_writer w = {.tokenizer = r->tokenizer, .out = stdout, .copy = file, .ends = &r->ends};
     status_break(r->metrics);
     printf("---- sample at step %lld\n", (long long)r->trainer.step);
     fprintf(file, "---- step %lld\n", (long long)r->trainer.step);
@@ -414,8 +448,9 @@ static void end_profile(struct run *r) {
 
 /* All-gathered after every step. */
 struct rank_status {
-    int stop;   /* the signal that asked this rank to stop, or 0 */
-    int failed; /* recording the step failed */
+    int stop;        /* the signal that asked this rank to stop, or 0 */
+    int failed;      /* recording the step failed */
+    int read_failed; /* reading the sequences of the next step failed */
     enum saver_state saver;
 };
 
@@ -426,6 +461,7 @@ static struct rank_status merge_rank_status(struct run *r, struct rank_status ow
     for (int i = 1; i < r->comm->ranks; i++) {
         all.stop = all.stop ? all.stop : gathered[i].stop;
         all.failed |= gathered[i].failed;
+        all.read_failed |= gathered[i].read_failed;
         all.saver = saver_state_merge(all.saver, gathered[i].saver);
     }
     return all;
@@ -447,17 +483,24 @@ static void print_end(struct run *r, int stop) {
 static int train_loop(struct run *r, struct error *e) {
     const int64_t steps = r->config.train.steps;
     struct rank_status all = {0};
+    struct error read_error = {0};
     r->step_start = clock_seconds();
     while (r->trainer.step < steps && !all.stop) {
         if (r->profile_steps > 0 && r->trainer.step == r->profile_from)
             r->k->trace_begin(r->dev);
         train_step(r);
+        /* Read the next step's sequences before the ranks exchange their status, so that all end where one fails. */
+        int read_status = r->trainer.step < steps ? read_step(r, &read_error) : 0;
         int status = record_steps(r, r->k->run_ahead, e);
         /* Signals are polled once a step: one that arrives while saving ends the next step. */
-        all = merge_rank_status(
-            r, (struct rank_status){signals_stop_requested(), status != 0, saver_state(r->saver)});
+        all = merge_rank_status(r, (struct rank_status){signals_stop_requested(), status != 0,
+                                                        read_status != 0, saver_state(r->saver)});
         if (all.failed && comm_agree(r->comm, status, e) != 0)
             return -1;
+        if (all.read_failed && !all.stop) {
+            *e = read_error;
+            return comm_agree(r->comm, read_status, e);
+        }
         if (r->profile_steps > 0 && (all.stop || r->trainer.step == r->profile_from + r->profile_steps))
             end_profile(r);
         if (saver_advance(r->saver, all.saver, e) != 0 || between_steps(r, all.stop, e) != 0)
@@ -567,7 +610,7 @@ static int prepare_loop(struct run *r, struct error *e) {
         return -1;
     if (is_rank0(r) && !(r->metrics = metrics_open(r->config.run.dir, r->trainer.step, e)))
         return -1;
-    return 0;
+    return read_step(r, e);
 }
 
 /* Host memory left for a snapshot of the model, on this rank. Calculated from the memory plan, since the system
@@ -626,6 +669,16 @@ static int read_checkpoint(struct run *r, const char *dir, const struct command_
 
 /* ---- eval ---- */
 
+/* After an error about data.val: add where the path comes from, if the command line does not give it. */
+static void name_recorded_data(const char *dir, const struct command_line *line, struct error *e) {
+    for (int i = 0; i < line->override_count; i++)
+        if (strncmp(line->overrides[i], "data.val=", strlen("data.val=")) == 0)
+            return;
+    size_t used = strlen(e->text);
+    snprintf(e->text + used, sizeof e->text - used,
+             " (%s recorded this path; data.val=GLOB gives another one)", dir);
+}
+
 static int prepare_eval(struct run *r, const char *dir, const struct command_line *line, struct error *e) {
     if (read_checkpoint(r, dir, line, e) != 0)
         return -1;
@@ -636,6 +689,8 @@ static int prepare_eval(struct run *r, const char *dir, const struct command_lin
         r->config.system.precision = PRECISION_FP32; /* eval's default, on GPUs as well */
     comm_set_timeout(r->comm, c->system.peer_timeout);
     r->val = shards_open(c->data.val, c->train.seq_len, c->model.vocab_size, e);
+    if (!r->val)
+        name_recorded_data(dir, line, e);
     return r->val ? 0 : -1;
 }
 
@@ -649,7 +704,9 @@ static int eval_command(struct run *r, const struct command_line *line, struct e
         return -1;
     banner_print_ignored(&r->config, r->comm->ranks);
     int64_t tokens;
-    double loss = validation_loss(r, r->config.run.eval_batches, &tokens);
+    double loss;
+    if (validation_loss(r, r->config.run.eval_batches, &loss, &tokens, e) != 0)
+        return -1;
     if (!isfinite(loss))
         return fail_run(e, "%s: the loss is not finite: the weights have diverged; use an earlier checkpoint",
                         dir);
@@ -682,14 +739,42 @@ static int find_end_ids(struct run *r, const char *dir, struct error *e) {
     return 0;
 }
 
+enum { MAX_PROMPT = 1 << 28 }; /* bytes of --prompt-file */
+
+/* The prompt's tokens: a malloc'd array in *ids, to be freed also after an error, and its length, or -1. */
+static int64_t read_prompt(struct run *r, const struct command_line *line, int32_t **ids, struct error *e) {
+    const char *option = line->prompt_file ? "--prompt-file" : "--prompt";
+    const char *text = line->prompt ? line->prompt : "";
+    char *file = NULL;
+    size_t bytes = strlen(text);
+    if (line->prompt_file) {
+        if (files_read_input(line->prompt_file, MAX_PROMPT, &file, &bytes, e) != 0)
+            return -1;
+        text = file;
+    }
+    int64_t length = r->tokenizer ? tokenizer_encode(r->tokenizer, text, bytes, ids, e)
+                                  : text_parse_ids(option, text, bytes, r->config.model.vocab_size, ids, e);
+    free(file);
+    return length;
+}
+
+static void warn_of_length(const struct model_config *m, int64_t prompt, int64_t tokens) {
+    if (prompt + tokens > m->max_position_embeddings)
+        fprintf(stderr,
+                "warning: %lld tokens of prompt and up to %lld generated ones are more than the model's "
+                "max_position_embeddings = %lld, beyond which its text may get worse; lower --tokens or "
+                "shorten the prompt\n",
+                (long long)prompt, (long long)tokens, (long long)m->max_position_embeddings);
+}
+
 static int generate_text(struct run *r, const struct command_line *line, struct error *e) {
     int32_t *ids = NULL;
-    int64_t vocab = r->config.model.vocab_size;
-    int64_t length = r->tokenizer
-                         ? tokenizer_encode(r->tokenizer, line->prompt, strlen(line->prompt), &ids, e)
-                         : text_parse_ids(line->prompt, vocab, &ids, e);
-    struct text_writer w = {r->tokenizer, stdout, NULL, &r->ends, {0}};
-    struct sampling sampling = {line->temperature, line->top_k, (uint64_t)line->seed};
+    if (line->stop && !r->tokenizer)
+        return fail_user(e, "--stop needs a tokenizer, and the checkpoint has none; name one: "
+                            "data.tokenizer=FILE, or leave --stop out");
+    int64_t length = read_prompt(r, line, &ids, e);
+    struct text_writer w = {.tokenizer = r->tokenizer, .out = stdout, .ends = &r->ends, .stop = line->stop};
+    struct sampling sampling = {line->temperature, line->top_k, line->top_p, (uint64_t)line->seed};
     int status = length < 0 ? -1 : 0;
     if (status == 0 && length == 0) { /* no prompt: start a document */
         free(ids);
@@ -699,16 +784,22 @@ static int generate_text(struct run *r, const struct command_line *line, struct 
         ids[0] = r->ends.count ? r->ends.ids[0] : 0;
         length = 1;
     }
+    if (status == 0 && w.stop && !(w.held = malloc(strlen(w.stop))))
+        status = fail_run(e, "out of memory for --stop");
     if (status == 0)
         status = decoder_create(&r->decoder, &r->model, length + line->tokens, DECODE_CHUNK, e);
+    if (status == 0)
+        warn_of_length(&r->config.model, length, line->tokens);
     for (int64_t i = 0; status == 0 && i < length; i++)
         if (!end_ids_has(&r->ends, ids[i]))
             text_write(&w, ids[i]);
     fflush(stdout);
     if (status == 0)
         status = generate(&r->decoder, ids, length, line->tokens, &sampling, text_emit, &w, e);
+    text_finish(&w);
     if (status == 0)
         printf("\n");
+    free(w.held);
     free(ids);
     return status;
 }
@@ -801,9 +892,11 @@ int main(int argc, char **argv) {
     static struct run r;
     struct command_line line;
     struct error e = {0};
+    signal(SIGXFSZ, SIG_IGN); /* a write beyond the limit of `ulimit -f` fails with EFBIG instead */
     int status = command_line_parse(&line, argc - 1, argv + 1, &e) == 0 ? run_command(&r, &line, &e) : -1;
     if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))
-        status = fail_run(&e, "cannot write to the standard output: %s", strerror(errno));
+        status =
+            fail_run(&e, "cannot write to the standard output: %s; %s", strerror(errno), files_advice(errno));
     if (status != 0 && r.metrics)
         status_break(r.metrics);
     if (status != 0 && should_print(&r, &e))

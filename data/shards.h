@@ -13,9 +13,9 @@
 
 struct shards;
 
-/* Open every file the glob matches, in name order, memory-mapped, and check each whole: magic, version,
- * size against the count, every id < vocab_size, at least one sequence of seq_len. Prints nothing.
- * Returns NULL with an EXIT_USER error naming the file (and, for a bad id, its position). */
+/* Open every file the glob matches, in name order, and check each whole: magic, version, size against the
+ * count, every id < vocab_size, at least one sequence of seq_len. Prints nothing. Returns NULL with an
+ * EXIT_USER error naming the file (and, for a bad id, its position), or the folder that cannot be listed. */
 struct shards *shards_open(const char *glob, int64_t seq_len, int64_t vocab_size, struct error *e);
 void shards_close(struct shards *s);
 
@@ -23,8 +23,10 @@ int64_t shards_sequences(const struct shards *s); /* over all files */
 int64_t shards_tokens(const struct shards *s);    /* as the headers count them */
 int shards_files(const struct shards *s);
 
-/* Sequence i in file order: tokens[seq_len] and targets[seq_len]. */
-void shards_read(const struct shards *s, int64_t i, int32_t *tokens, int32_t *targets);
+/* Sequence i in file order: tokens[seq_len] and targets[seq_len], every id checked again. EXIT_RUN: the file
+ * cannot be read, or has changed since shards_open: its size, its header, its first or last tokens, or an id of
+ * this sequence that is outside the vocabulary. Not for several threads at once. */
+int shards_read(struct shards *s, int64_t i, int32_t *tokens, int32_t *targets, struct error *e);
 
 /* The sequence that the g-th draw of a training run reads (g counts from 0 over all steps and ranks).
  * Every epoch of shards_sequences() draws visits each sequence once; shuffled, epoch e has its own

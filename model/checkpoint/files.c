@@ -137,6 +137,20 @@ int files_read_all(const char *path, size_t max_bytes, char **data, size_t *leng
     return 0;
 }
 
+int files_read_input(const char *path, size_t max_bytes, char **data, size_t *length, struct error *e) {
+    if (strcmp(path, "-") != 0)
+        return files_read_all(path, max_bytes, data, length, e);
+    *data = NULL;
+    int err = read_to_end(STDIN_FILENO, max_bytes, 4096, data, length);
+    if (err)
+        return fail_user(e, "cannot read the standard input: %s; %s", strerror(err), files_advice(err));
+    if (*length <= max_bytes)
+        return 0;
+    free(*data);
+    *data = NULL;
+    return fail_user(e, "the standard input is larger than the %zu bytes expected at most", max_bytes);
+}
+
 int files_write_fd(int fd, const void *data, size_t length) {
     const char *next = data;
     while (length > 0) {

@@ -17,6 +17,9 @@
  * EXIT_USER error. Pipes can be read too. `length` (bytes, without the NUL) may be NULL. */
 int files_read_all(const char *path, size_t max_bytes, char **data, size_t *length, struct error *e);
 
+/* The same; "-" is the standard input. */
+int files_read_input(const char *path, size_t max_bytes, char **data, size_t *length, struct error *e);
+
 /* Create or overwrite a file and return once its bytes are on the disk. For its name, call files_sync_dir on its
  * directory, once for all files in it. After a failure the caller removes the file. */
 int files_write_synced(const char *path, const void *data, size_t length, struct error *e);

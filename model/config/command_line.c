@@ -42,8 +42,8 @@ static const struct command_row COMMANDS[] = {
          {{"--profile", OPTION_INTEGER, AT(profile_steps), 1, 1000, NULL}},
          "Train the model that an INI file describes. If run.dir holds a checkpoint of the same run, "
          "continue\n"
-         "from it; if the run is finished, say so. On SIGINT, SIGTERM or SIGUSR1: finish the step, save, "
-         "exit.\n"
+         "from it; if the run is finished, say so.\n"
+         "On SIGINT, SIGTERM, SIGHUP or SIGUSR1: finish the step, save, exit.\n"
          "--profile N: trace N steps, print the time of each operation, and write run.dir/profile.json for\n"
          "ui.perfetto.dev.\n"
          "  train_iha train configs/bytes_small.ini train.steps=500 run.dir=runs/try\n"},
@@ -59,15 +59,23 @@ static const struct command_row COMMANDS[] = {
     [COMMAND_GENERATE] =
         {"generate",
          "CHECKPOINT",
-         "--prompt TEXT [--tokens N --temperature X --top-k K --seed S] [section.key=value ...]",
+         "--prompt TEXT | --prompt-file FILE [--OPTION VALUE ...] [section.key=value ...]",
          {{"--prompt", OPTION_TEXT, AT(prompt), 0, 0, NULL},
+          {"--prompt-file", OPTION_TEXT, AT(prompt_file), 0, 0, NULL},
           {"--tokens", OPTION_INTEGER, AT(tokens), 0, 1e7, NULL},
           {"--temperature", OPTION_REAL, AT(temperature), 0, 100, NULL},
           {"--top-k", OPTION_INTEGER, AT(top_k), 0, 9e15, NULL},
-          {"--seed", OPTION_INTEGER, AT(seed), 0, 9e15, NULL}},
-         "Continue a text. Defaults: 256 tokens, temperature 0.8 (0: always the most likely token), top-k 0 "
-         "(all\n"
-         "tokens), seed 1. Without a tokenizer, the prompt is a list of token ids.\n"
+          {"--top-p", OPTION_REAL, AT(top_p), 0, 1, NULL},
+          {"--seed", OPTION_INTEGER, AT(seed), 0, 9e15, NULL},
+          {"--stop", OPTION_TEXT, AT(stop), 0, 0, NULL}},
+         "Continue a text. Without a tokenizer, the prompt is a list of token ids.\n"
+         "  --prompt-file FILE   the prompt is the whole file, its last newline included; -: standard input\n"
+         "  --tokens N           generate at most N tokens; default 256\n"
+         "  --temperature X      default 0.8; 0: always the most likely token\n"
+         "  --top-k K            sample among the K most likely tokens; default 0: all\n"
+         "  --top-p P            then among the fewest whose probabilities sum to P or more; default 1: all\n"
+         "  --seed S             default 1\n"
+         "  --stop TEXT          end before this text is generated\n"
          "  train_iha generate runs/try --prompt 'In the beginning' --tokens 200\n"},
     [COMMAND_INFO] =
         {"info",
@@ -223,6 +231,10 @@ static int parse_arguments(struct command_line *line, const struct command_row *
         if (set_option(line, c, &c->options[option], argv[i], e) != 0)
             return -1;
     }
+    if (line->prompt && line->prompt_file)
+        return fail_user(e, "%s: --prompt and --prompt-file are both given; give one", c->name);
+    if (line->stop && !*line->stop)
+        return fail_user(e, "%s: --stop is empty; give the text to stop at, or leave it out", c->name);
     return 0;
 }
 
@@ -239,12 +251,8 @@ static int find_command(const char *name, struct error *e) {
 }
 
 int command_line_parse(struct command_line *line, int argc, char **argv, struct error *e) {
-    *line = (struct command_line){.command = COMMAND_HELP,
-                                  .help_topic = -1,
-                                  .prompt = "",
-                                  .tokens = 256,
-                                  .temperature = 0.8,
-                                  .seed = 1};
+    *line = (struct command_line){
+        .command = COMMAND_HELP, .help_topic = -1, .tokens = 256, .temperature = 0.8, .top_p = 1, .seed = 1};
     if (argc == 0)
         return fail_user(e, "no command given; see train_iha --help");
     if (strcmp(argv[0], "--help") == 0)

@@ -27,11 +27,13 @@ struct command_line {
 
     int64_t profile_steps; /* train --profile; 0: not given */
 
-    const char *prompt; /* generate */
+    const char *prompt, *prompt_file; /* generate; NULL: not given */
     int64_t tokens;
     double temperature;
     int64_t top_k;
+    double top_p;
     int64_t seed;
+    const char *stop; /* NULL: not given */
 
     int64_t gpus;    /* info --gpus; 0: not given */
     const char *gpu; /* a name in gpu_names; NULL: not given */

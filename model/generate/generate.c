@@ -24,18 +24,24 @@ static int descending(const void *a, const void *b) {
     return (x < y) - (x > y);
 }
 
+/* The largest of the values below `bound`, and how often it occurs; -INFINITY where there is none. */
+static float largest_below(const float *values, int64_t count, float bound, int64_t *times) {
+    float largest = -INFINITY;
+    for (int64_t i = 0; i < count; i++)
+        if (values[i] < bound && values[i] > largest)
+            largest = values[i];
+    *times = 0;
+    for (int64_t i = 0; i < count; i++)
+        *times += values[i] == largest;
+    return largest;
+}
+
 /* The same as threshold(), without memory and slower: finds the largest values one after the other. */
 static float threshold_in_place(const float *logits, int64_t vocab, int64_t k) {
     float value = INFINITY;
-    for (int64_t found = 0; found < k && value > -INFINITY;) {
-        float next = -INFINITY;
-        for (int64_t i = 0; i < vocab; i++)
-            if (logits[i] < value && logits[i] > next)
-                next = logits[i];
-        value = next;
-        for (int64_t i = 0; i < vocab; i++)
-            found += logits[i] == value;
-    }
+    int64_t times;
+    for (int64_t found = 0; found < k && value > -INFINITY; found += times)
+        value = largest_below(logits, vocab, value, &times);
     return value;
 }
 
@@ -54,6 +60,57 @@ static float threshold(const float *logits, int64_t vocab, int64_t k) {
     return result;
 }
 
+/* The weights that remain in top-p sampling: those above `value`, and the first `ties` that equal it. */
+struct nucleus {
+    float value;
+    int64_t ties;
+};
+
+/* Count one more weight, the next in descending order. Returns whether the sum has reached `enough`. */
+static bool nucleus_add(struct nucleus *n, float weight, double *sum, double enough) {
+    n->ties = weight == n->value ? n->ties + 1 : 1;
+    n->value = weight;
+    *sum += (double)weight;
+    return *sum >= enough;
+}
+
+/* The fewest largest weights whose sum is at least `enough`. */
+static struct nucleus find_nucleus(const float *weights, int64_t vocab, double enough) {
+    struct nucleus n = {INFINITY, 0};
+    double sum = 0;
+    int64_t count = 0, times;
+    float *sorted = malloc((size_t)vocab * sizeof *sorted);
+    for (int64_t i = 0; sorted && i < vocab; i++)
+        if (weights[i] > 0)
+            sorted[count++] = weights[i];
+    if (sorted)
+        qsort(sorted, (size_t)count, sizeof *sorted, descending);
+    for (int64_t i = 0; sorted && i < count && !nucleus_add(&n, sorted[i], &sum, enough);)
+        i++;
+    free(sorted);
+    if (sorted)
+        return n;
+    /* The same without memory, and slower. */
+    for (float next = largest_below(weights, vocab, INFINITY, &times); next > 0;
+         next = largest_below(weights, vocab, next, &times))
+        for (int64_t i = 0; i < times; i++)
+            if (nucleus_add(&n, next, &sum, enough))
+                return n;
+    return n;
+}
+
+/* Set the weights outside the nucleus to 0. Returns the sum of the others. */
+static double keep_nucleus(float *weights, int64_t vocab, double enough) {
+    struct nucleus n = find_nucleus(weights, vocab, enough);
+    double total = 0;
+    for (int64_t i = 0; i < vocab; i++) {
+        if (weights[i] < n.value || (weights[i] == n.value && n.ties-- <= 0))
+            weights[i] = 0;
+        total += (double)weights[i];
+    }
+    return total;
+}
+
 int32_t sample_token(float *logits, int64_t vocab, const struct sampling *s, uint64_t *state) {
     int32_t top = most_likely(logits, vocab);
     if (s->temperature <= 0)
@@ -65,6 +122,8 @@ int32_t sample_token(float *logits, int64_t vocab, const struct sampling *s, uin
         logits[i] = (float)weight;
         total += (double)logits[i];
     }
+    if (s->top_p < 1)
+        total = keep_nucleus(logits, vocab, s->top_p * total);
     double point = uniform(state) * total;
     for (int64_t i = 0; i < vocab; i++) {
         point -= (double)logits[i];

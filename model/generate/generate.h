@@ -7,6 +7,7 @@
 struct sampling {
     double temperature; /* 0: the most likely token */
     int64_t top_k;      /* 0: all */
+    double top_p;       /* the fewest most likely tokens whose probabilities sum to it or more; 1: all */
     uint64_t seed;
 };
 

@@ -22,9 +22,12 @@ import time
 import unittest
 from pathlib import Path
 
+import numpy as np
+
 from tests.lib.ranks import ENDLESS, HOST, LIMIT, MARK, MPI_ENVIRONMENT, MPIRUN, RanksCase, kill, marked, \
     num_metrics, wait_until
 from tests.lib.runs import BINARY, ROOT, step_dir, steps_in
+from tests.lib.tiny import write_shard
 
 LAUNCH = ROOT / "scripts" / "launch.sh"
 
@@ -39,7 +42,9 @@ class Run:
         case.addCleanup(self.kill)
 
         def begin():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # which shells ignore in background jobs
+            # Shells ignore SIGINT in background jobs and nohup SIGHUP; what is ignored at start stays ignored.
+            for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
             if terminal is not None:
                 fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
@@ -153,6 +158,61 @@ class Peers(Case):
         run.process.send_signal(signal.SIGUSR1)
         code, text = run.wait()
         self.assertEqual(code, 0, text)
+
+
+class ChangedData(Case):
+    def test_all_ranks_end_with_the_same_line(self):
+        for how in ("train", "val"):
+            data = self.new_dir("shards")
+            data.mkdir()
+            for p in self.data.glob("*.bin"):
+                (data / p.name).write_bytes(p.read_bytes())
+            run = self.mpirun(3, *ENDLESS, f"data.train={data}/train_*.bin", f"data.val={data}/val_*.bin",
+                              "run.save_every=2", "run.eval_every=3").reach(8)
+            path = data / ("train_1.bin" if how == "train" else "val_0.bin")
+            os.truncate(path, 2000)
+            code, text = run.wait()
+            lines = [line for line in text.splitlines() if "train_iha: " in line]
+            self.assertEqual((code, len(lines)), (1, 1), text)
+            for part in (path, "2000 bytes"):
+                self.assertIn(str(part), lines[0])
+            run.nothing_left()
+            last = steps_in(run.run_dir)[-1]
+            again = self.mpirun(3, f"train.steps={last + 1}", "train.schedule=constant", "data.val=none",
+                                run_dir=run.run_dir)
+            code, text = again.wait()
+            self.assertEqual(code, 0, text)
+            self.assertIn(f"resuming from {step_dir(run.run_dir, last)}\n", text)
+
+    @staticmethod
+    def open_in(run, path):
+        """The ranks that have a file open."""
+        found = []
+        for pid in run.ranks():
+            try:
+                if any(os.readlink(fd) == str(path) for fd in Path(f"/proc/{pid}/fd").iterdir()):
+                    found.append(pid)
+            except OSError:  # closed meanwhile
+                pass
+        return found
+
+    def test_eval(self):
+        run_dir = self.new_dir()
+        done = self.mpirun(2, "train.steps=2", run_dir=run_dir)
+        self.assertEqual(done.wait()[0], 0)
+        val = self.new_dir("val.bin")
+        write_shard(val, np.arange(10_000_000) % 257)  # enough that the evaluation is still going on
+        run = Run(self, [*MPIRUN, "-n", 2, BINARY, "eval", run_dir, f"data.val={val}", "system.threads=1",
+                         "system.device=cpu"], run_dir)
+        wait_until(lambda: len(self.open_in(run, val)) == 2, LIMIT, "ranks that read the file")
+        time.sleep(2)  # every rank has checked it
+        self.assertIsNone(run.process.poll(), run.printed())
+        os.truncate(val, 5000)
+        code, text = run.wait()
+        lines = [line for line in text.splitlines() if "train_iha: " in line]
+        self.assertEqual((code, len(lines)), (1, 1), text)
+        self.assertIn(str(val), lines[0])
+        run.nothing_left()
 
 
 class Signals(Case):

@@ -55,7 +55,10 @@ static void each_command_has_defaults(void **state) {
     assert_int_equal(line.override_count, 0);
     parses("eval runs/a", COMMAND_EVAL, "runs/a");
     parses("generate runs/a", COMMAND_GENERATE, "runs/a");
-    assert_string_equal(line.prompt, "");
+    assert_null(line.prompt);
+    assert_null(line.prompt_file);
+    assert_null(line.stop);
+    assert_true(line.top_p == 1);
     assert_int_equal(line.tokens, 256);
     assert_true(line.temperature == 0.8);
     assert_int_equal(line.top_k, 0);
@@ -93,6 +96,10 @@ static void options_set_their_values(void **state) {
            "c"); /* a value may look like an option */
     assert_string_equal(line.prompt, "--tokens");
     assert_int_equal(line.seed, 3);
+    parses("generate --prompt-file - c --top-p 0.9 --stop Chapter_2", COMMAND_GENERATE, "c");
+    assert_string_equal(line.prompt_file, "-");
+    assert_true(line.top_p == 0.9);
+    assert_string_equal(line.stop, "Chapter 2");
     parses("info a.ini --gpus 16 --gpu h100 --link ib400", COMMAND_INFO, "a.ini");
     assert_int_equal(line.gpus, 16);
     assert_string_equal(line.gpu, "h100");
@@ -115,10 +122,13 @@ static void wrong_arguments_are_named(void **state) {
     refused("train a.ini --profile 1 --profile 1", "train: --profile is given twice");
     refused("train a.ini --profile 1 --profile", "train: --profile is given twice");
     refused("generate --seed 1 c --seed 1", "generate: --seed is given twice");
+    refused("generate c --prompt a --prompt-file b",
+            "generate: --prompt and --prompt-file are both given; give one");
 }
 
 static void wrong_values_are_named(void **state) {
     (void)state;
+    refused("generate c --top-p 1.1", "generate: --top-p 1.1: not a number from 0 to 1");
     static const char *const numbers[] = {"many", "-1", "1001", "1.5", "nan", "inf", "1x", "1e99"};
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         char words[64], message[128];

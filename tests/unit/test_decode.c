@@ -231,7 +231,7 @@ static void greedy_equals_recomputing_the_prefix(void **state) {
         c.num_pseudo_heads = P;
         c.iha_mask = P % 2 ? MASK_FLAT : MASK_TOKEN;
         open_model(&m, &c);
-        struct generated got = generate_from_prompt(&m, LENGTH, &(struct sampling){0, 0, 1}),
+        struct generated got = generate_from_prompt(&m, LENGTH, &(struct sampling){0, 0, 1, 1}),
                          want = generate_by_recomputing(&m);
         assert_int_equal(got.length, LENGTH);
         assert_memory_equal(got.tokens, want.tokens, sizeof want.tokens);
@@ -244,9 +244,9 @@ static void sampling_is_a_function_of_the_seed(void **state) {
     struct model_config c = base_config();
     struct model m;
     open_model(&m, &c);
-    struct generated a = generate_from_prompt(&m, LENGTH, &(struct sampling){1, 0, 1});
-    struct generated b = generate_from_prompt(&m, LENGTH, &(struct sampling){1, 0, 1});
-    struct generated other = generate_from_prompt(&m, LENGTH, &(struct sampling){1, 0, 2});
+    struct generated a = generate_from_prompt(&m, LENGTH, &(struct sampling){1, 0, 1, 1});
+    struct generated b = generate_from_prompt(&m, LENGTH, &(struct sampling){1, 0, 1, 1});
+    struct generated other = generate_from_prompt(&m, LENGTH, &(struct sampling){1, 0, 1, 2});
     assert_memory_equal(a.tokens, b.tokens, sizeof a.tokens);
     assert_memory_not_equal(a.tokens, other.tokens, sizeof a.tokens);
     model_free(&m);
@@ -257,7 +257,7 @@ static void emit_can_stop_generation(void **state) {
     struct model_config c = base_config();
     struct model m;
     open_model(&m, &c);
-    assert_int_equal(generate_from_prompt(&m, PROMPT + 4, &(struct sampling){1, 0, 1}).length, PROMPT + 4);
+    assert_int_equal(generate_from_prompt(&m, PROMPT + 4, &(struct sampling){1, 0, 1, 1}).length, PROMPT + 4);
     model_free(&m);
 }
 
@@ -331,28 +331,61 @@ static void check_frequencies(const struct sampling *s, const bool allowed[CHOIC
 static void zero_temperature_is_argmax(void **state) {
     (void)state;
     int counts[CHOICES];
-    draw(&(struct sampling){0, 0, 42}, counts);
+    draw(&(struct sampling){0, 0, 1, 42}, counts);
     assert_int_equal(counts[2], DRAWS);
-    draw(&(struct sampling){0, 3, 42}, counts);
+    draw(&(struct sampling){0, 3, 1, 42}, counts);
     assert_int_equal(counts[2], DRAWS);
 }
 
 static void frequencies_follow_softmax(void **state) {
     (void)state;
     static const bool all[CHOICES] = {1, 1, 1, 1, 1, 1, 1, 1};
-    check_frequencies(&(struct sampling){1, 0, 42}, all);
-    check_frequencies(&(struct sampling){0.7, 0, 43}, all);
-    check_frequencies(&(struct sampling){2.5, CHOICES, 44}, all);
-    check_frequencies(&(struct sampling){2.5, CHOICES + 5, 45}, all);
+    check_frequencies(&(struct sampling){1, 0, 1, 42}, all);
+    check_frequencies(&(struct sampling){0.7, 0, 1, 43}, all);
+    check_frequencies(&(struct sampling){2.5, CHOICES, 1, 44}, all);
+    check_frequencies(&(struct sampling){2.5, CHOICES + 5, 1, 45}, all);
 }
 
 static void top_k_keeps_the_k_largest(void **state) {
     (void)state;
     static const bool one[CHOICES] = {[2] = 1}, three[CHOICES] = {[2] = 1, [5] = 1, [7] = 1};
     static const bool seven[CHOICES] = {1, 0, 1, 1, 1, 1, 1, 1};
-    check_frequencies(&(struct sampling){1, 1, 42}, one);
-    check_frequencies(&(struct sampling){1.5, 3, 42}, three);
-    check_frequencies(&(struct sampling){1, 7, 42}, seven);
+    check_frequencies(&(struct sampling){1, 1, 1, 42}, one);
+    check_frequencies(&(struct sampling){1.5, 3, 1, 42}, three);
+    check_frequencies(&(struct sampling){1, 7, 1, 42}, seven);
+}
+
+static void top_p_keeps_the_fewest_that_suffice(void **state) {
+    (void)state;
+    /* In descending order: tokens 2, 5, 7, 3, 0, 4, 6, 1, of probabilities 0.413, 0.250, 0.186, 0.102, ... */
+    static const bool one[CHOICES] = {[2] = 1}, two[CHOICES] = {[2] = 1, [5] = 1};
+    static const bool three[CHOICES] = {[2] = 1, [5] = 1, [7] = 1}, all[CHOICES] = {1, 1, 1, 1, 1, 1, 1, 1};
+    double sum = 0, first = exp((double)LOGITS[2]), second = exp((double)LOGITS[5]);
+    for (int i = 0; i < CHOICES; i++)
+        sum += exp((double)LOGITS[i]);
+    check_frequencies(&(struct sampling){1, 0, 0, 42}, one);
+    check_frequencies(&(struct sampling){1, 0, 0.999 * first / sum, 43}, one);
+    check_frequencies(&(struct sampling){1, 0, 1.001 * first / sum, 44}, two);
+    check_frequencies(&(struct sampling){1, 0, 0.999 * (first + second) / sum, 45}, two);
+    check_frequencies(&(struct sampling){1, 0, 1.001 * (first + second) / sum, 46}, three);
+    check_frequencies(&(struct sampling){1, 0, 1 - 1e-9, 47}, all);
+    /* After temperature, and among the k most likely. */
+    check_frequencies(&(struct sampling){0.1, 0, 0.9, 48}, one);
+    check_frequencies(&(struct sampling){1, 2, 0.999 * first / (first + second), 49}, one);
+    check_frequencies(&(struct sampling){1, 2, 1.001 * first / (first + second), 50}, two);
+}
+
+/* Of equal ones those of the smallest ids, as many as suffice. */
+static void top_p_with_equal_logits(void **state) {
+    (void)state;
+    uint64_t random = 1;
+    int counts[CHOICES] = {0};
+    for (int i = 0; i < DRAWS; i++) {
+        float logits[CHOICES] = {-9, 1, 1, 1, 1, -9, -9, -9};
+        counts[sample_token(logits, CHOICES, &(struct sampling){1, 0, 0.45, 0}, &random)]++;
+    }
+    assert_in_range(counts[1], DRAWS * 0.47, DRAWS * 0.53);
+    assert_int_equal(counts[1] + counts[2], DRAWS);
 }
 
 int main(void) {
@@ -366,6 +399,8 @@ int main(void) {
         cmocka_unit_test(zero_temperature_is_argmax),
         cmocka_unit_test(frequencies_follow_softmax),
         cmocka_unit_test(top_k_keeps_the_k_largest),
+        cmocka_unit_test(top_p_keeps_the_fewest_that_suffice),
+        cmocka_unit_test(top_p_with_equal_logits),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -8,7 +8,10 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <stdbool.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #include <cmocka.h>
 
@@ -102,7 +105,7 @@ static void reads_sequences_across_files(void **state) {
     const int32_t first[5] = {100, 104, 70000, 70004, 300};
     for (int i = 0; i < 5; i++) {
         int32_t tokens[5] = {0, 0, 0, 0, -7}, targets[5] = {0, 0, 0, 0, -7};
-        shards_read(s, i, tokens, targets);
+        assert_int_equal(shards_read(s, i, tokens, targets, NULL), 0);
         for (int k = 0; k < 4; k++) {
             assert_int_equal(tokens[k], first[i] + k);
             assert_int_equal(targets[k], first[i] + k + 1);
@@ -173,6 +176,147 @@ static void one_bad_file_spoils_the_glob(void **state) {
     write_shard("b.bin", U16, 50, 1, 51);
     refuses("?.bin", 4, 50, "b.bin: token 49 is id 50", "vocab_size is 50");
     shards_close(open_good("?.bin", 4, 51));
+}
+
+static void fails_to_read(struct shards *s, int64_t i, const char *word) {
+    struct error e = {0};
+    int32_t tokens[4], targets[4];
+    if (shards_read(s, i, tokens, targets, &e) == 0)
+        fail_msg("was read, but expected '%s'", word);
+    assert_int_equal(e.exit_code, EXIT_RUN);
+    assert_null(strchr(e.text, '\n'));
+    if (!strstr(e.text, word) || !strstr(e.text, "a.bin"))
+        fail_msg("'%s' should contain '%s' and a.bin", e.text, word);
+}
+
+static void reads(struct shards *s, int64_t i, int32_t first) {
+    struct error e = {0};
+    int32_t tokens[4], targets[4];
+    if (shards_read(s, i, tokens, targets, &e) != 0)
+        fail_msg("%s", e.text);
+    for (int k = 0; k < 4; k++) {
+        assert_int_equal(tokens[k], first + k);
+        assert_int_equal(targets[k], first + k + 1);
+    }
+}
+
+/* A file that changes after shards_open. */
+static void finds_a_changed_file(void **state) {
+    (void)state;
+    const int magics[] = {U16, U32};
+    for (int m = 0; m < 2; m++) {
+        int token_bytes = magics[m] == U32 ? 4 : 2;
+        write_shard("a.bin", magics[m], 2000, 0, 2000);
+        struct shards *s = open_good("a.bin", 4, 2000);
+        reads(s, 0, 0);
+        reads(s, 250, 1000);
+
+        /* Ids outside the vocabulary, as tokens and as the last target. */
+        overwrite_token("a.bin", token_bytes, 1001, 2000);
+        fails_to_read(s, 250, "token 1001 is id 2000");
+        overwrite_token("a.bin", token_bytes, 1001, 1001);
+        overwrite_token("a.bin", token_bytes, 1004, 65535);
+        fails_to_read(s, 250, "token 1004 is id 65535");
+        reads(s, 249, 996);
+        overwrite_token("a.bin", token_bytes, 1004, 1004);
+        reads(s, 250, 1000); /* put back: written to, but the same */
+
+        overwrite_token("a.bin", token_bytes, 3, 77);
+        fails_to_read(s, 250, "its first or last tokens");
+        overwrite_token("a.bin", token_bytes, 3, 3);
+        overwrite_token("a.bin", token_bytes, 1999, 77);
+        fails_to_read(s, 250, "its first or last tokens");
+
+        write_shard("a.bin", magics[m], 2000, 5, 2000); /* rewritten in place */
+        fails_to_read(s, 250, "its first or last tokens");
+        write_shard_header("a.bin", 1234, 1, 2000, 2000, 0, 2000);
+        assert_int_equal(truncate(in_dir("a.bin"), 1024 + 2000 * token_bytes), 0);
+        fails_to_read(s, 250, "its header");
+        write_shard("a.bin", magics[m], 2001, 0, 2001);
+        fails_to_read(s, 250, "bytes and had");
+        assert_int_equal(truncate(in_dir("a.bin"), 1500), 0);
+        fails_to_read(s, 250, "has 1500 bytes and had");
+        fails_to_read(s, 0, "has 1500 bytes and had");
+        assert_int_equal(truncate(in_dir("a.bin"), 0), 0);
+        fails_to_read(s, 0, "has 0 bytes and had");
+        shards_close(s);
+    }
+}
+
+/* More files than the process may have open: they are closed and opened again as they are read. */
+static void reads_more_files_than_may_be_open(void **state) {
+    (void)state;
+    enum { FILES = 60 };
+    struct rlimit before, few = {.rlim_cur = 32};
+    for (int i = 0; i < FILES; i++) {
+        char name[16];
+        snprintf(name, sizeof name, "f%02d.bin", i);
+        write_shard(name, U16, 5, 10 * i, 1000);
+    }
+    write_shard("a.bin", U16, 5, 0, 1000);
+    assert_int_equal(getrlimit(RLIMIT_NOFILE, &before), 0);
+    few.rlim_max = before.rlim_max;
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &few), 0);
+    struct shards *s = open_good("f*.bin", 4, 1000), *a = open_good("[af]*.bin", 4, 1000);
+    for (int round = 0; round < 3; round++)
+        for (int i = 0; i < FILES; i++) {
+            reads(s, (i * 7 + round) % FILES, 10 * ((i * 7 + round) % FILES));
+            reads(a, 1 + i, 10 * i);
+        }
+    assert_int_equal(unlink(in_dir("a.bin")), 0); /* closed long ago */
+    fails_to_read(a, 0, "cannot be opened again: No such file");
+    shards_close(s);
+    shards_close(a);
+    assert_int_equal(setrlimit(RLIMIT_NOFILE, &before), 0);
+}
+
+/* A folder that may not be listed or searched is not one without matching files. Root may do both, so another user
+ * looks. */
+static void names_what_is_not_permitted(void **state) {
+    (void)state;
+    static const struct {
+        mode_t mode;
+        const char *pattern, *words;
+    } cases[] = {{0700, "d/*.bin", "/d: Permission denied; check its permissions"},
+                 {0700, "d/s.bin", "d/s.bin: cannot be opened: Permission denied"},
+                 {0711, "d/*.bin", "/d: Permission denied; check its permissions"},
+                 {0744, "d/*.bin", "d/s.bin: cannot be opened: Permission denied"},
+                 {0755, "d/none*.bin", "no file matches"}};
+    assert_int_equal(chmod(dir, 0755), 0);
+    assert_int_equal(mkdir(in_dir("d"), 0700), 0);
+    write_shard("d/s.bin", U16, 50, 0, 50);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int status;
+        assert_int_equal(chmod(in_dir("d"), cases[i].mode), 0);
+        pid_t child = fork();
+        if (child == 0) {
+            struct error e = {0};
+            if (geteuid() == 0 && (setgid(65534) != 0 || setuid(65534) != 0))
+                _exit(2);
+            struct shards *s = shards_open(in_dir(cases[i].pattern), 4, 50, &e);
+            bool right = !s && e.exit_code == EXIT_USER && strstr(e.text, cases[i].words);
+            if (!right)
+                fprintf(stderr, "%s: %s\n", cases[i].pattern, e.text);
+            _exit(right ? 0 : 1);
+        }
+        assert_int_equal(waitpid(child, &status, 0), child);
+        assert_int_equal(status, 0);
+    }
+    assert_int_equal(chmod(in_dir("d"), 0755), 0);
+    assert_int_equal(unlink(in_dir("d/s.bin")), 0);
+}
+
+static void says_what_a_relative_path_is_relative_to(void **state) {
+    (void)state;
+    char before[1024], words[128];
+    struct error e = {0};
+    snprintf(words, sizeof words, "'data/*.bin' relative to the current directory %s", dir);
+    assert_non_null(getcwd(before, sizeof before));
+    assert_int_equal(chdir(dir), 0);
+    assert_null(shards_open("data/*.bin", 4, 50, &e));
+    assert_int_equal(chdir(before), 0);
+    if (!strstr(e.text, words))
+        fail_msg("'%s' should contain '%s'", e.text, words);
 }
 
 /* Ids are checked in blocks of 4,096: try a bad id at every kind of position. */
@@ -331,6 +475,10 @@ int main(void) {
         IN_DIR(sequence_counts_follow_the_contract),
         IN_DIR(refuses_bad_files),
         IN_DIR(one_bad_file_spoils_the_glob),
+        IN_DIR(finds_a_changed_file),
+        IN_DIR(reads_more_files_than_may_be_open),
+        IN_DIR(names_what_is_not_permitted),
+        IN_DIR(says_what_a_relative_path_is_relative_to),
         IN_DIR(finds_a_bad_id_anywhere),
         IN_DIR(refuses_bad_arguments),
         IN_DIR(every_epoch_visits_each_sequence_once),
