@@ -214,7 +214,8 @@ struct kernels {
 
     int (*plan)(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e);
     /* Compute what libraries were planned for and not checked yet on small inputs, and compare it with plain
-     * computation: -1 and an EXIT_RUN error where one is wrong. NULL: no libraries. */
+     * computation: -1 and an EXIT_RUN error where one is wrong. The workspace is scratch memory, which holds
+     * zeros afterwards; what does not fit into it is checked in part. NULL: no libraries. */
     int (*check_libraries)(struct device *dev, struct error *e);
     void (*set_workspace)(struct device *dev, void *data, size_t bytes);
     /* The library or kernels that compute attention of this planned shape, as a word or two for the user.

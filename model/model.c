@@ -152,6 +152,26 @@ static int allocate(struct model *m, const struct memory_plan *p, struct error *
     return 0;
 }
 
+/* In the largest of the blocks of memory, which are not used yet; the check leaves zeros. */
+static int check_libraries(struct model *m, struct error *e) {
+    const struct {
+        void *data;
+        size_t bytes;
+    } blocks[] = {{m->workspace, m->plan.workspace},
+                  {m->activations, m->plan.activations},
+                  {m->values, m->plan.parameters},
+                  {m->gradients, m->plan.gradients},
+                  {m->moments, m->plan.optimizer}};
+    size_t largest = 0;
+    for (size_t i = 1; i < sizeof blocks / sizeof *blocks; i++)
+        if (blocks[i].bytes > blocks[largest].bytes)
+            largest = i;
+    m->k->set_workspace(m->dev, blocks[largest].data, blocks[largest].bytes);
+    int status = m->k->check_libraries ? m->k->check_libraries(m->dev, e) : 0;
+    m->k->set_workspace(m->dev, m->workspace, m->workspace_bytes);
+    return status;
+}
+
 int model_create(struct model *m, const struct model_config *config, const struct kernels *k,
                  struct device *dev, const struct model_options *options, struct error *e) {
     struct comm *comm = options->comm ? options->comm : comm_single();
@@ -162,13 +182,12 @@ int model_create(struct model *m, const struct model_config *config, const struc
         return -1;
     }
     buffers_assign(m, m->activations);
-    k->set_workspace(dev, m->workspace, m->workspace_bytes);
-    if (m->rope.data)
-        k->rope_table(dev, m->rope, config->rope_theta);
-    if (k->check_libraries && k->check_libraries(dev, e) != 0) {
+    if (check_libraries(m, e) != 0) {
         model_free(m);
         return -1;
     }
+    if (m->rope.data)
+        k->rope_table(dev, m->rope, config->rope_theta);
     return 0;
 }
 

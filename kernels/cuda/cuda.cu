@@ -251,6 +251,10 @@ static void set_workspace(struct device *dev, void *data, size_t bytes) {
     dev->workspace_bytes = bytes;
 }
 
+int cuda_check_libraries(struct device *dev, struct error *e) {
+    return check_matmuls(dev, e) != 0 || check_attentions(dev, e) != 0 ? -1 : 0;
+}
+
 void *cuda_workspace(struct device *dev, size_t bytes, const char *op) {
     return check_workspace(op, dev->workspace, dev->workspace_bytes, bytes);
 }
@@ -281,6 +285,7 @@ const struct kernels *kernels_cuda(void) {
         .trace_begin = cuda_trace_begin,
         .trace_end = cuda_trace_end,
         .plan = plan,
+        .check_libraries = cuda_check_libraries,
         .set_workspace = set_workspace,
         .attention_backend = cuda_attention_backend,
         .run_ahead = RUN_AHEAD,

@@ -175,6 +175,12 @@ void run_matmul(struct device *, struct matmul, const void *a, const void *b, co
                 bool accumulate, void *c);
 void matmul_plans_free(struct matmul_plan *);
 
+/* Compare what the libraries compute for the plans made so far, each once, with plain computation: -1 and an
+ * EXIT_RUN error if it is wrong. The workspace is the scratch memory; it is zero afterwards. */
+int cuda_check_libraries(struct device *, struct error *);
+int check_matmuls(struct device *, struct error *);    /* check_matmul.cu */
+int check_attentions(struct device *, struct error *); /* attention.cu */
+
 /* out[i] (+)= the sum over p < parts of partials[p n + i], in a fixed order: adds up the partial sums of a
  * gradient that blocks have written. out F32 [n]. */
 void sum_partials(struct device *, const float *partials, int parts, int64_t n, float *out, bool accumulate);

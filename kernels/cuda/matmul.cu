@@ -4,22 +4,13 @@
  * When an operation is planned, cuBLASLt's candidate algorithms are timed and the fastest is kept. With
  * system.deterministic, and where there is no memory to time them in, the first candidate is used, which is
  * the same in every run. */
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/matmul.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum { CANDIDATES = 8, TIMED_RUNS = 3 };
-
-struct matmul_plan {
-    struct matmul_plan *next;
-    struct matmul shape;
-    cublasLtMatmulDesc_t desc;
-    cublasLtMatrixLayout_t a, b, c; /* of our A, B and C */
-    cublasLtMatmulAlgo_t algorithm;
-    size_t workspace_bytes;
-};
 
 static bool same_shape(const struct matmul *x, const struct matmul *y) {
     return x->transpose_a == y->transpose_a && x->transpose_b == y->transpose_b && x->m == y->m &&
@@ -120,6 +111,18 @@ static cublasStatus_t multiply(struct device *dev, const struct matmul_plan *p,
                           workspace, workspace_bytes, dev->stream);
 }
 
+struct matmul_bytes matmul_bytes(const struct matmul *s) {
+    struct matmul_bytes bytes;
+    int64_t a = (s->transpose_a ? s->k : s->m) * s->lda * (int64_t)dtype_bytes(s->in);
+    int64_t b = (s->transpose_b ? s->n : s->k) * s->ldb * (int64_t)dtype_bytes(s->in);
+    int64_t c = s->m * s->ldc * (int64_t)dtype_bytes(s->out), bias = s->n * (int64_t)dtype_bytes(s->out);
+    bytes.a = (size_t)round_up(a, 256);
+    bytes.b = (size_t)round_up(b, 256);
+    bytes.c = (size_t)round_up(c, 256);
+    bytes.bias = (size_t)round_up(bias, 256);
+    return bytes;
+}
+
 /* ---- timing ---- */
 
 /* Memory to time a product with: A, B, C, a bias and the workspace, one after another. */
@@ -128,22 +131,17 @@ struct timing_buffers {
 };
 
 static bool allocate_timing_buffers(const struct matmul *s, struct timing_buffers *t) {
-    size_t a = (size_t)((s->transpose_a ? s->k : s->m) * s->lda) * dtype_bytes(s->in);
-    size_t b = (size_t)((s->transpose_b ? s->n : s->k) * s->ldb) * dtype_bytes(s->in);
-    size_t c = (size_t)(s->m * s->ldc) * dtype_bytes(s->out), bias = (size_t)s->n * dtype_bytes(s->out);
-    a = (size_t)round_up((int64_t)a, 256);
-    b = (size_t)round_up((int64_t)b, 256);
-    c = (size_t)round_up((int64_t)c, 256);
-    bias = (size_t)round_up((int64_t)bias, 256);
-    if (cudaMalloc((void **)&t->memory, a + b + c + bias + MATMUL_WORKSPACE) != cudaSuccess) {
+    struct matmul_bytes bytes = matmul_bytes(s);
+    if (cudaMalloc((void **)&t->memory, bytes.a + bytes.b + bytes.c + bytes.bias + MATMUL_WORKSPACE) !=
+        cudaSuccess) {
         cudaGetLastError();
         return false;
     }
     t->a = t->memory;
-    t->b = t->a + a;
-    t->c = t->b + b;
-    t->bias = t->c + c;
-    t->workspace = t->bias + bias;
+    t->b = t->a + bytes.a;
+    t->c = t->b + bytes.b;
+    t->bias = t->c + bytes.c;
+    t->workspace = t->bias + bytes.bias;
     return true;
 }
 
@@ -218,22 +216,48 @@ void plan_matmul(struct device *dev, struct matmul shape) {
     find_or_build(dev, &shape, true);
 }
 
+void run_planned_matmul(struct device *dev, const struct matmul_plan *p, const void *a, const void *b,
+                        const void *bias, bool accumulate, void *c, void *workspace) {
+    if (p->shape.bias)
+        set_bias(p, bias);
+    cublas_check(multiply(dev, p, &p->algorithm, a, b, accumulate, c, workspace, p->workspace_bytes));
+}
+
 void run_matmul(struct device *dev, struct matmul shape, const void *a, const void *b, const void *bias,
                 bool accumulate, void *c) {
     struct matmul_plan *p = find_or_build(dev, &shape, false);
-    void *workspace = cuda_workspace(dev, p->workspace_bytes, "matmul");
-    if (shape.bias)
-        set_bias(p, bias);
-    cublas_check(multiply(dev, p, &p->algorithm, a, b, accumulate, c, workspace, p->workspace_bytes));
+    run_planned_matmul(dev, p, a, b, bias, accumulate, c, cuda_workspace(dev, p->workspace_bytes, "matmul"));
+}
+
+bool resize_matmul(struct device *dev, const struct matmul_plan *p, const struct matmul *shape,
+                   struct matmul_plan *resized) {
+    *resized = (struct matmul_plan){.shape = *shape, .algorithm = p->algorithm};
+    resized->workspace_bytes = p->workspace_bytes;
+    create_descriptors(dev, resized);
+    if (same_shape(shape, &p->shape))
+        return true;
+    cublasLtMatmulHeuristicResult_t result;
+    cublasStatus_t status = cublasLtMatmulAlgoCheck(dev->blas, resized->desc, resized->b, resized->a,
+                                                    resized->c, resized->c, &resized->algorithm, &result);
+    if (status == CUBLAS_STATUS_SUCCESS && result.workspaceSize <= MATMUL_WORKSPACE) {
+        resized->workspace_bytes = result.workspaceSize;
+        return true;
+    }
+    matmul_descriptors_free(resized);
+    return false;
+}
+
+void matmul_descriptors_free(struct matmul_plan *p) {
+    cublas_check(cublasLtMatrixLayoutDestroy(p->a));
+    cublas_check(cublasLtMatrixLayoutDestroy(p->b));
+    cublas_check(cublasLtMatrixLayoutDestroy(p->c));
+    cublas_check(cublasLtMatmulDescDestroy(p->desc));
 }
 
 void matmul_plans_free(struct matmul_plan *p) {
     while (p) {
         struct matmul_plan *next = p->next;
-        cublas_check(cublasLtMatrixLayoutDestroy(p->a));
-        cublas_check(cublasLtMatrixLayoutDestroy(p->b));
-        cublas_check(cublasLtMatrixLayoutDestroy(p->c));
-        cublas_check(cublasLtMatmulDescDestroy(p->desc));
+        matmul_descriptors_free(p);
         free(p);
         p = next;
     }

@@ -134,6 +134,16 @@ static int check(const struct model *m, int64_t capacity, struct error *e) {
     return 0;
 }
 
+/* In the larger of the two blocks of memory, which are not used yet; the check leaves zeros. */
+static int check_libraries(struct decoder *d, struct error *e) {
+    struct model *m = d->m;
+    bool caches = d->bytes > d->workspace_bytes;
+    m->k->set_workspace(m->dev, caches ? d->memory : d->workspace, caches ? d->bytes : d->workspace_bytes);
+    int status = m->k->check_libraries ? m->k->check_libraries(m->dev, e) : 0;
+    m->k->set_workspace(m->dev, m->workspace, m->workspace_bytes);
+    return status;
+}
+
 int decoder_create(struct decoder *d, struct model *m, int64_t capacity, int64_t chunk, struct error *e) {
     size_t layers = (size_t)m->config.num_hidden_layers, saved, saved_one;
     *d = (struct decoder){.m = m, .capacity = capacity, .chunk = chunk < capacity ? chunk : capacity};
@@ -153,7 +163,7 @@ int decoder_create(struct decoder *d, struct model *m, int64_t capacity, int64_t
     assign_buffers(d, saved);
     if (!(d->workspace = m->k->alloc(m->dev, d->workspace_bytes, e)))
         goto failed;
-    if (m->k->check_libraries && m->k->check_libraries(m->dev, e) != 0)
+    if (check_libraries(d, e) != 0)
         goto failed;
     if (d->rope.data)
         m->k->rope_table(m->dev, d->rope, m->config.rope_theta);

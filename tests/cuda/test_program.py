@@ -64,6 +64,19 @@ class OneGpu(unittest.TestCase):
             self.assertAlmostEqual(loss, want_loss, delta=relative * want_loss, msg=f"step {step}")
             self.assertAlmostEqual(norm, want_norm, delta=10 * relative * want_norm, msg=f"norm of step {step}")
 
+    def test_wrong_products_end_the_run(self):
+        """Before the first step, in one line, whether training, evaluating or generating."""
+        cuda = "system.device=cuda"
+        self.train("right", "train.steps=1", cuda)
+        for fault, number in (("wrong", ""), ("unwritten", "is nan instead of")):
+            for command in (("train", "tiny.ini", f"run.dir={fault}"), ("eval", "right", "data.val=data/val_0.bin"),
+                            ("generate", "right", "--tokens", "3")):
+                error = self.run_program(*command, cuda, code=1, EMULATOR_PRODUCTS=fault).stderr
+                line = error.splitlines()[-1]
+                self.assertIn("cuBLASLt computes wrong matrix products on this GPU", line)
+                self.assertIn(number, line)
+            self.assertNotIn("step", " ".join(p.name for p in (self.dir / fault).glob("step_*")))
+
     def test_losses_are_the_cpus(self):
         cpu = self.train("cpu")
         fp32 = self.train("fp32", "system.device=cuda", "system.precision=fp32")

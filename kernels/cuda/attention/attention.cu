@@ -10,6 +10,7 @@
 #include "kernels/cuda/attention/attention_bf16.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/attention/attention_cudnn.h"
+#include "kernels/cuda/attention/check_attention.h"
 #include "kernels/cudnn_scratch.h"
 
 #include <stdio.h>
@@ -20,6 +21,7 @@
 struct attention_choice {
     struct attention_spec spec;
     bool cudnn;
+    bool checked; /* by check_attentions() */
     struct op_cost cost;
     struct attention_choice *next;
 };
@@ -262,4 +264,22 @@ void cuda_attention_backward(struct device *dev, const struct attention_spec *s,
     if (attention_cudnn_backward(dev->attentions->cudnn, &shape, &layout, q.data, k.data, v.data, o.data,
                                  d_o.data, saved, dq.data, dk.data, dv.data, scratch, why) != 0)
         cudnn_failed("attention_backward", why);
+}
+
+/* ---- the check at the start ---- */
+
+int check_attentions(struct device *dev, struct error *e) {
+    int status = 0;
+    size_t used = 0;
+    struct attention_choice *c = dev->attentions ? dev->attentions->first : NULL;
+    for (; c && status == 0; c = c->next) {
+        if (!c->cudnn || c->checked)
+            continue;
+        for (int packed = 0; packed <= (c->spec.pseudo == 1 ? 1 : 0) && status == 0; packed++)
+            status = check_attention(dev, &c->spec, c->cost.workspace, packed, &used, e);
+        c->checked = true;
+    }
+    if (used > 0)
+        cuda_check(cudaMemsetAsync(dev->workspace, 0, used, dev->stream));
+    return status;
 }

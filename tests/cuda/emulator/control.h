@@ -45,6 +45,18 @@ void emulator_limit_queue(int64_t works);
 /* Which call of CUDA graphs fails: "begin" or "end" of a capture, or "instantiate"; NULL: none. */
 void emulator_refuse_graphs(const char *what);
 
+/* What is wrong with cuBLASLt's products: one of tiles x tiles equal parts of the row-major D (in the order of
+ * its elements) is not written, or has 1 added. */
+enum emulator_fault { PRODUCTS_RIGHT, PRODUCTS_UNWRITTEN, PRODUCTS_WRONG };
+struct emulator_products {
+    enum emulator_fault fault;
+    int tile, tiles;
+    int only;         /* the one product that is wrong, as counted by `calls`; -1: all */
+    int calls;        /* products so far */
+    int64_t min_rows; /* algorithms support no D of fewer rows; 0: any */
+};
+extern struct emulator_products emulator_products;
+
 /* Whether the program is linked with the real CUDA runtime (tests/gpu/); the above then does nothing. */
 bool emulator_on_gpu(void);
 

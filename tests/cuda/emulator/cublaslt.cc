@@ -171,6 +171,21 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     return CUBLAS_STATUS_SUCCESS;
 }
 
+/* Every algorithm supports every size, unless a test wants it otherwise. */
+cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t,
+                                       cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                       cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t *algorithm,
+                                       cublasLtMatmulHeuristicResult_t *result) {
+    int64_t rows = (int64_t)layout_of(d)->cols;
+    memset(result, 0, sizeof *result);
+    if (emulator_products.min_rows > 0 && rows < emulator_products.min_rows)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
+    result->algo = *algorithm;
+    result->state = CUBLAS_STATUS_SUCCESS;
+    result->workspaceSize = 1024;
+    return CUBLAS_STATUS_SUCCESS;
+}
+
 static float element(const void *p, cudaDataType_t type, int64_t i) {
     return type == CUDA_R_16BF ? __bfloat162float(((const __nv_bfloat16 *)p)[i]) : ((const float *)p)[i];
 }
@@ -192,9 +207,18 @@ static std::vector<float> gather(const void *p, const struct layout &l, int64_t 
     return out;
 }
 
+struct emulator_products emulator_products = {PRODUCTS_RIGHT, 0, 1, -1, 0, 0};
+
+/* Whether element [i,j] of the row-major D [rows,cols] is in the tile that is wrong. */
+static bool in_tile(const struct emulator_products &p, int64_t i, int64_t j, int64_t rows, int64_t cols) {
+    int64_t y = p.tile / p.tiles, x = p.tile % p.tiles;
+    return i >= rows * y / p.tiles && i < rows * (y + 1) / p.tiles && j >= cols * x / p.tiles &&
+           j < cols * (x + 1) / p.tiles;
+}
+
 static void multiply(struct desc d, float alpha, const void *a, struct layout la, const void *b,
                      struct layout lb, float beta, const void *c, struct layout lc, void *out,
-                     struct layout ld) {
+                     struct layout ld, struct emulator_products faulty) {
     int64_t m = (int64_t)ld.rows, n = (int64_t)ld.cols;
     int64_t k = (int64_t)(d.transpose_a == CUBLAS_OP_N ? la.cols : la.rows);
     for (int batch = 0; batch < ld.batches; batch++) {
@@ -210,6 +234,11 @@ static void multiply(struct desc d, float alpha, const void *a, struct layout la
                     sum += beta * element(c, lc.type, batch * lc.batch_stride + j * lc.ld + i);
                 if (d.epilogue == CUBLASLT_EPILOGUE_BIAS)
                     sum += element(d.bias, d.bias_type, i);
+                if (faulty.fault != PRODUCTS_RIGHT && in_tile(faulty, j, i, n, m)) {
+                    if (faulty.fault == PRODUCTS_UNWRITTEN)
+                        continue;
+                    sum += 1;
+                }
                 put(out, ld.type, batch * ld.batch_stride + j * ld.ld + i, sum);
             }
     }
@@ -271,10 +300,14 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
     emulator_check_device(workspace, workspace_bytes, "cublasLtMatmul, workspace");
     check_promises(algorithm, what, a, b, c, d, workspace, workspace_bytes);
     float scale = *(const float *)alpha, keep = *(const float *)beta;
+    struct emulator_products faulty = emulator_products;
+    if (faulty.only >= 0 && faulty.only != faulty.calls)
+        faulty.fault = PRODUCTS_RIGHT;
+    emulator_products.calls++;
     cudaError_t error = emulator_enqueue(stream, [=] {
         emulator_running_name = "cublasLtMatmul";
         memset(workspace, 0xff, workspace_bytes);
-        multiply(what, scale, a, wa, b, wb, keep, c, wc, d, wd);
+        multiply(what, scale, a, wa, b, wb, keep, c, wc, d, wd, faulty);
     });
     return error == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;
 }

@@ -8,11 +8,13 @@
  *   EMULATOR_QUEUE        how much work can be queued before the host waits (0: no limit)
  *   EMULATOR_NO_CAPTURE   which call of CUDA graphs fails: begin, end or instantiate
  *   EMULATOR_REPORT       if set, print at the end how many graphs were launched
+ *   EMULATOR_PRODUCTS     what is wrong with the last quarter of cuBLASLt's results: unwritten or wrong
  *   EMULATOR_HOST_MEMORY  bytes of free host memory that the program sees
  *
  * NCCL's faults and delays are described in nccl_tasks.cc. */
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include <initializer_list>
 
@@ -51,6 +53,9 @@ __attribute__((constructor)) static void start() {
         emulator_hang_launch(launch);
     emulator_limit_queue(number("EMULATOR_QUEUE", 0));
     emulator_refuse_graphs(getenv("EMULATOR_NO_CAPTURE"));
+    if (const char *fault = getenv("EMULATOR_PRODUCTS"))
+        emulator_products = {
+            strcmp(fault, "wrong") == 0 ? PRODUCTS_WRONG : PRODUCTS_UNWRITTEN, 3, 2, -1, 0, 0};
     if (getenv("EMULATOR_REPORT"))
         atexit(report);
     emulator_background(number("EMULATOR_DELAY_US", 0));

@@ -1,0 +1,227 @@
+/* A check of cuBLASLt's products, once, before the first step: a library that is wrong on some GPU would
+ * train garbage without a word.
+ *
+ * Every planned product runs with its own algorithm, strides and epilogue, written over and added to, on
+ * small integers: all sums are exact in any order, also where partial sums are rounded to bf16. All outputs
+ * are searched for parts that were not written, and one output in every CELL x CELL elements is compared with
+ * a plain dot product, whose operands are computed again from their indices. Rows (tokens) are capped at
+ * MAX_ROWS where the algorithm also takes that many. The operands are in the workspace; of a product that is
+ * too large for it a part is checked.
+ *
+ * Work: for each product of N x K, two products of MAX_ROWS rows, 4 N K bytes written and read, and at most
+ * max(32, MAX_ROWS/CELL) * max(32, N/CELL) dot products of K. */
+#include "kernels/cuda/check_values.cuh"
+#include "kernels/cuda/matmul.h"
+
+#include <math.h>
+
+constexpr int64_t MAX_ROWS = 256, CELL = 64, MIN_CELLS = 32;
+
+/* Integers from -largest to largest, of which this part (of 2^16) is not 0. */
+struct integers {
+    uint32_t seed, largest, nonzero;
+};
+
+static __host__ __device__ inline float integer_at(struct integers x, int64_t index) {
+    uint32_t bits = random_bits(x.seed, index);
+    float magnitude = (bits & 0xffff) < x.nonzero ? (float)(1 + (bits >> 17) % x.largest) : 0;
+    return bits & 0x10000 ? -magnitude : magnitude;
+}
+
+/* C[m,n] = op(A) op(B) (+ C) (+ bias). Elements are numbered as in op(A) [m,k], op(B) [k,n] and C [m,n]. */
+struct problem {
+    int64_t m, n, k;
+    struct integers a, b, c, bias;
+    bool has_bias, accumulate;
+};
+
+static __host__ __device__ inline float expected_at(struct problem p, int64_t i, int64_t j) {
+    float sum = p.has_bias ? integer_at(p.bias, j) : 0;
+    if (p.accumulate)
+        sum += integer_at(p.c, i * p.n + j);
+    for (int64_t l = 0; l < p.k; l++)
+        sum += integer_at(p.a, i * p.k + l) * integer_at(p.b, l * p.n + j);
+    return sum;
+}
+
+/* Sums of k products stay below 256, so that they are exact in bf16: they are random walks, whose standard
+ * deviation is at most 38. Dense where k is small. */
+static struct problem problem_of(const struct matmul *s, bool accumulate) {
+    double nonzero = fmin(0.75, 24 / sqrt((double)s->k));
+    uint32_t part = (uint32_t)(nonzero * 65536);
+    return {s->m, s->n, s->k, {1, 1, part}, {2, 2, part}, {3, 2, 49152}, {4, 2, 49152}, s->bias, accumulate};
+}
+
+/* x, stored as [rows, cols] with this stride; `transposed`: it is numbered by columns first. */
+template <typename T>
+static __global__ void __launch_bounds__(CHECK_THREADS)
+    fill_integers(T *x, int64_t rows, int64_t cols, int64_t stride, bool transposed, struct integers values) {
+    int64_t i = (int64_t)blockIdx.x * CHECK_THREADS + threadIdx.x;
+    for (; i < rows * cols; i += (int64_t)gridDim.x * CHECK_THREADS) {
+        int64_t row = i / cols, col = i % cols;
+        x[row * stride + col] = from_float<T>(integer_at(values, transposed ? col * rows + row : i));
+    }
+}
+
+/* How many cells a dimension is divided into, and the element that is compared in each. */
+static __host__ __device__ inline int64_t cell_size(int64_t n) {
+    int64_t size = (n + MIN_CELLS - 1) / MIN_CELLS;
+    return size < CELL ? size : CELL;
+}
+
+static __host__ __device__ inline int64_t sample_in(int64_t cell, int64_t n, uint32_t bits) {
+    int64_t size = cell_size(n), i = cell * size + bits % size;
+    return i < n ? i : n - 1;
+}
+
+/* *found = the first of the sampled elements of c that differs from the plain dot product, if that is less.
+ * A thread computes one element. */
+template <typename T>
+static __global__ void __launch_bounds__(CHECK_THREADS)
+    compare_samples(const T *c, int64_t stride, struct problem p, wrong_index *found) {
+    int64_t cell = (int64_t)blockIdx.x * CHECK_THREADS + threadIdx.x;
+    int64_t across = (p.n + cell_size(p.n) - 1) / cell_size(p.n);
+    int64_t down = (p.m + cell_size(p.m) - 1) / cell_size(p.m);
+    if (cell >= down * across)
+        return;
+    uint32_t bits = random_bits(5, cell);
+    int64_t i = sample_in(cell / across, p.m, bits >> 16), j = sample_in(cell % across, p.n, bits & 0xffff);
+    float value = to_float(c[i * stride + j]), expected = to_float(from_float<T>(expected_at(p, i, j)));
+    if (!(value == expected))
+        atomicMin(found, (wrong_index)(i * p.n + j));
+}
+
+/* ---- one product ---- */
+
+struct operands {
+    char *workspace, *a, *b, *c, *bias;
+};
+
+static void fill(struct device *dev, enum dtype t, void *x, int64_t rows, int64_t cols, int64_t stride,
+                 bool transposed, struct integers values) {
+    by_dtype(t, [&](auto number) {
+        using T = decltype(number);
+        launch<fill_integers<T>>(dev, check_blocks(dev, rows * cols), CHECK_THREADS, 0, (T *)x, rows, cols,
+                                 stride, transposed, values);
+    });
+}
+
+/* The first wrong element of the product in c, or NONE_WRONG. */
+static wrong_index find_wrong(struct device *dev, const struct matmul *s, struct problem p, const void *c) {
+    wrong_index *found = (wrong_index *)dev->scratch, index;
+    int64_t cells = ceil_div(p.m, cell_size(p.m)) * ceil_div(p.n, cell_size(p.n));
+    cuda_check(cudaMemsetAsync(found, 0xff, sizeof *found, dev->stream));
+    by_dtype(s->out, [&](auto number) {
+        using T = decltype(number);
+        launch<find_nan<T>>(dev, check_blocks(dev, p.m * p.n), CHECK_THREADS, 0, (const T *)c, p.m, p.n,
+                            s->ldc, found);
+        launch<compare_samples<T>>(dev, (unsigned)ceil_div(cells, CHECK_THREADS), CHECK_THREADS, 0,
+                                   (const T *)c, s->ldc, p, found);
+    });
+    cuda_read(dev, found, &index, sizeof index);
+    return index;
+}
+
+static int report(struct device *dev, const struct matmul *s, struct problem p, const void *c,
+                  wrong_index index, struct error *e) {
+    int64_t i = (int64_t)index / p.n, j = (int64_t)index % p.n;
+    double value;
+    tensor element =
+        tensor_of((char *)c + (size_t)(i * s->ldc + j) * dtype_bytes(s->out), s->out, 1, 0, 0, 0, 0);
+    cuda_download(dev, element, &value, DTYPE_F64);
+    return fail_run(
+        e,
+        "cuBLASLt computes wrong matrix products on this GPU (%s): %lld x %lld x %lld in %s%s%s%s%s, element "
+        "[%lld,%lld] is %g instead of %g; install another version of cuBLAS or of the driver, try "
+        "system.deterministic = %s, or another GPU",
+        dev->name, (long long)p.m, (long long)p.n, (long long)p.k, s->in == DTYPE_BF16 ? "bf16" : "fp32",
+        s->transpose_a ? ", A transposed" : "", s->transpose_b ? ", B transposed" : "",
+        p.has_bias ? ", with bias" : "", p.accumulate ? ", added to C" : "", (long long)i, (long long)j,
+        value == value ? value : (double)NAN, (double)expected_at(p, i, j),
+        dev->deterministic ? "false" : "true");
+}
+
+static int check_product(struct device *dev, const struct matmul_plan *plan, struct operands x,
+                         struct error *e) {
+    const struct matmul *s = &plan->shape;
+    struct problem p = problem_of(s, false);
+    bool ta = s->transpose_a, tb = s->transpose_b;
+    fill(dev, s->in, x.a, ta ? p.k : p.m, ta ? p.m : p.k, s->lda, ta, p.a);
+    fill(dev, s->in, x.b, tb ? p.n : p.k, tb ? p.k : p.n, s->ldb, tb, p.b);
+    fill(dev, s->out, x.bias, 1, p.n, p.n, false, p.bias);
+    for (int accumulate = 0; accumulate < 2; accumulate++) {
+        p.accumulate = accumulate;
+        if (accumulate)
+            fill(dev, s->out, x.c, p.m, p.n, s->ldc, false, p.c);
+        else
+            cuda_check(cudaMemsetAsync(x.c, 0xff, matmul_bytes(s).c, dev->stream)); /* NaN */
+        run_planned_matmul(dev, plan, x.a, x.b, s->bias ? x.bias : NULL, accumulate, x.c, x.workspace);
+        wrong_index index = find_wrong(dev, s, p, x.c);
+        if (index != NONE_WRONG)
+            return report(dev, s, p, x.c, index, e);
+    }
+    return 0;
+}
+
+/* ---- sizes ---- */
+
+/* The dimension that is a weight's rows, and the one that is tokens: see linear.cu and classifier.cu. */
+static int64_t *outputs_of(struct matmul *s) {
+    return s->transpose_b ? &s->n : s->transpose_a ? &s->m : &s->k;
+}
+
+static int64_t *tokens_of(struct matmul *s) {
+    return s->transpose_a ? &s->k : &s->m;
+}
+
+/* Place the operands in the workspace; false if they do not fit. *used: the bytes they take. */
+static bool place(const struct device *dev, const struct matmul_plan *p, struct operands *x, size_t *used) {
+    struct matmul_bytes bytes = matmul_bytes(&p->shape);
+    x->workspace = dev->workspace;
+    x->a = x->workspace + round_up((int64_t)p->workspace_bytes, 256);
+    x->b = x->a + bytes.a;
+    x->c = x->b + bytes.b;
+    x->bias = x->c + bytes.c;
+    *used = (size_t)(x->bias + bytes.bias - dev->workspace);
+    return *used <= dev->workspace_bytes;
+}
+
+/* The plan to check, in place of p, and where: tokens capped if the algorithm allows it; what is too large for
+ * the workspace has outputs and tokens halved in turn. False: nothing fits. */
+static bool fit(struct device *dev, const struct matmul_plan *p, struct matmul_plan *resized,
+                struct operands *x, size_t *used) {
+    struct matmul shape = p->shape;
+    int64_t *outputs = outputs_of(&shape), *tokens = tokens_of(&shape), all = *tokens;
+    int64_t limit = min64(all, MAX_ROWS);
+    for (bool halve_outputs = true; *outputs > 0 && limit > 0; halve_outputs = !halve_outputs) {
+        for (int capped = 1; capped >= 0; capped--) {
+            *tokens = capped ? limit : all;
+            if (!resize_matmul(dev, p, &shape, resized))
+                continue;
+            if (place(dev, resized, x, used))
+                return true;
+            matmul_descriptors_free(resized);
+        }
+        *(halve_outputs ? outputs : &limit) /= 2;
+    }
+    return false;
+}
+
+int check_matmuls(struct device *dev, struct error *e) {
+    int status = 0;
+    size_t most = 0;
+    for (struct matmul_plan *p = dev->matmuls; p && status == 0; p = p->next) {
+        struct matmul_plan resized;
+        struct operands x;
+        size_t used;
+        if (p->checked || !fit(dev, p, &resized, &x, &used))
+            continue;
+        status = check_product(dev, &resized, x, e);
+        matmul_descriptors_free(&resized);
+        p->checked = true;
+        most = used > most ? used : most;
+    }
+    if (most > 0)
+        cuda_check(cudaMemsetAsync(dev->workspace, 0, most, dev->stream));
+    return status;
+}
