@@ -54,7 +54,7 @@ struct backend {
     void *saved; /* of the operation under test */
 };
 
-enum { MAX_OPERANDS = 32 };
+enum { MAX_OPERANDS = 256 };
 
 struct backends {
     struct backend each[BACKENDS];

@@ -5,6 +5,17 @@
 #include "tests/cuda/fixture.h"
 #include "tests/lib/op_operands.h"
 
+/* The error of a few numbers is a matter of luck: the plain one may be 0, or what is added may cancel, so that
+ * one rounding of a term is large beside the result. So outputs of fewer than FEW elements are compared over
+ * DRAWS draws of the inputs at once. */
+enum { FEW = 16, DRAWS = 32 };
+
+/* What the backends have computed for one operand, draw after draw. */
+struct op_results {
+    double *values[BACKENDS];
+    int64_t count;
+};
+
 struct op_run {
     const struct op_case *c;
     struct op_spec spec;
@@ -12,6 +23,7 @@ struct op_run {
     struct op_operand info[OP_OPERANDS];
     struct operand x[OP_OPERANDS];
     struct operand rows[OP_OPERANDS]; /* with a gap: what x is the first columns of */
+    struct op_results results[OP_OPERANDS];
 };
 
 /* linear's activations, but not dx, may be columns of wider rows. */
@@ -44,9 +56,8 @@ static inline struct operand run_operand(struct op_run *r, int i) {
                         given ? x->offset : (double)NAN, s[0], s[1], s[2], s[3], s[4]);
 }
 
-static inline void run_open(struct op_run *r, enum device_precision precision, const struct op_case *c) {
-    *r = (struct op_run){.c = c, .spec = op_spec_of(c), .k = backends(precision)};
-    op_operands(c, r->info);
+/* New inputs, and outputs that hold NaN. */
+static inline void run_draw(struct op_run *r) {
     for (int i = 0; i < OP_OPERANDS; i++) {
         if (!r->info[i].name)
             continue;
@@ -58,6 +69,12 @@ static inline void run_open(struct op_run *r, enum device_precision precision, c
                 b->k->rope_table(b->dev, on(r->x[i], b), 100);
         }
     }
+}
+
+static inline void run_open(struct op_run *r, enum device_precision precision, const struct op_case *c) {
+    *r = (struct op_run){.c = c, .spec = op_spec_of(c), .k = backends(precision)};
+    op_operands(c, r->info);
+    run_draw(r);
     plan(r->k, r->spec);
 }
 
@@ -78,11 +95,48 @@ static inline void run_backward(const struct op_run *r, const struct backend *b,
     op_backward(b->k, b->dev, r->c, t, b->saved, state);
 }
 
-/* Everything that was written, but what has gaps. */
-static inline void run_expect_close(const struct op_run *r) {
+/* Whether operand i is an output that is compared: not what has gaps. */
+static inline bool run_compares(const struct op_run *r, int i) {
+    return r->info[i].touched & (FORWARD_WRITES | BACKWARD_WRITES) && r->info[i].name && run_gap(r, i) == 0;
+}
+
+/* How many draws of the inputs are to be run. */
+static inline int run_draws(const struct op_run *r) {
     for (int i = 0; i < OP_OPERANDS; i++)
-        if (r->info[i].touched & (FORWARD_WRITES | BACKWARD_WRITES) && r->info[i].name && run_gap(r, i) == 0)
-            expect_close(op_describe(r->c), r->info[i].name, r->k, r->x[i]);
+        if (run_compares(r, i) && tensor_count(r->x[i].on[EXACT]) < FEW)
+            return DRAWS;
+    return 1;
+}
+
+/* Keep this draw's outputs. */
+static inline void run_collect(struct op_run *r) {
+    for (int i = 0; i < OP_OPERANDS; i++) {
+        if (!run_compares(r, i))
+            continue;
+        struct op_results *all = &r->results[i];
+        int64_t n = tensor_count(r->x[i].on[EXACT]);
+        EACH(r->k, b) {
+            double **values = &all->values[b->which], *now = values_on(b, r->x[i]);
+            *values = (double *)realloc(*values, (size_t)(all->count + n) * sizeof **values);
+            memcpy(*values + all->count, now, (size_t)n * sizeof *now);
+            free(now);
+        }
+        all->count += n;
+    }
+}
+
+/* The outputs of this draw and of those collected before. */
+static inline void run_expect_close(struct op_run *r) {
+    run_collect(r);
+    for (int i = 0; i < OP_OPERANDS; i++) {
+        struct op_results *all = &r->results[i];
+        if (all->count > 0)
+            expect_close_values(op_describe(r->c), r->info[i].name, r->x[i].dtype, all->values[CUDA],
+                                all->values[PLAIN], all->values[EXACT], all->count);
+        EACH(r->k, b)
+        free(all->values[b->which]);
+        *all = (struct op_results){0};
+    }
 }
 
 /* Both again, in another order of threads and blocks (backwards, in which a warp runs ahead of the

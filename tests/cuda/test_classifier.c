@@ -47,21 +47,31 @@ static double added_loss(const struct op_run *r, const struct backend *b) {
     return end.loss - begin.loss;
 }
 
-static void check(enum device_precision precision, const struct op_case *c) {
-    struct op_run r;
-    run_open(&r, precision, c);
+/* One draw of the inputs; the gradients are compared by the caller. */
+static void check_loss(struct op_run *r, enum device_precision precision) {
     double loss[BACKENDS];
-    EACH(r.k, b)
-    loss[b->which] = b->which == PLAIN ? plain_classifier(&r) : added_loss(&r, b);
+    EACH(r->k, b)
+    loss[b->which] = b->which == PLAIN ? plain_classifier(r) : added_loss(r, b);
     /* One number, whose plain error is a matter of luck: or what rounding each row's logits, of some 4 nats,
      * to the type under test may add up to. */
     double rounding = (precision == DEVICE_BF16 ? 0x1p-9 : 0x1p-22) * 4 * CLASSIFIER_SCALE *
-                      sqrt((double)c->spec.classifier.rows);
+                      sqrt((double)r->spec.classifier.rows);
     double error = fabs(loss[CUDA] - loss[EXACT]),
            allowed = FACTOR * fabs(loss[PLAIN] - loss[EXACT]) + rounding;
     if (!(error <= allowed))
-        fail_msg("%s: loss %.9g, not %.9g: error %.3g, allowed %.3g", op_describe(c), loss[CUDA], loss[EXACT],
-                 error, allowed);
+        fail_msg("%s: loss %.9g, not %.9g: error %.3g, allowed %.3g", op_describe(r->c), loss[CUDA],
+                 loss[EXACT], error, allowed);
+}
+
+static void check(enum device_precision precision, const struct op_case *c) {
+    struct op_run r;
+    run_open(&r, precision, c);
+    check_loss(&r, precision);
+    for (int draw = 1; draw < run_draws(&r); draw++) {
+        run_collect(&r);
+        run_draw(&r);
+        check_loss(&r, precision);
+    }
     run_expect_close(&r);
     done(r.k);
 }

@@ -1,5 +1,5 @@
 /* The emulator's cuBLASLt: D = alpha op(A) op(B) + beta C (+ bias), column-major, in plain loops that sum in
- * fp32. Attributes that the backend does not use are refused. An algorithm is chosen for the alignments that
+ * fp32, in blocks. Attributes that the backend does not use are refused. An algorithm is chosen for the alignments that
  * the preference, and the bias at that time, promise; using it with addresses that are less aligned aborts
  * here, where a GPU may fault or return an error. */
 #include "tests/cuda/emulator/internal.h"
@@ -207,6 +207,20 @@ static std::vector<float> gather(const void *p, const struct layout &l, int64_t 
     return out;
 }
 
+/* In fp32, in blocks of k that are added up afterwards, as libraries do: added up one by one, a long sum has
+ * rounding errors in proportion to k. */
+static float dot(const float *x, const float *y, int64_t k) {
+    enum { BLOCK = 256 };
+    float sum = 0;
+    for (int64_t begin = 0; begin < k; begin += BLOCK) {
+        float part = 0;
+        for (int64_t l = begin; l < k && l < begin + BLOCK; l++)
+            part += x[l] * y[l];
+        sum += part;
+    }
+    return sum;
+}
+
 struct emulator_products emulator_products = {PRODUCTS_RIGHT, 0, 1, -1, 0, 0};
 
 /* Whether element [i,j] of the row-major D [rows,cols] is in the tile that is wrong. */
@@ -226,10 +240,7 @@ static void multiply(struct desc d, float alpha, const void *a, struct layout la
         std::vector<float> y = gather(b, lb, batch * lb.batch_stride, d.transpose_b == CUBLAS_OP_N, n, k);
         for (int64_t j = 0; j < n; j++)
             for (int64_t i = 0; i < m; i++) {
-                float sum = 0;
-                for (int64_t l = 0; l < k; l++)
-                    sum += x[(size_t)(i * k + l)] * y[(size_t)(j * k + l)];
-                sum *= alpha;
+                float sum = alpha * dot(&x[(size_t)(i * k)], &y[(size_t)(j * k)], k);
                 if (beta != 0)
                     sum += beta * element(c, lc.type, batch * lc.batch_stride + j * lc.ld + i);
                 if (d.epilogue == CUBLASLT_EPILOGUE_BIAS)
