@@ -7,8 +7,8 @@
 
 /* The error of a few numbers is a matter of luck: the plain one may be 0, or what is added may cancel, so that
  * one rounding of a term is large beside the result. So outputs of fewer than FEW elements are compared over
- * DRAWS draws of the inputs at once. */
-enum { FEW = 16, DRAWS = 32 };
+ * several draws of the inputs at once, of together ENOUGH elements or more. */
+enum { FEW = 16, ENOUGH = 32 };
 
 /* What the backends have computed for one operand, draw after draw. */
 struct op_results {
@@ -102,10 +102,12 @@ static inline bool run_compares(const struct op_run *r, int i) {
 
 /* How many draws of the inputs are to be run. */
 static inline int run_draws(const struct op_run *r) {
-    for (int i = 0; i < OP_OPERANDS; i++)
-        if (run_compares(r, i) && tensor_count(r->x[i].on[EXACT]) < FEW)
-            return DRAWS;
-    return 1;
+    int64_t least = ENOUGH;
+    for (int i = 0; i < OP_OPERANDS; i++) {
+        int64_t n = run_compares(r, i) ? tensor_count(r->x[i].on[EXACT]) : ENOUGH;
+        least = n < least ? n : least;
+    }
+    return least < FEW ? (int)((ENOUGH + least - 1) / least) : 1;
 }
 
 /* Keep this draw's outputs. */
