@@ -186,8 +186,8 @@ static bool place(const struct device *dev, const struct matmul_plan *p, struct 
     return *used <= dev->workspace_bytes;
 }
 
-/* The plan to check, in place of p, and where: tokens capped if the algorithm allows it; what is too large for
- * the workspace has outputs and tokens halved in turn. False: nothing fits. */
+/* The plan to check, in place of p, and where: tokens capped if the algorithm allows it; what is too large
+ * for the workspace has outputs and tokens halved in turn. False: nothing fits. */
 static bool fit(struct device *dev, const struct matmul_plan *p, struct matmul_plan *resized,
                 struct operands *x, size_t *used) {
     struct matmul shape = p->shape;

@@ -5,9 +5,9 @@
 #include "tests/cuda/fixture.h"
 #include "tests/lib/op_operands.h"
 
-/* The error of a few numbers is a matter of luck: the plain one may be 0, or what is added may cancel, so that
- * one rounding of a term is large beside the result. So outputs of fewer than FEW elements are compared over
- * several draws of the inputs at once, of together ENOUGH elements or more. */
+/* The error of a few numbers is a matter of luck: the plain one may be 0, or what is added may cancel, so
+ * that one rounding of a term is large beside the result. So outputs of fewer than FEW elements are compared
+ * over several draws of the inputs at once, of together ENOUGH elements or more. */
 enum { FEW = 16, ENOUGH = 32 };
 
 /* What the backends have computed for one operand, draw after draw. */

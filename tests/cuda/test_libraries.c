@@ -1,7 +1,7 @@
 /* The check of libraries at the start. With a cuBLASLt that leaves a tile of a result unwritten or adds 1 to
- * it, it finds every such tile, in every product; right products pass, whatever their shape. And with a cuDNN,
- * made of the built-in kernels of another device, that leaves rows unwritten, gets some wrong, or has another
- * mask. */
+ * it, it finds every such tile, in every product; right products pass, whatever their shape. And with a
+ * cuDNN, made of the built-in kernels of another device, that leaves rows unwritten, gets some wrong, or has
+ * another mask. */
 #include "tests/cuda/fixture.h"
 
 #include <cuda_runtime_api.h>
@@ -57,7 +57,7 @@ static const int64_t SHAPES[][3] = {{1, 8, 8},     {1, 48, 130},    {7, 1, 1},  
                                     {300, 33, 65}, {1000, 16, 257}, {2, 700, 5}, {3, 5, 3000}};
 enum { SHAPE_COUNT = sizeof SHAPES / sizeof *SHAPES };
 
-/* Each of linear's four plans, and the classifier's three for each size of chunk, written over and added to. */
+/* Each of linear's four plans and of the classifier's three, written over and added to. */
 static void right_products_pass(void **state) {
     (void)state;
     break_products(PRODUCTS_RIGHT, 0, 1, -1, 0);
@@ -110,8 +110,8 @@ static void one_tile_of_many_is_found(void **state) {
     break_products(PRODUCTS_RIGHT, 0, 1, -1, 0);
 }
 
-/* Rows are capped, unless the algorithm does not take fewer; what does not fit into the workspace is checked in
- * part. */
+/* Rows are capped, unless the algorithm does not take fewer; what does not fit into the workspace is checked
+ * in part. */
 static void sizes(void **state) {
     (void)state;
     struct error e;

@@ -1,13 +1,13 @@
 /* A check of the attention that a library computes, once for each planned shape, before the first step.
  *
- * The planned forward and backward run at their full shape, because cuDNN's graphs are built for one shape and
- * building another takes about a second. All their results are searched for parts that were not written. The
- * first COMPARED_HEADS heads of the first sequence are compared with the built-in kernels: of a causal mask
- * the first tokens only, enough to cross the window's edge and several tiles. To cut the gradients off there
- * too, d_o is zero from there on, and in all other sequences.
+ * The planned forward and backward run at their full shape, because cuDNN's graphs are built for one shape
+ * and building another takes about a second. All their results are searched for parts that were not written.
+ * The first COMPARED_HEADS heads of the first sequence are compared with the built-in kernels: of a causal
+ * mask the first tokens only, enough to cross the window's edge and several tiles. To cut the gradients off
+ * there too, d_o is zero from there on, and in all other sequences.
  *
- * The rule is flash-attention's: against the built-in kernels in fp32 on the same numbers, the library's error
- * may be FACTOR times that of the built-in kernels in bf16, by norm and by the largest element.
+ * The rule is flash-attention's: against the built-in kernels in fp32 on the same numbers, the library's
+ * error may be FACTOR times that of the built-in kernels in bf16, by norm and by the largest element.
  *
  * Work: one forward and backward of this shape; 16 B S H d bytes written and read once or twice; and the
  * built-in kernels over at most COMPARED_HEADS heads of one sequence, in bf16 and fp32. */

@@ -1,4 +1,4 @@
-/* The check of a library's attention at the start; attention.cu calls it for each shape that cuDNN computes. */
+/* The check of cuDNN's attention at the start; attention.cu calls it for each shape that cuDNN computes. */
 #ifndef IHA_KERNELS_CUDA_ATTENTION_CHECK_ATTENTION_H
 #define IHA_KERNELS_CUDA_ATTENTION_CHECK_ATTENTION_H
 

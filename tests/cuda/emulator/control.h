@@ -45,8 +45,8 @@ void emulator_limit_queue(int64_t works);
 /* Which call of CUDA graphs fails: "begin" or "end" of a capture, or "instantiate"; NULL: none. */
 void emulator_refuse_graphs(const char *what);
 
-/* What is wrong with cuBLASLt's products: one of tiles x tiles equal parts of the row-major D (in the order of
- * its elements) is not written, or has 1 added. */
+/* What is wrong with cuBLASLt's products: one of tiles x tiles equal parts of the row-major D (in the order
+ * of its elements) is not written, or has 1 added. */
 enum emulator_fault { PRODUCTS_RIGHT, PRODUCTS_UNWRITTEN, PRODUCTS_WRONG };
 struct emulator_products {
     enum emulator_fault fault;
