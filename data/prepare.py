@@ -130,7 +130,7 @@ def serve(pipe, state):
 
 
 def ordered_map(batches, workers, state):
-    """process_batch over the batches, in order. Worker k has batches k, k + workers, ...: one under way each,
+    """process_batch over the batches, in order. Worker k has batches k, k + workers, ...: one in progress each,
     so memory stays bounded, and pipes without threads, so that nothing can hang when a worker dies or Ctrl-C
     comes."""
     if workers == 1:
@@ -559,7 +559,7 @@ def main():
     except UserError as error:
         print(f"prepare.py: {one_line(str(error))}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read the summary has left; the shards are there
+    except BrokenPipeError:  # the reader of the summary has closed the pipe; the shards are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"prepare.py: {one_line(describe(error))}", file=sys.stderr)

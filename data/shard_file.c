@@ -2,7 +2,7 @@
  *
  * A run that reads a bad id three days in has lost three days, so every token is looked at before the first
  * step. It does so at memory speed: one test per fixed-size block, which the compiler turns into vector code,
- * and a search for the culprit only in a block that fails it.
+ * and a search for the bad id only in a block that fails it.
  *
  * A file may still change while a run reads it. Memory-mapped, a truncated file would end the process with
  * SIGBUS, so the files are read with pread; each read compares the file's size and modification time with

@@ -1,4 +1,4 @@
-/* The tokenizer's public face: opening by name, decoding by table, and the course of one encoding.
+/* The tokenizer's public functions: opening by name, decoding by table, and the course of one encoding.
  *
  * A tokenizer is read-only once open: everything that encoding changes lives in a struct encoding of the
  * call, so any number of threads may share one. */

@@ -1,7 +1,7 @@
 /* A GPT with MHA and IHA layers: parameters, activations, forward, backward, one optimizer step.
  *
  * The block is  x += attn(norm(x)); x += mlp(norm(x)).  kernels/ computes every operation, and the model
- * knows no device. parallel.c trains it on several ranks through kernels/comm.h. All memory is allocated
+ * does not depend on a device. parallel.c trains it on several ranks through kernels/comm.h. All memory is allocated
  * before the first step, one allocation per family (parameters, gradients, optimizer, activations); addresses
  * never change. */
 #ifndef IHA_MODEL_MODEL_H

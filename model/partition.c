@@ -10,7 +10,7 @@ static int64_t min64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-/* Stage 2's gradient buffer: the embeddings' memory, which is theirs alone because a tied table gets
+/* Stage 2's gradient buffer: the embeddings' memory, which is not shared, because a tied table gets
  * gradients at both ends of backward; two slots that the other units use in turn; the reduced shards. */
 static void lay_out_gradients(struct partition *p) {
     int64_t elements = p->unit_offset[p->unit_count], slot[2] = {0, 0};

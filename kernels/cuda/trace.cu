@@ -30,7 +30,7 @@ static void nvtx_pop() {
 #endif
 }
 
-/* Start or stop a profiler that was told to record between these calls only (nsys -c cudaProfilerApi). */
+/* Start or stop a profiler that is configured to record between these calls only (nsys -c cudaProfilerApi). */
 static void set_profiler(bool on) {
 #ifdef WITH_NVTX
     cuda_check(on ? cudaProfilerStart() : cudaProfilerStop());

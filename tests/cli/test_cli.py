@@ -5,7 +5,7 @@
 
 The binary is ./train_iha, or what TRAIN_IHA names. Everything else is made here: shards, configurations, models of a
 few thousand parameters. What is random is seeded, and where a test has to stop a run between two steps it does not
-wait and hope: it puts a pipe where the run writes its samples, and the run stops there until the pipe is read.
+rely on timing: it puts a pipe where the run writes its samples, and the run stops there until the pipe is read.
 """
 
 import importlib.util

@@ -5,7 +5,7 @@
 #include "tests/cuda/fixture.h"
 #include "tests/lib/op_operands.h"
 
-/* The error of a few numbers is a matter of luck: the plain one may be 0, or what is added may cancel, so
+/* The error of a few numbers is random: the plain one may be 0, or what is added may cancel, so
  * that one rounding of a term is large beside the result. So outputs of fewer than FEW elements are compared
  * over several draws of the inputs at once, of together ENOUGH elements or more. */
 enum { FEW = 16, ENOUGH = 32 };

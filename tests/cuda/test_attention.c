@@ -1,4 +1,4 @@
-/* The CUDA backend's own attention, forward and backward, against the CPU backend: every mask with
+/* The CUDA backend's built-in attention, forward and backward, against the CPU backend: every mask with
  * every edge of a tile, a window or a pseudo-token, packed and gapped views, extreme scores; which tiles are
  * visited; and that two runs give the same bits.
  *

@@ -52,7 +52,7 @@ static void check_loss(struct op_run *r, enum device_precision precision) {
     double loss[BACKENDS];
     EACH(r->k, b)
     loss[b->which] = b->which == PLAIN ? plain_classifier(r) : added_loss(r, b);
-    /* One number, whose plain error is a matter of luck: or what rounding each row's logits, of some 4 nats,
+    /* One number, whose plain error is random: or what rounding each row's logits, of some 4 nats,
      * to the type under test may add up to. */
     double rounding = (precision == DEVICE_BF16 ? 0x1p-9 : 0x1p-22) * 4 * CLASSIFIER_SCALE *
                       sqrt((double)r->spec.classifier.rows);

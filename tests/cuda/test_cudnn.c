@@ -1,4 +1,4 @@
-/* cuDNN itself, on GPUs that are only described: whether it takes the graphs of attention_cudnn.cpp, for
+/* cuDNN itself, planning for GPUs given by their properties alone: whether it takes the graphs of attention_cudnn.cpp, for
  * which shapes, and what workspace it wants. The library's own checks and heuristics run here and its kernels
  * are compiled; tests/cuda/emulator/fake_driver.c loads them, and nothing is launched. */
 #include "tests/cuda/fixture.h"

@@ -1,4 +1,4 @@
-/* The fake NCCL of tests/cuda/emulator/, between forked processes: what it computes, and that it catches and does what
+/* The emulator's NCCL, between forked processes: its results, the misuse it reports, and that it does what
  * it promises to. */
 #include "tests/cuda/death.h"
 
@@ -410,7 +410,7 @@ static void two_ranks_on_a_gpu(void **state) {
     all_well(3, run_duplicate, 0, false, 0);
 }
 
-/* Two ranks with one number, or of different opinions how many there are. */
+/* Two ranks with one number, or that disagree on the number of ranks. */
 static void run_refused(struct rank *r) {
     ncclComm_t comm;
     int ranks = 2, rank = 0;
@@ -507,7 +507,7 @@ static double seconds(void) {
     return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
-/* Rank 1 is struck at its third operation. The others wait for it, are told or not, and abort. */
+/* Rank 1 fails at its third operation. The others wait for it, are notified or not, and abort. */
 static void run_fault(struct rank *r) {
     static const char *const faults[] = {"1:2:hang", "1:2:error", "1:2:die"};
     setenv("EMULATOR_NCCL_FAULT", faults[r->argument], 1);

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The whole program on GPUs of the harness in tests/cuda/emulator/, whose queues run on threads of their own.
+"""The whole program on GPUs of the emulator in tests/cuda/emulator/, whose queues run on threads of their own.
 
     make build/release/emulator/train_iha && python -m unittest tests.cuda.test_program
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Several ranks, each with a GPU of the harness in tests/cuda/emulator/, over NCCL and through host memory: the curve of one
+"""Several ranks, each with a GPU of the emulator in tests/cuda/emulator/, over NCCL and through host memory: the curve of one
 rank, the same bits whatever runs when, graphs, checkpoints, and --profile. What happens to ranks that fail is in
 test_ranks_faults.
 
@@ -56,7 +56,7 @@ class Curves(EmulatorRanksCase):
         for (stage, way), run in runs.items():
             self.assertEqual(run.lines(), first.lines(), (stage, way))
             self.assertEqual(run.weights(4), first.weights(4), (stage, way))
-            # Ranks over the same shards also write the same moments and masters.
+            # Ranks over the same shards also write the same moments and master weights.
             self.assert_same(run, runs[max(stage, 1), "NCCL"] if stage else first, (stage, way))
 
     def test_accumulation(self):
@@ -102,7 +102,7 @@ class Curves(EmulatorRanksCase):
 
 class Order(EmulatorRanksCase):
     """What runs when, on GPUs and between them, changes nothing: not a bit. A missing wait, or a buffer used while a
-    message is on its way, changes something or is caught by the harness."""
+    message is in flight, changes something or is detected by the emulator."""
 
     BETWEEN = ["data.val={data}/val_0.bin", "run.eval_every=2", "run.eval_batches=3", "run.sample_every=3",
                "run.save_every=2"]
@@ -181,8 +181,8 @@ class Checkpoints(EmulatorRanksCase):
             self.assertIn("resuming from", resumed.text)
             self.assert_same(resumed, whole, (stage, gpus))
 
-    def test_weights_are_the_masters(self):
-        """What a rank alone, which has all masters, would have saved; and not the rounded weights that it trains with."""
+    def test_weights_are_the_master_weights(self):
+        """What a rank alone, which has all master weights, would have saved; and not the rounded weights that it trains with."""
         runs = self.all_of({stage: (2, [*EXACT, ONE_PASS, "train.steps=1", f"system.zero_stage={stage}"], {})
                             for stage in (0, 1, 2)})
         self.assertEqual(runs[1].weights(1), runs[0].weights(1))

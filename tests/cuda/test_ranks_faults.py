@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Ranks over NCCL, on GPUs of the harness in tests/cuda/emulator/, of which one fails: it dies, its process or its GPU hangs, NCCL
+"""Ranks over NCCL, on GPUs of the emulator in tests/cuda/emulator/, of which one fails: it dies, its process or its GPU hangs, NCCL
 reports an error. All end, in time, and say which it was.
 
     make build/release/emulator/train_iha && python -m unittest tests.cuda.test_ranks_faults
@@ -22,7 +22,7 @@ ENDLESS = ["train.steps=100000", "train.schedule=constant", "run.save_every=2", 
 
 class Faults(EmulatorRanksCase):
     def begin(self, *overrides, run_dir=None, **environment):
-        """Two ranks under way; their output goes to files."""
+        """Two ranks that are training; their output goes to files."""
         self.run_dir = run_dir or self.new_dir()
         rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "EMULATOR_GPUS": "2"}
         self.outputs, self.processes = [], []

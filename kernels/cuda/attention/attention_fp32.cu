@@ -1,6 +1,6 @@
 /* Fused attention for fp32, forward and backward: the algorithms of attention_bf16.cu and
  * attention_bf16_backward.cu, with FMAs on smaller tiles and without overlapping copies. It is there for fp32
- * runs and for checking; speed is not its purpose.
+ * runs and for checking; it is not tuned for speed.
  *
  * A block is 8 x 8 threads and a tile 8 R x 8 R scores, where R is 4, or 2 for wide heads: thread (x, y) has
  * the scores of rows y + 8 i and columns x + 8 j, and of an output row's d elements those from 4 (x + 8 j) to
