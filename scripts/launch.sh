@@ -97,6 +97,12 @@ if [ -n "$hosts$hostfile" ]; then
         options+=(-x "$name")
     done
 fi
+# The mpirun of Open MPI 5 reads the settings of its daemons under other names.
+for name in $(compgen -e | grep -E '^OMPI_MCA_(oob_tcp|plm_rsh)_'); do
+    setting=${name#OMPI_MCA_} setting=${setting/#plm_rsh_/plm_ssh_}
+    setting=PRTE_MCA_${setting/#oob_tcp_if_/prte_if_}
+    export "$setting=${!setting:-${!name}}"
+done
 [ -z "$ranks" ] || options+=(-n "$ranks")
 if [ "$(id -u)" = 0 ]; then # in a container
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
@@ -147,10 +153,31 @@ watch() {
     done
 }
 
+# The mpirun of Open MPI 5 exits with 0 when it loses a machine. So its messages pass through this, whose status tells;
+# the last line is from this script, because processes on the lost machine may keep the pipe open.
+readonly LAST_LINE=$'\4'
+relay_stderr() {
+    local line lost=0
+    trap '' INT TERM USR1 HUP
+    while IFS= read -r line; do
+        [ "$line" != "$LAST_LINE" ] || break
+        printf '%s\n' "$line"
+        [[ $line != *'lost communication with a remote daemon'* ]] || lost=1
+    done
+    exit "$lost"
+}
+
 echo "launch: $(printf '%q ' "$mpirun" "${options[@]}" "$binary" "$@")" >&2
-setsid "$mpirun" "${options[@]}" "$binary" "$@" </dev/null &
-job=$!
 exec 4>&2 # for the trap: `wait` below redirects stderr
+relay=''
+if [ -n "$hosts$hostfile" ]; then
+    exec 5> >(relay_stderr >&4)
+    relay=$!
+else
+    exec 5>&2
+fi
+setsid "$mpirun" "${options[@]}" "$binary" "$@" </dev/null 2>&5 4>&- 5>&- &
+job=$!
 trap stop INT TERM USR1 HUP
 watch &
 watcher=$!
@@ -162,10 +189,19 @@ while :; do # a trap ends `wait` early, with the signal's number
     [ -n "$signalled" ] || break
 done
 kill -KILL "$watcher" 2>/dev/null
+lost=0
+if [ -n "$relay" ]; then
+    trap '' INT TERM USR1 HUP
+    echo "$LAST_LINE" >&5
+    wait "$relay" || lost=1
+fi
 if [ "$signals" -gt 1 ] && [ "$code" != 0 ]; then
     exit 143
 elif [ "$code" -gt 2 ]; then # killed by a signal, or an error of mpirun
     echo "launch: the run failed (exit code of mpirun: $code); the same command resumes from the last checkpoint" >&2
+    code=1
+elif [ "$code" = 0 ] && [ "$lost" = 1 ]; then
+    echo "launch: mpirun lost a machine; the same command resumes from the last checkpoint" >&2
     code=1
 fi
 exit "$code"

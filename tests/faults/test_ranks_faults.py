@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from tests.lib.ranks import ENDLESS, HOST, LIMIT, MARK, MPI_ENVIRONMENT, MPIRUN, RanksCase, kill, marked, \
-    num_metrics, wait_until
+    mpirun_each, num_metrics, wait_until
 from tests.lib.runs import BINARY, ROOT, step_dir, steps_in
 from tests.lib.tiny import write_shard
 
@@ -131,7 +131,7 @@ class Peers(Case):
         os.kill(run.rank(1), signal.SIGKILL)
         code, text = run.wait(10)  # mpirun ends the others; they do not wait for peer_timeout
         self.assertEqual(code, 1, text)
-        self.assertRegex(text, r"process rank 1 with PID \d+ on node \S+ exited on signal 9")
+        self.assertRegex(text, r"process rank 1 with PID \d+ on node \S+ exited on\s+signal 9")
         run.nothing_left()
         self.assert_resumes(run.run_dir, 3)
 
@@ -305,7 +305,7 @@ class Errors(Case):
             """The last rank gets other arguments."""
             run_dir = self.new_dir()
             common = [BINARY, "train", self.config, f"run.dir={run_dir}"]
-            return Run(self, [*MPIRUN, "-n", 1, *common, ":", "-n", 1, *common, *overrides], run_dir)
+            return Run(self, mpirun_each(common, [*common, *overrides]), run_dir)
 
         self.assert_refused(differing("data.train=/missing/*.bin"), "rank 1: ", "/missing/*.bin")
         self.assert_refused(differing("train.lr=-1"), "rank 1: ", "lr")
@@ -446,7 +446,7 @@ class Machines(Case):
         # While one of its daemons does not answer, mpirun takes seconds to end the ranks that it still reaches.
         self.assert_names(text, 2, self.hosts[2], once=False)
         # Open MPI's daemon on the disconnected machine has data to send, and runs until the system gives up sending it.
-        self.assertLessEqual({name for name, _ in marked(run.mark).values()}, {"orted"})
+        self.assertLessEqual({name for name, _ in marked(run.mark).values()}, {"orted", "prted"})
         self.assertGreaterEqual(steps_in(run.run_dir)[-1], last)
         run.kill()
         self.assert_resumes(run.run_dir, 3)

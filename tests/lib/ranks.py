@@ -6,6 +6,7 @@ all of them are found in /proc.
 
 import json
 import os
+import shlex
 import signal
 import socket
 import time
@@ -26,6 +27,13 @@ ENDLESS = ["train.steps=1000000000", "train.schedule=constant", "data.val=none"]
 def without_launcher(environment):
     """The environment of a process that neither mpirun nor Slurm started."""
     return {k: v for k, v in environment.items() if not k.startswith(("OMPI_COMM", "PMI", "SLURM_"))}
+
+
+def mpirun_each(*commands):
+    """An mpirun command that runs another command on each rank. Not `mpirun A : B`: if a rank of such a job fails, the
+    mpirun of Open MPI 5.0 crashes."""
+    cases = "\n".join(f"{rank}) exec {shlex.join(map(str, command))} ;;" for rank, command in enumerate(commands))
+    return [*MPIRUN, "-n", str(len(commands)), "sh", "-c", f"case $OMPI_COMM_WORLD_RANK in\n{cases}\nesac"]
 
 
 def free_port():

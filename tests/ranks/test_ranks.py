@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.lib.ranks import AS_ROOT, MPIRUN
+from tests.lib.ranks import AS_ROOT, MPIRUN, mpirun_each
 from tests.lib.runs import BINARY, ENVIRONMENT, TIMEOUT, Case, lines_of, losses, step_dir, val_losses, \
     without_timings
 
@@ -133,10 +133,9 @@ class Ranks(Case):
         data.write_text(Path(self.config).read_text().replace("train_*.bin", "val_*.bin"))
         for config, message in ((other, "rank 1: its configuration differs from rank 0's"),
                                 (data, "rank 1: ")):
-            p = subprocess.run([*MPIRUN, "-np", "1", BINARY, "train",
-                                str(self.config), f"run.dir={self.tmp}/alike", *COMMON, ":", "-np", "1", BINARY, "train",
-                                str(config), f"run.dir={self.tmp}/alike", *COMMON], env=MPI, text=True,
-                               capture_output=True, timeout=TIMEOUT, cwd=self.tmp)
+            p = subprocess.run(mpirun_each(*([BINARY, "train", path, f"run.dir={self.tmp}/alike", *COMMON]
+                                             for path in (self.config, config))),
+                               env=MPI, text=True, capture_output=True, timeout=TIMEOUT, cwd=self.tmp)
             self.assertEqual(p.returncode, 2, p.stderr)
             self.assertIn(message, p.stderr)
         self.assertFalse((self.tmp / "alike" / "metrics.jsonl").exists())
@@ -147,9 +146,8 @@ class Ranks(Case):
             folder.mkdir()
             shutil.copy(self.data / name, folder / "shard.bin")
         command = [BINARY, "train", str(self.config), f"run.dir={self.tmp}/named", "data.train=shard.bin", *COMMON]
-        p = subprocess.run([*MPIRUN, "-np", "1", "-wdir", str(here), *command,
-                            ":", "-np", "1", "-wdir", str(there), *command], env=MPI, text=True, capture_output=True,
-                           timeout=TIMEOUT, cwd=self.tmp)
+        p = subprocess.run(mpirun_each(*(["env", "-C", folder, *command] for folder in (here, there))), env=MPI, text=True,
+                           capture_output=True, timeout=TIMEOUT, cwd=self.tmp)
         self.assertEqual(p.returncode, 2, p.stderr)
         self.assertIn("rank 1: its training or validation data differs from rank 0's", p.stderr)
 
