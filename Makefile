@@ -5,6 +5,7 @@
 #   make quickstart      from real text to a trained model in a few minutes; TEXT=FILE.txt for your own
 #   make check           the inner loop: the C tests of units, and of CUDA kernels on an emulated GPU; ONLY=cuda: one group
 #   make test            every test; SANITIZE=1 runs them under ASan and UBSan
+#   make test-distro     every test in another Debian release, SUITE=trixie, in build/distro; needs root and debootstrap
 #   make faults          every fault and kill; make test takes a sample of them
 #   make leaks           every command under LeakSanitizer, AddressSanitizer and Valgrind
 #   make tsan            every command under ThreadSanitizer
@@ -16,6 +17,8 @@
 #   make docs            write the tables of docs/configuration.md again, from the table in model/config/config.c
 #   make golden          compute the reference cases in tests/golden again (needs jax)
 #   make clean           remove what was built
+#
+#   WERROR=1             for any of these: a compiler's warning is an error, as in CI
 
 .DEFAULT_GOAL = all
 
@@ -24,7 +27,11 @@ CC ?= cc
 ARCH ?= native
 SANITIZE ?= 0
 
-WARNINGS = -Wall -Wextra -Werror -Wno-format-truncation
+# Warnings end the build for developers and in CI only, because a newer compiler has new ones.
+WERROR ?= 0
+ERRORS = $(if $(filter 1,$(WERROR)),-Werror)
+NVCC_ERRORS = $(if $(filter 1,$(WERROR)),-Werror all-warnings)
+WARNINGS = -Wall -Wextra $(ERRORS) -Wno-format-truncation
 COMMON = -std=gnu17 -g -march=$(ARCH) -fopenmp -I. $(WARNINGS)
 # GCC's own choice on AVX-512 machines is 256-bit vectors; the kernels are written for the full width.
 ifeq ($(shell uname -m),x86_64)
@@ -71,7 +78,7 @@ include kernels/cuda/cuda.mk
 include tests/cuda/emulator.mk
 include tests/gpu/gpu.mk
 
-.PHONY: all help deps check test bench quickstart docs golden clean format
+.PHONY: all help deps check test test-distro bench quickstart docs golden clean format
 .SECONDARY:
 
 all: $(BINARY)
@@ -102,6 +109,9 @@ check: deps
 test: deps
 	@$(MAKE) --no-print-directory -j2 $(BINARY) tests-built fuzz-built
 	@tests/run.sh $(BUILD) $(BINARY)
+
+test-distro:
+	@tests/distro/run.sh $(SUITE)
 
 .PHONY: check-built tests-built
 check-built: $(filter $(BUILD)/tests/unit/%,$(C_TESTS) $(DOUBLE_TESTS)) $(filter $(BUILD)/tests/cuda/%,$(EMULATOR_BUILT))
@@ -163,4 +173,4 @@ format:
 	clang-format -i $$(git ls-files '*.c' '*.h' '*.cc' '*.cpp' '*.cu' '*.cuh')
 
 include tests/faults/faults.mk
--include $(shell find build -name '*.d' 2>/dev/null)
+-include $(shell find build -path build/distro -prune -o -name '*.d' -print 2>/dev/null)

@@ -6,7 +6,7 @@
 FUZZ_CC ?= clang
 FUZZ_BUILD = build/fuzz
 FUZZ_SECONDS ?= 600
-FUZZ_WARNINGS = -Wall -Wextra -Werror -Wno-unknown-pragmas
+FUZZ_WARNINGS = -Wall -Wextra $(ERRORS) -Wno-unknown-pragmas
 FUZZ_SANITIZERS = address,undefined -fno-sanitize-recover=undefined
 FUZZ_CFLAGS = -std=gnu17 -g -O1 -fno-omit-frame-pointer -I. -Itests/fuzz $(FUZZ_WARNINGS)
 FUZZ_OBJECTS = $(patsubst %.c,$(FUZZ_BUILD)/%.o,$(filter-out %_mpi.c,$(KERNELS)) $(MODEL) $(DATA))

@@ -28,7 +28,7 @@ CUPTI_LINK = $(if $(CUPTI_FLAGS),$(CUPTI) -Wl$(comma)-rpath$(comma)$(abspath $(d
 $(BUILD)/cuda/tests/bench/%.o: tests/bench/%.cu $(BUILD)/cuda/compiled-with
 	@mkdir -p $(@D)
 	@echo "  NVCC $<"
-	@$(NVCC) -std=c++17 -O2 -I. $(CUDA_ISYSTEM) $(CUDA_ARCHS) $(CUPTI_FLAGS) -Werror all-warnings \
+	@$(NVCC) -std=c++17 -O2 -I. $(CUDA_ISYSTEM) $(CUDA_ARCHS) $(CUPTI_FLAGS) $(NVCC_ERRORS) \
 	    $(addprefix -Xcompiler ,$(CUDA_WARNINGS)) -MMD -MP -c $< -o $@
 
 $(BUILD)/tests/bench/bench_gpu.o: CFLAGS += $(CUDA_ISYSTEM)
