@@ -10,6 +10,7 @@ complete; and the same command without the fault ends with the same bytes as a r
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import time
@@ -42,6 +43,7 @@ def environment(scratch, mark):
     """Open MPI's temporary files, which it leaves when killed, are in the scratch folder."""
     return {**ENVIRONMENT, **AS_ROOT, MARK: mark,
             "OMPI_MCA_orte_tmpdir_base": str(scratch), "OMPI_MCA_btl_vader_backing_directory": str(scratch),
+            "PRTE_MCA_prte_tmpdir_base": str(scratch), "OMPI_MCA_btl_sm_backing_directory": str(scratch),  # Open MPI 5
             "ASAN_OPTIONS": ENVIRONMENT["ASAN_OPTIONS"] + ":detect_leaks=0"}
 
 
@@ -99,6 +101,8 @@ class Job:
         code = process.returncode
         if code < 0 and b"PMIx_server_finalize" in err:  # mpirun itself crashed, after the ranks ended
             code = int(b"train_iha: " in err)
+        if shutil.which("prterun"):  # Open MPI 5's, which writes a few bytes from behind its own messages too
+            err = re.sub(rb"^[^ \n]{1,4}(?=train_iha: )", b"", err, flags=re.M)
         return RanksDone(code, out, err.decode(errors="replace"), traces[0] if trace else [], traces)
 
     def check_ending(self, done, rank, what):
