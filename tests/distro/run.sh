@@ -39,13 +39,15 @@ fi
 # ---- the installation ----
 
 if [ ! -e "$root/etc/debootstrapped" ]; then
+    [ -z "$(ls -A "$root")" ] || refuse "$root is not empty, and not a whole installation: name another folder, or remove what is left of one"
     echo "test-distro: installing $suite in $root"
     debootstrap --variant=minbase --include=ca-certificates,make "$suite" "$root" "$MIRROR" >"$root.log" 2>&1 9>&- || {
         tail -n 5 "$root.log" >&2
-        refuse "debootstrap failed: see $root.log; rm -rf $root begins anew"
+        refuse "debootstrap failed: see $root.log; remove $root and begin again"
     }
     touch "$root/etc/debootstrapped"
 fi
+find "$root/tmp" -mindepth 1 -delete # Open MPI names folders there by process ids, which come again
 
 # Network settings of this machine: names, certificates, apt's proxies and options, pip's files.
 copy() { # files or folders, to the same path
@@ -55,7 +57,7 @@ copy() { # files or folders, to the same path
     done
 }
 copy /etc/resolv.conf /etc/hosts /usr/local/share/ca-certificates /etc/apt/auth.conf.d /etc/pip.conf /etc/xdg/pip \
-    /root/.pip /root/.config/pip
+    /root/.pip /root/.config/pip ${PIP_FIND_LINKS:-}
 apt-config dump | grep -E '^Acquire::(http|https|ForceIP|Retries|Check-|Languages)' >"$root/etc/apt/apt.conf.d/99host"
 chroot "$root" update-ca-certificates >/dev/null 2>&1
 
