@@ -341,6 +341,20 @@ class Errors(Case):
                 self.assertTrue(lines[0].startswith("launch: "), lines)
                 self.assertIn(name, lines[0])
 
+    def test_launcher_and_the_mpirun_of_open_mpi_5(self):
+        # It exits with 0 when it loses a machine, and reads its daemons' settings under other names.
+        mpirun = self.tmp / "mpirun5"
+        mpirun.write_text("#!/bin/sh\nenv | grep ^PRTE_MCA_\necho \"PRTE $SAYS\" >&2\n")
+        mpirun.chmod(0o755)
+        lost = "has lost communication with a remote daemon."
+        for says, code in ((lost, 1), ("is well.", 0)):
+            done = self.launcher("--hosts", "localhost", "train", self.config, code=code, MPIRUN=str(mpirun), SAYS=says,
+                                 OMPI_MCA_plm_rsh_agent="ssh -4", OMPI_MCA_oob_tcp_if_include="eth1")
+            self.assertIn(f"PRTE {says}\n", done.stderr)
+            self.assertEqual("launch: mpirun lost a machine" in done.stderr, code == 1, done.stderr)
+            for setting in ("oob_tcp_keepalive_time=10", "plm_ssh_agent=ssh -4", "prte_if_include=eth1"):
+                self.assertIn(f"PRTE_MCA_{setting}\n", done.stdout)
+
     def test_run_dir_with_spaces(self):
         run_dir = self.new_dir("a run")
         self.launcher("-n", 2, "train", self.config, f"run.dir={run_dir}", "train.steps=2", "data.val=none", code=0)
