@@ -901,7 +901,9 @@ int main(int argc, char **argv) {
         status_break(r.metrics);
     if (status != 0 && should_print(&r, &e))
         fprintf(stderr, "train_iha: %s\n", e.text);
-    release(&r); /* after printing: mpirun kills the other ranks once one has exited with an error */
+    else if (status != 0 && !r.comm)
+        clock_sleep(1); /* or mpirun may kill the rank that prints before it has printed */
+    release(&r);        /* after printing: mpirun kills the other ranks once one has exited with an error */
     if (status == 0)
         return EXIT_OK;
     return e.exit_code ? e.exit_code : EXIT_RUN;
