@@ -101,8 +101,8 @@ class Job:
         code = process.returncode
         if code < 0 and b"PMIx_server_finalize" in err:  # mpirun itself crashed, after the ranks ended
             code = int(b"train_iha: " in err)
-        if shutil.which("prterun"):  # Open MPI 5's, which writes a few bytes from behind its own messages too
-            err = re.sub(rb"^[^ \n]{1,4}(?=train_iha: )", b"", err, flags=re.M)
+        if shutil.which("prterun"):  # Open MPI 5's: some of its messages end with bytes that are no text, and no line break
+            err = re.sub(rb"^(?=[ -~]*[^ -~\n]).{1,200}?(?=train_iha: )", b"", err, flags=re.M)
         return RanksDone(code, out, err.decode(errors="replace"), traces[0] if trace else [], traces)
 
     def check_ending(self, done, rank, what):
