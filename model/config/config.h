@@ -149,6 +149,7 @@ void config_print_help(FILE *out);
 /* The same as Markdown tables, for docs/configuration.md. */
 void config_print_markdown(FILE *out);
 
+extern const char *const recompute_names[]; /* by enum recompute */
 const char *layer_type_name(enum layer_type type);
 static inline bool layer_is_iha(enum layer_type t) {
     return t == LAYER_IHA_GLOBAL || t == LAYER_IHA_LOCAL;

@@ -20,8 +20,11 @@ static const char *human_bytes(size_t bytes, char out[32]) {
 }
 
 static void print_model(FILE *out, const struct model_config *m) {
-    const char *positions[] = {"rope", "learned", "none"}, *norms[] = {"rmsnorm", "layernorm"};
-    const char *activations[] = {"gelu_tanh", "relu2", "swiglu"};
+    const char *positions[] = {
+        [POSITION_ROPE] = "rope", [POSITION_LEARNED] = "learned", [POSITION_NONE] = "none"};
+    const char *norms[] = {[NORM_RMSNORM] = "rmsnorm", [NORM_LAYERNORM] = "layernorm"};
+    const char *activations[] = {
+        [ACTIVATION_GELU_TANH] = "gelu_tanh", [ACTIVATION_RELU2] = "relu2", [ACTIVATION_SWIGLU] = "swiglu"};
     fprintf(out, "Model: %lld layers, hidden %lld, %lld heads x %lld, MLP %lld (%s), vocabulary %lld%s\n",
             (long long)m->num_hidden_layers, (long long)m->hidden_size, (long long)m->num_attention_heads,
             (long long)m->head_dim, (long long)m->intermediate_size, activations[m->activation],
@@ -109,7 +112,6 @@ static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len
 }
 
 void info_print_memory(FILE *out, const struct config *c, enum dtype compute, const struct memory_plan *p) {
-    const char *modes[] = {"none", "light", "full"};
     size_t total = memory_total(p);
     char text[32];
     struct {
@@ -119,7 +121,7 @@ void info_print_memory(FILE *out, const struct config *c, enum dtype compute, co
                 {"activations", p->activations}, {"workspace", p->workspace}, {"messages", p->messages}};
     fprintf(out, "Memory for training in %s, micro_batch %lld x %lld tokens, recompute %s: %s\n",
             compute == DTYPE_BF16 ? "bf16" : "fp32", (long long)c->train.micro_batch,
-            (long long)c->train.seq_len, modes[c->system.recompute], human_bytes(total, text));
+            (long long)c->train.seq_len, recompute_names[c->system.recompute], human_bytes(total, text));
     size_t count = sizeof rows / sizeof *rows - (p->messages == 0);
     for (size_t i = 0; i < count; i++)
         fprintf(out, "  %-12s %12s\n", rows[i].name, human_bytes(rows[i].bytes, text));

@@ -42,7 +42,6 @@ static int check_can_estimate(const struct config *c, int gpus, struct error *e)
 
 static void print_header(FILE *out, const struct config *c, const struct info_options *o,
                          const struct run_estimate *p) {
-    const char *modes[] = {"none", "light", "full"};
     int nodes = (o->gpus + NODE_GPUS - 1) / NODE_GPUS;
     fprintf(out, "Estimate for %d x %s, ", o->gpus, o->gpu->name);
     if (nodes > 1)
@@ -59,9 +58,9 @@ static void print_header(FILE *out, const struct config *c, const struct info_op
     fprintf(out,
             "  bf16, zero_stage %lld, recompute %s; a step of %lld tokens is %lld pass%s of %lld x %lld on "
             "each GPU\n\n",
-            (long long)c->system.zero_stage, modes[c->system.recompute], (long long)c->train.batch_tokens,
-            (long long)p->passes, p->passes == 1 ? "" : "es", (long long)c->train.micro_batch,
-            (long long)c->train.seq_len);
+            (long long)c->system.zero_stage, recompute_names[c->system.recompute],
+            (long long)c->train.batch_tokens, (long long)p->passes, p->passes == 1 ? "" : "es",
+            (long long)c->train.micro_batch, (long long)c->train.seq_len);
 }
 
 static void print_speed(FILE *out, const struct config *c, const struct info_options *o,
@@ -111,11 +110,10 @@ static void print_time(FILE *out, const struct run_estimate *p) {
 
 /* The keys that differ between two configurations, as overrides. */
 static void print_changes(FILE *out, const struct config *from, const struct config *to) {
-    const char *modes[] = {"none", "light", "full"};
     if (to->train.micro_batch != from->train.micro_batch)
         fprintf(out, " train.micro_batch=%lld", (long long)to->train.micro_batch);
     if (to->system.recompute != from->system.recompute)
-        fprintf(out, " system.recompute=%s", modes[to->system.recompute]);
+        fprintf(out, " system.recompute=%s", recompute_names[to->system.recompute]);
     if (to->system.zero_stage != from->system.zero_stage)
         fprintf(out, " system.zero_stage=%lld", (long long)to->system.zero_stage);
 }
