@@ -497,14 +497,15 @@ static int train_loop(struct run *r, struct error *e) {
                                                         read_status != 0, saver_state(r->saver)});
         if (all.failed && comm_agree(r->comm, status, e) != 0)
             return -1;
-        if (all.read_failed && !all.stop) {
+        if (r->profile_steps > 0 && (all.stop || r->trainer.step == r->profile_from + r->profile_steps))
+            end_profile(r);
+        if (saver_advance(r->saver, all.saver, e) != 0 ||
+            between_steps(r, all.stop || all.read_failed, e) != 0)
+            return -1;
+        if (all.read_failed && !all.stop) { /* what was trained until here is saved */
             *e = read_error;
             return comm_agree(r->comm, read_status, e);
         }
-        if (r->profile_steps > 0 && (all.stop || r->trainer.step == r->profile_from + r->profile_steps))
-            end_profile(r);
-        if (saver_advance(r->saver, all.saver, e) != 0 || between_steps(r, all.stop, e) != 0)
-            return -1;
     }
     print_end(r, all.stop);
     return 0;
@@ -734,7 +735,9 @@ static int find_tokenizer(struct run *r, const char *dir, struct error *e) {
 static int find_end_ids(struct run *r, const char *dir, struct error *e) {
     if (read_generation_config(dir, r->config.model.vocab_size, &r->ends, e) != 0)
         return -1;
-    for (int i = 0; r->tokenizer && i < tokenizer_end_ids(r->tokenizer)->count; i++)
+    /* The checkpoint records the data's separator, which replaces what the tokenizer alone would suggest: the first. */
+    int first = r->tokenizer && r->ends.count > 0 && tokenizer_end_of_text(r->tokenizer) >= 0;
+    for (int i = first; r->tokenizer && i < tokenizer_end_ids(r->tokenizer)->count; i++)
         end_ids_add(&r->ends, tokenizer_end_ids(r->tokenizer)->ids[i]);
     return 0;
 }

@@ -448,6 +448,9 @@ def may_be_text(path, asked):
 
 
 def check(options):
+    for name, value in vars(options).items():
+        if value == []:  # what argparse makes of the value "--"
+            raise UserError(f"--{name.replace('_', '-')}: '--' cannot be given as a value; a separator may be written regex:--")
     if not 0 <= options.val_fraction < 1:
         raise UserError(f"--val-fraction {options.val_fraction}: must be at least 0 and below 1")
     if not 1 <= options.shard_tokens <= 2_000_000_000:  # the header's count is an int32; a short shard may join
@@ -521,14 +524,16 @@ def write(run, tokenizer, folder):
         run.run(writers)
         for writer in writers.values():
             writer.finish()
-        with naming(folder / "tokenizer.json"):
-            write_tokenizer(tokenizer, folder)
-        with naming(folder / "dataset.json"):
-            write_dataset(run, folder, writers)
+        # dataset.json is away while shards are replaced: old ones are never beside the description of new ones.
+        (folder / "dataset.json").unlink(missing_ok=True)
         written = set().union(*(writer.commit() for writer in writers.values()))
         for old in existing_shards(folder):
             if old not in written:
                 old.unlink()
+        with naming(folder / "tokenizer.json"):
+            write_tokenizer(tokenizer, folder)
+        with naming(folder / "dataset.json"):
+            write_dataset(run, folder, writers)
     except BaseException:
         for writer in writers.values():
             writer.discard()

@@ -234,7 +234,7 @@ def json_layout(head):
 
 def looks_like_json(head):
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if re.match(rb'\[\s*(?:\{\s*"|"(?:[^"\\]|\\.)*"\s*[,\]])', text, re.DOTALL):
+    if re.match(rb'\[\s*(?:\{\s*"|null\s*,|"(?:[^"\\]|\\.)*"\s*[,\]])', text, re.DOTALL):
         return True
     if not re.match(rb'\{\s*"(?:[^"\\]|\\.)*"\s*:', text, re.DOTALL):
         return False

@@ -251,7 +251,10 @@ static int check_unchanged(struct shard *f, struct error *e) {
                  (long long)f->stat.st_size);
         return fail_changed(f, how, e);
     }
-    if (check_header(&again, NULL) != 0 || again.tokens != f->tokens || again.token_bytes != f->token_bytes)
+    int status = check_header(&again, e);
+    if (status != 0 && e->exit_code == EXIT_RUN) /* it could not be read */
+        return -1;
+    if (status != 0 || again.tokens != f->tokens || again.token_bytes != f->token_bytes)
         return fail_changed(f, "its header is another one", e);
     if (read_edges(f, &edges, e) != 0)
         return -1;

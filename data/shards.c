@@ -115,7 +115,10 @@ static struct {
 } unlisted;
 
 static int note_unlisted(const char *path, int error_number) {
-    if (unlisted.error_number || error_number == ENOENT || error_number == ENOTDIR)
+    const char *name = strrchr(path, '/');
+    bool lost_and_found =
+        strcmp(name ? name + 1 : path, "lost+found") == 0; /* at the root of a file system, root's */
+    if (unlisted.error_number || error_number == ENOENT || error_number == ENOTDIR || lost_and_found)
         return 0;
     unlisted.error_number = error_number;
     snprintf(unlisted.path, sizeof unlisted.path, "%s", path);

@@ -161,8 +161,9 @@ relay_stderr() {
     trap '' INT TERM USR1 HUP
     while IFS= read -r line; do
         [ "$line" != "$LAST_LINE" ] || break
-        printf '%s\n' "$line"
+        printf '%s\n' "${line%"$LAST_LINE"}"
         [[ $line != *'lost communication with a remote daemon'* ]] || lost=1
+        [[ $line != *"$LAST_LINE" ]] || break # what mpirun wrote last had no end of line
     done
     exit "$lost"
 }

@@ -6,6 +6,8 @@
  * were not written, and samples in every thread's part are compared with plain dot products. */
 #include "kernels/cpu/cpu.h"
 
+#include <math.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 
@@ -45,48 +47,98 @@ struct operand {
     bool transposed; /* stored [k,m] or [n,k] */
 };
 
-static double dot(struct operand a, struct operand b, int64_t m, int64_t n, int64_t k, int64_t i, int64_t j) {
-    double sum = 0;
-    for (int64_t l = 0; l < k; l++)
-        sum += (double)a.data[a.transposed ? l * m + i : i * k + l] *
-               (double)b.data[b.transposed ? j * k + l : l * n + j];
-    return sum;
+/* Sampled outputs: for each of `columns` places, SAMPLES neighbours in the row, each of another row. Neighbours,
+ * so that one cache line of b serves all of them. */
+struct sampling {
+    int64_t columns, rows;
+    int run; /* neighbours */
+};
+
+static int64_t sampled_row(const struct sampling *s, int64_t m, int64_t x, int y) {
+    return s->rows > 1 ? (x + y * s->rows / SAMPLES) % s->rows * (m - 1) / (s->rows - 1) : 0;
 }
 
-static int check_product(struct device *dev, struct operand a, struct operand b, float *c, int64_t m,
-                         int64_t n, int64_t k, struct error *e) {
-    int64_t rows = min64(m, SAMPLES * (int64_t)dev->threads),
-            columns = min64(n, SAMPLES * (int64_t)dev->threads);
-    int64_t row = -1, column = -1;
-    memset(c, 0xff, (size_t)(m * n) * sizeof *c); /* NaN */
-    gemm(a.transposed, b.transposed, m, n, k, a.data, a.transposed ? m : k, b.data, b.transposed ? k : n, 0,
-         c, n);
+static int64_t sampled_column(const struct sampling *s, int64_t n, int64_t x) {
+    return s->columns > 1 ? x * (n - s->run) / (s->columns - 1) : 0;
+}
+
+/* The plain dot products of the sampled outputs: expected [columns, SAMPLES]. */
+static void compute_expected(const struct sampling *s, struct operand a, struct operand b, int64_t m,
+                             int64_t n, int64_t k, double *expected) {
+#pragma omp parallel for
+    for (int64_t x = 0; x < s->columns; x++) {
+        double sum[SAMPLES] = {0};
+        int64_t row[SAMPLES], column = sampled_column(s, n, x);
+        for (int y = 0; y < s->run; y++)
+            row[y] = sampled_row(s, m, x, y);
+        for (int64_t l = 0; l < k; l++)
+            for (int y = 0; y < s->run; y++)
+                sum[y] += (double)a.data[a.transposed ? l * m + row[y] : row[y] * k + l] *
+                          (double)b.data[b.transposed ? (column + y) * k + l : l * n + column + y];
+        memcpy(expected + x * SAMPLES, sum, sizeof sum);
+    }
+}
+
+struct wrong {
+    int64_t row, column; /* -1: nothing is wrong */
+    double expected;     /* NAN: it was not written */
+};
+
+static struct wrong find_unwritten(const float *c, int64_t m, int64_t n) {
+    struct wrong wrong = {-1, -1, (double)NAN};
 #pragma omp parallel for
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < n; j++)
-            if (c[i * n + j] != c[i * n + j]) {
+            if (isnan(c[i * n + j])) {
 #pragma omp critical
-                row = i, column = j;
+                wrong.row = i, wrong.column = j;
             }
-#pragma omp parallel for collapse(2)
-    for (int64_t y = 0; y < SAMPLES; y++)
-        for (int64_t x = 0; x < columns; x++) {
-            int64_t i = rows > 1 ? (x + y * rows / SAMPLES) % rows * (m - 1) / (rows - 1) : 0;
-            int64_t j = columns > 1 ? x * (n - 1) / (columns - 1) : 0;
-            if ((double)c[i * n + j] != dot(a, b, m, n, k, i, j)) {
-#pragma omp critical
-                row = i, column = j;
-            }
+    return wrong;
+}
+
+static struct wrong find_wrong(const struct sampling *s, const float *c, int64_t m, int64_t n, double factor,
+                               const double *expected) {
+    for (int64_t x = 0; x < s->columns; x++)
+        for (int y = 0; y < s->run; y++) {
+            int64_t i = sampled_row(s, m, x, y), j = sampled_column(s, n, x) + y;
+            if ((double)c[i * n + j] != factor * expected[x * SAMPLES + y])
+                return (struct wrong){i, j, factor * expected[x * SAMPLES + y]};
         }
-    if (row < 0)
+    return (struct wrong){-1, -1, 0};
+}
+
+/* C = A B, and then C += A B, which training uses to accumulate gradients. */
+static int check_product(struct device *dev, struct operand a, struct operand b, float *c, int64_t m,
+                         int64_t n, int64_t k, struct error *e) {
+    int64_t most = SAMPLES * (int64_t)dev->threads;
+    struct sampling s = {min64(n, most), min64(m, most), (int)min64(n, SAMPLES)};
+    double *expected = malloc((size_t)(s.columns * SAMPLES) * sizeof *expected);
+    if (!expected)
+        return fail_user(e, "out of memory checking a matrix product");
+    compute_expected(&s, a, b, m, n, k, expected);
+    memset(c, 0xff, (size_t)(m * n) * sizeof *c); /* NaN */
+    struct wrong wrong = {-1, -1, 0};
+    for (int beta = 0; beta < 2 && wrong.row < 0; beta++) {
+        gemm(a.transposed, b.transposed, m, n, k, a.data, a.transposed ? m : k, b.data, b.transposed ? k : n,
+             (real)beta, c, n);
+        wrong = find_unwritten(c, m, n);
+        if (wrong.row < 0)
+            wrong = find_wrong(&s, c, m, n, beta + 1, expected);
+    }
+    free(expected);
+    if (wrong.row < 0)
         return 0;
+    char instead[48] = "was not written";
+    if (!isnan(wrong.expected))
+        snprintf(instead, sizeof instead, "is %g instead of %g", (double)c[wrong.row * n + wrong.column],
+                 wrong.expected);
     return fail_run(
         e,
         "oneDNN computes wrong matrix products on this machine: %lld x %lld x %lld with %d threads, "
-        "element [%lld,%lld] is %g instead of %g; install another oneDNN, or try "
-        "DNNL_MAX_CPU_ISA=AVX2 or system.threads = 1",
-        (long long)m, (long long)n, (long long)k, dev->threads, (long long)row, (long long)column,
-        (double)c[row * n + column], dot(a, b, m, n, k, row, column));
+        "element [%lld,%lld] %s; install another oneDNN, or try DNNL_MAX_CPU_ISA=AVX2 or "
+        "system.threads = 1",
+        (long long)m, (long long)n, (long long)k, dev->threads, (long long)wrong.row, (long long)wrong.column,
+        instead);
 }
 
 /* y = x W^T, dx = dy W, dW = dy^T x. */

@@ -87,11 +87,16 @@ struct team {
     char note[96];
 };
 
+/* Would OpenMP use this value of OMP_NUM_THREADS? It ignores others, with a warning. */
+static bool is_thread_list(const char *text) {
+    return text && atoi(text) > 0 && text[strspn(text, "0123456789, ")] == '\0';
+}
+
 /* As OMP_NUM_THREADS was at the start: omp_set_num_threads changes what OpenMP reports later. */
 static int environment_threads(void) {
     static int threads = -1;
     if (threads < 0)
-        threads = getenv("OMP_NUM_THREADS") ? omp_get_max_threads() : 0;
+        threads = is_thread_list(getenv("OMP_NUM_THREADS")) ? omp_get_max_threads() : 0;
     return threads;
 }
 

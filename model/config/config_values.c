@@ -219,7 +219,7 @@ static bool is_quote(char c) {
 /* The text within one pair of quotes around it, in `buffer`, or the text itself. */
 static const char *without_quotes(const char *text, char *buffer, size_t size) {
     size_t n = strlen(text);
-    if (n < 2 || n > size || !is_quote(text[0]) || text[n - 1] != text[0])
+    if (n < 2 || n > size || !is_quote(text[0]) || text[n - 1] != text[0] || memchr(text + 1, text[0], n - 2))
         return text;
     memcpy(buffer, text + 1, n - 2);
     buffer[n - 2] = 0;

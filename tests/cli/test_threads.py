@@ -22,7 +22,7 @@ import numpy as np
 from tests.lib.tiny import tiny_config, write_shard
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-BINARY = os.environ.get("TRAIN_IHA", str(ROOT / "train_iha"))
+BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
 PROCESSORS = sorted(os.sched_getaffinity(0))
 CGROUP = Path("/sys/fs/cgroup")
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | {"GOMP_SPINCOUNT": "100"}

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
+import tests.lib.signals  # noqa: F401  (for what tests start)
+
 
 def tiny_config(data, seq_len, batch_tokens, steps, system, run):
     """The text of a configuration: `data` is the folder of shards, `system` and `run` are further lines."""

@@ -17,8 +17,9 @@ static struct {
     enum { RIGHT, UNWRITTEN, WRONG } fault;
     int part, parts; /* of the rows, or of the columns */
     bool columns;
-    int call;  /* of the three products of a linear layer, the one that is wrong */
-    int calls; /* so far */
+    bool only_added; /* the fault shows only where the product is added to what is there */
+    int call;        /* of the three products of a linear layer, the one that is wrong */
+    int calls;       /* so far */
 } product;
 
 static bool in_part(int64_t index, int64_t count) {
@@ -29,7 +30,9 @@ static bool in_part(int64_t index, int64_t count) {
 dnnl_status_t dnnl_sgemm(char ta, char tb, dnnl_dim_t m, dnnl_dim_t n, dnnl_dim_t k, float alpha,
                          const float *a, dnnl_dim_t lda, const float *b, dnnl_dim_t ldb, float beta, float *c,
                          dnnl_dim_t ldc) {
-    bool faulty = product.calls++ % 3 == product.call && product.fault != RIGHT;
+    /* Each of the three is asked for twice, the second time to be added to. */
+    bool faulty = product.calls++ / 2 % 3 == product.call && product.fault != RIGHT &&
+                  (beta != 0) >= product.only_added;
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < n; j++) {
             bool here = faulty && (product.columns ? in_part(j, n) : in_part(i, m));
@@ -57,7 +60,7 @@ static int check(int64_t rows, int64_t in, int64_t out, bool classifier, struct 
     if (status == 0)
         assert_int_equal(k->check_libraries(dev, e), 0); /* nothing is checked twice */
     if (status == 0)
-        assert_int_equal(product.calls, 3);
+        assert_int_equal(product.calls, 6);
     k->close(dev);
     return status;
 }
@@ -82,14 +85,17 @@ static void wrong_parts_are_found(void **state) {
         for (int columns = 0; columns < 2; columns++)
             for (product.parts = 2; product.parts <= 8; product.parts *= 2)
                 for (product.part = 0; product.part < product.parts; product.part++)
-                    for (product.call = 0; product.call < 3; product.call++) {
-                        struct error e;
-                        product.columns = columns;
-                        assert_int_equal(check(64, 40, 24, columns, &e), -1);
-                        assert_int_equal(e.exit_code, EXIT_RUN);
-                        assert_non_null(strstr(e.text, "oneDNN computes wrong matrix products"));
-                    }
+                    for (product.call = 0; product.call < 3; product.call++)
+                        for (int only_added = 0; only_added < 2; only_added++) {
+                            product.only_added = only_added;
+                            struct error e;
+                            product.columns = columns;
+                            assert_int_equal(check(64, 40, 24, columns, &e), -1);
+                            assert_int_equal(e.exit_code, EXIT_RUN);
+                            assert_non_null(strstr(e.text, "oneDNN computes wrong matrix products"));
+                        }
     product.fault = RIGHT;
+    product.only_added = false;
 }
 
 int main(void) {
