@@ -479,6 +479,16 @@ def check(options):
     check_no_shards(options)
 
 
+def copy_end_ids(path, folder):
+    """generation_config.json from beside the tokenizer, whose end ids generation stops at; without one there is none."""
+    source, target = Path(path).parent / "generation_config.json", folder / "generation_config.json"
+    if os.path.isfile(path) and source.exists():  # a name such as gpt2 is no path
+        if source.resolve() != target.resolve():
+            target.write_bytes(source.read_bytes())
+    else:
+        target.unlink(missing_ok=True)
+
+
 def write_tokenizer(tokenizer, folder):
     tokenizer.json_path = None
     if tokenizer.json is not None:
@@ -486,6 +496,7 @@ def write_tokenizer(tokenizer, folder):
         partial = folder / "tokenizer.json.tmp"
         partial.write_text(tokenizer.json, encoding="utf-8", newline="")
         os.replace(partial, tokenizer.json_path)
+        copy_end_ids(tokenizer.path, folder)
 
 
 def write_dataset(run, folder, writers):
@@ -558,6 +569,8 @@ def report(run, writers):
 
 
 def main():
+    if sys.stderr is None:  # closed by the shell
+        sys.stderr = open(os.devnull, "w")
     allow_any_file_name()
     try:
         report(*prepare(sys.argv[1:]))

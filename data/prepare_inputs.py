@@ -224,7 +224,7 @@ def json_layout(head):
     if line is None:
         return "lines"
     try:
-        json.loads(line)
+        json.loads(line, parse_int=float)
     except RecursionError:
         pass
     except ValueError:

@@ -5,6 +5,7 @@ import codecs
 import json
 import os
 import re
+import unicodedata
 
 from user_error import UserError
 
@@ -40,9 +41,16 @@ def piece_end(buffer, start, end):
     line = buffer.rfind(b"\n", window, end)
     if line > 0:
         return line + 1
-    while end - 1 > start and buffer[end] & 0xC0 == 0x80:  # a UTF-8 continuation byte
+    whole = end
+    while end - 1 > start and (buffer[end] & 0xC0 == 0x80 or joins_character_before(buffer[end:end + 4])):
         end -= 1
-    return end
+    return end if end - 1 > start else whole
+
+
+def joins_character_before(data):
+    """Does a UTF-8 text begin with a mark, a jamo or a joiner, which normalizers compose with what precedes it?"""
+    text = data.decode("utf-8", "ignore")[:1]
+    return text != "" and (unicodedata.category(text) in ("Mn", "Mc", "Me", "Cf") or "\u1160" <= text <= "\u11ff")
 
 
 def split_documents(read, separator):
@@ -50,7 +58,7 @@ def split_documents(read, separator):
     A separator counts only when MARGIN bytes follow it, lest more text should lengthen the match."""
     buffer, base, start, search, done = b"", 0, 0, 0, False  # base: where in the stream the buffer begins
     while True:
-        match = separator.search(buffer, search) if separator else None
+        match = separator.search(buffer, search) if separator and search <= len(buffer) else None
         if match and (done or match.end() + MARGIN <= len(buffer)):
             yield buffer[start:match.start()], True, base + start
             start = match.end()
@@ -133,7 +141,7 @@ def read_jsonl(stream, source, field):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = json.loads(line.decode("utf-8-sig"), parse_int=float)  # of any length
         except UnicodeDecodeError as error:
             raise UserError(f"{source.name}:{number}: not UTF-8: byte {error.object[error.start]:#04x} at "
                             f"byte {error.start:,} "
@@ -150,7 +158,7 @@ class JsonScanner:
     blanks = re.compile(r"[ \t\r\n]*")
 
     def __init__(self, stream, name):
-        self.stream, self.name, self.decode_value = stream, name, json.JSONDecoder().raw_decode
+        self.stream, self.name, self.decode_value = stream, name, json.JSONDecoder(parse_int=float).raw_decode
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.at, self.line, self.bytes_read, self.done = "", 0, 1, 0, False
 

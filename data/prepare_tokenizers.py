@@ -88,7 +88,7 @@ class Bytes:
 
 class Tiktoken:
     """A tiktoken.Encoding. Special tokens written out in a text stay ordinary text."""
-    wants_str, whole_documents = True, False
+    wants_str, whole_documents, path = True, False, ""
 
     def __init__(self, encoding, pattern):
         self.encoding, self.pattern = encoding, pattern
@@ -143,7 +143,7 @@ class HuggingFace:
     wants_str = True
 
     def __init__(self, name, text, eos_token=None):
-        self.json = text
+        self.json, self.path = text, name
         try:
             data = json.loads(text)
             if data.get("model", {}).get("dropout"):
@@ -269,7 +269,8 @@ def load_gpt2():
 
 
 def check_ranks(path, ranks):
-    if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
+    whole = all(type(rank) is int for rank in ranks.values())
+    if not whole or sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([byte]) not in ranks for byte in range(256)):
         raise UserError(f"{path}: ranks must count from 0 without gaps and include all 256 bytes")
 
 
@@ -311,7 +312,7 @@ def load_tekken(path, data):
     """Mistral's tekken.json: ranks as in a rank file, numbered after its special tokens."""
     try:
         config = data["config"]
-        count = config["default_num_special_tokens"]
+        count = range(config["default_num_special_tokens"]).stop  # a whole number
         ranks = {base64.b64decode(entry["token_bytes"]): entry["rank"]
                  for entry in data["vocab"][:config["default_vocab_size"] - count]}
         listed = data.get("special_tokens") or [{"rank": i, "token_str": name} for i, name in enumerate(TEKKEN_SPECIALS)]
@@ -331,7 +332,7 @@ def eos_token(path):
         return None
     try:
         token = json.loads(path.read_bytes()).get("eos_token")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a tokenizer_config.json: {error}") from None
     if isinstance(token, dict):
         token = token.get("content")
@@ -354,7 +355,7 @@ def load_json(path):
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a tokenizer.json: {error}") from None
     if "vocab" in data and "config" in data:
         return load_tekken(path, data)

@@ -210,7 +210,6 @@ class Json(Case):
         self.refused(self.file("d.jsonl", '{"text": "b"}\n' + deep), says=["d.jsonl:2", "nested too deeply"])
         self.refused(self.file("d.jsonl", deep), says=["d.jsonl:1", "nested too deeply"])
         self.refused(self.file("d.json", '[\n{"text": "b"},\n' + deep + "]"), says=["d.json:3", "nested too deeply"])
-        self.refused(self.file("n.jsonl", '{"text": "a", "n": ' + "1" * 5000 + "}\n"), says=["n.jsonl:1", "not JSON"])
         for content, line in (('[\n{"text": "a"}\n{"text": "b"}]', 3), ('[\n{"text": "a"},\n]', 3), ('[\n{"text": "a"}', 2),
                               ('{\n"text": "a"\n"b": 1}', 3), ('[{"text": "a"}, 3]', 1), ('[{"text": "a"}, ["b"]]', 1),
                               ('{\n"text": "a}\n', 2), ("[{]", 1)):
@@ -276,6 +275,41 @@ class Texts(Case):
             run = self.run_script("--document-separator", separator, "--overwrite", self.file("a.txt", "a"))
             self.assertEqual(run.returncode, 2)
             self.assertIn(b"--document-separator", run.stderr)
+
+    def test_separator_that_matches_nothing_at_all(self):
+        for pattern in ("x*", "$", r"\Z", "a|"):
+            run = self.run_script("--val-fraction", 0, "--overwrite", f"--document-separator=regex:{pattern}",
+                                  self.file("a.txt", "a\n\nb\n\nc"), timeout=60)
+            self.assertEqual(run.returncode, 0, run.stderr)
+        run = self.run_script("--document-separator=--", self.file("a.txt", "a"))
+        self.assertEqual((run.returncode, run.stderr.strip().count(b"\n")), (2, 0), run.stderr)
+
+    def test_no_cut_before_a_mark(self):
+        text = "e\u0301" * 600_000
+        pieces = [piece for piece, *_ in prepare_readers.split_documents(io.BytesIO(text.encode()).read, None)]
+        self.assertGreater(len(pieces), 1)
+        self.assertEqual(b"".join(pieces).decode(), text)
+        self.assertFalse([piece for piece in pieces if piece.decode().startswith("\u0301")])
+
+    @unittest.skipUnless(has("tokenizers"), "needs tokenizers")
+    def test_nested_tokenizer_files_and_end_ids(self):
+        import tokenizers
+        words = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate("abc")}, merges=[]))
+        words.add_special_tokens(["<end>"])
+        words.save(str(self.folder / "w.json"))
+        text = self.file("t.txt", "abc" * 50)
+        self.file("generation_config.json", json.dumps({"eos_token_id": [3, 1]}))
+        self.run_ok("--val-fraction", 0, "--separator", 3, text, tokenizer=self.folder / "w.json")
+        self.assertEqual(json.loads((self.out / "generation_config.json").read_text()), {"eos_token_id": [3, 1]})
+        shutil.rmtree(self.out)
+        deep = '{"eos_token": "<end>", "a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+        for name in ("tokenizer_config.json", "w.json"):
+            self.file(name, deep)
+            self.refused(text, says=[name], tokenizer=self.folder / "w.json")
+
+    def test_numbers_of_any_length(self):
+        path = self.file("n.jsonl", '{"n": ' + "9" * 10_000 + ', "text": "a"}\n{"text": "b"}\n')
+        self.assertEqual(self.all_documents(path), ["a", "b"])
 
     def test_special_tokens_in_the_text(self):
         text = "one<|endoftext|>two<|endoftext|>three"
