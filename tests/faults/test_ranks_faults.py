@@ -344,11 +344,12 @@ class Errors(Case):
     def test_launcher_and_the_mpirun_of_open_mpi_5(self):
         # It exits with 0 when it loses a machine, and reads its daemons' settings under other names.
         mpirun = self.tmp / "mpirun5"
-        mpirun.write_text("#!/bin/sh\nenv | grep ^PRTE_MCA_\necho \"PRTE $SAYS\" >&2\n")
+        mpirun.write_text("#!/bin/sh\nenv | grep ^PRTE_MCA_\nprintf \"PRTE $SAYS$END\" >&2\n")
         mpirun.chmod(0o755)
         lost = "has lost communication with a remote daemon."
-        for says, code in ((lost, 1), ("is well.", 0)):
-            done = self.launcher("--hosts", "localhost", "train", self.config, code=code, MPIRUN=str(mpirun), SAYS=says,
+        # Its last line may have no end.
+        for says, end, code in ((lost, "\\n", 1), (lost, "", 1), ("is well.", "\\n", 0), ("is well.", "", 0)):
+            done = self.launcher("--hosts", "localhost", "train", self.config, code=code, MPIRUN=str(mpirun), SAYS=says, END=end,
                                  OMPI_MCA_plm_rsh_agent="ssh -4", OMPI_MCA_oob_tcp_if_include="eth1")
             self.assertIn(f"PRTE {says}\n", done.stderr)
             self.assertEqual("launch: mpirun lost a machine" in done.stderr, code == 1, done.stderr)
