@@ -127,6 +127,14 @@ static inline void run_collect(struct op_run *r) {
     }
 }
 
+/* Forward and backward once, on every backend. */
+static inline void run_both(const struct op_run *r) {
+    EACH(r->k, b) {
+        run_forward(r, b, NULL);
+        run_backward(r, b, NULL);
+    }
+}
+
 /* The outputs of this draw and of those collected before. */
 static inline void run_expect_close(struct op_run *r) {
     run_collect(r);

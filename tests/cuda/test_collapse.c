@@ -4,10 +4,7 @@
 static void check(enum device_precision precision, const struct op_case *c) {
     struct op_run r;
     run_open(&r, precision, c);
-    EACH(r.k, b) {
-        run_forward(&r, b, NULL);
-        run_backward(&r, b, NULL);
-    }
+    run_both(&r);
     run_expect_close(&r);
     run_expect_same(&r);
     done(r.k);

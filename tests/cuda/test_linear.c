@@ -19,13 +19,6 @@ static void expect_close_rows(struct op_run *r) {
         free(y[i]);
 }
 
-static void run_both(const struct op_run *r) {
-    EACH(r->k, b) {
-        run_forward(r, b, NULL);
-        run_backward(r, b, NULL);
-    }
-}
-
 static void check(enum device_precision precision, const struct op_case *c) {
     struct op_run r;
     run_open(&r, precision, c);
