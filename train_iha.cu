@@ -212,15 +212,15 @@ static int validation_loss(struct run *r, int64_t batches, double *loss, int64_t
     for (int64_t i = r->model.comm->rank * B; i < sequences && status == 0; i += r->model.comm->ranks * B) {
         status = read_validation_batch(r, i, sequences, e);
         if (status == 0)
-            model_evaluate(&r->model, r->tokens, r->targets, 1);
+            model_evaluate(&r->model, (struct batch){r->tokens, r->targets, NULL}, 1, NULL);
     }
     if (comm_agree(r->comm, status, e) != 0)
         return -1;
-    r->model.comm->ops->all_reduce(r->model.comm, &r->model.state->loss, 1);
+    r->model.comm->ops->all_reduce(r->model.comm, &r->model.state->loss, 2); /* and targets, the next field */
     r->k->step_read(r->dev, r->model.state, &after);
     r->k->step_write(r->dev, r->model.state, &before);
-    *tokens = sequences * t->seq_len;
-    *loss = after.loss / (double)*tokens;
+    *tokens = (int64_t)after.targets;
+    *loss = after.loss / after.targets;
     return 0;
 }
 
@@ -253,10 +253,11 @@ static void train_step(struct run *r) {
     r->k->step_begin(r->dev, r->model.state, r->trainer.step, schedule_lr(t, r->trainer.step));
     for (int64_t pass = 0; pass < passes; pass++) {
         int64_t offset = (1 + pass) * B * T;
-        model_train_pass(&r->model, r->tokens + offset, r->targets + offset, 1.0 / (double)t->batch_tokens,
-                         (int)pass, (int)passes);
+        struct batch batch = {r->tokens + offset, r->targets + offset, NULL};
+        model_train_pass(&r->model, batch, 1.0 / (double)t->batch_tokens, (int)pass, (int)passes);
     }
-    struct update_hyper hyper = {t->beta1, t->beta2, t->eps, t->grad_clip, t->skip_zscore};
+    struct update_hyper hyper = {t->beta1,     t->beta2,       t->eps,
+                                 t->grad_clip, t->skip_zscore, (double)t->batch_tokens};
     model_update(&r->model, &hyper);
     r->k->step_post(r->dev, r->model.state);
     r->steps_in_flight++;

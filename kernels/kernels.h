@@ -65,6 +65,7 @@ struct attention_spec {
     bool causal, token_mask;
     int64_t window; /* 0: none */
     double scale;
+    bool segmented; /* attention stays inside segments, which each call brings */
 };
 
 struct collapse_spec {
@@ -241,13 +242,21 @@ const struct kernels *kernels_traced(const struct kernels *k);
 /* The number of usable GPUs: 0 without a driver. */
 int cuda_devices(void);
 
-/* The keys [*begin, *end) that virtual query s sees among `length`. Never empty. */
+/* The keys [*begin, *end) that virtual query s sees among `length`, wherever segments end. Never empty. */
 static inline void attention_keys(const struct attention_spec *a, int64_t s, int64_t length, int64_t *begin,
                                   int64_t *end) {
     *end = !a->causal ? length : a->token_mask ? (s / a->pseudo + 1) * a->pseudo : s + 1;
     if (*end > length)
         *end = length;
     *begin = a->window > 0 && s - a->window + 1 > 0 ? s - a->window + 1 : 0;
+}
+
+/* The same where the query's token is in the segment of tokens [first, last). */
+static inline void attention_segment_keys(const struct attention_spec *a, int64_t s, int64_t first,
+                                          int64_t last, int64_t *begin, int64_t *end) {
+    attention_keys(a, s, last * a->pseudo, begin, end);
+    if (*begin < first * a->pseudo)
+        *begin = first * a->pseudo;
 }
 
 #ifdef __cplusplus

@@ -20,10 +20,12 @@ struct step_history {
 struct step_state {
     double lr;
     int64_t step;
-    double loss;      /* sum over the step of scale * (nats of every counted token) */
-    double sumsq;     /* of all gradients so far; directly after loss, so that one all_reduce sums both */
-    double grad_norm; /* sqrt(sumsq) */
-    double clip;      /* factor on the gradients */
+    /* One all_reduce sums these three. */
+    double loss;      /* sum over the step of scale * (nats of every target); step_decide makes it the mean */
+    double targets;   /* targets that count: those >= 0 */
+    double sumsq;     /* of all gradients so far */
+    double grad_norm; /* of the mean loss */
+    double factor;    /* on the gradients: from sum * scale to the mean over targets, and clipping */
     int32_t skip;     /* enum step_skip */
     double zscore;    /* (grad_norm - mean) / standard deviation; 0 while the history is short */
     struct step_history history; /* including this step */
@@ -33,10 +35,12 @@ enum step_skip {
     STEP_APPLIED,
     STEP_NOT_FINITE, /* the loss, or the norm of the gradients */
     STEP_OUTLIER,    /* zscore above skip_zscore */
+    STEP_EMPTY,      /* no target counts: nothing is updated, and nothing is wrong */
 };
 enum { NORM_MEMORY = 128, NORM_HISTORY = 16 /* applied steps before there is a zscore */ };
 
-/* The decision from loss and sumsq, for the step_decide of every backend.
+/* The decision from loss, targets and sumsq, for the step_decide of every backend. `tokens`: 1 / scale. Where
+ * all tokens of the step are targets, tokens / targets is exactly 1.
  *   d = norm - mean;  w = 1 / min(count + 1, NORM_MEMORY);  mean += w d;  variance = (1-w)(variance + w d^2)
  * A skipped step changes neither the mean and variance nor t, AdamW's step count. */
 #ifdef __CUDACC__
@@ -44,13 +48,20 @@ enum { NORM_MEMORY = 128, NORM_HISTORY = 16 /* applied steps before there is a z
 #else
 #define STEP_DECISION static inline
 #endif
-STEP_DECISION void step_decision(struct step_state *s, double grad_clip, double skip_zscore) {
+STEP_DECISION void step_decision(struct step_state *s, double tokens, double grad_clip, double skip_zscore) {
     struct step_history *h = &s->history;
-    double norm = sqrt(s->sumsq), d = norm - h->norm_mean, deviation = sqrt(h->norm_variance);
+    double mean = s->targets > 0 ? tokens / s->targets : 0;
+    double norm = sqrt(s->sumsq) * mean, d = norm - h->norm_mean, deviation = sqrt(h->norm_variance);
+    s->loss *= mean;
     bool has_zscore = h->norm_count >= NORM_HISTORY && deviation > 0;
     s->grad_norm = norm;
-    s->clip = grad_clip > 0 && norm > grad_clip ? grad_clip / norm : 1;
+    s->factor = grad_clip > 0 && norm > grad_clip ? grad_clip / norm * mean : mean;
     s->zscore = has_zscore && isfinite(norm) ? d / deviation : 0;
+    if (s->targets == 0) {
+        s->zscore = 0;
+        s->skip = STEP_EMPTY;
+        return;
+    }
     s->skip = STEP_APPLIED;
     if (!isfinite(s->loss) || !isfinite(norm))
         s->skip = STEP_NOT_FINITE;

@@ -58,12 +58,12 @@ static void attention_backward(struct model *m, int layer, bool accumulate) {
     tensor dq = s->mixes ? with_data(b->q, g->dq) : tensor_select(g->dqkv, 2, 0);
     tensor dk = s->mixes ? with_data(b->k, g->dk) : tensor_select(g->dqkv, 2, 1);
     tensor dv = s->mixes ? with_data(b->v, g->dv) : tensor_select(g->dqkv, 2, 2);
-    k->attention_backward(m->dev, &s->attention, b->q, b->k, b->v, b->o_pseudo, d_o, b->attention_saved, dq,
-                          dk, dv);
+    k->attention_backward(m->dev, &s->attention, b->q, b->k, b->v, m->segments, b->o_pseudo, d_o,
+                          b->attention_saved, dq, dk, dv);
     if (s->mixes)
         k->qkv_mix_backward(m->dev, &s->qkv_mix, dq, dk, dv, b->qkv, model_param(m, p->alpha_q),
-                            model_param(m, p->alpha_k), model_param(m, p->alpha_v), m->rope, g->dqkv,
-                            model_gradient(m, p->alpha_q), model_gradient(m, p->alpha_k),
+                            model_param(m, p->alpha_k), model_param(m, p->alpha_v), m->rope, m->positions,
+                            g->dqkv, model_gradient(m, p->alpha_q), model_gradient(m, p->alpha_k),
                             model_gradient(m, p->alpha_v), accumulate);
     linear_backward(m, g->dqkv, b->y_attn, C, p->qkv, p->qkv_bias, 3 * width, g->dy, false, accumulate);
     norm_backward(m, b->x_attn, p->attn_norm, p->attn_norm_bias, b->attn_norm_saved, accumulate);
@@ -74,7 +74,7 @@ static void head_backward(struct model *m, double scale, bool accumulate) {
     const struct kernels *k = m->k;
     struct classifier_spec spec = {m->norm_spec.rows, m->config.hidden_size, m->config.vocab_size};
     k->classifier(m->dev, &spec, m->h, model_param(m, m->params.lm_head), m->targets, scale, m->state,
-                  m->grad.dy, model_gradient(m, m->params.lm_head), accumulate);
+                  tensor_none(), m->grad.dy, model_gradient(m, m->params.lm_head), accumulate);
     tensor dx = m->grad.dx;
     k->zero(m->dev, dx.data, (size_t)tensor_count(dx) * dtype_bytes(dx.dtype));
     norm_backward(m, m->x_final, m->params.final_norm, m->params.final_norm_bias, m->final_norm_saved,
@@ -96,8 +96,8 @@ static void embed_backward(struct model *m, bool accumulate) {
         if (m->params.lm_head != m->params.embed)
             clear_gradient(m, m->params.embed);
     }
-    m->k->embed_backward(m->dev, &spec, m->tokens, m->grad.dx, model_gradient(m, m->params.embed),
-                         model_gradient(m, m->params.pos_embed));
+    m->k->embed_backward(m->dev, &spec, m->tokens, m->positions, m->grad.dx,
+                         model_gradient(m, m->params.embed), model_gradient(m, m->params.pos_embed));
 }
 
 void model_backward(struct model *m, double scale, bool accumulate, gradients_ready *ready, void *context) {
@@ -119,9 +119,9 @@ void model_backward(struct model *m, double scale, bool accumulate, gradients_re
         ready(context, 0);
 }
 
-void model_forward_backward(struct model *m, const int32_t *tokens, const int32_t *targets, double scale,
-                            bool accumulate, gradients_ready *ready, void *context) {
-    model_upload(m, tokens, targets);
+void model_forward_backward(struct model *m, struct batch batch, double scale, bool accumulate,
+                            gradients_ready *ready, void *context) {
+    model_upload(m, batch);
     model_forward(m);
     model_backward(m, scale, accumulate, ready, context);
 }

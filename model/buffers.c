@@ -116,7 +116,8 @@ static struct layer_specs specs_for_layer(const struct model *m, int layer) {
         .iha = iha,
         .mixes = iha || rope,
         .qkv_mix = {B, T, H, d, P, iha, rope, c->iha_rope == IHA_ROPE_VIRTUAL},
-        .attention = {B, T * P, H, d, P, c->causal, c->iha_mask == MASK_TOKEN, window, 1 / sqrt((double)d)},
+        .attention = {B, T * P, H, d, P, c->causal, c->iha_mask == MASK_TOKEN, window, 1 / sqrt((double)d),
+                      m->shape.segments},
         .collapse = {B, T, H, d, P, c->iha_collapse == COLLAPSE_PER_HEAD},
     };
 }
@@ -244,6 +245,12 @@ static void assign_all(struct model *m, struct layout *l) {
     tensor hidden = tensor_of(NULL, t, B * T, c->hidden_size, 0, 0, 0);
     m->tokens = allocate_tensor(l, tensor_of(NULL, DTYPE_I32, B, T, 0, 0, 0));
     m->targets = allocate_tensor(l, tensor_of(NULL, DTYPE_I32, B * T, 0, 0, 0, 0));
+    m->correct = allocate_tensor(l, tensor_of(NULL, DTYPE_I32, B * T, 0, 0, 0, 0));
+    m->segments = m->positions = tensor_none();
+    if (m->shape.segments)
+        m->segments = allocate_tensor(l, tensor_of(NULL, DTYPE_I32, 2, B, T, 0, 0));
+    if (m->shape.segments && m->shape.restart_positions)
+        m->positions = allocate_tensor(l, tensor_of(NULL, DTYPE_I32, B, T, 0, 0, 0));
     /* In the master type: angles rounded to bf16 would rotate every pair by a wrong amount. */
     m->rope = c->position_embedding == POSITION_ROPE
                   ? allocate_tensor(l, tensor_of(NULL, m->dtypes.master, T * P, 2, d / 2, 0, 0))

@@ -26,7 +26,7 @@ static void linear(struct model *m, tensor x, int64_t in, int weight, int bias, 
 static void embed(struct model *m, tensor x) {
     struct embed_spec spec = {m->shape.batch, m->shape.tokens, m->config.vocab_size, m->config.hidden_size};
     m->k->embed(m->dev, &spec, m->tokens, model_param(m, m->params.embed),
-                model_param(m, m->params.pos_embed), 0, x);
+                model_param(m, m->params.pos_embed), m->positions, 0, x);
 }
 
 /* ---- attention ---- */
@@ -44,7 +44,8 @@ static void mix_heads(struct model *m, int layer) {
     struct layer_buffers *b = &m->layers[layer];
     if (m->specs[layer].mixes)
         m->k->qkv_mix(m->dev, &m->specs[layer].qkv_mix, b->qkv, model_param(m, p->alpha_q),
-                      model_param(m, p->alpha_k), model_param(m, p->alpha_v), m->rope, 0, b->q, b->k, b->v);
+                      model_param(m, p->alpha_k), model_param(m, p->alpha_v), m->rope, m->positions, 0, b->q,
+                      b->k, b->v);
 }
 
 /* o from the pseudo-heads' outputs (paper: step 6). */
@@ -62,7 +63,8 @@ static void attention_half(struct model *m, int layer) {
     int64_t C = m->config.hidden_size, width = m->config.num_attention_heads * m->config.head_dim;
     linear(m, b->y_attn, C, p->qkv, p->qkv_bias, 3 * width, b->qkv);
     mix_heads(m, layer);
-    m->k->attention(m->dev, &m->specs[layer].attention, b->q, b->k, b->v, b->o_pseudo, b->attention_saved);
+    m->k->attention(m->dev, &m->specs[layer].attention, b->q, b->k, b->v, m->segments, b->o_pseudo,
+                    b->attention_saved);
     collapse(m, layer);
     linear(m, b->o, width, p->out, p->out_bias, C, m->delta);
 }
@@ -102,9 +104,27 @@ static void mlp_half(struct model *m, int layer) {
 
 /* ---- passes ---- */
 
-void model_upload(struct model *m, const int32_t *tokens, const int32_t *targets) {
-    m->k->upload(m->dev, m->tokens, tokens, DTYPE_I32);
-    m->k->upload(m->dev, m->targets, targets, DTYPE_I32);
+/* Ends and positions from the first token of each segment, [B,T] each. */
+static void upload_segments(struct model *m, const int32_t *first) {
+    int64_t T = m->shape.tokens, N = m->shape.batch * T;
+    int32_t *begins = m->host_segments, *ends = begins + N, *positions = ends + N;
+    for (int64_t n = N - 1; n >= 0; n--) {
+        int32_t t = (int32_t)(n % T);
+        bool last = t == T - 1 || first[n + 1] != first[n];
+        begins[n] = first[n];
+        ends[n] = last ? t + 1 : ends[n + 1];
+        positions[n] = t - first[n];
+    }
+    m->k->upload(m->dev, m->segments, begins, DTYPE_I32);
+    if (m->positions.data)
+        m->k->upload(m->dev, m->positions, positions, DTYPE_I32);
+}
+
+void model_upload(struct model *m, struct batch batch) {
+    m->k->upload(m->dev, m->tokens, batch.tokens, DTYPE_I32);
+    m->k->upload(m->dev, m->targets, batch.targets, DTYPE_I32);
+    if (m->segments.data)
+        upload_segments(m, batch.segments);
 }
 
 void model_forward(struct model *m) {
@@ -129,12 +149,14 @@ void model_forward(struct model *m) {
                      model_param(m, m->params.final_norm_bias), m->x_final, m->h, m->final_norm_saved);
 }
 
-void model_evaluate(struct model *m, const int32_t *tokens, const int32_t *targets, double scale) {
-    model_upload(m, tokens, targets);
+void model_evaluate(struct model *m, struct batch batch, double scale, int32_t *correct) {
+    model_upload(m, batch);
     model_forward(m);
     struct classifier_spec spec = {m->norm_spec.rows, m->config.hidden_size, m->config.vocab_size};
     m->k->classifier(m->dev, &spec, m->h, model_param(m, m->params.lm_head), m->targets, scale, m->state,
-                     tensor_none(), tensor_none(), false);
+                     correct ? m->correct : tensor_none(), tensor_none(), tensor_none(), false);
+    if (correct)
+        m->k->download(m->dev, m->correct, correct, DTYPE_I32);
 }
 
 /* ---- recompute ---- */

@@ -62,6 +62,10 @@ static int create_host_side(struct model *m, const struct model_config *config, 
     m->specs = calloc((size_t)config->num_hidden_layers, sizeof *m->specs);
     m->reduce_events = calloc((size_t)m->partition.bucket_count, sizeof *m->reduce_events);
     m->gather_events = calloc((size_t)m->partition.bucket_count, sizeof *m->gather_events);
+    if (m->shape.segments)
+        m->host_segments = calloc((size_t)(3 * m->shape.batch * m->shape.tokens), sizeof *m->host_segments);
+    if (m->shape.segments && !m->host_segments)
+        return fail_run(e, "out of memory for the segments of a batch");
     if (!m->layers || !m->specs || !m->reduce_events || !m->gather_events)
         return fail_run(e, "out of memory for the descriptions of %lld layers",
                         (long long)config->num_hidden_layers);
@@ -206,5 +210,6 @@ void model_free(struct model *m) {
     free(m->groups);
     free(m->layers);
     free(m->specs);
+    free(m->host_segments);
     *m = (struct model){0};
 }

@@ -18,7 +18,18 @@ struct pass_shape {
     int64_t batch;  /* B: sequences */
     int64_t tokens; /* T */
     enum recompute recompute;
-    bool training; /* false: no gradients, no optimizer state, one layer's activations */
+    bool training;          /* false: no gradients, no optimizer state, one layer's activations */
+    bool segments;          /* batches bring segments, which attention does not cross */
+    bool restart_positions; /* positions begin at 0 in each segment */
+};
+
+/* The input of one pass, in host memory. */
+struct batch {
+    const int32_t *tokens;  /* [B,T] */
+    const int32_t *targets; /* [B,T] the id to predict at each position; < 0: does not count */
+    const int32_t
+        *segments; /* [B,T] index in its sequence of the first token of each token's segment; read where
+                              * the pass has segments */
 };
 
 /* Bytes by family: what model_create allocates and `info` prints. */
@@ -90,6 +101,10 @@ struct model {
     struct norm_spec norm_spec;
     struct act_spec act_spec;
     tensor tokens, targets; /* i32 [B,T] */
+    tensor segments;        /* i32 [2,B,T] each token's segment: its first token, and one past its last */
+    tensor positions;       /* i32 [B,T]; absent: a token's index in its sequence */
+    tensor correct;         /* i32 [B*T] of an evaluation: 1 where the target has the largest logit */
+    int32_t *host_segments; /* [3,B,T] segments and positions, to be uploaded */
     tensor rope;            /* [positions, 2, d/2] */
     tensor delta;           /* [N,C] what the attention or MLP half adds to the residual stream */
     tensor x_final, h;      /* [N,C] the last residual stream, and its norm */
@@ -132,14 +147,14 @@ tensor model_gradient(const struct model *m, int index);
 /* Called when backward has finished the gradients of a unit (params.h), from last to first. */
 typedef void gradients_ready(void *context, int unit);
 
-/* One pass over B*T tokens: forward, loss, backward. tokens, targets: host, [B,T]; a target < 0 does not
- * count. state.loss += scale * sum of nats; gradients are of that loss, and with `accumulate` are added to
+/* One pass over B*T tokens: forward, loss, backward. state.loss += scale * sum of nats; gradients are of that loss, and with `accumulate` are added to
  * those before. `ready` may be NULL. */
-void model_forward_backward(struct model *m, const int32_t *tokens, const int32_t *targets, double scale,
-                            bool accumulate, gradients_ready *ready, void *context);
+void model_forward_backward(struct model *m, struct batch batch, double scale, bool accumulate,
+                            gradients_ready *ready, void *context);
 
-/* Forward and loss only: state.loss += scale * sum of nats. */
-void model_evaluate(struct model *m, const int32_t *tokens, const int32_t *targets, double scale);
+/* Forward and loss only: state.loss += scale * sum of nats, state.targets += the targets that count.
+ * correct: host, [B,T], 1 where the target has the largest logit, otherwise 0; NULL: not wanted. */
+void model_evaluate(struct model *m, struct batch batch, double scale, int32_t *correct);
 
 /* Wait until the parameters of the last update are gathered. Whatever reads parameters, except a pass, calls
  * this first, on every rank. */
@@ -149,7 +164,7 @@ void model_await_params(struct model *m);
  * pending. model_await_unit: wait until the parameters of one unit are gathered. model_forward ends with
  * m->h, the norm of the final residual stream. layer_recompute: compute again what m->shape.recompute did not
  * keep for the layer's backward, by the same operations on the same inputs, so with the same bits. */
-void model_upload(struct model *m, const int32_t *tokens, const int32_t *targets);
+void model_upload(struct model *m, struct batch batch);
 void model_await(struct model *m, comm_event *event);
 void model_await_unit(struct model *m, int unit);
 void model_forward(struct model *m);
@@ -159,13 +174,13 @@ void layer_recompute(struct model *m, int layer);
 /* One of a step's passes, on every rank: model_forward_backward, with finished gradients reduced over ranks
  * while backward continues. scale: 1 / tokens of the whole step, the same in every call, since the device may
  * keep the pass as a graph. */
-void model_train_pass(struct model *m, const int32_t *tokens, const int32_t *targets, double scale, int pass,
-                      int passes);
+void model_train_pass(struct model *m, struct batch batch, double scale, int pass, int passes);
 
 struct update_hyper {
     double beta1, beta2, eps;
     double grad_clip;   /* 0: off */
     double skip_zscore; /* 0: off */
+    double tokens;      /* of the whole step, all passes and ranks: 1 / the scale of its passes */
 };
 
 /* After all passes of a step (lr was given to step_begin): gradient norm, clipping, skipping, AdamW on what

@@ -106,12 +106,11 @@ static void queue(struct pass *pass, void (*operations)(struct pass *), int grap
     } while (!k->graph_end(dev, graph));
 }
 
-void model_train_pass(struct model *m, const int32_t *tokens, const int32_t *targets, double scale, int pass,
-                      int passes) {
+void model_train_pass(struct model *m, struct batch batch, double scale, int pass, int passes) {
     const struct partition *p = &m->partition;
     bool reduce = p->ranks > 1 && (p->zero_stage == 2 || pass + 1 == passes);
     struct pass context = {.m = m, .scale = scale, .first = pass == 0, .reduce = reduce};
-    model_upload(m, tokens, targets);
+    model_upload(m, batch);
     queue(&context, forward, GRAPH_FORWARD, !m->gather_pending);
     queue(&context, backward, GRAPH_BACKWARD + (pass > 0) + 2 * reduce, !reduce || m->comm->ops->queued);
 }
@@ -126,8 +125,8 @@ static void reduce_norm_and_loss(struct model *m, const struct update_hyper *h) 
         m->k->sumsq(m->dev, gradient_shard(m, b), m->state);
     if (p->ranks == 1)
         m->k->sumsq(m->dev, gradients(m, 0, m->params.elements), m->state);
-    m->comm->ops->all_reduce(m->comm, &m->state->loss, 2); /* and sumsq, the next field */
-    m->k->step_decide(m->dev, m->state, h->grad_clip, h->skip_zscore);
+    m->comm->ops->all_reduce(m->comm, &m->state->loss, 3); /* and targets and sumsq, the next fields */
+    m->k->step_decide(m->dev, m->state, h->tokens, h->grad_clip, h->skip_zscore);
 }
 
 /* AdamW on one shard, whose reduced gradients are g. */

@@ -238,8 +238,9 @@ static void check_attention(const char *op, const struct attention_spec *s, tens
     check_real(op, "o", o, B, S, H, d, 0);
 }
 
-void cpu_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v, tensor o,
-                   void *saved) {
+void cpu_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
+                   tensor segments, tensor o, void *saved) {
+    (void)segments;
     call_progress_callback(dev);
     check_attention("attention", s, q, k, v, o);
     char *base = cpu_workspace(dev, attention_plan(dev, s).workspace, "attention");
@@ -339,7 +340,9 @@ static void backward_head(const struct attention_spec *s, const struct scratch *
 }
 
 void cpu_attention_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                            tensor o, tensor d_o, const void *saved, tensor dq, tensor dk, tensor dv) {
+                            tensor segments, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
+                            tensor dv) {
+    (void)segments;
     call_progress_callback(dev);
     check_attention("attention_backward", s, q, k, v, o);
     check_attention("attention_backward (gradients)", s, dq, dk, dv, d_o);

@@ -68,7 +68,9 @@ static double row_loss(real *x, int64_t vocab, int32_t target, double scale, boo
 }
 
 void cpu_classifier(struct device *dev, const struct classifier_spec *s, tensor h, tensor w, tensor targets,
-                    double scale, struct step_state *state, tensor dh, tensor dw, bool accumulate) {
+                    double scale, struct step_state *state, tensor correct, tensor dh, tensor dw,
+                    bool accumulate) {
+    (void)correct;
     int64_t V = s->vocab, C = s->hidden, chunk = chunk_rows(s);
     check_real("classifier", "h", h, s->rows, C, 0, 0, 0);
     check_real("classifier", "W", w, V, C, 0, 0, 0);
@@ -91,6 +93,8 @@ void cpu_classifier(struct device *dev, const struct classifier_spec *s, tensor 
         /* In the order of rows: the loss does not depend on the number of threads. */
         for (int64_t n = 0; n < rows; n++)
             state->loss += scale * losses[n];
+        for (int64_t n = 0; n < rows; n++)
+            state->targets += target[begin + n] >= 0;
         if (!want_gradient)
             continue;
         gemm(false, false, rows, C, V, logits, V, w.data, C, 0, (real *)dh.data + begin * dh.stride[0],

@@ -2,21 +2,22 @@
 #include "kernels/cpu/cpu.h"
 
 void cpu_embed(struct device *dev, const struct embed_spec *s, tensor tokens, tensor w, tensor pos,
-               int64_t first, tensor x) {
+               tensor positions, int64_t first, tensor x) {
+    (void)positions;
     (void)dev;
     int64_t C = s->hidden;
     check_i32("embed", "tokens", tokens, s->batch, s->tokens);
     check_real("embed", "W", w, s->vocab, C, 0, 0, 0);
     check_real("embed", "x", x, s->batch * s->tokens, C, 0, 0, 0);
     const int32_t *ids = tokens.data;
-    const real *table = w.data, *positions = pos.data;
+    const real *table = w.data, *pos_table = pos.data;
     real *out = x.data;
 #pragma omp parallel for
     for (int64_t n = 0; n < s->batch * s->tokens; n++) {
         memcpy(out + n * C, table + ids[n] * C, (size_t)C * sizeof(real));
-        if (!positions)
+        if (!pos_table)
             continue;
-        const real *p = positions + (first + n % s->tokens) * C;
+        const real *p = pos_table + (first + n % s->tokens) * C;
 #pragma omp simd
         for (int64_t c = 0; c < C; c++)
             out[n * C + c] += p[c];
@@ -26,8 +27,9 @@ void cpu_embed(struct device *dev, const struct embed_spec *s, tensor tokens, te
 /* Tokens repeat, so threads that divide the tokens would add to the same rows of dW. Instead each takes a
  * strip of columns for all tokens, in order: the same bits for any number of threads. A strip is two cache
  * lines of floats. */
-void cpu_embed_backward(struct device *dev, const struct embed_spec *s, tensor tokens, tensor dx, tensor dw,
-                        tensor dpos) {
+void cpu_embed_backward(struct device *dev, const struct embed_spec *s, tensor tokens, tensor positions,
+                        tensor dx, tensor dw, tensor dpos) {
+    (void)positions;
     (void)dev;
     enum { STRIP = 32 };
     int64_t C = s->hidden;
@@ -36,7 +38,7 @@ void cpu_embed_backward(struct device *dev, const struct embed_spec *s, tensor t
     check_real("embed_backward", "dW", dw, s->vocab, C, 0, 0, 0);
     const int32_t *ids = tokens.data;
     const real *grad = dx.data;
-    real *table = dw.data, *positions = dpos.data;
+    real *table = dw.data, *pos_table = dpos.data;
 #pragma omp parallel for
     for (int64_t begin = 0; begin < C; begin += STRIP) {
         int64_t end = min64(begin + STRIP, C);
@@ -45,9 +47,9 @@ void cpu_embed_backward(struct device *dev, const struct embed_spec *s, tensor t
 #pragma omp simd
             for (int64_t c = begin; c < end; c++)
                 row[c] += grad[n * C + c];
-            if (!positions)
+            if (!pos_table)
                 continue;
-            real *p = positions + (n % s->tokens) * C;
+            real *p = pos_table + (n % s->tokens) * C;
 #pragma omp simd
             for (int64_t c = begin; c < end; c++)
                 p[c] += grad[n * C + c];

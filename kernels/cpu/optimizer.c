@@ -6,6 +6,7 @@ void cpu_step_begin(struct device *dev, struct step_state *state, int64_t step, 
     state->step = step;
     state->lr = lr;
     state->loss = 0;
+    state->targets = 0;
     state->sumsq = 0;
     state->skip = 0;
 }
@@ -33,9 +34,10 @@ void cpu_sumsq(struct device *dev, tensor g, struct step_state *state) {
         state->sumsq += part[p];
 }
 
-void cpu_step_decide(struct device *dev, struct step_state *state, double grad_clip, double skip_zscore) {
+void cpu_step_decide(struct device *dev, struct step_state *state, double tokens, double grad_clip,
+                     double skip_zscore) {
     (void)dev;
-    step_decision(state, grad_clip, skip_zscore);
+    step_decision(state, tokens, grad_clip, skip_zscore);
 }
 
 void cpu_step_read(struct device *dev, const struct step_state *state, struct step_state *host) {
@@ -65,7 +67,8 @@ void cpu_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct
     if (state->skip)
         return;
     double t = (double)state->history.updates;
-    real b1 = (real)hyper->beta1, b2 = (real)hyper->beta2, eps = (real)hyper->eps, clip = (real)state->clip;
+    real b1 = (real)hyper->beta1, b2 = (real)hyper->beta2, eps = (real)hyper->eps,
+         factor = (real)state->factor;
     real one_b1 = (real)(1 - hyper->beta1), one_b2 = (real)(1 - hyper->beta2);
     real correction1 = (real)(1 / (1 - pow(hyper->beta1, t))),
          correction2 = (real)(1 / (1 - pow(hyper->beta2, t)));
@@ -75,7 +78,7 @@ void cpu_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct
         real lr = (real)(state->lr * (double)groups[i].lr_scale), decay = lr * (real)groups[i].weight_decay;
 #pragma omp parallel for simd schedule(static)
         for (int64_t j = groups[i].begin; j < groups[i].end; j++) {
-            real gj = clip * grad[j];
+            real gj = factor * grad[j];
             real mj = b1 * moment1[j] + one_b1 * gj;
             real vj = b2 * moment2[j] + one_b2 * gj * gj;
             moment1[j] = mj;

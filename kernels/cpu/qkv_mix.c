@@ -62,8 +62,10 @@ static void check_mix(const char *op, const struct qkv_mix_spec *s, tensor qkv, 
 }
 
 void cpu_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q, tensor alpha_k,
-                 tensor alpha_v, tensor table, int64_t first, tensor q, tensor k, tensor v) {
+                 tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q, tensor k,
+                 tensor v) {
     (void)dev;
+    (void)positions;
     check_mix("qkv_mix", s, qkv, q, k, v);
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s);
     const real *alpha[3] = {alpha_q.data, alpha_k.data, alpha_v.data};
@@ -104,7 +106,9 @@ static void mix_backward_block(const struct qkv_mix_spec *s, int64_t n, int64_t 
 
 void cpu_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk, tensor dv,
                           tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
-                          tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v, bool accumulate) {
+                          tensor positions, tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
+                          bool accumulate) {
+    (void)positions;
     check_mix("qkv_mix_backward", s, qkv, dq, dk, dv);
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s), matrix = I * H, N = s->batch * s->tokens;
     int64_t stride = thread_reals(s);

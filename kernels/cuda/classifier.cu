@@ -112,15 +112,21 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* state->loss += scale * sum of losses [rows]. One block. */
+/* state->loss += scale * sum of losses [rows]; state->targets += targets that count. One block. */
 static __global__ void __launch_bounds__(SUM_THREADS)
-    add_losses(const double *losses, int64_t rows, double scale, struct step_state *state) {
-    double sum = 0;
+    add_losses(const double *losses, const int32_t *targets, int64_t rows, double scale,
+               struct step_state *state) {
+    double sum = 0, count = 0;
     for (int64_t n = threadIdx.x; n < rows; n += SUM_THREADS)
         sum += losses[n];
+    for (int64_t n = threadIdx.x; n < rows; n += SUM_THREADS)
+        count += targets[n] >= 0;
     sum = block_sum<SUM_THREADS>(sum);
-    if (threadIdx.x == 0)
+    count = block_sum<SUM_THREADS>(count);
+    if (threadIdx.x == 0) {
         state->loss += scale * sum;
+        state->targets += count;
+    }
 }
 
 /* ---- the operation ---- */
@@ -193,7 +199,9 @@ static void launch_row_loss(struct device *dev, const struct classifier_spec *s,
 }
 
 void cuda_classifier(struct device *dev, const struct classifier_spec *s, tensor h, tensor w, tensor targets,
-                     double scale, struct step_state *state, tensor dh, tensor dw, bool accumulate) {
+                     double scale, struct step_state *state, tensor correct, tensor dh, tensor dw,
+                     bool accumulate) {
+    (void)correct;
     enum dtype t = cuda_compute(dev);
     check_shape("classifier", "h", h, t, s->rows, s->hidden);
     check_shape("classifier", "W", w, t, s->vocab, s->hidden);
@@ -221,5 +229,5 @@ void cuda_classifier(struct device *dev, const struct classifier_spec *s, tensor
         run_matmul(dev, dw_shape(s, t, rows, l.stride, h.stride[0]), logits, x, NULL, accumulate || begin > 0,
                    dw.data);
     }
-    launch<add_losses>(dev, 1, SUM_THREADS, 0, losses, s->rows, scale, state);
+    launch<add_losses>(dev, 1, SUM_THREADS, 0, losses, (const int32_t *)targets.data, s->rows, scale, state);
 }

@@ -261,7 +261,8 @@ static void check_table(const char *op, const char *what, tensor t, enum dtype d
 }
 
 void cuda_embed(struct device *dev, const struct embed_spec *s, tensor tokens, tensor w, tensor pos,
-                int64_t first, tensor x) {
+                tensor positions, int64_t first, tensor x) {
+    (void)positions;
     int64_t N = s->batch * s->tokens, C = s->hidden;
     check(dev, s, "embed", tokens, "x", x);
     check_table("embed", "W", w, x.dtype, s->vocab, C);
@@ -288,8 +289,9 @@ static void sort_rows(struct device *dev, const struct embed_spec *s, const int3
     launch<rank_rows>(dev, blocks, THREADS, 0, ids, N, space.begin, space.scattered, space.sorted);
 }
 
-void cuda_embed_backward(struct device *dev, const struct embed_spec *s, tensor tokens, tensor dx, tensor dw,
-                         tensor dpos) {
+void cuda_embed_backward(struct device *dev, const struct embed_spec *s, tensor tokens, tensor positions,
+                         tensor dx, tensor dw, tensor dpos) {
+    (void)positions;
     int64_t N = s->batch * s->tokens, C = s->hidden;
     check(dev, s, "embed_backward", tokens, "dx", dx);
     check_table("embed_backward", "dW", dw, DTYPE_F32, s->vocab, C);

@@ -1,5 +1,5 @@
 /* The optimizer: the step state on the device, the gradient's sum of squares, and AdamW over flat ranges.
- * Kernels read the learning rate, the clip factor and the decision to skip a step from the step state, so the
+ * Kernels read the learning rate, the factor on gradients and the decision to skip a step from the step state, so the
  * host does not have to wait for them. */
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/rounding.h"
@@ -10,12 +10,14 @@ static __global__ void begin_step(struct step_state *state, int64_t step, double
     state->step = step;
     state->lr = lr;
     state->loss = 0;
+    state->targets = 0;
     state->sumsq = 0;
     state->skip = 0;
 }
 
-static __global__ void decide_step(struct step_state *state, double grad_clip, double skip_zscore) {
-    step_decision(state, grad_clip, skip_zscore);
+static __global__ void decide_step(struct step_state *state, double tokens, double grad_clip,
+                                   double skip_zscore) {
+    step_decision(state, tokens, grad_clip, skip_zscore);
 }
 
 static __global__ void write_step(struct step_state *state, struct step_state value) {
@@ -26,8 +28,9 @@ void cuda_step_begin(struct device *dev, struct step_state *state, int64_t step,
     launch<begin_step>(dev, 1, 1, 0, state, step, lr);
 }
 
-void cuda_step_decide(struct device *dev, struct step_state *state, double grad_clip, double skip_zscore) {
-    launch<decide_step>(dev, 1, 1, 0, state, grad_clip, skip_zscore);
+void cuda_step_decide(struct device *dev, struct step_state *state, double tokens, double grad_clip,
+                      double skip_zscore) {
+    launch<decide_step>(dev, 1, 1, 0, state, tokens, grad_clip, skip_zscore);
 }
 
 void cuda_step_read(struct device *dev, const struct step_state *state, struct step_state *host) {
@@ -132,7 +135,7 @@ struct group_table {
 
 /* What all elements of a step share, from prepare_adamw(); bias_correction is 1 / (1 - beta^t). */
 struct adam_factors {
-    float beta1, beta2, one_minus_beta1, one_minus_beta2, bias_correction1, bias_correction2, eps, clip, lr;
+    float beta1, beta2, one_minus_beta1, one_minus_beta2, bias_correction1, bias_correction2, eps, factor, lr;
     int skip;
     uint32_t updates;
 };
@@ -148,7 +151,7 @@ static __global__ void prepare_adamw(struct adamw_hyper hyper, const struct step
     f->bias_correction1 = (float)(1 / (1 - pow(hyper.beta1, t)));
     f->bias_correction2 = (float)(1 / (1 - pow(hyper.beta2, t)));
     f->eps = (float)hyper.eps;
-    f->clip = (float)state->clip;
+    f->factor = (float)state->factor;
     f->lr = (float)state->lr;
     f->skip = state->skip;
     f->updates = (uint32_t)state->history.updates;
@@ -157,7 +160,7 @@ static __global__ void prepare_adamw(struct adamw_hyper hyper, const struct step
 /* One element, in place. */
 static __device__ __forceinline__ void update(const struct adam_factors &f, float lr, float decay, float g,
                                               float *param, float *m, float *v) {
-    g *= f.clip;
+    g *= f.factor;
     *m = f.beta1 * *m + f.one_minus_beta1 * g;
     *v = f.beta2 * *v + f.one_minus_beta2 * g * g;
     *param -= lr * (*m * f.bias_correction1) / (sqrtf(*v * f.bias_correction2) + f.eps) + decay * *param;

@@ -144,7 +144,9 @@ struct rope_rows check_qkv_mix(const struct device *dev, const char *op, const s
 }
 
 void cuda_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q,
-                  tensor alpha_k, tensor alpha_v, tensor table, int64_t first, tensor q, tensor k, tensor v) {
+                  tensor alpha_k, tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q,
+                  tensor k, tensor v) {
+    (void)positions;
     struct rope_rows rope =
         check_qkv_mix(dev, "qkv_mix", s, qkv, q, k, v, alpha_q, alpha_k, alpha_v, table, first);
     if (!s->mixed) {

@@ -224,7 +224,9 @@ size_t qkv_mix_backward_workspace(const struct device *dev, const struct qkv_mix
 
 void cuda_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk, tensor dv,
                            tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
-                           tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v, bool accumulate) {
+                           tensor positions, tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
+                           bool accumulate) {
+    (void)positions;
     const char *op = "qkv_mix_backward";
     struct rope_rows rope = check_qkv_mix(dev, op, s, dqkv, dq, dk, dv, alpha_q, alpha_k, alpha_v, table, 0);
     if (!s->mixed) {

@@ -51,15 +51,15 @@ static void count_mixing(struct device *dev, double flops, double bytes) {
 /* ---- embedding, norm, activation ---- */
 
 void estimate_embed(struct device *dev, const struct embed_spec *s, tensor tokens, tensor w, tensor pos,
-                    int64_t first, tensor x) {
+                    tensor positions, int64_t first, tensor x) {
     double values = (double)(s->batch * s->tokens * s->hidden), E = element_bytes(dev);
     count_pass(dev, ESTIMATE_ELEMENTWISE,
                2 * values * E + (pos.data ? (double)(s->tokens * s->hidden) * E : 0));
 }
 
 /* Rows of dw are read, added to and written. */
-void estimate_embed_backward(struct device *dev, const struct embed_spec *s, tensor tokens, tensor dx,
-                             tensor dw, tensor dpos) {
+void estimate_embed_backward(struct device *dev, const struct embed_spec *s, tensor tokens, tensor positions,
+                             tensor dx, tensor dw, tensor dpos) {
     double values = (double)(s->batch * s->tokens * s->hidden), E = element_bytes(dev);
     count_pass(dev, ESTIMATE_ELEMENTWISE, values * (E + 8));
     if (dpos.data)
@@ -131,8 +131,8 @@ static int64_t chunk_rows(const struct device *dev, const struct classifier_spec
 }
 
 void estimate_classifier(struct device *dev, const struct classifier_spec *s, tensor h, tensor w,
-                         tensor targets, double scale, struct step_state *state, tensor dh, tensor dw,
-                         bool accumulate) {
+                         tensor targets, double scale, struct step_state *state, tensor correct, tensor dh,
+                         tensor dw, bool accumulate) {
     double C = (double)s->hidden, V = (double)s->vocab, E = element_bytes(dev);
     int64_t chunk = chunk_rows(dev, s);
     for (int64_t begin = 0; begin < s->rows; begin += chunk) {
@@ -203,7 +203,7 @@ static double attention_values(const struct attention_spec *s) {
 }
 
 void estimate_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                        tensor o, void *saved) {
+                        tensor segments, tensor o, void *saved) {
     double flops = 2 * pair_flops(dev, s);
     count_kernel(dev, ESTIMATE_ATTENTION, flops, flops, rate_for(dev, s).forward,
                  4 * attention_values(s) * element_bytes(dev), dev->options.gpu->copy);
@@ -211,8 +211,8 @@ void estimate_attention(struct device *dev, const struct attention_spec *s, tens
 
 /* Five products: the scores again, and the gradients of v, of the weights, of q and of k. */
 void estimate_attention_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k,
-                                 tensor v, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
-                                 tensor dv) {
+                                 tensor v, tensor segments, tensor o, tensor d_o, const void *saved,
+                                 tensor dq, tensor dk, tensor dv) {
     double one = pair_flops(dev, s);
     count_kernel(dev, ESTIMATE_ATTENTION, 4 * one, 5 * one, rate_for(dev, s).backward,
                  8 * attention_values(s) * element_bytes(dev), dev->options.gpu->copy);
@@ -233,8 +233,8 @@ static double heads_bytes(const struct device *dev, int64_t tokens, int64_t head
 }
 
 void estimate_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q,
-                      tensor alpha_k, tensor alpha_v, tensor table, int64_t first, tensor q, tensor k,
-                      tensor v) {
+                      tensor alpha_k, tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q,
+                      tensor k, tensor v) {
     double one = heads_bytes(dev, s->batch * s->tokens, s->heads, s->head_dim);
     count_mixing(dev, mix_flops(s), one * 3 * (1 + (double)s->pseudo));
 }
@@ -242,8 +242,8 @@ void estimate_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor q
 /* dq, dk, dv; qkv again where alphas have gradients; dqkv. */
 void estimate_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk,
                                tensor dv, tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v,
-                               tensor table, tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
-                               bool accumulate) {
+                               tensor table, tensor positions, tensor dqkv, tensor dalpha_q, tensor dalpha_k,
+                               tensor dalpha_v, bool accumulate) {
     double one = heads_bytes(dev, s->batch * s->tokens, s->heads, s->head_dim);
     count_mixing(dev, 2 * mix_flops(s), one * 3 * ((s->mixed ? 2 : 1) + (double)s->pseudo));
 }
@@ -283,7 +283,7 @@ void estimate_step_begin(struct device *dev, struct step_state *state, int64_t s
     count_pass(dev, ESTIMATE_OPTIMIZER, 0);
 }
 
-void estimate_step_decide(struct device *dev, struct step_state *state, double grad_clip,
+void estimate_step_decide(struct device *dev, struct step_state *state, double tokens, double grad_clip,
                           double skip_zscore) {
     count_pass(dev, ESTIMATE_OPTIMIZER, 0);
 }

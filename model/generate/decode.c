@@ -223,7 +223,7 @@ static void attention(struct decoder *d, int layer, int64_t n) {
     tensor v = with_shape(d->v, 1, n * P, H, dim, 0), o_pseudo = with_shape(d->o_pseudo, 1, n * P, H, dim, 0);
     if (s.mixes)
         k->qkv_mix(m->dev, &s.qkv_mix, qkv, model_param(m, p->alpha_q), model_param(m, p->alpha_k),
-                   model_param(m, p->alpha_v), d->rope, d->position, q, key, v);
+                   model_param(m, p->alpha_v), d->rope, tensor_none(), d->position, q, key, v);
     else {
         q = tensor_select(qkv, 2, 0);
         key = tensor_select(qkv, 2, 1);
@@ -278,7 +278,7 @@ static void feed_chunk(struct decoder *d, const int32_t *tokens, int64_t n, floa
     tensor ids = with_shape(d->tokens, 1, n, 0, 0, 0), delta = tensor_none();
     m->k->upload(m->dev, ids, tokens, DTYPE_I32);
     m->k->embed(m->dev, &embed, ids, model_param(m, m->params.embed), model_param(m, m->params.pos_embed),
-                d->position, with_shape(d->x, n, C, 0, 0, 0));
+                tensor_none(), d->position, with_shape(d->x, n, C, 0, 0, 0));
     for (int layer = 0; layer < c->num_hidden_layers; layer++) {
         decode_layer(d, layer, n, delta);
         delta = d->delta;

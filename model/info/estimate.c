@@ -7,7 +7,8 @@ double estimate_usable_memory(const struct gpu_spec *gpu) {
 }
 
 static struct pass_shape shape_of(const struct config *c) {
-    return (struct pass_shape){c->train.micro_batch, c->train.seq_len, c->system.recompute, true};
+    return (struct pass_shape){
+        c->train.micro_batch, c->train.seq_len, c->system.recompute, true, false, false};
 }
 
 static enum dtype reduce_dtype_of(const struct config *c) {
@@ -16,11 +17,11 @@ static enum dtype reduce_dtype_of(const struct config *c) {
 
 /* A step as the trainer does it, without data. */
 static void run_step(struct model *m, const struct config *c, int64_t step, int64_t passes) {
-    struct update_hyper hyper = {c->train.beta1, c->train.beta2, c->train.eps, c->train.grad_clip,
-                                 c->train.skip_zscore};
+    struct update_hyper hyper = {c->train.beta1,     c->train.beta2,       c->train.eps,
+                                 c->train.grad_clip, c->train.skip_zscore, (double)c->train.batch_tokens};
     m->k->step_begin(m->dev, m->state, step, c->train.lr);
     for (int64_t pass = 0; pass < passes; pass++)
-        model_train_pass(m, NULL, NULL, 1.0 / (double)c->train.batch_tokens, (int)pass, (int)passes);
+        model_train_pass(m, (struct batch){0}, 1.0 / (double)c->train.batch_tokens, (int)pass, (int)passes);
     model_update(m, &hyper);
 }
 

@@ -250,7 +250,11 @@ static void bench_optimizer(struct bench *b, struct table *t) {
     job_float(&j, (int64_t)(sizeof(struct step_state) / sizeof(float)) + 1, 0, 0);
     b->k->step_begin(b->dev, j.t[5].data, 0, 1e-4);
     job_row(t, &j, run_sumsq, 4.0 * (double)n, "sumsq: 124M gradients");
-    b->k->step_decide(b->dev, j.t[5].data, 1, 0);
+    struct step_state state;
+    b->k->step_read(b->dev, j.t[5].data, &state);
+    state.targets = 1; /* a step without targets updates nothing */
+    b->k->step_write(b->dev, j.t[5].data, &state);
+    b->k->step_decide(b->dev, j.t[5].data, 1, 1, 0);
     job_row(t, &j, run_adamw, 30.0 * (double)n, "adamw: 124M parameters, 16 bytes read and 14 written each");
     job_close(&j);
 }

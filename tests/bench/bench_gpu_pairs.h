@@ -49,8 +49,10 @@ static inline void side_step(struct side *s) {
     int passes = (int)(c->batch_tokens / (c->micro_batch * c->seq_len));
     m->k->step_begin(m->dev, m->state, s->t.step++, c->lr);
     for (int pass = 0; pass < passes; pass++)
-        model_train_pass(m, s->t.tokens, s->t.targets, 1.0 / (double)c->batch_tokens, pass, passes);
-    model_update(m, &(struct update_hyper){c->beta1, c->beta2, c->eps, c->grad_clip, 0});
+        model_train_pass(m, (struct batch){s->t.tokens, s->t.targets, NULL}, 1.0 / (double)c->batch_tokens,
+                         pass, passes);
+    model_update(
+        m, &(struct update_hyper){c->beta1, c->beta2, c->eps, c->grad_clip, 0, (double)c->batch_tokens});
     m->k->step_post(m->dev, m->state);
     s->posted++;
     side_collect(s, m->k->run_ahead);

@@ -34,7 +34,8 @@ static inline void random_tokens(int32_t *tokens, int64_t n, int64_t vocab, uint
 }
 
 static inline struct pass_shape pass_shape_of(const struct config *c) {
-    return (struct pass_shape){c->train.micro_batch, c->train.seq_len, c->system.recompute, true};
+    return (struct pass_shape){
+        c->train.micro_batch, c->train.seq_len, c->system.recompute, true, false, false};
 }
 
 /* Build and initialise the model of t->config. */
@@ -73,8 +74,10 @@ static inline void training_step(void *context) {
     struct step_state state;
     m->k->step_begin(m->dev, m->state, t->step++, c->lr);
     for (int64_t pass = 0; pass < passes; pass++)
-        model_forward_backward(m, t->tokens, t->targets, 1.0 / (double)c->batch_tokens, pass > 0, NULL, NULL);
-    model_update(m, &(struct update_hyper){c->beta1, c->beta2, c->eps, c->grad_clip, 0});
+        model_forward_backward(m, (struct batch){t->tokens, t->targets, NULL}, 1.0 / (double)c->batch_tokens,
+                               pass > 0, NULL, NULL);
+    model_update(
+        m, &(struct update_hyper){c->beta1, c->beta2, c->eps, c->grad_clip, 0, (double)c->batch_tokens});
     m->k->step_read(m->dev, m->state, &state);
 }
 

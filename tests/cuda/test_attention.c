@@ -170,16 +170,16 @@ static void check_case(enum device_precision precision, struct attention_case c)
     struct operand o = rows_with(k, s, c.layout == GAPPED, 0, (double)NAN), o_view = narrowed(o, s->head_dim);
     struct operand d_o = rows_with(k, s, 0, 1, 0);
     EACH(k, b)
-    b->k->attention(b->dev, s, on(in.view[0], b), on(in.view[1], b), on(in.view[2], b), on(o_view, b),
-                    b->saved);
+    b->k->attention(b->dev, s, on(in.view[0], b), on(in.view[1], b), on(in.view[2], b), tensor_none(),
+                    on(o_view, b), b->saved);
     double score = largest_score(k, &c, &in);
     static const char *const forward[] = {"o"}, *const backward[] = {"dq", "dk", "dv"};
     expect_results(k, &c, forward, &o, &o_view, 1, score);
     round_plain(k, o);
     EACH(k, b)
     b->k->attention_backward(b->dev, s, on(in.view[0], b), on(in.view[1], b), on(in.view[2], b),
-                             on(o_view, b), on(d_o, b), b->saved, on(out.view[0], b), on(out.view[1], b),
-                             on(out.view[2], b));
+                             tensor_none(), on(o_view, b), on(d_o, b), b->saved, on(out.view[0], b),
+                             on(out.view[1], b), on(out.view[2], b));
     expect_results(k, &c, backward, out.whole, out.view, 3, score);
     done(k);
 }
@@ -217,12 +217,13 @@ static void every_head_dim(enum device_precision precision) {
     static const int64_t dims[] = {32, 40, 64, 65, 72, 128, 136, 200, 256};
     for (size_t i = 0; i < COUNT(dims); i++) {
         bool wide = dims[i] > 128;
-        check_case(precision, (struct attention_case){{1, wide ? 66 : 140, 2, dims[i], 2, true, true, 50, 0},
-                                                      (enum layout)(i % 3),
-                                                      2});
+        check_case(precision,
+                   (struct attention_case){{1, wide ? 66 : 140, 2, dims[i], 2, true, true, 50, 0, false},
+                                           (enum layout)(i % 3),
+                                           2});
     }
-    check_case(precision, (struct attention_case){{2, 200, 3, 64, 4, true, true, 0, 0}, PACKED, 2});
-    check_case(precision, (struct attention_case){{1, 130, 1, 128, 1, true, false, 0, 0}, PACKED, 2});
+    check_case(precision, (struct attention_case){{2, 200, 3, 64, 4, true, true, 0, 0, false}, PACKED, 2});
+    check_case(precision, (struct attention_case){{1, 130, 1, 128, 1, true, false, 0, 0, false}, PACKED, 2});
 }
 
 /* Scores of 1e4 and more leave one key with all of the weight, or two that can hardly be told apart. The bf16
@@ -232,9 +233,9 @@ static void large_scores(enum device_precision precision) {
     double magnitude = precision == DEVICE_BF16 ? 60 : 200;
     for (int64_t window = 0; window < 70; window += 33) {
         check_case(precision, (struct attention_case){
-                                  {1, 130, 2, 16, 1, true, false, window, 0}, PACKED, magnitude / 2});
-        check_case(precision,
-                   (struct attention_case){{1, 66, 2, 8, 3, true, true, window, 0}, SEPARATE, magnitude});
+                                  {1, 130, 2, 16, 1, true, false, window, 0, false}, PACKED, magnitude / 2});
+        check_case(precision, (struct attention_case){
+                                  {1, 66, 2, 8, 3, true, true, window, 0, false}, SEPARATE, magnitude});
     }
 }
 
@@ -294,11 +295,11 @@ static struct pass pass_of(enum device_precision precision, const struct attenti
 static void run_pass(struct pass *p, const struct attention_spec *s) {
     struct backend *b = &p->k->each[CUDA];
     int64_t start = cuda_attention_tiles;
-    b->k->attention(b->dev, s, on(p->q, b), on(p->key, b), on(p->v, b), on(p->o, b), b->saved);
+    b->k->attention(b->dev, s, on(p->q, b), on(p->key, b), on(p->v, b), tensor_none(), on(p->o, b), b->saved);
     free(values_on(b, p->o)); /* waits */
     p->forward_tiles = cuda_attention_tiles - start;
-    b->k->attention_backward(b->dev, s, on(p->q, b), on(p->key, b), on(p->v, b), on(p->o, b), on(p->d_o, b),
-                             b->saved, on(p->dq, b), on(p->dk, b), on(p->dv, b));
+    b->k->attention_backward(b->dev, s, on(p->q, b), on(p->key, b), on(p->v, b), tensor_none(), on(p->o, b),
+                             on(p->d_o, b), b->saved, on(p->dq, b), on(p->dk, b), on(p->dv, b));
     free(values_on(b, p->dq));
     p->backward_tiles = cuda_attention_tiles - start - p->forward_tiles;
 }
@@ -307,7 +308,7 @@ enum { NAN_LENGTH = 130, NAN_DIM = 8 };
 
 /* A NaN in one element of q or k: exactly the queries that use it say NaN; in backward the keys as well. */
 static void check_nan(enum device_precision precision, bool in_key, int64_t at) {
-    struct attention_spec s = {1, NAN_LENGTH, 1, NAN_DIM, 1, true, false, 40, 0.3};
+    struct attention_spec s = {1, NAN_LENGTH, 1, NAN_DIM, 1, true, false, 40, 0.3, false};
     double poisoned[NAN_LENGTH * NAN_DIM];
     for (int i = 0; i < NAN_LENGTH * NAN_DIM; i++)
         poisoned[i] = i == at * NAN_DIM + 5 ? (double)NAN : fixture_noise();
@@ -371,8 +372,8 @@ static void no_empty_tile_is_visited(void **state) {
         skip(); /* only the emulator counts */
     static const int64_t lengths[] = {1, 65, 129, 300}, windows[] = {0, 1, 2, 31, 33, 64, 65, 130, 500};
     attention_each_mask(ON_CUDA, lengths, COUNT(lengths), windows, COUNT(windows), check_tiles_of_mask);
-    check_tiles(DEVICE_BF16, (struct attention_spec){1, 200, 1, 128, 3, true, true, 40, 0.1});
-    check_tiles(DEVICE_FP32, (struct attention_spec){2, 200, 2, 128, 3, true, true, 40, 0.1});
+    check_tiles(DEVICE_BF16, (struct attention_spec){1, 200, 1, 128, 3, true, true, 40, 0.1, false});
+    check_tiles(DEVICE_FP32, (struct attention_spec){2, 200, 2, 128, 3, true, true, 40, 0.1, false});
 }
 
 /* ---- bits ---- */
@@ -380,7 +381,7 @@ static void no_empty_tile_is_visited(void **state) {
 /* The order in which threads and blocks run does not show. */
 static void two_runs_give_the_same_bits(void **state) {
     (void)state;
-    struct attention_spec s = {2, 130, 2, 64, 2, true, true, 70, 0.125};
+    struct attention_spec s = {2, 130, 2, 64, 2, true, true, 70, 0.125, false};
     for (int precision = DEVICE_FP32; precision <= DEVICE_BF16; precision++) {
         struct pass p = pass_of((enum device_precision)precision, &s, NULL, NULL);
         struct backend *b = &p.k->each[CUDA];

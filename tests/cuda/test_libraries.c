@@ -247,7 +247,7 @@ int attention_cudnn_forward(struct attention_cudnn *a, const struct attention_cu
     plan_own(a, spec);
     assert_int_equal(cudaStreamSynchronize(a->stream), cudaSuccess);
     kernels_cuda()->attention(a->own, &spec, view(q, s, l->q), view(k, s, l->k), view(v, s, l->v),
-                              view(o, s, l->o), statistics);
+                              tensor_none(), view(o, s, l->o), statistics);
     break_row(a, view(o, s, l->o), O);
     finish(a, view(o, s, l->o));
     return 0;
@@ -262,8 +262,8 @@ int attention_cudnn_backward(struct attention_cudnn *a, const struct attention_c
     plan_own(a, spec);
     assert_int_equal(cudaStreamSynchronize(a->stream), cudaSuccess);
     kernels_cuda()->attention_backward(a->own, &spec, view(q, s, l->q), view(k, s, l->k), view(v, s, l->v),
-                                       view(o, s, l->o), view(d_o, s, l->d_o), statistics, view(dq, s, l->dq),
-                                       view(dk, s, l->dk), view(dv, s, l->dv));
+                                       tensor_none(), view(o, s, l->o), view(d_o, s, l->d_o), statistics,
+                                       view(dq, s, l->dq), view(dk, s, l->dk), view(dv, s, l->dv));
     break_row(a, view(dq, s, l->dq), DQ);
     break_row(a, view(dk, s, l->dk), DK);
     break_row(a, view(dv, s, l->dv), DV);
@@ -290,11 +290,11 @@ static int check_attention(struct attention_spec spec, struct error *e) {
     return status;
 }
 
-/* batch, length, heads, head_dim, pseudo, causal, token_mask, window, scale */
+/* batch, length, heads, head_dim, pseudo, causal, token_mask, window, scale, segmented */
 static const struct attention_spec ATTENTIONS[] = {
-    {2, 150, 3, 16, 1, true, false, 0, 0.25}, {1, 400, 1, 8, 2, true, false, 0, 0.35},
-    {1, 380, 2, 24, 2, true, false, 40, 0.2}, {2, 130, 2, 16, 1, false, false, 0, 0.25},
-    {1, 100, 1, 16, 2, true, false, 1, 0.25},
+    {2, 150, 3, 16, 1, true, false, 0, 0.25, false}, {1, 400, 1, 8, 2, true, false, 0, 0.35, false},
+    {1, 380, 2, 24, 2, true, false, 40, 0.2, false}, {2, 130, 2, 16, 1, false, false, 0, 0.25, false},
+    {1, 100, 1, 16, 2, true, false, 1, 0.25, false},
 };
 
 static void right_attention_passes(void **state) {

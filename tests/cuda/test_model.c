@@ -40,7 +40,7 @@ static double pass(struct model *m, bool accumulate) {
     struct step_state state;
     if (!accumulate)
         m->k->step_begin(m->dev, m->state, 0, 0.01);
-    model_forward_backward(m, TOKENS_IN, TARGETS, 1.0 / ROWS, accumulate, NULL, NULL);
+    model_forward_backward(m, (struct batch){TOKENS_IN, TARGETS, NULL}, 1.0 / ROWS, accumulate, NULL, NULL);
     m->k->step_read(m->dev, m->state, &state);
     return state.loss;
 }
@@ -118,7 +118,8 @@ static float *train(enum device_precision precision, struct model_config config,
     make(&m, k, &k->each[CUDA], config, recompute);
     for (int step = 0; step < steps; step++) {
         losses[step] = pass(&m, false);
-        struct update_hyper hyper = {.beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .grad_clip = 1};
+        struct update_hyper hyper = {
+            .beta1 = 0.9, .beta2 = 0.95, .eps = 1e-8, .grad_clip = 1, .tokens = ROWS};
         model_update(&m, &hyper);
     }
     *count = m.params.elements;
@@ -163,7 +164,7 @@ static void estimated_memory_is_the_same(void **state) {
     (void)state;
     struct estimate_options o = {
         .gpu = gpu_spec("h200"), .link = link_spec("nvlink"), .ranks = 4, .deterministic = true};
-    struct pass_shape shape = {BATCH, TOKENS, RECOMPUTE_NONE, true};
+    struct pass_shape shape = {BATCH, TOKENS, RECOMPUTE_NONE, true, false, false};
     struct model_config configs[] = {plain_config(), other_config()};
     struct error e = {0};
     for (int i = 0; i < 2 * 2 * 3; i++) {

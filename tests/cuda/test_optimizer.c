@@ -64,16 +64,17 @@ static void decide(void **unused) {
             struct step_state s = read_state(b, state);
             assert_true(s.loss == 0 && s.sumsq == 0 && s.skip == 0);
             s.loss = cases[i].loss;
+            s.targets = 3;
             s.sumsq = cases[i].sumsq;
             b->k->step_write(b->dev, on(state, b).data, &s);
-            b->k->step_decide(b->dev, on(state, b).data, cases[i].grad_clip, 0);
+            b->k->step_decide(b->dev, on(state, b).data, 6, cases[i].grad_clip, 0);
             after[b->which] = read_state(b, state);
         }
         struct step_state c = after[CUDA], p = after[PLAIN];
         assert_true(c.skip == p.skip && c.history.skips_run == p.history.skips_run &&
                     c.history.updates == p.history.updates);
         if (!c.skip)
-            assert_true(c.clip == p.clip && c.grad_norm == p.grad_norm);
+            assert_true(c.factor == p.factor && c.grad_norm == p.grad_norm);
     }
     done(k);
 }
@@ -103,7 +104,10 @@ static void check_adamw(enum device_precision precision, int count, int64_t star
         for (int step = 0; step < steps; step++) {
             b->k->step_begin(b->dev, on(state, b).data, step, 0.01);
             b->k->sumsq(b->dev, on(g, b), on(state, b).data);
-            b->k->step_decide(b->dev, on(state, b).data, 2, 0);
+            struct step_state s = read_state(b, state);
+            s.targets = 1;
+            b->k->step_write(b->dev, on(state, b).data, &s);
+            b->k->step_decide(b->dev, on(state, b).data, 1, 2, 0);
             b->k->adamw(b->dev, &hyper, groups, count, FIRST_ELEMENT, on(master, b),
                         b->which == CUDA ? on(p, b) : tensor_none(), on(g, b), on(m, b), on(v, b),
                         on(state, b).data);
@@ -163,8 +167,9 @@ static void skipped(void **unused) {
     b->k->step_begin(b->dev, on(state, b).data, 1, 0.01);
     struct step_state s = read_state(b, state);
     s.loss = NAN;
+    s.targets = 1;
     b->k->step_write(b->dev, on(state, b).data, &s);
-    b->k->step_decide(b->dev, on(state, b).data, 1, 0);
+    b->k->step_decide(b->dev, on(state, b).data, 1, 1, 0);
     b->k->adamw(b->dev, &hyper, &group, 1, 0, on(x[0], b), tensor_none(), on(x[1], b), on(x[2], b),
                 on(x[3], b), on(state, b).data);
     for (int i = 0; i < 4; i++) {

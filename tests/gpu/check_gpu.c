@@ -117,7 +117,7 @@ static void draw_tokens(int32_t *tokens, int32_t *targets, uint64_t seed) {
 static double loss_of(struct model *m, const int32_t *tokens, const int32_t *targets) {
     struct step_state state;
     m->k->step_begin(m->dev, m->state, 0, 0);
-    model_forward_backward(m, tokens, targets, 1.0 / ROWS, false, NULL, NULL);
+    model_forward_backward(m, (struct batch){tokens, targets, NULL}, 1.0 / ROWS, false, NULL, NULL);
     m->k->step_read(m->dev, m->state, &state);
     return state.loss;
 }
@@ -219,8 +219,8 @@ static void train(struct model *m, double *losses) {
         struct step_state state;
         draw_tokens(tokens, targets, (uint64_t)step + 100);
         m->k->step_begin(m->dev, m->state, step, 3e-3);
-        model_forward_backward(m, tokens, targets, 1.0 / ROWS, false, NULL, NULL);
-        model_update(m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0});
+        model_forward_backward(m, (struct batch){tokens, targets, NULL}, 1.0 / ROWS, false, NULL, NULL);
+        model_update(m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0, ROWS});
         m->k->step_read(m->dev, m->state, &state);
         losses[step] = state.loss;
     }

@@ -53,7 +53,7 @@ static inline void fixture_tokens(int32_t *tokens, int64_t n, int64_t vocab, uin
 static inline double fixture_loss(struct model *m, const int32_t *tokens, const int32_t *targets,
                                   double scale) {
     m->k->step_begin(m->dev, m->state, 0, 0);
-    model_forward_backward(m, tokens, targets, scale, false, NULL, NULL);
+    model_forward_backward(m, (struct batch){tokens, targets, NULL}, scale, false, NULL, NULL);
     struct step_state state;
     m->k->step_read(m->dev, m->state, &state);
     return state.loss;
@@ -62,7 +62,7 @@ static inline double fixture_loss(struct model *m, const int32_t *tokens, const 
 static inline double fixture_eval(struct model *m, const int32_t *tokens, const int32_t *targets,
                                   double scale) {
     m->k->step_begin(m->dev, m->state, 0, 0);
-    model_evaluate(m, tokens, targets, scale);
+    model_evaluate(m, (struct batch){tokens, targets, NULL}, scale, NULL);
     struct step_state state;
     m->k->step_read(m->dev, m->state, &state);
     return state.loss;

@@ -203,22 +203,23 @@ static inline void op_forward(const struct kernels *k, struct device *dev, const
     const struct op_spec s = op_spec_of(c);
     switch (s.kind) {
     case OP_EMBED:
-        return k->embed(dev, &s.embed, t[0], t[1], t[2], t[2].data ? c->first : 0, t[3]);
+        return k->embed(dev, &s.embed, t[0], t[1], t[2], tensor_none(), t[2].data ? c->first : 0, t[3]);
     case OP_NORM:
         return k->residual_norm(dev, &s.norm, t[0], t[1], t[2], t[3], t[1].data ? t[4] : t[0], t[5], saved);
     case OP_LINEAR:
         return k->linear(dev, &s.linear, t[0], t[1], t[2], t[3]);
     case OP_QKV_MIX:
-        return k->qkv_mix(dev, &s.qkv_mix, t[0], t[1], t[2], t[3], t[4], c->first, t[5], t[6], t[7]);
+        return k->qkv_mix(dev, &s.qkv_mix, t[0], t[1], t[2], t[3], t[4], tensor_none(), c->first, t[5], t[6],
+                          t[7]);
     case OP_ATTENTION:
-        return k->attention(dev, &s.attention, t[0], t[1], t[2], t[3], saved);
+        return k->attention(dev, &s.attention, t[0], t[1], t[2], tensor_none(), t[3], saved);
     case OP_COLLAPSE:
         return k->collapse(dev, &s.collapse, t[0], t[1], t[2]);
     case OP_ACT:
         return k->mlp_act(dev, &s.act, t[0], t[1], t[2]);
     default:
         return k->classifier(dev, &s.classifier, t[0], t[1], t[2], CLASSIFIER_SCALE, state, tensor_none(),
-                             tensor_none(), false);
+                             tensor_none(), tensor_none(), false);
     }
 }
 
@@ -229,24 +230,25 @@ static inline void op_backward(const struct kernels *k, struct device *dev, cons
     bool add = c->options & ACCUMULATE;
     switch (s.kind) {
     case OP_EMBED:
-        return k->embed_backward(dev, &s.embed, t[0], t[4], t[5], t[6]);
+        return k->embed_backward(dev, &s.embed, t[0], tensor_none(), t[4], t[5], t[6]);
     case OP_NORM:
         return k->residual_norm_backward(dev, &s.norm, t[6], t[1].data ? t[4] : t[0], t[2], saved, t[7], t[8],
                                          t[9], add);
     case OP_LINEAR:
         return k->linear_backward(dev, &s.linear, t[4], t[0], t[1], t[5], add, t[6], t[7], add);
     case OP_QKV_MIX:
-        return k->qkv_mix_backward(dev, &s.qkv_mix, t[8], t[9], t[10], t[0], t[1], t[2], t[3], t[4], t[11],
-                                   t[12], t[13], t[14], add);
+        return k->qkv_mix_backward(dev, &s.qkv_mix, t[8], t[9], t[10], t[0], t[1], t[2], t[3], t[4],
+                                   tensor_none(), t[11], t[12], t[13], t[14], add);
     case OP_ATTENTION:
-        return k->attention_backward(dev, &s.attention, t[0], t[1], t[2], t[3], t[4], saved, t[5], t[6],
-                                     t[7]);
+        return k->attention_backward(dev, &s.attention, t[0], t[1], t[2], tensor_none(), t[3], t[4], saved,
+                                     t[5], t[6], t[7]);
     case OP_COLLAPSE:
         return k->collapse_backward(dev, &s.collapse, t[3], t[0], t[1], t[4], t[5], add);
     case OP_ACT:
         return k->mlp_act_backward(dev, &s.act, t[3], t[0], t[1], t[4], t[5]);
     default:
-        return k->classifier(dev, &s.classifier, t[0], t[1], t[2], CLASSIFIER_SCALE, state, t[3], t[4], add);
+        return k->classifier(dev, &s.classifier, t[0], t[1], t[2], CLASSIFIER_SCALE, state, tensor_none(),
+                             t[3], t[4], add);
     }
 }
 

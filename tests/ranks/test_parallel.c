@@ -7,7 +7,7 @@
 
 enum { STEPS = 3, PASSES = 2, GLOBAL_BATCH = 12 };
 
-static const struct update_hyper HYPER = {0.9, 0.95, 1e-8, 1.0, 0};
+static const struct update_hyper HYPER = {0.9, 0.95, 1e-8, 1.0, 0, GLOBAL_BATCH *TOKENS};
 
 struct job {
     struct thread_world *world;
@@ -79,7 +79,8 @@ static void train(struct job *j, struct comm *comm, struct device *dev) {
         for (int pass = 0; pass < j->passes; pass++) {
             products = started = 0;
             fill_batch(tokens, targets, step, (pass * ranks + j->rank) * batch, batch);
-            model_train_pass(&m, tokens, targets, 1.0 / (GLOBAL_BATCH * TOKENS), pass, j->passes);
+            model_train_pass(&m, (struct batch){tokens, targets, NULL}, 1.0 / (GLOBAL_BATCH * TOKENS), pass,
+                             j->passes);
         }
         for (int i = 0; i < started; i++)
             if (step == STEPS - 1)

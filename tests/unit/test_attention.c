@@ -197,12 +197,12 @@ static void case_close(struct attention_case *c) {
 static void run_forward(struct attention_case *c) {
     const struct kernels *k = kernels_cpu();
     k->set_workspace(fixture_device(), c->workspace, c->cost.workspace);
-    k->attention(fixture_device(), &c->spec, c->in[0], c->in[1], c->in[2], c->o, c->saved);
+    k->attention(fixture_device(), &c->spec, c->in[0], c->in[1], c->in[2], tensor_none(), c->o, c->saved);
 }
 
 static void run_backward(struct attention_case *c) {
-    kernels_cpu()->attention_backward(fixture_device(), &c->spec, c->in[0], c->in[1], c->in[2], c->o, c->d_o,
-                                      c->saved, c->grad[0], c->grad[1], c->grad[2]);
+    kernels_cpu()->attention_backward(fixture_device(), &c->spec, c->in[0], c->in[1], c->in[2], tensor_none(),
+                                      c->o, c->d_o, c->saved, c->grad[0], c->grad[1], c->grad[2]);
 }
 
 static void fail_case(const struct attention_case *c, const char *what) {
@@ -337,8 +337,8 @@ static void every_head_dim(void **state) {
     (void)state;
     for (size_t i = 0; i < COUNT(DIMS); i++)
         for (int packed = 0; packed < 2; packed++) {
-            check_case((struct attention_spec){2, 130, 3, DIMS[i], 2, true, true, 63, 0}, packed, 1);
-            check_case((struct attention_spec){1, 65, 1, DIMS[i], 1, true, false, 0, 0}, packed, 1);
+            check_case((struct attention_spec){2, 130, 3, DIMS[i], 2, true, true, 63, 0, false}, packed, 1);
+            check_case((struct attention_spec){1, 65, 1, DIMS[i], 1, true, false, 0, 0, false}, packed, 1);
         }
 }
 
@@ -348,8 +348,8 @@ static void every_head_dim(void **state) {
 static void large_scores(void **state) {
     (void)state;
     for (int64_t window = 0; window < 70; window += 33) {
-        check_case((struct attention_spec){1, 130, 2, 16, 1, true, false, window, 0}, true, 120);
-        check_case((struct attention_spec){1, 66, 2, 8, 3, true, true, window, 0}, false, 200);
+        check_case((struct attention_spec){1, 130, 2, 16, 1, true, false, window, 0, false}, true, 120);
+        check_case((struct attention_spec){1, 66, 2, 8, 3, true, true, window, 0, false}, false, 200);
     }
 }
 
@@ -438,7 +438,7 @@ static void no_empty_tile_is_visited(void **state) {
 static void check_linear(int64_t heads, int64_t most_tokens, bool backward) {
     int64_t before = 0;
     for (int64_t T = 1024; T <= most_tokens; T *= 2) {
-        struct attention_spec a = {1, 4 * T, heads, 8, 4, true, false, 512, 0};
+        struct attention_spec a = {1, 4 * T, heads, 8, 4, true, false, 512, 0, false};
         int64_t count = visits(a, backward), rows = 4 * T / TILE_SIDE;
         assert_int_equal(count, heads * (9 * rows - 36));
         if (before > 0)

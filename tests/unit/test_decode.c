@@ -44,7 +44,7 @@ static void fill_params(struct model *m, uint64_t seed) {
 }
 
 static void open_model(struct model *m, const struct model_config *config) {
-    fixture_model(m, config, (struct pass_shape){1, LENGTH, RECOMPUTE_NONE, false});
+    fixture_model(m, config, (struct pass_shape){1, LENGTH, RECOMPUTE_NONE, false, false, false});
     fill_params(m, 5);
 }
 
@@ -60,7 +60,7 @@ static struct decoder open_decoder(struct model *m, int64_t chunk) {
 static void full_logits(struct model *m, const int32_t *tokens, float *logits) {
     struct linear_spec spec = {LENGTH, HIDDEN, VOCAB};
     int32_t targets[LENGTH] = {0};
-    model_upload(m, tokens, targets);
+    model_upload(m, (struct batch){tokens, targets, NULL});
     model_forward(m);
     m->k->linear(m->dev, &spec, m->h, model_param(m, m->params.lm_head), tensor_none(),
                  tensor_of(logits, DTYPE_F32, LENGTH, VOCAB, 0, 0, 0));

@@ -168,9 +168,10 @@ static double attention_seconds(struct gpu_spec *g, struct attention_spec s, boo
     tensor none = tensor_none();
     struct device *dev = device_with(g, &o);
     if (backward)
-        kernels_estimate()->attention_backward(dev, &s, none, none, none, none, none, NULL, none, none, none);
+        kernels_estimate()->attention_backward(dev, &s, none, none, none, none, none, none, NULL, none, none,
+                                               none);
     else
-        kernels_estimate()->attention(dev, &s, none, none, none, none, NULL);
+        kernels_estimate()->attention(dev, &s, none, none, none, none, none, NULL);
     double seconds = estimate_totals(dev).now;
     kernels_estimate()->close(dev);
     return seconds;
@@ -186,7 +187,7 @@ static void attention_goes_at_the_rate_of_who_serves_it(void **state) {
     g.builtin = (struct attention_rate){10, 5};
     g.window = 0.5;
     double product = 2 * 128 * (128 * 129 / 2);
-    struct attention_spec s = {1, 128, 1, 128, 1, true, false, 0, 1}, t = s;
+    struct attention_spec s = {1, 128, 1, 128, 1, true, false, 0, 1, false}, t = s;
     expect_near("wide", attention_seconds(&g, s, false), 2 * product / 1000);
     expect_near("wide, backward", attention_seconds(&g, s, true), 5 * product / 500);
     t.head_dim = 64;
@@ -227,9 +228,9 @@ static void mixing_moves_what_it_reads_and_writes(void **state) {
     struct device *dev = device_with(&g, &o);
     const struct kernels *k = kernels_estimate();
     double want = 0;
-    k->qkv_mix(dev, &s, t, t, t, t, t, 0, t, t, t);
+    k->qkv_mix(dev, &s, t, t, t, t, t, tensor_none(), 0, t, t, t);
     assert_true(estimate_totals(dev).bytes[ESTIMATE_MIXING] == (want += 3 * 4 * one));
-    k->qkv_mix_backward(dev, &s, t, t, t, t, t, t, t, t, t, t, t, t, false);
+    k->qkv_mix_backward(dev, &s, t, t, t, t, t, t, t, t, t, t, t, t, t, false);
     assert_true(estimate_totals(dev).bytes[ESTIMATE_MIXING] == (want += 3 * 5 * one));
     k->collapse(dev, &r, t, t, t);
     assert_true(estimate_totals(dev).bytes[ESTIMATE_MIXING] == (want += 4 * one));
@@ -275,13 +276,13 @@ static void the_rest_moves_what_it_reads_and_writes(void **state) {
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 3 * one);
     k->mlp_act_backward(dev, &swiglu, yes, yes, yes, yes, yes);
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 5 * one);
-    k->embed(dev, &embed, yes, yes, no, 0, yes);
+    k->embed(dev, &embed, yes, yes, no, no, 0, yes);
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 2 * one);
-    k->embed(dev, &embed, yes, yes, yes, 0, yes);
+    k->embed(dev, &embed, yes, yes, yes, no, 0, yes);
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 2 * one + 2 * positions);
-    k->embed_backward(dev, &embed, yes, yes, yes, no); /* 4 bytes in and out for 2 of dx */
+    k->embed_backward(dev, &embed, yes, no, yes, yes, no); /* 4 bytes in and out for 2 of dx */
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == one + 4 * one);
-    k->embed_backward(dev, &embed, yes, yes, yes, yes);
+    k->embed_backward(dev, &embed, yes, no, yes, yes, yes);
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == one + 4 * one + one + 8 * positions);
     k->zero(dev, NULL, 77);
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 77);
@@ -306,12 +307,12 @@ static void a_classifier_works_in_chunks(void **state) {
     tensor no = tensor_none(), yes = {.data = &g};
     (void)state;
     struct device *dev = device_with(&g, &o);
-    kernels_estimate()->classifier(dev, &s, yes, yes, yes, 1, NULL, yes, yes, false);
+    kernels_estimate()->classifier(dev, &s, yes, yes, yes, 1, NULL, no, yes, yes, false);
     struct estimate_totals a = estimate_totals(dev);
     expect_near("bytes", a.bytes[ESTIMATE_CLASSIFIER], 5 * logits + 3 * h + 2 * 2 * w + 2 * w * 3);
     expect_near("flops", a.flops[ESTIMATE_CLASSIFIER], 6.0 * 8 * (1 << 18) * (1 << 11));
     assert_int_equal(a.launches, 8);
-    kernels_estimate()->classifier(dev, &s, yes, yes, yes, 1, NULL, no, no, false);
+    kernels_estimate()->classifier(dev, &s, yes, yes, yes, 1, NULL, no, no, no, false);
     double more = estimate_totals(dev).bytes[ESTIMATE_CLASSIFIER] - a.bytes[ESTIMATE_CLASSIFIER];
     expect_near("evaluation", more, 2 * logits + h + 2 * w);
     kernels_estimate()->close(dev);
@@ -387,8 +388,9 @@ static void *run_rank(void *context) {
     fixture_tokens(targets, ROWS, VOCAB, 2);
     m.k->step_begin(dev, m.state, 0, 0.01);
     for (int pass = 0; pass < passes; pass++)
-        model_train_pass(&m, tokens, targets, 1.0 / (double)c->train.batch_tokens, pass, passes);
-    model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 1.0, 0});
+        model_train_pass(&m, (struct batch){tokens, targets, NULL}, 1.0 / (double)c->train.batch_tokens, pass,
+                         passes);
+    model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 1.0, 0, (double)c->train.batch_tokens});
     model_free(&m);
     kernels_cpu()->close(dev);
     return NULL;
@@ -619,7 +621,7 @@ static void speed_and_mfu_follow_from_the_step(void **state) {
 static void memory_is_what_the_model_plans(void **state) {
     struct gpu_spec g = fast_gpu();
     struct link_spec l = fast_link();
-    struct pass_shape shape = {BATCH, TOKENS, RECOMPUTE_LIGHT, true};
+    struct pass_shape shape = {BATCH, TOKENS, RECOMPUTE_LIGHT, true, false, false};
     struct error e = {0};
     (void)state;
     for (int stage = 0; stage <= 2; stage++) {

@@ -28,7 +28,7 @@ static void run_layer(const struct layer *l, double *qkv, double *out) {
     static char workspace[16 << 20];
     int64_t T = l->T, H = l->H, P = l->P, S = T * P, D = l->d;
     struct qkv_mix_spec mix = {1, T, H, D, P, true, l->rope, l->rope_virtual};
-    struct attention_spec attention = {1, S, H, D, P, l->causal, l->token_mask, l->window, l->scale};
+    struct attention_spec attention = {1, S, H, D, P, l->causal, l->token_mask, l->window, l->scale, false};
     struct collapse_spec collapse = {1, T, H, D, P, false};
     struct layer copy = *l; /* tensors point to mutable memory */
     tensor rope = d(table, S, 2, D / 2, 0, 0), tq = d(q, 1, S, H, D, 0), tk = d(key, 1, S, H, D, 0);
@@ -36,8 +36,9 @@ static void run_layer(const struct layer *l, double *qkv, double *out) {
     k->set_workspace(dev, workspace, sizeof workspace);
     k->rope_table(dev, rope, 100);
     k->qkv_mix(dev, &mix, d(qkv, 1, T, 3, H, D), d(copy.alpha_q, P, H, H, 0, 0),
-               d(copy.alpha_k, P, H, H, 0, 0), d(copy.alpha_v, P, H, H, 0, 0), rope, 0, tq, tk, tv);
-    k->attention(dev, &attention, tq, tk, tv, to, saved);
+               d(copy.alpha_k, P, H, H, 0, 0), d(copy.alpha_v, P, H, H, 0, 0), rope, tensor_none(), 0, tq, tk,
+               tv);
+    k->attention(dev, &attention, tq, tk, tv, tensor_none(), to, saved);
     k->collapse(dev, &collapse, to, d(copy.r, H, P, H, 0, 0), d(out, 1, T, H, D, 0));
 }
 
@@ -224,7 +225,7 @@ static double model_loss(enum layer_type type, enum position_embedding positions
     int32_t tokens[12], targets[12];
     fixture_tokens(tokens, 12, 13, 1);
     fixture_tokens(targets, 12, 13, 2);
-    fixture_model(&m, &c, (struct pass_shape){1, 12, RECOMPUTE_NONE, true});
+    fixture_model(&m, &c, (struct pass_shape){1, 12, RECOMPUTE_NONE, true, false, false});
     assert_int_equal(model_initialize(&m, 5, &e), 0);
     for (int i = 0; i < m.params.count; i++) { /* initial weights are small: attention is almost uniform */
         double *values = model_param(&m, i).data;

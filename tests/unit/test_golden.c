@@ -76,7 +76,7 @@ static void compare_logits(struct model *m, const struct golden *g, const int32_
     int64_t rows = m->shape.batch * m->shape.tokens, V = m->config.vocab_size;
     float *logits = calloc((size_t)(rows * V), sizeof *logits);
     struct linear_spec spec = {rows, m->config.hidden_size, V};
-    model_upload(m, tokens, targets);
+    model_upload(m, (struct batch){tokens, targets, NULL});
     model_forward(m);
     m->k->linear(m->dev, &spec, m->h, model_param(m, m->params.lm_head), tensor_none(),
                  tensor_of(logits, DTYPE_F32, rows, V, 0, 0, 0));
@@ -114,7 +114,7 @@ static void check_golden(const char *json_path, enum recompute recompute) {
     for (int64_t i = 0; i < B * T; i++)
         counted += ((const int32_t *)targets->data)[i] >= 0;
     struct model m;
-    fixture_model(&m, &g.config, (struct pass_shape){B, T, recompute, true});
+    fixture_model(&m, &g.config, (struct pass_shape){B, T, recompute, true, false, false});
     load_params(&m, &g);
     double loss = fixture_loss(&m, tokens->data, targets->data, 1.0 / (double)counted);
     compare(&g, "loss", &(float){(float)loss}, entry(&g, "loss")->data, 1, scalar(&g, "plain32.loss"), 0);

@@ -134,7 +134,7 @@ static void stage_2_gradients_do_not_overlap(void **state) {
 static void memory_decreases_with_ranks_and_stage(void **state) {
     (void)state;
     struct model_config c = plain_config();
-    struct pass_shape shape = {1, TOKENS, RECOMPUTE_NONE, true};
+    struct pass_shape shape = {1, TOKENS, RECOMPUTE_NONE, true, false, false};
     struct error e = {0};
     struct memory_plan single, plan[3];
     assert_int_equal(model_memory(&c, kernels_cpu(), fixture_device(), &shape, 1, 2, DTYPE_F32, &single, &e),

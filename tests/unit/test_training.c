@@ -15,7 +15,7 @@ static const struct adamw_hyper HYPER = {0.9, 0.95, 1e-8};
 
 static void open_model(struct model *m, const struct model_config *c, int64_t batch, enum recompute r) {
     struct error e = {0};
-    fixture_model(m, c, (struct pass_shape){batch, TOKENS, r, true});
+    fixture_model(m, c, (struct pass_shape){batch, TOKENS, r, true, false, false});
     assert_int_equal(model_initialize(m, 4, &e), 0);
 }
 
@@ -76,8 +76,8 @@ static double run_two_passes(struct model *m, const int32_t *tokens, const int32
     fixture_loss(m, tokens + 7, targets, 1);
     m->k->step_begin(m->dev, m->state, 0, 0);
     for (int half = 0; half < 2; half++)
-        model_forward_backward(m, tokens + half * ROWS / 2, targets + half * ROWS / 2, 0.01, half > 0, NULL,
-                               NULL);
+        model_forward_backward(m, (struct batch){tokens + half * ROWS / 2, targets + half * ROWS / 2, NULL},
+                               0.01, half > 0, NULL, NULL);
     return read_state(m).loss;
 }
 
@@ -131,7 +131,7 @@ static void check_announced(const struct model_config *c) {
     size_t bytes = (size_t)m.params.elements * sizeof(float);
     struct announced a = {&m, calloc(1, bytes), m.params.unit_count - 1};
     m.k->step_begin(m.dev, m.state, 0, 0);
-    model_forward_backward(&m, tokens, targets, 0.01, false, copy_announced, &a);
+    model_forward_backward(&m, (struct batch){tokens, targets, NULL}, 0.01, false, copy_announced, &a);
     assert_int_equal(a.next_unit, -1);
     assert_int_equal(m.params.unit_count, c->num_hidden_layers + 2);
     assert_int_equal(m.params.unit_offset[0], 0);
@@ -185,8 +185,9 @@ static void kernel_step(struct adamw_test *t, double lr, double clip, double los
     struct device *dev = fixture_device();
     k->step_begin(dev, &t->state, 0, lr);
     t->state.loss = loss;
+    t->state.targets = 1;
     k->sumsq(dev, flat(t->g), &t->state);
-    k->step_decide(dev, &t->state, clip, 0);
+    k->step_decide(dev, &t->state, 1, clip, 0);
     k->adamw(dev, &HYPER, GROUPS, COUNT(GROUPS), 0, flat(t->p), tensor_none(), flat(t->g), flat(t->m),
              flat(t->v), &t->state);
 }
@@ -249,11 +250,11 @@ static void clip_and_norm_are_reported(void **state) {
         sumsq += (double)t->g[i] * (double)t->g[i];
     kernel_step(t, 0, 2, 1);
     assert_true(fabs(t->state.grad_norm - sqrt(sumsq)) < 1e-6 * sqrt(sumsq));
-    assert_true(fabs(t->state.clip - 2 / sqrt(sumsq)) < 1e-6);
+    assert_true(fabs(t->state.factor - 2 / sqrt(sumsq)) < 1e-6);
     kernel_step(t, 0, 1000, 1);
-    assert_true(t->state.clip == 1);
+    assert_true(t->state.factor == 1);
     kernel_step(t, 0, 0, 1);
-    assert_true(t->state.clip == 1);
+    assert_true(t->state.factor == 1);
     free(t);
 }
 
@@ -338,8 +339,8 @@ static void groups_follow_the_parameter_classes(void **state) {
 
 static void step(struct model *m, const int32_t *tokens, const int32_t *targets, double scale, double lr) {
     m->k->step_begin(m->dev, m->state, 0, lr);
-    model_forward_backward(m, tokens, targets, scale, false, NULL, NULL);
-    model_update(m, &(struct update_hyper){HYPER.beta1, HYPER.beta2, HYPER.eps, 1, 0});
+    model_forward_backward(m, (struct batch){tokens, targets, NULL}, scale, false, NULL, NULL);
+    model_update(m, &(struct update_hyper){HYPER.beta1, HYPER.beta2, HYPER.eps, 1, 0, 1 / scale});
 }
 
 static void nan_gradients_leave_the_parameters_unchanged(void **state) {

@@ -235,7 +235,8 @@ const char *cuda_attention_backend(struct device *dev, const struct attention_sp
 }
 
 void cuda_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                    tensor o, void *saved) {
+                    tensor segments, tensor o, void *saved) {
+    (void)segments;
     if (!uses_cudnn(dev, s, "attention"))
         return attention_builtin(dev, s, q, k, v, o, saved);
     for (const tensor &t : {q, k, v, o})
@@ -250,7 +251,9 @@ void cuda_attention(struct device *dev, const struct attention_spec *s, tensor q
 }
 
 void cuda_attention_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                             tensor o, tensor d_o, const void *saved, tensor dq, tensor dk, tensor dv) {
+                             tensor segments, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
+                             tensor dv) {
+    (void)segments;
     if (!uses_cudnn(dev, s, "attention_backward"))
         return attention_builtin_backward(dev, s, q, k, v, o, d_o, saved, dq, dk, dv);
     for (const tensor &t : {q, k, v, o, d_o, dq, dk, dv})

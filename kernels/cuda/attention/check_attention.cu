@@ -299,8 +299,9 @@ int check_attention(struct device *dev, const struct attention_spec *spec, size_
     *used = c.used > *used ? c.used : *used;
     fill(&c, packed);
     tensor *x = c.library;
-    cuda_attention(dev, spec, x[Q], x[K], x[V], x[O], c.saved[0]);
-    cuda_attention_backward(dev, spec, x[Q], x[K], x[V], x[O], x[D_O], c.saved[0], x[DQ], x[DK], x[DV]);
+    cuda_attention(dev, spec, x[Q], x[K], x[V], tensor_none(), x[O], c.saved[0]);
+    cuda_attention_backward(dev, spec, x[Q], x[K], x[V], tensor_none(), x[O], x[D_O], c.saved[0], x[DQ],
+                            x[DK], x[DV]);
     for (int i : {O, DQ, DK, DV})
         if (check_written(&c, i, e) != 0)
             return -1;
