@@ -5,7 +5,8 @@
  * band; the others are skipped. Scores are in base 2 (q is scaled by scale * log2 e), so that each takes one
  * exp2. Saved for backward: the log-sum-exp, in base 2, [B,H,S].
  *
- * Which keys a query sees: attention_keys() in kernels.h. They are one interval. */
+ * Which keys a query sees: attention_keys() and, in segments, attention_segment_keys() in kernels.h. They are
+ * one interval; attention_tiles.h. */
 #include "kernels/cpu/attention_tiles.h"
 
 #include "kernels/cpu/tile.h"
@@ -111,11 +112,11 @@ static void pack_transposed(const struct attention_spec *s, const real *x, int64
 enum { STRIP = 16 };
 
 /* Columns [*begin, *end), whole vectors, of the tile of keys from k0 that queries [q0, q0 + rows) see. */
-static void strip_columns(const struct attention_spec *s, int64_t q0, int64_t rows, int64_t k0,
+static void strip_columns(const struct attention_mask *m, int64_t q0, int64_t rows, int64_t k0,
                           int64_t *begin, int64_t *end) {
     int64_t unused;
-    attention_keys(s, q0, s->length, begin, &unused);
-    attention_keys(s, q0 + rows - 1, s->length, &unused, end);
+    mask_keys(m, q0, begin, &unused);
+    mask_keys(m, q0 + rows - 1, &unused, end);
     *begin = max64(*begin - k0, 0) / VL * VL;
     *end = round_up(min64(*end - k0, TILE), VL);
 }
@@ -129,9 +130,9 @@ static void score_strip(const struct attention_spec *s, const struct scratch *w,
 }
 
 /* The visible columns [*first, *last) of one query within the strip's [begin, end). May be empty. */
-static void visible_columns(const struct attention_spec *s, int64_t query, int64_t k0, int64_t begin,
+static void visible_columns(const struct attention_mask *m, int64_t query, int64_t k0, int64_t begin,
                             int64_t end, int64_t *first, int64_t *last) {
-    attention_keys(s, query, s->length, first, last);
+    mask_keys(m, query, first, last);
     *first = max64(*first - k0, begin);
     *last = max64(min64(*last - k0, end), *first);
 }
@@ -172,17 +173,18 @@ static void softmax_row(real *row, int64_t columns, int64_t D, real *row_max, re
     *row_sum += vsum(sum);
 }
 
-static void forward_strip(const struct attention_spec *s, const struct scratch *w, int64_t q0, int64_t rows,
+static void forward_strip(const struct attention_mask *m, const struct scratch *w, int64_t q0, int64_t rows,
                           int64_t k0, real *row_max, real *row_sum, real *acc) {
+    const struct attention_spec *s = m->spec;
     int64_t D = padded_dim(s), begin, end;
-    strip_columns(s, q0, rows, k0, &begin, &end);
+    strip_columns(m, q0, rows, k0, &begin, &end);
     if (begin >= end)
         return;
     score_strip(s, w, q0, rows, k0, begin, end);
     for (int64_t i = 0; i < rows; i++) {
         int64_t first, last;
         real *row = w->p + i * TILE;
-        visible_columns(s, q0 + i, k0, begin, end, &first, &last);
+        visible_columns(m, q0 + i, k0, begin, end, &first, &last);
         if (first == last) {
             memset(row + begin, 0, (size_t)(end - begin) * sizeof(real));
             continue;
@@ -193,16 +195,17 @@ static void forward_strip(const struct attention_spec *s, const struct scratch *
     tile_gemm(rows, D, end - begin, w->p + begin, TILE, 1, w->v + (k0 + begin) * D, D, acc, D, true);
 }
 
-static void forward_tile(const struct attention_spec *s, const struct scratch *w, int64_t q0, int64_t rows,
+static void forward_tile(const struct attention_mask *m, const struct scratch *w, int64_t q0, int64_t rows,
                          int64_t k0) {
     for (int64_t i = 0; i < rows; i += STRIP)
-        forward_strip(s, w, q0 + i, min64(STRIP, rows - i), k0, w->row_max + i, w->row_sum + i,
-                      w->acc + i * padded_dim(s));
+        forward_strip(m, w, q0 + i, min64(STRIP, rows - i), k0, w->row_max + i, w->row_sum + i,
+                      w->acc + i * padded_dim(m->spec));
 }
 
-static void forward_head(const struct attention_spec *s, const struct scratch *w, const real *q,
+static void forward_head(const struct attention_mask *m, const struct scratch *w, const real *q,
                          int64_t q_stride, const real *k, int64_t k_stride, const real *v, int64_t v_stride,
                          real *o, int64_t o_stride, real *lse) {
+    const struct attention_spec *s = m->spec;
     int64_t D = padded_dim(s), visited = 0;
     pack_rows(s, q, q_stride, (real)s->scale * LOG2E, w->q);
     pack_rows(s, v, v_stride, 1, w->v);
@@ -214,9 +217,9 @@ static void forward_head(const struct attention_spec *s, const struct scratch *w
             w->row_max[i] = -INFINITY;
             w->row_sum[i] = 0;
         }
-        tiles_of_queries(s, q0, rows, &begin, &end);
+        tiles_of_queries(m, q0, rows, &begin, &end);
         for (int64_t k0 = begin; k0 < end; k0 += TILE, visited++)
-            forward_tile(s, w, q0, rows, k0);
+            forward_tile(m, w, q0, rows, k0);
         for (int64_t i = 0; i < rows; i++) {
             real inverse = 1 / w->row_sum[i];
 #pragma omp simd
@@ -230,39 +233,41 @@ static void forward_head(const struct attention_spec *s, const struct scratch *w
 }
 
 static void check_attention(const char *op, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                            tensor o) {
+                            tensor segments, tensor o) {
     int64_t B = s->batch, S = s->length, H = s->heads, d = s->head_dim;
     check_real(op, "q", q, B, S, H, d, 0);
     check_real(op, "k", k, B, S, H, d, 0);
     check_real(op, "v", v, B, S, H, d, 0);
     check_real(op, "o", o, B, S, H, d, 0);
+    if (s->segmented)
+        check_shape(op, "segments", segments, DTYPE_I32, 2, B, S / s->pseudo, 0, 0);
 }
 
 void cpu_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                    tensor segments, tensor o, void *saved) {
-    (void)segments;
     call_progress_callback(dev);
-    check_attention("attention", s, q, k, v, o);
+    check_attention("attention", s, q, k, v, segments, o);
     char *base = cpu_workspace(dev, attention_plan(dev, s).workspace, "attention");
     struct scratch unused;
     size_t each = layout_scratch(s, NULL, &unused);
 #pragma omp parallel for schedule(dynamic) num_threads(dev->threads)
     for (int64_t bh = 0; bh < s->batch * s->heads; bh++) {
         int64_t b = bh / s->heads, h = bh % s->heads;
+        struct attention_mask m = mask_of_sequence(s, segments, b);
         struct scratch w;
         layout_scratch(s, base + (size_t)omp_get_thread_num() * each, &w);
-        forward_head(s, &w, head_of(q, b, h), q.stride[1], head_of(k, b, h), k.stride[1], head_of(v, b, h),
+        forward_head(&m, &w, head_of(q, b, h), q.stride[1], head_of(k, b, h), k.stride[1], head_of(v, b, h),
                      v.stride[1], head_of(o, b, h), o.stride[1], (real *)saved + bh * s->length);
     }
 }
 
 /* P = exp2(score - lse);  dS = P (dO v - delta). w->p and w->ds enter as scores and dO V^T. */
-static void gradient_strip(const struct attention_spec *s, const struct scratch *w, const real *lse,
+static void gradient_strip(const struct attention_mask *m, const struct scratch *w, const real *lse,
                            int64_t q0, int64_t rows, int64_t k0, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < rows; i++) {
         int64_t first, last;
         real *p = w->p + i * TILE, *ds = w->ds + i * TILE;
-        visible_columns(s, q0 + i, k0, begin, end, &first, &last);
+        visible_columns(m, q0 + i, k0, begin, end, &first, &last);
         mask_row(p, begin, first, last, end);
         vreal shift = vsplat(lse[q0 + i]), delta = vsplat(w->delta[q0 + i]);
         for (int64_t j = begin; j < end; j += VL) {
@@ -273,27 +278,28 @@ static void gradient_strip(const struct attention_spec *s, const struct scratch 
     }
 }
 
-static void backward_strip(const struct attention_spec *s, const struct scratch *w, const real *lse,
+static void backward_strip(const struct attention_mask *m, const struct scratch *w, const real *lse,
                            int64_t q0, int64_t rows, int64_t k0) {
+    const struct attention_spec *s = m->spec;
     int64_t D = padded_dim(s), d = s->head_dim, begin, end;
-    strip_columns(s, q0, rows, k0, &begin, &end);
+    strip_columns(m, q0, rows, k0, &begin, &end);
     if (begin >= end)
         return;
     int64_t columns = end - begin;
     const real *d_o = w->d_o + q0 * D, *p = w->p + begin, *ds = w->ds + begin;
     score_strip(s, w, q0, rows, k0, begin, end);
     tile_gemm(rows, columns, d, d_o, D, 1, w->vt + k0 * d + begin, TILE, w->ds + begin, TILE, false);
-    gradient_strip(s, w, lse, q0, rows, k0, begin, end);
+    gradient_strip(m, w, lse, q0, rows, k0, begin, end);
     tile_gemm(columns, D, rows, p, 1, TILE, d_o, D, w->dv + begin * D, D, true);
     tile_gemm(columns, D, rows, ds, 1, TILE, w->q + q0 * D, D, w->dk + begin * D, D, true);
     tile_gemm(rows, D, columns, ds, TILE, 1, w->k + (k0 + begin) * D, D, w->acc + q0 * D, D, true);
 }
 
-static void backward_tile(const struct attention_spec *s, const struct scratch *w, const real *lse,
+static void backward_tile(const struct attention_mask *m, const struct scratch *w, const real *lse,
                           int64_t q0, int64_t k0) {
-    int64_t rows = min64(TILE, s->length - q0);
+    int64_t rows = min64(TILE, m->spec->length - q0);
     for (int64_t i = 0; i < rows; i += STRIP)
-        backward_strip(s, w, lse, q0 + i, min64(STRIP, rows - i), k0);
+        backward_strip(m, w, lse, q0 + i, min64(STRIP, rows - i), k0);
 }
 
 static void unpack_rows(const real *x, int64_t rows, int64_t D, int64_t d, real factor, real *out,
@@ -320,17 +326,18 @@ static void row_deltas(const struct attention_spec *s, const struct scratch *w, 
 
 /* Keys in the outer loop, queries in the inner: dk and dv of a tile stay in cache until complete; dq, which
  * every tile of keys adds to, is kept for the whole head. */
-static void backward_head(const struct attention_spec *s, const struct scratch *w, const real *lse, real *dk,
+static void backward_head(const struct attention_mask *m, const struct scratch *w, const real *lse, real *dk,
                           int64_t dk_stride, real *dv, int64_t dv_stride) {
+    const struct attention_spec *s = m->spec;
     int64_t D = padded_dim(s), visited = 0;
     memset(w->acc, 0, (size_t)(padded_length(s) * D) * sizeof(real));
     for (int64_t k0 = 0; k0 < s->length; k0 += TILE) {
         int64_t keys = min64(TILE, s->length - k0), begin, end;
-        tiles_of_keys(s, k0, keys, &begin, &end);
+        tiles_of_keys(m, k0, keys, &begin, &end);
         memset(w->dk, 0, (size_t)(TILE * D) * sizeof(real));
         memset(w->dv, 0, (size_t)(TILE * D) * sizeof(real));
         for (int64_t q0 = begin; q0 < end; q0 += TILE, visited++)
-            backward_tile(s, w, lse, q0, k0);
+            backward_tile(m, w, lse, q0, k0);
         /* w->q is scaled by scale * log2 e, and dk by scale alone */
         unpack_rows(w->dk, keys, D, s->head_dim, LN2, dk + k0 * dk_stride, dk_stride);
         unpack_rows(w->dv, keys, D, s->head_dim, 1, dv + k0 * dv_stride, dv_stride);
@@ -342,16 +349,16 @@ static void backward_head(const struct attention_spec *s, const struct scratch *
 void cpu_attention_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                             tensor segments, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
                             tensor dv) {
-    (void)segments;
     call_progress_callback(dev);
-    check_attention("attention_backward", s, q, k, v, o);
-    check_attention("attention_backward (gradients)", s, dq, dk, dv, d_o);
+    check_attention("attention_backward", s, q, k, v, segments, o);
+    check_attention("attention_backward (gradients)", s, dq, dk, dv, segments, d_o);
     char *base = cpu_workspace(dev, attention_plan(dev, s).workspace, "attention_backward");
     struct scratch unused;
     size_t each = layout_scratch(s, NULL, &unused);
 #pragma omp parallel for schedule(dynamic) num_threads(dev->threads)
     for (int64_t bh = 0; bh < s->batch * s->heads; bh++) {
         int64_t b = bh / s->heads, h = bh % s->heads;
+        struct attention_mask m = mask_of_sequence(s, segments, b);
         struct scratch w;
         layout_scratch(s, base + (size_t)omp_get_thread_num() * each, &w);
         pack_rows(s, head_of(q, b, h), q.stride[1], (real)s->scale * LOG2E, w.q);
@@ -360,7 +367,7 @@ void cpu_attention_backward(struct device *dev, const struct attention_spec *s, 
         pack_transposed(s, head_of(k, b, h), k.stride[1], w.kt);
         pack_transposed(s, head_of(v, b, h), v.stride[1], w.vt);
         row_deltas(s, &w, head_of(o, b, h), o.stride[1]);
-        backward_head(s, &w, (const real *)saved + bh * s->length, head_of(dk, b, h), dk.stride[1],
+        backward_head(&m, &w, (const real *)saved + bh * s->length, head_of(dk, b, h), dk.stride[1],
                       head_of(dv, b, h), dv.stride[1]);
         unpack_rows(w.acc, s->length, padded_dim(s), s->head_dim, (real)s->scale, head_of(dq, b, h),
                     dq.stride[1]);

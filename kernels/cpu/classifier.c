@@ -48,14 +48,30 @@ static double exp_in_place(real *x, int64_t n, real max) {
     return sum;
 }
 
-/* Logits of one row become their gradient (if wanted); returns the loss in nats. */
-static double row_loss(real *x, int64_t vocab, int32_t target, double scale, bool want_gradient) {
+/* Whether the target is the first of the largest logits. */
+static bool is_correct(const real *x, int32_t target, real max) {
+    if (x[target] != max)
+        return false;
+    for (int32_t i = 0; i < target; i++)
+        if (x[i] == max)
+            return false;
+    return true;
+}
+
+/* Logits of one row become their gradient (if wanted); returns the loss in nats. correct: NULL, or where to
+ * write 1 or 0. */
+static double row_loss(real *x, int64_t vocab, int32_t target, double scale, bool want_gradient,
+                       int32_t *correct) {
+    if (correct)
+        *correct = 0;
     if (target < 0) {
         if (want_gradient)
             memset(x, 0, (size_t)vocab * sizeof(real));
         return 0;
     }
     real max = row_max(x, vocab), picked = x[target];
+    if (correct)
+        *correct = is_correct(x, target, max);
     double sum = exp_in_place(x, vocab, max);
     if (want_gradient) {
         real factor = (real)(scale / sum);
@@ -70,11 +86,12 @@ static double row_loss(real *x, int64_t vocab, int32_t target, double scale, boo
 void cpu_classifier(struct device *dev, const struct classifier_spec *s, tensor h, tensor w, tensor targets,
                     double scale, struct step_state *state, tensor correct, tensor dh, tensor dw,
                     bool accumulate) {
-    (void)correct;
     int64_t V = s->vocab, C = s->hidden, chunk = chunk_rows(s);
     check_real("classifier", "h", h, s->rows, C, 0, 0, 0);
     check_real("classifier", "W", w, V, C, 0, 0, 0);
     check_i32("classifier", "targets", targets, s->rows, 0);
+    if (correct.data)
+        check_i32("classifier", "correct", correct, s->rows, 0);
     bool want_gradient = dh.data != NULL;
     if (want_gradient) {
         check_real("classifier", "dh", dh, s->rows, C, 0, 0, 0);
@@ -83,13 +100,15 @@ void cpu_classifier(struct device *dev, const struct classifier_spec *s, tensor 
     double *losses = cpu_workspace(dev, classifier_plan(dev, s).workspace, "classifier");
     real *logits = (real *)((char *)losses + round_up(chunk * (int64_t)sizeof(double), 64));
     const int32_t *target = targets.data;
+    int32_t *hits = correct.data;
     for (int64_t begin = 0; begin < s->rows; begin += chunk) {
         int64_t rows = min64(chunk, s->rows - begin);
         const real *x = (real *)h.data + begin * h.stride[0];
         gemm(false, true, rows, V, C, x, h.stride[0], w.data, C, 0, logits, V);
 #pragma omp parallel for schedule(static)
         for (int64_t n = 0; n < rows; n++)
-            losses[n] = row_loss(logits + n * V, V, target[begin + n], scale, want_gradient);
+            losses[n] = row_loss(logits + n * V, V, target[begin + n], scale, want_gradient,
+                                 hits ? hits + begin + n : NULL);
         /* In the order of rows: the loss does not depend on the number of threads. */
         for (int64_t n = 0; n < rows; n++)
             state->loss += scale * losses[n];

@@ -3,13 +3,14 @@
 
 void cpu_embed(struct device *dev, const struct embed_spec *s, tensor tokens, tensor w, tensor pos,
                tensor positions, int64_t first, tensor x) {
-    (void)positions;
     (void)dev;
     int64_t C = s->hidden;
     check_i32("embed", "tokens", tokens, s->batch, s->tokens);
+    if (positions.data)
+        check_i32("embed", "positions", positions, s->batch, s->tokens);
     check_real("embed", "W", w, s->vocab, C, 0, 0, 0);
     check_real("embed", "x", x, s->batch * s->tokens, C, 0, 0, 0);
-    const int32_t *ids = tokens.data;
+    const int32_t *ids = tokens.data, *position = positions.data;
     const real *table = w.data, *pos_table = pos.data;
     real *out = x.data;
 #pragma omp parallel for
@@ -17,26 +18,27 @@ void cpu_embed(struct device *dev, const struct embed_spec *s, tensor tokens, te
         memcpy(out + n * C, table + ids[n] * C, (size_t)C * sizeof(real));
         if (!pos_table)
             continue;
-        const real *p = pos_table + (first + n % s->tokens) * C;
+        const real *p = pos_table + (position ? position[n] : first + n % s->tokens) * C;
 #pragma omp simd
         for (int64_t c = 0; c < C; c++)
             out[n * C + c] += p[c];
     }
 }
 
-/* Tokens repeat, so threads that divide the tokens would add to the same rows of dW. Instead each takes a
- * strip of columns for all tokens, in order: the same bits for any number of threads. A strip is two cache
- * lines of floats. */
+/* Tokens and positions repeat, so threads that divide the tokens would add to the same rows. Instead each
+ * takes a strip of columns for all tokens, in order: the same bits for any number of threads. A strip is two
+ * cache lines of floats. */
 void cpu_embed_backward(struct device *dev, const struct embed_spec *s, tensor tokens, tensor positions,
                         tensor dx, tensor dw, tensor dpos) {
-    (void)positions;
     (void)dev;
     enum { STRIP = 32 };
     int64_t C = s->hidden;
     check_i32("embed_backward", "tokens", tokens, s->batch, s->tokens);
+    if (positions.data)
+        check_i32("embed_backward", "positions", positions, s->batch, s->tokens);
     check_real("embed_backward", "dx", dx, s->batch * s->tokens, C, 0, 0, 0);
     check_real("embed_backward", "dW", dw, s->vocab, C, 0, 0, 0);
-    const int32_t *ids = tokens.data;
+    const int32_t *ids = tokens.data, *position = positions.data;
     const real *grad = dx.data;
     real *table = dw.data, *pos_table = dpos.data;
 #pragma omp parallel for
@@ -49,7 +51,7 @@ void cpu_embed_backward(struct device *dev, const struct embed_spec *s, tensor t
                 row[c] += grad[n * C + c];
             if (!pos_table)
                 continue;
-            real *p = pos_table + (n % s->tokens) * C;
+            real *p = pos_table + (position ? position[n] : n % s->tokens) * C;
 #pragma omp simd
             for (int64_t c = begin; c < end; c++)
                 p[c] += grad[n * C + c];

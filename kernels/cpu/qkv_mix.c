@@ -48,8 +48,13 @@ static void rotate_token(const struct qkv_mix_spec *s, const real *x, tensor tab
     }
 }
 
-static void check_mix(const char *op, const struct qkv_mix_spec *s, tensor qkv, tensor q, tensor k,
-                      tensor v) {
+/* The position of token n of the batch. positions: [B,T] or NULL. */
+static int64_t position_of(const struct qkv_mix_spec *s, const int32_t *positions, int64_t first, int64_t n) {
+    return positions ? positions[n] : first + n % s->tokens;
+}
+
+static void check_mix(const char *op, const struct qkv_mix_spec *s, tensor qkv, tensor positions, tensor q,
+                      tensor k, tensor v) {
     int64_t B = s->batch, S = s->tokens * s->pseudo, H = s->heads, d = s->head_dim;
     check_real(op, "qkv", qkv, B, s->tokens, 3, H, d);
     const char *names[3] = {"q", "k", "v"};
@@ -59,14 +64,15 @@ static void check_mix(const char *op, const struct qkv_mix_spec *s, tensor qkv, 
         check_contiguous(op, names[i], outs[i]);
     }
     check_contiguous(op, "qkv", qkv);
+    if (positions.data)
+        check_i32(op, "positions", positions, B, s->tokens);
 }
 
 void cpu_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q, tensor alpha_k,
                  tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q, tensor k,
                  tensor v) {
     (void)dev;
-    (void)positions;
-    check_mix("qkv_mix", s, qkv, q, k, v);
+    check_mix("qkv_mix", s, qkv, positions, q, k, v);
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s);
     const real *alpha[3] = {alpha_q.data, alpha_k.data, alpha_v.data};
     real *out[3] = {q.data, k.data, v.data};
@@ -80,18 +86,19 @@ void cpu_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, t
             else
                 memcpy(to, in, (size_t)(H * d) * sizeof(real));
             if (s->rope && w < 2)
-                rotate_token(s, to, table, first + n % s->tokens, 1, to);
+                rotate_token(s, to, table, position_of(s, positions.data, first, n), 1, to);
         }
 }
 
 /* `count` tokens from n of one of q, k, v: rotate the gradient back, then both gradients of the mixing. */
 static void mix_backward_block(const struct qkv_mix_spec *s, int64_t n, int64_t count, const real *dout,
-                               const real *in, const real *alpha, bool rotated, tensor table, real *unrotated,
-                               real *din, real *dalpha) {
+                               const real *in, const real *alpha, bool rotated, tensor table,
+                               const int32_t *positions, real *unrotated, real *din, real *dalpha) {
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s), in_stride = 3 * H * d;
     if (rotated) {
         for (int64_t t = 0; t < count; t++)
-            rotate_token(s, dout + t * I * d, table, (n + t) % s->tokens, -1, unrotated + t * I * d);
+            rotate_token(s, dout + t * I * d, table, position_of(s, positions, 0, n + t), -1,
+                         unrotated + t * I * d);
         dout = unrotated;
     }
     if (!s->mixed) {
@@ -108,8 +115,7 @@ void cpu_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tens
                           tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
                           tensor positions, tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
                           bool accumulate) {
-    (void)positions;
-    check_mix("qkv_mix_backward", s, qkv, dq, dk, dv);
+    check_mix("qkv_mix_backward", s, qkv, positions, dq, dk, dv);
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s), matrix = I * H, N = s->batch * s->tokens;
     int64_t stride = thread_reals(s);
     real *scratch = cpu_workspace(dev, qkv_mix_plan(dev, s).workspace, "qkv_mix_backward");
@@ -126,7 +132,8 @@ void cpu_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tens
             for (int w = 0; w < 3; w++)
                 mix_backward_block(s, n, min64(MIX_TOKENS, N - n), dout[w] + n * I * d,
                                    (real *)qkv.data + (n * 3 + w) * H * d, alpha[w], s->rope && w < 2, table,
-                                   unrotated, (real *)dqkv.data + (n * 3 + w) * H * d, dalpha + w * matrix);
+                                   positions.data, unrotated, (real *)dqkv.data + (n * 3 + w) * H * d,
+                                   dalpha + w * matrix);
     }
     if (!s->mixed)
         return;
