@@ -33,7 +33,7 @@ static inline tensor case_operand(const struct bench_case *w, const struct op_op
     int64_t n = tensor_count(t);
     int32_t *ids = malloc((size_t)n * sizeof *ids);
     for (int64_t i = 0; i < n; i++)
-        ids[i] = (int32_t)(i * 40503 % x->ids);
+        ids[i] = x->id_type == ID_SEGMENT ? op_id(w->c, x, i, 0) : (int32_t)(i * 40503 % x->ids);
     t.data = bench_alloc(w->b, (size_t)n * sizeof *ids);
     w->b->k->upload(dev, t, ids, DTYPE_I32);
     free(ids);

@@ -5,6 +5,7 @@
 #define IHA_TESTS_LIB_OP_CASES_H
 
 #include "kernels/kernels.h"
+#include "tests/lib/segments.h"
 
 /* What a case is run by. */
 enum {
@@ -16,21 +17,24 @@ enum {
 
 /* What a spec leaves open. */
 enum {
-    ACCUMULATE = 1,  /* parameters' gradients (and linear's dx) are added to */
-    BIAS = 2,        /* linear; of a norm: layernorm, with its bias */
-    DELTA = 4,       /* norm: x + delta */
-    POSITIONS = 8,   /* embed: learned positions */
-    ONE_TOKEN = 16,  /* embed: one token again and again, ... */
-    FEW_TOKENS = 32, /* ... three of them; with ONE_TOKEN every token in turn; neither: any */
-    LOSS_ONLY = 64,  /* classifier */
+    ACCUMULATE = 1,        /* parameters' gradients (and linear's dx) are added to */
+    BIAS = 2,              /* linear; of a norm: layernorm, with its bias */
+    DELTA = 4,             /* norm: x + delta */
+    POSITIONS = 8,         /* embed: learned positions */
+    ONE_TOKEN = 16,        /* embed: one token again and again, ... */
+    FEW_TOKENS = 32,       /* ... three of them; with ONE_TOKEN every token in turn; neither: any */
+    LOSS_ONLY = 64,        /* classifier */
+    GIVEN_POSITIONS = 128, /* embed, qkv_mix: of each token */
+    CORRECT = 256,         /* classifier: which targets have the largest logit */
 };
 
 struct op_case {
     unsigned use;
     struct op_spec spec;
-    unsigned options, vary; /* vary: run with every combination of these options as well */
-    int64_t first;          /* embed, qkv_mix: the position of the first token, forward */
-    int64_t gap;            /* linear: elements beside each row of x, y and dy */
+    unsigned options, vary;            /* vary: run with every combination of these options as well */
+    int64_t first;                     /* embed, qkv_mix: the position of the first token, forward */
+    int64_t gap;                       /* linear: elements beside each row of x, y and dy */
+    int64_t segments[SEGMENT_LENGTHS]; /* attention, segmented: lengths as in segments.h */
 };
 
 /* clang-format off */
@@ -55,14 +59,20 @@ struct op_case {
 /* Benchmarks measure and print in this order. */
 static const struct op_case OP_CASES[] = {
     /* ---- embed: batch, tokens, vocab, hidden ---- */
-    {GRADIENT, EMBED_CASE(2, 3, 7, 5), .options = POSITIONS, .vary = FEW_TOKENS},
+    {GRADIENT, EMBED_CASE(2, 3, 7, 5), .options = POSITIONS, .vary = FEW_TOKENS | GIVEN_POSITIONS},
     {COMPARE, EMBED_CASE(1, 1, 5, 1), .vary = POSITIONS | ALL_TOKENS, .first = 2},
     {COMPARE, EMBED_CASE(2, 3, 7, 5), .vary = POSITIONS | ALL_TOKENS, .first = 2},
     {COMPARE, EMBED_CASE(3, 21, 1500, 24), .vary = POSITIONS | ALL_TOKENS, .first = 2},
     {COMPARE, EMBED_CASE(5, 67, 33, 40), .vary = POSITIONS | ALL_TOKENS, .first = 2},
     {COMPARE, EMBED_CASE(1, 320, 4, 9), .options = ONE_TOKEN}, /* whole chunks, all one run */
     {COMPARE, EMBED_CASE(2, 350, 20, 16), .options = FEW_TOKENS | POSITIONS, .first = 2},
-    {COMPARE, EMBED_CASE(1, 33, 3, 8), .options = ONE_TOKEN}, /* one row crosses */
+    {COMPARE, EMBED_CASE(1, 1, 5, 1), .options = POSITIONS | GIVEN_POSITIONS},
+    {COMPARE, EMBED_CASE(3, 21, 1500, 24), .options = POSITIONS | GIVEN_POSITIONS},
+    {COMPARE, EMBED_CASE(5, 67, 33, 40), .options = POSITIONS | GIVEN_POSITIONS, .vary = ALL_TOKENS},
+    {COMPARE, EMBED_CASE(2, 350, 20, 16), .options = FEW_TOKENS | POSITIONS | GIVEN_POSITIONS},
+    {COMPARE, EMBED_CASE(1, 33, 70, 2056), .options = POSITIONS | GIVEN_POSITIONS},
+    {COMPARE, EMBED_CASE(2, 3, 7, 5), .options = GIVEN_POSITIONS}, /* no table: positions are not read */
+    {COMPARE, EMBED_CASE(1, 33, 3, 8), .options = ONE_TOKEN},      /* one row crosses */
     {COMPARE, EMBED_CASE(1, 33, 70, 2056), .options = POSITIONS,
      .first = 2}, /* more columns than a block takes */
 
@@ -96,11 +106,13 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, LINEAR_CASE(33, 40, 129), .options = BIAS, .gap = 3},
 
     /* ---- qkv_mix: batch, tokens, heads, head_dim, pseudo; mixed, rope, rope_virtual ---- */
-    {GRADIENT, MIX_CASE(2, 5, 3, 6, 1, false, true, true)},
+    {GRADIENT, MIX_CASE(2, 5, 3, 6, 1, false, true, true), .vary = GIVEN_POSITIONS},
     {GRADIENT, MIX_CASE(1, 4, 4, 16, 1, true, true, true)},
-    {GRADIENT | COMPARE, MIX_CASE(2, 5, 3, 6, 2, true, true, true)}, /* a d that tensor cores do not take */
-    {GRADIENT | COMPARE, MIX_CASE(1, 20, 5, 10, 3, true, true, false)}, /* more than a CPU block of tokens */
-    {GRADIENT | COMPARE, MIX_CASE(2, 3, 2, 8, 4, true, false, true), .vary = ACCUMULATE},
+    {GRADIENT | COMPARE, MIX_CASE(2, 5, 3, 6, 2, true, true, true),
+     .vary = GIVEN_POSITIONS}, /* a d that tensor cores do not take */
+    {GRADIENT | COMPARE, MIX_CASE(1, 20, 5, 10, 3, true, true, false),
+     .vary = GIVEN_POSITIONS}, /* more than a CPU block of tokens */
+    {GRADIENT | COMPARE, MIX_CASE(2, 3, 2, 8, 4, true, false, true), .vary = ACCUMULATE | GIVEN_POSITIONS},
     {COMPARE, MIX_CASE(1, 3, 2, 7, 2, true, false, true)},                          /* an odd d */
     {COMPARE, MIX_CASE(1, 4, 4, 16, 1, true, true, true), .first = 3},              /* smallest tile */
     {COMPARE, MIX_CASE(2, 11, 3, 32, 5, true, true, true), ACCUMULATE, .first = 7}, /* two chunks of P */
@@ -123,6 +135,15 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, MIX_CASE(2, 7, 3, 48, 1, false, true, true), .first = 4},
     {COMPARE, MIX_CASE(1, 5, 2, 64, 1, false, true, false)},
     {COMPARE, MIX_CASE(1, 3, 2, 9, 1, false, false, false)},
+    {COMPARE, MIX_CASE(1, 4, 4, 16, 1, true, true, true), .options = GIVEN_POSITIONS},
+    {COMPARE, MIX_CASE(2, 11, 3, 32, 5, true, true, true), .options = GIVEN_POSITIONS | ACCUMULATE},
+    {COMPARE, MIX_CASE(1, 37, 12, 64, 2, true, true, true), .options = GIVEN_POSITIONS},
+    {COMPARE, MIX_CASE(2, 3, 12, 64, 2, true, true, false), .options = GIVEN_POSITIONS},
+    {COMPARE, MIX_CASE(1, 13, 5, 128, 9, true, true, true), .options = GIVEN_POSITIONS},
+    {COMPARE, MIX_CASE(1, 2, 64, 16, 5, true, true, true), .options = GIVEN_POSITIONS},
+    {COMPARE, MIX_CASE(1, 3, 20, 64, 20, true, true, false), .options = GIVEN_POSITIONS},
+    {COMPARE, MIX_CASE(1, 1, 65, 16, 1, true, true, true), .options = GIVEN_POSITIONS},
+    {COMPARE, MIX_CASE(2, 7, 3, 48, 1, false, true, true), .options = GIVEN_POSITIONS},
 
     /* ---- collapse: batch, tokens, heads, head_dim, pseudo, per_head ---- */
     {GRADIENT | COMPARE, COLLAPSE_CASE(2, 5, 3, 6, 2, false)}, /* a d that tensor cores do not take */
@@ -155,12 +176,25 @@ static const struct op_case OP_CASES[] = {
     MIX_AND_COLLAPSE(BENCH_GPU, 4096, 20, 20, 64),
     MIX_AND_COLLAPSE(BENCH_GPU, 4096, 20, 20, 128),
 
-    /* ---- attention: batch, S, heads, head_dim, pseudo, causal, token_mask, window, scale (0: d^-1/2) ---- */
+    /* ---- attention: batch, S, heads, head_dim, pseudo, causal, token_mask, window, scale (0: d^-1/2),
+     * segmented ---- */
     {GRADIENT, ATTENTION_CASE(2, 7, 2, 4, 1, true, false, 0, 0.7)},
     {GRADIENT, ATTENTION_CASE(1, 9, 2, 5, 3, true, true, 0, 0.7)},
     {GRADIENT, ATTENTION_CASE(1, 9, 1, 6, 3, true, true, 4, 0.7)},
     {GRADIENT, ATTENTION_CASE(1, 70, 1, 3, 1, true, false, 9, 0.7)}, /* two tiles */
     {GRADIENT, ATTENTION_CASE(1, 67, 1, 3, 2, false, false, 0, 0.7)},
+    {GRADIENT, ATTENTION_CASE(2, 7, 2, 4, 1, true, false, 0, 0.7, true), .segments = {3, 1}},
+    {GRADIENT, ATTENTION_CASE(2, 7, 2, 4, 1, true, false, 2, 0.7, true), .segments = {3, 1}},
+    {GRADIENT, ATTENTION_CASE(1, 12, 2, 5, 3, true, true, 0, 0.7, true), .segments = {1, 2}},
+    {GRADIENT, ATTENTION_CASE(1, 12, 1, 6, 3, true, true, 4, 0.7, true), .segments = {1, 2}},
+    {GRADIENT, ATTENTION_CASE(2, 12, 1, 5, 2, true, false, 0, 0.7, true), .segments = {2, 4}},
+    {GRADIENT, ATTENTION_CASE(1, 12, 1, 5, 2, true, false, 3, 0.7, true), .segments = {4, 2}},
+    {GRADIENT, ATTENTION_CASE(2, 12, 1, 5, 2, false, false, 0, 0.7, true), .segments = {2, 4}},
+    {GRADIENT, ATTENTION_CASE(1, 6, 1, 3, 1, true, false, 0, 0.7, true), .segments = {1, 1, 3}},
+    /* Two tiles: the edge of a segment in a tile, at its border, and a segment across it. */
+    {GRADIENT, ATTENTION_CASE(1, 70, 1, 3, 1, true, false, 9, 0.7, true), .segments = {60, 10}},
+    {GRADIENT, ATTENTION_CASE(1, 70, 1, 3, 1, true, false, 0, 0.7, true), .segments = {64, 6}},
+    {GRADIENT, ATTENTION_CASE(1, 70, 1, 3, 2, false, false, 0, 0.7, true), .segments = {20, 15}},
     /* Short sequences of small heads, where what surrounds the products weighs most. */
     {BENCH_CPU, ATTENTION_CASE(32, 66 * 8, 8, 16, 8, false, false, 0, 0)},
     /* With a window, time and tiles per token must not grow with the sequence. */
@@ -187,7 +221,7 @@ static const struct op_case OP_CASES[] = {
     {BENCH_GPU, ACT_CASE(ACT_SWIGLU, 32768, 4096)},
 
     /* ---- classifier: rows, hidden, vocab ---- */
-    {GRADIENT, CLASSIFIER_CASE(5, 6, 9)},
+    {GRADIENT, CLASSIFIER_CASE(5, 6, 9), .vary = CORRECT},
     {COMPARE, CLASSIFIER_CASE(1, 1, 2), .vary = LOSS_ONLY | ACCUMULATE},
     {COMPARE, CLASSIFIER_CASE(5, 8, 7), .vary = LOSS_ONLY | ACCUMULATE},
     {COMPARE, CLASSIFIER_CASE(9, 24, 64), .vary = LOSS_ONLY | ACCUMULATE},

@@ -16,7 +16,8 @@ enum { OP_OPERANDS = 16 };
 enum { FORWARD_READS = 1, FORWARD_WRITES = 2, BACKWARD_READS = 4, BACKWARD_WRITES = 8 };
 enum { BOTH_READ = FORWARD_READS | BACKWARD_READS, BACKWARD_ADDS = BACKWARD_READS | BACKWARD_WRITES };
 
-enum operand_type { TYPE_COMPUTE, TYPE_GRADIENT /* of parameters */, TYPE_ROPE, TYPE_IDS };
+enum operand_type { TYPE_COMPUTE, TYPE_GRADIENT /* of parameters */, TYPE_ROPE, TYPE_IDS /* i32 */ };
+enum id_type { ID_TOKEN, ID_TARGET, ID_POSITION, ID_SEGMENT, ID_CORRECT };
 
 struct op_operand {
     const char *name; /* NULL: absent */
@@ -25,6 +26,7 @@ struct op_operand {
     int64_t shape[TENSOR_MAX_DIMS];
     double scale, offset; /* of the noise that an input holds; 0: 1 */
     int64_t ids;          /* of TYPE_IDS: below this */
+    enum id_type id_type;
     /* Indices, counted from 1; 0: none. */
     int gradient_of_output; /* as backward finds it */
     int gradient_of[2];     /* inputs, as backward leaves it */
@@ -50,6 +52,12 @@ static inline void embed_operands(const struct op_case *c, struct op_operand *x)
     x[5] = (struct op_operand){"dW", BACKWARD_ADDS, TYPE_GRADIENT, SHAPE(V, C), .gradient_of = {2}};
     x[6] = (struct op_operand){PRESENT(pos, "dpos"), BACKWARD_ADDS, TYPE_GRADIENT, SHAPE(s->tokens + 3, C),
                                .gradient_of = {3}};
+    x[7] = (struct op_operand){PRESENT(c->options & GIVEN_POSITIONS, "positions"),
+                               BOTH_READ,
+                               TYPE_IDS,
+                               SHAPE(s->batch, s->tokens),
+                               .ids = s->tokens,
+                               .id_type = ID_POSITION};
 }
 
 static inline void norm_operands(const struct op_case *c, struct op_operand *x) {
@@ -104,6 +112,12 @@ static inline void qkv_mix_operands(const struct op_case *c, struct op_operand *
         x[12 + i] = (struct op_operand){PRESENT(s->mixed, names[3][i]), parameter_gradient(c), TYPE_GRADIENT,
                                         SHAPE(P, H, H), .gradient_of = {2 + i}};
     }
+    x[15] = (struct op_operand){PRESENT(c->options & GIVEN_POSITIONS, "positions"),
+                                BOTH_READ,
+                                TYPE_IDS,
+                                SHAPE(B, s->tokens),
+                                .ids = s->tokens,
+                                .id_type = ID_POSITION};
 }
 
 static inline void attention_operands(const struct op_case *c, struct op_operand *x) {
@@ -115,6 +129,12 @@ static inline void attention_operands(const struct op_case *c, struct op_operand
     for (int i = 0; i < 8; i++)
         x[i] = (struct op_operand){names[i], touched[i], SHAPE(s->batch, s->length, s->heads, s->head_dim),
                                    .gradient_of_output = i == 4 ? 4 : 0, .gradient_of = {i > 4 ? i - 4 : 0}};
+    x[8] = (struct op_operand){PRESENT(s->segmented, "segments"),
+                               BOTH_READ,
+                               TYPE_IDS,
+                               SHAPE(2, s->batch, s->length / s->pseudo),
+                               .ids = s->length / s->pseudo + 1,
+                               .id_type = ID_SEGMENT};
 }
 
 static inline void collapse_operands(const struct op_case *c, struct op_operand *x) {
@@ -147,11 +167,18 @@ static inline void classifier_operands(const struct op_case *c, struct op_operan
     bool gradient = !(c->options & LOSS_ONLY);
     x[0] = (struct op_operand){"h", BOTH_READ, SHAPE(s->rows, s->hidden), .scale = 2};
     x[1] = (struct op_operand){"W", BOTH_READ, SHAPE(s->vocab, s->hidden)};
-    x[2] = (struct op_operand){"targets", BOTH_READ, TYPE_IDS, SHAPE(s->rows), .ids = s->vocab};
+    x[2] = (struct op_operand){"targets",      BOTH_READ,       TYPE_IDS,
+                               SHAPE(s->rows), .ids = s->vocab, .id_type = ID_TARGET};
     x[3] = (struct op_operand){PRESENT(gradient, "dh"), BACKWARD_WRITES, SHAPE(s->rows, s->hidden),
                                .gradient_of = {1}};
     x[4] = (struct op_operand){PRESENT(gradient, "dW"), parameter_gradient(c), TYPE_GRADIENT,
                                SHAPE(s->vocab, s->hidden), .gradient_of = {2}};
+    x[5] = (struct op_operand){PRESENT(c->options & CORRECT, "correct"),
+                               FORWARD_WRITES | BACKWARD_WRITES,
+                               TYPE_IDS,
+                               SHAPE(s->rows),
+                               .ids = 2,
+                               .id_type = ID_CORRECT};
 }
 
 /* The operands of a case; the absent ones have no name. */
@@ -178,11 +205,24 @@ static inline struct op_spec op_spec_of(const struct op_case *c) {
     return spec;
 }
 
+/* Element i of segments [2,B,T]. */
+static inline int32_t op_segment(const struct op_case *c, int64_t i) {
+    const struct attention_spec *s = &c->spec.attention;
+    int64_t tokens = s->length / s->pseudo, b = i / tokens;
+    int32_t first, last;
+    segment_of_token(c->segments, b % s->batch, tokens, i % tokens, &first, &last);
+    return b < s->batch ? first : last;
+}
+
 /* Element i of an operand of TYPE_IDS, from noise in [-1, 1). One target in four does not count. */
 static inline int32_t op_id(const struct op_case *c, const struct op_operand *x, int64_t i, double noise) {
     int64_t any = (int64_t)((noise + 1) / 2 * (double)x->ids);
-    if (c->spec.kind == OP_CLASSIFIER)
+    if (x->id_type == ID_SEGMENT)
+        return op_segment(c, i);
+    if (x->id_type == ID_TARGET)
         return i % 4 == 3 ? -1 : (int32_t)any;
+    if (x->id_type != ID_TOKEN)
+        return (int32_t)any;
     switch (c->options & ALL_TOKENS) {
     case ONE_TOKEN:
         return (int32_t)(x->ids - 1);
@@ -203,22 +243,21 @@ static inline void op_forward(const struct kernels *k, struct device *dev, const
     const struct op_spec s = op_spec_of(c);
     switch (s.kind) {
     case OP_EMBED:
-        return k->embed(dev, &s.embed, t[0], t[1], t[2], tensor_none(), t[2].data ? c->first : 0, t[3]);
+        return k->embed(dev, &s.embed, t[0], t[1], t[2], t[7], t[2].data ? c->first : 0, t[3]);
     case OP_NORM:
         return k->residual_norm(dev, &s.norm, t[0], t[1], t[2], t[3], t[1].data ? t[4] : t[0], t[5], saved);
     case OP_LINEAR:
         return k->linear(dev, &s.linear, t[0], t[1], t[2], t[3]);
     case OP_QKV_MIX:
-        return k->qkv_mix(dev, &s.qkv_mix, t[0], t[1], t[2], t[3], t[4], tensor_none(), c->first, t[5], t[6],
-                          t[7]);
+        return k->qkv_mix(dev, &s.qkv_mix, t[0], t[1], t[2], t[3], t[4], t[15], c->first, t[5], t[6], t[7]);
     case OP_ATTENTION:
-        return k->attention(dev, &s.attention, t[0], t[1], t[2], tensor_none(), t[3], saved);
+        return k->attention(dev, &s.attention, t[0], t[1], t[2], t[8], t[3], saved);
     case OP_COLLAPSE:
         return k->collapse(dev, &s.collapse, t[0], t[1], t[2]);
     case OP_ACT:
         return k->mlp_act(dev, &s.act, t[0], t[1], t[2]);
     default:
-        return k->classifier(dev, &s.classifier, t[0], t[1], t[2], CLASSIFIER_SCALE, state, tensor_none(),
+        return k->classifier(dev, &s.classifier, t[0], t[1], t[2], CLASSIFIER_SCALE, state, t[5],
                              tensor_none(), tensor_none(), false);
     }
 }
@@ -230,25 +269,25 @@ static inline void op_backward(const struct kernels *k, struct device *dev, cons
     bool add = c->options & ACCUMULATE;
     switch (s.kind) {
     case OP_EMBED:
-        return k->embed_backward(dev, &s.embed, t[0], tensor_none(), t[4], t[5], t[6]);
+        return k->embed_backward(dev, &s.embed, t[0], t[7], t[4], t[5], t[6]);
     case OP_NORM:
         return k->residual_norm_backward(dev, &s.norm, t[6], t[1].data ? t[4] : t[0], t[2], saved, t[7], t[8],
                                          t[9], add);
     case OP_LINEAR:
         return k->linear_backward(dev, &s.linear, t[4], t[0], t[1], t[5], add, t[6], t[7], add);
     case OP_QKV_MIX:
-        return k->qkv_mix_backward(dev, &s.qkv_mix, t[8], t[9], t[10], t[0], t[1], t[2], t[3], t[4],
-                                   tensor_none(), t[11], t[12], t[13], t[14], add);
+        return k->qkv_mix_backward(dev, &s.qkv_mix, t[8], t[9], t[10], t[0], t[1], t[2], t[3], t[4], t[15],
+                                   t[11], t[12], t[13], t[14], add);
     case OP_ATTENTION:
-        return k->attention_backward(dev, &s.attention, t[0], t[1], t[2], tensor_none(), t[3], t[4], saved,
-                                     t[5], t[6], t[7]);
+        return k->attention_backward(dev, &s.attention, t[0], t[1], t[2], t[8], t[3], t[4], saved, t[5], t[6],
+                                     t[7]);
     case OP_COLLAPSE:
         return k->collapse_backward(dev, &s.collapse, t[3], t[0], t[1], t[4], t[5], add);
     case OP_ACT:
         return k->mlp_act_backward(dev, &s.act, t[3], t[0], t[1], t[4], t[5]);
     default:
-        return k->classifier(dev, &s.classifier, t[0], t[1], t[2], CLASSIFIER_SCALE, state, tensor_none(),
-                             t[3], t[4], add);
+        return k->classifier(dev, &s.classifier, t[0], t[1], t[2], CLASSIFIER_SCALE, state, t[5], t[3], t[4],
+                             add);
     }
 }
 
@@ -289,7 +328,10 @@ static inline const char *op_sizes(const struct op_case *c, char text[OP_TEXT]) 
                       (int)s->attention.pseudo, s->attention.causal ? "" : ", not causal",
                       s->attention.token_mask ? ", token mask" : "");
         if (s->attention.window > 0)
-            snprintf(text + at, OP_TEXT - (size_t)at, ", window %d", (int)s->attention.window);
+            at += snprintf(text + at, OP_TEXT - (size_t)at, ", window %d", (int)s->attention.window);
+        if (s->attention.segmented)
+            snprintf(text + at, OP_TEXT - (size_t)at, ", segments of %d, %d, ... tokens", (int)c->segments[0],
+                     (int)c->segments[c->segments[1] > 0]);
         break;
     case OP_COLLAPSE:
         snprintf(text, OP_TEXT, "H=%d, P=%d, d=%d, %d tokens%s", (int)s->collapse.heads,
@@ -308,12 +350,13 @@ static inline const char *op_sizes(const struct op_case *c, char text[OP_TEXT]) 
 
 /* For a failure: the operation, its sizes and what its spec leaves open. */
 static inline const char *op_describe(const struct op_case *c) {
-    static const char *const options[] = {"accumulate", "bias",       "delta",    "positions",
-                                          "one token",  "few tokens", "loss only"};
+    static const char *const options[] = {"accumulate", "bias",       "delta",     "learned positions",
+                                          "one token",  "few tokens", "loss only", "positions of each token",
+                                          "correct"};
     static char text[2 * OP_TEXT];
     char sizes[OP_TEXT];
     int at = snprintf(text, sizeof text, "%s %s", op_name(c), op_sizes(c, sizes));
-    for (int i = 0; i < 7; i++)
+    for (int i = 0; i < 9; i++)
         if (c->options >> i & 1)
             at += snprintf(text + at, sizeof text - (size_t)at, ", %s", options[i]);
     return text;
