@@ -1,7 +1,5 @@
 #include "model/flops.h"
 
-#include "kernels/kernels.h"
-
 static int64_t pseudo_of(const struct model_config *m, enum layer_type type) {
     return layer_is_iha(type) ? m->num_pseudo_heads : 1;
 }
@@ -10,26 +8,27 @@ static int64_t window_of(const struct model_config *m, enum layer_type type) {
     return !layer_is_local(type) ? 0 : layer_is_iha(type) ? m->iha_window : m->local_window;
 }
 
+/* The sum over queries of end - begin as in attention_keys(): the ends are S, or s + 1, or the end of the
+ * query's token; the begins are 0, then 1, 2, ... from query `window` on. */
 double attention_pairs(const struct model_config *m, enum layer_type type, int64_t seq_len) {
-    int64_t P = pseudo_of(m, type), S = seq_len * P;
-    struct attention_spec spec = {.length = S,
-                                  .pseudo = P,
-                                  .causal = m->causal,
-                                  .token_mask = m->iha_mask == MASK_TOKEN,
-                                  .window = window_of(m, type)};
-    double pairs = 0;
-    for (int64_t s = 0; s < S; s++) {
-        int64_t begin, end;
-        attention_keys(&spec, s, S, &begin, &end);
-        pairs += (double)(end - begin);
-    }
-    return pairs;
+    double T = (double)seq_len, P = (double)pseudo_of(m, type), S = T * P,
+           window = (double)window_of(m, type);
+    double moved = window > 0 && window < S ? S - window : 0; /* queries whose begin is not 0 */
+    double ends = !m->causal                  ? S * S
+                  : m->iha_mask == MASK_TOKEN ? P * P * (T * (T + 1) / 2)
+                                              : S * (S + 1) / 2;
+    return ends - moved * (moved + 1) / 2;
 }
 
 /* S^2, or S * window, causal or not. */
 double attention_pairs_in_paper(const struct model_config *m, enum layer_type type, int64_t seq_len) {
     double S = (double)(seq_len * pseudo_of(m, type)), window = (double)window_of(m, type);
     return layer_is_local(type) && window < S ? S * window : S * S;
+}
+
+/* Forward and backward. */
+static double attention_flops(const struct model_config *m, double pairs) {
+    return 12 * (double)m->num_attention_heads * (double)m->head_dim * pairs;
 }
 
 struct flops flops_per_token(const struct model_config *m, int64_t seq_len) {
@@ -43,9 +42,26 @@ struct flops flops_per_token(const struct model_config *m, int64_t seq_len) {
         if (pairs[type] == 0)
             pairs[type] = attention_pairs(m, type, seq_len);
         f.matmul += 6 * (4 * C * H * d + mlp);
-        f.attention += 12 * H * d * pairs[type] / (double)seq_len;
+        f.attention += attention_flops(m, pairs[type]) / (double)seq_len;
         if (layer_is_iha(type))
             f.mixing += 6 * d * P * H * (3 * H + (m->iha_collapse == COLLAPSE_FULL ? H : 1));
     }
     return f;
+}
+
+double flops_segments(const struct model_config *m, int64_t seq_len, const int32_t *segments, int64_t batch) {
+    int64_t layers[LAYER_IHA_LOCAL + 1] = {0}; /* of each type */
+    for (int i = 0; i < m->num_hidden_layers; i++)
+        layers[m->layer_types[i]]++;
+    double pairs = 0;
+    for (int64_t n = 0; n < batch * seq_len; n++) {
+        int64_t t = n % seq_len;
+        if (t + 1 < seq_len && segments[n + 1] == segments[n])
+            continue; /* not the last token of its segment */
+        for (int type = 0; type <= LAYER_IHA_LOCAL; type++)
+            if (layers[type] > 0)
+                pairs +=
+                    (double)layers[type] * attention_pairs(m, (enum layer_type)type, t + 1 - segments[n]);
+    }
+    return attention_flops(m, pairs);
 }

@@ -13,6 +13,12 @@ struct flops {
 };
 struct flops flops_per_token(const struct model_config *m, int64_t seq_len);
 
+/* FLOPs of training's attention, forward and backward, on one batch whose attention stays inside segments: as
+ * above, 12 * H * d * visible pairs, in all layers. segments: [batch, seq_len] the index in its sequence of
+ * the first token of each token's segment (struct batch in model.h). Costs little: a segment's pairs are a
+ * formula of its length. */
+double flops_segments(const struct model_config *m, int64_t seq_len, const int32_t *segments, int64_t batch);
+
 /* Visible (query, key) pairs of one sequence in a layer: as the mask has them; and as the paper counts them,
  * where every query sees its whole window, or the whole sequence. */
 double attention_pairs(const struct model_config *m, enum layer_type type, int64_t seq_len);

@@ -1,4 +1,4 @@
-/* Two small models for tests of parameters and of training. Between them they use nearly every option of
+/* Small models for tests of parameters and of training. Between them the first two use nearly every option of
  * [model]. */
 #ifndef IHA_TESTS_LIB_MODEL_CONFIGS_H
 #define IHA_TESTS_LIB_MODEL_CONFIGS_H
@@ -41,6 +41,23 @@ static inline struct model_config other_config(void) {
     c.iha_collapse = COLLAPSE_PER_HEAD;
     c.init_collapse = COLLAPSE_MEAN;
     return c;
+}
+
+/* One layer, small enough to count by hand. */
+static inline struct model_config counted_config(enum layer_type type) {
+    return (struct model_config){
+        .vocab_size = 10,
+        .hidden_size = 8,
+        .num_hidden_layers = 1,
+        .num_attention_heads = 2,
+        .head_dim = 4,
+        .intermediate_size = 16,
+        .causal = true,
+        .layer_types = {type},
+        .local_window = 2,
+        .num_pseudo_heads = 2,
+        .iha_window = 3,
+    };
 }
 
 #endif

@@ -1,9 +1,7 @@
-/* Parameters with their names, shapes and initial values; FLOPs per token against sums by hand; memory, which
- * must be allocated and used exactly as planned. */
+/* Parameters with their names, shapes and initial values; memory, which must be allocated and used
+ * exactly as planned. */
 #include "tests/lib/model_configs.h"
 #include "tests/lib/model_fixture.h"
-
-#include "model/flops.h"
 
 #define COUNT(a) (sizeof(a) / sizeof *(a))
 
@@ -263,62 +261,6 @@ static void initial_values_depend_on_seed_and_name_only(void **state) {
         free(all[i]);
 }
 
-/* ---- FLOPs ---- */
-
-static struct model_config counted_config(enum layer_type type) {
-    return (struct model_config){
-        .vocab_size = 10,
-        .hidden_size = 8,
-        .num_hidden_layers = 1,
-        .num_attention_heads = 2,
-        .head_dim = 4,
-        .intermediate_size = 16,
-        .causal = true,
-        .layer_types = {type},
-        .local_window = 2,
-        .num_pseudo_heads = 2,
-        .iha_window = 3,
-    };
-}
-
-static void check_flops(const struct model_config *c, double matmul, double attention, double mixing) {
-    struct flops f = flops_per_token(c, 4);
-    if (f.matmul != matmul || f.attention != attention || f.mixing != mixing)
-        fail_msg("%g %g %g, not %g %g %g", f.matmul, f.attention, f.mixing, matmul, attention, mixing);
-}
-
-/* By hand, T = 4. Weights: vocabulary 80, qkv 192, out 64, up and down 128 each. */
-static void flops_of_mha(void **state) {
-    (void)state;
-    struct model_config c = counted_config(LAYER_MHA_GLOBAL);
-    check_flops(&c, 6 * (80 + 192 + 64 + 256), 12 * 8 * (1 + 2 + 3 + 4) / 4.0, 0);
-    c.causal = false;
-    check_flops(&c, 6 * (80 + 192 + 64 + 256), 12 * 8 * 4, 0);
-    c = counted_config(LAYER_MHA_LOCAL);
-    c.activation = ACTIVATION_SWIGLU;
-    check_flops(&c, 6 * (80 + 192 + 64 + 384), 12 * 8 * (1 + 2 + 2 + 2) / 4.0, 0);
-    c.num_hidden_layers = 2;
-    c.layer_types[1] = LAYER_MHA_GLOBAL;
-    check_flops(&c, 6 * (80 + 2 * (192 + 64 + 384)), 12 * 8 * (7 + 10) / 4.0, 0);
-}
-
-/* S = 8 virtual tokens, each seeing 3; with the token mask the first of a pair also sees the second. */
-static void flops_of_iha(void **state) {
-    (void)state;
-    struct model_config c = counted_config(LAYER_IHA_LOCAL);
-    double matmul = 6 * (80 + 192 + 64 + 256), full = 6 * 4 * 2 * 4 * 4,
-           per_head = 6 * (3 * 2 * 4 + 2 * 2) * 4;
-    check_flops(&c, matmul, 12 * 8 * (1 + 2 + 6 * 3) / 4.0, full);
-    c.iha_collapse = COLLAPSE_PER_HEAD;
-    check_flops(&c, matmul, 12 * 8 * (1 + 2 + 6 * 3) / 4.0, per_head);
-    c.iha_mask = MASK_TOKEN;
-    check_flops(&c, matmul, 12 * 8 * (2 + 2 + 4 + 3 + 4 + 3 + 4 + 3) / 4.0, per_head);
-    c.layer_types[0] = LAYER_IHA_GLOBAL;
-    check_flops(&c, matmul, 12 * 8 * (2 * (2 + 4 + 6 + 8)) / 4.0, per_head);
-    assert_true(attention_pairs_in_paper(&c, LAYER_IHA_LOCAL, 4) == 8 * 3);
-    assert_true(attention_pairs_in_paper(&c, LAYER_IHA_GLOBAL, 4) == 8 * 8);
-}
-
 /* ---- memory ---- */
 
 static size_t allocated[16];
@@ -443,8 +385,6 @@ int main(void) {
         cmocka_unit_test(matrices_are_initially_normal),
         cmocka_unit_test(mixing_is_initially_the_identity),
         cmocka_unit_test(initial_values_depend_on_seed_and_name_only),
-        cmocka_unit_test(flops_of_mha),
-        cmocka_unit_test(flops_of_iha),
         cmocka_unit_test(memory_matches_the_plan),
         cmocka_unit_test(memory_of_a_small_model),
     };
