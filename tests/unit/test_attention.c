@@ -23,7 +23,9 @@ static uint64_t SEED = 11;
 /* One head in double; all arrays [S,d] but the probabilities, [S,S]. */
 struct head {
     double *q, *k, *v, *d_o, *o, *dq, *dk, *dv, *p;
-    double score; /* the largest visible */
+    double score;            /* the largest visible */
+    const int32_t *segments; /* [2,B,T], or NULL */
+    int64_t b;               /* the head's sequence */
 };
 
 /* What an operation in double becomes in fp32: the same, rounded (53 bits are enough to round only once). */
@@ -48,7 +50,7 @@ static void softmax(const struct attention_spec *a, struct head *w, int64_t s, b
     double *p = w->p + s * a->length, top = -INFINITY, sum = 0, scale = rounded(a->scale, plain);
     int64_t d = a->head_dim;
     for (int64_t key = 0; key < a->length; key++) {
-        p[key] = attention_visible(a, s, key)
+        p[key] = attention_visible_in(a, w->segments, w->b, s, key)
                      ? rounded(scale * dot(w->q + s * d, w->k + key * d, d, plain), plain)
                      : (double)-INFINITY;
         top = fmax(top, p[key]);
@@ -89,7 +91,7 @@ static struct head head_alloc(const struct attention_spec *a) {
     size_t n = (size_t)(a->length * a->head_dim);
     double *block = calloc(8 * n + (size_t)(a->length * a->length), sizeof *block);
     return (struct head){block,         block + n,     block + 2 * n, block + 3 * n, block + 4 * n,
-                         block + 5 * n, block + 6 * n, block + 7 * n, block + 8 * n, 0};
+                         block + 5 * n, block + 6 * n, block + 7 * n, block + 8 * n, .score = 0};
 }
 
 /* ---- tensors with sentinels around them ---- */
@@ -158,7 +160,9 @@ static void clear_row(float *row, int64_t d, void *unused) {
 struct attention_case {
     struct attention_spec spec;
     bool packed;
-    float magnitude; /* of q and k */
+    float magnitude;        /* of q and k */
+    const int64_t *lengths; /* of segments; NULL: none */
+    int32_t *segments;      /* [2,B,T] */
     tensor in[3], d_o, o, grad[3];
     struct buffer in_buffer[3], d_o_buffer, o_buffer, grad_buffer[3];
     char *saved, *workspace;
@@ -177,6 +181,10 @@ static void case_open(struct attention_case *c) {
     for (int i = 0; i < 3; i++)
         for_rows(c->in[i], fill_row, i < 2 ? &c->magnitude : &one);
     for_rows(c->d_o, fill_row, &one);
+    int64_t tokens = c->spec.length / c->spec.pseudo;
+    c->segments = c->lengths ? malloc((size_t)(2 * c->spec.batch * tokens) * sizeof *c->segments) : NULL;
+    if (c->lengths)
+        fill_segments(c->lengths, c->spec.batch, tokens, c->segments);
     c->saved = malloc(c->cost.saved + GUARD);
     c->workspace = aligned_alloc(4096, (c->cost.workspace + GUARD + 4095) / 4096 * 4096);
     memset(c->saved, 0x5a, c->cost.saved + GUARD);
@@ -190,26 +198,34 @@ static void case_close(struct attention_case *c) {
     }
     free(c->d_o_buffer.data);
     free(c->o_buffer.data);
+    free(c->segments);
     free(c->saved);
     free(c->workspace);
+}
+
+static tensor segments_of(const struct attention_case *c) {
+    if (!c->segments)
+        return tensor_none();
+    return tensor_of(c->segments, DTYPE_I32, 2, c->spec.batch, c->spec.length / c->spec.pseudo, 0, 0);
 }
 
 static void run_forward(struct attention_case *c) {
     const struct kernels *k = kernels_cpu();
     k->set_workspace(fixture_device(), c->workspace, c->cost.workspace);
-    k->attention(fixture_device(), &c->spec, c->in[0], c->in[1], c->in[2], tensor_none(), c->o, c->saved);
+    k->attention(fixture_device(), &c->spec, c->in[0], c->in[1], c->in[2], segments_of(c), c->o, c->saved);
 }
 
 static void run_backward(struct attention_case *c) {
-    kernels_cpu()->attention_backward(fixture_device(), &c->spec, c->in[0], c->in[1], c->in[2], tensor_none(),
-                                      c->o, c->d_o, c->saved, c->grad[0], c->grad[1], c->grad[2]);
+    kernels_cpu()->attention_backward(fixture_device(), &c->spec, c->in[0], c->in[1], c->in[2],
+                                      segments_of(c), c->o, c->d_o, c->saved, c->grad[0], c->grad[1],
+                                      c->grad[2]);
 }
 
 static void fail_case(const struct attention_case *c, const char *what) {
     const struct attention_spec *s = &c->spec;
-    fail_msg("B %d S %d H %d d %d P %d causal %d token %d window %d packed %d: %s", (int)s->batch,
-             (int)s->length, (int)s->heads, (int)s->head_dim, (int)s->pseudo, s->causal, s->token_mask,
-             (int)s->window, c->packed, what);
+    fail_msg("B %d S %d H %d d %d P %d causal %d token %d window %d segments of %d packed %d: %s",
+             (int)s->batch, (int)s->length, (int)s->heads, (int)s->head_dim, (int)s->pseudo, s->causal,
+             s->token_mask, (int)s->window, c->lengths ? (int)c->lengths[0] : 0, c->packed, what);
 }
 
 /* Squares of errors and norms of o, dq, dk, dv over all heads. */
@@ -229,6 +245,8 @@ static void load_head(const struct attention_case *c, struct head *w, int64_t b,
                 to[i][s * d + j] = (double)row_of(from[i], b, s, h)[j];
     for (int64_t i = 0; i < 4 * c->spec.length * d; i++)
         w->o[i] = 0;
+    w->segments = c->segments;
+    w->b = b;
 }
 
 static void reference_head(const struct attention_case *c, struct head *w, int64_t b, int64_t h, bool plain) {
@@ -301,8 +319,9 @@ static void check_sentinels(struct attention_case *c) {
             fail_case(c, "wrote past the bytes of its plan");
 }
 
-static void check_case(struct attention_spec spec, bool packed, float magnitude) {
-    struct attention_case c = {.spec = spec, .packed = packed, .magnitude = magnitude};
+static void check_segmented(struct attention_spec spec, const int64_t *lengths, bool packed,
+                            float magnitude) {
+    struct attention_case c = {.spec = spec, .packed = packed, .magnitude = magnitude, .lengths = lengths};
     c.spec.scale = 1 / sqrt((double)spec.head_dim);
     case_open(&c);
     run_forward(&c);
@@ -310,6 +329,10 @@ static void check_case(struct attention_spec spec, bool packed, float magnitude)
     compare_with_reference(&c);
     check_sentinels(&c);
     case_close(&c);
+}
+
+static void check_case(struct attention_spec spec, bool packed, float magnitude) {
+    check_segmented(spec, NULL, packed, magnitude);
 }
 
 /* ---- the table ---- */
@@ -321,16 +344,25 @@ static size_t drawn(size_t n) {
 }
 
 /* Head dims, batches, heads and packing are drawn at random. */
-static void check_drawn(struct attention_spec s) {
+static void check_drawn_segments(struct attention_spec s, const int64_t *lengths) {
     s.batch = 1 + (int64_t)drawn(2);
     s.heads = drawn(2) ? 3 : 1;
-    s.head_dim = DIMS[drawn(COUNT(DIMS))];
-    check_case(s, drawn(2), 1);
+    s.head_dim = DIMS[drawn(lengths ? COUNT(DIMS) - 1 : COUNT(DIMS))];
+    check_segmented(s, lengths, drawn(2), 1);
+}
+
+static void check_drawn(struct attention_spec s) {
+    check_drawn_segments(s, NULL);
 }
 
 static void every_case(void **state) {
     (void)state;
     attention_each_case(ON_CPU, check_drawn);
+}
+
+static void every_segmented_case(void **state) {
+    (void)state;
+    attention_each_segmented(ON_CPU, 130, check_drawn_segments);
 }
 
 static void every_head_dim(void **state) {
@@ -339,6 +371,8 @@ static void every_head_dim(void **state) {
         for (int packed = 0; packed < 2; packed++) {
             check_case((struct attention_spec){2, 130, 3, DIMS[i], 2, true, true, 63, 0, false}, packed, 1);
             check_case((struct attention_spec){1, 65, 1, DIMS[i], 1, true, false, 0, 0, false}, packed, 1);
+            check_segmented((struct attention_spec){2, 130, 3, DIMS[i], 2, true, true, 63, 0, true},
+                            ATTENTION_SEGMENTS[COUNT(ATTENTION_SEGMENTS) - 1], packed, 1);
         }
 }
 
@@ -406,10 +440,10 @@ static void nan_reaches_what_depends_on_it(void **state) {
 
 /* ---- tiles ---- */
 
-enum { TILE_SIDE = 64 };
+enum { TILE_SIDE = 64, MAX_TILED = 449 };
 
-static int64_t visits(struct attention_spec spec, bool backward) {
-    struct attention_case c = {.spec = spec, .magnitude = 1, .packed = true};
+static int64_t visits(struct attention_spec spec, const int64_t *lengths, bool backward) {
+    struct attention_case c = {.spec = spec, .magnitude = 1, .packed = true, .lengths = lengths};
     c.spec.scale = 0.3;
     case_open(&c);
     run_forward(&c);
@@ -419,18 +453,27 @@ static int64_t visits(struct attention_spec spec, bool backward) {
     return attention_tiles_visited - before;
 }
 
-static void check_tiles(struct attention_spec s) {
+static void check_segmented_tiles(struct attention_spec s, const int64_t *lengths) {
+    int32_t segments[2 * 2 * MAX_TILED];
     s.batch = 1 + !s.token_mask;
     s.heads = 2;
     s.head_dim = 4;
-    assert_int_equal(visits(s, false), attention_tiles_needed(&s, TILE_SIDE, TILE_SIDE));
-    assert_int_equal(visits(s, true), attention_tiles_needed(&s, TILE_SIDE, TILE_SIDE));
+    if (lengths)
+        fill_segments(lengths, s.batch, s.length / s.pseudo, segments);
+    int64_t needed = attention_tiles_needed_in(&s, lengths ? segments : NULL, TILE_SIDE, TILE_SIDE);
+    assert_int_equal(visits(s, lengths, false), needed);
+    assert_int_equal(visits(s, lengths, true), needed);
+}
+
+static void check_tiles(struct attention_spec s) {
+    check_segmented_tiles(s, NULL);
 }
 
 static void no_empty_tile_is_visited(void **state) {
     (void)state;
     static const int64_t lengths[] = {1, 64, 65, 200, 449}, windows[] = {0, 1, 2, 63, 64, 65, 66, 129, 500};
     attention_each_mask(ON_CPU, lengths, COUNT(lengths), windows, COUNT(windows), check_tiles);
+    attention_each_segmented(ON_CPU, 200, check_segmented_tiles);
 }
 
 /* A window of 512 virtual tokens spans 9 tiles of keys, of which the first 8 rows of tiles lack 8, 7, ... 1:
@@ -439,7 +482,7 @@ static void check_linear(int64_t heads, int64_t most_tokens, bool backward) {
     int64_t before = 0;
     for (int64_t T = 1024; T <= most_tokens; T *= 2) {
         struct attention_spec a = {1, 4 * T, heads, 8, 4, true, false, 512, 0, false};
-        int64_t count = visits(a, backward), rows = 4 * T / TILE_SIDE;
+        int64_t count = visits(a, NULL, backward), rows = 4 * T / TILE_SIDE;
         assert_int_equal(count, heads * (9 * rows - 36));
         if (before > 0)
             assert_true(fabs((double)(count + 36 * heads) / (double)(before + 36 * heads) - 2) < 1e-9);
@@ -460,6 +503,7 @@ static void windowed_work_grows_linearly(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(every_case),
+        cmocka_unit_test(every_segmented_case),
         cmocka_unit_test(every_head_dim),
         cmocka_unit_test(large_scores),
         cmocka_unit_test(nan_reaches_what_depends_on_it),
