@@ -50,13 +50,17 @@ static inline void fixture_tokens(int32_t *tokens, int64_t n, int64_t vocab, uin
 }
 
 /* Loss of one pass, forward and backward; the gradients are in the model afterwards. */
-static inline double fixture_loss(struct model *m, const int32_t *tokens, const int32_t *targets,
-                                  double scale) {
+static inline double fixture_batch_loss(struct model *m, struct batch batch, double scale) {
     m->k->step_begin(m->dev, m->state, 0, 0);
-    model_forward_backward(m, (struct batch){tokens, targets, NULL}, scale, false, NULL, NULL);
+    model_forward_backward(m, batch, scale, false, NULL, NULL);
     struct step_state state;
     m->k->step_read(m->dev, m->state, &state);
     return state.loss;
+}
+
+static inline double fixture_loss(struct model *m, const int32_t *tokens, const int32_t *targets,
+                                  double scale) {
+    return fixture_batch_loss(m, (struct batch){tokens, targets, NULL}, scale);
 }
 
 static inline double fixture_eval(struct model *m, const int32_t *tokens, const int32_t *targets,
