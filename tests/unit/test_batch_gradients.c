@@ -11,7 +11,7 @@
 #define COUNT(a) (sizeof(a) / sizeof *(a))
 
 enum { B = 2, T = 12, N = B * T, VOCAB = 11 };
-static const int64_t LENGTHS[SEGMENT_LENGTHS] = {4, 1, 5, 2}, WHOLE[SEGMENT_LENGTHS] = {T},
+static const int64_t LENGTHS[SEGMENT_LENGTHS] = {4, 1, 5, 2}, WHOLE[SEGMENT_LENGTHS] = {T, 5, 7},
                      SINGLE[SEGMENT_LENGTHS] = {1};
 static const double ROUNDING = 1e-12; /* of the norm of all gradients, or of the loss */
 
@@ -230,6 +230,10 @@ static void layers_of_all_types_are_as_alone(void **state) {
             check_lengths(&c, WHOLE, restart);
             check_lengths(&c, SINGLE, restart);
         }
+    c = two_layers(LAYER_IHA_GLOBAL, 0);
+    c.causal = false;
+    check_lengths(&c, WHOLE, true);
+    check_lengths(&c, SINGLE, true);
 }
 
 /* ---- positions ---- */
