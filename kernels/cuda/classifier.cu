@@ -80,23 +80,38 @@ template <typename T, int V> static __device__ __forceinline__ float2 maximum_an
     return mine;
 }
 
-/* Block n: loss[n] = -log softmax(x[n])[target], and x[n] becomes scale (softmax - onehot) if GRADIENT. Rows
- * without a target (< 0) have no loss and no gradient.
+/* Whether no logit before the target's is as large; for the whole block. Ties are common in bf16. */
+template <typename T>
+static __device__ __forceinline__ bool first_of_equal(const T *x, int target, float max) {
+    bool earlier = false;
+    for (int i = (int)threadIdx.x; i < target; i += THREADS)
+        earlier |= to_float(x[i]) == max;
+    return !__syncthreads_or(earlier);
+}
+
+/* Block n: loss[n] = -log softmax(x[n])[target], correct[n] (NULL: not wanted) = whether x[n][target] is the
+ * first of the largest logits, and x[n] becomes scale (softmax - onehot) if GRADIENT. Rows without a target
+ * (< 0) have no loss and no gradient, and are not correct.
  * Bytes moved: rows vocab elements to read and as many to write; the second pass reads from the L2. */
 template <typename T, int V, bool GRADIENT>
 static __global__ void __launch_bounds__(THREADS)
-    row_loss(T *logits, int64_t stride, int vocab, const int32_t *targets, float scale, double *losses) {
+    row_loss(T *logits, int64_t stride, int vocab, const int32_t *targets, float scale, double *losses,
+             int32_t *correct) {
     T *x = logits + (int64_t)blockIdx.x * stride;
     int target = targets[blockIdx.x];
     float2 row = {0, 1};
     float picked = 0;
     if (target >= 0) {
-        if (threadIdx.x == 0) /* before x is overwritten: maximum_and_sum() has a barrier */
-            picked = to_float(x[target]);
+        picked = to_float(x[target]); /* before x is overwritten: maximum_and_sum() has a barrier */
         row = maximum_and_sum<T, V>(x, vocab);
     }
     if (threadIdx.x == 0)
         losses[blockIdx.x] = target >= 0 ? log((double)row.y) + (double)row.x - (double)picked : 0;
+    if (correct) { /* the branches are the same in all threads */
+        bool right = target >= 0 && picked == row.x && first_of_equal(x, target, row.x);
+        if (threadIdx.x == 0)
+            correct[blockIdx.x] = right;
+    }
     if constexpr (GRADIENT) {
         float factor = target >= 0 ? scale / row.y : 0;
         for_each_word<T, V>(x, vocab, [&](int i, word_of<V, T> word) {
@@ -185,28 +200,29 @@ int cuda_classifier_plan(struct device *dev, const struct classifier_spec *s, st
 
 static void launch_row_loss(struct device *dev, const struct classifier_spec *s, enum dtype t, void *logits,
                             int64_t stride, int64_t rows, const int32_t *targets, double scale, bool gradient,
-                            double *losses) {
+                            double *losses, int32_t *correct) {
     by_dtype(t, [&](auto number) {
         using T = decltype(number);
         constexpr int V = VECTOR<T>; /* rows are padded and aligned */
         if (gradient)
             launch<row_loss<T, V, true>>(dev, rows, THREADS, 0, (T *)logits, stride, (int)s->vocab, targets,
-                                         (float)scale, losses);
+                                         (float)scale, losses, correct);
         else
             launch<row_loss<T, V, false>>(dev, rows, THREADS, 0, (T *)logits, stride, (int)s->vocab, targets,
-                                          (float)scale, losses);
+                                          (float)scale, losses, correct);
     });
 }
 
 void cuda_classifier(struct device *dev, const struct classifier_spec *s, tensor h, tensor w, tensor targets,
                      double scale, struct step_state *state, tensor correct, tensor dh, tensor dw,
                      bool accumulate) {
-    (void)correct;
     enum dtype t = cuda_compute(dev);
     check_shape("classifier", "h", h, t, s->rows, s->hidden);
     check_shape("classifier", "W", w, t, s->vocab, s->hidden);
     check_contiguous("classifier", "W", w);
     check_shape("classifier", "targets", targets, DTYPE_I32, s->rows);
+    if (correct.data)
+        check_shape("classifier", "correct", correct, DTYPE_I32, s->rows);
     if (dh.data) {
         check_shape("classifier", "dh", dh, t, s->rows, s->hidden);
         check_shape("classifier", "dW", dw, DTYPE_F32, s->vocab, s->hidden);
@@ -221,7 +237,8 @@ void cuda_classifier(struct device *dev, const struct classifier_spec *s, tensor
         void *x = tensor_rows(h, begin, rows).data;
         run_matmul(dev, logits_shape(s, t, rows, h.stride[0], l.stride), x, w.data, NULL, false, logits);
         launch_row_loss(dev, s, t, logits, l.stride, rows, (const int32_t *)targets.data + begin, scale,
-                        dh.data != NULL, losses + begin);
+                        dh.data != NULL, losses + begin,
+                        correct.data ? (int32_t *)correct.data + begin : NULL);
         if (!dh.data)
             continue;
         run_matmul(dev, dh_shape(s, t, rows, l.stride, dh.stride[0]), logits, w.data, NULL, false,

@@ -89,7 +89,7 @@ static __global__ void __launch_bounds__(THREADS) attend_to_cache(struct decode_
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, i = (int)blockIdx.x;
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     const int column = lane % LANES * EACH, group = lane / LANES;
-    const interval keys = keys_of(a.band, a.first + i);
+    const interval keys = keys_of<false>(a.band, a.first + i);
     const T *cache_k = a.cache_k.of(b, h), *cache_v = a.cache_v.of(b, h);
     float q[EACH];
     load_part(a.q.of(b, h) + i * a.q.row, column, a.d, a.aligned, q);
@@ -182,7 +182,8 @@ void cuda_attention_decode(struct device *dev, const struct attention_spec *s, t
     by_dtype(q.dtype, [&](auto number) {
         using T = decltype(number);
         struct decode_args<T> a = {
-            band_of(&all), (int)d, (int)first, (int)capacity, rows_aligned({q, k, v, o, cache_k, cache_v}),
+            band_of(&all, tensor_none()), (int)d, (int)first, (int)capacity,
+                rows_aligned({q, k, v, o, cache_k, cache_v}),
                 (float)(s->scale * 1.4426950408889634), rows_of<const T>(q), rows_of<const T>(k),
                 rows_of<const T>(v), rows_of<T>(cache_k), rows_of<T>(cache_v), rows_of<T>(o)
         };

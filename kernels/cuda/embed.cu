@@ -5,7 +5,8 @@
  * list into chunks of CHUNK rows, and gives each chunk to one block, which sums its runs of equal tokens. A
  * run within one chunk is added to dW directly. A run that crosses chunks leaves partial sums, which the
  * block of the run's first chunk adds up in a second kernel. So every block has the same work, however often
- * a token occurs.
+ * a token occurs. Given positions, which repeat within a sequence, are treated in the same way as tokens;
+ * without them dpos[t] is the sum over the batch.
  *
  * The sort counts tokens (integer atomics, whose order does not change a sum), scans the counts, scatters
  * rows into their token's slots in any order, and then ranks each row among those of its token. */
@@ -13,12 +14,13 @@
 
 enum { THREADS = 256, CHUNK = 32, SCAN_THREADS = 1024 };
 
-/* x[n,:] = W[tokens[n],:] + pos[first + n mod tokens,:]. Threads run along the N C elements, V at a time.
+/* x[n,:] = W[tokens[n],:] + pos[positions[n],:], or without positions pos[first + n mod tokens,:]. Threads run
+ * along the N C elements, V at a time.
  * Bytes moved: 2 N C elements, and the part of pos that is not in the L2. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
-    embed_forward(const int32_t *ids, const T *w, const T *pos, int64_t first, T *x, int64_t rows,
-                  int64_t tokens, int words) {
+    embed_forward(const int32_t *ids, const T *w, const T *pos, const int32_t *positions, int64_t first, T *x,
+                  int64_t rows, int64_t tokens, int words) {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, n = i / words;
     int c = (int)(i - n * words) * V;
     if (n >= rows)
@@ -28,7 +30,7 @@ static __global__ void __launch_bounds__(THREADS)
     if (pos) {
         float values[V], position[V];
         unpack<V, T>(row, values);
-        load(pos + (first + n % tokens) * C + c, position);
+        load(pos + (positions ? positions[n] : first + n % tokens) * C + c, position);
 #pragma unroll
         for (int j = 0; j < V; j++)
             values[j] += position[j];
@@ -196,7 +198,7 @@ static __global__ void __launch_bounds__(THREADS)
     store(dw + token * C + c, sum);
 }
 
-/* dpos[t,:] += sum over b of dx[b,t,:]. Bytes moved: N C elements. */
+/* Without positions: dpos[t,:] += sum over b of dx[b,t,:]. Bytes moved: N C elements. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
     sum_positions(const T *dx, float *dpos, int64_t batch, int64_t elements /* tokens C */) {
@@ -217,24 +219,26 @@ static __global__ void __launch_bounds__(THREADS)
 
 /* ---- launches ---- */
 
-/* Backward's workspace: the sort's integers and the partial sums of runs that cross chunks. */
+/* Backward's workspace: the sort's integers and the partial sums of runs that cross chunks. Rows are sorted by
+ * token, below V, or by position, below T. */
 struct sort_space {
-    int32_t *counts, *begin, *next; /* [V], [V + 1], [V] */
+    int32_t *counts, *begin, *next; /* [M], [M + 1], [M] with M = max(V, T) */
     int32_t *scattered, *sorted;    /* [N] */
     float *edges;                   /* [chunks, 2, C] */
     size_t bytes;
 };
 
 static struct sort_space workspace_layout(const struct embed_spec *s, char *base) {
-    int64_t N = s->batch * s->tokens, V = round_up(s->vocab + 1, 64), rows = round_up(N, 64);
+    int64_t N = s->batch * s->tokens, rows = round_up(N, 64);
+    int64_t M = round_up((s->vocab > s->tokens ? s->vocab : s->tokens) + 1, 64);
     struct sort_space space;
     space.counts = (int32_t *)base;
-    space.begin = space.counts + V;
-    space.next = space.begin + V;
-    space.scattered = space.next + V;
+    space.begin = space.counts + M;
+    space.next = space.begin + M;
+    space.scattered = space.next + M;
     space.sorted = space.scattered + rows;
     space.edges = (float *)(space.sorted + rows);
-    space.bytes = (size_t)(3 * V + 2 * rows) * sizeof(int32_t) +
+    space.bytes = (size_t)(3 * M + 2 * rows) * sizeof(int32_t) +
                   (size_t)(ceil_div(N, CHUNK) * 2 * s->hidden) * sizeof(float);
     return space;
 }
@@ -247,9 +251,13 @@ int cuda_embed_plan(struct device *dev, const struct embed_spec *s, struct op_co
 }
 
 static void check(struct device *dev, const struct embed_spec *s, const char *op, tensor tokens,
-                  const char *name, tensor x) {
+                  tensor positions, const char *name, tensor x) {
     check_shape(op, "tokens", tokens, DTYPE_I32, s->batch, s->tokens);
     check_contiguous(op, "tokens", tokens);
+    if (positions.data) {
+        check_shape(op, "positions", positions, DTYPE_I32, s->batch, s->tokens);
+        check_contiguous(op, "positions", positions);
+    }
     check_shape(op, name, x, cuda_compute(dev), s->batch * s->tokens, s->hidden);
     check_contiguous(op, name, x);
 }
@@ -262,9 +270,8 @@ static void check_table(const char *op, const char *what, tensor t, enum dtype d
 
 void cuda_embed(struct device *dev, const struct embed_spec *s, tensor tokens, tensor w, tensor pos,
                 tensor positions, int64_t first, tensor x) {
-    (void)positions;
     int64_t N = s->batch * s->tokens, C = s->hidden;
-    check(dev, s, "embed", tokens, "x", x);
+    check(dev, s, "embed", tokens, positions, "x", x);
     check_table("embed", "W", w, x.dtype, s->vocab, C);
     if (pos.data)
         check_table("embed", "pos", pos, x.dtype, pos.shape[0], C);
@@ -274,45 +281,56 @@ void cuda_embed(struct device *dev, const struct embed_spec *s, tensor tokens, t
             constexpr int V = decltype(width)::value;
             launch<embed_forward<T, V>>(dev, ceil_div(N * (C / V), THREADS), THREADS, 0,
                                         (const int32_t *)tokens.data, (const T *)w.data, (const T *)pos.data,
-                                        first, (T *)x.data, N, s->tokens, (int)(C / V));
+                                        (const int32_t *)positions.data, first, (T *)x.data, N, s->tokens,
+                                        (int)(C / V));
         });
     });
 }
 
-static void sort_rows(struct device *dev, const struct embed_spec *s, const int32_t *ids,
+/* Sort the rows by id, which are below `count`. */
+static void sort_rows(struct device *dev, const struct embed_spec *s, const int32_t *ids, int64_t count,
                       struct sort_space space) {
     int64_t N = s->batch * s->tokens, blocks = ceil_div(N, THREADS);
-    cuda_check(cudaMemsetAsync(space.counts, 0, (size_t)s->vocab * sizeof(int32_t), dev->stream));
+    cuda_check(cudaMemsetAsync(space.counts, 0, (size_t)count * sizeof(int32_t), dev->stream));
     launch<count_tokens>(dev, blocks, THREADS, 0, ids, N, space.counts);
-    launch<scan_counts>(dev, 1, SCAN_THREADS, 0, space.counts, s->vocab, space.begin, space.next);
+    launch<scan_counts>(dev, 1, SCAN_THREADS, 0, space.counts, count, space.begin, space.next);
     launch<scatter_rows>(dev, blocks, THREADS, 0, ids, N, space.next, space.scattered);
     launch<rank_rows>(dev, blocks, THREADS, 0, ids, N, space.begin, space.scattered, space.sorted);
 }
 
+/* table[ids[n],:] += dx[n,:], in the order of n; ids are below `count`. */
+template <typename T, int V>
+static void add_rows(struct device *dev, const struct embed_spec *s, const int32_t *ids, int64_t count,
+                     const T *dx, float *table, struct sort_space space) {
+    int64_t N = s->batch * s->tokens, C = s->hidden;
+    int threads = (int)min64(round_up(C / V, 32), THREADS);
+    dim3 grid((unsigned)ceil_div(N, CHUNK), (unsigned)ceil_div(C, threads * V));
+    sort_rows(dev, s, ids, count, space);
+    launch<sum_runs<T, V>>(dev, grid, threads, 0, ids, (const int32_t *)space.sorted, N, dx, table,
+                           space.edges, C);
+    launch<sum_edges<V>>(dev, grid, threads, 0, ids, (const int32_t *)space.sorted, N,
+                         (const int32_t *)space.begin, (const float *)space.edges, table, C);
+}
+
 void cuda_embed_backward(struct device *dev, const struct embed_spec *s, tensor tokens, tensor positions,
                          tensor dx, tensor dw, tensor dpos) {
-    (void)positions;
-    int64_t N = s->batch * s->tokens, C = s->hidden;
-    check(dev, s, "embed_backward", tokens, "dx", dx);
+    int64_t C = s->hidden;
+    check(dev, s, "embed_backward", tokens, positions, "dx", dx);
     check_table("embed_backward", "dW", dw, DTYPE_F32, s->vocab, C);
     if (dpos.data)
         check_table("embed_backward", "dpos", dpos, DTYPE_F32, dpos.shape[0], C);
     struct sort_space space =
         workspace_layout(s, (char *)cuda_workspace(dev, workspace_layout(s, NULL).bytes, "embed_backward"));
-    const int32_t *ids = (const int32_t *)tokens.data;
-    sort_rows(dev, s, ids, space);
     by_dtype(dx.dtype, [&](auto number) {
         using T = decltype(number);
         by_width<T>(C, aligned16({dx.data, dw.data, dpos.data}), [&](auto width) {
             constexpr int V = decltype(width)::value;
-            int threads = (int)min64(round_up(C / V, 32), THREADS);
-            dim3 grid((unsigned)ceil_div(N, CHUNK), (unsigned)ceil_div(C, threads * V));
-            launch<sum_runs<T, V>>(dev, grid, threads, 0, ids, (const int32_t *)space.sorted, N,
-                                   (const T *)dx.data, (float *)dw.data, space.edges, C);
-            launch<sum_edges<V>>(dev, grid, threads, 0, ids, (const int32_t *)space.sorted, N,
-                                 (const int32_t *)space.begin, (const float *)space.edges, (float *)dw.data,
-                                 C);
-            if (dpos.data)
+            add_rows<T, V>(dev, s, (const int32_t *)tokens.data, s->vocab, (const T *)dx.data,
+                           (float *)dw.data, space);
+            if (dpos.data && positions.data)
+                add_rows<T, V>(dev, s, (const int32_t *)positions.data, s->tokens, (const T *)dx.data,
+                               (float *)dpos.data, space);
+            else if (dpos.data)
                 launch<sum_positions<T, V>>(dev, ceil_div(s->tokens * C, THREADS * V), THREADS, 0,
                                             (const T *)dx.data, (float *)dpos.data, s->batch, s->tokens * C);
         });

@@ -116,7 +116,7 @@ int cuda_qkv_mix_plan(struct device *dev, const struct qkv_mix_spec *s, struct o
 
 struct rope_rows check_qkv_mix(const struct device *dev, const char *op, const struct qkv_mix_spec *s,
                                tensor qkv, tensor q, tensor k, tensor v, tensor aq, tensor ak, tensor av,
-                               tensor table, int64_t first) {
+                               tensor table, tensor positions, int64_t first) {
     int64_t B = s->batch, H = s->heads, P = s->pseudo, d = s->head_dim;
     enum dtype type = cuda_compute(dev);
     const tensor outs[3] = {q, k, v}, alphas[3] = {aq, ak, av};
@@ -131,7 +131,11 @@ struct rope_rows check_qkv_mix(const struct device *dev, const char *op, const s
             check_contiguous(op, alpha_names[i], alphas[i]);
         }
     }
-    struct rope_rows rope = {NULL, (int)s->tokens, first, s->rope_virtual};
+    struct rope_rows rope = {NULL, (int)s->tokens, first, s->rope_virtual, (const int32_t *)positions.data};
+    if (positions.data) {
+        check_shape(op, "positions", positions, DTYPE_I32, B, s->tokens);
+        check_contiguous(op, "positions", positions);
+    }
     if (s->rope) {
         int64_t positions = (first + s->tokens) * (s->rope_virtual ? P : 1);
         if (positions < table.shape[0])
@@ -146,9 +150,8 @@ struct rope_rows check_qkv_mix(const struct device *dev, const char *op, const s
 void cuda_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q,
                   tensor alpha_k, tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q,
                   tensor k, tensor v) {
-    (void)positions;
     struct rope_rows rope =
-        check_qkv_mix(dev, "qkv_mix", s, qkv, q, k, v, alpha_q, alpha_k, alpha_v, table, first);
+        check_qkv_mix(dev, "qkv_mix", s, qkv, q, k, v, alpha_q, alpha_k, alpha_v, table, positions, first);
     if (!s->mixed) {
         rope_rotate(dev, s, rope, qkv, q, k, v, false);
         return;

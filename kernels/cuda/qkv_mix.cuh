@@ -12,7 +12,7 @@ static inline int64_t qkv_mix_tokens(const struct qkv_mix_spec *s) {
 /* Check the shapes of one direction's tensors; return the rows of the table to rotate by. */
 struct rope_rows check_qkv_mix(const struct device *, const char *op, const struct qkv_mix_spec *, tensor qkv,
                                tensor q, tensor k, tensor v, tensor alpha_q, tensor alpha_k, tensor alpha_v,
-                               tensor table, int64_t first);
+                               tensor table, tensor positions, int64_t first);
 
 /* Bytes of workspace of qkv_mix_backward. */
 size_t qkv_mix_backward_workspace(const struct device *, const struct qkv_mix_spec *);

@@ -81,7 +81,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
         int64_t heads_offset = ((int64_t)n * 3 + w) * H * d + column;
         uint32_t heads_along[NT][4][2];
         load_heads_along(heads_along, job.qkv + heads_offset, H, d, present);
-        const float *angles = rotate ? rope_token(job.rope, n, o.pseudo, d) + column : NULL;
+        const float *angles = rotate && present ? rope_token(job.rope, n, o.pseudo, d) + column : NULL;
         group += GROUP;
         if (group >= half) {
             group = 0;
@@ -226,9 +226,9 @@ void cuda_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, ten
                            tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
                            tensor positions, tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
                            bool accumulate) {
-    (void)positions;
     const char *op = "qkv_mix_backward";
-    struct rope_rows rope = check_qkv_mix(dev, op, s, dqkv, dq, dk, dv, alpha_q, alpha_k, alpha_v, table, 0);
+    struct rope_rows rope =
+        check_qkv_mix(dev, op, s, dqkv, dq, dk, dv, alpha_q, alpha_k, alpha_v, table, positions, 0);
     if (!s->mixed) {
         rope_rotate(dev, s, rope, dqkv, dq, dk, dv, true);
         return;

@@ -5,18 +5,20 @@
 
 #include "kernels/cuda/cuda.cuh"
 
-/* The rows of the table that the tokens n = b T + t are rotated by. */
+/* The rows of the table that the tokens n = b T + t are rotated by: those of positions[n], or of first + t. */
 struct rope_rows {
     const float *table; /* NULL: nothing is rotated */
     int tokens;
     int64_t first;
-    bool by_pseudo; /* a row for each pseudo-head */
+    bool by_pseudo;           /* a row for each pseudo-head */
+    const int32_t *positions; /* [B,T], or NULL */
 };
 
 /* The row of a token's pseudo-head 0, and the distance to the next pseudo-head's. */
 static __device__ __forceinline__ const float *rope_token(const struct rope_rows &rope, int n, int pseudo,
                                                           int d) {
-    return rope.table + (rope.first + n % rope.tokens) * (rope.by_pseudo ? pseudo : 1) * d;
+    int64_t position = rope.positions ? rope.positions[n] : rope.first + n % rope.tokens;
+    return rope.table + position * (rope.by_pseudo ? pseudo : 1) * d;
 }
 
 static __device__ __forceinline__ int rope_step(const struct rope_rows &rope, int d) {

@@ -1,6 +1,6 @@
 /* attention: chooses between cuDNN's fused kernels and the built-in ones for each shape.
  *
- * cuDNN computes bf16 without token masks, where it is linked and supports the shape. Everything else, and
+ * cuDNN computes bf16 without token masks and segments, where it is linked and supports the shape. Everything else, and
  * every build without cuDNN, runs the built-in kernels (attention_bf16.cu, attention_fp32.cu). The plan
  * chooses once per shape: the two save different things between forward and backward, so both directions must
  * use the same one.
@@ -35,7 +35,8 @@ struct attention_plans {
 static bool same_spec(const struct attention_spec *a, const struct attention_spec *b) {
     return a->batch == b->batch && a->length == b->length && a->heads == b->heads &&
            a->head_dim == b->head_dim && a->pseudo == b->pseudo && a->causal == b->causal &&
-           a->token_mask == b->token_mask && a->window == b->window && a->scale == b->scale;
+           a->token_mask == b->token_mask && a->window == b->window && a->scale == b->scale &&
+           a->segmented == b->segmented;
 }
 
 void attention_plans_free(struct attention_plans *p) {
@@ -93,6 +94,10 @@ static const char *excluded(const struct device *dev, const struct attention_spe
         return "cuDNN computes in bf16, not in fp32";
     if (s->token_mask && s->causal && s->pseudo > 1)
         return "cuDNN has no token masks";
+    /* cuDNN would take segments as a batch of sequences of different lengths. How many there are is a shape,
+     * of its plans and of captured graphs, but differs from batch to batch. */
+    if (s->segmented)
+        return "cuDNN's plans need a fixed number of segments";
     if (!s->causal && s->window > 0 && s->window < s->length)
         return "windows need causal attention";
     if (s->head_dim % 8 != 0 || s->head_dim > 256)
@@ -234,11 +239,18 @@ const char *cuda_attention_backend(struct device *dev, const struct attention_sp
     return cudnn ? "cuDNN" : "built-in kernels";
 }
 
+static void check_segments(const char *op, const struct attention_spec *s, tensor segments) {
+    if (!s->segmented)
+        return;
+    check_shape(op, "segments", segments, DTYPE_I32, 2, s->batch, s->length / s->pseudo);
+    check_contiguous(op, "segments", segments);
+}
+
 void cuda_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                     tensor segments, tensor o, void *saved) {
-    (void)segments;
+    check_segments("attention", s, segments);
     if (!uses_cudnn(dev, s, "attention"))
-        return attention_builtin(dev, s, q, k, v, o, saved);
+        return attention_builtin(dev, s, q, k, v, segments, o, saved);
     for (const tensor &t : {q, k, v, o})
         check_shape("attention", "q, k, v or o", t, DTYPE_BF16, s->batch, s->length, s->heads, s->head_dim);
     char why[ATTENTION_CUDNN_REASON];
@@ -253,9 +265,9 @@ void cuda_attention(struct device *dev, const struct attention_spec *s, tensor q
 void cuda_attention_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                              tensor segments, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
                              tensor dv) {
-    (void)segments;
+    check_segments("attention_backward", s, segments);
     if (!uses_cudnn(dev, s, "attention_backward"))
-        return attention_builtin_backward(dev, s, q, k, v, o, d_o, saved, dq, dk, dv);
+        return attention_builtin_backward(dev, s, q, k, v, segments, o, d_o, saved, dq, dk, dv);
     for (const tensor &t : {q, k, v, o, d_o, dq, dk, dv})
         check_shape("attention_backward", "q, k, v, o or a gradient", t, DTYPE_BF16, s->batch, s->length,
                     s->heads, s->head_dim);

@@ -2,9 +2,12 @@
  * loading tiles of rows into shared memory.
  *
  * The visible pairs form a band: the keys that a query sees are one interval, both of whose ends grow with
- * the query (attention_keys() in kernels/kernels.h), and so are the queries that see a key. So the tiles that
- * a range of rows needs are one range as well, and the first and the last row decide whether a tile is wholly
- * visible and needs no mask. */
+ * the query (attention_segment_keys() in kernels/kernels.h), and so are the queries that see a key. So the
+ * tiles that a range of rows needs are one range as well, and the first and the last row decide whether a
+ * tile is wholly visible and needs no mask.
+ *
+ * Segments are data on the device and may differ in every call, in number too, so that a graph of the call
+ * can be replayed. Kernels have a template parameter SEGMENTED: without segments they do not pay for them. */
 #ifndef IHA_KERNELS_CUDA_ATTENTION_ATTENTION_BAND_CUH
 #define IHA_KERNELS_CUDA_ATTENTION_ATTENTION_BAND_CUH
 
@@ -15,28 +18,71 @@
 /* ---- the mask ---- */
 
 struct band {
-    int length, pseudo /* P, for token masks */, window /* 0: none */;
+    int length, pseudo /* P, for token masks and segments */, window /* 0: none */;
     bool causal, token_mask;
+    /* SEGMENTED: the first token of each token's segment, and one past its last. [B,T]; [T] of one sequence
+     * after select_sequence(). */
+    const int32_t *segment_begin, *segment_end;
+    int tokens; /* T */
 };
 
 struct interval {
     int begin, end;
 };
 
-static inline struct band band_of(const struct attention_spec *s) {
+/* segments i32 [2,B,T], read where spec.segmented. */
+static inline struct band band_of(const struct attention_spec *s, tensor segments) {
     bool windowed = s->window > 0 && s->window < s->length; /* a wider one masks nothing */
-    return {(int)s->length, (int)s->pseudo, windowed ? (int)s->window : 0, s->causal,
-            s->token_mask && s->pseudo > 1};
+    const int32_t *begin = (const int32_t *)segments.data;
+    int64_t T = s->length / s->pseudo;
+    return {(int)s->length,
+            (int)s->pseudo,
+            windowed ? (int)s->window : 0,
+            s->causal,
+            s->token_mask && s->pseudo > 1,
+            begin,
+            s->segmented ? begin + s->batch * T : NULL,
+            (int)T};
 }
 
+/* On the host: call f with whether there are segments as a constant. */
+template <typename F> void by_segmented(const struct attention_spec *s, F f) {
+    if (s->segmented)
+        f(std::true_type());
+    else
+        f(std::false_type());
+}
+
+/* Make the segments those of sequence b. */
+template <bool SEGMENTED> static __device__ __forceinline__ void select_sequence(struct band &band, int b) {
+    if constexpr (SEGMENTED) {
+        band.segment_begin += (int64_t)b * band.tokens;
+        band.segment_end += (int64_t)b * band.tokens;
+    }
+}
+
+/* The part of x in the segment of this row. Rows beyond the last count as the last. */
+template <bool SEGMENTED>
+static __device__ __forceinline__ interval in_segment(const struct band &b, int row, interval x) {
+    if constexpr (SEGMENTED) {
+        int at = min(row, b.length - 1), token = b.pseudo == 1 ? at : at / b.pseudo;
+        x.begin = max(x.begin, b.segment_begin[token] * b.pseudo);
+        x.end = min(x.end, b.segment_end[token] * b.pseudo);
+    }
+    return x;
+}
+
+template <bool SEGMENTED>
 static __device__ __forceinline__ interval keys_of(const struct band &b, int query) {
     int end = !b.causal ? b.length : b.token_mask ? (query / b.pseudo + 1) * b.pseudo : query + 1;
-    return {b.window > 0 ? max(query - b.window + 1, 0) : 0, min(end, b.length)};
+    return in_segment<SEGMENTED>(b, query,
+                                 {b.window > 0 ? max(query - b.window + 1, 0) : 0, min(end, b.length)});
 }
 
+template <bool SEGMENTED>
 static __device__ __forceinline__ interval queries_of(const struct band &b, int key) {
     int begin = !b.causal ? 0 : b.token_mask ? key - key % b.pseudo : key;
-    return {begin, b.window > 0 ? min(key + b.window, b.length) : b.length};
+    return in_segment<SEGMENTED>(b, key, {begin, b.window > 0 ? min(key + b.window, b.length) : b.length});
 }
 
 /* What a range of rows sees: `any` is the union of their intervals, `all` the intersection (empty when

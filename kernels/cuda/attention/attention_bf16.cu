@@ -79,7 +79,7 @@ static __device__ __forceinline__ void softmax(float (&s)[M][N][4], float (&acc)
 
 /* Grid: (tiles of queries, H, B). The last tiles, which have the most keys under a causal mask, are started
  * first, so that the longest blocks are not the last to finish. */
-template <int D>
+template <int D, bool SEGMENTED>
 static __global__ void __launch_bounds__(THREADS, forward_shape<D>::BLOCKS)
     attention_forward(struct forward_args a) {
     typedef forward_shape<D> shape;
@@ -90,9 +90,10 @@ static __global__ void __launch_bounds__(THREADS, forward_shape<D>::BLOCKS)
     const int q0 = (int)(gridDim.x - 1 - blockIdx.x) * shape::QUERIES;
     const int first = q0 + warp_of() * shape::WARP_QUERIES; /* the warp's first query */
     const bf16 *k = a.k.of(b, h), *v = a.v.of(b, h);
+    select_sequence<SEGMENTED>(a.band, b);
     bf16 *warp_q = tile_q + warp_of() * shape::WARP_QUERIES * LD;
-    const interval keys = visibility_of<keys_of>(a.band, q0, shape::QUERIES).any;
-    const visibility warp_keys = visibility_of<keys_of>(a.band, first, shape::WARP_QUERIES);
+    const interval keys = visibility_of<keys_of<SEGMENTED>>(a.band, q0, shape::QUERIES).any;
+    const visibility warp_keys = visibility_of<keys_of<SEGMENTED>>(a.band, first, shape::WARP_QUERIES);
 
     float acc[M][D / 8][4], row_max[M][2], row_sum[M][2];
     clear(acc);
@@ -121,7 +122,7 @@ static __global__ void __launch_bounds__(THREADS, forward_shape<D>::BLOCKS)
             clear(s);
             multiply_rows<D>(s, warp_q, tile_k);
             if (!contains(warp_keys.all, k0, KEYS))
-                apply_mask<keys_of>(s, a.band, first, k0, -INFINITY);
+                apply_mask<keys_of<SEGMENTED>>(s, a.band, first, k0, -INFINITY);
             softmax(s, acc, row_max, row_sum, a.scale);
             round_fragments(p, s);
         }
@@ -154,7 +155,9 @@ template <int D>
 static void launch_forward(struct device *dev, const struct attention_spec *s, forward_args a) {
     typedef forward_shape<D> shape;
     dim3 grid((unsigned)ceil_div(s->length, shape::QUERIES), (unsigned)s->heads, (unsigned)s->batch);
-    launch<attention_forward<D>>(dev, grid, THREADS, shape::SHARED, a);
+    by_segmented(s, [&](auto segmented) {
+        launch<attention_forward<D, decltype(segmented)::value>>(dev, grid, THREADS, shape::SHARED, a);
+    });
 }
 
 int attention_builtin_plan(struct device *dev, const struct attention_spec *s, struct op_cost *cost,
@@ -170,13 +173,13 @@ int attention_builtin_plan(struct device *dev, const struct attention_spec *s, s
 }
 
 void attention_builtin(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                       tensor o, void *saved) {
+                       tensor segments, tensor o, void *saved) {
     for (const tensor &t : {q, k, v, o})
         check_shape("attention", "q, k, v or o", t, cuda_compute(dev), s->batch, s->length, s->heads,
                     s->head_dim);
     if (q.dtype == DTYPE_F32)
-        return attention_fp32(dev, s, q, k, v, o, (float *)saved);
-    struct forward_args a = {band_of(s),
+        return attention_fp32(dev, s, q, k, v, segments, o, (float *)saved);
+    struct forward_args a = {band_of(s, segments),
                              (int)s->head_dim,
                              rows_aligned({q, k, v, o}),
                              (float)(s->scale * 1.4426950408889634),

@@ -10,9 +10,10 @@ enum { ATTENTION_MAX_DIM = 256 };
 
 /* As attention and attention_backward in kernels/ops.def, for scale > 0. Bit-identical from run to run. */
 int attention_builtin_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
-void attention_builtin(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v, tensor o,
-                       void *saved);
+void attention_builtin(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v,
+                       tensor segments, tensor o, void *saved);
 void attention_builtin_backward(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v,
-                                tensor o, tensor d_o, const void *saved, tensor dq, tensor dk, tensor dv);
+                                tensor segments, tensor o, tensor d_o, const void *saved, tensor dq,
+                                tensor dk, tensor dv);
 
 #endif

@@ -84,7 +84,7 @@ static __device__ __forceinline__ void load_statistics(bf16 *tile, const backwar
 
 /* dK and dV. Grid: (tiles of keys * D / OUT, H, B); where d is too large for the registers, several blocks
  * compute the same P and dS for different columns of the outputs. */
-template <int D>
+template <int D, bool SEGMENTED>
 static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
     attention_backward_dkdv(struct backward_args a) {
     typedef backward_shape<D> shape;
@@ -93,13 +93,14 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length;
     const int k0 = (int)blockIdx.x / (D / OUT) * shape::ROWS, out0 = (int)blockIdx.x % (D / OUT) * OUT;
     const int first = k0 + warp_of() * shape::WARP_ROWS; /* the warp's first key */
+    select_sequence<SEGMENTED>(a.band, b);
     const streamed_tiles<D> in = {a.q.of(b, h), a.d_o.of(b, h), a.q.row, a.d_o.row,
                                   tile_v + shape::ROWS * LD};
     const int64_t head = ((int64_t)b * gridDim.y + h) * length; /* where its statistics begin */
     bf16 *warp_k = tile_k + warp_of() * shape::WARP_ROWS * LD;
     bf16 *warp_v = tile_v + warp_of() * shape::WARP_ROWS * LD;
-    const interval queries = visibility_of<queries_of>(a.band, k0, shape::ROWS).any;
-    const visibility warp_queries = visibility_of<queries_of>(a.band, first, shape::WARP_ROWS);
+    const interval queries = visibility_of<queries_of<SEGMENTED>>(a.band, k0, shape::ROWS).any;
+    const visibility warp_queries = visibility_of<queries_of<SEGMENTED>>(a.band, first, shape::WARP_ROWS);
 
     float dk[M][OUT / 8][4], dv[M][OUT / 8][4];
     clear(dk);
@@ -138,7 +139,7 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
                         p[m][n][i] = exp2_fast(p[m][n][i] * a.scale_log2e - lse_of_query);
             }
         if (!contains(warp_queries.all, q0, COLUMNS))
-            apply_mask<queries_of>(p, a.band, first, q0, 0);
+            apply_mask<queries_of<SEGMENTED>>(p, a.band, first, q0, 0);
         round_fragments(fragments, p);
         multiply_columns<LD>(dv, fragments, tile_do + out0);
         clear(ds);
@@ -168,7 +169,7 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
 
 /* dQ. Grid: (tiles of queries, H, B). The last tiles, which have the most keys under a causal mask, are
  * started first, so that the longest blocks are not the last to finish. */
-template <int D>
+template <int D, bool SEGMENTED>
 static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
     attention_backward_dq(struct backward_args a) {
     typedef backward_shape<D> shape;
@@ -177,12 +178,13 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length;
     const int q0 = (int)(gridDim.x - 1 - blockIdx.x) * shape::ROWS;
     const int first = q0 + warp_of() * shape::WARP_ROWS; /* the warp's first query */
+    select_sequence<SEGMENTED>(a.band, b);
     const streamed_tiles<D> in = {a.k.of(b, h), a.v.of(b, h), a.k.row, a.v.row, tile_do + shape::ROWS * LD};
     const int64_t head = ((int64_t)b * gridDim.y + h) * length; /* where its statistics begin */
     bf16 *warp_q = tile_q + warp_of() * shape::WARP_ROWS * LD;
     const bf16 *warp_do = tile_do + warp_of() * shape::WARP_ROWS * LD;
-    const interval keys = visibility_of<keys_of>(a.band, q0, shape::ROWS).any;
-    const visibility warp_keys = visibility_of<keys_of>(a.band, first, shape::WARP_ROWS);
+    const interval keys = visibility_of<keys_of<SEGMENTED>>(a.band, q0, shape::ROWS).any;
+    const visibility warp_keys = visibility_of<keys_of<SEGMENTED>>(a.band, first, shape::WARP_ROWS);
 
     float dq[M][D / 8][4], lse[M][2], delta[M][2], scale[M][2];
     clear(dq);
@@ -230,7 +232,7 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
                     ds[m][n][r] = exp2_fast(p[m][n][r] * a.scale_log2e - lse[m][r / 2]) *
                                   (ds[m][n][r] - delta[m][r / 2]);
         if (!contains(warp_keys.all, k0, COLUMNS))
-            apply_mask<keys_of>(ds, a.band, first, k0, 0);
+            apply_mask<keys_of<SEGMENTED>>(ds, a.band, first, k0, 0);
         round_fragments(fragments, ds);
         multiply_columns<LD>(dq, fragments, tile_k);
     }
@@ -272,13 +274,17 @@ static void launch_backward(struct device *dev, const struct attention_spec *s, 
     typedef backward_shape<D> shape;
     unsigned tiles = (unsigned)ceil_div(s->length, shape::ROWS), H = (unsigned)s->heads,
              B = (unsigned)s->batch;
-    launch<attention_backward_dkdv<D>>(dev, dim3(tiles * (D / shape::OUT), H, B), THREADS, shape::SHARED, a);
-    launch<attention_backward_dq<D>>(dev, dim3(tiles, H, B), THREADS, shape::SHARED, a);
+    by_segmented(s, [&](auto segmented) {
+        constexpr bool SEGMENTED = decltype(segmented)::value;
+        launch<attention_backward_dkdv<D, SEGMENTED>>(dev, dim3(tiles * (D / shape::OUT), H, B), THREADS,
+                                                      shape::SHARED, a);
+        launch<attention_backward_dq<D, SEGMENTED>>(dev, dim3(tiles, H, B), THREADS, shape::SHARED, a);
+    });
 }
 
 void attention_builtin_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k,
-                                tensor v, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
-                                tensor dv) {
+                                tensor v, tensor segments, tensor o, tensor d_o, const void *saved, tensor dq,
+                                tensor dk, tensor dv) {
     for (const tensor &t : {q, k, v, o, d_o, dq, dk, dv})
         check_shape("attention_backward", "q, k, v, o or a gradient", t, cuda_compute(dev), s->batch,
                     s->length, s->heads, s->head_dim);
@@ -294,8 +300,9 @@ void attention_builtin_backward(struct device *dev, const struct attention_spec 
                               (int)s->length, (int)s->heads, d, aligned);
     });
     if (q.dtype == DTYPE_F32)
-        return attention_fp32_backward(dev, s, q, k, v, d_o, (const float *)saved, delta, dq, dk, dv);
-    struct backward_args a = {band_of(s),
+        return attention_fp32_backward(dev, s, q, k, v, segments, d_o, (const float *)saved, delta, dq, dk,
+                                       dv);
+    struct backward_args a = {band_of(s, segments),
                               d,
                               aligned,
                               (float)s->scale,

@@ -172,14 +172,16 @@ static __device__ __forceinline__ float row_sum_of(float x) {
 }
 
 /* Grid: (tiles of queries, H, B). The last tiles, which have the most keys, are started first. */
-template <int D> static __global__ void __launch_bounds__(THREADS) fp32_forward(struct fp32_args a) {
+template <int D, bool SEGMENTED>
+static __global__ void __launch_bounds__(THREADS) fp32_forward(struct fp32_args a) {
     typedef fp32_shape<D> shape;
     constexpr int R = shape::R, TILE = shape::TILE;
     float *tile_q = dynamic_shared<float>(), *tile_k = tile_q + shape::SIZE, *tile_v = tile_k + shape::SIZE;
     float *tile_p = tile_v + shape::SIZE;
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length;
+    select_sequence<SEGMENTED>(a.band, b);
     const int q0 = (int)(gridDim.x - 1 - blockIdx.x) * TILE;
-    const visibility keys = visibility_of<keys_of>(a.band, q0, TILE);
+    const visibility keys = visibility_of<keys_of<SEGMENTED>>(a.band, q0, TILE);
     float acc[R][D / 32][4], row_max[R], row_sum[R];
     clear(acc);
     for (int i = 0; i < R; i++)
@@ -194,7 +196,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS) fp32_forward(
         __syncthreads();
         multiply_rows<D>(s, tile_q, tile_k);
         if (!contains(keys.all, k0, TILE))
-            apply_mask<keys_of>(s, a.band, q0, k0, -INFINITY);
+            apply_mask<keys_of<SEGMENTED>>(s, a.band, q0, k0, -INFINITY);
 #pragma unroll
         for (int i = 0; i < R; i++) {
             float top = row_max[i], sum = 0;
@@ -232,14 +234,16 @@ template <int D> static __global__ void __launch_bounds__(THREADS) fp32_forward(
 }
 
 /* dK and dV. Grid: (tiles of keys, H, B). Scores are transposed: rows are keys. */
-template <int D> static __global__ void __launch_bounds__(THREADS) fp32_backward_dkdv(struct fp32_args a) {
+template <int D, bool SEGMENTED>
+static __global__ void __launch_bounds__(THREADS) fp32_backward_dkdv(struct fp32_args a) {
     typedef fp32_shape<D> shape;
     constexpr int R = shape::R, TILE = shape::TILE;
     float *tile_k = dynamic_shared<float>(), *tile_v = tile_k + shape::SIZE, *tile_q = tile_v + shape::SIZE;
     float *tile_do = tile_q + shape::SIZE, *tile_p = tile_do + shape::SIZE;
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length, k0 = (int)blockIdx.x * TILE;
+    select_sequence<SEGMENTED>(a.band, b);
     const int64_t head = ((int64_t)b * gridDim.y + h) * length;
-    const visibility queries = visibility_of<queries_of>(a.band, k0, TILE);
+    const visibility queries = visibility_of<queries_of<SEGMENTED>>(a.band, k0, TILE);
     float dk[R][D / 32][4], dv[R][D / 32][4];
     clear(dk);
     clear(dv);
@@ -266,8 +270,8 @@ template <int D> static __global__ void __launch_bounds__(THREADS) fp32_backward
             }
         }
         if (!contains(queries.all, q0, TILE)) {
-            apply_mask<queries_of>(p, a.band, k0, q0, 0);
-            apply_mask<queries_of>(ds, a.band, k0, q0, 0);
+            apply_mask<queries_of<SEGMENTED>>(p, a.band, k0, q0, 0);
+            apply_mask<queries_of<SEGMENTED>>(ds, a.band, k0, q0, 0);
         }
         multiply_columns<D>(dv, p, tile_p, tile_do);
         multiply_columns<D>(dk, ds, tile_p, tile_q);
@@ -280,15 +284,17 @@ template <int D> static __global__ void __launch_bounds__(THREADS) fp32_backward
 }
 
 /* dQ. Grid: (tiles of queries, H, B). */
-template <int D> static __global__ void __launch_bounds__(THREADS) fp32_backward_dq(struct fp32_args a) {
+template <int D, bool SEGMENTED>
+static __global__ void __launch_bounds__(THREADS) fp32_backward_dq(struct fp32_args a) {
     typedef fp32_shape<D> shape;
     constexpr int R = shape::R, TILE = shape::TILE;
     float *tile_q = dynamic_shared<float>(), *tile_do = tile_q + shape::SIZE;
     float *tile_k = tile_do + shape::SIZE, *tile_v = tile_k + shape::SIZE, *tile_p = tile_v + shape::SIZE;
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length;
+    select_sequence<SEGMENTED>(a.band, b);
     const int q0 = (int)(gridDim.x - 1 - blockIdx.x) * TILE;
     const int64_t head = ((int64_t)b * gridDim.y + h) * length;
-    const visibility keys = visibility_of<keys_of>(a.band, q0, TILE);
+    const visibility keys = visibility_of<keys_of<SEGMENTED>>(a.band, q0, TILE);
     float dq[R][D / 32][4], lse[R], delta[R], scale[R];
     clear(dq);
 #pragma unroll
@@ -315,7 +321,7 @@ template <int D> static __global__ void __launch_bounds__(THREADS) fp32_backward
             for (int j = 0; j < R; j++)
                 ds[i][j] = exp2f(p[i][j] * a.scale_log2e - lse[i]) * (ds[i][j] - delta[i]);
         if (!contains(keys.all, k0, TILE))
-            apply_mask<keys_of>(ds, a.band, q0, k0, 0);
+            apply_mask<keys_of<SEGMENTED>>(ds, a.band, q0, k0, 0);
         multiply_columns<D>(dq, ds, tile_p, tile_k);
     }
     store_rows<D>(dq, scale, a.dq.of(b, h), a.dq.row, q0, length, a.d, a.aligned);
@@ -333,9 +339,10 @@ template <typename F> static void by_dim(int d, F f) {
         f(std::integral_constant<int, 256>());
 }
 
-static struct fp32_args args_of(const struct attention_spec *s, tensor q, tensor k, tensor v) {
+static struct fp32_args args_of(const struct attention_spec *s, tensor q, tensor k, tensor v,
+                                tensor segments) {
     struct fp32_args a = {};
-    a.band = band_of(s);
+    a.band = band_of(s, segments);
     a.d = (int)s->head_dim;
     a.scale = (float)s->scale;
     a.scale_log2e = (float)(s->scale * 1.4426950408889634);
@@ -350,21 +357,24 @@ template <int D> static dim3 grid_of(const struct attention_spec *s) {
 }
 
 void attention_fp32(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                    tensor o, float *lse) {
-    struct fp32_args a = args_of(s, q, k, v);
+                    tensor segments, tensor o, float *lse) {
+    struct fp32_args a = args_of(s, q, k, v, segments);
     a.aligned = rows_aligned({q, k, v, o});
     a.o = rows_of<float>(o);
     a.lse_out = lse;
     by_dim(a.d, [&](auto dim) {
         constexpr int D = decltype(dim)::value;
-        launch<fp32_forward<D>>(dev, grid_of<D>(s), THREADS, fp32_shape<D>::FORWARD, a);
+        by_segmented(s, [&](auto segmented) {
+            launch<fp32_forward<D, decltype(segmented)::value>>(dev, grid_of<D>(s), THREADS,
+                                                                fp32_shape<D>::FORWARD, a);
+        });
     });
 }
 
 void attention_fp32_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                             tensor d_o, const float *lse, const float *delta, tensor dq, tensor dk,
-                             tensor dv) {
-    struct fp32_args a = args_of(s, q, k, v);
+                             tensor segments, tensor d_o, const float *lse, const float *delta, tensor dq,
+                             tensor dk, tensor dv) {
+    struct fp32_args a = args_of(s, q, k, v, segments);
     a.aligned = rows_aligned({q, k, v, d_o, dq, dk, dv});
     a.d_o = rows_of<const float>(d_o);
     a.dq = rows_of<float>(dq);
@@ -374,7 +384,10 @@ void attention_fp32_backward(struct device *dev, const struct attention_spec *s,
     a.delta = delta;
     by_dim(a.d, [&](auto dim) {
         constexpr int D = decltype(dim)::value;
-        launch<fp32_backward_dkdv<D>>(dev, grid_of<D>(s), THREADS, fp32_shape<D>::BACKWARD, a);
-        launch<fp32_backward_dq<D>>(dev, grid_of<D>(s), THREADS, fp32_shape<D>::BACKWARD, a);
+        by_segmented(s, [&](auto segmented) {
+            constexpr bool SEGMENTED = decltype(segmented)::value;
+            launch<fp32_backward_dkdv<D, SEGMENTED>>(dev, grid_of<D>(s), THREADS, fp32_shape<D>::BACKWARD, a);
+            launch<fp32_backward_dq<D, SEGMENTED>>(dev, grid_of<D>(s), THREADS, fp32_shape<D>::BACKWARD, a);
+        });
     });
 }

@@ -5,10 +5,10 @@
 #include "kernels/cuda/cuda.h"
 
 /* lse, delta [B,H,S]: log-sum-exp in base 2, and <dO, O>. */
-void attention_fp32(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v, tensor o,
-                    float *lse);
+void attention_fp32(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v,
+                    tensor segments, tensor o, float *lse);
 void attention_fp32_backward(struct device *, const struct attention_spec *, tensor q, tensor k, tensor v,
-                             tensor d_o, const float *lse, const float *delta, tensor dq, tensor dk,
-                             tensor dv);
+                             tensor segments, tensor d_o, const float *lse, const float *delta, tensor dq,
+                             tensor dk, tensor dv);
 
 #endif

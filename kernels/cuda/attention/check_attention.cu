@@ -299,23 +299,24 @@ int check_attention(struct device *dev, const struct attention_spec *spec, size_
     *used = c.used > *used ? c.used : *used;
     fill(&c, packed);
     tensor *x = c.library;
-    cuda_attention(dev, spec, x[Q], x[K], x[V], tensor_none(), x[O], c.saved[0]);
-    cuda_attention_backward(dev, spec, x[Q], x[K], x[V], tensor_none(), x[O], x[D_O], c.saved[0], x[DQ],
-                            x[DK], x[DV]);
+    const tensor none = tensor_none(); /* cuDNN is not chosen for segments */
+    cuda_attention(dev, spec, x[Q], x[K], x[V], none, x[O], c.saved[0]);
+    cuda_attention_backward(dev, spec, x[Q], x[K], x[V], none, x[O], x[D_O], c.saved[0], x[DQ], x[DK], x[DV]);
     for (int i : {O, DQ, DK, DV})
         if (check_written(&c, i, e) != 0)
             return -1;
     tensor *y = c.plain, *z = c.exact;
-    attention_builtin(dev, &c.part, y[Q], y[K], y[V], y[O], c.saved[1]);
-    attention_builtin_backward(dev, &c.part, y[Q], y[K], y[V], y[O], y[D_O], c.saved[1], y[DQ], y[DK], y[DV]);
+    attention_builtin(dev, &c.part, y[Q], y[K], y[V], none, y[O], c.saved[1]);
+    attention_builtin_backward(dev, &c.part, y[Q], y[K], y[V], none, y[O], y[D_O], c.saved[1], y[DQ], y[DK],
+                               y[DV]);
     struct device fp32 = *dev; /* the same queue and memory */
     fp32.precision = DEVICE_FP32;
     struct compared_size size = {c.part.length, c.part.heads, c.part.head_dim};
     for (int i : {Q, K, V, D_O})
         launch<copy_to_fp32>(dev, check_blocks(dev, size.count()), CHECK_THREADS, 0, rows_of(y[i]), size,
                              (float *)z[i].data);
-    attention_builtin(&fp32, &c.part, z[Q], z[K], z[V], z[O], c.saved[2]);
-    attention_builtin_backward(&fp32, &c.part, z[Q], z[K], z[V], z[O], z[D_O], c.saved[2], z[DQ], z[DK],
+    attention_builtin(&fp32, &c.part, z[Q], z[K], z[V], none, z[O], c.saved[2]);
+    attention_builtin_backward(&fp32, &c.part, z[Q], z[K], z[V], none, z[O], z[D_O], c.saved[2], z[DQ], z[DK],
                                z[DV]);
     for (int i : {O, DQ, DK, DV})
         if (compare(&c, i, e) != 0)
