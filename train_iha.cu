@@ -529,13 +529,14 @@ static int open_comm(struct run *r, struct error *e) {
 
 static int open_data(struct run *r, struct error *e) {
     const struct config *c = &r->config;
-    int64_t T = c->train.seq_len, V = c->model.vocab_size;
-    r->train = shards_open(c->data.train, T, V, e);
+    int64_t V = c->model.vocab_size;
+    const struct shards_options options = {.seq_len = c->train.seq_len, .vocab_size = V, .comm = r->comm};
+    r->train = shards_open(c->data.train, &options, e);
     if (!r->train)
         return -1;
     shards_fingerprint(r->train, r->trainer.train_fingerprint);
     if (c->data.val[0]) {
-        r->val = shards_open(c->data.val, T, V, e);
+        r->val = shards_open(c->data.val, &options, e);
         if (!r->val)
             return -1;
         shards_fingerprint(r->val, r->trainer.val_fingerprint);
@@ -584,11 +585,15 @@ static int open_sampler(struct run *r, struct error *e) {
                           DECODE_CHUNK, e);
 }
 
-/* What each rank does without the others. All agree on its status before any device is opened. */
-static int prepare_rank(struct run *r, const struct command_line *line, struct error *e) {
+static int load_config(struct run *r, const struct command_line *line, struct error *e) {
     if (config_load(&r->config, line->path, line->override_count, line->overrides, r->comm->ranks, e) != 0)
         return -1;
     comm_set_timeout(r->comm, r->config.system.peer_timeout);
+    return 0;
+}
+
+/* What comes before any device is opened. The ranks check the data together, with the same configuration. */
+static int prepare_rank(struct run *r, struct error *e) {
     if (open_data(r, e) != 0)
         return -1;
     /* A new run starts at step 0: refuse it before run.dir is created. */
@@ -598,9 +603,10 @@ static int prepare_rank(struct run *r, const struct command_line *line, struct e
 }
 
 static int prepare_training(struct run *r, const struct command_line *line, struct error *e) {
-    if (comm_agree(r->comm, prepare_rank(r, line, e), e) != 0 ||
-        (!single_rank(r) && (ranks_check_same_run(r->comm, &r->config, &r->trainer, e) != 0 ||
-                             ranks_check_run_dir(r->comm, r->config.run.dir, e) != 0)) ||
+    if (comm_agree(r->comm, load_config(r, line, e), e) != 0 ||
+        ranks_check_same_config(r->comm, &r->config, e) != 0 ||
+        comm_agree(r->comm, prepare_rank(r, e), e) != 0 ||
+        (!single_rank(r) && ranks_check_run_dir(r->comm, r->config.run.dir, e) != 0) ||
         join_devices(r, e) != 0 || comm_agree(r->comm, build_model(r, true, e), e) != 0)
         return -1;
     return resume_or_initialize(&r->model, &r->config, &r->trainer, e);
@@ -681,7 +687,8 @@ static void name_recorded_data(const char *dir, const struct command_line *line,
              " (%s recorded this path; data.val=GLOB gives another one)", dir);
 }
 
-static int prepare_eval(struct run *r, const char *dir, const struct command_line *line, struct error *e) {
+static int load_eval_config(struct run *r, const char *dir, const struct command_line *line,
+                            struct error *e) {
     if (read_checkpoint(r, dir, line, e) != 0)
         return -1;
     const struct config *c = &r->config;
@@ -690,7 +697,14 @@ static int prepare_eval(struct run *r, const char *dir, const struct command_lin
     if (c->system.precision == PRECISION_AUTO)
         r->config.system.precision = PRECISION_FP32; /* eval's default, on GPUs as well */
     comm_set_timeout(r->comm, c->system.peer_timeout);
-    r->val = shards_open(c->data.val, c->train.seq_len, c->model.vocab_size, e);
+    return 0;
+}
+
+static int open_eval_data(struct run *r, const char *dir, const struct command_line *line, struct error *e) {
+    const struct config *c = &r->config;
+    const struct shards_options options = {
+        .seq_len = c->train.seq_len, .vocab_size = c->model.vocab_size, .comm = r->comm};
+    r->val = shards_open(c->data.val, &options, e);
     if (!r->val)
         name_recorded_data(dir, line, e);
     return r->val ? 0 : -1;
@@ -700,7 +714,9 @@ static int eval_command(struct run *r, const struct command_line *line, struct e
     char dir[MAX_TEXT];
     if (!(r->comm = comm_open(DEFAULT_TIMEOUT, e)) ||
         ranks_find_checkpoint(r->comm, line->path, dir, e) != 0 ||
-        comm_agree(r->comm, prepare_eval(r, dir, line, e), e) != 0 || join_devices(r, e) != 0 ||
+        comm_agree(r->comm, load_eval_config(r, dir, line, e), e) != 0 ||
+        ranks_check_same_config(r->comm, &r->config, e) != 0 ||
+        comm_agree(r->comm, open_eval_data(r, dir, line, e), e) != 0 || join_devices(r, e) != 0 ||
         comm_agree(r->comm, build_model(r, false, e), e) != 0 ||
         comm_agree(r->comm, checkpoint_load_weights(dir, &r->model, 0, e), e) != 0)
         return -1;

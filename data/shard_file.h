@@ -1,4 +1,5 @@
-/* One shard: its header, checks of the whole file and of what is read later. Used by shards.c. */
+/* One file of ids, the tokens of a shard or their labels: checks before a run, and reads during it. Used by shards.c
+ * and check.c. */
 #ifndef IHA_DATA_SHARD_FILE_H
 #define IHA_DATA_SHARD_FILE_H
 
@@ -9,29 +10,51 @@
 #include "kernels/error.h"
 
 enum { SHARD_BUFFER = 1 << 18 }; /* bytes read at a time while a file is checked */
+enum { SHARD_EDGE = 256 };       /* ids at each end of a file that a fingerprint covers */
 
-struct shard {
+enum shard_kind { SHARD_TOKENS, SHARD_LABELS };
+
+/* Ids are below `limit`; labels may also be LABEL_IGNORED or LABEL_PADDING. */
+struct shard_vocab {
+    int64_t size;  /* as the user gave it, for messages */
+    int64_t limit; /* at most 2^31, since ids become int32 */
+};
+struct shard_vocab shard_vocab(int64_t size);
+
+struct shard_file {
     char *path;
-    int fd;           /* -1: closed, and opened again when it is read */
+    enum shard_kind kind;
+    int fd;           /* -1: closed */
     struct stat stat; /* when it was last found unchanged */
-    int token_bytes;  /* 2 or 4 */
-    int64_t tokens;
-    int64_t first; /* number of its first sequence among all shards' */
-    int64_t sequences;
-    uint64_t edges; /* hash of its token count and its first and last tokens */
+    int id_bytes;     /* 2 or 4 */
+    int64_t count;    /* ids */
+    uint64_t hash;    /* of what shard_file_check() has read apart from the ids checked whole */
+    int places;       /* where ids were sampled, included in the hash */
 };
 
-/* Check an open file whole; see shards_open. id_limit: every id must be below it; vocab_size names it in errors.
- * buffer: SHARD_BUFFER bytes. Fills all fields but path, fd and first, and adds the file to *fingerprint. */
-int shard_check(struct shard *f, int64_t seq_len, int64_t vocab_size, int64_t id_limit, void *buffer,
-                uint64_t *fingerprint, struct error *e);
+/* The first and last ids; they overlap in a short file. */
+struct shard_edges {
+    int64_t count; /* of each */
+    int32_t first[SHARD_EDGE], last[SHARD_EDGE];
+};
 
-/* Add 8 bytes to a fingerprint. */
+/* 0, or the errno. */
+int shard_file_open(struct shard_file *f);
+void shard_file_close(struct shard_file *f);
+
+/* Check an open file: type, header, size, then the first whole_bytes of its ids, and samples at `places` places spread
+ * over the file. Fills all fields but path, kind and fd, and *edges. buffer: SHARD_BUFFER bytes. Errors are
+ * EXIT_USER, also where the file cannot be read. */
+int shard_file_check(struct shard_file *f, const struct shard_vocab *vocab, int64_t whole_bytes, int places,
+                     struct shard_edges *edges, void *buffer, struct error *e);
+
+/* Ids [start, start + count) into `ids`. The file is open. EXIT_RUN: it has changed, by its size, its header, one of the
+ * hashed ids, or an id outside the vocabulary; or it cannot be read. */
+int shard_file_read(struct shard_file *f, int64_t start, int64_t count, const struct shard_vocab *vocab,
+                    int32_t *ids, struct error *e);
+
+/* Add 8 bytes, or edges, to a fingerprint. */
 uint64_t shard_absorb(uint64_t hash, uint64_t value);
-
-/* Tokens [start, start + count), of token_bytes each, into `tokens`. EXIT_RUN: the file has changed, by its size, its
- * header, its first or last tokens, or an id that is not below id_limit; or it cannot be read. */
-int shard_read(struct shard *f, int64_t start, int64_t count, int64_t id_limit, void *tokens,
-               struct error *e);
+uint64_t shard_absorb_edges(uint64_t hash, const struct shard_edges *edges);
 
 #endif

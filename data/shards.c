@@ -6,163 +6,183 @@
 #include "data/shards.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <glob.h>
 #include <inttypes.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
 #include "data/shard_file.h"
+#include "data/shard_glob.h"
 #include "kernels/hash.h"
 
 enum { FEISTEL_ROUNDS = 8 };
-enum { MIN_OPEN = 4, MAX_OPEN = 256 };
+enum { MIN_OPEN = 4, MAX_OPEN = 4096 };
+enum { PLACES = 64 };
+
+struct shard {
+    struct shard_file tokens, labels; /* labels.path is NULL: there are none */
+    int64_t first;                    /* number of its first sequence among all shards' */
+    int64_t sequences;
+};
 
 struct shards {
     struct shard *files;
     int count;
     int64_t seq_len;
-    int64_t id_limit;
+    struct shard_vocab vocab;
+    bool have_labels;
     int64_t sequences;
     int64_t tokens;
     uint64_t fingerprint;
     int open_count, open_limit; /* files whose descriptor is open */
     int next_to_close;
-    void *buffer; /* SHARD_BUFFER, or a sequence and one more token */
+    int32_t *sequence; /* [seq_len + 1] */
+    void *buffer;      /* SHARD_BUFFER bytes */
 };
 
-/* ---- opening and closing ---- */
+/* ---- descriptors ---- */
 
-static void close_file(struct shards *s, struct shard *f) {
+static void close_file(struct shards *s, struct shard_file *f) {
     if (f->fd < 0)
         return;
-    close(f->fd);
-    f->fd = -1;
+    shard_file_close(f);
     s->open_count--;
 }
 
 /* Close one file, in turn. */
 static void close_next(struct shards *s) {
-    struct shard *f;
+    struct shard_file *f;
     do {
-        f = &s->files[s->next_to_close];
-        s->next_to_close = (s->next_to_close + 1) % s->count;
+        struct shard *shard = &s->files[s->next_to_close / 2];
+        f = s->next_to_close % 2 ? &shard->labels : &shard->tokens;
+        s->next_to_close = (s->next_to_close + 1) % (2 * s->count);
     } while (f->fd < 0);
     close_file(s, f);
 }
 
 /* Open a file's descriptor, and close another's if too many are open. 0, or the errno. */
-static int open_file(struct shards *s, struct shard *f) {
+static int open_file(struct shards *s, struct shard_file *f) {
+    int err;
     while (s->open_count >= s->open_limit)
         close_next(s);
-    /* O_NONBLOCK: opening a FIFO would wait. */
-    while ((f->fd = open(f->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK)) < 0) {
-        if ((errno != EMFILE && errno != ENFILE) || s->open_count == 0)
-            return errno;
+    while ((err = shard_file_open(f)) != 0) {
+        if ((err != EMFILE && err != ENFILE) || s->open_count == 0)
+            return err;
         close_next(s);
     }
     s->open_count++;
     return 0;
 }
 
-static int open_shard(struct shards *s, struct shard *f, int64_t vocab_size, struct error *e) {
+/* How many descriptors to keep open: half of those the process may have. */
+static int descriptor_limit(void) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur / 2 > MAX_OPEN)
+        return MAX_OPEN;
+    return limit.rlim_cur / 2 < MIN_OPEN ? MIN_OPEN : (int)(limit.rlim_cur / 2);
+}
+
+/* ---- opening and closing ---- */
+
+static int open_and_check(struct shards *s, struct shard_file *f, struct shard_edges *edges,
+                          struct error *e) {
     int err = open_file(s, f);
     if (err)
         return fail_user(e, "%s: cannot be opened: %s", f->path, strerror(err));
-    return shard_check(f, s->seq_len, vocab_size, s->id_limit, s->buffer, &s->fingerprint, e);
+    int status = shard_file_check(f, &s->vocab, INT64_MAX, PLACES, edges, s->buffer, e);
+    close_file(s, f);
+    return status;
 }
 
-/* How many descriptors to keep open: an eighth of those the process may have. */
-static int descriptor_limit(void) {
-    struct rlimit limit;
-    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur / 8 > MAX_OPEN)
-        return MAX_OPEN;
-    return limit.rlim_cur / 8 < MIN_OPEN ? MIN_OPEN : (int)(limit.rlim_cur / 8);
+/* Set the path of the labels beside a shard, if there are any. */
+static int find_labels(struct shard *f, struct error *e) {
+    static const char bin[] = ".bin", labels[] = ".labels";
+    size_t length = strlen(f->tokens.path), stem = length - strlen(bin);
+    struct stat st;
+    if (length < strlen(bin) || strcmp(f->tokens.path + stem, bin) != 0)
+        return 0;
+    char *path = malloc(stem + sizeof labels);
+    if (!path)
+        return fail_run(e, "out of memory for a file name");
+    memcpy(path, f->tokens.path, stem);
+    memcpy(path + stem, labels, sizeof labels);
+    if (lstat(path, &st) == 0)
+        f->labels.path = path;
+    else
+        free(path);
+    return 0;
 }
 
-static int open_all(struct shards *s, const glob_t *paths, int64_t vocab_size, struct error *e) {
-    int64_t sequence_bytes = 4 * (s->seq_len + 1);
+static int open_shard(struct shards *s, struct shard *f, struct error *e) {
+    struct shard_edges edges;
+    if (open_and_check(s, &f->tokens, &edges, e) != 0)
+        return -1;
+    f->sequences = f->tokens.count > 0 ? (f->tokens.count - 1) / s->seq_len : 0;
+    if (f->sequences == 0)
+        return fail_user(e,
+                         "%s: %" PRId64 " tokens hold no sequence of %" PRId64
+                         " (and one more, the last target); lower train.seq_len or leave the file out",
+                         f->tokens.path, f->tokens.count, s->seq_len);
+    s->fingerprint = shard_absorb(s->fingerprint, (uint64_t)f->tokens.count);
+    s->fingerprint = shard_absorb_edges(s->fingerprint, &edges);
+    if (!f->labels.path)
+        return 0;
+    if (open_and_check(s, &f->labels, &edges, e) != 0)
+        return -1;
+    if (f->labels.count != f->tokens.count)
+        return fail_user(e, "%s: %" PRId64 " labels for the %" PRId64 " tokens of %s; make the labels again",
+                         f->labels.path, f->labels.count, f->tokens.count, f->tokens.path);
+    s->fingerprint = shard_absorb(s->fingerprint, f->labels.hash);
+    return 0;
+}
+
+static int open_all(struct shards *s, const glob_t *paths, struct error *e) {
     s->files = calloc(paths->gl_pathc, sizeof *s->files);
-    s->buffer = malloc((size_t)(sequence_bytes > SHARD_BUFFER ? sequence_bytes : SHARD_BUFFER));
-    if (!s->files || !s->buffer)
+    s->sequence = malloc((size_t)(s->seq_len + 1) * sizeof *s->sequence);
+    s->buffer = malloc(SHARD_BUFFER);
+    if (!s->files || !s->sequence || !s->buffer)
         return fail_run(e, "out of memory for a list of %zu shards", paths->gl_pathc);
     s->open_limit = descriptor_limit();
     s->fingerprint = shard_absorb(FNV1A_START, (uint64_t)paths->gl_pathc);
     for (size_t i = 0; i < paths->gl_pathc; i++) {
         struct shard *f = &s->files[s->count++];
-        f->fd = -1;
-        if (!(f->path = strdup(paths->gl_pathv[i])))
+        f->tokens = (struct shard_file){.kind = SHARD_TOKENS, .fd = -1};
+        f->labels = (struct shard_file){.kind = SHARD_LABELS, .fd = -1};
+        if (!(f->tokens.path = strdup(paths->gl_pathv[i])))
             return fail_run(e, "out of memory for a list of %zu shards", paths->gl_pathc);
-        if (open_shard(s, f, vocab_size, e) != 0)
+        if (find_labels(f, e) != 0)
+            return -1;
+        bool labelled = f->labels.path;
+        if (i > 0 && labelled != s->have_labels)
+            return fail_user(e,
+                             "%s has labels and %s has none: make labels for all shards of the glob, or "
+                             "remove those there are",
+                             s->files[labelled ? i : i - 1].tokens.path,
+                             s->files[labelled ? i - 1 : i].tokens.path);
+        s->have_labels = labelled;
+    }
+    for (int i = 0; i < s->count; i++) {
+        struct shard *f = &s->files[i];
+        if (open_shard(s, f, e) != 0)
             return -1;
         f->first = s->sequences;
         s->sequences += f->sequences;
-        s->tokens += f->tokens;
+        s->tokens += f->tokens.count;
     }
     return 0;
 }
 
-/* ---- finding the files ---- */
-
-/* glob's callback has no context: the first directory that it could not list. */
-static struct {
-    int error_number; /* 0: none */
-    char path[512];
-} unlisted;
-
-static int note_unlisted(const char *path, int error_number) {
-    const char *name = strrchr(path, '/');
-    bool lost_and_found =
-        strcmp(name ? name + 1 : path, "lost+found") == 0; /* at the root of a file system, root's */
-    if (unlisted.error_number || error_number == ENOENT || error_number == ENOTDIR || lost_and_found)
-        return 0;
-    unlisted.error_number = error_number;
-    snprintf(unlisted.path, sizeof unlisted.path, "%s", path);
-    return 0;
-}
-
-static int fail_no_match(const char *pattern, struct error *e) {
-    char folder[512], relative[600] = "";
-    struct stat st;
-    /* A path without wildcards is not listed but looked up, and glob does not tell why that failed. */
-    if (stat(pattern, &st) != 0 && errno != ENOENT && errno != ENOTDIR)
-        return fail_user(e, "%s: cannot be opened: %s; check its permissions and those of its folders",
-                         pattern, strerror(errno));
-    if (pattern[0] != '/' && getcwd(folder, sizeof folder))
-        snprintf(relative, sizeof relative, " relative to the current directory %s", folder);
-    return fail_user(e,
-                     "no file matches '%s'%s: check the path, or make shards of a text with data/prepare.py",
-                     pattern, relative);
-}
-
-static int find_files(const char *pattern, glob_t *paths, struct error *e) {
-    unlisted.error_number = 0;
-    int status = glob(pattern, 0, note_unlisted, paths); /* sorted by name */
-    if (status == GLOB_NOSPACE)
-        return fail_run(e, "out of memory listing the files of '%s'", pattern);
-    /* Files may be missing from the list even where others match. */
-    if (unlisted.error_number)
-        return fail_user(e, "the files of '%s' could not be listed: %s: %s; check its permissions", pattern,
-                         unlisted.path, strerror(unlisted.error_number));
-    if (status == 0)
-        return 0;
-    return status == GLOB_NOMATCH ? fail_no_match(pattern, e)
-                                  : fail_user(e, "the files of '%s' could not be listed", pattern);
-}
-
-struct shards *shards_open(const char *pattern, int64_t seq_len, int64_t vocab_size, struct error *e) {
+static struct shards *open_glob(const char *pattern, const struct shards_options *o, struct error *e) {
     glob_t paths = {0};
     struct shards *s = NULL;
-    if (seq_len < 1 || vocab_size < 1) {
-        fail_user(e, "shards need seq_len and vocab_size of 1 or more, not %" PRId64 " and %" PRId64, seq_len,
-                  vocab_size);
+    if (o->seq_len < 1 || o->vocab_size < 1) {
+        fail_user(e, "shards need seq_len and vocab_size of 1 or more, not %" PRId64 " and %" PRId64,
+                  o->seq_len, o->vocab_size);
         return NULL;
     }
-    if (find_files(pattern, &paths, e)) {
+    if (shard_glob(pattern, &paths, e)) {
         globfree(&paths);
         return NULL;
     }
@@ -170,10 +190,9 @@ struct shards *shards_open(const char *pattern, int64_t seq_len, int64_t vocab_s
     if (!s) {
         fail_run(e, "out of memory opening the shards of '%s'", pattern);
     } else {
-        s->seq_len = seq_len;
-        /* Ids become int32, whatever vocab_size claims. */
-        s->id_limit = vocab_size <= INT32_MAX ? vocab_size : (int64_t)INT32_MAX + 1;
-        if (open_all(s, &paths, vocab_size, e)) {
+        s->seq_len = o->seq_len;
+        s->vocab = shard_vocab(o->vocab_size);
+        if (open_all(s, &paths, e)) {
             shards_close(s);
             s = NULL;
         }
@@ -182,14 +201,40 @@ struct shards *shards_open(const char *pattern, int64_t seq_len, int64_t vocab_s
     return s;
 }
 
+/* All ranks have the same files. */
+static int check_same_data(const struct shards *s, struct comm *comm, struct error *e) {
+    uint64_t rank0;
+    memcpy(&rank0, comm_all_gather_small(comm, &s->fingerprint, sizeof s->fingerprint), sizeof rank0);
+    int status = 0;
+    if (s->fingerprint != rank0)
+        status = fail_user(e, "its training or validation data differs from rank 0's; all hosts must have "
+                              "the same shards");
+    return comm_agree(comm, status, e);
+}
+
+struct shards *shards_open(const char *pattern, const struct shards_options *o, struct error *e) {
+    struct comm *comm = o->comm ? o->comm : comm_single();
+    struct error own = {0};
+    struct shards *s = open_glob(pattern, o, &own);
+    if (comm_agree(comm, s ? 0 : -1, &own) == 0 && check_same_data(s, comm, &own) == 0)
+        return s;
+    if (e)
+        *e = own;
+    shards_close(s);
+    return NULL;
+}
+
 void shards_close(struct shards *s) {
     if (!s)
         return;
     for (int i = 0; i < s->count; i++) {
-        close_file(s, &s->files[i]);
-        free(s->files[i].path);
+        close_file(s, &s->files[i].tokens);
+        close_file(s, &s->files[i].labels);
+        free(s->files[i].tokens.path);
+        free(s->files[i].labels.path);
     }
     free(s->files);
+    free(s->sequence);
     free(s->buffer);
     free(s);
 }
@@ -206,6 +251,14 @@ int shards_files(const struct shards *s) {
     return s->count;
 }
 
+int64_t shards_file_tokens(const struct shards *s, int file) {
+    return s->files[file].tokens.count;
+}
+
+bool shards_have_labels(const struct shards *s) {
+    return s->have_labels;
+}
+
 /* ---- reading ---- */
 
 static struct shard *shard_of_sequence(const struct shards *s, int64_t i) {
@@ -220,26 +273,36 @@ static struct shard *shard_of_sequence(const struct shards *s, int64_t i) {
     return &s->files[low];
 }
 
-int shards_read(struct shards *s, int64_t i, int32_t *tokens, int32_t *targets, struct error *e) {
-    struct shard *f = shard_of_sequence(s, i);
-    int64_t start = (i - f->first) * s->seq_len, T = s->seq_len;
+static int read_file(struct shards *s, struct shard_file *f, int64_t start, int64_t count, int32_t *ids,
+                     struct error *e) {
     int err = f->fd < 0 ? open_file(s, f) : 0;
     if (err)
         return fail_run(e, "%s: cannot be opened again: %s; put it back, then start again", f->path,
                         strerror(err));
-    if (shard_read(f, start, T + 1, s->id_limit, s->buffer, e) != 0)
+    return shard_file_read(f, start, count, &s->vocab, ids, e);
+}
+
+int shards_read(struct shards *s, int64_t i, int32_t *tokens, int32_t *targets, struct error *e) {
+    struct shard *f = shard_of_sequence(s, i);
+    int64_t start = (i - f->first) * s->seq_len, T = s->seq_len;
+    if (s->have_labels)
+        return read_file(s, &f->tokens, start, T, tokens, e) != 0 ||
+                       read_file(s, &f->labels, start, T, targets, e) != 0
+                   ? -1
+                   : 0;
+    if (read_file(s, &f->tokens, start, T + 1, s->sequence, e) != 0)
         return -1;
-    if (f->token_bytes == 2) {
-        const uint16_t *x = s->buffer;
-        for (int64_t k = 0; k < T; k++) {
-            tokens[k] = x[k];
-            targets[k] = x[k + 1];
-        }
-    } else {
-        memcpy(tokens, s->buffer, (size_t)T * 4);
-        memcpy(targets, (const uint32_t *)s->buffer + 1, (size_t)T * 4);
-    }
+    memcpy(tokens, s->sequence, (size_t)T * sizeof *tokens);
+    memcpy(targets, s->sequence + 1, (size_t)T * sizeof *targets);
     return 0;
+}
+
+int shards_read_range(struct shards *s, int file, int64_t start, int64_t count, int32_t *tokens,
+                      int32_t *labels, struct error *e) {
+    struct shard *f = &s->files[file];
+    if (read_file(s, &f->tokens, start, count, tokens, e) != 0)
+        return -1;
+    return labels ? read_file(s, &f->labels, start, count, labels, e) : 0;
 }
 
 /* ---- the order of training ---- */

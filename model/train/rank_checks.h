@@ -4,12 +4,10 @@
 #define IHA_MODEL_TRAIN_RANK_CHECKS_H
 
 #include "kernels/comm.h"
-#include "model/checkpoint/trainer_state.h"
 #include "model/config/config.h"
 
-/* The same configuration, and the same data, by the fingerprints in *trainer. */
-int ranks_check_same_run(struct comm *comm, const struct config *config, const struct trainer_state *trainer,
-                         struct error *e);
+/* The same configuration. That the data is the same is checked as it is opened. */
+int ranks_check_same_config(struct comm *comm, const struct config *config, struct error *e);
 
 /* The same writable run.dir: every rank must find there the lock that rank 0 holds. Otherwise the first checkpoint
  * would fail. */

@@ -95,7 +95,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     int64_t T = 1 + data[0] % 32, vocab = sizes[data[1] % 10], width = 0;
     struct file f = build(data[0], data + 2, size - 2);
     struct error e = {0};
-    struct shards *s = shards_open(fuzz_file(0, f.bytes, f.size), T, vocab, &e);
+    const struct shards_options o = {.seq_len = T, .vocab_size = vocab};
+    struct shards *s = shards_open(fuzz_file(0, f.bytes, f.size), &o, &e);
     int64_t expected = tokens_of(&f, T, vocab, &width);
     CHECK((s != NULL) == (expected > 0));
     if (s) {

@@ -15,7 +15,8 @@ INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*(["<][^">\n]+)[">]', re.MULTIL
 GUARD = re.compile(r"^#ifndef (\w+)\n#define (\w+)", re.MULTILINE)
 IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t].*\btest_\w+.*", re.MULTILINE)
 DEVICE_LIBRARIES = re.compile(r"(cuda|cublas|cudnn|nccl|mpi|omp\.|oneapi/|dnnl|cblas|openblas|nvtx)", re.IGNORECASE)
-GENERAL = {"kernels/error.h", "kernels/hash.h", "kernels/clock.h"}  # what data/ may use of kernels/
+# What data/ may use of kernels/; the ranks share the checking of data.
+GENERAL = {"kernels/error.h", "kernels/hash.h", "kernels/clock.h", "kernels/comm.h", "kernels/tensor.h"}
 ESTIMATE = {"kernels/estimate/estimate.h", "kernels/estimate/hardware.h"}  # what model/info/ may use of it
 
 

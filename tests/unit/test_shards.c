@@ -72,9 +72,14 @@ static void overwrite_token(const char *name, int token_bytes, long position, ui
     assert_int_equal(fclose(f), 0);
 }
 
+static struct shards *open_as(const char *pattern, int64_t seq_len, int64_t vocab_size, struct error *e) {
+    const struct shards_options o = {.seq_len = seq_len, .vocab_size = vocab_size};
+    return shards_open(pattern, &o, e);
+}
+
 static struct shards *open_good(const char *pattern, int64_t seq_len, int64_t vocab_size) {
     struct error e = {0};
-    struct shards *s = shards_open(in_dir(pattern), seq_len, vocab_size, &e);
+    struct shards *s = open_as(in_dir(pattern), seq_len, vocab_size, &e);
     if (!s)
         fail_msg("%s", e.text);
     return s;
@@ -84,12 +89,12 @@ static struct shards *open_good(const char *pattern, int64_t seq_len, int64_t vo
 static void refuses(const char *pattern, int64_t seq_len, int64_t vocab_size, const char *word1,
                     const char *word2) {
     struct error e = {0};
-    assert_null(shards_open(in_dir(pattern), seq_len, vocab_size, &e));
+    assert_null(open_as(in_dir(pattern), seq_len, vocab_size, &e));
     assert_int_equal(e.exit_code, EXIT_USER);
     assert_null(strchr(e.text, '\n'));
     if (!strstr(e.text, word1) || !strstr(e.text, word2))
         fail_msg("'%s' should contain '%s' and '%s'", e.text, word1, word2);
-    assert_null(shards_open(in_dir(pattern), seq_len, vocab_size, NULL)); /* without an error to fill */
+    assert_null(open_as(in_dir(pattern), seq_len, vocab_size, NULL)); /* without an error to fill */
 }
 
 static void reads_sequences_across_files(void **state) {
@@ -200,47 +205,70 @@ static void reads(struct shards *s, int64_t i, int32_t first) {
     }
 }
 
-/* A file that changes after shards_open. */
+/* A file that changes after shards_open. Of 200,000 tokens, 1,024 are compared at each end and every 3,158. */
 static void finds_a_changed_file(void **state) {
     (void)state;
+    enum { TOKENS = 200000 };
+    static const char others[] = "some of its tokens are others";
     const int magics[] = {U16, U32};
     for (int m = 0; m < 2; m++) {
         int token_bytes = magics[m] == U32 ? 4 : 2;
-        write_shard("a.bin", magics[m], 2000, 0, 2000);
+        write_shard("a.bin", magics[m], TOKENS, 0, 2000);
         struct shards *s = open_good("a.bin", 4, 2000);
         reads(s, 0, 0);
-        reads(s, 250, 1000);
+        reads(s, 503, 12);
 
         /* Ids outside the vocabulary, as tokens and as the last target. */
-        overwrite_token("a.bin", token_bytes, 1001, 2000);
-        fails_to_read(s, 250, "token 1001 is id 2000");
-        overwrite_token("a.bin", token_bytes, 1001, 1001);
-        overwrite_token("a.bin", token_bytes, 1004, 65535);
-        fails_to_read(s, 250, "token 1004 is id 65535");
-        reads(s, 249, 996);
-        overwrite_token("a.bin", token_bytes, 1004, 1004);
-        reads(s, 250, 1000); /* put back: written to, but the same */
+        overwrite_token("a.bin", token_bytes, 2013, 2000);
+        fails_to_read(s, 503, "token 2013 is id 2000");
+        overwrite_token("a.bin", token_bytes, 2013, 13);
+        overwrite_token("a.bin", token_bytes, 2016, 65535);
+        fails_to_read(s, 503, "token 2016 is id 65535");
+        reads(s, 502, 8);
+        overwrite_token("a.bin", token_bytes, 2016, 16);
+        reads(s, 503, 12); /* put back: written to, but the same */
 
-        overwrite_token("a.bin", token_bytes, 3, 77);
-        fails_to_read(s, 250, "its first or last tokens");
-        overwrite_token("a.bin", token_bytes, 3, 3);
-        overwrite_token("a.bin", token_bytes, 1999, 77);
-        fails_to_read(s, 250, "its first or last tokens");
+        const long compared[] = {3, 3158, 10 * 3158 + 1023, 63 * 3158, TOKENS - 1};
+        for (size_t i = 0; i < sizeof compared / sizeof *compared; i++) {
+            overwrite_token("a.bin", token_bytes, compared[i], 77);
+            fails_to_read(s, 503, others);
+            overwrite_token("a.bin", token_bytes, compared[i], (uint32_t)compared[i] % 2000);
+        }
+        overwrite_token("a.bin", token_bytes, 3158, 2000);
+        fails_to_read(s, 503, "token 3158 is id 2000");
+        overwrite_token("a.bin", token_bytes, 3158, 1158);
+        reads(s, 503, 12);
 
-        write_shard("a.bin", magics[m], 2000, 5, 2000); /* rewritten in place */
-        fails_to_read(s, 250, "its first or last tokens");
-        write_shard_header("a.bin", 1234, 1, 2000, 2000, 0, 2000);
-        assert_int_equal(truncate(in_dir("a.bin"), 1024 + 2000 * token_bytes), 0);
-        fails_to_read(s, 250, "its header");
-        write_shard("a.bin", magics[m], 2001, 0, 2001);
-        fails_to_read(s, 250, "bytes and had");
+        write_shard("a.bin", magics[m], TOKENS, 5, 2000); /* rewritten in place */
+        fails_to_read(s, 503, others);
+        write_shard_header("a.bin", 1234, 1, TOKENS, TOKENS, 0, 2000);
+        assert_int_equal(truncate(in_dir("a.bin"), 1024 + TOKENS * token_bytes), 0);
+        fails_to_read(s, 503, "its header");
+        write_shard("a.bin", magics[m], TOKENS + 1, 0, 2001);
+        fails_to_read(s, 503, "bytes and had");
         assert_int_equal(truncate(in_dir("a.bin"), 1500), 0);
-        fails_to_read(s, 250, "has 1500 bytes and had");
+        fails_to_read(s, 503, "has 1500 bytes and had");
         fails_to_read(s, 0, "has 1500 bytes and had");
         assert_int_equal(truncate(in_dir("a.bin"), 0), 0);
         fails_to_read(s, 0, "has 0 bytes and had");
         shards_close(s);
     }
+}
+
+/* A file of the same name takes its place. */
+static void finds_a_replaced_file(void **state) {
+    (void)state;
+    write_shard("a.bin", U16, 5, 0, 2000);
+    struct shards *s = open_good("a.bin", 4, 2000);
+    write_shard("b.bin", U16, 5, 0, 2000); /* the same */
+    assert_int_equal(rename(in_dir("b.bin"), in_dir("a.bin")), 0);
+    reads(s, 0, 0);
+    shards_close(s);
+    s = open_good("a.bin", 4, 2000);
+    write_shard("b.bin", U16, 5, 1, 2000);
+    assert_int_equal(rename(in_dir("b.bin"), in_dir("a.bin")), 0);
+    fails_to_read(s, 0, "some of its tokens are others");
+    shards_close(s);
 }
 
 /* More files than the process may have open: they are closed and opened again as they are read. */
@@ -293,7 +321,7 @@ static void names_what_is_not_permitted(void **state) {
             struct error e = {0};
             if (geteuid() == 0 && (setgid(65534) != 0 || setuid(65534) != 0))
                 _exit(2);
-            struct shards *s = shards_open(in_dir(cases[i].pattern), 4, 50, &e);
+            struct shards *s = open_as(in_dir(cases[i].pattern), 4, 50, &e);
             bool right = !s && e.exit_code == EXIT_USER && strstr(e.text, cases[i].words);
             if (!right)
                 fprintf(stderr, "%s: %s\n", cases[i].pattern, e.text);
@@ -313,7 +341,7 @@ static void says_what_a_relative_path_is_relative_to(void **state) {
     snprintf(words, sizeof words, "'data/*.bin' relative to the current directory %s", dir);
     assert_non_null(getcwd(before, sizeof before));
     assert_int_equal(chdir(dir), 0);
-    assert_null(shards_open("data/*.bin", 4, 50, &e));
+    assert_null(open_as("data/*.bin", 4, 50, &e));
     assert_int_equal(chdir(before), 0);
     if (!strstr(e.text, words))
         fail_msg("'%s' should contain '%s'", e.text, words);
@@ -476,6 +504,7 @@ int main(void) {
         IN_DIR(refuses_bad_files),
         IN_DIR(one_bad_file_spoils_the_glob),
         IN_DIR(finds_a_changed_file),
+        IN_DIR(finds_a_replaced_file),
         IN_DIR(reads_more_files_than_may_be_open),
         IN_DIR(names_what_is_not_permitted),
         IN_DIR(says_what_a_relative_path_is_relative_to),
