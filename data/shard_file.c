@@ -220,17 +220,31 @@ static int hash_places(const struct shard_file *f, int64_t limit, struct shard_e
 
 /* ---- checking ---- */
 
-/* The first `count` ids, which are read into `buffer` piece by piece. */
-static int check_ids(const struct shard_file *f, const struct shard_vocab *vocab, int64_t count, void *buffer,
-                     struct error *e) {
-    const int64_t piece = SHARD_BUFFER / f->id_bytes;
-    for (int64_t i = 0; i < count; i += piece) {
-        int64_t n = count - i < piece ? count - i : piece;
+enum { CHECK_BUFFER = 1 << 18 }; /* bytes read at a time */
+
+static void count_labels(struct label_counts *counts, const int32_t *labels, int64_t count) {
+    int64_t counted = 0, padding = 0;
+    for (int64_t i = 0; i < count; i++) {
+        counted += labels[i] >= 0;
+        padding += labels[i] == LABEL_PADDING;
+    }
+    counts->counted += counted;
+    counts->padding += padding;
+}
+
+int shard_file_check_ids(const struct shard_file *f, const struct shard_vocab *vocab, int64_t start,
+                         int64_t count, struct label_counts *counts, struct error *e) {
+    _Alignas(64) char buffer[CHECK_BUFFER];
+    const int64_t piece = CHECK_BUFFER / f->id_bytes;
+    for (int64_t i = start, end = start + count; i < end; i += piece) {
+        int64_t n = end - i < piece ? end - i : piece;
         if (read_raw(f, i, n, buffer, e) != 0)
             return -1;
         int64_t bad = find_bad_id(f, buffer, n, vocab->limit);
         if (bad >= 0)
             return fail_bad_id(f, (struct bad_id){i + bad, id_in(f, buffer, bad)}, vocab->size, e);
+        if (counts)
+            count_labels(counts, (const int32_t *)buffer, n);
     }
     return 0;
 }
@@ -249,6 +263,8 @@ static int check_magic(struct shard_file *f, const int32_t header[3], struct err
         version = VERSION_U32;
     } else if (header[0] == MAGIC_U16) {
         f->id_bytes = 2;
+    } else if (header[0] == MAGIC_LABELS) {
+        return fail_user(e, "%s: these are labels, not tokens; point the glob at .bin files only", f->path);
     } else {
         return fail_user(e,
                          "%s: not a token shard: it starts with %" PRId32
@@ -285,21 +301,7 @@ static int check_size(const struct shard_file *f, struct error *e) {
                      found);
 }
 
-static int check_contents(struct shard_file *f, const struct shard_vocab *vocab, int64_t whole_bytes,
-                          struct shard_edges *edges, void *buffer, struct error *e) {
-    struct bad_id bad;
-    if (check_header(f, e) != 0 || check_size(f, e) != 0)
-        return -1;
-    int64_t whole = whole_bytes / f->id_bytes;
-    if (check_ids(f, vocab, whole < f->count ? whole : f->count, buffer, e) != 0 ||
-        hash_places(f, vocab->limit, edges, &f->hash, &bad, e) != 0)
-        return -1;
-    return bad.position >= 0 ? fail_bad_id(f, bad, vocab->size, e) : 0;
-}
-
-int shard_file_check(struct shard_file *f, const struct shard_vocab *vocab, int64_t whole_bytes, int places,
-                     struct shard_edges *edges, void *buffer, struct error *e) {
-    f->places = places;
+int shard_file_check_header(struct shard_file *f, struct error *e) {
     if (fstat(f->fd, &f->stat))
         return fail_user(e, "%s: cannot be read: %s", f->path, strerror(errno));
     if (!S_ISREG(f->stat.st_mode))
@@ -307,12 +309,16 @@ int shard_file_check(struct shard_file *f, const struct shard_vocab *vocab, int6
     if (f->stat.st_size < HEADER_BYTES)
         return fail_user(e, "%s: truncated: %lld bytes cannot hold the %d-byte header; prepare it again",
                          f->path, (long long)f->stat.st_size, HEADER_BYTES);
-    if (check_contents(f, vocab, whole_bytes, edges, buffer, e) != 0) {
-        if (e)
-            e->exit_code = EXIT_USER; /* before the first step, also where the file cannot be read */
+    return check_header(f, e) != 0 || check_size(f, e) != 0 ? -1 : 0;
+}
+
+int shard_file_check_places(struct shard_file *f, const struct shard_vocab *vocab, int places,
+                            struct shard_edges *edges, struct error *e) {
+    struct bad_id bad;
+    f->places = places;
+    if (hash_places(f, vocab->limit, edges, &f->hash, &bad, e) != 0)
         return -1;
-    }
-    return 0;
+    return bad.position >= 0 ? fail_bad_id(f, bad, vocab->size, e) : 0;
 }
 
 /* ---- reading later ---- */
@@ -338,7 +344,7 @@ static int fail_bad_id_now(const struct shard_file *f, struct bad_id bad, struct
 
 /* A file with another modification time is accepted if its header, size and hash are what they were: it may have
  * been touched, or copied again. */
-static int check_unchanged(struct shard_file *f, int64_t limit, struct error *e) {
+int shard_file_check_unchanged(struct shard_file *f, const struct shard_vocab *vocab, struct error *e) {
     struct stat now;
     struct shard_file again = *f;
     struct shard_edges edges;
@@ -360,7 +366,7 @@ static int check_unchanged(struct shard_file *f, int64_t limit, struct error *e)
         return fail_run(e, "%s", why.text);
     if (status != 0 || again.count != f->count || again.id_bytes != f->id_bytes)
         return fail_changed(f, "its header is another one", e);
-    if (hash_places(&again, limit, &edges, &again.hash, &bad, e) != 0)
+    if (hash_places(&again, vocab->limit, &edges, &again.hash, &bad, e) != 0)
         return -1;
     if (bad.position >= 0)
         return fail_bad_id_now(f, bad, e);
@@ -375,7 +381,7 @@ static int check_unchanged(struct shard_file *f, int64_t limit, struct error *e)
 int shard_file_read(struct shard_file *f, int64_t start, int64_t count, const struct shard_vocab *vocab,
                     int32_t *ids, struct error *e) {
     struct bad_id bad;
-    if (check_unchanged(f, vocab->limit, e) != 0 ||
+    if (shard_file_check_unchanged(f, vocab, e) != 0 ||
         read_ids(f, start, count, vocab->limit, ids, &bad, e) != 0)
         return -1;
     return bad.position < 0 ? 0 : fail_bad_id_now(f, bad, e);
