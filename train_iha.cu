@@ -12,6 +12,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "data/check.h"
 #include "data/dataset.h"
 #include "data/shards.h"
 #include "data/text.h"
@@ -889,6 +890,9 @@ static int run_command(struct run *r, const struct command_line *line, struct er
         return generate_command(r, line, e);
     case COMMAND_INFO:
         return info_command(r, line, e);
+    case COMMAND_CHECK:
+        /* One process checks everything. */
+        return comm_launch_rank() > 0 ? 0 : check_data(stdout, line->path, line->vocab, e);
     case COMMAND_HELP:
         command_line_print_help(stdout, line->help_topic);
         break;

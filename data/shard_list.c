@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <glob.h>
+#include <inttypes.h>
 #include <limits.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,7 +12,7 @@
 /* ---- finding the files ---- */
 
 /* glob's callback has no context: the first directory that it could not list. */
-static struct {
+static _Thread_local struct {
     int error_number; /* 0: none */
     char path[512];
 } unlisted;
@@ -134,6 +135,13 @@ void shard_list_free(struct shard_list *l) {
         free(l->shards[i].labels.path);
     }
     free(l->shards);
+}
+
+int shard_check_label_count(const struct shard *s, struct error *e) {
+    if (s->labels.count == s->tokens.count)
+        return 0;
+    return fail_user(e, "%s: %" PRId64 " labels for the %" PRId64 " tokens of %s; make the labels again",
+                     s->labels.path, s->labels.count, s->tokens.count, s->tokens.path);
 }
 
 int shard_list_check_labels(const struct shard_list *l, struct error *e) {

@@ -21,6 +21,9 @@ struct shard_list {
 int shard_list_find(struct shard_list *l, const char *pattern, struct error *e);
 void shard_list_free(struct shard_list *l);
 
+/* EXIT_USER: a shard's labels, both headers checked, are not as many as its tokens. */
+int shard_check_label_count(const struct shard *s, struct error *e);
+
 /* EXIT_USER: some shards have labels and others have none. */
 int shard_list_check_labels(const struct shard_list *l, struct error *e);
 

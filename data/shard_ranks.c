@@ -154,10 +154,7 @@ static int check_shard(void *context, int64_t round, struct error *e) {
         return 0;
     if (check_file(c, &s->labels, c->offset[i] + r->tokens.size, &r->labels, e) != 0)
         return -1;
-    if (s->labels.count != s->tokens.count)
-        return fail_user(e, "%s: %" PRId64 " labels for the %" PRId64 " tokens of %s; make the labels again",
-                         s->labels.path, s->labels.count, s->tokens.count, s->tokens.path);
-    return 0;
+    return shard_check_label_count(s, e);
 }
 
 /* 0 where `failed` is -1 on all ranks; else *e is the error of the rank with the lowest one. */

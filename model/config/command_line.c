@@ -94,6 +94,18 @@ static const struct command_row COMMANDS[] = {
          "400 Gb/s per GPU; default nvlink up to 8 GPUs, ib400 above.\n"
          "  train_iha info configs/iha_paper_2.4b.ini\n"
          "  train_iha info configs/iha_paper_2.4b.ini --gpus 128 --gpu h200 --link ib400\n"},
+    [COMMAND_CHECK] =
+        {"check",
+         "GLOB",
+         "--vocab N",
+         {{"--vocab", OPTION_INTEGER, AT(vocab), 1, 2147483648.0, NULL}},
+         "Check the shards that GLOB matches, and their labels: every header, every size, every id. Before "
+         "its\n"
+         "first step `train` checks ids beyond the first GB only at some places. Quote the glob, so that "
+         "the\n"
+         "shell does not expand it. A line on stderr for each bad file; exit code 2 if there is one.\n"
+         "  --vocab N   the model's vocab_size, which all ids must be below\n"
+         "  train_iha check 'data/bible/*.bin' --vocab 257\n"},
 };
 enum { COMMAND_COUNT = sizeof COMMANDS / sizeof *COMMANDS };
 
@@ -235,6 +247,13 @@ static int parse_arguments(struct command_line *line, const struct command_row *
         return fail_user(e, "%s: --prompt and --prompt-file are both given; give one", c->name);
     if (line->stop && !*line->stop)
         return fail_user(e, "%s: --stop is empty; give the text to stop at, or leave it out", c->name);
+    if (line->command == COMMAND_CHECK && line->override_count > 0)
+        return fail_user(e,
+                         "check: '%.200s' comes after GLOB; quote the glob, so that the shell does not "
+                         "replace it by the files' names",
+                         line->overrides[0]);
+    if (line->command == COMMAND_CHECK && line->vocab == 0)
+        return fail_user(e, "check: --vocab N is missing: the vocab_size of the model");
     return 0;
 }
 

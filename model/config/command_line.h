@@ -13,6 +13,7 @@ enum command {
     COMMAND_EVAL,
     COMMAND_GENERATE,
     COMMAND_INFO,
+    COMMAND_CHECK,
     COMMAND_HELP,
     COMMAND_HELP_MARKDOWN, /* the configuration keys, for docs/configuration.md */
     COMMAND_VERSION
@@ -21,7 +22,7 @@ enum command {
 struct command_line {
     enum command command;
     int help_topic;   /* COMMAND_HELP: the command to explain; -1: the program */
-    const char *path; /* CONFIG or CHECKPOINT */
+    const char *path; /* CONFIG, CHECKPOINT, or the GLOB of check */
     char **overrides; /* "section.key=value", gathered in argv's own memory */
     int override_count;
 
@@ -38,6 +39,8 @@ struct command_line {
     int64_t gpus;    /* info --gpus; 0: not given */
     const char *gpu; /* a name in gpu_names; NULL: not given */
     const char *link;
+
+    int64_t vocab; /* check --vocab */
 };
 
 /* argv: the arguments after the program's name. Options that are not given keep their defaults. EXIT_USER errors
