@@ -336,10 +336,11 @@ static int fail_changed(const struct shard_file *f, const char *how, struct erro
 }
 
 static int fail_bad_id_now(const struct shard_file *f, struct bad_id bad, struct error *e) {
-    char how[96];
-    snprintf(how, sizeof how, "%s %" PRId64 " is id %" PRId64 ", outside the vocabulary", id_name(f),
-             bad.position, bad.id);
-    return fail_changed(f, how, e);
+    return fail_run(e,
+                    "%s: %s %" PRId64 " is id %" PRId64 ", outside the vocabulary: it was not looked at "
+                    "when the run began, or the file has changed since; correct it (train_iha check reads "
+                    "all), then start again to resume from the last checkpoint",
+                    f->path, id_name(f), bad.position, bad.id);
 }
 
 /* A file with another modification time is accepted if its header, size and hash are what they were: it may have
