@@ -137,10 +137,10 @@ def check_cpm3():
 
 def check_model(name, rng):
     """Gradients against central differences along a random direction per tensor; NumPy against JAX; symmetries."""
-    config, B, T, ignored = CASES[name]
+    config, T, segments, restart = (getattr(CASES[name], x) for x in ("config", "T", "segments", "restart"))
     params = {p: x.astype(np.float64) for p, x in random_params(config, rng).items()}
-    tokens, targets = random_tokens(config, B, T, ignored, rng)
-    run = differentiable(config, tokens, targets, np.float64)
+    tokens, targets = random_tokens(CASES[name], rng)
+    run = differentiable(config, tokens, targets, np.float64, segments, restart)
     loss, z, grads = run(params)
     worst, step = 0.0, 1e-5
     for p, x in params.items():
@@ -149,7 +149,8 @@ def check_model(name, rng):
         slope = (run(params | {p: x + step * u})[0] - run(params | {p: x - step * u})[0]) / (2 * step)
         worst = max(worst, abs(slope - np.vdot(grads[p], u)) / (np.linalg.norm(grads[p]) + 1e-6))
     check(f"{name}: gradients against differences ({worst:.1e})", worst < 1e-6)
-    check(f"{name}: NumPy and JAX agree", np.allclose(logits(np, config, params, tokens), z, rtol=0, atol=1e-12))
+    check(f"{name}: NumPy and JAX agree", np.allclose(logits(np, config, params, tokens, segments, restart), z,
+                                                       rtol=0, atol=1e-12))
 
     order = {"C": rng.permutation(config["hidden_size"]), "F": rng.permutation(config["intermediate_size"]),
              "H": rng.permutation(config["num_attention_heads"])}
@@ -161,9 +162,24 @@ def check_model(name, rng):
     if config["causal"] and T > 1:
         other = tokens.copy()
         other[:, T // 2:] = (other[:, T // 2:] + 1) % config["vocab_size"]
-        z3 = logits(np, config, params, other)
+        z3 = logits(np, config, params, other, segments, restart)
         check(f"{name}: the future is not seen", np.allclose(z3[:, :T // 2], z[:, :T // 2], rtol=0, atol=1e-12)
               and not np.allclose(z3[:, T // 2:], z[:, T // 2:]))
+
+
+def check_segments(name, rng):
+    """Each segment, its positions restarted, against the same tokens as a sequence."""
+    case = CASES[name]
+    params = {p: x.astype(np.float64) for p, x in random_params(case.config, rng).items()}
+    tokens, _ = random_tokens(case, rng)
+    z = logits(np, case.config, params, tokens, case.segments)
+    for b in range(case.B):
+        for first in set(case.segments[b]):
+            inside = case.segments[b] == first
+            alone = logits(np, case.config, params, tokens[b:b + 1, inside])
+            assert np.allclose(alone[0], z[b, inside], rtol=0, atol=1e-12)
+    check(f"{name}: segments have the logits that they have alone", not np.allclose(
+        z, logits(np, case.config, params, tokens), rtol=0, atol=1e-3))
 
 
 if __name__ == "__main__":
@@ -173,5 +189,7 @@ if __name__ == "__main__":
     check_strictness(rng)
     check_cpm3()
     for name in ("iha_mixed", "iha_flat_token_perhead", "iha_bidirectional", "iha_window_ragged_token",
-                 "iha_one_token"):
+                 "iha_one_token", "segments_iha_virtual", "segments_bidirectional"):
         check_model(name, rng)
+    for name in (name for name in CASES if CASES[name].segments is not None):
+        check_segments(name, rng)

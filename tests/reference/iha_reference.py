@@ -6,6 +6,8 @@ dtype of the parameters. Importing this file needs NumPy alone; `differentiable`
 
 `config` is the dictionary of a checkpoint's config.json, `params` a flat dictionary {tensor name: array}.
 Shapes: B batch, T tokens, C hidden, H heads, d head_dim, P pseudo-heads, S = T*P virtual tokens, F FFN, V vocabulary.
+Where a sequence has segments, `segments` [B,T] is the index of the first token of each token's segment: attention
+stays inside, and positions begin at 0 in each with `restart`. None: every sequence is one segment.
 "Step n" in comments is the paper's layer: 1 project, 2 mix heads, 3 interleave, 4 RoPE, 5 attend, 6 collapse, 7 output.
 """
 import math
@@ -82,8 +84,8 @@ def normalize(xp, config, params, name, x):
     return y + params[name + ".bias"] if name + ".bias" in params else y
 
 
-def visible(config, kind, T, P):
-    """[S,S] bool: does virtual query s (row) see virtual key s' (column)? P = 1 in MHA layers."""
+def visible(config, kind, T, P, segments=None):
+    """[S,S] bool: does virtual query s (row) see virtual key s' (column)? P = 1 in MHA layers. [B,S,S] in segments."""
     s, key = np.arange(T * P)[:, None], np.arange(T * P)[None, :]
     if not config["causal"]:
         see = np.ones((T * P, T * P), bool)
@@ -93,15 +95,23 @@ def visible(config, kind, T, P):
         see = key <= s
     if kind.endswith("local"):
         see &= s - key < config["iha_window" if kind == "iha_local" else "local_window"]
+    if segments is not None:
+        own = np.repeat(segments, P, axis=1)
+        see = see & (own[:, :, None] == own[:, None, :])
     return see
 
 
+def positions(T, segments, restart):
+    """The position of each token: [T], or [B,T] where it depends on the segments."""
+    return np.arange(T) - segments if segments is not None and restart else np.arange(T)
+
+
 def rope(xp, x, position, theta):
-    """Rotate the pair (i, i + d/2) of x [B,S,H,d] by position[s] * theta^(-2i/d)."""
+    """Rotate the pair (i, i + d/2) of x [B,S,H,d] by position[s] * theta^(-2i/d); position [S] or [B,S]."""
     d = x.shape[-1]
     frequency = theta ** (-2.0 * xp.arange(d // 2, dtype=x.dtype) / d)
-    angle = xp.asarray(position, dtype=x.dtype)[:, None] * frequency               # [S, d/2]
-    cos, sin = xp.cos(angle)[None, :, None, :], xp.sin(angle)[None, :, None, :]
+    angle = xp.asarray(position, dtype=x.dtype)[..., None] * frequency             # [S, d/2] or [B, S, d/2]
+    cos, sin = xp.cos(angle)[..., None, :], xp.sin(angle)[..., None, :]
     a, b = x[..., :d // 2], x[..., d // 2:]
     return xp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
@@ -112,12 +122,13 @@ def softmax(xp, scores):
 
 
 def attend(xp, q, k, v, see):
-    """Step 5: scaled dot-product attention, q, k, v [B,S,H,d], see [S,S]."""
+    """Step 5: scaled dot-product attention, q, k, v [B,S,H,d], see [S,S] or [B,S,S]."""
+    see = see[..., None, :, :]
     scores = xp.einsum("bshd,bzhd->bhsz", q, k) * (1.0 / math.sqrt(q.shape[-1]))
     return xp.einsum("bhsz,bzhd->bshd", softmax(xp, xp.where(see, scores, -math.inf)), v)
 
 
-def attention(xp, config, kind, params, name, x):
+def attention(xp, config, kind, params, name, x, segments=None, restart=True):
     """Steps 1 to 7 for x [B,T,C]; an MHA layer is steps 1, 4, 5, 7 with P = 1."""
     B, T, _ = x.shape
     H, d = config["num_attention_heads"], config["head_dim"]
@@ -135,11 +146,11 @@ def attention(xp, config, kind, params, name, x):
         q, k, v = (y.reshape(B, T * P, H, d) for y in (q, k, v))
     if config["position_embedding"] == "rope":
         # 4. at the virtual position s, or at the token's own, s // P
-        position = np.arange(T * P)
-        if iha and config["iha_rope"] == "token":
-            position = position // P
+        position = np.repeat(positions(T, segments, restart), P, axis=-1)
+        if iha and config["iha_rope"] == "virtual":
+            position = position * P + np.arange(T * P) % P
         q, k = rope(xp, q, position, config["rope_theta"]), rope(xp, k, position, config["rope_theta"])
-    o = attend(xp, q, k, v, visible(config, kind, T, P))                           # 5.
+    o = attend(xp, q, k, v, visible(config, kind, T, P, segments))                 # 5.
     if iha:
         # 6. full: o[b,t,h,:] = sum_p sum_g R[h,p,g] o~[b,t,p,g,:]; per head: sum_p R[h,p] o~[b,t,p,h,:]
         o = o.reshape(B, T, P, H, d)
@@ -160,15 +171,15 @@ def mlp(xp, config, params, name, x):
     return linear(xp, params, name + ".down", h)
 
 
-def logits(xp, config, params, tokens):
+def logits(xp, config, params, tokens, segments=None, restart=True):
     """tokens [B,T] -> logits [B,T,V]."""
     x = params["embed.weight"][tokens]
     if config["position_embedding"] == "learned":
-        x = x + params["pos_embed.weight"][:tokens.shape[1]]
+        x = x + params["pos_embed.weight"][positions(tokens.shape[1], segments, restart)]
     for n, kind in enumerate(config["layer_types"]):
         layer = f"layers.{n}."
         h = normalize(xp, config, params, layer + "attn_norm", x)
-        x = x + attention(xp, config, kind, params, layer + "attn", h)
+        x = x + attention(xp, config, kind, params, layer + "attn", h, segments, restart)
         h = normalize(xp, config, params, layer + "mlp_norm", x)
         x = x + mlp(xp, config, params, layer + "mlp", h)
     x = normalize(xp, config, params, "final_norm", x)
@@ -184,13 +195,13 @@ def cross_entropy(xp, z, targets):
     return xp.sum(xp.where(counted, nll, 0.0)) / int(counted.sum())
 
 
-def differentiable(config, tokens, targets, dtype):
+def differentiable(config, tokens, targets, dtype, segments=None, restart=True):
     """A function params -> (loss, logits [B,T,V], {name: gradient}): computed by JAX, wholly in dtype."""
     import jax
     import jax.numpy as jnp
 
     def loss_and_logits(params):
-        z = logits(jnp, config, params, tokens)
+        z = logits(jnp, config, params, tokens, segments, restart)
         return cross_entropy(jnp, z, targets), z
 
     compiled = jax.jit(jax.value_and_grad(loss_and_logits, has_aux=True))

@@ -4,8 +4,9 @@
     python tests/reference/make_golden.py            # rewrites all; the same machine gives the same bytes
 
 A case holds `param.NAME` (F32), `tokens`, `targets` (I32 [B,T]; targets < 0 do not count), `loss` (F64 [1]),
-`logits` (F64 [B,T,V]), `grad.NAME` (F64). For the tolerance rule, how far the same plain computation in float32 lands
-from these: `plain32.loss` (absolute error), `plain32.logits`, `plain32.grad.NAME` (L2 norms of the error), F64 [1],
+`logits` (F64 [B,T,V]), `grad.NAME` (F64); where it has segments, `segments` (I32 [B,T], the index of the first token
+of each token's segment) and `restart_positions` (I32 [1]). For the tolerance rule, how far the same plain computation
+in float32 lands from these: `plain32.loss` (absolute error), `plain32.logits`, `plain32.grad.NAME` (L2 norms of the error), F64 [1],
 each the largest of a few runs that sum in different orders. Where a gradient is exactly zero (alpha_q and alpha_k
 where every query sees one key) so is its plain32, and a test needs a floor: the rounding of all gradients, say.
 The .json beside it is the config.json of such a checkpoint.
@@ -17,6 +18,7 @@ os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"   # one order of 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import json
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -26,24 +28,34 @@ from iha_reference import differentiable, expected_shapes
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 LABELLINGS = 8
+Case = namedtuple("Case", "config B T ignored segments restart")
 
 
 def case(C, H, d, F, V, B, T, layers, **options):
-    """The config of a case, its options at the contract's defaults unless given, and (B, T)."""
+    """The config of a case, its options at the contract's defaults unless given, and its batch.
+
+    ignored: some targets do not count. segments: for each sequence, the lengths of its segments. restart: positions
+    begin at 0 in each.
+    """
     config = dict(
         model_type="iha", vocab_size=V, hidden_size=C, num_hidden_layers=len(layers.split()), num_attention_heads=H,
         head_dim=d, intermediate_size=F, max_position_embeddings=T, position_embedding="rope", rope_theta=10000.0,
         norm="rmsnorm", norm_eps=1e-5, activation="gelu_tanh", bias=False, tie_word_embeddings=True, causal=True,
         layer_types=layers.split(), local_window=512, num_pseudo_heads=2, iha_window=None, iha_mask="flat",
         iha_rope="virtual", iha_collapse="full")
-    ignored = options.pop("ignored", False)
+    ignored, lengths = options.pop("ignored", False), options.pop("segments", None)
+    restart = options.pop("restart", True)
+    segments = None
+    if lengths:
+        assert len(lengths) == B and all(sum(of_sequence) == T for of_sequence in lengths)
+        segments = np.array([np.repeat(np.cumsum((0,) + n[:-1]), n) for n in lengths], dtype=np.int32)
     unknown = options.keys() - config.keys()
     assert not unknown, unknown
     config.update(options)
     if config["iha_window"] is None:   # auto, as the contract resolves it
         P = config["num_pseudo_heads"]
         config["iha_window"] = max(P, P * (T // (2 * P * P)))
-    return config, B, T, ignored
+    return Case(config, B, T, ignored, segments, restart)
 
 
 CASES = {
@@ -91,6 +103,25 @@ CASES = {
     "iha_mixed": case(40, 2, 8, 24, 37, 3, 15, "mha_local iha_global mha_global iha_local iha_global",
                       num_pseudo_heads=3, iha_window=11, local_window=3, norm="layernorm", bias=True,
                       activation="swiglu", tie_word_embeddings=False, ignored=True),
+    # segments: of one token, of the whole sequence; every kind of position, restarted or not; labels that do not count
+    "segments_mha_learned": case(24, 3, 8, 40, 37, 2, 13, "mha_global mha_local", position_embedding="learned",
+                                 local_window=4, norm="layernorm", bias=True, segments=((5, 1, 7), (13,))),
+    "segments_iha_virtual": case(16, 2, 8, 24, 31, 2, 12, "iha_local iha_global", num_pseudo_heads=3, iha_window=7,
+                                 segments=((6, 6), (1, 1, 10)), rope_theta=100.0),
+    "segments_iha_token": case(18, 4, 6, 20, 30, 2, 11, "iha_global iha_local", iha_mask="token", iha_rope="token",
+                               iha_window=5, iha_collapse="per_head", rope_theta=100.0, activation="swiglu",
+                               segments=((4, 7), (9, 2))),
+    "segments_continue": case(16, 2, 8, 24, 31, 2, 12, "iha_local mha_global", num_pseudo_heads=3, iha_window=8,
+                              position_embedding="learned", max_position_embeddings=16, activation="relu2",
+                              segments=((5, 7), (3, 3, 6)), restart=False),
+    "segments_continue_rope": case(16, 2, 8, 24, 31, 1, 14, "mha_local iha_global", local_window=5, rope_theta=100.0,
+                                   tie_word_embeddings=False, segments=((8, 2, 4),), restart=False),
+    "segments_bidirectional": case(16, 4, 4, 32, 30, 3, 12, "iha_global mha_global", causal=False, num_pseudo_heads=2,
+                                   segments=((4, 8), (1, 5, 6), (12,)), ignored=True),
+    "segments_mixed": case(40, 2, 8, 24, 37, 3, 15, "mha_local iha_global mha_global iha_local", num_pseudo_heads=3,
+                           iha_window=11, local_window=3, norm="layernorm", bias=True, activation="swiglu",
+                           tie_word_embeddings=False, rope_theta=100.0, segments=((7, 8), (2, 4, 9), (14, 1)),
+                           ignored=True),
 }
 
 
@@ -118,10 +149,11 @@ def random_params(config, rng):
     return params
 
 
-def random_tokens(config, B, T, ignored, rng):
+def random_tokens(case, rng):
+    config, B, T = case.config, case.B, case.T
     tokens = rng.integers(0, config["vocab_size"], (B, T), dtype=np.int32)
     targets = rng.integers(0, config["vocab_size"], (B, T), dtype=np.int32)
-    if ignored:                       # right padding, holes, and one sequence that counts for nothing
+    if case.ignored:                  # right padding, holes, and one sequence that counts for nothing
         targets[0, T // 2:] = -1
         targets[1, ::3] = -100
         targets[2, :] = -1
@@ -151,15 +183,15 @@ def relabel(config, tensors, order):
 
 
 def make(name):
-    config, B, T, ignored = CASES[name]
+    config, segments, restart = CASES[name].config, CASES[name].segments, CASES[name].restart
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     params = random_params(config, rng)
-    tokens, targets = random_tokens(config, B, T, ignored, rng)
-    loss, z, grads = differentiable(config, tokens, targets, np.float64)(params)
+    tokens, targets = random_tokens(CASES[name], rng)
+    loss, z, grads = differentiable(config, tokens, targets, np.float64, segments, restart)(params)
 
     # One float32 run does not measure the error well: that of one scalar, or of a common factor of one gradient, is
     # sometimes small by chance. So it runs under several labellings, and the largest error of each tensor is kept.
-    plain = differentiable(config, tokens, targets, np.float32)
+    plain = differentiable(config, tokens, targets, np.float32, segments, restart)
     plain32 = {}
     for run in range(LABELLINGS):
         order = {"C": np.arange(config["hidden_size"]), "F": np.arange(config["intermediate_size"]),
@@ -174,6 +206,8 @@ def make(name):
             plain32[key] = max(plain32.get(key, 0.0), error)
 
     tensors = {"tokens": tokens, "targets": targets, "loss": loss.reshape(1), "logits": z}
+    if segments is not None:
+        tensors |= {"segments": segments, "restart_positions": np.array([restart], dtype=np.int32)}
     tensors |= {"param." + p: value for p, value in params.items()} | {"grad." + p: g for p, g in grads.items()}
     tensors |= {"plain32." + key: np.array([error]) for key, error in plain32.items()}
     assert all(np.isfinite(t).all() for t in tensors.values())

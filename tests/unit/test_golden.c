@@ -70,13 +70,12 @@ static void compare(const struct golden *g, const char *what, const float *got, 
         fail_msg("%s: %s: error %.3g, plain fp32 %.3g, norm %.3g", g->name, what, error, plain_error, norm);
 }
 
-static void compare_logits(struct model *m, const struct golden *g, const int32_t *tokens,
-                           const int32_t *targets) {
+static void compare_logits(struct model *m, const struct golden *g, struct batch batch) {
     const struct safetensors_entry *want = entry(g, "logits");
     int64_t rows = m->shape.batch * m->shape.tokens, V = m->config.vocab_size;
     float *logits = calloc((size_t)(rows * V), sizeof *logits);
     struct linear_spec spec = {rows, m->config.hidden_size, V};
-    model_upload(m, (struct batch){tokens, targets, NULL});
+    model_upload(m, batch);
     model_forward(m);
     m->k->linear(m->dev, &spec, m->h, model_param(m, m->params.lm_head), tensor_none(),
                  tensor_of(logits, DTYPE_F32, rows, V, 0, 0, 0));
@@ -110,16 +109,19 @@ static void check_golden(const char *json_path, enum recompute recompute) {
     struct golden g;
     open_golden(&g, json_path);
     const struct safetensors_entry *tokens = entry(&g, "tokens"), *targets = entry(&g, "targets");
+    const struct safetensors_entry *segments = safetensors_find(&g.file, "segments");
+    struct batch batch = {tokens->data, targets->data, segments ? segments->data : NULL};
+    bool restart = segments && *(const int32_t *)entry(&g, "restart_positions")->data;
     int64_t B = tokens->shape[0], T = tokens->shape[1], counted = 0;
     for (int64_t i = 0; i < B * T; i++)
-        counted += ((const int32_t *)targets->data)[i] >= 0;
+        counted += batch.targets[i] >= 0;
     struct model m;
-    fixture_model(&m, &g.config, (struct pass_shape){B, T, recompute, true, false, false});
+    fixture_model(&m, &g.config, (struct pass_shape){B, T, recompute, true, segments != NULL, restart});
     load_params(&m, &g);
-    double loss = fixture_loss(&m, tokens->data, targets->data, 1.0 / (double)counted);
+    double loss = fixture_batch_loss(&m, batch, 1.0 / (double)counted);
     compare(&g, "loss", &(float){(float)loss}, entry(&g, "loss")->data, 1, scalar(&g, "plain32.loss"), 0);
     compare_gradients(&m, &g);
-    compare_logits(&m, &g, tokens->data, targets->data);
+    compare_logits(&m, &g, batch);
     model_free(&m);
     safetensors_close(&g.file);
 }
@@ -128,7 +130,7 @@ static void every_golden_case(void **state) {
     (void)state;
     glob_t found;
     assert_int_equal(glob("tests/golden/model_*.json", 0, NULL, &found), 0);
-    assert_true(found.gl_pathc >= 14);
+    assert_true(found.gl_pathc >= 26);
     for (size_t i = 0; i < found.gl_pathc; i++)
         for (int recompute = RECOMPUTE_NONE; recompute <= RECOMPUTE_FULL; recompute++)
             check_golden(found.gl_pathv[i], (enum recompute)recompute);
