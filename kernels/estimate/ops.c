@@ -154,6 +154,7 @@ static bool same_pattern(const struct attention_spec *a, const struct attention_
            a->token_mask == b->token_mask && a->window == b->window;
 }
 
+/* Of a whole sequence: segments are data, which the estimate does not have, so theirs are at most these. */
 static double visible_pairs(struct device *dev, const struct attention_spec *s) {
     for (int i = 0; i < dev->pairs_count; i++)
         if (same_pattern(&dev->pairs[i].spec, s))
