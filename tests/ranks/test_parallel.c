@@ -3,6 +3,7 @@
  * backward. */
 #include "tests/lib/model_configs.h"
 #include "tests/lib/model_fixture.h"
+#include "tests/lib/segments.h"
 #include "tests/lib/thread_comm.h"
 
 enum { STEPS = 3, PASSES = 2, GLOBAL_BATCH = 12 };
@@ -13,6 +14,7 @@ struct job {
     struct thread_world *world;
     const struct model_config *config;
     int rank, stage, passes;
+    bool labels;    /* few targets count, in some passes none, and attention stays inside segments */
     float *weights; /* [num_params] at the end */
     double loss, norm;
     int64_t dirty;
@@ -35,6 +37,15 @@ static void note_start(struct thread_comm *t, enum collective kind) {
     (void)t;
     if (kind == REDUCE_SCATTER && started < 256)
         products_at_start[started++] = products;
+}
+
+/* Of the first third of the step's sequences no target counts, of the others one in 1, 2, 3, ... */
+static void drop_targets(int32_t *targets, int first, int count) {
+    for (int n = 0; n < count * TOKENS; n++) {
+        int sequence = first + n / TOKENS, t = n % TOKENS;
+        if (sequence < GLOBAL_BATCH / 3 || t % (sequence - GLOBAL_BATCH / 3 + 1) != 0)
+            targets[n] = -1;
+    }
 }
 
 /* Sequences first .. first + count - 1 of a step's batch; the batch does not depend on ranks or passes. */
@@ -65,12 +76,14 @@ static void train(struct job *j, struct comm *comm, struct device *dev) {
     struct model m;
     struct error e = {0};
     int ranks = comm ? comm->ranks : 1, batch = GLOBAL_BATCH / ranks / j->passes;
-    struct model_options options = {.shape = {batch, TOKENS, RECOMPUTE_NONE, true},
+    struct model_options options = {.shape = {batch, TOKENS, RECOMPUTE_NONE, true, j->labels, j->labels},
                                     .weight_decay = 0.1,
                                     .mix_lr_scale = 2,
                                     .comm = comm,
                                     .zero_stage = j->stage};
     int32_t tokens[GLOBAL_BATCH * TOKENS], targets[GLOBAL_BATCH * TOKENS];
+    int32_t segments[2 * GLOBAL_BATCH * TOKENS];
+    fill_segments((int64_t[SEGMENT_LENGTHS]){9}, batch, TOKENS, segments);
     k.linear_backward = count_product;
     if (model_create(&m, j->config, &k, dev, &options, &e) != 0 || model_initialize(&m, 3, &e) != 0)
         fail_msg("%s", e.text);
@@ -79,8 +92,10 @@ static void train(struct job *j, struct comm *comm, struct device *dev) {
         for (int pass = 0; pass < j->passes; pass++) {
             products = started = 0;
             fill_batch(tokens, targets, step, (pass * ranks + j->rank) * batch, batch);
-            model_train_pass(&m, (struct batch){tokens, targets, NULL}, 1.0 / (GLOBAL_BATCH * TOKENS), pass,
-                             j->passes);
+            if (j->labels)
+                drop_targets(targets, (pass * ranks + j->rank) * batch, batch);
+            model_train_pass(&m, (struct batch){tokens, targets, segments}, 1.0 / (GLOBAL_BATCH * TOKENS),
+                             pass, j->passes);
         }
         for (int i = 0; i < started; i++)
             if (step == STEPS - 1)
@@ -114,12 +129,14 @@ static void *run_rank(void *context) {
 
 /* ---- all ranks ---- */
 
-static void run_ranks(struct job *jobs, const struct model_config *c, int ranks, int stage, int passes) {
+static void run_ranks(struct job *jobs, const struct model_config *c, int ranks, int stage, int passes,
+                      bool labels) {
     static struct thread_world world;
     pthread_t threads[THREAD_RANKS];
     thread_world_open(&world, ranks);
     for (int r = 0; r < ranks; r++) {
-        jobs[r] = (struct job){.world = &world, .config = c, .rank = r, .stage = stage, .passes = passes};
+        jobs[r] = (struct job){
+            .world = &world, .config = c, .rank = r, .stage = stage, .passes = passes, .labels = labels};
         assert_int_equal(pthread_create(&threads[r], NULL, run_rank, &jobs[r]), 0);
     }
     for (int r = 0; r < ranks; r++)
@@ -145,14 +162,14 @@ static double distance(const float *a, const float *b, int64_t n) {
     return sqrt(d / norm);
 }
 
-static void check_config(const struct model_config *c) {
+static void check_config(const struct model_config *c, bool labels) {
     int64_t n = num_params(c);
-    struct job one = {.config = c, .passes = 1}, jobs[THREAD_RANKS];
+    struct job one = {.config = c, .passes = 1, .labels = labels}, jobs[THREAD_RANKS];
     train(&one, NULL, fixture_device());
     for (int ranks = 2; ranks <= 3; ranks++)
         for (int stage = 0; stage <= 2; stage++)
             for (int passes = 1; passes <= PASSES; passes++) {
-                run_ranks(jobs, c, ranks, stage, passes);
+                run_ranks(jobs, c, ranks, stage, passes, labels);
                 for (int r = 0; r < ranks; r++) {
                     double d = distance(one.weights, jobs[r].weights, n);
                     /* Three steps of AdamW, whose first divides by the gradient: roundings of 1e-7 of a
@@ -179,8 +196,16 @@ static void several_ranks_train_like_one(void **state) {
     plain.layer_types[1] = LAYER_IHA_GLOBAL;
     plain.layer_types[2] = LAYER_MHA_GLOBAL;
     plain.layer_types[4] = LAYER_IHA_LOCAL;
-    check_config(&plain);
-    check_config(&other);
+    check_config(&plain, false);
+    check_config(&other, false);
+}
+
+/* The mean over the targets of all passes and ranks, though one of them has none. */
+static void few_targets_train_alike_on_several_ranks(void **state) {
+    (void)state;
+    struct model_config c = plain_config();
+    c.num_hidden_layers = 2;
+    check_config(&c, true);
 }
 
 /* Reduction of the head and of every layer but the first begins before backward's last matrix product. */
@@ -189,7 +214,7 @@ static void reduction_overlaps_backward(void **state) {
     struct model_config c = plain_config();
     struct job jobs[THREAD_RANKS];
     for (int stage = 0; stage <= 2; stage++) {
-        run_ranks(jobs, &c, 2, stage, 1);
+        run_ranks(jobs, &c, 2, stage, 1, false);
         for (int r = 0; r < 2; r++) {
             assert_int_equal(jobs[r].started_during_backward, (int)c.num_hidden_layers);
             free(jobs[r].weights);
@@ -200,6 +225,7 @@ static void reduction_overlaps_backward(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(several_ranks_train_like_one),
+        cmocka_unit_test(few_targets_train_alike_on_several_ranks),
         cmocka_unit_test(reduction_overlaps_backward),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
