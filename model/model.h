@@ -1,9 +1,9 @@
 /* A GPT with MHA and IHA layers: parameters, activations, forward, backward, one optimizer step.
  *
  * The block is  x += attn(norm(x)); x += mlp(norm(x)).  kernels/ computes every operation, and the model
- * does not depend on a device. parallel.c trains it on several ranks through kernels/comm.h. All memory is allocated
- * before the first step, one allocation per family (parameters, gradients, optimizer, activations); addresses
- * never change. */
+ * does not depend on a device. parallel.c trains it on several ranks through kernels/comm.h. All memory is
+ * allocated before the first step, one allocation per family (parameters, gradients, optimizer, activations);
+ * addresses never change. */
 #ifndef IHA_MODEL_MODEL_H
 #define IHA_MODEL_MODEL_H
 
@@ -27,9 +27,9 @@ struct pass_shape {
 struct batch {
     const int32_t *tokens;  /* [B,T] */
     const int32_t *targets; /* [B,T] the id to predict at each position; < 0: does not count */
-    const int32_t
-        *segments; /* [B,T] index in its sequence of the first token of each token's segment; read where
-                              * the pass has segments */
+    /* [B,T] the index in its sequence of the first token of each token's segment; read if the pass has
+     * segments */
+    const int32_t *segments;
 };
 
 /* Bytes by family: what model_create allocates and `info` prints. */
@@ -147,8 +147,9 @@ tensor model_gradient(const struct model *m, int index);
 /* Called when backward has finished the gradients of a unit (params.h), from last to first. */
 typedef void gradients_ready(void *context, int unit);
 
-/* One pass over B*T tokens: forward, loss, backward. state.loss += scale * sum of nats; gradients are of that loss, and with `accumulate` are added to
- * those before. `ready` may be NULL. */
+/* One pass over B*T tokens: forward, loss, backward. state.loss += scale * sum of nats, state.targets += the
+ * targets that count; gradients are of that loss, and with `accumulate` are added to those before. `ready`
+ * may be NULL. */
 void model_forward_backward(struct model *m, struct batch batch, double scale, bool accumulate,
                             gradients_ready *ready, void *context);
 

@@ -87,6 +87,7 @@ static struct layer_specs specs_for(const struct model *m, int layer, int64_t n)
     s.qkv_mix.batch = s.attention.batch = s.collapse.batch = 1;
     s.qkv_mix.tokens = s.collapse.tokens = n;
     s.attention.length = n * s.qkv_mix.pseudo;
+    s.attention.segmented = false; /* what is generated is one segment */
     return s;
 }
 
