@@ -1,6 +1,6 @@
 /* The CUDA backend's built-in attention, forward and backward, against the CPU backend: every mask with
- * every edge of a tile, a window or a pseudo-token, packed and gapped views, extreme scores; which tiles are
- * visited; and that two runs give the same bits.
+ * every edge of a tile, a window, a segment or a pseudo-token, packed and gapped views, extreme scores; which
+ * tiles are visited; and that two runs give the same bits.
  *
  * The rule is the fixture's, with o rounded to the type under test before the plain backward reads it. The
  * gradients are judged by the norm of all three, since dq and dk are differences of two sums as large as
@@ -16,7 +16,8 @@ enum layout { SEPARATE, PACKED, GAPPED };
 struct attention_case {
     struct attention_spec spec;
     enum layout layout;
-    double magnitude; /* of q and k */
+    double magnitude;       /* of q and k */
+    const int64_t *lengths; /* of segments (segments.h); NULL: none */
 };
 
 /* q, k, v or their gradients, and the buffers they are views of. */
@@ -62,6 +63,23 @@ static struct three three_of(struct backends *k, const struct attention_case *c,
     return t;
 }
 
+/* Segments of these lengths, [2,B,T]; NULL: absent. */
+static struct operand segments_of(struct backends *k, const struct attention_spec *s,
+                                  const int64_t *lengths) {
+    int64_t T = s->length / s->pseudo, n = 2 * s->batch * T;
+    if (!lengths)
+        return absent();
+    int32_t *bounds = (int32_t *)malloc((size_t)n * sizeof *bounds);
+    double *values = (double *)malloc((size_t)n * sizeof *values);
+    fill_segments(lengths, s->batch, T, bounds);
+    for (int64_t i = 0; i < n; i++)
+        values[i] = bounds[i];
+    struct operand x = operand_of(k, DTYPE_I32, values, 2, s->batch, T, 0, 0);
+    free(bounds);
+    free(values);
+    return x;
+}
+
 /* What a backend left in the view, contiguous; a write beside the view fails. `packed` buffers have no
  * elements beside their three views. */
 static double *gather(const struct backend *b, struct operand whole, struct operand view, bool packed) {
@@ -87,9 +105,10 @@ static double *gather(const struct backend *b, struct operand whole, struct oper
 static const char *describe(const struct attention_case *c, const char *what) {
     static char text[256];
     const struct attention_spec *s = &c->spec;
-    snprintf(text, sizeof text, "B %d S %d H %d d %d P %d causal %d token %d window %d layout %d: %s",
+    snprintf(text, sizeof text,
+             "B %d S %d H %d d %d P %d causal %d token %d window %d segments of %d layout %d: %s",
              (int)s->batch, (int)s->length, (int)s->heads, (int)s->head_dim, (int)s->pseudo, s->causal,
-             s->token_mask, (int)s->window, c->layout, what);
+             s->token_mask, (int)s->window, c->lengths ? (int)c->lengths[0] : 0, c->layout, what);
     return text;
 }
 
@@ -168,9 +187,9 @@ static void check_case(enum device_precision precision, struct attention_case c)
     emulator_seed(seed++ % 5);
     struct three in = three_of(k, &c, false), out = three_of(k, &c, true);
     struct operand o = rows_with(k, s, c.layout == GAPPED, 0, (double)NAN), o_view = narrowed(o, s->head_dim);
-    struct operand d_o = rows_with(k, s, 0, 1, 0);
+    struct operand d_o = rows_with(k, s, 0, 1, 0), segments = segments_of(k, s, c.lengths);
     EACH(k, b)
-    b->k->attention(b->dev, s, on(in.view[0], b), on(in.view[1], b), on(in.view[2], b), tensor_none(),
+    b->k->attention(b->dev, s, on(in.view[0], b), on(in.view[1], b), on(in.view[2], b), on(segments, b),
                     on(o_view, b), b->saved);
     double score = largest_score(k, &c, &in);
     static const char *const forward[] = {"o"}, *const backward[] = {"dq", "dk", "dv"};
@@ -178,7 +197,7 @@ static void check_case(enum device_precision precision, struct attention_case c)
     round_plain(k, o);
     EACH(k, b)
     b->k->attention_backward(b->dev, s, on(in.view[0], b), on(in.view[1], b), on(in.view[2], b),
-                             tensor_none(), on(o_view, b), on(d_o, b), b->saved, on(out.view[0], b),
+                             on(segments, b), on(o_view, b), on(d_o, b), b->saved, on(out.view[0], b),
                              on(out.view[1], b), on(out.view[2], b));
     expect_results(k, &c, backward, out.whole, out.view, 3, score);
     done(k);
@@ -194,22 +213,30 @@ static size_t drawn(size_t n) {
 
 /* Head dims, heads and layouts take turns at random. cuDNN takes a second or so to build each of its
  * graphs, up to four a case: there one case in five has to do. */
-static void check_drawn(enum device_precision precision, struct attention_spec s) {
+static void check_drawn(enum device_precision precision, struct attention_spec s, const int64_t *lengths) {
     static int next;
     if (next++ % (precision == DEVICE_BF16 && cudnn_may_serve() ? 5 : 1) != 0)
         return;
     s.batch = s.length < 64 ? 1 + (int64_t)drawn(2) : 1;
     s.heads = s.length < 64 ? 1 + (int64_t)drawn(3) : 1;
     s.head_dim = DIMS[drawn(COUNT(DIMS))];
-    check_case(precision, (struct attention_case){s, (enum layout)drawn(3), 2});
+    check_case(precision, (struct attention_case){s, (enum layout)drawn(3), 2, lengths});
 }
 
 static void check_bf16(struct attention_spec s) {
-    check_drawn(DEVICE_BF16, s);
+    check_drawn(DEVICE_BF16, s, NULL);
 }
 
 static void check_fp32(struct attention_spec s) {
-    check_drawn(DEVICE_FP32, s);
+    check_drawn(DEVICE_FP32, s, NULL);
+}
+
+static void check_segmented_bf16(struct attention_spec s, const int64_t *lengths) {
+    check_drawn(DEVICE_BF16, s, lengths);
+}
+
+static void check_segmented_fp32(struct attention_spec s, const int64_t *lengths) {
+    check_drawn(DEVICE_FP32, s, lengths);
 }
 
 /* Every kernel: one padded head dim each, with and without padding, over more than one tile. */
@@ -220,10 +247,18 @@ static void every_head_dim(enum device_precision precision) {
         check_case(precision,
                    (struct attention_case){{1, wide ? 66 : 140, 2, dims[i], 2, true, true, 50, 0, false},
                                            (enum layout)(i % 3),
-                                           2});
+                                           2,
+                                           NULL});
+        check_case(precision,
+                   (struct attention_case){{2, wide ? 66 : 140, 2, dims[i], 2, true, true, 50, 0, true},
+                                           (enum layout)(i % 3),
+                                           2,
+                                           ATTENTION_SEGMENTS[COUNT(ATTENTION_SEGMENTS) - 1]});
     }
-    check_case(precision, (struct attention_case){{2, 200, 3, 64, 4, true, true, 0, 0, false}, PACKED, 2});
-    check_case(precision, (struct attention_case){{1, 130, 1, 128, 1, true, false, 0, 0, false}, PACKED, 2});
+    check_case(precision,
+               (struct attention_case){{2, 200, 3, 64, 4, true, true, 0, 0, false}, PACKED, 2, NULL});
+    check_case(precision,
+               (struct attention_case){{1, 130, 1, 128, 1, true, false, 0, 0, false}, PACKED, 2, NULL});
 }
 
 /* Scores of 1e4 and more leave one key with all of the weight, or two that can hardly be told apart. The bf16
@@ -232,10 +267,11 @@ static void every_head_dim(enum device_precision precision) {
 static void large_scores(enum device_precision precision) {
     double magnitude = precision == DEVICE_BF16 ? 60 : 200;
     for (int64_t window = 0; window < 70; window += 33) {
+        check_case(precision,
+                   (struct attention_case){
+                       {1, 130, 2, 16, 1, true, false, window, 0, false}, PACKED, magnitude / 2, NULL});
         check_case(precision, (struct attention_case){
-                                  {1, 130, 2, 16, 1, true, false, window, 0, false}, PACKED, magnitude / 2});
-        check_case(precision, (struct attention_case){
-                                  {1, 66, 2, 8, 3, true, true, window, 0, false}, SEPARATE, magnitude});
+                                  {1, 66, 2, 8, 3, true, true, window, 0, false}, SEPARATE, magnitude, NULL});
     }
 }
 
@@ -247,6 +283,16 @@ static void table_bf16(void **state) {
 static void table_fp32(void **state) {
     (void)state;
     attention_each_case(ON_CUDA, check_fp32);
+}
+
+static void segmented_bf16(void **state) {
+    (void)state;
+    attention_each_segmented(ON_CUDA, 140, check_segmented_bf16);
+}
+
+static void segmented_fp32(void **state) {
+    (void)state;
+    attention_each_segmented(ON_CUDA, 63, check_segmented_fp32); /* short: with several sequences */
 }
 
 static void head_dims(void **state) {
@@ -266,12 +312,12 @@ static void extreme_scores(void **state) {
 /* One pass of the CUDA backend alone, on separate tensors of one head. */
 struct pass {
     struct backends *k;
-    struct operand q, key, v, d_o, o, dq, dk, dv;
+    struct operand q, key, v, d_o, o, dq, dk, dv, segments;
     int64_t forward_tiles, backward_tiles;
 };
 
-static struct pass pass_of(enum device_precision precision, const struct attention_spec *s, const double *q,
-                           const double *key) {
+static struct pass pass_of(enum device_precision precision, const struct attention_spec *s,
+                           const int64_t *lengths, const double *q, const double *key) {
     struct pass p = {.k = backends(precision)};
     struct backends *k = p.k;
     int64_t n = s->batch * s->length * s->heads * s->head_dim;
@@ -288,6 +334,7 @@ static struct pass pass_of(enum device_precision precision, const struct attenti
         *out[i] = rows_with(k, s, 0, 0, (double)NAN);
         free(noise[i]);
     }
+    p.segments = segments_of(k, s, lengths);
     plan(k, (struct op_spec){.kind = OP_ATTENTION, .attention = *s});
     return p;
 }
@@ -295,33 +342,40 @@ static struct pass pass_of(enum device_precision precision, const struct attenti
 static void run_pass(struct pass *p, const struct attention_spec *s) {
     struct backend *b = &p->k->each[CUDA];
     int64_t start = cuda_attention_tiles;
-    b->k->attention(b->dev, s, on(p->q, b), on(p->key, b), on(p->v, b), tensor_none(), on(p->o, b), b->saved);
+    b->k->attention(b->dev, s, on(p->q, b), on(p->key, b), on(p->v, b), on(p->segments, b), on(p->o, b),
+                    b->saved);
     free(values_on(b, p->o)); /* waits */
     p->forward_tiles = cuda_attention_tiles - start;
-    b->k->attention_backward(b->dev, s, on(p->q, b), on(p->key, b), on(p->v, b), tensor_none(), on(p->o, b),
-                             on(p->d_o, b), b->saved, on(p->dq, b), on(p->dk, b), on(p->dv, b));
+    b->k->attention_backward(b->dev, s, on(p->q, b), on(p->key, b), on(p->v, b), on(p->segments, b),
+                             on(p->o, b), on(p->d_o, b), b->saved, on(p->dq, b), on(p->dk, b), on(p->dv, b));
     free(values_on(b, p->dq));
     p->backward_tiles = cuda_attention_tiles - start - p->forward_tiles;
 }
 
 enum { NAN_LENGTH = 130, NAN_DIM = 8 };
 
-/* A NaN in one element of q or k: exactly the queries that use it say NaN; in backward the keys as well. */
-static void check_nan(enum device_precision precision, bool in_key, int64_t at) {
-    struct attention_spec s = {1, NAN_LENGTH, 1, NAN_DIM, 1, true, false, 40, 0.3, false};
+/* A NaN in one element of q or k: exactly the queries that use it say NaN; in backward the keys as well. So
+ * nothing crosses the edge of a segment. */
+static void check_nan(enum device_precision precision, const int64_t *lengths, bool in_key, int64_t at) {
+    struct attention_spec s = {1, NAN_LENGTH, 1, NAN_DIM, 1, true, false, 40, 0.3, lengths != NULL};
+    int32_t segments[2 * NAN_LENGTH];
+    if (lengths)
+        fill_segments(lengths, 1, NAN_LENGTH, segments);
     double poisoned[NAN_LENGTH * NAN_DIM];
     for (int i = 0; i < NAN_LENGTH * NAN_DIM; i++)
         poisoned[i] = i == at * NAN_DIM + 5 ? (double)NAN : fixture_noise();
-    struct pass p = pass_of(precision, &s, in_key ? NULL : poisoned, in_key ? poisoned : NULL);
+    struct pass p = pass_of(precision, &s, lengths, in_key ? NULL : poisoned, in_key ? poisoned : NULL);
     run_pass(&p, &s);
     struct backend *b = &p.k->each[CUDA];
     double *o = values_on(b, p.o), *dq = values_on(b, p.dq), *dv = values_on(b, p.dv);
     for (int64_t i = 0; i < NAN_LENGTH; i++) {
-        bool hit = in_key ? attention_visible(&s, i, at) : i == at;
+        const int32_t *of = lengths ? segments : NULL;
+        bool hit = in_key ? attention_visible_in(&s, of, 0, i, at) : i == at;
+        bool reached = in_key || attention_visible_in(&s, of, 0, at, i); /* gradients of key i */
         for (int64_t c = 0; c < NAN_DIM; c++) {
             assert_int_equal(isnan(o[i * NAN_DIM + c]) != 0, hit);
             assert_true(!hit || isnan(dq[i * NAN_DIM + c]));
-            assert_true(in_key || !attention_visible(&s, at, i) || isnan(dv[i * NAN_DIM + c]));
+            assert_true(in_key || (isnan(dv[i * NAN_DIM + c]) != 0) == reached);
         }
     }
     free(o);
@@ -334,36 +388,49 @@ static void nan_reaches_what_depends_on_it(void **state) {
     (void)state;
     if (cudnn_may_serve())
         skip(); /* a promise of our own kernels, not of cuDNN's */
-    static const int64_t at[] = {0, 15, 64, 129};
+    static const int64_t at[] = {0, 15, 64, 129}, lengths[SEGMENT_LENGTHS] = {11, 5, 50, 1};
     for (size_t i = 0; i < COUNT(at); i++)
         for (int in_key = 0; in_key < 2; in_key++) {
-            check_nan(DEVICE_BF16, in_key, at[i]);
-            check_nan(DEVICE_FP32, in_key, at[i]);
+            check_nan(DEVICE_BF16, NULL, in_key, at[i]);
+            check_nan(DEVICE_FP32, NULL, in_key, at[i]);
+            check_nan(DEVICE_BF16, lengths, in_key, at[i]);
+            check_nan(DEVICE_FP32, lengths, in_key, at[i]);
         }
 }
 
 /* ---- tiles ---- */
 
+enum { MAX_TILED = 450 /* B T */ };
+
 /* The sides of the tiles: see forward_shape, backward_shape and fp32_shape. */
-static void check_tiles(enum device_precision precision, struct attention_spec s) {
+static void check_tiles(enum device_precision precision, struct attention_spec s, const int64_t *lengths) {
     bool bf16 = precision == DEVICE_BF16, narrow = s.head_dim <= 64;
     int64_t rows = narrow ? 128 : 64;
-    struct pass p = pass_of(precision, &s, NULL, NULL);
+    struct pass p = pass_of(precision, &s, lengths, NULL, NULL);
+    int32_t segments[2 * MAX_TILED], *of = lengths ? segments : NULL;
+    if (lengths)
+        fill_segments(lengths, s.batch, s.length / s.pseudo, segments);
     run_pass(&p, &s);
     done(p.k);
-    assert_int_equal(p.forward_tiles,
-                     bf16 ? attention_tiles_needed(&s, 128, 64) : attention_tiles_needed(&s, 32, 32));
-    assert_int_equal(p.backward_tiles,
-                     bf16 ? attention_tiles_needed(&s, 32, rows) + attention_tiles_needed(&s, rows, 32)
-                          : 2 * attention_tiles_needed(&s, 32, 32));
+    assert_int_equal(p.forward_tiles, bf16 ? attention_tiles_needed_in(&s, of, 128, 64)
+                                           : attention_tiles_needed_in(&s, of, 32, 32));
+    assert_int_equal(p.backward_tiles, bf16 ? attention_tiles_needed_in(&s, of, 32, rows) +
+                                                  attention_tiles_needed_in(&s, of, rows, 32)
+                                            : 2 * attention_tiles_needed_in(&s, of, 32, 32));
+}
+
+static void check_tiles_of_segments(struct attention_spec s, const int64_t *lengths) {
+    if (lengths && s.window % 2 != 0)
+        return; /* windows of 0, 2, 32 and 64 are enough */
+    s.head_dim = 8;
+    s.scale = 0.3;
+    check_tiles(DEVICE_BF16, s, lengths);
+    if (s.length == 65 || s.window == 32)
+        check_tiles(DEVICE_FP32, s, lengths);
 }
 
 static void check_tiles_of_mask(struct attention_spec s) {
-    s.head_dim = 8;
-    s.scale = 0.3;
-    check_tiles(DEVICE_BF16, s);
-    if (s.length == 65)
-        check_tiles(DEVICE_FP32, s);
+    check_tiles_of_segments(s, NULL);
 }
 
 static void no_empty_tile_is_visited(void **state) {
@@ -372,18 +439,20 @@ static void no_empty_tile_is_visited(void **state) {
         skip(); /* only the emulator counts */
     static const int64_t lengths[] = {1, 65, 129, 300}, windows[] = {0, 1, 2, 31, 33, 64, 65, 130, 500};
     attention_each_mask(ON_CUDA, lengths, COUNT(lengths), windows, COUNT(windows), check_tiles_of_mask);
-    check_tiles(DEVICE_BF16, (struct attention_spec){1, 200, 1, 128, 3, true, true, 40, 0.1, false});
-    check_tiles(DEVICE_FP32, (struct attention_spec){2, 200, 2, 128, 3, true, true, 40, 0.1, false});
+    check_tiles(DEVICE_BF16, (struct attention_spec){1, 200, 1, 128, 3, true, true, 40, 0.1, false}, NULL);
+    check_tiles(DEVICE_FP32, (struct attention_spec){2, 200, 2, 128, 3, true, true, 40, 0.1, false}, NULL);
+    attention_each_segmented(ON_CUDA, 200, check_tiles_of_segments);
+    check_tiles(DEVICE_BF16, (struct attention_spec){2, 450, 2, 128, 2, true, true, 0, 0.1, true},
+                ATTENTION_SEGMENTS[3]);
 }
 
 /* ---- bits ---- */
 
 /* The order in which threads and blocks run does not show. */
-static void two_runs_give_the_same_bits(void **state) {
-    (void)state;
-    struct attention_spec s = {2, 130, 2, 64, 2, true, true, 70, 0.125, false};
+static void check_bits(const int64_t *lengths) {
+    struct attention_spec s = {2, 130, 2, 64, 2, true, true, 70, 0.125, lengths != NULL};
     for (int precision = DEVICE_FP32; precision <= DEVICE_BF16; precision++) {
-        struct pass p = pass_of((enum device_precision)precision, &s, NULL, NULL);
+        struct pass p = pass_of((enum device_precision)precision, &s, lengths, NULL, NULL);
         struct backend *b = &p.k->each[CUDA];
         struct operand out[] = {p.o, p.dq, p.dk, p.dv};
         double *first[4];
@@ -406,6 +475,40 @@ static void two_runs_give_the_same_bits(void **state) {
     }
 }
 
+static void two_runs_give_the_same_bits(void **state) {
+    (void)state;
+    check_bits(NULL);
+    check_bits(ATTENTION_SEGMENTS[3]);
+}
+
+/* A sequence that is one segment gives the bits of one without segments. */
+static void one_segment_is_the_whole_sequence(void **state) {
+    (void)state;
+    static const int64_t lengths[SEGMENT_LENGTHS] = {65};
+    for (int precision = DEVICE_FP32; precision <= DEVICE_BF16; precision++) {
+        double *without[4];
+        for (int segmented = 0; segmented < 2; segmented++) {
+            struct attention_spec s = {1, 130, 2, 64, 2, true, true, 70, 0.125, segmented};
+            fixture_seed = 7;
+            struct pass p =
+                pass_of((enum device_precision)precision, &s, segmented ? lengths : NULL, NULL, NULL);
+            struct operand out[] = {p.o, p.dq, p.dk, p.dv};
+            run_pass(&p, &s);
+            for (int i = 0; i < 4; i++) {
+                double *values = values_on(&p.k->each[CUDA], out[i]);
+                if (!segmented) {
+                    without[i] = values;
+                    continue;
+                }
+                assert_memory_equal(values, without[i], (size_t)tensor_count(out[i].on[CUDA]) * 8);
+                free(values);
+                free(without[i]);
+            }
+            done(p.k);
+        }
+    }
+}
+
 /* What there are no kernels for is refused by the plan. */
 static void too_wide_is_refused(void **state) {
     (void)state;
@@ -424,11 +527,14 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(table_bf16),
         cmocka_unit_test(table_fp32),
+        cmocka_unit_test(segmented_bf16),
+        cmocka_unit_test(segmented_fp32),
         cmocka_unit_test(head_dims),
         cmocka_unit_test(extreme_scores),
         cmocka_unit_test(nan_reaches_what_depends_on_it),
         cmocka_unit_test(no_empty_tile_is_visited),
         cmocka_unit_test(two_runs_give_the_same_bits),
+        cmocka_unit_test(one_segment_is_the_whole_sequence),
         cmocka_unit_test(too_wide_is_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
