@@ -1,7 +1,7 @@
 /* qkv_mix of the CUDA backend against the CPU backend, forward and backward. */
 #include "tests/cuda/op_run.h"
 
-enum { QKV, ALPHA, TABLE = 4, OUT, DOUT = 8, DQKV = 11, DALPHA };
+enum { QKV, ALPHA, TABLE = 4, OUT, DOUT = 8, DQKV = 11, DALPHA, POSITIONS_OF = 15 };
 
 /* In bf16 dalpha's factors are bf16, as in every computation whose matrix products take bf16: the gradient
  * that was rotated back is rounded. So the plain computation's is, too: it gets gradients that have been
@@ -13,12 +13,15 @@ static void plain_backward(struct op_run *r) {
     int64_t H = s->heads, d = s->head_dim, half = d / 2, P = s->pseudo, S = s->tokens * P;
     struct operand unused = output(k, k->compute, s->batch, s->tokens, 3, H, d), ignored[3], rotated[3];
     double *angles = values_on(&k->each[EXACT], r->x[TABLE]);
+    double *positions = r->info[POSITIONS_OF].name ? values_on(&k->each[EXACT], r->x[POSITIONS_OF]) : NULL;
     for (int w = 0; w < 3; w++) {
         ignored[w] = output(k, DTYPE_F32, P, H, H, 0, 0);
         rotated[w] = output(k, k->compute, s->batch, S, H, d, 0);
         double *x = values_on(b, r->x[DOUT + w]);
         for (int64_t i = 0; w < 2 && i < s->batch * S * H; i++) {
-            const double *at = angles + (s->rope_virtual ? i / H % S : i / H % S / P) * d;
+            int64_t n = i / H / P, p = i / H % P; /* token of the batch, pseudo-head */
+            int64_t position = positions ? (int64_t)positions[n] : n % s->tokens;
+            const double *at = angles + (s->rope_virtual ? position * P + p : position) * d;
             for (double *pair = x + i * d; pair < x + i * d + half; pair++, at++) {
                 double first = pair[0], second = pair[half];
                 pair[0] = round_to(k->compute, first * at[0] + second * at[half]);
@@ -29,6 +32,7 @@ static void plain_backward(struct op_run *r) {
         free(x);
     }
     free(angles);
+    free(positions);
     tensor t[OP_OPERANDS];
     struct op_case unrotated = *r->c, overwriting = *r->c;
     unrotated.spec.qkv_mix.rope = false;
