@@ -1,15 +1,19 @@
 /* Whole models on the CUDA backend: losses and gradients against the CPU
- * backend, recomputation, and steps whose bits do not depend on the order in which threads and blocks run. */
+ * backend, recomputation, segments, and steps whose bits do not depend on the order in which threads and blocks run. */
 #include "tests/cuda/fixture.h"
 
 #include "kernels/estimate/estimate.h"
 #include "model/model.h"
 #include "model/state_dict.h"
 #include "tests/lib/model_configs.h"
+#include "tests/lib/segments.h"
 
 enum { SEED = 3 };
 
-static int32_t TOKENS_IN[ROWS], TARGETS[ROWS];
+static int32_t TOKENS_IN[ROWS], TARGETS[ROWS], SEGMENTS[2 * ROWS];
+
+/* What models are made for: SEGMENTS, and positions that begin again in each of them. */
+static bool segmented, restarting;
 
 static void fill_tokens(void) {
     for (int i = 0; i < ROWS; i++) {
@@ -22,8 +26,9 @@ static void fill_tokens(void) {
 static void make(struct model *m, struct backends *k, struct backend *b, struct model_config config,
                  enum recompute recompute) {
     struct error e = {0};
-    struct model_options options = {
-        .shape = {BATCH, TOKENS, recompute, true}, .weight_decay = 0.1, .mix_lr_scale = 1};
+    struct model_options options = {.shape = {BATCH, TOKENS, recompute, true, segmented, restarting},
+                                    .weight_decay = 0.1,
+                                    .mix_lr_scale = 1};
     if (model_create(m, &config, b->k, b->dev, &options, &e) != 0 || model_initialize(m, SEED, &e) != 0)
         fail_msg("%s", e.text);
     for (int i = 0; i < m->params.count; i++) {
@@ -36,11 +41,15 @@ static void make(struct model *m, struct backends *k, struct backend *b, struct 
     }
 }
 
+static struct batch batch(void) {
+    return (struct batch){TOKENS_IN, TARGETS, segmented ? SEGMENTS : NULL};
+}
+
 static double pass(struct model *m, bool accumulate) {
     struct step_state state;
     if (!accumulate)
         m->k->step_begin(m->dev, m->state, 0, 0.01);
-    model_forward_backward(m, (struct batch){TOKENS_IN, TARGETS, NULL}, 1.0 / ROWS, accumulate, NULL, NULL);
+    model_forward_backward(m, batch(), 1.0 / ROWS, accumulate, NULL, NULL);
     m->k->step_read(m->dev, m->state, &state);
     return state.loss;
 }
@@ -159,6 +168,95 @@ static void bits_bf16(void **state) {
     check_bits(DEVICE_BF16, plain_config());
 }
 
+/* ---- segments ---- */
+
+static void segments_open(bool restart) {
+    static const int64_t lengths[SEGMENT_LENGTHS] = {5, 1, 9, 3};
+    fill_segments(lengths, BATCH, TOKENS, SEGMENTS);
+    segmented = true;
+    restarting = restart;
+}
+
+static void segments_close(void) {
+    segmented = restarting = false;
+}
+
+static void gradients_of_segments(void **state) {
+    (void)state;
+    for (int restart = 0; restart < 2; restart++) {
+        segments_open(restart);
+        emulator_seed(7 + (uint64_t)restart);
+        check_gradients(restart ? DEVICE_BF16 : DEVICE_FP32, plain_config());
+        check_gradients(restart ? DEVICE_FP32 : DEVICE_BF16, other_config());
+        check_gradients(restart ? DEVICE_FP32 : DEVICE_BF16, plain_config());
+        segments_close();
+    }
+}
+
+static void bits_of_segments(void **state) {
+    (void)state;
+    segments_open(true);
+    check_bits(DEVICE_BF16, other_config());
+    segments_close();
+}
+
+enum { SHRINKING_STEPS = 4, MOST = 1 << 18 /* parameters */ };
+
+/* Steps whose batches have more and more segments, and fewer and fewer targets that count. */
+static void train_shrinking(bool graphs, double *losses, float *values) {
+    struct device_options options = {
+        .threads = 1, .precision = DEVICE_BF16, .deterministic = true, .graphs = graphs};
+    struct model_config config = other_config();
+    const struct kernels *k = kernels_cuda();
+    struct error e = {0};
+    struct model m;
+    struct device *dev = k->open(&options, &e);
+    struct model_options shape = {
+        .shape = {BATCH, TOKENS, RECOMPUTE_NONE, true, true, true}, .weight_decay = 0.1, .mix_lr_scale = 1};
+    int64_t launches = emulator_graph_launches();
+    if (!dev || model_create(&m, &config, k, dev, &shape, &e) != 0 || model_initialize(&m, SEED, &e) != 0)
+        fail_msg("%s", e.text);
+    for (int step = 0; step < SHRINKING_STEPS; step++) {
+        const int64_t lengths[SEGMENT_LENGTHS] = {step == 0 ? TOKENS : 13 / step, step + 1};
+        int32_t targets[ROWS], counted = 0;
+        fill_segments(lengths, BATCH, TOKENS, SEGMENTS);
+        for (int i = 0; i < ROWS; i++) {
+            targets[i] = i % (step + 1) == 0 ? TARGETS[i] : -1;
+            counted += targets[i] >= 0;
+        }
+        struct step_state state;
+        k->step_begin(dev, m.state, step, 0.01);
+        for (int pass = 0; pass < 2; pass++)
+            model_train_pass(&m, (struct batch){TOKENS_IN, targets, SEGMENTS}, 0.5 / ROWS, pass, 2);
+        model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0, 2 * ROWS});
+        k->step_read(dev, m.state, &state);
+        assert_true(state.targets == 2 * counted);
+        losses[step] = state.loss;
+    }
+    model_await_params(&m);
+    assert_true(m.params.elements <= MOST);
+    for (int i = 0; i < m.params.count; i++)
+        model_get_param(&m, i, values + m.params.list[i].offset);
+    assert_int_equal(emulator_graph_launches() > launches, graphs);
+    model_free(&m);
+    k->close(dev);
+}
+
+/* A graph holds neither the bounds of segments nor how many targets count. */
+static void graphs_of_segments(void **state) {
+    (void)state;
+    double losses[2][SHRINKING_STEPS] = {{0}};
+    float *values[2];
+    for (int graphs = 0; graphs < 2; graphs++) {
+        values[graphs] = calloc(MOST, sizeof(float));
+        train_shrinking(graphs, losses[graphs], values[graphs]);
+    }
+    assert_memory_equal(losses[0], losses[1], sizeof losses[0]);
+    assert_memory_equal(values[0], values[1], MOST * sizeof(float));
+    free(values[0]);
+    free(values[1]);
+}
+
 /* `info --gpus` counts memory without a GPU: the same bytes, but for scratch, which depends on the chip. */
 static void estimated_memory_is_the_same(void **state) {
     (void)state;
@@ -170,6 +268,7 @@ static void estimated_memory_is_the_same(void **state) {
     for (int i = 0; i < 2 * 2 * 3; i++) {
         o.precision = i % 2 ? DEVICE_BF16 : DEVICE_FP32;
         shape.recompute = (enum recompute)(i / 4);
+        shape.segments = shape.restart_positions = i % 3 == 0;
         struct backends *k = backends(o.precision);
         struct backend *b = &k->each[CUDA];
         struct device *dev = estimate_open(&o, &e);
@@ -196,6 +295,9 @@ int main(void) {
         cmocka_unit_test(gradients_bf16),
         cmocka_unit_test(bits_fp32),
         cmocka_unit_test(bits_bf16),
+        cmocka_unit_test(gradients_of_segments),
+        cmocka_unit_test(bits_of_segments),
+        cmocka_unit_test(graphs_of_segments),
         cmocka_unit_test(estimated_memory_is_the_same),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
