@@ -97,14 +97,19 @@ static inline double case_bytes(const struct bench_case *w, bool backward) {
 
 /* attention forward: two products of every visible pair. Backward has four, as model/flops.h counts: the
  * recomputed scores are not included. */
-static inline double attention_flops(const struct attention_spec *s) {
+static inline double attention_flops(const struct op_case *c) {
+    const struct attention_spec *s = &c->spec.attention;
+    int64_t tokens = s->length / s->pseudo;
     double pairs = 0;
-    for (int64_t i = 0; i < s->length; i++) {
+    for (int64_t i = 0; i < s->batch * s->length; i++) {
+        int32_t first = 0, last = (int32_t)tokens;
         int64_t begin, end;
-        attention_keys(s, i, s->length, &begin, &end);
+        if (s->segmented)
+            segment_of_token(c->segments, i / s->length, tokens, i % s->length / s->pseudo, &first, &last);
+        attention_segment_keys(s, i % s->length, first, last, &begin, &end);
         pairs += (double)(end - begin);
     }
-    return 4 * pairs * (double)(s->head_dim * s->heads * s->batch);
+    return 4 * pairs * (double)(s->head_dim * s->heads);
 }
 
 #endif

@@ -196,7 +196,7 @@ static void attention_rows_by(const char *by, const struct op_case *c, const str
             snprintf(what, sizeof what, "attention by %s: %.80s, %s", by, op_sizes(c, sizes),
                      backward ? "backward" : "forward");
             flops_row(x->t, &other, backward ? case_backward : case_forward, &w,
-                      (1 + backward) * attention_flops(&spec.attention), what);
+                      (1 + backward) * attention_flops(c), what);
         }
         case_close(&w);
     }
@@ -206,7 +206,8 @@ static void attention_rows_by(const char *by, const struct op_case *c, const str
 
 static void attention_rows(const struct op_case *c, void *context) {
     attention_rows_by("own", c, context);
-    attention_rows_by("cudnn", c, context);
+    if (!c->spec.attention.segmented)
+        attention_rows_by("cudnn", c, context);
 }
 
 static void bench_attention_both(struct bench *b, struct table *t) {

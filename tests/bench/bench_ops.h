@@ -23,7 +23,7 @@ static inline void attention_row(const struct op_case *c, struct bench *b, struc
     double tokens = (double)(s->length / s->pseudo), tiles = (double)(attention_tiles_visited - before);
     struct finding f = measure(b, case_both, &w);
     case_close(&w);
-    double rate = 3 * attention_flops(s) / f.seconds.median;
+    double rate = 3 * attention_flops(c) / f.seconds.median;
     struct row *row = table_row(t, "attention, forward + backward: %s", op_sizes(c, sizes));
     cell_seconds(row->took, f.seconds);
     cell(row->rate, "%.1f GFLOP/s", rate / 1e9);

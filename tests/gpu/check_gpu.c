@@ -4,6 +4,7 @@
  *    tests/cuda/fixture.h: the error against the CPU backend in double is at most FACTOR times that of the
  *    plain computation in the same precision (bf16: tests/lib/rounded.h), or a few roundings of the largest
  *    value.
+ *  - The same for sequences of several segments.
  *  - A hundred training steps, the losses compared with those of the CPU.
  *
  * One line a check on stdout, "ok" or "FAIL" first; the exit code is 1 when one failed and 2 without a GPU.
@@ -18,6 +19,7 @@
 #include "model/state_dict.h"
 #include "tests/lib/rounded.h"
 #include "tests/lib/model_configs.h"
+#include "tests/lib/segments.h"
 
 /* The CPU backend built in double; tests/cuda/emulator.mk renames it. */
 const struct kernels *kernels_cpu_double(void);
@@ -32,7 +34,8 @@ struct trio {
     const struct kernels *k[SIDES];
     struct device *dev[SIDES];
     struct model m[SIDES];
-    double ulp; /* half a unit in the last place, relative */
+    double ulp;     /* half a unit in the last place, relative */
+    bool segmented; /* each sequence is several segments */
 };
 
 static bool self;
@@ -55,8 +58,9 @@ static void open_side(struct trio *t, int side, const struct kernels *k, enum de
                       const struct model_config *c, enum recompute recompute) {
     struct error e = {0};
     struct device_options options = {.threads = 1, .precision = precision};
-    struct model_options shape = {
-        .shape = {BATCH, TOKENS, recompute, true}, .weight_decay = 0.1, .mix_lr_scale = 1};
+    struct model_options shape = {.shape = {BATCH, TOKENS, recompute, true, t->segmented, t->segmented},
+                                  .weight_decay = 0.1,
+                                  .mix_lr_scale = 1};
     t->k[side] = k;
     t->dev[side] = k->open(&options, &e);
     if (!t->dev[side] || model_create(&t->m[side], c, k, t->dev[side], &shape, &e) != 0 ||
@@ -79,9 +83,9 @@ static void round_weights(struct trio *t) {
 }
 
 static void trio_open(struct trio *t, const char *name, enum device_precision precision,
-                      const struct model_config *c, enum recompute recompute) {
+                      const struct model_config *c, enum recompute recompute, bool segmented) {
     bool bf16 = precision == DEVICE_BF16;
-    *t = (struct trio){.name = name, .ulp = bf16 ? 0x1p-9 : 0x1p-24};
+    *t = (struct trio){.name = name, .ulp = bf16 ? 0x1p-9 : 0x1p-24, .segmented = segmented};
     const struct kernels *plain = bf16 ? kernels_cpu_rounded() : kernels_cpu();
     open_side(t, TESTED, self ? plain : kernels_cuda(), self ? DEVICE_FP32 : precision, c, recompute);
     open_side(t, PLAIN, plain, DEVICE_FP32, c, RECOMPUTE_NONE);
@@ -115,9 +119,13 @@ static void draw_tokens(int32_t *tokens, int32_t *targets, uint64_t seed) {
 /* ---- loss and gradients ---- */
 
 static double loss_of(struct model *m, const int32_t *tokens, const int32_t *targets) {
+    static const int64_t lengths[SEGMENT_LENGTHS] = {5, 1, 9, 3};
+    int32_t segments[2 * ROWS];
     struct step_state state;
+    fill_segments(lengths, BATCH, TOKENS, segments);
     m->k->step_begin(m->dev, m->state, 0, 0);
-    model_forward_backward(m, (struct batch){tokens, targets, NULL}, 1.0 / ROWS, false, NULL, NULL);
+    model_forward_backward(m, (struct batch){tokens, targets, m->shape.segments ? segments : NULL},
+                           1.0 / ROWS, false, NULL, NULL);
     m->k->step_read(m->dev, m->state, &state);
     return state.loss;
 }
@@ -156,14 +164,14 @@ static double excess(struct trio *t, int param) {
 }
 
 static void check_gradients(const char *name, enum device_precision precision, const struct model_config *c,
-                            enum recompute recompute) {
+                            enum recompute recompute, bool segmented) {
     static struct trio t;
     int32_t tokens[ROWS], targets[ROWS];
     char text[256];
     double loss[SIDES], worst = -1;
     int at = 0;
     draw_tokens(tokens, targets, 5);
-    trio_open(&t, name, precision, c, recompute);
+    trio_open(&t, name, precision, c, recompute, segmented);
     for (int side = 0; side < SIDES; side++)
         loss[side] = loss_of(&t.m[side], tokens, targets);
     for (int i = 0; i < t.m[EXACT].params.count; i++) {
@@ -199,13 +207,15 @@ static void check_all_gradients(void) {
             struct model_config c = plain_config();
             for (int layer = 0; layer < c.num_hidden_layers; layer++)
                 c.layer_types[layer] = types[i].type;
-            check_gradients(types[i].name, p, &c, RECOMPUTE_NONE);
+            check_gradients(types[i].name, p, &c, RECOMPUTE_NONE, false);
         }
         struct model_config plain = plain_config(), other = other_config();
-        check_gradients("all types, rope", p, &plain, RECOMPUTE_NONE);
-        check_gradients("all types, other choices", p, &other, RECOMPUTE_NONE);
-        check_gradients("recompute = light", p, &plain, RECOMPUTE_LIGHT);
-        check_gradients("recompute = full", p, &other, RECOMPUTE_FULL);
+        check_gradients("all types, rope", p, &plain, RECOMPUTE_NONE, false);
+        check_gradients("all types, other choices", p, &other, RECOMPUTE_NONE, false);
+        check_gradients("recompute = light", p, &plain, RECOMPUTE_LIGHT, false);
+        check_gradients("recompute = full", p, &other, RECOMPUTE_FULL, false);
+        check_gradients("segments, rope", p, &plain, RECOMPUTE_NONE, true);
+        check_gradients("segments, other choices", p, &other, RECOMPUTE_NONE, true);
     }
 }
 
@@ -237,7 +247,7 @@ static void check_training(enum device_precision precision) {
     bool bf16 = precision == DEVICE_BF16;
     double off = 0, mean = 0;
     char text[256];
-    trio_open(&t, "training", precision, &c, RECOMPUTE_NONE);
+    trio_open(&t, "training", precision, &c, RECOMPUTE_NONE, false);
     train(&t.m[TESTED], losses[TESTED]);
     train(&t.m[EXACT], losses[EXACT]);
     trio_close(&t);

@@ -204,6 +204,7 @@ static const struct op_case OP_CASES[] = {
     {BENCH_CPU, ATTENTION_CASE(1, 4 * 8192, 8, 64, 4, true, false, 512, 0)},
     {BENCH_CPU, ATTENTION_CASE(1, 4 * 16384, 8, 64, 4, true, false, 512, 0)},
     {BENCH_GPU, ATTENTION_CASE(16, 1024, 12, 64, 1, true, false, 0, 0)},
+    {BENCH_GPU, ATTENTION_CASE(16, 1024, 12, 64, 1, true, false, 0, 0, true), .segments = {128}},
     {BENCH_GPU, ATTENTION_CASE(8, 2048, 12, 64, 1, true, false, 512, 0)},
     {BENCH_GPU, ATTENTION_CASE(4, 4096, 16, 128, 1, true, false, 0, 0)},
     {BENCH_GPU, ATTENTION_CASE(2, 8192, 20, 128, 1, true, false, 0, 0)},
