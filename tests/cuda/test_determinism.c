@@ -114,7 +114,7 @@ static void no_price(void **state) {
 }
 
 /* Which of these lengths cuDNN computes, as a string of c (cuDNN) and o (built-in kernels). */
-static const char *served(size_t cudnn, bool graphs) {
+static const char *served(size_t cudnn, bool graphs, bool segmented) {
     static const int64_t lengths[] = {128, 130, 256, 300};
     static char text[5];
     const struct kernels *k = kernels_cuda();
@@ -124,7 +124,8 @@ static const char *served(size_t cudnn, bool graphs) {
     for (int i = 0; i < 4; i++) {
         struct op_cost cost;
         size_t bytes;
-        struct op_spec s = {.kind = OP_ATTENTION, .attention = {1, lengths[i], 2, 8, 1, true, false, 0, 1}};
+        struct op_spec s = {.kind = OP_ATTENTION,
+                            .attention = {1, lengths[i], 2, 8, 1, true, false, 0, 1, segmented}};
         assert_int_equal(k->plan(dev, &s, &cost, NULL), 0);
         text[i] = strcmp(k->attention_backend(dev, &s.attention, &bytes), "cuDNN") == 0 ? 'c' : 'o';
     }
@@ -136,16 +137,27 @@ static const char *served(size_t cudnn, bool graphs) {
 /* What cuDNN up to 9.15.0 does for lengths off 128 cannot be kept as a graph. */
 static void old_cudnn_in_graphs(void **state) {
     (void)state;
-    assert_string_equal(served(91500, true), "coco");
-    assert_string_equal(served(91500, false), "cccc");
-    assert_string_equal(served(91501, true), "cccc");
+    assert_string_equal(served(91500, true, false), "coco");
+    assert_string_equal(served(91500, false, false), "cccc");
+    assert_string_equal(served(91501, true, false), "cccc");
+}
+
+/* How many segments a batch has would be part of its plans. */
+static void segments_by_own_kernels(void **state) {
+    (void)state;
+    assert_string_equal(served(91900, true, true), "oooo");
+    assert_string_equal(served(91900, false, true), "oooo");
 }
 
 int main(void) {
     emulator_gpu.memory = (size_t)8 << 30;
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(by_cudnn), cmocka_unit_test(too_long_for_cudnn),  cmocka_unit_test(by_own_kernels),
-        cmocka_unit_test(no_price), cmocka_unit_test(old_cudnn_in_graphs),
+        cmocka_unit_test(by_cudnn),
+        cmocka_unit_test(too_long_for_cudnn),
+        cmocka_unit_test(by_own_kernels),
+        cmocka_unit_test(no_price),
+        cmocka_unit_test(old_cudnn_in_graphs),
+        cmocka_unit_test(segments_by_own_kernels),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -1,5 +1,5 @@
-/* Whole models on the CUDA backend: losses and gradients against the CPU
- * backend, recomputation, segments, and steps whose bits do not depend on the order in which threads and blocks run. */
+/* Whole models on the CUDA backend: losses and gradients against the CPU backend, recomputation, segments, and
+ * steps whose bits do not depend on the order in which threads and blocks run. */
 #include "tests/cuda/fixture.h"
 
 #include "kernels/estimate/estimate.h"
