@@ -176,9 +176,9 @@ static bool has_window(const struct attention_spec *s) {
 
 /* The same decision as in kernels/cuda/attention/attention.cu. */
 static bool uses_cudnn(const struct device *dev, const struct attention_spec *s) {
-    return dev->options.precision == DEVICE_BF16 && !(s->token_mask && s->causal && s->pseudo > 1) &&
-           (s->causal || !has_window(s)) && s->head_dim % 8 == 0 &&
-           s->head_dim <= dev->options.gpu->cudnn_head_dim && s->length > 1 &&
+    return dev->options.precision == DEVICE_BF16 && !s->segmented &&
+           !(s->token_mask && s->causal && s->pseudo > 1) && (s->causal || !has_window(s)) &&
+           s->head_dim % 8 == 0 && s->head_dim <= dev->options.gpu->cudnn_head_dim && s->length > 1 &&
            !(dev->options.gpu->cudnn_nan && s->length % 128 == 64) &&
            !(dev->options.deterministic && cudnn_deterministic_bytes(s) > CUDNN_DETERMINISTIC_LIMIT);
 }
