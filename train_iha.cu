@@ -19,6 +19,7 @@
 #include "data/tokenizer.h"
 #include "kernels/clock.h"
 #include "kernels/comm.h"
+#include "kernels/limits.h"
 #include "model/checkpoint/checkpoint.h"
 #include "model/checkpoint/files.h"
 #include "model/checkpoint/saver.h"
@@ -912,19 +913,31 @@ static bool should_print(const struct run *r, const struct error *e) {
     return r->comm ? is_rank0(r) : e->exit_code != EXIT_USER || comm_launch_rank() == 0;
 }
 
+/* In one write; fprintf would take 8 KiB of a stack that may be too small. */
+static void print_error(const struct error *e) {
+    static char line[sizeof e->text + 16];
+    snprintf(line, sizeof line, "train_iha: %s\n", e->text);
+    fputs(line, stderr);
+}
+
+/* Not inlined: main checks the stack before this takes its part of it. */
+static __attribute__((noinline)) int parse_and_run(struct run *r, int argc, char **argv, struct error *e) {
+    struct command_line line;
+    signal(SIGXFSZ, SIG_IGN); /* a write beyond the limit of `ulimit -f` fails with EFBIG instead */
+    return command_line_parse(&line, argc - 1, argv + 1, e) == 0 ? run_command(r, &line, e) : -1;
+}
+
 int main(int argc, char **argv) {
     static struct run r;
-    struct command_line line;
-    struct error e = {0};
-    signal(SIGXFSZ, SIG_IGN); /* a write beyond the limit of `ulimit -f` fails with EFBIG instead */
-    int status = command_line_parse(&line, argc - 1, argv + 1, &e) == 0 ? run_command(&r, &line, &e) : -1;
+    static struct error e;
+    int status = limits_check_stack(&e) == 0 ? parse_and_run(&r, argc, argv, &e) : -1;
     if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))
         status =
             fail_run(&e, "cannot write to the standard output: %s; %s", strerror(errno), files_advice(errno));
     if (status != 0 && r.metrics)
         status_break(r.metrics);
     if (status != 0 && should_print(&r, &e))
-        fprintf(stderr, "train_iha: %s\n", e.text);
+        print_error(&e);
     else if (status != 0 && !r.comm)
         clock_sleep(1); /* or mpirun may kill the rank that prints before it has printed */
     release(&r);        /* after printing: mpirun kills the other ranks once one has exited with an error */

@@ -22,8 +22,8 @@ With GPUs each rank uses one, and they communicate over NCCL; NCCL_DEBUG=INFO sh
 NCCL_SOCKET_IFNAME=eth1 and NCCL_IB_HCA=mlx5 select it (variables that begin with NCCL_ are passed to all hosts).
 
 All hosts need this program, the data and run.dir under the same paths. `eval` works the same way.
-Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP: finish the step, save, exit 0; the same command resumes. A second signal
-ends the run at once. Open MPI is configured by environment variables: OMPI_MCA_btl_tcp_if_include=eth1 and
+Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 or SIGUSR2: finish the step, save, exit 0; the same command resumes. A second
+signal ends the run at once. Open MPI is configured by environment variables: OMPI_MCA_btl_tcp_if_include=eth1 and
 OMPI_MCA_oob_tcp_if_include=eth1 select the network. TRAIN_IHA sets the binary, MPIRUN the mpirun to use.
 END
 }
@@ -141,7 +141,7 @@ has_ranks() {
 readonly GRACE=10
 watch() {
     local had_ranks='' idle=0
-    trap '' INT TERM USR1 HUP
+    trap '' INT TERM USR1 USR2 HUP
     exec 3<> <(:) # a read from this times out: a sleep without a process
     while read -rt 1 -u 3 || kill -0 "$job" 2>/dev/null; do
         if has_ranks; then
@@ -158,7 +158,7 @@ watch() {
 readonly LAST_LINE=$'\4'
 relay_stderr() {
     local line lost=0
-    trap '' INT TERM USR1 HUP
+    trap '' INT TERM USR1 USR2 HUP
     while IFS= read -r line; do
         [ "$line" != "$LAST_LINE" ] || break
         printf '%s\n' "${line%"$LAST_LINE"}"
@@ -179,7 +179,7 @@ else
 fi
 setsid "$mpirun" "${options[@]}" "$binary" "$@" </dev/null 2>&5 4>&- 5>&- &
 job=$!
-trap stop INT TERM USR1 HUP
+trap stop INT TERM USR1 USR2 HUP
 watch &
 watcher=$!
 disown "$watcher"
@@ -192,7 +192,7 @@ done
 kill -KILL "$watcher" 2>/dev/null
 lost=0
 if [ -n "$relay" ]; then
-    trap '' INT TERM USR1 HUP
+    trap '' INT TERM USR1 USR2 HUP
     echo "$LAST_LINE" >&5
     wait "$relay" || lost=1
 fi

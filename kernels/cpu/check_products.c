@@ -11,13 +11,16 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 
+#include "kernels/limits.h"
+
 #ifndef KERNELS_DOUBLE
 
 enum {
     MAX_ROWS = 256,      /* fewer may not be split over threads */
     MAX_FLOPS = 1 << 30, /* of one product: larger ones take fewer rows, but MIN_ROWS */
     MIN_ROWS = 32,
-    SAMPLES = 16, /* rows, and columns for each thread */
+    SAMPLES = 16,            /* rows, and columns for each thread */
+    ONEDNN_BYTES = 32 << 20, /* more than it allocates itself; it does not check that it gets them */
 };
 
 void plan_product(struct device *dev, int64_t rows, int64_t in, int64_t out) {
@@ -165,7 +168,7 @@ static int check_linear(struct device *dev, const struct product *p, struct erro
 }
 
 int cpu_check_libraries(struct device *dev, struct error *e) {
-    int status = 0;
+    int status = limits_check_address_space(ONEDNN_BYTES, "oneDNN", e);
     for (; dev->products_checked < dev->product_count && status == 0; dev->products_checked++)
         status = check_linear(dev, &dev->products[dev->products_checked], e);
     return status;

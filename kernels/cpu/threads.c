@@ -25,9 +25,7 @@
 
 #include "kernels/cpu/cgroup.h"
 #include "kernels/cpu/cpu.h"
-
-/* Stack frames of this program take up to 33 KiB; the rest is for libraries. */
-enum { MIN_STACK_BYTES = 256 << 10 };
+#include "kernels/limits.h"
 
 /* ---- processors ---- */
 
@@ -199,11 +197,9 @@ static int try_threads(int count, struct error *e) {
     if (stack > 0)
         return fail_user(e, "cannot start %d threads with stacks of %s = %s: %s; unset it, or set 8M",
                          count + 1, name, getenv(name), strerror(status));
-    return fail_user(
-        e,
-        "cannot start %d threads: %s; lower system.threads, or raise the limits on processes and "
-        "memory (ulimit -u, ulimit -v, the container's pids.max)",
-        count + 1, strerror(status));
+    char what[32];
+    snprintf(what, sizeof what, "%d threads", count + 1);
+    return limits_fail_thread(e, what, status);
 }
 
 static size_t stack_of_this_thread(void) {

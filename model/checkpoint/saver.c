@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include "kernels/limits.h"
 #include "model/checkpoint/optimizer_state.h"
 #include "model/state_dict.h"
 
@@ -46,8 +47,9 @@ struct saver *saver_open(struct error *e) {
     }
     pthread_mutex_init(&s->mutex, NULL);
     pthread_cond_init(&s->changed, NULL);
-    if (pthread_create(&s->thread, NULL, write_jobs, s) != 0) {
-        fail_run(e, "cannot start the thread that writes checkpoints");
+    int status = pthread_create(&s->thread, NULL, write_jobs, s);
+    if (status != 0) {
+        limits_fail_thread(e, "the thread that writes checkpoints", status);
         free(s);
         return NULL;
     }

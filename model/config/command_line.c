@@ -43,7 +43,7 @@ static const struct command_row COMMANDS[] = {
          "Train the model that an INI file describes. If run.dir holds a checkpoint of the same run, "
          "continue\n"
          "from it; if the run is finished, say so.\n"
-         "On SIGINT, SIGTERM, SIGHUP or SIGUSR1: finish the step, save, exit.\n"
+         "On SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM or SIGXCPU: finish the step, save, exit.\n"
          "--profile N: trace N steps, print the time of each operation, and write run.dir/profile.json for\n"
          "ui.perfetto.dev.\n"
          "  train_iha train configs/bytes_small.ini train.steps=500 run.dir=runs/try\n"},

@@ -7,6 +7,7 @@
 #include <stddef.h>
 
 #include "kernels/clock.h"
+#include "kernels/limits.h"
 
 static atomic_int requested; /* the signal */
 static atomic_bool graceful;
@@ -16,7 +17,7 @@ static sigset_t stop_signals; /* set once by signals_watch */
 /* A signal that was ignored at start stays ignored: nohup ignores SIGHUP, and a shell without job control SIGINT in
  * commands started with `&`. */
 static void choose_signals(void) {
-    static const int numbers[] = {SIGINT, SIGTERM, SIGUSR1, SIGHUP};
+    static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM, SIGXCPU};
     sigemptyset(&stop_signals);
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
         struct sigaction action;
@@ -29,6 +30,11 @@ static void choose_signals(void) {
  * ignored. */
 static const double REPEAT_SECONDS = 1;
 
+/* The kernel sends SIGXCPU every second from the limit on CPU time on. */
+static bool is_repeated(int number, double seconds) {
+    return number == SIGXCPU || seconds < REPEAT_SECONDS;
+}
+
 static void *wait_for_signals(void *unused) {
     int number;
     sigwait(&stop_signals, &number);
@@ -37,7 +43,7 @@ static void *wait_for_signals(void *unused) {
         atomic_store(&requested, number);
         do
             sigwait(&stop_signals, &number);
-        while (clock_seconds() - first < REPEAT_SECONDS);
+        while (is_repeated(number, clock_seconds() - first));
     }
     signal(number, SIG_DFL);
     pthread_sigmask(SIG_UNBLOCK, &stop_signals, NULL);
@@ -49,8 +55,9 @@ int signals_watch(struct error *e) {
     pthread_t thread;
     choose_signals();
     pthread_sigmask(SIG_BLOCK, &stop_signals, NULL);
-    if (pthread_create(&thread, NULL, wait_for_signals, NULL) != 0)
-        return fail_run(e, "cannot start the thread that waits for signals");
+    int status = pthread_create(&thread, NULL, wait_for_signals, NULL);
+    if (status != 0)
+        return limits_fail_thread(e, "the thread that waits for signals", status);
     pthread_detach(thread);
     return 0;
 }

@@ -1,6 +1,7 @@
-/* Graceful stop on signals: SIGINT, SIGTERM and SIGHUP, and SIGUSR1, which schedulers send before a time limit and
- * mpirun forwards; those that were ignored at start stay ignored. After the first one the run saves and ends; another
- * one, at least a second later, ends the process immediately. */
+/* Graceful stop on signals: SIGINT, SIGTERM and SIGHUP, and those that schedulers and limits send before a run is out
+ * of time: SIGUSR1 and SIGUSR2 (which mpirun forwards), SIGALRM and SIGXCPU. Those that were ignored at start stay
+ * ignored. After the first one the run saves and ends; another one, at least a second later, ends the process
+ * immediately, unless it is SIGXCPU. */
 #ifndef IHA_MODEL_TRAIN_SIGNALS_H
 #define IHA_MODEL_TRAIN_SIGNALS_H
 

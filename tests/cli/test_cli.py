@@ -336,7 +336,7 @@ class Resume(Case):
         self.assertEqual(before, after)
 
     def test_signals_finish_the_step_and_save(self):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU):
             run_dir = self.new_dir()
             process = start("train", self.config, f"run.dir={run_dir}", "train.steps=100000", "train.min_lr=1e-2",
                             "train.schedule=constant")

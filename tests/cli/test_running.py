@@ -69,6 +69,29 @@ class Signals(Running):
         self.assertIn("stopped by signal 1 after step", err)
         self.assertEqual(len(steps_in(run_dir)), 1)
 
+    def test_limit_of_cpu_time(self):
+        # The kernel sends SIGXCPU at the soft limit and then every second.
+        process, run_dir = self.begin(preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (1, 30)))
+        err = process.communicate(timeout=TIMEOUT)[1].decode()
+        self.assertEqual(process.returncode, 0, err)
+        self.assertIn(f"stopped by signal {signal.SIGXCPU:d} after step", err)
+        self.assertEqual(len(steps_in(run_dir)), 1)
+
+    def test_repeated_cpu_signal_is_no_second_one(self):
+        # The run blocks in writing its samples to a pipe.
+        run_dir = self.new_dir()
+        run_dir.mkdir()
+        os.mkfifo(run_dir / "samples.txt")
+        process, _ = self.begin("run.sample_every=4", run_dir=run_dir)
+        for _ in range(2):
+            process.send_signal(signal.SIGXCPU)
+            time.sleep(1.1)
+        self.assertIsNone(process.poll())
+        with open(run_dir / "samples.txt", "rb") as samples:
+            samples.read()
+        self.assertEqual(self.wait(process, 0), [])
+        self.assertEqual(steps_in(run_dir), [4])
+
     def test_what_was_ignored_at_start_stays_ignored(self):
         for ignored in ([signal.SIGHUP], [signal.SIGINT, signal.SIGQUIT], [signal.SIGTERM]):
             with self.subTest(ignored):

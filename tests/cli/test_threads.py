@@ -119,6 +119,24 @@ class Threads(unittest.TestCase):
         stack = lambda size: lambda: resource.setrlimit(resource.RLIMIT_STACK, (size, size))
         self.assertIn("ulimit -s", self.check(before=stack(128 << 10), code=2))
         self.check(before=stack(1 << 20), code=0)
+        for kib in (16, 20, 24, 32, 48, 255):
+            self.assertIn(f"limited to {kib} KiB", self.check(before=stack(kib << 10), code=2))
+        self.assertIn("lower ulimit -s", self.check(before=stack(1 << 42), code=2))
+
+    def test_memory_limits(self):
+        # From what the libraries alone take to what a run needs: never a signal, always one line that names the limit.
+        codes = set()
+        for mib in range(48, 160, 8):
+            code, _, _, text = self.run_once(before=lambda: resource.setrlimit(resource.RLIMIT_AS, (mib << 20, mib << 20)))
+            lines = text.splitlines()
+            if code == 127:  # of the dynamic loader
+                continue
+            self.assertIn(code, (0, 2), text)
+            codes.add(code)
+            if code == 2:
+                self.assertEqual(len(lines), 1, text)
+                self.assertRegex(text, r"ulimit -v|out of memory")
+        self.assertEqual(codes, {0, 2})
 
     @contextmanager
     def quota(self, processors):

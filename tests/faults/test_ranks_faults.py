@@ -227,7 +227,7 @@ class Signals(Case):
         return text
 
     def test_signal_to_the_launcher_saves(self):
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
             with self.subTest(number):
                 run = self.launch(2, *ENDLESS).reach(4)
                 run.process.send_signal(number)

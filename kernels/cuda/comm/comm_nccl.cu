@@ -22,6 +22,7 @@
 #include "kernels/clock.h"
 #include "kernels/cuda/comm/comm.h"
 #include "kernels/cuda/comm/comm_sums.h"
+#include "kernels/limits.h"
 
 enum {
     MAX_REDUCED = 8,   /* doubles in an all_reduce */
@@ -169,8 +170,9 @@ static void *watch(void *context) {
 }
 
 static int start_watchdog(struct nccl_comm *n, struct error *e) {
-    n->has_watchdog = pthread_create(&n->watchdog, NULL, watch, n) == 0;
-    return n->has_watchdog ? 0 : fail_run(e, "cannot start the watchdog thread of the collectives");
+    int status = pthread_create(&n->watchdog, NULL, watch, n);
+    n->has_watchdog = status == 0;
+    return n->has_watchdog ? 0 : limits_fail_thread(e, "the watchdog thread of the collectives", status);
 }
 
 static void stop_watchdog(struct nccl_comm *n) {
