@@ -614,6 +614,21 @@ static int prepare_training(struct run *r, const struct command_line *line, stru
     return resume_or_initialize(&r->model, &r->config, &r->trainer, e);
 }
 
+/* Settings that the user may have meant otherwise. */
+static void print_warnings(const struct run *r) {
+    const struct train_config *t = &r->config.train;
+    int32_t separator = r->ends.count ? r->ends.ids[0] : -1;
+    int32_t eos_token = r->tokenizer ? tokenizer_eos_token(r->tokenizer) : -1;
+    if (eos_token >= 0 && eos_token != separator)
+        fprintf(stderr,
+                "warning: documents of data.train end with id %d (dataset.json), and the "
+                "tokenizer_config.json beside "
+                "data.tokenizer names id %d as eos_token; generation stops at %d\n",
+                separator, eos_token, separator);
+    if (t->resize_vocab && !t->init_from[0])
+        fprintf(stderr, "warning: train.resize_vocab = true has no effect without train.init_from\n");
+}
+
 /* What only a run with steps left needs. */
 static int prepare_loop(struct run *r, struct error *e) {
     if (check_profile(r, r->trainer.step, e) != 0 || check_disk(r, e) != 0 || open_sampler(r, e) != 0)
@@ -646,8 +661,10 @@ static int train(struct run *r, const struct command_line *line, struct error *e
     if (comm_agree(r->comm, prepare_loop(r, e), e) != 0)
         return -1;
     bool async_saving = saver_reserve(r->saver, &r->model, host_memory_left(r));
-    if (is_rank0(r))
+    if (is_rank0(r)) {
         banner_print(&r->config, &r->model, shards_tokens(r->train), shards_files(r->train), async_saving);
+        print_warnings(r);
+    }
     int status = train_loop(r, e);
     struct error ignored; /* after a failure, still finish the checkpoint that is being written */
     if (status != 0)

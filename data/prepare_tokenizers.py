@@ -45,6 +45,22 @@ LLAMA4_SPECIALS = (["<|begin_of_text|>", "<|end_of_text|>", "<|fim_prefix|>", "<
 QWEN_SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
+def parse_json(text):
+    """As data/json_file.c reads it: neither NaN nor a key twice in one object, which readers take differently."""
+    def unique(pairs):
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f'the key "{twice[:40]}" stands twice in one object; remove one of them')
+        return members
+
+    def refuse(name):
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+
+
 def in_order(names):
     return {name: i for i, name in enumerate(names)}
 
@@ -145,7 +161,7 @@ class HuggingFace:
     def __init__(self, name, text, eos_token=None):
         self.json, self.path = text, name
         try:
-            data = json.loads(text)
+            data = parse_json(text)
             if data.get("model", {}).get("dropout"):
                 data["model"]["dropout"] = None
             self.tokenizer = self.open(data)
@@ -331,7 +347,7 @@ def eos_token(path):
     if not path.exists():
         return None
     try:
-        token = json.loads(path.read_bytes()).get("eos_token")
+        token = parse_json(path.read_bytes().decode("utf-8-sig")).get("eos_token")
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a tokenizer_config.json: {error}") from None
     if isinstance(token, dict):
@@ -354,7 +370,7 @@ def file_of_folder(folder):
 def load_json(path):
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
-        data = json.loads(text)
+        data = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a tokenizer.json: {error}") from None
     if "vocab" in data and "config" in data:

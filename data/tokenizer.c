@@ -69,6 +69,10 @@ int32_t tokenizer_end_of_text(const struct tokenizer *t) {
     return t->end_of_text;
 }
 
+int32_t tokenizer_eos_token(const struct tokenizer *t) {
+    return t->has_eos_token ? t->end_of_text : -1;
+}
+
 const struct end_ids *tokenizer_end_ids(const struct tokenizer *t) {
     return &t->ends;
 }

@@ -34,6 +34,9 @@ int64_t tokenizer_size(const struct tokenizer *t);
  * beside it, or the first known name (end_of_text.c). */
 int32_t tokenizer_end_of_text(const struct tokenizer *t);
 
+/* The same if a tokenizer_config.json names it, or -1. */
+int32_t tokenizer_eos_token(const struct tokenizer *t);
+
 /* The ids at which generation stops: that one, and those of a generation_config.json beside the file. */
 const struct end_ids *tokenizer_end_ids(const struct tokenizer *t);
 

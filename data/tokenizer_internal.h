@@ -11,6 +11,7 @@
  *   tokenizer_regex.c         regular expressions as the tokenizers library reads them
  *   tokenizer_unicode.c       Unicode as the tokenizers library knows it
  *   tokenizer_map.c           two hash tables
+ *   json_file.c               a JSON file, and its members
  *   end_of_text.c             which ids end a text: tokenizer_config.json, generation_config.json, names */
 #ifndef IHA_DATA_TOKENIZER_INTERNAL_H
 #define IHA_DATA_TOKENIZER_INTERNAL_H
@@ -194,6 +195,7 @@ struct tokenizer {
     bool bytes; /* the byte tokenizer: every member below `pool` is unused */
     int64_t size;
     int32_t end_of_text; /* -1: none known */
+    bool has_eos_token;  /* end_of_text is what a tokenizer_config.json names */
     struct end_ids ends;
     struct token *tokens; /* [size]; after another token */
     struct token *first;  /* [size]; at the start of a sequence; NULL: as after another */
@@ -260,7 +262,7 @@ int read_eos_token(const char *path, char **name, struct error *e);
 int read_generation_config_beside(const char *path, int64_t vocab_size, struct end_ids *ends,
                                   struct error *e);
 
-/* A whole file as JSON, or NULL; `what` ends the message of a file that cannot be opened. */
+/* json_file.c. A whole file as JSON, or NULL; `what` ends the message of a file that cannot be opened. */
 struct cJSON *json_read(const char *path, const char *what, struct error *e);
 
 /* JSON helpers that tell "absent" from "of the wrong type": -1 with an error for the latter. */

@@ -10,17 +10,14 @@
 #include "data/tokenizer_internal.h"
 
 #include <cjson/cJSON.h>
-#include <errno.h>
-#include <fcntl.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
-/* The largest published files have 40 MB and 10^6 ids; what is far larger is damaged or hostile. */
-enum { MAX_FILE_BYTES = 128 << 20, MAX_IDS = 1 << 24 };
+enum {
+    MAX_IDS = 1 << 24
+}; /* the largest published files have 10^6; what is far larger is damaged or hostile */
 
 struct entry {
     const char *text; /* in the JSON tree */
@@ -64,100 +61,12 @@ int refuse_to_encode(struct tokenizer *t, const char *format, ...) {
     return 0;
 }
 
-const cJSON *json_member(const cJSON *object, const char *name) {
-    const cJSON *item = cJSON_GetObjectItemCaseSensitive(object, name);
-    return cJSON_IsNull(item) ? NULL : item;
-}
-
-int json_bool(const cJSON *object, const char *name, bool missing, bool *out, const char *path,
-              struct error *e) {
-    const cJSON *item = json_member(object, name);
-    if (item && !cJSON_IsBool(item))
-        return fail_user(e, "%s: \"%s\" must be true or false; is this a tokenizer.json?", path, name);
-    *out = item ? cJSON_IsTrue(item) : missing;
-    return 0;
-}
-
-int json_text(const cJSON *object, const char *name, const char **out, const char *path, struct error *e) {
-    const cJSON *item = json_member(object, name);
-    if (item && !cJSON_IsString(item))
-        return fail_user(e, "%s: \"%s\" must be text; is this a tokenizer.json?", path, name);
-    *out = item ? item->valuestring : NULL;
-    return 0;
-}
-
-bool json_is_type(const cJSON *node, const char *type) {
-    const cJSON *item = json_member(node, "type");
-    return cJSON_IsString(item) && strcmp(item->valuestring, type) == 0;
-}
-
 static int out_of_memory(const struct loader *l) {
     return fail_run(l->e, "%s: out of memory", l->path);
 }
 
 static int not_a_tokenizer(const struct loader *l, const char *what) {
     return fail_user(l->e, "%s: %s; is this a Hugging Face tokenizer.json?", l->path, what);
-}
-
-/* ---- the file ---- */
-
-static int read_all(int fd, char *out, size_t length) {
-    while (length > 0) {
-        ssize_t n = read(fd, out, length);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0)
-            return -1;
-        out += n;
-        length -= (size_t)n;
-    }
-    return 0;
-}
-
-static char *read_open_file(int fd, const char *path, const char *what, size_t *length, struct error *e) {
-    struct stat st;
-    if (fstat(fd, &st) || !S_ISREG(st.st_mode)) {
-        fail_user(e, "%s: not a regular file; %s", path, what);
-        return NULL;
-    }
-    if (st.st_size > MAX_FILE_BYTES) {
-        fail_user(e, "%s: %lld bytes are more than any such file has; is it the right one?", path,
-                  (long long)st.st_size);
-        return NULL;
-    }
-    char *text = malloc((size_t)st.st_size + 1);
-    if (!text) {
-        fail_run(e, "%s: out of memory", path);
-        return NULL;
-    }
-    if (read_all(fd, text, (size_t)st.st_size)) {
-        fail_user(e, "%s: could not be read whole: %s", path, errno ? strerror(errno) : "it is changing");
-        free(text);
-        return NULL;
-    }
-    text[st.st_size] = 0;
-    *length = (size_t)st.st_size;
-    return text;
-}
-
-cJSON *json_read(const char *path, const char *what, struct error *e) {
-    size_t length = 0;
-    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a FIFO must not hang us */
-    if (fd < 0) {
-        fail_user(e, "%s: cannot be opened: %s; %s", path, strerror(errno), what);
-        return NULL;
-    }
-    char *text = read_open_file(fd, path, what, &length, e);
-    close(fd);
-    if (!text)
-        return NULL;
-    const char *end = text;
-    cJSON *root = cJSON_ParseWithLengthOpts(text, length + 1, &end, true);
-    if (!root)
-        fail_user(e, "%s: not valid JSON at byte %td of %zu; is it the right file, and whole?", path,
-                  end - text, length);
-    free(text);
-    return root;
 }
 
 /* ---- collecting entries ---- */
@@ -423,6 +332,7 @@ static int find_end_of_text(struct loader *l) {
         free(name);
         if (rc)
             return -1;
+        l->t->has_eos_token = true;
     }
     for (int i = 0; i < end_of_text_name_count && end < 0; i++)
         end = added_id(l, end_of_text_names[i]);

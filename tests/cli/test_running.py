@@ -486,6 +486,10 @@ class ResizedVocabulary(Case):
                     expected[:before.shape[0]] += np.float32(beta) * before
                     np.testing.assert_allclose(kept[moment][name], expected, rtol=1e-4, atol=1e-9)
 
+    def test_without_init_from(self):
+        self.train("train.resize_vocab=true", "train.steps=1")
+        self.assertIn(b"warning: train.resize_vocab = true has no effect without train.init_from", self.last.stderr)
+
     def test_trains_and_resumes(self):
         more = ["model.vocab_size=400", "train.resize_vocab=true", f"train.init_from={self.sources['true']}"]
         run_dir = self.train(*more, "train.steps=4", "train.schedule=constant")

@@ -178,6 +178,41 @@ class EndOfText(Case):
             self.assertIn("tokenizer_config.json", self.prepare("--tokenizer", path, "--overwrite", self.rows(self.TEXTS), fails=True))
             self.assertIn("tokenizer_config.json", self.train(f"data.tokenizer={path}", code=2))
 
+    def test_json_that_readers_take_differently(self):
+        # A key twice, of which Python takes the last and cJSON the first; NaN, which Python alone reads.
+        path = self.write("hf/tokenizer.json", byte_vocabulary([], ["<|endoftext|>", "<|sep|>"]))
+        self.prepare("--tokenizer", path, self.rows(self.TEXTS))
+        for config, why in (('{"eos_token": "<|endoftext|>", "eos_token": "<|sep|>"}', "twice"),
+                            ('{"eos_token": {"content": "<|sep|>", "content": "<|endoftext|>"}}', "twice"),
+                            ('{"a": {"b": [{"c": 1, "d": 2, "c": 3}]}}', "twice"),
+                            ('{"eos_token": "<|sep|>", "model_max_length": NaN}', "not "),
+                            ('{"eos_token": "<|sep|>", "model_max_length": -Infinity}', "not ")):
+            with self.subTest(config):
+                self.write("hf/tokenizer_config.json", config)
+                for said in (self.prepare("--tokenizer", path, "--overwrite", self.rows(self.TEXTS), fails=True),
+                             self.train(f"data.tokenizer={path}", code=2)):
+                    self.assertIn("tokenizer_config.json", said)
+                    self.assertIn(why, said)
+        self.write("hf/tokenizer_config.json", '\ufeff{"eos_token": "<|sep|>"}')
+        self.prepare("--tokenizer", path, "--overwrite", self.rows(self.TEXTS))
+        self.assertEqual(self.dataset()["separator"], 257)
+        self.assertNotIn("warning", self.train(f"data.tokenizer={path}"))
+        text = path.read_text()
+        self.write("hf/tokenizer.json", text.replace('{"', '{"normalizer": null, "normalizer": null, "', 1))
+        for said in (self.prepare("--tokenizer", path, "--overwrite", self.rows(self.TEXTS), fails=True),
+                     self.train(f"data.tokenizer={path}", code=2)):
+            self.assertIn("twice", said)
+
+    def test_another_eos_token_than_the_separator(self):
+        path = self.write("hf/tokenizer.json", byte_vocabulary([], ["<|endoftext|>", "<|sep|>"]))
+        self.prepare("--tokenizer", path, self.rows(self.TEXTS))
+        self.assertNotIn("warning", self.train(f"data.tokenizer={path}"))
+        shutil.rmtree(self.folder / "run")
+        self.write("hf/tokenizer_config.json", {"eos_token": "<|sep|>"})
+        said = self.train(f"data.tokenizer={path}")
+        self.assertIn("warning: documents of data.train end with id 256", said)
+        self.assertIn("names id 257 as eos_token; generation stops at 256", said)
+
     def test_the_flag_comes_first_and_is_recorded(self):
         path = self.write("hf/tokenizer.json", byte_vocabulary([], ["<|endoftext|>", "<|sep|>"]))
         self.prepare("--tokenizer", path, "--separator", 257, self.rows(self.TEXTS))
