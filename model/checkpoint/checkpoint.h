@@ -39,10 +39,6 @@ int checkpoint_begin(const char *run_dir, int64_t step, struct error *e);
 int checkpoint_write(const struct checkpoint_job *job, struct error *e);
 int checkpoint_publish(const struct checkpoint_job *job, struct error *e);
 
-/* All three, on one rank. */
-int checkpoint_save(const char *run_dir, struct model *m, const struct config *c,
-                    const struct trainer_state *p, const char *tokenizer, struct error *e);
-
 /* Load the newest checkpoint of run_dir that loads into *m and *p. One that does not load is skipped, with a
  * warning on stderr if `warns`. 1: loaded, its directory in `dir`; 0: run_dir holds none; -1: an error
  * (EXIT_USER), also when the checkpoint is of a run with another configuration than *c, or of other data. */

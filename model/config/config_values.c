@@ -226,13 +226,32 @@ static const char *without_quotes(const char *text, char *buffer, size_t size) {
     return buffer;
 }
 
-/* A path whose leading ~ stands for the home directory. */
-static int expand_home(const char *text, char path[MAX_TEXT], char why[MAX_WHY]) {
+/* A directory as a glob(3) pattern that matches it alone. */
+static void escape_glob(const char *text, char *out, size_t size) {
+    size_t used = 0;
+    for (; *text && used + 4 < size; text++) {
+        bool special = strchr("*?[", *text) != NULL;
+        used += (size_t)snprintf(out + used, size - used,
+                                 special         ? "[%c]"
+                                 : *text == '\\' ? "\\%c"
+                                                 : "%c",
+                                 *text);
+    }
+    out[used] = 0;
+}
+
+/* A path whose leading ~ stands for the home directory; is_glob: a pattern, as which the home directory is escaped. */
+static int expand_home(const char *text, bool is_glob, char path[MAX_TEXT], char why[MAX_WHY]) {
     const char *home = getenv("HOME");
+    char escaped[3 * MAX_TEXT + 4];
     if (text[1] && text[1] != '/')
         return explain(why, "~ is expanded only as ~/...; write the whole path, or ./%.40s", text);
     if (!home || home[0] != '/')
         return explain(why, "~ cannot be expanded, since HOME is not set; write the whole path");
+    if (is_glob) {
+        escape_glob(home, escaped, sizeof escaped);
+        home = escaped;
+    }
     if (snprintf(path, MAX_TEXT, "%s%s", home, text + 1) >= MAX_TEXT)
         return explain(why, "too long with %.60s for ~; at most %d bytes", home, MAX_TEXT - 1);
     return 0;
@@ -252,7 +271,8 @@ static int set_text(void *target, const struct config_row *row, const char *text
                        "a quote is missing, or part of the value; write %s without quotes or in one pair",
                        row->name);
     if (text[0] == '~') {
-        if (expand_home(text, path, why) != 0)
+        bool is_glob = strcmp(row->section, "data") == 0 && strcmp(row->name, "tokenizer") != 0;
+        if (expand_home(text, is_glob, path, why) != 0)
             return -1;
         text = path;
     }

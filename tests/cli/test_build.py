@@ -41,7 +41,7 @@ class Build(unittest.TestCase):
 
     def refused(self, *args, **environment):
         done = subprocess.run([DISTRO, *args], env={**os.environ, **environment}, capture_output=True, text=True)
-        self.assertEqual((done.returncode, done.stdout), (2, ""), done.stderr)
+        self.assertEqual((done.returncode, done.stdout), (3, ""), done.stderr)  # make ends with 2
         self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
         self.assertTrue(done.stderr.startswith("test-distro: "), done.stderr)
         return done.stderr

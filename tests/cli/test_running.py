@@ -4,6 +4,7 @@
     make && python -m unittest tests.cli.test_running
 """
 
+import glob
 import json
 import os
 import resource
@@ -278,7 +279,7 @@ class ChangedData(Running):
 
 class Paths(Case):
     def test_quotes_and_home(self):
-        home = self.new_dir("home")
+        home = self.new_dir("home [of] a*")
         data = home / "my data"
         data.mkdir(parents=True)
         for p in self.data.glob("*.bin"):
@@ -288,11 +289,12 @@ class Paths(Case):
         config = self.new_dir("quoted.ini")
         config.write_text(text)
         run_dir = home / "runs" / "a"
-        done = subprocess.run([BINARY, "train", config, "run.dir=~/runs/a", f"data.val='{data}/val_*.bin'"],
+        done = subprocess.run([BINARY, "train", config, "run.dir=~/runs/a", "data.val='~/my data/val_*.bin'"],
                               env={**ENVIRONMENT, "HOME": str(home)}, capture_output=True, timeout=TIMEOUT, cwd=self.tmp)
         self.assertEqual(done.returncode, 0, done.stderr)
         recorded = json.loads((step_dir(run_dir, 20) / "trainer.json").read_text())["config"]
-        self.assertEqual((recorded["data.train"], recorded["run.dir"]), (f"{data}/train_*.bin", str(run_dir)))
+        self.assertEqual((recorded["data.train"], recorded["run.dir"]),
+                         (f"{glob.escape(str(data))}/train_*.bin", str(run_dir)))
         self.run_cli("eval", run_dir, *CPU)
 
     def test_recorded_paths_are_relative_to_the_current_directory(self):

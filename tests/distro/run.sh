@@ -5,14 +5,14 @@
 #   ROOT_DIR=DIR                               the folder; default: build/distro/SUITE. It is kept, and used again.
 #   MIRROR=URL                                 default: the archive that apt of this machine uses
 #
-# Prints what the command prints, closes with its line of counts, and exits with its exit code; 2: not started. apt and
+# Prints what the command prints, closes with its line of counts, and exits with its exit code; 3: not started. apt and
 # pip in the folder use the proxies, certificates and options of this machine.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 
 refuse() {
     echo "test-distro: $1" >&2
-    exit 2
+    exit 3
 }
 
 suite=${1:-}
@@ -23,7 +23,7 @@ command=("${@:2}")
 command -v debootstrap >/dev/null || refuse "debootstrap is not installed: apt-get install debootstrap"
 [ -e "/usr/share/debootstrap/scripts/$suite" ] || refuse "debootstrap does not know a release named $suite"
 root=${ROOT_DIR:-build/distro/$suite}
-mkdir -p "$root" || exit 2
+mkdir -p "$root" || exit 3
 root=$(realpath "$root")
 
 exec 9>"$root.lock"
@@ -83,7 +83,7 @@ inside() {
     shift
     # The root is a mount point, as `ip netns` expects of /.
     mount --bind "$root" "$root" && mount -t proc proc "$root/proc" && mount --rbind /sys "$root/sys" &&
-        mount --rbind /dev "$root/dev" || { echo "test-distro: cannot mount in $root" >&2; exit 2; }
+        mount --rbind /dev "$root/dev" || { echo "test-distro: cannot mount in $root" >&2; exit 3; }
     env -i "${@:2:$1}" chroot "$root" env -C /iha.c "${@:$1+2}"
     exit
 }

@@ -12,6 +12,7 @@
 #include "model/checkpoint/trainer_state.h"
 #include "model/checkpoint/safetensors.h"
 #include "model/state_dict.h"
+#include "tests/lib/save_checkpoint.h"
 
 enum file { WEIGHTS, OPTIMIZER, TRAINER, CONFIG, FILES };
 static const char *const names[FILES] = {"model.safetensors", "optimizer-00000-of-00001.safetensors",
@@ -75,7 +76,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     CHECK(mkdtemp(run_dir));
     strcpy(progress.train_fingerprint, "0123456789abcdef");
     make_model();
-    CHECK(checkpoint_save(run_dir, &model, &config, &progress, NULL, &e) == 0);
+    CHECK(save_checkpoint(run_dir, &model, &config, &progress, NULL, &e) == 0);
     snprintf(dir, sizeof dir, "%s/step_00000001", run_dir);
     for (enum file f = 0; f < FILES; f++) {
         snprintf(paths[f], sizeof paths[f], "%s/%s", dir, names[f]);

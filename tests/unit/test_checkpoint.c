@@ -18,6 +18,7 @@
 
 #include "model/checkpoint/checkpoint.h"
 #include "model/checkpoint/files.h"
+#include "tests/lib/save_checkpoint.h"
 #include "tests/lib/temporary_directory.h"
 
 #define COUNT(a) (sizeof(a) / sizeof *(a))
@@ -98,7 +99,7 @@ static void train_step(struct run *r) {
 }
 
 static int save(struct run *r, struct error *e) {
-    return checkpoint_save(r->dir, &r->model, &r->config, &r->trainer, NULL, e);
+    return save_checkpoint(r->dir, &r->model, &r->config, &r->trainer, NULL, e);
 }
 
 static void step_and_save(struct run *r) {
@@ -242,7 +243,7 @@ static void settings_and_tokenizer_are_kept(void **state) {
     char value[MAX_TEXT], *text;
     open_run(&r, "settings", NULL, 1);
     assert_int_equal(files_write_synced("tok.json", "{\"a\": 1}", 8, &e), 0);
-    assert_int_equal(checkpoint_save("settings", &r.model, &r.config, &r.trainer, "tok.json", &e), 0);
+    assert_int_equal(save_checkpoint("settings", &r.model, &r.config, &r.trainer, "tok.json", &e), 0);
     assert_int_equal(files_read_all("settings/step_00000000/tokenizer.json", 100, &text, NULL, &e), 0);
     assert_string_equal(text, "{\"a\": 1}");
     free(text);
@@ -657,7 +658,7 @@ static void a_tokenizer_that_went_away(void **state) {
     step_and_save(&r);
     struct trainer_state next = r.trainer;
     next.step = 2;
-    assert_int_equal(checkpoint_save(r.dir, &r.model, &r.config, &next, "absent.json", &e), -1);
+    assert_int_equal(save_checkpoint(r.dir, &r.model, &r.config, &next, "absent.json", &e), -1);
     check_error(&e, EXIT_RUN, "absent.json");
     check_steps(&r, "1");
     check_resumes(&r, NULL, 1);

@@ -369,6 +369,12 @@ static void test_quotes_and_home(void **state) {
     assert_string_equal(config.data.tokenizer, "/home/anna/t.json");
     assert_string_equal(config.data.train, "/home/anna/my data/*.bin");
     assert_string_equal(config.run.dir, "/home/anna");
+    assert_int_equal(setenv("HOME", "/home/a[b]*?\\c", 1), 0); /* its own characters are no pattern */
+    loads(small, "data.train=~/d[0-9]/*.bin", "data.val=~", "run.dir=~/r", "data.tokenizer=~/t.json", NULL);
+    assert_string_equal(config.data.train, "/home/a[[]b][*][?]\\\\c/d[0-9]/*.bin");
+    assert_string_equal(config.data.val, "/home/a[[]b][*][?]\\\\c");
+    assert_string_equal(config.run.dir, "/home/a[b]*?\\c/r");
+    assert_string_equal(config.data.tokenizer, "/home/a[b]*?\\c/t.json");
     loads(small, "data.train=it's/~a\"b/*.bin", "data.val='none'", NULL); /* in the middle they are letters */
     assert_string_equal(config.data.train, "it's/~a\"b/*.bin");
     assert_string_equal(config.data.val, "");
