@@ -790,6 +790,10 @@ static int64_t read_prompt(struct run *r, const struct command_line *line, int32
         if (files_read_input(line->prompt_file, MAX_PROMPT, &file, &bytes, e) != 0)
             return -1;
         text = file;
+        if (bytes >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0) { /* a byte order mark is no text */
+            text += 3;
+            bytes -= 3;
+        }
     }
     int64_t length = r->tokenizer ? tokenizer_encode(r->tokenizer, text, bytes, ids, e)
                                   : text_parse_ids(option, text, bytes, r->config.model.vocab_size, ids, e);

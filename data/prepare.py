@@ -32,7 +32,7 @@ except ImportError:
 
 from prepare_inputs import Input, format_by_name, is_compressed, json_layout
 from prepare_output import Progress, Writer, ini_path, locked, remove_temporary
-from prepare_readers import (BATCH, paragraph_boundary, read_json, read_jsonl, read_parquet, read_text,
+from prepare_readers import (BATCH, SEPARATOR_NAMES, paragraph_boundary, read_json, read_jsonl, read_parquet, read_text,
                              separator_regex)
 from prepare_tokenizers import NAMED, load_tokenizer
 from user_error import UserError, allow_any_file_name, describe, naming, one_line
@@ -309,14 +309,30 @@ class Preparation:
         if self.options.val_fraction == 0 or len(self.documents) == 2:
             return
         if count == 1 or self.cut:
-            raise UserError("only one document, so none is left to validate on; use --val-fraction 0"
-                            + ("" if self.cut else ", or cut it up with --document-separator"))
+            raise UserError(self.only_one_document())
         missing = "train" if "val" in self.documents else "val"
         scores = [score(self.options.seed, index) for index in range(count)]
         index = scores.index(max(scores) if missing == "train" else min(scores))
         for writer in writers.values():
             writer.discard()
         self.run(writers, {index: missing})
+
+    def only_one_document(self):
+        left = "none is left to validate on; use --val-fraction 0"
+        if self.separator_is_missing():
+            return f"{self.missing_separator()}, so there is one document and {left}, or another separator"
+        if self.cut or self.options.separator_text is not None or not self.texts:
+            return f"only one document that is not blank, so {left}"
+        return f"only one document, so {left}, or cut it up with --document-separator"
+
+    def separator_is_missing(self):
+        return self.options.separator_text is not None and self.texts and self.text_documents == self.texts
+
+    def missing_separator(self):
+        separator = self.options.separator_text
+        literal = separator not in SEPARATOR_NAMES and not separator.startswith("regex:")
+        return f"--document-separator '{separator}' stands in no text input" + (
+            "; it is taken literally (regex:PATTERN is a regular expression)" if literal else "")
 
     def report(self, writers):
         options, folder = self.options, self.options.out
@@ -350,7 +366,6 @@ class Preparation:
         def warning(text):
             print(f"prepare.py: warning: {text}", file=sys.stderr)
 
-        separator = self.options.separator_text
         most = self.specials.most_common(MAX_WARNINGS)
         for name, count in most:
             times = f"{count:,} time" + "s" * (count != 1)
@@ -359,10 +374,8 @@ class Preparation:
                     + advice)
         if len(self.specials) > len(most):
             warning(f"so do {len(self.specials) - len(most)} other special tokens, less often")
-        if separator is not None and self.texts and self.text_documents == self.texts:
-            literally = "; it is taken literally (regex:PATTERN is a regular expression)"
-            warning(f"--document-separator '{separator}' stands in no text input"
-                    + ("" if separator.startswith("regex:") else literally))
+        if self.separator_is_missing():
+            warning(self.missing_separator())
 
 
 def unpaired(text):

@@ -16,16 +16,18 @@ MAX_VALUE = 1 << 30      # characters of one JSON value
 TOKEN_CUT = 20           # a number, a name or an escape cut in two is shorter than this
 
 
+SEPARATOR_NAMES = {"blank-lines": r"\r?\n(?:[ \t]*\r?\n)+", "lines": r"\r?\n"}
+
+
 def separator_regex(text):
     """--document-separator: a name, the text itself, or regex: and a regular expression over the input's
     bytes."""
-    names = {"blank-lines": r"\r?\n(?:[ \t]*\r?\n)+", "lines": r"\r?\n"}
     if text in ("", "regex:"):
         raise UserError("--document-separator: empty; give blank-lines, lines, a text, or regex:PATTERN")
     try:
         if text.startswith("regex:"):
             return re.compile(os.fsencode(text[len("regex:"):]), re.MULTILINE)
-        pattern = names[text].encode() if text in names else re.escape(os.fsencode(text))
+        pattern = SEPARATOR_NAMES[text].encode() if text in SEPARATOR_NAMES else re.escape(os.fsencode(text))
         return re.compile(pattern, re.MULTILINE)
     except re.error as error:
         raise UserError(f"--document-separator {text}: {error}") from None

@@ -142,6 +142,9 @@ int files_read_input(const char *path, size_t max_bytes, char **data, size_t *le
         return files_read_all(path, max_bytes, data, length, e);
     *data = NULL;
     int err = read_to_end(STDIN_FILENO, max_bytes, 4096, data, length);
+    if (err == EBADF)
+        return fail_user(
+            e, "the standard input is closed; give it a file or a pipe, or name a file instead of -");
     if (err)
         return fail_user(e, "cannot read the standard input: %s; %s", strerror(err), files_advice(err));
     if (*length <= max_bytes)

@@ -276,6 +276,18 @@ class Texts(Case):
             self.assertEqual(run.returncode, 2)
             self.assertIn(b"--document-separator", run.stderr)
 
+    def test_why_there_is_only_one_document(self):
+        for separator, text, why in (("XX", "a\nb\n", b"'XX' stands in no text input; it is taken literally"),
+                                     ("blank-lines", "a\nb\n", b"'blank-lines' stands in no text input, so"),
+                                     ("b", "a\nb\n", b"only one document that is not blank"),
+                                     (None, "one two three four\n", None)):
+            options = ["--document-separator", separator] if separator else []
+            run = self.run_script("--val-fraction", "0.5", "--overwrite", *options, self.file("a.txt", text))
+            self.assertEqual(run.returncode, 2 if why else 0, run.stderr)
+            if why:
+                self.assertIn(why, run.stderr)
+                self.assertIn(b"--val-fraction 0", run.stderr)
+
     def test_separator_that_matches_nothing_at_all(self):
         for pattern in ("x*", "$", r"\Z", "a|"):
             run = self.run_script("--val-fraction", 0, "--overwrite", f"--document-separator=regex:{pattern}",

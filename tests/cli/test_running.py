@@ -333,10 +333,16 @@ class GenerateOptions(Case):
             expected = self.generate("--prompt", prompt.decode(), "--tokens", 20)
             self.assertEqual(self.generate("--prompt-file", file, "--tokens", 20), expected)
             self.assertEqual(self.generate("--prompt-file", "-", "--tokens", 20, stdin=prompt), expected)
+            marked = b"\xef\xbb\xbf" + prompt  # a byte order mark is no text
+            self.assertEqual(self.generate("--prompt-file", "-", "--tokens", 20, stdin=marked), expected)
             self.assertEqual(self.generate("--prompt-file", "/dev/stdin", "--tokens", 20, stdin=prompt), expected)
         self.assertTrue(self.generate("--prompt-file", "-", "--tokens", 5, stdin=b"a\0b").startswith(b"a\0b"))
         long = b"anna sees boris. " * 300
         self.assertTrue(self.generate("--prompt-file", "-", "--tokens", 1, stdin=long).startswith(long))
+        done = subprocess.run([BINARY, "generate", self.run_dir, "--prompt-file", "-"], env=ENVIRONMENT, stderr=subprocess.PIPE,
+                              timeout=TIMEOUT, preexec_fn=lambda: os.close(0))
+        self.assertEqual(done.returncode, 2)
+        self.assertIn(b"the standard input is closed", done.stderr)
         self.refused("generate", self.run_dir, "--prompt-file", self.tmp / "missing", names=["missing", "No such file"])
         self.refused("generate", self.run_dir, "--prompt-file", self.tmp, names=[self.tmp, "Is a directory"])
         self.refused("generate", self.run_dir, "--prompt-file", "-", "--prompt", "a", names=["both"])
