@@ -105,10 +105,15 @@ static void release(struct run *r) {
 
 /* ---- phases that several commands share ---- */
 
+static bool uses_cuda(const struct run *r) {
+    enum device_kind device = r->config.system.device;
+    return device == DEVICE_CUDA || (device == DEVICE_AUTO && cuda_devices() > 0);
+}
+
 /* Open this rank's device as [system] asks. */
 static int open_device(struct run *r, struct error *e) {
     const struct system_config *s = &r->config.system;
-    bool cuda = s->device == DEVICE_CUDA || (s->device == DEVICE_AUTO && cuda_devices() > 0);
+    bool cuda = uses_cuda(r);
     bool bf16 = s->precision == PRECISION_BF16 || (s->precision == PRECISION_AUTO && cuda);
     struct device_options options = {.threads = (int)s->threads,
                                      .precision = bf16 ? DEVICE_BF16 : DEVICE_FP32,
@@ -135,7 +140,8 @@ static void progress_comm(void *comm) {
 static int join_devices(struct run *r, struct error *e) {
     static const enum comm_backend backends[] = {
         [COMM_AUTO] = COMM_BACKEND_AUTO, [COMM_MPI] = COMM_BACKEND_HOST, [COMM_NCCL] = COMM_BACKEND_NCCL};
-    if (comm_agree(r->comm, open_device(r, e), e) != 0)
+    if ((!single_rank(r) && ranks_check_same_device(r->comm, uses_cuda(r), e) != 0) ||
+        comm_agree(r->comm, open_device(r, e), e) != 0)
         return -1;
     if (!single_rank(r))
         r->device_comm = r->k->open_comm(r->dev, r->comm, backends[r->config.system.comm], e);

@@ -27,6 +27,22 @@ int ranks_check_same_config(struct comm *comm, const struct config *config, stru
     return comm_agree(comm, status, e);
 }
 
+int ranks_check_same_device(struct comm *comm, bool cuda, struct error *e) {
+    struct {
+        char host[64];
+        bool cuda;
+    } own = {.cuda = cuda}, rank0;
+    gethostname(own.host, sizeof own.host - 1);
+    memcpy(&rank0, comm_all_gather_small(comm, &own, sizeof own), sizeof rank0);
+    int status = rank0.cuda == cuda
+                     ? 0
+                     : fail_user(e,
+                                 "system.device = auto finds %s GPU on %s and %s on rank 0's host, %s; set "
+                                 "system.device = cpu, or start ranks only where there are GPUs",
+                                 cuda ? "a" : "no", own.host, rank0.cuda ? "one" : "none", rank0.host);
+    return comm_agree(comm, status, e);
+}
+
 int ranks_check_run_dir(struct comm *comm, const char *run_dir, struct error *e) {
     char path[MAX_TEXT + 64];
     long pid = (long)getpid(), found = -1;

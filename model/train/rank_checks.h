@@ -9,6 +9,9 @@
 /* The same configuration. That the data is the same is checked as it is opened. */
 int ranks_check_same_config(struct comm *comm, const struct config *config, struct error *e);
 
+/* The same kind of device: with system.device = auto some hosts may have a GPU and others not. */
+int ranks_check_same_device(struct comm *comm, bool cuda, struct error *e);
+
 /* The same writable run.dir: every rank must find there the lock that rank 0 holds. Otherwise the first checkpoint
  * would fail. */
 int ranks_check_run_dir(struct comm *comm, const char *run_dir, struct error *e);

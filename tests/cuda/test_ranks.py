@@ -100,6 +100,18 @@ class Curves(EmulatorRanksCase):
                 self.assertEqual(runs[name].text.count("train_iha: "), 1, runs[name].text)
 
 
+class MixedHosts(EmulatorRanksCase):
+    def test_gpus_on_some_hosts_only(self):
+        """With system.device = auto all ranks compute on the same kind of device, or none does."""
+        for gpus in ((1, 0), (0, 1, 0)):
+            of_rank = [{"EMULATOR_GPUS": str(n)} for n in gpus]
+            rank1 = f"rank 1: system.device = auto finds {'a' if gpus[1] else 'no'} GPU on "
+            run = self.on(len(gpus), "system.device=auto", "train.batch_tokens=48", of_rank=of_rank, code=2)
+            self.assertEqual(run.text.count("train_iha: "), 1, run.text)
+            self.assertIn(rank1, run.text)
+            self.on(len(gpus), "system.device=cpu", "system.precision=fp32", "train.batch_tokens=48", of_rank=of_rank)
+
+
 class Order(EmulatorRanksCase):
     """What runs when, on GPUs and between them, changes nothing: not a bit. A missing wait, or a buffer used while a
     message is in flight, changes something or is detected by the emulator."""

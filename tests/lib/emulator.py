@@ -51,8 +51,8 @@ class EmulatorRun:
 @unittest.skipUnless(EMULATOR_BINARY.exists(), "no CUDA headers")
 class EmulatorRanksCase(Case):
     def on(self, ranks, *overrides, gpus=None, start="tcp", run_dir=None, binary=EMULATOR_BINARY, code=0,
-           command="train", **environment):
-        """Train on so many ranks, with a GPU each unless `gpus` is given."""
+           command="train", of_rank=(), **environment):
+        """Train on so many ranks, with a GPU each unless `gpus` is given; of_rank[r]: the environment of rank r."""
         run_dir = run_dir or self.new_dir()
         arguments = [binary, command, self.config, f"run.dir={run_dir}", *COMMON, *overrides]
         environment = EMULATOR_ENVIRONMENT | {"EMULATOR_GPUS": str(ranks if gpus is None else gpus)} | environment
@@ -60,7 +60,8 @@ class EmulatorRanksCase(Case):
             launched = [(([*MPIRUN, "-np", str(ranks)] if ranks > 1 else []) + arguments, environment)]
         else:
             rendezvous = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-            launched = [(arguments, environment | rendezvous | {"RANK": str(r)}) for r in range(ranks)]
+            launched = [(arguments, environment | rendezvous | {"RANK": str(r)} | (of_rank[r] if of_rank else {}))
+                        for r in range(ranks)]
         processes = [subprocess.Popen([*map(str, what)], env=env, cwd=self.tmp, stdin=subprocess.DEVNULL,
                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
                      for what, env in launched]
