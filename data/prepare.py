@@ -30,6 +30,7 @@ try:
 except ImportError:
     sys.exit("prepare.py: numpy is not installed; run: make deps, then .venv/bin/python data/prepare.py ...")
 
+from prepare_cuts import CutCheck
 from prepare_inputs import Input, format_by_name, is_compressed, json_layout
 from prepare_output import Progress, Writer, ini_path, locked, remove_temporary
 from prepare_readers import (BATCH, SEPARATOR_NAMES, paragraph_boundary, read_json, read_jsonl, read_parquet, read_text,
@@ -192,6 +193,8 @@ class Preparation:
         sizes = [source.size for source in self.inputs]
         self.total = None if None in sizes else sum(sizes)  # bytes as stored
         self.cut, self.texts, self.text_documents = None, 0, 0
+        anywhere = not tokenizer.wants_str or tokenizer.whole_documents  # bytes; or pieces are put together again
+        self.is_cut = None if anywhere else CutCheck(tokenizer)
         self.is_split = options.val_fraction == 0  # has each split its document?
 
     def single_text_cut(self):
@@ -223,7 +226,8 @@ class Preparation:
                 self.texts += 1
                 for begin, end in parts:
                     for piece in read_text(stream, source, begin, end, options.document_separator,
-                                           self.tokenizer.wants_str, any_byte=options.format == "text"):
+                                           self.tokenizer.wants_str, any_byte=options.format == "text",
+                                           is_cut=self.is_cut):
                         self.text_documents += piece[1]
                         yield piece
 

@@ -5,13 +5,14 @@ import codecs
 import json
 import os
 import re
-import unicodedata
 
+from prepare_cuts import find_cut
 from user_error import UserError
 
-PIECE = 256 << 10        # longest stretch of one document tokenized at once
+PIECE = 256 << 10        # stretch of one document tokenized at once; longer where no cut keeps the tokens
 BATCH = 1 << 20          # text handed to a worker at once
 MARGIN = 64 << 10        # a document separator may be this long
+MAX_UNCUT = 16 << 20     # longest stretch held in memory for want of a place to cut
 MAX_VALUE = 1 << 30      # characters of one JSON value
 TOKEN_CUT = 20           # a number, a name or an escape cut in two is shorter than this
 
@@ -33,57 +34,49 @@ def separator_regex(text):
         raise UserError(f"--document-separator {text}: {error}") from None
 
 
-def piece_end(buffer, start, end):
-    """Where to cut near `end` so that both sides tokenize as the whole does: between two lower-case
-    words, which no known pre-tokenizer joins; failing that after a line, failing that after a character."""
-    window = max(start + 1, end - MARGIN)
-    space = [match.end() for match in re.finditer(rb"[a-z](?= [a-z])", buffer[window:end + 2])]
-    if space:
-        return window + space[-1]
-    line = buffer.rfind(b"\n", window, end)
-    if line > 0:
-        return line + 1
-    whole = end
-    while end - 1 > start and (buffer[end] & 0xC0 == 0x80 or joins_character_before(buffer[end:end + 4])):
-        end -= 1
-    return end if end - 1 > start else whole
+class Uncuttable(Exception):
+    """More than MAX_UNCUT bytes of a document without a place to cut: these bytes, and where they begin."""
 
 
-def joins_character_before(data):
-    """Does a UTF-8 text begin with a mark, a jamo or a joiner, which normalizers compose with what precedes it?"""
-    text = data.decode("utf-8", "ignore")[:1]
-    return text != "" and (unicodedata.category(text) in ("Mn", "Mc", "Me", "Cf") or "\u1160" <= text <= "\u11ff")
-
-
-def split_documents(read, separator):
+def split_documents(read, separator, is_cut=None):
     """Pieces (bytes, ends_document, offset) of a byte stream, in constant memory; the separators are dropped.
-    A separator counts only when MARGIN bytes follow it, lest more text should lengthen the match."""
+    A separator counts only when MARGIN bytes follow it, lest more text should lengthen the match. is_cut: see
+    find_cut."""
     buffer, base, start, search, done = b"", 0, 0, 0, False  # base: where in the stream the buffer begins
+    tried, is_continued = 0, False  # no cut between start and tried
     while True:
         match = separator.search(buffer, search) if separator and search <= len(buffer) else None
         if match and (done or match.end() + MARGIN <= len(buffer)):
             yield buffer[start:match.start()], True, base + start
-            start = match.end()
+            start = tried = match.end()
+            is_continued = False
             search = start + (match.start() == match.end())  # an empty match must not be found again
             continue
         if done:
             break
-        settled = min(match.start() if match else len(buffer), len(buffer) - MARGIN)
-        while settled - start > PIECE:
-            cut = piece_end(buffer, start, start + PIECE)
-            yield buffer[start:cut], False, base + start
-            start = cut
+        end = match.start() if match else len(buffer)
+        settled = min(end, len(buffer) - MARGIN)
+        while settled - tried > PIECE:
+            high = tried + PIECE
+            cut = find_cut(buffer, start, max(tried + 1, high - MARGIN), high, end, is_continued, is_cut)
+            if cut is not None:
+                yield buffer[start:cut], False, base + start
+                start, is_continued = cut, True
+            elif high - start > MAX_UNCUT:
+                raise Uncuttable(buffer[start:high], base + start)
+            tried = high if cut is None else cut
         search = max(search, start)
         drop = max(0, start - 1)  # the byte before stays, for ^ and look-behind
         chunk = read(BATCH)
         done = not chunk
-        buffer, start, search, base = buffer[drop:] + chunk, start - drop, search - drop, base + drop
+        buffer, base = buffer[drop:] + chunk, base + drop
+        start, search, tried = start - drop, search - drop, tried - drop
     yield buffer[start:], True, base + start
 
 
-def read_text(stream, source, begin, end, separator, as_str, any_byte=False):
+def read_text(stream, source, begin, end, separator, as_str, any_byte=False, is_cut=None):
     """Bytes [begin, end) of a text, end None: all; the stream stands at begin. Decoded when the tokenizer
-    wants characters. any_byte: zero bytes are text as well."""
+    wants characters. any_byte: zero bytes are text as well. is_cut: see find_cut."""
     left = float("inf") if end is None else end - begin
 
     def read(size):
@@ -103,20 +96,30 @@ def read_text(stream, source, begin, end, separator, as_str, any_byte=False):
             chunk, mark = mark, b""
             return chunk + read_on(size - len(chunk))
 
-    for piece, ends, offset in split_documents(read, separator):
+    def checked(piece, offset):
         if not any_byte and b"\0" in piece:
             raise UserError(f"{source.name}: a zero byte at byte {begin + offset + piece.index(0):,}, so "
                             "this is no text; "
                             "convert or clean it, or give --format text to take every byte as it is")
-        if as_str:
-            try:
-                piece = piece.decode()
-            except UnicodeDecodeError as error:
-                raise UserError(f"{source.name}: not UTF-8: byte {error.object[error.start]:#04x} at byte "
-                                f"{begin + offset + error.start:,}, in "
-                                f"{error.object[max(0, error.start - 10):error.start + 10]!r}; convert it, "
-                                "or use --tokenizer bytes") from None
-        yield piece, ends, source.consumed
+        if not as_str:
+            return piece
+        try:
+            return piece.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{source.name}: not UTF-8: byte {error.object[error.start]:#04x} at byte "
+                            f"{begin + offset + error.start:,}, in "
+                            f"{error.object[max(0, error.start - 10):error.start + 10]!r}; convert it, "
+                            "or use --tokenizer bytes") from None
+
+    try:
+        for piece, ends, offset in split_documents(read, separator, is_cut):
+            yield checked(piece, offset), ends, source.consumed
+    except Uncuttable as error:
+        piece, offset = error.args
+        checked(piece[:-4], offset)
+        raise UserError(f"{source.name}: {len(piece) >> 20} MiB from byte {begin + offset:,} on without a place to cut that "
+                        "leaves the tokens as those of the whole text; part it with --document-separator, or use "
+                        "--tokenizer bytes") from None
 
 
 # ---------------------------------------------------------------------------------------------- JSON

@@ -146,6 +146,18 @@ def without_prefix(data):
     return adds, data if adds or changed else None
 
 
+def prefixes_parts(data):
+    """Is a space put in front of every part of a text, where it has parts: between added tokens, or cut out by a step
+    before? Then all of it depends on where it begins."""
+    steps = members(data.get("pre_tokenizer"), "pretokenizers")
+    places = [i for i, step in enumerate(steps)
+              if step["type"] == "Metaspace" and step.get("prepend_scheme", "always") == "always"
+              or step["type"] == "ByteLevel" and step.get("add_prefix_space", True)]
+    prepends = any(step["type"] == "Prepend" for step in members(data.get("normalizer"), "normalizers"))
+    parts = any(not token.get("special") for token in data.get("added_tokens") or [])
+    return max(places, default=0) > 0 or parts and (prepends or bool(places))
+
+
 def joins_words(tokenizer, vocab):
     """May a token reach over a word's end into the next one? Then a text can only be tokenized whole."""
     text = tokenizer.normalizer.normalize_str("ab cd") if tokenizer.normalizer else "ab cd"
@@ -172,7 +184,7 @@ class HuggingFace:
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"{name}: not a tokenizer.json: {error}") from None
         vocab = self.tokenizer.get_vocab(with_added_tokens=True)
-        self.whole_documents = joins_words(self.tokenizer, vocab)
+        self.whole_documents = joins_words(self.tokenizer, vocab) or prefixes_parts(data)
         self.vocab_size = max(vocab.values(), default=-1) + 1  # ids may have holes
         added = {token.content: id for id, token in self.tokenizer.get_added_tokens_decoder().items()}
         self.end_of_text = end_of_text(added, vocab, eos_token)

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import os
 import random
@@ -31,6 +32,7 @@ BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
 sys.path.insert(0, str(ROOT / "data"))
 
 import prepare  # noqa: E402
+import prepare_cuts  # noqa: E402
 import prepare_readers  # noqa: E402
 import prepare_tokenizers  # noqa: E402
 
@@ -316,6 +318,43 @@ class Documents(Case):
             for seed in range(3):
                 with self.subTest(name, seed=seed):
                     self.same_as_whole(KINDS[name], self.text(seed))
+
+    SCRIPTS = {
+        "words": "".join(random.Random(1).choices("abcdefgh", k=1200)), "one letter": "x" * 1200, "blanks": " " * 1200,
+        "lines": "\n" * 1200, "mixed blanks": "".join(random.Random(2).choices(" \n\t\r", k=1200)),
+        "capitals": "".join(random.Random(3).choices("AB CD 'S", k=1200)), "digits": "1234567890" * 120,
+        "Chinese": "".join(random.Random(4).choices("東京大学日本語。，", k=500)),
+        "marks": "e\u0301\u0323" * 300, "signs": "!?=+-/*" * 180, "code": "if (x==1) { y+=2; }\n\t" * 60,
+        "emoji": "\U0001f468\u200d\U0001f469\u200d\U0001f467" * 80,
+        "words and added tokens": "".join(random.Random(5).choices(["ab ", "Cd ", "quick fox", "<|im_end|>", "</s>", "7 "], k=300))}
+
+    def test_cuts_in_any_script(self):
+        """Where the text has no blank between words: in pieces its tokens are those of the whole, or it is held whole."""
+        every = list(itertools.product((1024, 64), KINDS, self.SCRIPTS))
+        if os.environ.get("FAULTS") != "all":
+            every = random.Random(6).sample(every, 60)
+        for context, name, script in every:
+            with self.subTest(name, context=context, script=script), mock.patch.object(prepare_cuts, "CONTEXT", context):
+                self.same_in_pieces(KINDS[name], self.SCRIPTS[script])
+
+    def same_in_pieces(self, data, text):
+        tokenizer = prepare_tokenizers.HuggingFace("tokenizer.json", json.dumps(data))
+        check = None if tokenizer.whole_documents else prepare_cuts.CutCheck(tokenizer)
+        with mock.patch.multiple(prepare_readers, PIECE=300, MARGIN=60, BATCH=900):
+            pieces = [piece.decode() for piece, *_ in
+                      prepare_readers.split_documents(io.BytesIO(text.encode()).read, None, check)]
+        if tokenizer.whole_documents:
+            pieces = ["".join(pieces)]
+        found = tokenizer.encode(pieces, [i > 0 for i in range(len(pieces))])
+        self.assertEqual(list(itertools.chain(*found)), list(tokenizer.encode([text])[0]))
+
+    def test_text_without_a_place_to_cut(self):
+        path = self.write("tokenizer.json", KINDS["qwen2"])
+        text, cut = self.write("text.txt", "ab cd. " * 500), mock.patch.object(prepare_cuts.CutCheck, "__call__")
+        with mock.patch.multiple(prepare_readers, PIECE=200, MARGIN=100, BATCH=900, MAX_UNCUT=2000), cut as is_cut:
+            is_cut.return_value = False
+            said = self.prepare("--tokenizer", path, "--separator", 0, text, fails=True)
+        self.assertIn("without a place to cut", said)
 
     def test_added_tokens_in_a_later_piece(self):
         self.same_as_whole(KINDS["llama2"], self.text(1) + " the quick fox jumps quick fox " + self.text(2))
