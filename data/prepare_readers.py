@@ -140,21 +140,49 @@ def document_text(row, field, where):
     return text or ""
 
 
+MAX_NESTED = 100  # brackets, once the parser's own limit is passed
+JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]|[^"\[\]{}]+|"', re.DOTALL)
+
+
+def without_deep_values(text):
+    """JSON in which what is nested more than MAX_NESTED deep is null. Of that only the brackets are checked."""
+    kept, open_brackets = [], []
+    for token in JSON_TOKEN.findall(text):
+        if token in ("[", "{"):
+            open_brackets.append(token)
+            if len(open_brackets) == MAX_NESTED + 1:
+                kept.append("null")
+        is_deep = len(open_brackets) > MAX_NESTED
+        if token in ("]", "}") and (not open_brackets or open_brackets.pop() + token not in ("[]", "{}")):
+            raise ValueError(f"'{token}' closes nothing")
+        if not is_deep:
+            kept.append(token)
+    if open_brackets:
+        raise ValueError(f"'{open_brackets[-1]}' is not closed")
+    return "".join(kept)
+
+
+def parse_line_of_json(text):
+    """A line's value; numbers may be of any length, brackets nested however deep."""
+    try:
+        return json.loads(text, parse_int=float)
+    except RecursionError:
+        return json.loads(without_deep_values(text), parse_int=float)
+
+
 def read_jsonl(stream, source, field):
     """A document per line: the string in `field`."""
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig"), parse_int=float)  # of any length
+            row = parse_line_of_json(line.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise UserError(f"{source.name}:{number}: not UTF-8: byte {error.object[error.start]:#04x} at "
                             f"byte {error.start:,} "
                             "of the line") from None
         except ValueError as error:
             raise UserError(f"{source.name}:{number}: not JSON: {error}") from None
-        except RecursionError:
-            raise UserError(f"{source.name}:{number}: brackets nested too deeply") from None
         yield document_text(row, field, f"{source.name}:{number}"), True, source.consumed
 
 

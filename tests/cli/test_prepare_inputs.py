@@ -205,10 +205,17 @@ class Json(Case):
             stream = Slow(step)
             self.assertEqual([text for text, *_ in prepare_readers.read_json(stream, stream, "text")], want, step)
 
+    def test_deep_brackets_in_a_line(self):
+        """In a field that is not read, whatever it holds."""
+        deep = "".join('[{"a]": "}\\\\\\"", "b": [1, ["x"], ' for _ in range(2000)) + "0" + "]}]" * 2000
+        lines = "".join(f'{{"before": {deep}, "text": "document {i}", "after": {deep}}}\n' for i in range(3))
+        found = self.all_documents(self.file("d.jsonl", lines))
+        self.assertEqual(sorted(found), [f"document {i}" for i in range(3)])
+
     def test_refusals(self):
         deep = '{"text": "a", "other": ' + "[" * 3000 + "]" * 3000 + "}\n"
-        self.refused(self.file("d.jsonl", '{"text": "b"}\n' + deep), says=["d.jsonl:2", "nested too deeply"])
-        self.refused(self.file("d.jsonl", deep), says=["d.jsonl:1", "nested too deeply"])
+        for damaged in (deep.replace("]}", "}"), deep.replace("[]", "[}"), deep.replace("]}", "]]}")):
+            self.refused(self.file("d.jsonl", '{"text": "b"}\n' + damaged), says=["d.jsonl:2", "not JSON"])
         self.refused(self.file("d.json", '[\n{"text": "b"},\n' + deep + "]"), says=["d.json:3", "nested too deeply"])
         for content, line in (('[\n{"text": "a"}\n{"text": "b"}]', 3), ('[\n{"text": "a"},\n]', 3), ('[\n{"text": "a"}', 2),
                               ('{\n"text": "a"\n"b": 1}', 3), ('[{"text": "a"}, 3]', 1), ('[{"text": "a"}, ["b"]]', 1),
