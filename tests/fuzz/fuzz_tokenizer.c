@@ -1,13 +1,22 @@
 /* tokenizer.json: ids are in range, every token's text ends in a NUL, and where the file's options lose
- * nothing, decoding what was encoded gives the text back.
+ * nothing, decoding what was encoded gives the text back. The text is also a prompt of ids, and --stop ends what is
+ * written where it begins in the decoded text.
  *
  * Input: the file, RECORD_SEPARATOR, the text to encode. A byte 1 in the file stands for the vocabulary of
  * the 256 bytes, which would make inputs a hundred times longer. */
 #include "tests/fuzz/fuzz.h"
 
+#include "data/text.h"
 #include "data/tokenizer_internal.h"
 
-enum { BYTES_HERE = 1, BYTE_VOCAB = 256 * 24, VOCAB_SIZE = 5000, REPEATED_BYTES = 600, MOST_BYTES = 200 };
+enum {
+    BYTES_HERE = 1,
+    BYTE_VOCAB = 256 * 24,
+    VOCAB_SIZE = 5000,
+    REPEATED_BYTES = 600,
+    MOST_BYTES = 200,
+    MOST_STOP = 4
+};
 
 static size_t write_byte_vocab(char *out) {
     size_t n = 0;
@@ -188,6 +197,50 @@ static void check_merges(const struct tokenizer *t, const char *text, size_t siz
     CHECK(n == count && (n == 0 || memcmp(ids, expected, (size_t)n * sizeof *ids) == 0));
 }
 
+/* ---- what generate reads and writes ---- */
+
+/* The text as a prompt of ids. */
+static void check_prompt(const char *text, size_t size) {
+    int32_t *ids = NULL;
+    struct error e = {0};
+    int64_t count = text_parse_ids("--prompt-file", text, size, VOCAB_SIZE, &ids, &e);
+    if (count < 0)
+        check_user_error(&e);
+    CHECK(count <= (int64_t)size);
+    for (int64_t i = 0; i < count; i++)
+        CHECK(ids[i] >= 0 && ids[i] < VOCAB_SIZE);
+    free(ids);
+}
+
+/* The tokens' text as it is written, up to `stop` if that is given. */
+static char *written(const struct tokenizer *t, const int32_t *ids, int64_t count, const char *stop,
+                     size_t *size) {
+    char *text = NULL, held[MOST_STOP + 1];
+    FILE *out = open_memstream(&text, size);
+    CHECK(out);
+    struct text_writer w = {.tokenizer = t, .out = out, .stop = stop, .held = held};
+    for (int64_t i = 0; i < count && text_emit(&w, ids[i]); i++)
+        ;
+    text_finish(&w);
+    fclose(out);
+    return text;
+}
+
+/* --stop, a few bytes from the middle of what would be written without it. */
+static void check_stop(const struct tokenizer *t, const int32_t *ids, int64_t count) {
+    char stop[MOST_STOP + 1];
+    size_t size, stopped_size;
+    char *whole = written(t, ids, count, NULL, &size);
+    snprintf(stop, sizeof stop, "%.*s", MOST_STOP, whole + size / 2);
+    if (*stop) {
+        char *stopped = written(t, ids, count, stop, &stopped_size),
+             *found = memmem(whole, size, stop, strlen(stop));
+        CHECK(found && stopped_size == (size_t)(found - whole) && memcmp(stopped, whole, stopped_size) == 0);
+        free(stopped);
+    }
+    free(whole);
+}
+
 static void encode(const struct tokenizer *t, const char *text, size_t size) {
     int32_t *ids = NULL;
     struct error e = {0};
@@ -199,6 +252,7 @@ static void encode(const struct tokenizer *t, const char *text, size_t size) {
         check_ids(t, text, size, ids, count);
         if (is_one_piece(t) && size <= MOST_BYTES)
             check_merges(t, text, size, ids, count);
+        check_stop(t, ids, count);
         free(ids);
     }
 }
@@ -224,6 +278,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     check_tokens(t);
     char *text = fuzz_text(data + (size - rest), rest);
+    check_prompt(text, rest);
     encode(t, text, rest);
     if (rest < REPEATED_BYTES)
         encode_repeated(t, text, rest);
