@@ -128,18 +128,21 @@ class Scenario:
     def __init__(self, name, args, scratch, template=None, damaged=()):
         self.name, self.args, self.scratch, self.template = name, args, Path(scratch), template
         self.damaged = {step: checkpoint_bytes(template / "run", step) for step in damaged}
-        whole = self.folder()
-        # every step: a run that cannot go on saves the step it is at before it ends
-        done = self.run(whole, more=["run.keep=0", "run.save_every=1"])
-        need(done.code == 0, name, done.err)
-        self.steps = {step: checkpoint(path) for step, path in checkpoints(whole / "run").items()}
+        # A run that cannot go on saves the step it is at before it ends, so every step; but how often a run saves also
+        # decides which evaluations may make a checkpoint the best.
+        self.steps = {}
+        for more in (["run.save_every=1"], []):
+            whole = self.folder()
+            done = self.run(whole, more=["run.keep=0", *more])
+            need(done.code == 0, name, done.err)
+            self.steps.update({step: checkpoint(path) for step, path in checkpoints(whole / "run").items()})
+            shutil.rmtree(whole)
         plain = self.folder()
         done = self.run(plain, trace=plain / "trace")
         need(done.code == 0, name, done.err)
         self.out, self.trace = done.out, done.trace
         self.left = self.describe(plain / "run")
         self.metrics = metrics(plain / "run")
-        shutil.rmtree(whole)
         shutil.rmtree(plain)
         self.tried = Counter()
 
@@ -170,6 +173,9 @@ class Scenario:
 
     def counts(self):
         return self.counts_in(self.trace)
+
+    def events(self, kind):
+        return [e for e in self.trace if e.kind == kind]
 
     def disk_events(self):
         return [e for e in self.trace if e.kind in DISK]
@@ -287,6 +293,21 @@ def every(count, stride):
     if SANITIZED and not EVERYTHING:
         stride *= 4
     return sorted(set(range(1, count + 1, stride)) | set(range(max(1, count - 2), count + 1))) if count else []
+
+
+def place(event):
+    """What an event does, without numbers of steps."""
+    return event.kind, event.call, re.sub(r"\d+", "#", event.path), re.sub(r"\d+", "#", event.path2)
+
+
+def sample(events, stride, with_last=False):
+    """As every(len(events), stride), and always the first event of each place, or the first and the last."""
+    first, last = {}, {}
+    for number, event in enumerate(events, 1):
+        first.setdefault(place(event), number)
+        if with_last and not SANITIZED:
+            last[place(event)] = number
+    return every(len(events), stride) if EVERYTHING else sorted({*every(len(events), stride), *first.values(), *last.values()})
 
 
 def try_all(tasks, at_once=os.cpu_count()):
