@@ -32,6 +32,7 @@
 #include "model/info/info_estimate.h"
 #include "model/model.h"
 #include "model/train/banner.h"
+#include "model/train/evaluation.h"
 #include "model/train/metrics.h"
 #include "model/train/profile.h"
 #include "model/train/rank_checks.h"
@@ -68,7 +69,8 @@ struct run {
     int64_t profile_from;  /* the first of them */
     int lock;              /* descriptor of run.dir/lock */
     int32_t *tokens,
-        *targets; /* [micro_batch, seq_len] of an evaluation, then of each pass of the next step */
+        *targets;     /* [micro_batch, seq_len] of an evaluation, then of each pass of the next step */
+    int32_t *correct; /* [micro_batch, seq_len] of an evaluation of labelled data; otherwise NULL */
     double flops_per_token;
 };
 
@@ -93,6 +95,7 @@ static void release(struct run *r) {
     free(r->generation_config);
     free(r->tokens);
     free(r->targets);
+    free(r->correct);
     if (r->device_comm && r->device_comm != r->comm)
         r->device_comm->ops->close(r->device_comm);
     if (r->dev)
@@ -174,7 +177,9 @@ static int build_model(struct run *r, bool training, struct error *e) {
     size_t bytes = (size_t)(passes * t->micro_batch * t->seq_len) * sizeof(int32_t);
     r->tokens = malloc(bytes);
     r->targets = malloc(bytes);
-    if (!r->tokens || !r->targets)
+    if (r->val && shards_have_labels(r->val))
+        r->correct = malloc((size_t)(t->micro_batch * t->seq_len) * sizeof(int32_t));
+    if (!r->tokens || !r->targets || (r->val && shards_have_labels(r->val) && !r->correct))
         return fail_run(e, "out of memory for a batch of tokens");
     struct flops f = flops_per_token(&r->config.model, t->seq_len);
     r->flops_per_token = f.matmul + f.attention + f.mixing;
@@ -205,30 +210,71 @@ static int read_validation_batch(struct run *r, int64_t i, int64_t sequences, st
     return 0;
 }
 
-/* *loss: mean in nats over the first `batches` batches of r->val (0: all of it); *tokens: how many they hold. The
- * batches are distributed over the ranks and do not depend on how many there are. All ranks call it, and fail
- * together. */
-static int validation_loss(struct run *r, int64_t batches, double *loss, int64_t *tokens, struct error *e) {
+/* How many sequences of r->val an evaluation reads. */
+static int64_t validation_sequences(const struct run *r) {
+    int64_t all = shards_sequences(r->val), some = r->config.run.eval_batches * r->config.train.micro_batch;
+    return some > 0 && some < all ? some : all;
+}
+
+/* Check that a target counts in what an evaluation reads. Without labels all do. */
+static int check_validation(const struct run *r, struct error *e) {
+    int64_t T = r->config.train.seq_len, sequences = validation_sequences(r);
+    if (!shards_have_labels(r->val))
+        return 0;
+    int32_t *tokens = malloc((size_t)(2 * T) * sizeof *tokens), *targets = tokens + T;
+    int status = tokens ? 0 : fail_run(e, "out of memory for a sequence of the validation data");
+    bool found = false;
+    for (int64_t i = 0; i < sequences && !found && status == 0; i++) {
+        status = shards_read(r->val, i, tokens, targets, e);
+        for (int64_t t = 0; t < T && !found && status == 0; t++)
+            found = targets[t] >= 0;
+    }
+    free(tokens);
+    if (status == 0 && !found)
+        return fail_user(
+            e,
+            "data.val = %s: no label counts in the %lld sequences that an evaluation reads; give "
+            "other shards, or raise run.eval_batches",
+            r->config.data.val, (long long)sequences);
+    return status;
+}
+
+/* Add up what the ranks have counted. Decisions depend on the figures, so all ranks take the loss of rank 0. */
+static void merge_evaluations(struct comm *comm, struct evaluation *v) {
+    const struct evaluation *gathered = comm_all_gather_small(comm, v, sizeof *v);
+    *v = gathered[0];
+    for (int i = 1; i < comm->ranks; i++) {
+        v->correct += gathered[i].correct;
+        v->segments += gathered[i].segments;
+        v->exact += gathered[i].exact;
+    }
+}
+
+/* Over the first run.eval_batches batches of r->val (0: all of it). The batches are distributed over the ranks and do
+ * not depend on how many there are. All ranks call it, and fail together. */
+static int validate(struct run *r, struct evaluation *v, struct error *e) {
     const struct train_config *t = &r->config.train;
-    int64_t B = t->micro_batch, sequences = shards_sequences(r->val);
-    if (batches > 0 && batches * B < sequences)
-        sequences = batches * B;
+    int64_t B = t->micro_batch, sequences = validation_sequences(r);
     int status = 0;
     struct step_state before, after;
+    *v = (struct evaluation){.labelled = shards_have_labels(r->val)};
     r->k->step_read(r->dev, r->model.state, &before);
     r->k->step_begin(r->dev, r->model.state, before.step, before.lr);
     for (int64_t i = r->model.comm->rank * B; i < sequences && status == 0; i += r->model.comm->ranks * B) {
         status = read_validation_batch(r, i, sequences, e);
         if (status == 0)
-            model_evaluate(&r->model, (struct batch){r->tokens, r->targets, NULL}, 1, NULL);
+            model_evaluate(&r->model, (struct batch){r->tokens, r->targets, NULL}, 1, r->correct);
+        if (status == 0 && v->labelled)
+            evaluation_count(v, B, t->seq_len, r->targets, NULL, r->correct);
     }
     if (comm_agree(r->comm, status, e) != 0)
         return -1;
     r->model.comm->ops->all_reduce(r->model.comm, &r->model.state->loss, 2); /* and targets, the next field */
     r->k->step_read(r->dev, r->model.state, &after);
     r->k->step_write(r->dev, r->model.state, &before);
-    *tokens = (int64_t)after.targets;
-    *loss = after.loss / after.targets;
+    v->targets = (int64_t)after.targets;
+    v->loss = after.loss / after.targets;
+    merge_evaluations(r->comm, v);
     return 0;
 }
 
@@ -288,15 +334,17 @@ static int record_step(struct run *r, struct error *e) {
     trainer->seconds += seconds;
     double rate = (double)c->train.batch_tokens / seconds, peak = r->k->peak_flops(r->dev) * r->comm->ranks;
     struct step_record record = {.step = state.step + 1,
-                                 .steps = c->train.steps,
+                                 .steps = c->train.total_steps,
                                  .tokens = trainer->tokens - r->steps_in_flight * c->train.batch_tokens,
+                                 .targets = state.targets,
+                                 .labelled = shards_have_labels(r->train),
                                  .loss = state.loss,
                                  .lr = state.lr,
                                  .grad_norm = state.grad_norm,
                                  .seconds = seconds,
                                  .tokens_per_second = rate,
                                  .mfu = peak > 0 ? rate * r->flops_per_token / peak : 0,
-                                 .skipped = state.skip != STEP_APPLIED};
+                                 .skipped = state.skip != STEP_APPLIED && state.skip != STEP_EMPTY};
     int status = is_rank0(r) ? metrics_step(r->metrics, &record, e) : 0;
     if (is_rank0(r) && is_due(c->run.log_every, record.step))
         status_step(r->metrics, &record);
@@ -316,22 +364,31 @@ static int record_steps(struct run *r, int max_in_flight, struct error *e) {
 
 /* ---- between steps: evaluate, sample, save ---- */
 
-static int evaluate(struct run *r, bool saves, struct error *e) {
+/* What to do after the current step. The run's last step, and one at which a signal stops it, are saved. */
+struct step_actions {
+    bool ends, evaluates, samples, saves;
+};
+
+/* A new best may have to be saved, and the patience that is over ends the run: added to *actions. */
+static int evaluate(struct run *r, struct step_actions *actions, struct error *e) {
     struct trainer_state *trainer = &r->trainer;
-    int64_t tokens;
-    double loss;
-    if (validation_loss(r, r->config.run.eval_batches, &loss, &tokens, e) != 0)
+    int64_t patience = r->config.train.patience;
+    struct evaluation v;
+    if (validate(r, &v, e) != 0)
         return -1;
-    if (saves && isfinite(loss) && !(loss >= trainer->best_val_loss)) {
-        trainer->best_val_loss = loss;
-        trainer->best_step = trainer->step;
-    }
+    actions->saves |= evaluation_note(trainer, &v, patience, actions->saves);
+    if (patience_is_over(trainer, patience))
+        actions->ends = actions->saves = true;
     if (!is_rank0(r))
         return 0;
     status_break(r->metrics);
-    fprintf(stderr, "step %lld: val_loss %.4f over %lld tokens\n", (long long)trainer->step, loss,
-            (long long)tokens);
-    return metrics_eval(r->metrics, trainer->step, loss, e);
+    fprintf(stderr, "step %lld: val_loss %.4f over %lld tokens", (long long)trainer->step, v.loss,
+            (long long)v.targets);
+    if (v.labelled)
+        fprintf(stderr, ", accuracy %.4f, exact %.4f of %lld segments", evaluation_accuracy(&v),
+                evaluation_exact(&v), (long long)v.segments);
+    fputc('\n', stderr);
+    return metrics_eval(r->metrics, trainer->step, &v, e);
 }
 
 enum { SAMPLE_TOKENS = 256 };
@@ -382,15 +439,10 @@ static int save(struct run *r, bool wait, struct error *e) {
     return saver_save(r->saver, &job, wait, e);
 }
 
-/* What to do after the current step. The run's last step, and one at which a signal stops it, are saved. */
-struct step_actions {
-    bool ends, evaluates, samples, saves;
-};
-
 static struct step_actions actions_after_step(const struct run *r, bool stop) {
     const struct run_config *c = &r->config.run;
     int64_t step = r->trainer.step;
-    bool last = step == r->config.train.steps, ends = last || stop;
+    bool last = step == r->config.train.total_steps, ends = last || stop;
     return (struct step_actions){
         .ends = ends,
         .evaluates = r->val && c->eval_every > 0 && (last || is_due(c->eval_every, step)),
@@ -400,7 +452,7 @@ static struct step_actions actions_after_step(const struct run *r, bool stop) {
 
 /* The checkpoint comes last: a run that is resumed from it repeats nothing of this step. */
 static int run_actions(struct run *r, struct step_actions actions, struct error *e) {
-    if (actions.evaluates && comm_agree(r->comm, evaluate(r, actions.saves, e), e) != 0)
+    if (actions.evaluates && comm_agree(r->comm, evaluate(r, &actions, e), e) != 0)
         return -1;
     if (actions.samples && comm_agree(r->comm, print_sample(r, e), e) != 0)
         return -1;
@@ -428,11 +480,11 @@ enum { PROFILE_WARM_UP = 3 }; /* steps before the first that is traced */
 /* Check that the run, now at `step`, has enough steps left to warm up and to trace. */
 static int check_profile(struct run *r, int64_t step, struct error *e) {
     r->profile_from = step + PROFILE_WARM_UP;
-    if (r->profile_steps == 0 || r->profile_from + r->profile_steps <= r->config.train.steps)
+    if (r->profile_steps == 0 || r->profile_from + r->profile_steps <= r->config.train.total_steps)
         return 0;
     return fail_user(
         e, "--profile %lld traces steps after %d warm-up steps, and the run has %lld left; raise train.steps",
-        (long long)r->profile_steps, PROFILE_WARM_UP, (long long)(r->config.train.steps - step));
+        (long long)r->profile_steps, PROFILE_WARM_UP, (long long)(r->config.train.total_steps - step));
 }
 
 /* Print and write rank 0's trace, after the last traced step or when the run stops before it. A failure is only
@@ -476,11 +528,19 @@ static struct rank_status merge_rank_status(struct run *r, struct rank_status ow
     return all;
 }
 
+static bool ended_by_patience(const struct run *r) {
+    return patience_is_over(&r->trainer, r->config.train.patience);
+}
+
 static void print_end(struct run *r, int stop) {
     if (!is_rank0(r))
         return;
     status_break(r->metrics);
-    if (stop)
+    if (ended_by_patience(r))
+        fprintf(stderr, "train.patience = %lld: no better validation %s since step %lld (%.7g)\n",
+                (long long)r->config.train.patience, best_by_names[r->trainer.best_by],
+                (long long)r->trainer.best_step, r->trainer.best_value);
+    if (stop && !ended_by_patience(r))
         fprintf(stderr, "stopped by signal %d after step %lld; run the same command to continue\n", stop,
                 (long long)r->trainer.step);
     else
@@ -490,11 +550,11 @@ static void print_end(struct run *r, int stop) {
 }
 
 static int train_loop(struct run *r, struct error *e) {
-    const int64_t steps = r->config.train.steps;
+    const int64_t steps = r->config.train.total_steps;
     struct rank_status all = {0};
     struct error read_error = {0};
     r->step_start = clock_seconds();
-    while (r->trainer.step < steps && !all.stop) {
+    while (r->trainer.step < steps && !all.stop && !ended_by_patience(r)) {
         if (r->profile_steps > 0 && r->trainer.step == r->profile_from)
             r->k->trace_begin(r->dev);
         train_step(r);
@@ -511,11 +571,14 @@ static int train_loop(struct run *r, struct error *e) {
         if (saver_advance(r->saver, all.saver, e) != 0 ||
             between_steps(r, all.stop || all.read_failed, e) != 0)
             return -1;
-        if (all.read_failed && !all.stop) { /* what was trained until here is saved */
+        if (all.read_failed && !all.stop &&
+            !ended_by_patience(r)) { /* what was trained until here is saved */
             *e = read_error;
             return comm_agree(r->comm, read_status, e);
         }
     }
+    if (r->profile_steps > 0)
+        end_profile(r);
     print_end(r, all.stop);
     return 0;
 }
@@ -535,6 +598,16 @@ static int open_comm(struct run *r, struct error *e) {
     return comm_agree(r->comm, status, e);
 }
 
+/* Validation data must fit train.best_by, and something in it must count. */
+static int check_labels(const struct run *r, struct error *e) {
+    const struct train_config *t = &r->config.train;
+    if (t->best_by != BEST_BY_LOSS && !shards_have_labels(r->val))
+        return fail_user(
+            e, "train.best_by = %s needs labels, and the shards of data.val = %s have none; use loss",
+            best_by_names[t->best_by], r->config.data.val);
+    return r->config.run.eval_every > 0 && is_rank0(r) ? check_validation(r, e) : 0;
+}
+
 static int open_data(struct run *r, struct error *e) {
     const struct config *c = &r->config;
     int64_t V = c->model.vocab_size;
@@ -542,10 +615,12 @@ static int open_data(struct run *r, struct error *e) {
     r->train = shards_open(c->data.train, &options, e);
     if (!r->train)
         return -1;
+    if (epochs_to_steps(&r->config.train, shards_sequences(r->train), e) != 0)
+        return -1;
     shards_fingerprint(r->train, r->trainer.train_fingerprint);
     if (c->data.val[0]) {
         r->val = shards_open(c->data.val, &options, e);
-        if (!r->val)
+        if (!r->val || check_labels(r, e) != 0)
             return -1;
         shards_fingerprint(r->val, r->trainer.val_fingerprint);
     }
@@ -597,6 +672,7 @@ static int load_config(struct run *r, const struct command_line *line, struct er
     if (config_load(&r->config, line->path, line->override_count, line->overrides, r->comm->ranks, e) != 0)
         return -1;
     comm_set_timeout(r->comm, r->config.system.peer_timeout);
+    r->trainer.best_by = r->config.train.best_by;
     return 0;
 }
 
@@ -652,16 +728,30 @@ static size_t host_memory_left(const struct run *r) {
     return have > need ? have - need : 0;
 }
 
+/* A run without steps left. */
+static void print_finished(const struct run *r) {
+    const struct train_config *t = &r->config.train;
+    printf("%s: already finished: it is at step %lld, and ", r->config.run.dir, (long long)r->trainer.step);
+    if (r->trainer.step < t->total_steps)
+        printf("train.patience = %lld evaluations since step %lld have brought no better validation %s; "
+               "raise it to "
+               "continue\n",
+               (long long)t->patience, (long long)r->trainer.best_step, best_by_names[t->best_by]);
+    else if (t->epochs > 0)
+        printf("train.epochs = %g are %lld steps; raise it to continue\n", t->epochs,
+               (long long)t->total_steps);
+    else
+        printf("train.steps is %lld; raise it to continue\n", (long long)t->total_steps);
+}
+
 static int train(struct run *r, const struct command_line *line, struct error *e) {
     r->profile_steps = line->profile_steps;
-    r->trainer.best_val_loss = (double)NAN;
+    r->trainer.best_value = (double)NAN;
     if (open_comm(r, e) != 0 || prepare_training(r, line, e) != 0)
         return -1;
-    if (r->trainer.step >= r->config.train.steps) {
+    if (r->trainer.step >= r->config.train.total_steps || ended_by_patience(r)) {
         if (is_rank0(r))
-            printf(
-                "%s: already finished: it is at step %lld, and train.steps is %lld; raise it to continue\n",
-                r->config.run.dir, (long long)r->trainer.step, (long long)r->config.train.steps);
+            print_finished(r);
         return 0;
     }
     if (comm_agree(r->comm, prepare_loop(r, e), e) != 0)
@@ -732,7 +822,7 @@ static int open_eval_data(struct run *r, const char *dir, const struct command_l
     r->val = shards_open(c->data.val, &options, e);
     if (!r->val)
         name_recorded_data(dir, line, e);
-    return r->val ? 0 : -1;
+    return r->val && (!is_rank0(r) || check_validation(r, e) == 0) ? 0 : -1;
 }
 
 static int eval_command(struct run *r, const struct command_line *line, struct error *e) {
@@ -746,15 +836,17 @@ static int eval_command(struct run *r, const struct command_line *line, struct e
         comm_agree(r->comm, checkpoint_load_weights(dir, &r->model, 0, e), e) != 0)
         return -1;
     banner_print_ignored(&r->config, r->comm->ranks);
-    int64_t tokens;
-    double loss;
-    if (validation_loss(r, r->config.run.eval_batches, &loss, &tokens, e) != 0)
+    struct evaluation v;
+    if (validate(r, &v, e) != 0)
         return -1;
-    if (!isfinite(loss))
+    if (!isfinite(v.loss))
         return fail_run(e, "%s: the loss is not finite: the weights have diverged; use an earlier checkpoint",
                         dir);
+    if (is_rank0(r) && v.labelled)
+        printf("val_accuracy %.7f %lld\nval_exact %.7f %lld\n", evaluation_accuracy(&v), (long long)v.targets,
+               evaluation_exact(&v), (long long)v.segments);
     if (is_rank0(r))
-        printf("val_loss %.7f %lld\n", loss, (long long)tokens);
+        printf("val_loss %.7f %lld\n", v.loss, (long long)v.targets);
     return 0;
 }
 
@@ -873,13 +965,26 @@ static bool is_directory(const char *path) {
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
 }
 
+/* The configuration of a run, with the steps of train.epochs where the data is on this machine. */
+static int load_info_config(struct run *r, const struct command_line *line, int ranks, struct error *e) {
+    struct config *c = &r->config;
+    struct error missing;
+    if (config_load(c, line->path, line->override_count, line->overrides, ranks, e) != 0)
+        return -1;
+    if (c->train.epochs > 0) {
+        const struct shards_options options = {.seq_len = c->train.seq_len, .vocab_size = c->model.vocab_size};
+        r->train = shards_open(c->data.train, &options, &missing);
+    }
+    return r->train ? epochs_to_steps(&c->train, shards_sequences(r->train), e) : 0;
+}
+
 /* info --gpus: a configuration for as many ranks, on GPUs that this machine need not have. */
 static int estimate_training(struct run *r, const struct command_line *line, const struct info_options *o,
                              struct error *e) {
     if (is_directory(line->path))
         return fail_user(e, "info --gpus estimates a run: give its configuration, not the checkpoint %s",
                          line->path);
-    if (config_load(&r->config, line->path, line->override_count, line->overrides, o->gpus, e) != 0)
+    if (load_info_config(r, line, o->gpus, e) != 0)
         return -1;
     return info_print_estimate(stdout, &r->config, o, e);
 }
@@ -895,7 +1000,7 @@ static int info_command(struct run *r, const struct command_line *line, struct e
         return estimate_training(r, line, &o, e);
     int status = -1;
     if (!is_directory(line->path))
-        status = config_load(&r->config, line->path, line->override_count, line->overrides, 1, e);
+        status = load_info_config(r, line, 1, e);
     else if (checkpoint_find(line->path, dir, e) == 0)
         status = read_checkpoint(r, dir, line, e);
     /* The configuration may be for another machine: count for this one's device and its default precision. */

@@ -155,7 +155,7 @@ static int mark_best(const char *run_dir, const struct trainer_state *p, struct 
     char name[CHECKPOINT_NAME], link[PATH_BYTES], now[CHECKPOINT_NAME] = "";
     checkpoint_name(name, p->best_step);
     path_join(link, run_dir, "best");
-    if (!isfinite(p->best_val_loss) || !path_exists(run_dir, name))
+    if (!isfinite(p->best_value) || !path_exists(run_dir, name))
         return 0;
     if (readlink(link, now, sizeof now - 1) > 0 && strcmp(now, name) == 0)
         return 0;

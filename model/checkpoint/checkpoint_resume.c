@@ -134,5 +134,10 @@ int checkpoint_resume(const char *run_dir, struct model *m, const struct config 
     free(steps);
     if (status == 1)
         snprintf(p->val_fingerprint, sizeof p->val_fingerprint, "%s", requested.val_fingerprint);
+    if (status == 1 && p->best_by != c->train.best_by) { /* the checkpoint is older than train.best_by */
+        p->best_by = c->train.best_by;
+        p->best_value = (double)NAN;
+        p->evals_since_best = 0;
+    }
     return status;
 }

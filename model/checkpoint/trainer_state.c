@@ -12,6 +12,11 @@
 
 enum { MAX_JSON = 16 << 20 }; /* bytes */
 
+/* The key of best_value, by enum best_by. */
+static const char *const best_keys[] = {[BEST_BY_LOSS] = "best_val_loss",
+                                        [BEST_BY_ACCURACY] = "best_val_accuracy",
+                                        [BEST_BY_EXACT] = "best_val_exact"};
+
 /* ---- writing ---- */
 
 /* A JSON object being written. complete: no member failed for lack of memory. */
@@ -51,10 +56,11 @@ int trainer_state_write(const char *path, const struct trainer_state *p, const s
     add_number(&root, "norm_variance", "%.17g", p->history.norm_variance);
     add_number(&root, "seconds", "%.17g", p->seconds);
     add_number(&root, "best_step", "%" PRId64, p->best_step);
-    if (isfinite(p->best_val_loss))
-        add_number(&root, "best_val_loss", "%.17g", p->best_val_loss);
+    if (isfinite(p->best_value))
+        add_number(&root, best_keys[p->best_by], "%.17g", p->best_value);
     else
-        add_number(&root, "best_val_loss", "null");
+        add_number(&root, best_keys[p->best_by], "null");
+    add_number(&root, "evals_since_best", "%" PRId64, p->evals_since_best);
     add_setting(&root, "train_fingerprint", p->train_fingerprint);
     add_setting(&root, "val_fingerprint", p->val_fingerprint);
     struct json_object settings = {cJSON_AddObjectToObject(root.object, "config"), true};
@@ -111,11 +117,25 @@ static void text_of(const cJSON *root, const char *key, char *out, size_t bytes)
     snprintf(out, bytes, "%s", text ? text : "");
 }
 
+static void read_best(const cJSON *root, struct trainer_state *p) {
+    p->best_by = BEST_BY_LOSS;
+    p->best_value = (double)NAN;
+    for (int by = BEST_BY_EXACT; by >= BEST_BY_LOSS; by--) {
+        const cJSON *best = cJSON_GetObjectItemCaseSensitive(root, best_keys[by]);
+        if (!best)
+            continue;
+        p->best_by = (enum best_by)by;
+        p->best_value = is_finite(best) ? best->valuedouble : (double)NAN;
+    }
+    p->best_step = count_of(root, "best_step");
+    int64_t evals = count_of(root, "evals_since_best");
+    p->evals_since_best = evals > 0 ? evals : 0;
+}
+
 int trainer_state_read(const char *path, struct trainer_state *p, struct error *e) {
     cJSON *root = parse(path, e);
     if (!root)
         return -1;
-    const cJSON *best = cJSON_GetObjectItemCaseSensitive(root, "best_val_loss");
     int64_t skips_run = count_of(root, "skips_run");
     *p = (struct trainer_state){
         .step = count_of(root, "step"),
@@ -126,10 +146,9 @@ int trainer_state_read(const char *path, struct trainer_state *p, struct error *
                     .norm_count = count_of(root, "norm_count"),
                     .norm_mean = number_of(root, "norm_mean"),
                     .norm_variance = number_of(root, "norm_variance")},
-        .best_step = count_of(root, "best_step"),
-        .best_val_loss = is_finite(best) ? best->valuedouble : (double)NAN,
         .seconds = number_of(root, "seconds"),
     };
+    read_best(root, p);
     text_of(root, "train_fingerprint", p->train_fingerprint, sizeof p->train_fingerprint);
     text_of(root, "val_fingerprint", p->val_fingerprint, sizeof p->val_fingerprint);
     int64_t version = count_of(root, "format_version");

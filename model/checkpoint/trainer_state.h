@@ -11,8 +11,10 @@ struct trainer_state {
     int64_t sequences; /* drawn from the training data: the data position */
     struct step_history history;
     double seconds;       /* of training, without evaluation and saving */
-    double best_val_loss; /* NAN: none yet */
+    enum best_by best_by; /* the validation figure of best_value; NAN: none yet */
+    double best_value;
     int64_t best_step;
+    int64_t evals_since_best; /* counted with train.patience only */
     char train_fingerprint[17], val_fingerprint[17];
 };
 

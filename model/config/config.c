@@ -19,6 +19,8 @@ const char *const config_layer_type_names[] = {[LAYER_MHA_GLOBAL] = "mha_global"
                                                NULL};
 const char *const recompute_names[] = {
     [RECOMPUTE_NONE] = "none", [RECOMPUTE_LIGHT] = "light", [RECOMPUTE_FULL] = "full", NULL};
+const char *const best_by_names[] = {
+    [BEST_BY_LOSS] = "loss", [BEST_BY_ACCURACY] = "accuracy", [BEST_BY_EXACT] = "exact", NULL};
 const char *const config_sections[] = {"model", "train", "system", "data", "run", NULL};
 
 /* The upper limits are far beyond any real model, and low enough that no product of sizes (parameters,
@@ -86,7 +88,10 @@ const struct config_row config_rows[] = {
     {TRAIN(micro_batch), INTEGER(1, TWO(16)), .help = "sequences per rank and pass"},
     {TRAIN(batch_tokens), INTEGER(1, TWO(32)), .derived = "one pass",
      .help = "tokens per optimizer step over all ranks;\na multiple of micro_batch*seq_len*ranks"},
-    {TRAIN(steps), INTEGER(1, TWO(30)), .may_change = true, .help = "optimizer steps of the whole run"},
+    {TRAIN(steps), INTEGER(1, TWO(30)), .zero = "none", .initial = "none", .may_change = true,
+     .help = "optimizer steps of the whole run;\nexactly one of steps and epochs is given"},
+    {TRAIN(epochs), REAL(0, 1e9), .open = EXCLUDES_MIN, .zero = "none", .initial = "none", .may_change = true,
+     .help = "passes over the training data instead of steps;\nmay be a fraction; steps are rounded up"},
     {TRAIN(lr), REAL(0, 1000), .may_change = true, .help = "peak learning rate"},
     {TRAIN(min_lr), REAL(0, 1000), .derived = "lr/10", .may_change = true,
      .help = "learning rate at the end of the schedule"},
@@ -118,6 +123,10 @@ const struct config_row config_rows[] = {
              "non-finite steps"},
     {TRAIN(max_skips), INTEGER(0, TWO(30)), .initial = "10",
      .help = "stop the run after more skipped steps in a row"},
+    {TRAIN(patience), INTEGER(0, TWO(30)), .initial = "0", .may_change = true,
+     .help = "end the run after this many evaluations in a row\nwithout a better best_by; 0: never"},
+    {TRAIN(best_by), .kind = KIND_ENUM, .values = best_by_names, .initial = "loss",
+     .help = "figure that chooses the best\ncheckpoint; accuracy and exact are of labelled data.val"},
 
     {SYSTEM(device), ENUM([DEVICE_AUTO] = "auto", [DEVICE_CPU] = "cpu", [DEVICE_CUDA] = "cuda"),
      .initial = "auto", .help = "where to compute"},

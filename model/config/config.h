@@ -24,6 +24,7 @@ enum init_alpha { ALPHA_IDENTITY, ALPHA_NOISE };
 enum init_collapse { COLLAPSE_LAST, COLLAPSE_MEAN };
 enum schedule { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_CONSTANT, SCHEDULE_WSD };
 enum init_optimizer { OPTIMIZER_FRESH, OPTIMIZER_KEEP };
+enum best_by { BEST_BY_LOSS, BEST_BY_ACCURACY, BEST_BY_EXACT };
 enum device_kind { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA };
 enum precision { PRECISION_AUTO, PRECISION_FP32, PRECISION_BF16 };
 enum comm_kind { COMM_AUTO, COMM_MPI, COMM_NCCL };
@@ -62,7 +63,9 @@ struct train_config {
     int64_t seq_len;      /* T, tokens */
     int64_t micro_batch;  /* sequences per rank and pass */
     int64_t batch_tokens; /* per optimizer step, over all ranks */
-    int64_t steps;
+    int64_t steps;        /* 0: the data and `epochs` give them */
+    double epochs;        /* 0: `steps` */
+    int64_t total_steps;  /* of the run: `steps`, or calculated by epochs_to_steps; 0: not known yet */
     double lr, min_lr;
     int64_t warmup_steps;
     enum schedule schedule;
@@ -74,6 +77,8 @@ struct train_config {
     bool resize_vocab; /* init_from may have another vocab_size */
     double skip_zscore;
     int64_t max_skips;
+    int64_t patience;     /* evaluations in a row without a better figure that end the run; 0: off */
+    enum best_by best_by; /* the figure */
 };
 
 struct system_config {
@@ -150,6 +155,7 @@ void config_print_help(FILE *out);
 void config_print_markdown(FILE *out);
 
 extern const char *const recompute_names[]; /* by enum recompute */
+extern const char *const best_by_names[];   /* by enum best_by */
 const char *layer_type_name(enum layer_type type);
 static inline bool layer_is_iha(enum layer_type t) {
     return t == LAYER_IHA_GLOBAL || t == LAYER_IHA_LOCAL;

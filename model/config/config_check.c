@@ -76,17 +76,32 @@ int finish_model(struct draft *d, int64_t seq_len) {
 
 /* ---- the run ---- */
 
+static bool is_missing(const struct draft *d, int row) {
+    const struct train_config *t = &d->config->train;
+    if (&config_rows[row] == find_row("train", "steps"))
+        return !t->steps && !(t->epochs > 0);
+    return row_is_required(&config_rows[row]) && !d->origin[row];
+}
+
 int check_required(const struct draft *d) {
+    const struct train_config *t = &d->config->train;
     char missing[600] = "";
     size_t used = 0;
     int count = 0;
     for (int i = 0; i < config_row_count; i++)
-        if (row_is_required(&config_rows[i]) && !d->origin[i]) {
-            used += (size_t)snprintf(missing + used, sizeof missing - used, "%s%s.%s", count++ ? ", " : "",
-                                     config_rows[i].section, config_rows[i].name);
+        if (is_missing(d, i)) {
+            used += (size_t)snprintf(missing + used, sizeof missing - used, "%s%s.%s%s", count++ ? ", " : "",
+                                     config_rows[i].section, config_rows[i].name,
+                                     row_is_required(&config_rows[i]) ? "" : " (or train.epochs)");
             if (used >= sizeof missing)
                 break;
         }
+    if (!count && t->steps && t->epochs > 0)
+        return fail_at(d, find_row("train", "epochs"),
+                       "train.steps = %" PRId64
+                       " and train.epochs = %g are both given; keep one, and leave the "
+                       "other out or set it to none",
+                       t->steps, t->epochs);
     if (!count)
         return 0;
     return fail_at(d, NULL, "missing required %s: %s", count > 1 ? "keys" : "key", missing);
@@ -131,6 +146,23 @@ int check_widths(const struct draft *d) {
                    (long long)widest);
 }
 
+/* patience and best_by are about evaluations: there must be some. */
+static int check_best(const struct draft *d) {
+    const struct config *c = d->config;
+    bool evaluates = c->data.val[0] && c->run.eval_every > 0;
+    if (c->train.patience > 0 && !evaluates)
+        return fail_at(d, find_row("train", "patience"),
+                       "patience = %" PRId64 " counts evaluations, and there are none; set data.val and "
+                       "run.eval_every",
+                       c->train.patience);
+    if (c->train.best_by != BEST_BY_LOSS && !evaluates)
+        return fail_at(
+            d, find_row("train", "best_by"),
+            "best_by = %s compares evaluations, and there are none; set data.val and run.eval_every",
+            best_by_names[c->train.best_by]);
+    return 0;
+}
+
 int finish_train(struct draft *d, int ranks) {
     struct train_config *t = &d->config->train;
     const struct config_row *batch = find_row("train", "batch_tokens");
@@ -156,9 +188,10 @@ int finish_train(struct draft *d, int ranks) {
     if (t->min_lr > t->lr)
         return fail_at(d, find_row("train", "min_lr"), "min_lr = %g is above lr = %g; lower it", t->min_lr,
                        t->lr);
-    if (t->warmup_steps > t->steps)
+    t->total_steps = t->steps;
+    if (t->steps && t->warmup_steps > t->steps)
         return fail_at(d, find_row("train", "warmup_steps"),
                        "warmup_steps = %lld is above steps = %lld; lower it or train longer",
                        (long long)t->warmup_steps, (long long)t->steps);
-    return check_widths(d);
+    return check_best(d) || check_widths(d) ? -1 : 0;
 }

@@ -167,6 +167,10 @@ static int set_integer(void *target, const struct config_row *row, const char *t
 
 static int set_real(void *target, const struct config_row *row, const char *text, char why[MAX_WHY]) {
     char *end;
+    if (row->zero && !strcmp(text, row->zero)) {
+        memset(target, 0, sizeof(double));
+        return 0;
+    }
     double value = strtod(text, &end);
     /* strtod alone would accept leading blanks, hexadecimals, "inf" and "nan". */
     if (end == text || *end || text[strspn(text, "0123456789+-.eE")]) {
@@ -356,7 +360,10 @@ void value_text(const struct config *c, const struct config_row *row, char text[
         break;
     case KIND_REAL:
         memcpy(&real, source, sizeof real);
-        real_text(real, text);
+        if (!(real > 0) && row->zero)
+            snprintf(text, MAX_TEXT, "%s", row->zero);
+        else
+            real_text(real, text);
         break;
     case KIND_BOOL:
         snprintf(text, MAX_TEXT, "%s", *(const bool *)source ? "true" : "false");

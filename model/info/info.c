@@ -149,6 +149,18 @@ static int print_ranks(FILE *out, const struct config *c, const struct kernels *
     return 0;
 }
 
+/* Nothing for a checkpoint. */
+static void print_steps(FILE *out, const struct train_config *t) {
+    if (t->total_steps > 0)
+        fprintf(out, "Steps: %lld of %lld tokens", (long long)t->total_steps, (long long)t->batch_tokens);
+    else if (t->epochs > 0)
+        fprintf(out, "Steps: not known, since data.train cannot be opened here");
+    if (t->epochs > 0)
+        fprintf(out, ", for train.epochs = %g", t->epochs);
+    if (t->total_steps > 0 || t->epochs > 0)
+        fputs("\n\n", out);
+}
+
 int info_print_counts(FILE *out, const struct config *c, struct error *e) {
     struct params params;
     if (params_create(&params, &c->model, 1, e) != 0)
@@ -157,6 +169,7 @@ int info_print_counts(FILE *out, const struct config *c, struct error *e) {
     print_parameters(out, &params);
     print_schedule(out, &c->model, c->train.seq_len);
     print_flops(out, &c->model, c->train.seq_len);
+    print_steps(out, &c->train);
     params_free(&params);
     return 0;
 }

@@ -65,16 +65,18 @@ static void print_header(FILE *out, const struct config *c, const struct info_op
 
 static void print_speed(FILE *out, const struct config *c, const struct info_options *o,
                         const struct run_estimate *p) {
-    double run = p->step.now * (double)c->train.steps;
+    double run = p->step.now * (double)c->train.total_steps;
     fprintf(out, "  %-12s %10.1f ms\n", "step", 1e3 * p->step.now);
     fprintf(out, "  %-12s %10.0f tokens/s, %.0f per GPU\n", "speed", p->tokens_per_second,
             p->tokens_per_second / o->gpus);
     fprintf(out, "  %-12s %10.1f %%    of %.0f TFLOP/s dense bf16\n", "MFU", 100 * p->mfu,
             o->gpu->peak / 1e12);
     bool long_run = run > 2 * 86400;
-    fprintf(out, "  %-12s %10.1f %s for %lld steps: %.0f GPU-hours, without evaluation and saving\n\n", "run",
-            run / (long_run ? 86400 : 3600), long_run ? "days" : "hours", (long long)c->train.steps,
-            run / 3600 * o->gpus);
+    if (c->train.total_steps > 0)
+        fprintf(out, "  %-12s %10.1f %s for %lld steps: %.0f GPU-hours, without evaluation and saving\n",
+                "run", run / (long_run ? 86400 : 3600), long_run ? "days" : "hours",
+                (long long)c->train.total_steps, run / 3600 * o->gpus);
+    fprintf(out, "\n");
 }
 
 static void print_share(FILE *out, const char *name, double seconds, double step, const char *what) {

@@ -17,9 +17,12 @@ void banner_print(const struct config *c, const struct model *m, int64_t data_to
                 m->partition.zero_stage);
     fprintf(stderr, "%s\n", m->k->describe(m->dev));
     fprintf(stderr,
-            "model: %.2fM parameters, %lld layers; data: %lld tokens in %d file%s; %lld tokens a step\n",
+            "model: %.2fM parameters, %lld layers; data: %lld tokens in %d file%s; %lld tokens a step",
             (double)m->params.num_params / 1e6, (long long)c->model.num_hidden_layers, (long long)data_tokens,
             data_files, data_files == 1 ? "" : "s", (long long)c->train.batch_tokens);
+    if (c->train.epochs > 0)
+        fprintf(stderr, "; %lld steps (train.epochs = %g)", (long long)c->train.total_steps, c->train.epochs);
+    fputc('\n', stderr);
     banner_print_ignored(c, m->comm->ranks);
     if (c->system.deterministic)
         info_print_determinism(stderr, m);

@@ -126,19 +126,25 @@ static void put_number(FILE *f, const char *key, double x, const char *format) {
 
 int metrics_step(struct metrics *m, const struct step_record *r, struct error *e) {
     fprintf(m->file, "{\"step\": %" PRId64, r->step);
-    put_number(m->file, "loss", r->loss, "%.9g");
+    put_number(m->file, "loss", r->targets > 0 ? r->loss : (double)NAN, "%.9g");
     put_number(m->file, "lr", r->lr, "%.9g");
     put_number(m->file, "grad_norm", r->grad_norm, "%.9g");
     fprintf(m->file, ", \"tokens\": %" PRId64, r->tokens);
+    if (r->labelled)
+        put_number(m->file, "target_tokens", r->targets, "%.0f");
     put_number(m->file, "tokens_per_second", r->tokens_per_second, "%.1f");
     put_number(m->file, "mfu", r->mfu > 0 ? r->mfu : (double)NAN, "%.4f");
     fprintf(m->file, ", \"skipped\": %s}\n", r->skipped ? "true" : "false");
     return finish_line(m, e);
 }
 
-int metrics_eval(struct metrics *m, int64_t step, double val_loss, struct error *e) {
+int metrics_eval(struct metrics *m, int64_t step, const struct evaluation *v, struct error *e) {
     fprintf(m->file, "{\"step\": %" PRId64, step);
-    put_number(m->file, "val_loss", val_loss, "%.9g");
+    put_number(m->file, "val_loss", v->loss, "%.9g");
+    if (v->labelled) {
+        put_number(m->file, "val_accuracy", evaluation_accuracy(v), "%.9g");
+        put_number(m->file, "val_exact", evaluation_exact(v), "%.9g");
+    }
     fputs("}\n", m->file);
     return finish_line(m, e);
 }
@@ -180,15 +186,19 @@ void status_step(struct metrics *m, const struct step_record *r) {
     if (r->step < r->steps && m->last_shown > 0 && t - m->last_shown < interval)
         return;
     m->last_shown = t;
-    char left[32], rate[32], mfu[32] = "", bar[3 * BAR + 1] = "", head[128], tail[192];
+    char left[32], rate[32], mfu[32] = "", loss[32] = "none", bar[3 * BAR + 1] = "", head[128], tail[192];
     format_duration(m->seconds_per_step * (double)(r->steps - r->step), left);
     format_rate(r->tokens_per_second, rate);
     if (r->mfu > 0)
         snprintf(mfu, sizeof mfu, "  mfu %.1f%%", 100 * r->mfu);
+    if (r->targets > 0)
+        snprintf(loss, sizeof loss, "%.4f", r->loss);
     snprintf(head, sizeof head, "step %" PRId64 "/%" PRId64 " ", r->step, r->steps);
-    snprintf(tail, sizeof tail, "%3d%%  loss %.4f  lr %.2e  norm %.2f  %s%s  %s left%s",
-             (int)(100 * r->step / r->steps), r->loss, r->lr, r->grad_norm, rate, mfu, left,
-             r->skipped ? "  SKIPPED" : "");
+    snprintf(tail, sizeof tail, "%3d%%  loss %s  lr %.2e  norm %.2f  %s%s  %s left%s",
+             (int)(100 * r->step / r->steps), loss, r->lr, r->grad_norm, rate, mfu, left,
+             r->skipped       ? "  SKIPPED"
+             : r->targets > 0 ? ""
+                              : "  NO TARGETS");
     if (!m->terminal) {
         fprintf(stderr, "%s%s\n", head, tail);
         return;

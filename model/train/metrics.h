@@ -6,9 +6,12 @@
 #include <stdint.h>
 
 #include "kernels/error.h"
+#include "model/train/evaluation.h"
 
 struct step_record {
     int64_t step, steps, tokens;
+    double targets; /* of the step, that count; 0: the step has updated nothing, and has no loss */
+    bool labelled;  /* targets and tokens may differ: print both */
     double loss, lr, grad_norm;
     double seconds; /* this step alone: without evaluation and saving */
     double tokens_per_second;
@@ -24,7 +27,7 @@ struct metrics *metrics_open(const char *run_dir, int64_t step, struct error *e)
 void metrics_close(struct metrics *m);
 
 int metrics_step(struct metrics *m, const struct step_record *r, struct error *e);
-int metrics_eval(struct metrics *m, int64_t step, double val_loss, struct error *e);
+int metrics_eval(struct metrics *m, int64_t step, const struct evaluation *v, struct error *e);
 
 /* Return once all lines are on the disk. Called before a checkpoint of the same step is saved. */
 int metrics_sync(struct metrics *m, struct error *e);

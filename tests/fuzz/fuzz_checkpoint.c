@@ -23,7 +23,7 @@ static uint8_t *good[FILES];
 static size_t good_size[FILES];
 static struct config config;
 static struct trainer_state progress = {
-    .step = 1, .tokens = 4, .sequences = 2, .history.updates = 1, .best_val_loss = 2.5};
+    .step = 1, .tokens = 4, .sequences = 2, .history.updates = 1, .best_value = 2.5};
 static struct model model;
 
 /* ---- files ---- */

@@ -15,7 +15,8 @@ static void check_progress(const struct trainer_state *p) {
     CHECK(p->sequences >= 0 && p->sequences < most && p->history.updates >= 0 && p->history.updates < most);
     CHECK(p->history.skips_run >= 0 && p->best_step >= -1 && p->best_step < most);
     CHECK(isfinite(p->seconds) && p->seconds >= 0);
-    CHECK(isnan(p->best_val_loss) || isfinite(p->best_val_loss));
+    CHECK(isnan(p->best_value) || isfinite(p->best_value));
+    CHECK(p->best_by <= BEST_BY_EXACT && p->evals_since_best >= 0);
     CHECK(strnlen(p->train_fingerprint, 17) < 17 && strnlen(p->val_fingerprint, 17) < 17);
 }
 
@@ -30,7 +31,8 @@ static void check_again(const struct trainer_state *p) {
     CHECK(p->history.updates == q.history.updates && p->history.skips_run == q.history.skips_run &&
           p->best_step == q.best_step);
     CHECK(p->seconds == q.seconds);
-    CHECK(p->best_val_loss == q.best_val_loss || (isnan(p->best_val_loss) && isnan(q.best_val_loss)));
+    CHECK(p->best_value == q.best_value || (isnan(p->best_value) && isnan(q.best_value)));
+    CHECK(p->best_by == q.best_by && p->evals_since_best == q.evals_since_best);
     CHECK(strcmp(p->train_fingerprint, q.train_fingerprint) == 0);
     CHECK(strcmp(p->val_fingerprint, q.val_fingerprint) == 0);
 }

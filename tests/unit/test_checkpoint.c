@@ -72,7 +72,7 @@ static void load_config(struct config *c, const char *extra) {
 /* A model of the run, with initial values by `seed`. */
 static void open_run(struct run *r, const char *dir, const char *extra, uint64_t seed) {
     struct error e = {0};
-    *r = (struct run){.trainer = {.best_val_loss = NAN}};
+    *r = (struct run){.trainer = {.best_value = NAN}};
     snprintf(r->dir, sizeof r->dir, "%s", dir);
     strcpy(r->trainer.train_fingerprint, "0123456789abcdef");
     load_config(&r->config, extra);
@@ -197,7 +197,7 @@ static void what_is_saved_comes_back(void **state) {
     r.trainer.sequences = (1LL << 52) + 1;
     r.trainer.history.skips_run = 2;
     r.trainer.seconds = 0.1 + 0.2;
-    r.trainer.best_val_loss = 1.0 / 3;
+    r.trainer.best_value = 1.0 / 3;
     r.trainer.best_step = 2;
     assert_int_equal(save(&r, &e), 0);
     open_run(&other, "back", NULL, 2);
@@ -231,7 +231,7 @@ static void no_best_loss_yet_stays_none(void **state) {
     open_run(&r, "none", NULL, 1);
     step_and_save(&r);
     assert_int_equal(checkpoint_read_trainer_state("none/step_00000001", &p, NULL), 0);
-    assert_true(isnan(p.best_val_loss));
+    assert_true(isnan(p.best_value));
     assert_false(exists("none/best"));
     close_run(&r);
 }
@@ -355,7 +355,7 @@ static void check_best(const struct run *r, const char *expected) {
 }
 
 static void improve(struct run *r, double loss) {
-    r->trainer.best_val_loss = loss;
+    r->trainer.best_value = loss;
     r->trainer.best_step = r->trainer.step + 1;
 }
 
@@ -504,7 +504,7 @@ static void numbers_beyond_sense_are_left_out(void **state) {
     edit_trainer(&r, "\"best_val_loss\":\tnull", "\"best_val_loss\": -1e999");
     edit_trainer(&r, "\"seconds\":\t0", "\"seconds\": -5");
     assert_int_equal(checkpoint_read_trainer_state("beyond/step_00000001", &p, NULL), 0);
-    assert_true(isnan(p.best_val_loss));
+    assert_true(isnan(p.best_value));
     assert_true(p.seconds == 0);
     close_run(&r);
 }

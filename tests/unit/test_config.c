@@ -436,7 +436,9 @@ static void test_values_refused(void **state) {
         {"train.schedule=cosin", "did you mean 'cosine'?"},
         {"train.seed=-1", "out of range"},
         {"train.seed=9007199254740993", "out of range"}, /* as a double it would be the largest seed */
-        {"train.steps=0", "out of range"},
+        {"train.steps=0", "out of range; steps takes a whole number from 1 to 1073741824, or none"},
+        {"train.epochs=0", "out of range; epochs takes a number from 0 (excluded) to 1000000000, or none"},
+        {"train.epochs=all", "not a number"},
         {"system.zero_stage=3", "out of range; zero_stage takes a whole number from 0 to 2"},
         {"system.threads=0", "out of range; threads takes a whole number from 1 to 4096, or all"},
         {"system.peer_timeout=0", "out of range"},
@@ -476,6 +478,16 @@ static void test_relations(void **state) {
     refused("min_lr = 0.002 is above lr = 0.001", small, "train.min_lr=2e-3", NULL);
     refused("warmup_steps = 101 is above steps = 100", small, "train.warmup_steps=101", NULL);
     loads(small, "train.warmup_steps=100", NULL);
+    assert_int_equal(config.train.total_steps, 100);
+    loads(small, "train.steps=none", "train.epochs=2.5", "train.warmup_steps=101", NULL);
+    assert_true(config.train.epochs == 2.5 && config.train.steps == 0 && config.train.total_steps == 0);
+    refused(": missing required key: train.steps (or train.epochs)", small, "train.steps=none", NULL);
+    refused("override 'train.epochs=2': train.steps = 100 and train.epochs = 2 are both given", small,
+            "train.epochs=2", NULL);
+    refused("override 'train.patience=3': patience = 3 counts evaluations, and there are none", small,
+            "train.patience=3", "data.val=x", NULL);
+    refused("best_by = exact compares evaluations", small, "train.best_by=exact", "run.eval_every=1", NULL);
+    loads(small, "train.patience=3", "train.best_by=exact", "data.val=x", "run.eval_every=1", NULL);
     refused("tokenizer = bytes needs model.vocab_size >= 257", small, "data.tokenizer=bytes",
             "model.vocab_size=256", NULL);
     loads(small, "data.tokenizer=bytes", "model.vocab_size=257", NULL);
@@ -713,20 +725,28 @@ static void test_visit(void **state) {
     assert_true(has(&v, "data.val=x=y"));
     assert_true(has(&v, "train.min_lr=0"));
     assert_true(has(&v, "train.seed=9007199254740992"));
+    assert_true(has(&v, "train.epochs=none"));
+    free_visited(&v);
+
+    loads(small, "train.steps=none", "train.epochs=0.1", NULL);
+    config.train.total_steps = 7; /* of one run's data */
+    visit_round_trip(&config, &v);
+    assert_true(has(&v, "train.epochs=0.1") && has(&v, "train.steps=none"));
     free_visited(&v);
 }
 
 static void test_resume(void **state) {
     (void)state;
-    static const char *const may[] = {"train.steps",        "train.lr",       "train.min_lr",
-                                      "train.warmup_steps", "train.schedule", "system.device",
-                                      "system.threads",     "run.dir",        "run.keep"};
+    static const char *const may[] = {
+        "train.steps",    "train.lr", "train.min_lr", "train.warmup_steps", "train.schedule", "system.device",
+        "system.threads", "run.dir",  "run.keep",     "train.epochs",       "train.patience"};
     static const char *const may_not[] = {"model.vocab_size",
                                           "model.layer_pattern",
                                           "train.seq_len",
                                           "train.batch_tokens",
                                           "train.seed",
                                           "train.beta1",
+                                          "train.best_by",
                                           "data.train",
                                           "data.shuffle",
                                           "nonsense",
@@ -750,7 +770,7 @@ static void test_help(void **state) {
     struct visited v = {0};
     loads(small, NULL);
     config_visit(&config, collect, &v);
-    assert_int_equal(v.count, 65); /* every key */
+    assert_int_equal(v.count, 68); /* every key */
     for (int i = 0; i < v.count; i++) {
         char word[80];
         char *name = strchr(v.text[i], '.') + 1;

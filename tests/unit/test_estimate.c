@@ -54,7 +54,7 @@ static struct config config_of(struct model_config model, int ranks, int passes,
                            .train = {.seq_len = TOKENS,
                                      .micro_batch = BATCH,
                                      .batch_tokens = (int64_t)ROWS * ranks * passes,
-                                     .steps = 10,
+                                     .total_steps = 10,
                                      .mix_lr_scale = 1},
                            .system = {.zero_stage = stage}};
 }

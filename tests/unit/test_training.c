@@ -395,7 +395,7 @@ static void a_model_overfits_one_batch(void **state) {
 
 static void check_lr(enum schedule schedule, int64_t warmup, int64_t at, double expected) {
     struct train_config t = {
-        .steps = 110, .lr = 1, .min_lr = 0.1, .warmup_steps = warmup, .schedule = schedule};
+        .total_steps = 110, .lr = 1, .min_lr = 0.1, .warmup_steps = warmup, .schedule = schedule};
     double lr = schedule_lr(&t, at);
     if (!(fabs(lr - expected) < 1e-12))
         fail_msg("schedule %d, warm-up %d, step %d: %.15g, not %.15g", schedule, (int)warmup, (int)at, lr,
@@ -421,6 +421,33 @@ static void learning_rates_at_known_points(void **state) {
     check_lr(SCHEDULE_WSD, 10, 88, 1); /* the last fifth begins */
     check_lr(SCHEDULE_WSD, 10, 99, 0.55);
     check_lr(SCHEDULE_WSD, 10, 109, 0.1 + 0.9 / 22);
+}
+
+static void check_epochs(double epochs, int64_t sequences, int64_t expected) {
+    struct train_config t = {.epochs = epochs, .seq_len = 4, .batch_tokens = 12}; /* 3 sequences a step */
+    struct error e = {0};
+    assert_int_equal(epochs_to_steps(&t, sequences, &e), 0);
+    assert_int_equal(t.total_steps, expected);
+}
+
+static void epochs_are_whole_steps(void **state) {
+    (void)state;
+    check_epochs(1, 30, 10);
+    check_epochs(1, 31, 11);
+    check_epochs(1, 29, 10);
+    check_epochs(1.1, 30, 11); /* 11.000000000000002 */
+    check_epochs(0.25, 30, 3);
+    check_epochs(1e-9, 30, 1);
+    check_epochs(3, 1000000001, 1000000001);
+    struct train_config t = {.epochs = 2, .seq_len = 4, .batch_tokens = 4, .warmup_steps = 7};
+    struct error e = {0};
+    assert_int_equal(epochs_to_steps(&t, 3, &e), -1);
+    assert_non_null(strstr(e.text, "train.warmup_steps = 7 is above the 6 steps of train.epochs = 2"));
+    assert_int_equal(epochs_to_steps(&t, (int64_t)1 << 30, &e), -1);
+    assert_non_null(strstr(e.text, "the limit is 1073741824"));
+    t = (struct train_config){.steps = 5, .total_steps = 5}; /* no epochs: nothing changes */
+    assert_int_equal(epochs_to_steps(&t, 3, &e), 0);
+    assert_int_equal(t.total_steps, 5);
 }
 
 static float bf16_value(uint16_t bits) {
@@ -519,6 +546,7 @@ int main(void) {
         cmocka_unit_test(nan_gradients_leave_the_parameters_unchanged),
         cmocka_unit_test(a_model_overfits_one_batch),
         cmocka_unit_test(learning_rates_at_known_points),
+        cmocka_unit_test(epochs_are_whole_steps),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
