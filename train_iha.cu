@@ -14,7 +14,7 @@
 
 #include "data/check.h"
 #include "data/dataset.h"
-#include "data/shards.h"
+#include "data/loader.h"
 #include "data/text.h"
 #include "data/tokenizer.h"
 #include "kernels/clock.h"
@@ -53,7 +53,8 @@ struct run {
     struct comm *device_comm; /* between the ranks' devices, the same as comm on the CPU; NULL on one rank */
     size_t host_memory;       /* bytes free before the model was created */
     struct model model;
-    struct shards *train, *val;
+    struct loader *train, *val;
+    struct loader_step batch; /* this rank's sequences of the next step */
     struct tokenizer *tokenizer;
     char *tokenizer_text; /* of tokenizer.json, for checkpoints; NULL: none */
     size_t tokenizer_bytes;
@@ -63,14 +64,13 @@ struct run {
     struct metrics *metrics; /* on rank 0 */
     struct trainer_state trainer;
     struct saver *saver;
-    int steps_in_flight;   /* begun, and their state not collected yet */
-    double step_start;     /* clock_seconds() from which the next collected step is timed */
-    int64_t profile_steps; /* to trace; 0: none */
-    int64_t profile_from;  /* the first of them */
-    int lock;              /* descriptor of run.dir/lock */
-    int32_t *tokens,
-        *targets;     /* [micro_batch, seq_len] of an evaluation, then of each pass of the next step */
-    int32_t *correct; /* [micro_batch, seq_len] of an evaluation of labelled data; otherwise NULL */
+    int steps_in_flight;                  /* begun, and their state not collected yet */
+    double step_start;                    /* clock_seconds() from which the next collected step is timed */
+    int64_t profile_steps;                /* to trace; 0: none */
+    int64_t profile_from;                 /* the first of them */
+    int lock;                             /* descriptor of run.dir/lock */
+    int32_t *tokens, *targets, *segments; /* [micro_batch, seq_len] of an evaluation */
+    int32_t *correct;                     /* the same, where the data is labelled; otherwise NULL */
     double flops_per_token;
 };
 
@@ -88,13 +88,14 @@ static void release(struct run *r) {
     if (r->decoder.m)
         decoder_free(&r->decoder);
     model_free(&r->model);
-    shards_close(r->train);
-    shards_close(r->val);
+    loader_close(r->train);
+    loader_close(r->val);
     tokenizer_close(r->tokenizer);
     free(r->tokenizer_text);
     free(r->generation_config);
     free(r->tokens);
     free(r->targets);
+    free(r->segments);
     free(r->correct);
     if (r->device_comm && r->device_comm != r->comm)
         r->device_comm->ops->close(r->device_comm);
@@ -160,12 +161,13 @@ static int64_t passes_per_step(const struct run *r) {
     return t->batch_tokens / (r->comm->ranks * t->micro_batch * t->seq_len);
 }
 
-/* Create the model, with uninitialised weights, and the buffers for tokens. */
+/* Create the model, with uninitialised weights, and the buffers of an evaluation. */
 static int build_model(struct run *r, bool training, struct error *e) {
     const struct train_config *t = &r->config.train;
-    int64_t passes = 1 + (training ? passes_per_step(r) : 0);
+    const struct data_config *d = &r->config.data;
     struct model_options options = {
-        .shape = {t->micro_batch, t->seq_len, r->config.system.recompute, training},
+        .shape = {t->micro_batch, t->seq_len, r->config.system.recompute, training,
+                  d->segments == SEGMENTS_DOCUMENTS, d->segment_positions == POSITIONS_RESTART},
         .weight_decay = t->weight_decay,
         .mix_lr_scale = t->mix_lr_scale,
         .comm = r->device_comm,
@@ -174,12 +176,13 @@ static int build_model(struct run *r, bool training, struct error *e) {
     r->host_memory = kernels_cpu()->memory_available(NULL);
     if (model_create(&r->model, &r->config.model, r->k, r->dev, &options, e) != 0)
         return -1;
-    size_t bytes = (size_t)(passes * t->micro_batch * t->seq_len) * sizeof(int32_t);
+    size_t bytes = (size_t)(t->micro_batch * t->seq_len) * sizeof(int32_t);
+    bool labelled = r->val && loader_has_labels(r->val);
     r->tokens = malloc(bytes);
     r->targets = malloc(bytes);
-    if (r->val && shards_have_labels(r->val))
-        r->correct = malloc((size_t)(t->micro_batch * t->seq_len) * sizeof(int32_t));
-    if (!r->tokens || !r->targets || (r->val && shards_have_labels(r->val) && !r->correct))
+    r->segments = malloc(bytes);
+    r->correct = labelled ? malloc(bytes) : NULL;
+    if (!r->tokens || !r->targets || !r->segments || (labelled && !r->correct))
         return fail_run(e, "out of memory for a batch of tokens");
     struct flops f = flops_per_token(&r->config.model, t->seq_len);
     r->flops_per_token = f.matmul + f.attention + f.mixing;
@@ -202,7 +205,8 @@ static int read_validation_batch(struct run *r, int64_t i, int64_t sequences, st
     int64_t B = r->config.train.micro_batch, T = r->config.train.seq_len;
     for (int64_t b = 0; b < B; b++) {
         int32_t *targets = r->targets + b * T;
-        if (shards_read(r->val, i + b < sequences ? i + b : i, r->tokens + b * T, targets, e) != 0)
+        if (loader_read(r->val, i + b < sequences ? i + b : i, r->tokens + b * T, targets,
+                        r->segments + b * T, e) != 0)
             return -1;
         for (int64_t j = 0; j < T && i + b >= sequences; j++)
             targets[j] = -1; /* the last batch is padded with sequences that do not count */
@@ -211,21 +215,23 @@ static int read_validation_batch(struct run *r, int64_t i, int64_t sequences, st
 }
 
 /* How many sequences of r->val an evaluation reads. */
-static int64_t validation_sequences(const struct run *r) {
-    int64_t all = shards_sequences(r->val), some = r->config.run.eval_batches * r->config.train.micro_batch;
-    return some > 0 && some < all ? some : all;
+static int validation_sequences(const struct run *r, int64_t *sequences, struct error *e) {
+    int64_t some = r->config.run.eval_batches * r->config.train.micro_batch;
+    return loader_count(r->val, some > 0 ? some : INT64_MAX, sequences, e);
 }
 
 /* Check that a target counts in what an evaluation reads. Without labels all do. */
 static int check_validation(const struct run *r, struct error *e) {
-    int64_t T = r->config.train.seq_len, sequences = validation_sequences(r);
-    if (!shards_have_labels(r->val))
+    int64_t T = r->config.train.seq_len, sequences;
+    if (!loader_has_labels(r->val))
         return 0;
-    int32_t *tokens = malloc((size_t)(2 * T) * sizeof *tokens), *targets = tokens + T;
+    if (validation_sequences(r, &sequences, e) != 0)
+        return -1;
+    int32_t *tokens = malloc((size_t)(3 * T) * sizeof *tokens), *targets = tokens + T;
     int status = tokens ? 0 : fail_run(e, "out of memory for a sequence of the validation data");
     bool found = false;
     for (int64_t i = 0; i < sequences && !found && status == 0; i++) {
-        status = shards_read(r->val, i, tokens, targets, e);
+        status = loader_read(r->val, i, tokens, targets, targets + T, e);
         for (int64_t t = 0; t < T && !found && status == 0; t++)
             found = targets[t] >= 0;
     }
@@ -254,18 +260,19 @@ static void merge_evaluations(struct comm *comm, struct evaluation *v) {
  * not depend on how many there are. All ranks call it, and fail together. */
 static int validate(struct run *r, struct evaluation *v, struct error *e) {
     const struct train_config *t = &r->config.train;
-    int64_t B = t->micro_batch, sequences = validation_sequences(r);
-    int status = 0;
+    int64_t B = t->micro_batch, sequences = 0;
+    const int32_t *segments = r->config.data.segments == SEGMENTS_NONE ? NULL : r->segments;
+    int status = validation_sequences(r, &sequences, e);
     struct step_state before, after;
-    *v = (struct evaluation){.labelled = shards_have_labels(r->val)};
+    *v = (struct evaluation){.labelled = loader_has_labels(r->val)};
     r->k->step_read(r->dev, r->model.state, &before);
     r->k->step_begin(r->dev, r->model.state, before.step, before.lr);
     for (int64_t i = r->model.comm->rank * B; i < sequences && status == 0; i += r->model.comm->ranks * B) {
         status = read_validation_batch(r, i, sequences, e);
         if (status == 0)
-            model_evaluate(&r->model, (struct batch){r->tokens, r->targets, NULL}, 1, r->correct);
+            model_evaluate(&r->model, (struct batch){r->tokens, r->targets, segments}, 1, r->correct);
         if (status == 0 && v->labelled)
-            evaluation_count(v, B, t->seq_len, r->targets, NULL, r->correct);
+            evaluation_count(v, B, t->seq_len, r->targets, segments, r->correct);
     }
     if (comm_agree(r->comm, status, e) != 0)
         return -1;
@@ -284,19 +291,28 @@ static bool is_due(int64_t every, int64_t step) {
     return every > 0 && step % every == 0;
 }
 
-/* Read this rank's sequences of the next step. */
+/* Get this rank's sequences of the next step, which a thread reads ahead. */
 static int read_step(struct run *r, struct error *e) {
-    const struct config *c = &r->config;
-    int64_t B = c->train.micro_batch, T = c->train.seq_len, passes = passes_per_step(r);
-    for (int64_t pass = 0; pass < passes; pass++)
-        for (int64_t b = 0; b < B; b++) {
-            int64_t draw = r->trainer.sequences + (pass * r->comm->ranks + r->comm->rank) * B + b;
-            int64_t i = shards_draw(r->train, draw, c->data.shuffle, (uint64_t)c->train.seed);
-            int64_t offset = ((1 + pass) * B + b) * T;
-            if (shards_read(r->train, i, r->tokens + offset, r->targets + offset, e) != 0)
-                return -1;
-        }
+    if (loader_next(r->train, &r->batch, e) != 0)
+        return -1;
+    if (is_rank0(r) && loader_epoch_began(r->train)) {
+        status_break(r->metrics);
+        loader_print_epochs(r->train, stderr, r->trainer.step + 1);
+    }
     return 0;
+}
+
+_Static_assert(MAX_DATA_POSITION == (int)LOADER_POSITION, "a checkpoint holds any position of the loader");
+
+/* Start to read the steps that are left. */
+static int start_reading(struct run *r, struct error *e) {
+    const struct trainer_state *trainer = &r->trainer;
+    struct loader_share share = {r->comm->rank, r->comm->ranks, r->config.train.micro_batch,
+                                 passes_per_step(r)};
+    struct loader_position position = {.count = trainer->data_position_count};
+    memcpy(position.values, trainer->data_position, sizeof position.values);
+    return loader_start(r->train, &share, r->config.train.total_steps - trainer->step, trainer->sequences,
+                        &position, e);
 }
 
 /* Forward and backward over the sequences that read_step has read, then the update. Returns while the device may
@@ -306,8 +322,9 @@ static void train_step(struct run *r) {
     int64_t B = t->micro_batch, T = t->seq_len, passes = passes_per_step(r);
     r->k->step_begin(r->dev, r->model.state, r->trainer.step, schedule_lr(t, r->trainer.step));
     for (int64_t pass = 0; pass < passes; pass++) {
-        int64_t offset = (1 + pass) * B * T;
-        struct batch batch = {r->tokens + offset, r->targets + offset, NULL};
+        int64_t offset = pass * B * T;
+        struct batch batch = {r->batch.tokens + offset, r->batch.targets + offset,
+                              r->batch.segments ? r->batch.segments + offset : NULL};
         model_train_pass(&r->model, batch, 1.0 / (double)t->batch_tokens, (int)pass, (int)passes);
     }
     struct update_hyper hyper = {t->beta1,     t->beta2,       t->eps,
@@ -316,6 +333,8 @@ static void train_step(struct run *r) {
     r->k->step_post(r->dev, r->model.state);
     r->steps_in_flight++;
     r->trainer.sequences += passes * r->comm->ranks * B;
+    r->trainer.data_position_count = r->batch.position.count;
+    memcpy(r->trainer.data_position, r->batch.position.values, sizeof r->trainer.data_position);
     r->trainer.tokens += t->batch_tokens;
     r->trainer.step++;
 }
@@ -337,7 +356,7 @@ static int record_step(struct run *r, struct error *e) {
                                  .steps = c->train.total_steps,
                                  .tokens = trainer->tokens - r->steps_in_flight * c->train.batch_tokens,
                                  .targets = state.targets,
-                                 .labelled = shards_have_labels(r->train),
+                                 .labelled = loader_has_labels(r->train),
                                  .loss = state.loss,
                                  .lr = state.lr,
                                  .grad_norm = state.grad_norm,
@@ -547,6 +566,8 @@ static void print_end(struct run *r, int stop) {
         fprintf(stderr, "done: %lld steps, %lld tokens in %.1f s of training; %s\n",
                 (long long)r->trainer.step, (long long)r->trainer.tokens, r->trainer.seconds,
                 r->config.run.dir);
+    loader_print_sources(r->train, stderr);
+    loader_print_packing(r->train, stderr, "packed");
 }
 
 static int train_loop(struct run *r, struct error *e) {
@@ -601,32 +622,88 @@ static int open_comm(struct run *r, struct error *e) {
 /* Validation data must fit train.best_by, and something in it must count. */
 static int check_labels(const struct run *r, struct error *e) {
     const struct train_config *t = &r->config.train;
-    if (t->best_by != BEST_BY_LOSS && !shards_have_labels(r->val))
+    if (t->best_by != BEST_BY_LOSS && !loader_has_labels(r->val))
         return fail_user(
             e, "train.best_by = %s needs labels, and the shards of data.val = %s have none; use loss",
             best_by_names[t->best_by], r->config.data.val);
     return r->config.run.eval_every > 0 && is_rank0(r) ? check_validation(r, e) : 0;
 }
 
+/* data: data.train or data.val. */
+static struct loader *open_loader(const struct run *r, const char *data, struct error *e) {
+    const struct config *c = &r->config;
+    struct loader_options options = {.data = data,
+                                     .seq_len = c->train.seq_len,
+                                     .vocab_size = c->model.vocab_size,
+                                     .fit = c->data.packing == PACKING_FIT,
+                                     .shuffle = c->data.shuffle,
+                                     .seed = (uint64_t)c->train.seed,
+                                     .segments = c->data.segments == SEGMENTS_DOCUMENTS,
+                                     .comm = r->comm};
+    if (data == c->data.val && mixture_is(data)) {
+        fail_user(e, "data.val = %s: only data.train can be a mixture; evaluate each of its globs alone", data);
+        return NULL;
+    }
+    return loader_open(&options, e);
+}
+
+/* Set r->ends, and where documents begin. data.separator = auto becomes an id if it is needed, so that a checkpoint
+ * records it. */
+static int find_documents(struct run *r, struct error *e) {
+    struct data_config *d = &r->config.data;
+    const char *globs[2 * MAX_SOURCES];
+    int count = 0;
+    int64_t separator = d->separator;
+    struct loader *const loaders[] = {r->train, r->val};
+    for (int i = 0; i < 2; i++)
+        count += loaders[i] ? loader_globs(loaders[i], globs + count) : 0;
+    if (dataset_end_ids(globs, count, r->tokenizer, r->tokenizer_text, r->tokenizer_bytes,
+                        r->config.model.vocab_size, &separator, &r->ends, e) != 0)
+        return -1;
+    if (d->segments == SEGMENTS_NONE && d->packing == PACKING_STREAM)
+        return 0;
+    if (separator < 0)
+        return fail_user(e,
+                         "data.separator = auto: neither a dataset.json beside the shards nor data.tokenizer "
+                         "tells the id between documents; set data.separator to it");
+    d->separator = separator;
+    struct document_rule rule = {(int32_t)separator, d->separator_at == SEPARATOR_AT_START};
+    for (int i = 0; i < 2; i++)
+        if (loaders[i] && loader_set_documents(loaders[i], rule, e) != 0)
+            return -1;
+    return 0;
+}
+
+/* train.epochs needs to know how many sequences there are. */
+static int set_total_steps(struct run *r, struct error *e) {
+    int64_t sequences = 0;
+    if (!(r->config.train.epochs > 0))
+        return 0;
+    if (r->config.data.packing == PACKING_FIT || mixture_is(r->config.data.train))
+        return fail_user(e,
+                         "train.epochs counts the sequences of one data set in a stream, and not with %s; "
+                         "set train.steps instead",
+                         mixture_is(r->config.data.train) ? "several of them in data.train"
+                                                          : "data.packing = fit");
+    if (loader_count(r->train, INT64_MAX, &sequences, e) != 0)
+        return -1;
+    return epochs_to_steps(&r->config.train, sequences, e);
+}
+
 static int open_data(struct run *r, struct error *e) {
     const struct config *c = &r->config;
-    int64_t V = c->model.vocab_size;
-    const struct shards_options options = {.seq_len = c->train.seq_len, .vocab_size = V, .comm = r->comm};
-    r->train = shards_open(c->data.train, &options, e);
-    if (!r->train)
+    r->train = open_loader(r, c->data.train, e);
+    if (!r->train || set_total_steps(r, e) != 0)
         return -1;
-    if (epochs_to_steps(&r->config.train, shards_sequences(r->train), e) != 0)
-        return -1;
-    shards_fingerprint(r->train, r->trainer.train_fingerprint);
+    loader_fingerprint(r->train, r->trainer.train_fingerprint);
     if (c->data.val[0]) {
-        r->val = shards_open(c->data.val, &options, e);
-        if (!r->val || check_labels(r, e) != 0)
+        r->val = open_loader(r, c->data.val, e);
+        if (!r->val)
             return -1;
-        shards_fingerprint(r->val, r->trainer.val_fingerprint);
+        loader_fingerprint(r->val, r->trainer.val_fingerprint);
     }
-    if (open_tokenizer(r, c->data.tokenizer, e) != 0 ||
-        dataset_end_ids(c->data.train, c->data.val, r->tokenizer, r->tokenizer_text, r->tokenizer_bytes, V,
-                        &r->ends, e) != 0)
+    if (open_tokenizer(r, c->data.tokenizer, e) != 0 || find_documents(r, e) != 0 ||
+        (r->val && check_labels(r, e) != 0))
         return -1;
     r->generation_config = r->ends.count ? end_ids_json(&r->ends) : NULL;
     return r->ends.count && !r->generation_config ? fail_run(e, "out of memory for a checkpoint's files") : 0;
@@ -717,7 +794,7 @@ static int prepare_loop(struct run *r, struct error *e) {
         return -1;
     if (is_rank0(r) && !(r->metrics = metrics_open(r->config.run.dir, r->trainer.step, e)))
         return -1;
-    return read_step(r, e);
+    return start_reading(r, e) == 0 ? read_step(r, e) : -1;
 }
 
 /* Host memory left for a snapshot of the model, on this rank. Calculated from the memory plan, since the system
@@ -758,7 +835,8 @@ static int train(struct run *r, const struct command_line *line, struct error *e
         return -1;
     bool async_saving = saver_reserve(r->saver, &r->model, host_memory_left(r));
     if (is_rank0(r)) {
-        banner_print(&r->config, &r->model, shards_tokens(r->train), shards_files(r->train), async_saving);
+        banner_print(&r->config, &r->model, loader_tokens(r->train), loader_files(r->train), async_saving);
+        loader_print_packing(r->train, stderr, "packing");
         print_warnings(r);
     }
     int status = train_loop(r, e);
@@ -778,7 +856,9 @@ static int read_checkpoint(struct run *r, const char *dir, const struct command_
         return -1;
     c->train.seq_len = c->model.max_position_embeddings;
     c->train.micro_batch = 1;
-    static const char *const recorded[] = {"train.seq_len", "train.micro_batch", "data.val"};
+    static const char *const recorded[] = {"train.seq_len",     "train.micro_batch",     "data.val",
+                                           "data.packing",      "data.segments",         "data.separator",
+                                           "data.separator_at", "data.segment_positions"};
     for (size_t i = 0; i < sizeof recorded / sizeof *recorded; i++) {
         char value[MAX_TEXT], text[MAX_TEXT + 64], *setting = text;
         if (checkpoint_setting(dir, recorded[i], value, e) != 0)
@@ -788,6 +868,19 @@ static int read_checkpoint(struct run *r, const char *dir, const struct command_
             return -1;
     }
     return config_override(c, line->override_count, line->overrides, e);
+}
+
+/* data.tokenizer if it is set, else the tokenizer saved with the checkpoint. */
+static int find_tokenizer(struct run *r, const char *dir, struct error *e) {
+    char path[MAX_TEXT + 32], recorded[MAX_TEXT];
+    snprintf(path, sizeof path, "%s/tokenizer.json", dir);
+    if (strcmp(r->config.data.tokenizer, "none") != 0)
+        return open_tokenizer(r, r->config.data.tokenizer, e);
+    if (access(path, R_OK) == 0 || errno != ENOENT)
+        return open_tokenizer(r, path, e);
+    if (checkpoint_setting(dir, "data.tokenizer", recorded, e) != 0)
+        return -1;
+    return strcmp(recorded, "bytes") == 0 ? open_tokenizer(r, recorded, e) : 0;
 }
 
 /* ---- eval ---- */
@@ -815,14 +908,22 @@ static int load_eval_config(struct run *r, const char *dir, const struct command
     return 0;
 }
 
+/* As find_documents; the checkpoint's tokenizer is needed only where data.separator was not recorded. */
+static int find_separator(struct run *r, const char *dir, struct error *e) {
+    const struct data_config *d = &r->config.data;
+    bool needed = d->segments != SEGMENTS_NONE || d->packing == PACKING_FIT;
+    if (needed && d->separator < 0 && find_tokenizer(r, dir, e) != 0)
+        return -1;
+    return needed ? find_documents(r, e) : 0;
+}
+
 static int open_eval_data(struct run *r, const char *dir, const struct command_line *line, struct error *e) {
-    const struct config *c = &r->config;
-    const struct shards_options options = {
-        .seq_len = c->train.seq_len, .vocab_size = c->model.vocab_size, .comm = r->comm};
-    r->val = shards_open(c->data.val, &options, e);
+    r->val = open_loader(r, r->config.data.val, e);
     if (!r->val)
         name_recorded_data(dir, line, e);
-    return r->val && (!is_rank0(r) || check_validation(r, e) == 0) ? 0 : -1;
+    if (!r->val || find_separator(r, dir, e) != 0)
+        return -1;
+    return is_rank0(r) ? check_validation(r, e) : 0;
 }
 
 static int eval_command(struct run *r, const struct command_line *line, struct error *e) {
@@ -851,19 +952,6 @@ static int eval_command(struct run *r, const struct command_line *line, struct e
 }
 
 /* ---- generate ---- */
-
-/* data.tokenizer if it is set, else the tokenizer saved with the checkpoint. */
-static int find_tokenizer(struct run *r, const char *dir, struct error *e) {
-    char path[MAX_TEXT + 32], recorded[MAX_TEXT];
-    snprintf(path, sizeof path, "%s/tokenizer.json", dir);
-    if (strcmp(r->config.data.tokenizer, "none") != 0)
-        return open_tokenizer(r, r->config.data.tokenizer, e);
-    if (access(path, R_OK) == 0 || errno != ENOENT)
-        return open_tokenizer(r, path, e);
-    if (checkpoint_setting(dir, "data.tokenizer", recorded, e) != 0)
-        return -1;
-    return strcmp(recorded, "bytes") == 0 ? open_tokenizer(r, recorded, e) : 0;
-}
 
 /* Where generation stops: at the ids saved with the checkpoint, and at the tokenizer's. */
 static int find_end_ids(struct run *r, const char *dir, struct error *e) {
@@ -971,11 +1059,9 @@ static int load_info_config(struct run *r, const struct command_line *line, int 
     struct error missing;
     if (config_load(c, line->path, line->override_count, line->overrides, ranks, e) != 0)
         return -1;
-    if (c->train.epochs > 0) {
-        const struct shards_options options = {.seq_len = c->train.seq_len, .vocab_size = c->model.vocab_size};
-        r->train = shards_open(c->data.train, &options, &missing);
-    }
-    return r->train ? epochs_to_steps(&c->train, shards_sequences(r->train), e) : 0;
+    if (c->train.epochs > 0 && !(r->train = open_loader(r, c->data.train, &missing)))
+        return 0;
+    return set_total_steps(r, e);
 }
 
 /* info --gpus: a configuration for as many ranks, on GPUs that this machine need not have. */

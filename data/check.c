@@ -177,7 +177,8 @@ static int check_piece(void *context, int64_t piece, struct error *e) {
 static void check_dataset(struct check *c, const char *glob) {
     struct end_ids ends;
     struct error e = {0};
-    if (dataset_end_ids(glob, "", NULL, NULL, 0, c->vocab.size, &ends, &e) != 0)
+    int64_t separator = -1;
+    if (dataset_end_ids(&glob, 1, NULL, NULL, 0, c->vocab.size, &separator, &ends, &e) != 0)
         report(c, &e);
 }
 

@@ -88,17 +88,22 @@ static int check_glob(struct check *c, const char *shards) {
     return rc;
 }
 
-int dataset_end_ids(const char *train, const char *val, const struct tokenizer *tokenizer, const char *text,
-                    size_t bytes, int64_t vocab_size, struct end_ids *ends, struct error *e) {
+int dataset_end_ids(const char *const *globs, int count, const struct tokenizer *tokenizer, const char *text,
+                    size_t bytes, int64_t vocab_size, int64_t *separator, struct end_ids *ends,
+                    struct error *e) {
     struct check c = {.has_tokenizer = tokenizer != NULL, .vocab_size = vocab_size, .separator = -1, .e = e};
+    int rc = 0;
     if (text)
         sha256_hex(text, bytes, c.sha256);
-    int rc = check_glob(&c, train) || (*val && check_glob(&c, val)) ? -1 : 0;
+    for (int i = 0; i < count && rc == 0; i++)
+        rc = check_glob(&c, globs[i]);
     free(c.first);
     *ends = (struct end_ids){0};
     int32_t own = tokenizer ? tokenizer_end_of_text(tokenizer) : -1;
-    if (c.separator >= 0 || own >= 0)
-        end_ids_add(ends, c.separator >= 0 ? c.separator : own);
+    if (*separator < 0)
+        *separator = c.separator >= 0 ? c.separator : own;
+    if (*separator >= 0)
+        end_ids_add(ends, (int32_t)*separator);
     for (int i = own >= 0 ? 1 : 0; tokenizer && i < tokenizer_end_ids(tokenizer)->count; i++)
         end_ids_add(ends, tokenizer_end_ids(tokenizer)->ids[i]);
     return rc;

@@ -8,12 +8,13 @@
 
 #include "data/tokenizer.h"
 
-/* The ids that end a text of these shards (globs; val may be empty) go to *ends, the one to begin a document
- * with first: the separator of their dataset.json, or else the tokenizer's end of text; then those of a
- * generation_config.json beside the tokenizer. tokenizer: NULL for none; text: its file's content, NULL for
- * bytes. Data sets of another tokenizer, of a larger vocabulary, or with different separators are refused
- * (EXIT_USER). */
-int dataset_end_ids(const char *train, const char *val, const struct tokenizer *tokenizer, const char *text,
-                    size_t bytes, int64_t vocab_size, struct end_ids *ends, struct error *e);
+/* *separator, if it is -1, becomes the separator in the dataset.json of these shards (globs), or else the tokenizer's end
+ * of text; it stays -1 where neither is known. The ids that end a text go to *ends: the separator first, with which a
+ * document begins in samples, then those of a generation_config.json beside the tokenizer. tokenizer: NULL for none; text:
+ * its file's content, NULL for bytes. Data sets of another tokenizer, of a larger vocabulary, or with different separators
+ * are refused (EXIT_USER). */
+int dataset_end_ids(const char *const *globs, int count, const struct tokenizer *tokenizer, const char *text,
+                    size_t bytes, int64_t vocab_size, int64_t *separator, struct end_ids *ends,
+                    struct error *e);
 
 #endif

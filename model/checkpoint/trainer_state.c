@@ -42,6 +42,22 @@ static void add_number(struct json_object *o, const char *key, const char *forma
     o->complete &= cJSON_AddRawToObject(o->object, key, text) != NULL;
 }
 
+/* Only where there is one: most runs have none. */
+static void add_position(struct json_object *o, const struct trainer_state *p) {
+    char text[32];
+    if (p->data_position_count == 0)
+        return;
+    cJSON *array = cJSON_AddArrayToObject(o->object, "data_position");
+    for (int i = 0; i < p->data_position_count; i++) {
+        snprintf(text, sizeof text, "%" PRId64, p->data_position[i]);
+        cJSON *item = cJSON_CreateRaw(text);
+        if (!cJSON_AddItemToArray(array, item)) {
+            cJSON_Delete(item);
+            o->complete = false;
+        }
+    }
+}
+
 int trainer_state_write(const char *path, const struct trainer_state *p, const struct config *c,
                         struct error *e) {
     struct json_object root = {cJSON_CreateObject(), true};
@@ -49,6 +65,7 @@ int trainer_state_write(const char *path, const struct trainer_state *p, const s
     add_number(&root, "step", "%" PRId64, p->step);
     add_number(&root, "tokens", "%" PRId64, p->tokens);
     add_number(&root, "sequences", "%" PRId64, p->sequences);
+    add_position(&root, p);
     add_number(&root, "updates", "%" PRId64, p->history.updates);
     add_number(&root, "skips_run", "%d", p->history.skips_run);
     add_number(&root, "norm_count", "%" PRId64, p->history.norm_count);
@@ -93,12 +110,15 @@ static cJSON *parse(const char *path, struct error *e) {
 }
 
 /* A whole number that a double holds exactly, or -1. */
-static int64_t count_of(const cJSON *root, const char *key) {
-    const cJSON *item = cJSON_GetObjectItemCaseSensitive(root, key);
+static int64_t count_in(const cJSON *item) {
     if (!cJSON_IsNumber(item) || !(item->valuedouble >= 0 && item->valuedouble < 9007199254740992.0) ||
         item->valuedouble != floor(item->valuedouble))
         return -1;
     return (int64_t)item->valuedouble;
+}
+
+static int64_t count_of(const cJSON *root, const char *key) {
+    return count_in(cJSON_GetObjectItemCaseSensitive(root, key));
 }
 
 /* JSON allows 1e999, which is infinite as a double. */
@@ -115,6 +135,17 @@ static double number_of(const cJSON *root, const char *key) {
 static void text_of(const cJSON *root, const char *key, char *out, size_t bytes) {
     const char *text = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(root, key));
     snprintf(out, bytes, "%s", text ? text : "");
+}
+
+/* 0, or -1: not a list of counts. A missing one is empty. */
+static int read_position(const cJSON *root, struct trainer_state *p) {
+    const cJSON *item, *array = cJSON_GetObjectItemCaseSensitive(root, "data_position");
+    cJSON_ArrayForEach(item, array) {
+        if (p->data_position_count == MAX_DATA_POSITION || count_in(item) < 0)
+            return -1;
+        p->data_position[p->data_position_count++] = count_in(item);
+    }
+    return 0;
 }
 
 static void read_best(const cJSON *root, struct trainer_state *p) {
@@ -149,6 +180,7 @@ int trainer_state_read(const char *path, struct trainer_state *p, struct error *
         .seconds = number_of(root, "seconds"),
     };
     read_best(root, p);
+    int position_status = read_position(root, p);
     text_of(root, "train_fingerprint", p->train_fingerprint, sizeof p->train_fingerprint);
     text_of(root, "val_fingerprint", p->val_fingerprint, sizeof p->val_fingerprint);
     int64_t version = count_of(root, "format_version");
@@ -156,6 +188,8 @@ int trainer_state_read(const char *path, struct trainer_state *p, struct error *
     if (version != 1)
         return fail_user(e, "%s: format version %lld; this program reads version 1 only", path,
                          (long long)version);
+    if (position_status != 0)
+        return fail_user(e, "%s: data_position is not a list of at most %d counts", path, MAX_DATA_POSITION);
     if (p->step < 0 || p->tokens < 0 || p->sequences < 0 || p->history.updates < 0 ||
         p->history.skips_run < 0 || p->history.norm_count < 0)
         return fail_user(

@@ -5,10 +5,15 @@
 #include "kernels/kernels.h"
 #include "model/config/config.h"
 
+/* Numbers of which the data loader knows the meaning. */
+enum { MAX_DATA_POSITION = 256 };
+
 struct trainer_state {
     int64_t step;      /* optimizer steps done */
     int64_t tokens;    /* trained on */
     int64_t sequences; /* drawn from the training data: the data position */
+    int data_position_count; /* 0: `sequences` is the whole position */
+    int64_t data_position[MAX_DATA_POSITION];
     struct step_history history;
     double seconds;       /* of training, without evaluation and saving */
     enum best_by best_by; /* the validation figure of best_value; NAN: none yet */

@@ -30,6 +30,10 @@ enum precision { PRECISION_AUTO, PRECISION_FP32, PRECISION_BF16 };
 enum comm_kind { COMM_AUTO, COMM_MPI, COMM_NCCL };
 enum graph_use { GRAPH_AUTO, GRAPH_OFF };
 enum reduce_dtype { REDUCE_FP32, REDUCE_BF16 };
+enum segment_kind { SEGMENTS_NONE, SEGMENTS_DOCUMENTS };
+enum separator_at { SEPARATOR_AT_END, SEPARATOR_AT_START };
+enum segment_positions { POSITIONS_RESTART, POSITIONS_CONTINUE };
+enum packing { PACKING_STREAM, PACKING_FIT };
 enum recompute { RECOMPUTE_NONE, RECOMPUTE_LIGHT, RECOMPUTE_FULL };
 
 struct model_config {
@@ -95,9 +99,14 @@ struct system_config {
 };
 
 struct data_config {
-    char train[MAX_TEXT], val[MAX_TEXT]; /* globs; empty: none */
+    char train[MAX_TEXT], val[MAX_TEXT]; /* globs; empty: none. train may be a mixture: data/mixture.h */
     char tokenizer[MAX_TEXT];            /* "none", "bytes" or a file */
     bool shuffle;
+    enum packing packing;
+    enum segment_kind segments;
+    int64_t separator; /* id; -1: auto, until the data is opened */
+    enum separator_at separator_at;
+    enum segment_positions segment_positions;
 };
 
 struct run_config {

@@ -128,6 +128,16 @@ int check_tokenizer(const struct draft *d) {
         (long long)vocab_size);
 }
 
+int check_separator(const struct draft *d) {
+    int64_t vocab_size = d->config->model.vocab_size, separator = d->config->data.separator;
+    if (separator < vocab_size)
+        return 0;
+    return fail_at(
+        d, find_row("data", "separator"),
+        "separator = %lld is no id of a vocabulary of %lld; give the id between documents, or auto",
+        (long long)separator, (long long)vocab_size);
+}
+
 /* Elements of the widest activation of one pass. The limit of 2^44 keeps the bytes of a whole model (about 30
  * such tensors in each of 1024 layers) within an int64. */
 int check_widths(const struct draft *d) {

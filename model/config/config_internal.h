@@ -17,6 +17,7 @@ struct config_row {
     const char *initial;       /* the default as a user would write it; NULL: required, or derived */
     const char *derived;       /* the default as --help shows it, when it depends on other keys */
     const char *zero;          /* the word for 0 or an empty text: "auto", "all", "none" */
+    int64_t zero_value;        /* what that word stands for where 0 is a value of its own */
     const char *const *values; /* KIND_ENUM: names in the order of the enum, NULL-terminated */
     const char *help;
     double min, max; /* numbers; every bound is exact in a double */
@@ -95,5 +96,6 @@ int check_widths(const struct draft *d);
 /* Relations across sections: seq_len fits the model's positions, the tokenizer fits vocab_size. */
 int check_positions(const struct draft *d, int64_t seq_len);
 int check_tokenizer(const struct draft *d);
+int check_separator(const struct draft *d);
 
 #endif

@@ -267,7 +267,7 @@ int config_load(struct config *c, const char *path, int count, char *const *over
         if (apply_override(&d, i, false))
             return -1;
     if (check_required(&d) || finish_model(&d, c->train.seq_len) || check_positions(&d, c->train.seq_len) ||
-        finish_train(&d, ranks) || check_tokenizer(&d))
+        finish_train(&d, ranks) || check_tokenizer(&d) || check_separator(&d))
         return -1;
     return 0;
 }
@@ -277,7 +277,8 @@ int config_override(struct config *c, int count, char *const *overrides, struct 
     for (int i = 0; i < count; i++)
         if (apply_override(&d, i, true))
             return -1;
-    if (check_positions(&d, c->train.seq_len) || check_tokenizer(&d) || check_widths(&d))
+    if (check_positions(&d, c->train.seq_len) || check_tokenizer(&d) || check_separator(&d) ||
+        check_widths(&d))
         return -1;
     return 0;
 }

@@ -146,7 +146,7 @@ int check_range(const struct config_row *row, double x, char why[MAX_WHY]) {
 }
 
 static int set_integer(void *target, const struct config_row *row, const char *text, char why[MAX_WHY]) {
-    int64_t value = 0;
+    int64_t value = row->zero_value;
     if (!row->zero || strcmp(text, row->zero)) {
         const char *digits = text + (*text == '-');
         if (!*digits || digits[strspn(digits, "0123456789")]) {
@@ -353,7 +353,7 @@ void value_text(const struct config *c, const struct config_row *row, char text[
     switch (row->kind) {
     case KIND_INTEGER:
         memcpy(&integer, source, sizeof integer);
-        if (!integer && row->zero)
+        if (integer == row->zero_value && row->zero)
             snprintf(text, MAX_TEXT, "%s", row->zero);
         else
             snprintf(text, MAX_TEXT, "%lld", (long long)integer);

@@ -19,7 +19,7 @@ static inline void check_row(const struct config *c, const struct config_row *ro
     switch (row->kind) {
     case KIND_INTEGER:
         memcpy(&integer, at, sizeof integer);
-        CHECK((row->zero && integer == 0) || (integer >= (int64_t)row->min && integer <= (int64_t)row->max));
+        CHECK((row->zero && integer == row->zero_value) || (integer >= (int64_t)row->min && integer <= (int64_t)row->max));
         break;
     case KIND_REAL:
         memcpy(&real, at, sizeof real);
