@@ -4,6 +4,7 @@
  * A training run is train(): read the configuration, open the data, build the model, resume or initialise,
  * then step by step train, evaluate, sample and save. The other commands read a checkpoint. */
 #include <errno.h>
+#include <fcntl.h>
 #include <math.h>
 #include <signal.h>
 #include <stdio.h>
@@ -1145,9 +1146,18 @@ static __attribute__((noinline)) int parse_and_run(struct run *r, int argc, char
     return command_line_parse(&line, argc - 1, argv + 1, e) == 0 ? run_command(r, &line, e) : -1;
 }
 
+/* A file that takes the number of a closed standard stream would receive what is printed. Writing to the stream still
+ * fails, since it is opened for reading. */
+static void hold_standard_streams(void) {
+    for (int fd = 0; fd <= 2; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) < 0)
+            return;
+}
+
 int main(int argc, char **argv) {
     static struct run r;
     static struct error e;
+    hold_standard_streams();
     int status = limits_check_stack(&e) == 0 ? parse_and_run(&r, argc, argv, &e) : -1;
     if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))
         status =
