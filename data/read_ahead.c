@@ -12,17 +12,17 @@ struct read_ahead {
     void *context;
     int slots;
     int64_t steps;
-    int64_t read_count, used_count; /* steps that were read, and given out; these three are under the mutex */
+    /* under the mutex */
+    int64_t read_count, used_count; /* steps that were read, and given out */
+    bool slot_in_use;               /* the one given out last */
     bool stopping;
     int status; /* of the read after read_count; -1: failed, and the thread has ended */
     struct error error;
     int64_t waits;
 };
 
-/* One slot is in use, once the first step was given out. */
 static bool has_free_slot(const struct read_ahead *r) {
-    int64_t in_use = r->used_count > 0 ? 1 : 0;
-    return r->read_count - r->used_count + in_use < r->slots;
+    return r->read_count - r->used_count + r->slot_in_use < r->slots;
 }
 
 static void *read_steps(void *context) {
@@ -39,7 +39,7 @@ static void *read_steps(void *context) {
         pthread_mutex_lock(&r->mutex);
         r->status = status;
         r->read_count += status == 0;
-        pthread_cond_broadcast(&r->changed);
+        pthread_cond_signal(&r->changed);
     }
     pthread_mutex_unlock(&r->mutex);
     return NULL;
@@ -68,7 +68,7 @@ void read_ahead_stop(struct read_ahead *r) {
         return;
     pthread_mutex_lock(&r->mutex);
     r->stopping = true;
-    pthread_cond_broadcast(&r->changed);
+    pthread_cond_signal(&r->changed);
     pthread_mutex_unlock(&r->mutex);
     pthread_join(r->thread, NULL);
     pthread_cond_destroy(&r->changed);
@@ -79,15 +79,17 @@ void read_ahead_stop(struct read_ahead *r) {
 int read_ahead_next(struct read_ahead *r, struct error *e) {
     int slot = -1;
     pthread_mutex_lock(&r->mutex);
-    bool waits = r->read_count == r->used_count && r->status == 0;
-    r->waits += waits;
+    r->slot_in_use = false;
+    pthread_cond_signal(&r->changed);
+    r->waits += r->read_count == r->used_count && r->status == 0;
     while (r->read_count == r->used_count && r->status == 0)
         pthread_cond_wait(&r->changed, &r->mutex);
-    if (r->read_count > r->used_count)
+    if (r->read_count > r->used_count) {
         slot = (int)(r->used_count++ % r->slots);
-    else if (e)
+        r->slot_in_use = true;
+    } else if (e) {
         *e = r->error;
-    pthread_cond_broadcast(&r->changed);
+    }
     pthread_mutex_unlock(&r->mutex);
     return slot;
 }
