@@ -568,7 +568,7 @@ static void print_end(struct run *r, int stop) {
                 (long long)r->trainer.step, (long long)r->trainer.tokens, r->trainer.seconds,
                 r->config.run.dir);
     loader_print_sources(r->train, stderr);
-    loader_print_packing(r->train, stderr, "packed");
+    loader_print_packing(r->train, stderr);
 }
 
 static int train_loop(struct run *r, struct error *e) {
@@ -837,7 +837,7 @@ static int train(struct run *r, const struct command_line *line, struct error *e
     bool async_saving = saver_reserve(r->saver, &r->model, host_memory_left(r));
     if (is_rank0(r)) {
         banner_print(&r->config, &r->model, loader_tokens(r->train), loader_files(r->train), async_saving);
-        loader_print_packing(r->train, stderr, "packing");
+        loader_print_packing(r->train, stderr);
         print_warnings(r);
     }
     int status = train_loop(r, e);
@@ -944,6 +944,8 @@ static int eval_command(struct run *r, const struct command_line *line, struct e
     if (!isfinite(v.loss))
         return fail_run(e, "%s: the loss is not finite: the weights have diverged; use an earlier checkpoint",
                         dir);
+    if (is_rank0(r))
+        loader_print_packing(r->val, stderr);
     if (is_rank0(r) && v.labelled)
         printf("val_accuracy %.7f %lld\nval_exact %.7f %lld\n", evaluation_accuracy(&v), (long long)v.targets,
                evaluation_exact(&v), (long long)v.segments);

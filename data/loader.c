@@ -41,6 +41,7 @@ struct loader {
     } * after;                        /* [slots] */
     struct progress now;              /* after the step given out last */
     int64_t told_epochs[MAX_SOURCES]; /* that have been printed */
+    int64_t told_packed;              /* tokens in the blocks that the last line about packing covers */
 };
 
 /* ---- opening and closing ---- */
@@ -357,23 +358,22 @@ void loader_print_sources(const struct loader *l, FILE *out) {
         fputc('\n', out);
 }
 
-void loader_print_packing(const struct loader *l, FILE *out, const char *when) {
-    struct progress counted;
-    const struct packing_stats *p = &l->now.packing;
-    if (!l->ahead) {
-        get_progress(l, &counted);
-        p = &counted.packing;
-    }
-    if (!l->options.fit || p->tokens == 0)
+void loader_print_packing(struct loader *l, FILE *out) {
+    struct progress now = l->now;
+    const struct packing_stats *p = &now.packing;
+    if (!l->ahead)
+        get_progress(l, &now);
+    if (!l->options.fit || p->tokens == l->told_packed || p->sequences == 0)
         return;
+    l->told_packed = p->tokens;
     double room = (double)(p->sequences * l->options.seq_len), packed = (double)p->packed_tokens;
     double cropped = (double)(p->tokens - p->packed_tokens - p->left_out_tokens);
     fprintf(out,
-            "%s: %" PRId64 " documents in %" PRId64 " sequences, %.2f %% padding; %" PRId64
-            " are longer than a sequence and lose %.2f %% of all tokens",
-            when, p->documents, p->sequences, 100 * (room - packed) / room, p->cropped,
+            "packing: %" PRId64 " documents in %" PRId64 " sequences, %.2f %% padding; %" PRId64
+            " documents are longer than a sequence, and %.2f %% of the tokens are cropped",
+            p->documents, p->sequences, 100 * (room - packed) / room, p->cropped,
             cropped > 0 ? 100 * cropped / (double)p->tokens : 0.0);
     if (p->left_out > 0)
-        fprintf(out, "; %" PRId64 " have no target that counts and are left out", p->left_out);
+        fprintf(out, "; %" PRId64 " have no target that counts, and are left out", p->left_out);
     fputc('\n', out);
 }

@@ -85,9 +85,11 @@ int loader_next(struct loader *l, struct loader_step *step, struct error *e);
 bool loader_epoch_began(const struct loader *l);
 void loader_print_epochs(struct loader *l, FILE *out, int64_t step);
 
-/* Shares and epochs of several sources, and with fit the shares of padding and of cropped tokens, up to the step
- * that loader_next returned last, or that loader_count counted; `when` begins the line about packing. */
+/* A line about several sources: their shares and epochs, up to the step that loader_next returned last. */
 void loader_print_sources(const struct loader *l, FILE *out);
-void loader_print_packing(const struct loader *l, FILE *out, const char *when);
+
+/* A line about packing: the shares of padding and of cropped tokens in the blocks that were read for the steps that
+ * loader_next has returned, or that loader_count has counted; or nothing if the last line said the same. */
+void loader_print_packing(struct loader *l, FILE *out);
 
 #endif

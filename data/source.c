@@ -11,6 +11,7 @@ struct source {
     struct shards *shards;
     struct packer *packer; /* fit */
     struct source_position position;
+    int64_t block_sequences; /* fit: in the block drawn from last; 0: not known */
 };
 
 struct source *source_open(const char *glob, const struct source_options *o, struct error *e) {
@@ -108,6 +109,7 @@ static int draw_fit(struct source *s, int32_t *tokens, int32_t *targets, struct 
         return -1;
     if (tokens)
         packer_copy(s->packer, sequence_in_order(s, &s->position, block, count), tokens, targets);
+    s->block_sequences = count;
     s->position.offset++;
     s->position.sequences++;
     return 0;
@@ -151,7 +153,9 @@ int64_t source_epoch(const struct source *s) {
 }
 
 double source_epochs(const struct source *s) {
-    if (s->options.fit)
-        return (double)s->position.epoch + (double)s->position.block / (double)packer_blocks(s->packer);
-    return (double)s->position.sequences / (double)shards_sequences(s->shards);
+    const struct source_position *p = &s->position;
+    if (!s->options.fit)
+        return (double)p->sequences / (double)shards_sequences(s->shards);
+    double drawn = s->block_sequences > 0 ? (double)p->offset / (double)s->block_sequences : 0;
+    return (double)p->epoch + ((double)p->block + drawn) / (double)packer_blocks(s->packer);
 }

@@ -33,17 +33,43 @@ struct recorded_check {
 };
 
 /* Data is compared by fingerprint, not by path, since it may have moved. */
+static bool is_path(const char *key) {
+    return strcmp(key, "data.train") == 0 || strcmp(key, "data.val") == 0 ||
+           strcmp(key, "data.tokenizer") == 0;
+}
+
 static void check_recorded(void *context, const char *key, const char *value) {
     struct recorded_check *r = context;
-    bool path =
-        strcmp(key, "data.train") == 0 || strcmp(key, "data.val") == 0 || strcmp(key, "data.tokenizer") == 0;
-    if (r->first.found || path || config_may_change_on_resume(key))
+    if (r->first.found || is_path(key) || config_may_change_on_resume(key))
         return;
     r->first.key = key;
     r->first.recorded = value;
     r->first.known = false;
     config_visit(r->requested, compare_setting, &r->first);
     r->compared += r->first.known;
+}
+
+/* Checkpoints from before a key existed do not record it: it was at its default then. */
+struct unrecorded_check {
+    const char *dir;
+    struct difference *first;
+    int status;
+    struct error *error;
+};
+
+static void check_unrecorded(void *context, const char *key, const char *value) {
+    struct unrecorded_check *u = context;
+    char recorded[MAX_TEXT];
+    if (u->status != 0 || u->first->found || strncmp(key, "data.", 5) != 0 || is_path(key) ||
+        config_may_change_on_resume(key))
+        return;
+    u->status = checkpoint_setting(u->dir, key, recorded, u->error);
+    const char *initial = config_default(key);
+    if (u->status != 0 || recorded[0] || !initial)
+        return;
+    u->first->key = key;
+    u->first->recorded = initial;
+    compare_setting(u->first, key, value);
 }
 
 static int check_same_run(const char *dir, const struct config *c, const struct trainer_state *requested,
@@ -59,6 +85,10 @@ static int check_same_run(const char *dir, const struct config *c, const struct 
             "%s: records no configuration, so it cannot be resumed from; set another run.dir and "
             "train.init_from = %s",
             path, dir);
+    struct unrecorded_check u = {dir, &r.first, 0, e};
+    config_visit(c, check_unrecorded, &u);
+    if (u.status != 0)
+        return -1;
     if (r.first.found)
         return fail_user(e, "%s is a checkpoint of another run: %s; change it back, or set another run.dir",
                          dir, r.first.text);

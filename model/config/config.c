@@ -190,14 +190,24 @@ const struct config_row *find_row(const char *section, const char *name) {
     return NULL;
 }
 
-bool config_may_change_on_resume(const char *key) {
+static const struct config_row *row_of_key(const char *key) {
     for (int i = 0; i < config_row_count; i++) {
         const struct config_row *row = &config_rows[i];
         size_t n = strlen(row->section);
         if (!strncmp(key, row->section, n) && key[n] == '.' && !strcmp(key + n + 1, row->name))
-            return row->may_change;
+            return row;
     }
-    return false;
+    return NULL;
+}
+
+bool config_may_change_on_resume(const char *key) {
+    const struct config_row *row = row_of_key(key);
+    return row && row->may_change;
+}
+
+const char *config_default(const char *key) {
+    const struct config_row *row = row_of_key(key);
+    return row ? row->initial : NULL;
 }
 
 void config_print_help(FILE *out) {

@@ -157,6 +157,9 @@ void config_visit(const struct config *c, void (*visit)(void *context, const cha
 /* May `section.key` change when a run is resumed? (steps, the schedule's keys, [system] and [run] may.) */
 bool config_may_change_on_resume(const char *key);
 
+/* The default of `section.key` as a user would write it; NULL: none, or it depends on other keys. */
+const char *config_default(const char *key);
+
 /* All keys with defaults and one-line explanations, for --help. */
 void config_print_help(FILE *out);
 
