@@ -51,7 +51,7 @@ class Runs(Data):
         evaluated = {}
         for settings in ([], [SEGMENTS], [SEGMENTS, "data.segment_positions=continue"],
                          [SEGMENTS, "data.separator_at=start"], [SEGMENTS, f"data.separator={ord('.')}"]):
-            run_dir = self.train("run.eval_every=20", *settings)
+            run_dir = self.train("run.eval_every=20", "model.position_embedding=learned", *settings)
             checkpoint = step_dir(run_dir, 20)
             loss = self.evaluate(checkpoint)[0]
             self.assertAlmostEqual(loss, val_losses(run_dir)[20], 5)

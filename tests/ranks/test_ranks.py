@@ -5,6 +5,7 @@ checkpoints that resume on any number of ranks.
     make && python -m unittest tests.ranks.test_ranks
 """
 
+import json
 import re
 import shutil
 import subprocess
@@ -124,6 +125,24 @@ class Ranks(Case):
             for name in ["model.safetensors"] + [f"optimizer-{r:05d}-of-{ranks:05d}.safetensors" for r in range(ranks)]:
                 self.assertEqual((step_dir(parts, 8) / name).read_bytes(),
                                  (step_dir(self.tmp / f"replicas_constant_{ranks}", 8) / name).read_bytes(), name)
+
+    def test_packed_and_mixed_data_are_the_same_on_any_number_of_ranks(self):
+        """Also in a run that two ranks begin and another number continues."""
+        data = ["train.batch_tokens=96", "data.packing=fit", "data.segments=documents",
+                f"data.train=0.6 {self.data}/train_*.bin, 0.4 {self.data}/val_*.bin"]
+        one = self.tmp / "packed_1"
+        self.on(1, one, *COMMON, *data)
+        position = json.loads((step_dir(one, 8) / "trainer.json").read_text())["data_position"]
+        for ranks in (2, 3):
+            many, resumed = self.tmp / f"packed_{ranks}", self.tmp / f"packed_resumed_{ranks}"
+            self.on(ranks, many, *COMMON, *data)
+            shutil.copytree(one if ranks == 2 else self.tmp / "packed_2", resumed, symlinks=True)
+            shutil.rmtree(step_dir(resumed, 8))
+            self.assertIn("resuming from", self.on(ranks, resumed, *COMMON, *data).stderr)
+            for run in (many, resumed):
+                self.assert_same_losses(one, run)
+                trainer = json.loads((step_dir(run, 8) / "trainer.json").read_text())
+                self.assertEqual(trainer["data_position"], position)
 
     def test_ranks_with_different_settings_or_data_are_refused(self):
         """Before the first step."""
