@@ -3,21 +3,29 @@
  * backward. */
 #include "tests/lib/model_configs.h"
 #include "tests/lib/model_fixture.h"
-#include "tests/lib/segments.h"
 #include "tests/lib/thread_comm.h"
 
 enum { STEPS = 3, PASSES = 2, GLOBAL_BATCH = 12 };
 
-static const struct update_hyper HYPER = {0.9, 0.95, 1e-8, 1.0, 0, GLOBAL_BATCH *TOKENS};
+/* Which targets count, the same for any number of ranks and passes. */
+enum labels {
+    ALL_COUNT,
+    RAGGED,     /* another number of each sequence, and of the last third of the batch none */
+    FIRST_FOUR, /* all of four sequences */
+    SECOND_STEP_EMPTY,
+};
 
 struct job {
     struct thread_world *world;
     const struct model_config *config;
     int rank, stage, passes;
-    bool labels;    /* few targets count, in some passes none, and attention stays inside segments */
+    int batch; /* sequences of a step, on all ranks; 0: GLOBAL_BATCH */
+    enum labels labels;
+    bool leave_out_second_step;
+    double eps;     /* 0: 1e-8; larger than gradients, it makes AdamW depend on their scale */
     float *weights; /* [num_params] at the end */
-    double loss, norm;
-    int64_t dirty;
+    double losses[STEPS], norms[STEPS], targets[STEPS];
+    int64_t updates, dirty;
     int not_waited_for;          /* collectives without a wait */
     int started_during_backward; /* reduce-scatters begun before the last matrix product of a pass */
 };
@@ -39,20 +47,19 @@ static void note_start(struct thread_comm *t, enum collective kind) {
         products_at_start[started++] = products;
 }
 
-/* Of the first third of the step's sequences no target counts, of the others one in 1, 2, 3, ... */
-static void drop_targets(int32_t *targets, int first, int count) {
-    for (int n = 0; n < count * TOKENS; n++) {
-        int sequence = first + n / TOKENS, t = n % TOKENS;
-        if (sequence < GLOBAL_BATCH / 3 || t % (sequence - GLOBAL_BATCH / 3 + 1) != 0)
-            targets[n] = -1;
-    }
-}
-
 /* Sequences first .. first + count - 1 of a step's batch; the batch does not depend on ranks or passes. */
-static void fill_batch(int32_t *tokens, int32_t *targets, int step, int first, int count) {
+static void fill_batch(int32_t *tokens, int32_t *targets, enum labels labels, int step, int first,
+                       int count) {
     for (int b = 0; b < count; b++) {
-        fixture_tokens(tokens + b * TOKENS, TOKENS, VOCAB, (uint64_t)(step * 100 + first + b));
-        fixture_tokens(targets + b * TOKENS, TOKENS, VOCAB, (uint64_t)(step * 100 + first + b + 7000));
+        int sequence = first + b;
+        fixture_tokens(tokens + b * TOKENS, TOKENS, VOCAB, (uint64_t)(step * 100 + sequence));
+        fixture_tokens(targets + b * TOKENS, TOKENS, VOCAB, (uint64_t)(step * 100 + sequence + 7000));
+        int counted = labels == RAGGED              ? (sequence < 8) * (sequence * 5 + step) % (TOKENS + 1)
+                      : labels == FIRST_FOUR        ? (sequence < 4) * TOKENS
+                      : labels == SECOND_STEP_EMPTY ? (step != 1) * TOKENS
+                                                    : TOKENS;
+        for (int t = counted; t < TOKENS; t++)
+            targets[b * TOKENS + t] = -1 - t % 2;
     }
 }
 
@@ -75,36 +82,39 @@ static void train(struct job *j, struct comm *comm, struct device *dev) {
     struct kernels k = *kernels_cpu();
     struct model m;
     struct error e = {0};
-    int ranks = comm ? comm->ranks : 1, batch = GLOBAL_BATCH / ranks / j->passes;
-    struct model_options options = {.shape = {batch, TOKENS, RECOMPUTE_NONE, true, j->labels, j->labels},
+    int sequences = j->batch ? j->batch : GLOBAL_BATCH;
+    int ranks = comm ? comm->ranks : 1, batch = sequences / ranks / j->passes;
+    const struct update_hyper hyper = {
+        0.9, 0.95, j->eps > 0 ? j->eps : 1e-8, j->eps > 0 ? 0.25 : 1.0, 0, sequences * TOKENS};
+    struct model_options options = {.shape = {batch, TOKENS, RECOMPUTE_NONE, true},
                                     .weight_decay = 0.1,
                                     .mix_lr_scale = 2,
                                     .comm = comm,
                                     .zero_stage = j->stage};
     int32_t tokens[GLOBAL_BATCH * TOKENS], targets[GLOBAL_BATCH * TOKENS];
-    int32_t segments[2 * GLOBAL_BATCH * TOKENS];
-    fill_segments((int64_t[SEGMENT_LENGTHS]){9}, batch, TOKENS, segments);
     k.linear_backward = count_product;
     if (model_create(&m, j->config, &k, dev, &options, &e) != 0 || model_initialize(&m, 3, &e) != 0)
         fail_msg("%s", e.text);
     for (int step = 0; step < STEPS; step++) {
+        if (step == 1 && j->leave_out_second_step)
+            continue;
         k.step_begin(dev, m.state, step, 0.01);
         for (int pass = 0; pass < j->passes; pass++) {
             products = started = 0;
-            fill_batch(tokens, targets, step, (pass * ranks + j->rank) * batch, batch);
-            if (j->labels)
-                drop_targets(targets, (pass * ranks + j->rank) * batch, batch);
-            model_train_pass(&m, (struct batch){tokens, targets, segments}, 1.0 / (GLOBAL_BATCH * TOKENS),
-                             pass, j->passes);
+            fill_batch(tokens, targets, j->labels, step, (pass * ranks + j->rank) * batch, batch);
+            model_train_pass(&m, (struct batch){tokens, targets, NULL}, 1.0 / (sequences * TOKENS), pass,
+                             j->passes);
         }
         for (int i = 0; i < started; i++)
             if (step == STEPS - 1)
                 j->started_during_backward += products_at_start[i] < products;
-        model_update(&m, &HYPER);
+        model_update(&m, &hyper);
+        j->losses[step] = m.state->loss;
+        j->norms[step] = m.state->grad_norm;
+        j->targets[step] = m.state->targets;
     }
     model_await_params(&m);
-    j->loss = m.state->loss;
-    j->norm = m.state->grad_norm;
+    j->updates = m.state->history.updates;
     j->dirty = dirty_padding(&m);
     j->weights = malloc((size_t)m.params.num_params * sizeof *j->weights);
     for (int i = 0; i < m.params.count; i++)
@@ -129,8 +139,8 @@ static void *run_rank(void *context) {
 
 /* ---- all ranks ---- */
 
-static void run_ranks(struct job *jobs, const struct model_config *c, int ranks, int stage, int passes,
-                      bool labels) {
+static void run_ranks(struct job *jobs, const struct model_config *c, enum labels labels, int ranks,
+                      int stage, int passes) {
     static struct thread_world world;
     pthread_t threads[THREAD_RANKS];
     thread_world_open(&world, ranks);
@@ -162,20 +172,28 @@ static double distance(const float *a, const float *b, int64_t n) {
     return sqrt(d / norm);
 }
 
-static void check_config(const struct model_config *c, bool labels) {
+/* Loss, gradient norm and number of targets of every step. */
+static bool same_steps(const struct job *a, const struct job *b) {
+    for (int step = 0; step < STEPS; step++)
+        if (a->targets[step] != b->targets[step] || !(fabs(a->losses[step] - b->losses[step]) < 1e-5) ||
+            !(fabs(a->norms[step] - b->norms[step]) <= 1e-5 * a->norms[step]))
+            return false;
+    return a->updates == b->updates;
+}
+
+static void check_config(const struct model_config *c, enum labels labels) {
     int64_t n = num_params(c);
     struct job one = {.config = c, .passes = 1, .labels = labels}, jobs[THREAD_RANKS];
     train(&one, NULL, fixture_device());
     for (int ranks = 2; ranks <= 3; ranks++)
         for (int stage = 0; stage <= 2; stage++)
             for (int passes = 1; passes <= PASSES; passes++) {
-                run_ranks(jobs, c, ranks, stage, passes, labels);
+                run_ranks(jobs, c, labels, ranks, stage, passes);
                 for (int r = 0; r < ranks; r++) {
                     double d = distance(one.weights, jobs[r].weights, n);
                     /* Three steps of AdamW, whose first divides by the gradient: roundings of 1e-7 of a
                      * gradient near zero are worth a whole step of 0.01 there. */
-                    if (!(d < 1e-4) || !(fabs(one.loss - jobs[r].loss) < 1e-5) ||
-                        !(fabs(one.norm - jobs[r].norm) < 1e-5 * one.norm))
+                    if (!(d < 1e-4) || !same_steps(&one, &jobs[r]))
                         fail_msg("%d ranks, stage %d, %d passes: rank %d is %.2g away", ranks, stage, passes,
                                  r, d);
                     assert_int_equal(jobs[r].not_waited_for, 0);
@@ -196,16 +214,54 @@ static void several_ranks_train_like_one(void **state) {
     plain.layer_types[1] = LAYER_IHA_GLOBAL;
     plain.layer_types[2] = LAYER_MHA_GLOBAL;
     plain.layer_types[4] = LAYER_IHA_LOCAL;
-    check_config(&plain, false);
-    check_config(&other, false);
+    check_config(&plain, ALL_COUNT);
+    check_config(&other, ALL_COUNT);
 }
 
-/* The mean over the targets of all passes and ranks, though one of them has none. */
-static void few_targets_train_alike_on_several_ranks(void **state) {
+/* Where one third of the ranks, and some passes of others, have no target. */
+static void ranks_and_passes_with_few_targets(void **state) {
+    (void)state;
+    struct model_config plain = plain_config();
+    check_config(&plain, RAGGED);
+    check_config(&plain, SECOND_STEP_EMPTY);
+}
+
+static void train_one(struct job *j, int passes) {
+    j->passes = passes;
+    train(j, NULL, fixture_device());
+}
+
+/* Gradients are of the mean over the targets: sequences without any change nothing. */
+static void only_targets_are_averaged(void **state) {
     (void)state;
     struct model_config c = plain_config();
-    c.num_hidden_layers = 2;
-    check_config(&c, true);
+    struct job alone = {.config = &c, .batch = 4, .eps = 1},
+               some = {.config = &c, .labels = FIRST_FOUR, .eps = 1};
+    train_one(&alone, 1);
+    assert_true(alone.norms[0] > 0.25); /* clipped */
+    for (int passes = 1; passes <= 6; passes++) {
+        if (GLOBAL_BATCH % passes)
+            continue;
+        train_one(&some, passes);
+        assert_true(same_steps(&alone, &some));
+        assert_true(distance(alone.weights, some.weights, num_params(&c)) < 1e-6);
+        free(some.weights);
+    }
+    free(alone.weights);
+}
+
+static void a_step_without_targets_updates_nothing(void **state) {
+    (void)state;
+    struct model_config c = plain_config();
+    struct job empty = {.config = &c, .labels = SECOND_STEP_EMPTY},
+               left_out = {.config = &c, .leave_out_second_step = true};
+    train_one(&empty, 2);
+    train_one(&left_out, 2);
+    assert_int_equal(empty.updates, STEPS - 1);
+    assert_true(empty.targets[1] == 0 && empty.norms[1] == 0);
+    assert_memory_equal(empty.weights, left_out.weights, (size_t)num_params(&c) * sizeof(float));
+    free(empty.weights);
+    free(left_out.weights);
 }
 
 /* Reduction of the head and of every layer but the first begins before backward's last matrix product. */
@@ -214,7 +270,7 @@ static void reduction_overlaps_backward(void **state) {
     struct model_config c = plain_config();
     struct job jobs[THREAD_RANKS];
     for (int stage = 0; stage <= 2; stage++) {
-        run_ranks(jobs, &c, 2, stage, 1, false);
+        run_ranks(jobs, &c, ALL_COUNT, 2, stage, 1);
         for (int r = 0; r < 2; r++) {
             assert_int_equal(jobs[r].started_during_backward, (int)c.num_hidden_layers);
             free(jobs[r].weights);
@@ -225,7 +281,9 @@ static void reduction_overlaps_backward(void **state) {
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(several_ranks_train_like_one),
-        cmocka_unit_test(few_targets_train_alike_on_several_ranks),
+        cmocka_unit_test(ranks_and_passes_with_few_targets),
+        cmocka_unit_test(only_targets_are_averaged),
+        cmocka_unit_test(a_step_without_targets_updates_nothing),
         cmocka_unit_test(reduction_overlaps_backward),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
