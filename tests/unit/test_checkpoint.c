@@ -509,6 +509,30 @@ static void numbers_beyond_sense_are_left_out(void **state) {
     close_run(&r);
 }
 
+static void the_best_is_of_one_figure(void **state) {
+    (void)state;
+    struct run r, other;
+    struct error e = {0};
+    char dir[MAX_TEXT];
+    open_run(&r, "figure", NULL, 1);
+    r.config.train.best_by = r.trainer.best_by = BEST_BY_EXACT;
+    r.trainer.best_value = 0.75;
+    r.trainer.best_step = 1;
+    r.trainer.evals_since_best = 3;
+    step_and_save(&r);
+    struct trainer_state saved = r.trainer;
+    assert_int_equal(resume(&r, dir, &e), 1);
+    assert_memory_equal(&r.trainer, &saved, sizeof saved);
+    edit_trainer(&r, "\"train.best_by\"", "\"train.best\"");
+    close_run(&r);
+    /* A run by another figure, whose checkpoint does not record train.best_by: it begins without a best. */
+    open_run(&other, "figure", NULL, 1);
+    assert_int_equal(resume(&other, dir, &e), 1);
+    assert_int_equal(other.trainer.best_by, BEST_BY_LOSS);
+    assert_true(isnan(other.trainer.best_value) && other.trainer.evals_since_best == 0);
+    close_run(&other);
+}
+
 static void text_after_the_json_is_damage(void **state) {
     (void)state;
     struct run r;
@@ -732,6 +756,7 @@ int main(void) {
         cmocka_unit_test(what_is_saved_comes_back),
         cmocka_unit_test(an_empty_run_has_nothing_to_resume),
         cmocka_unit_test(no_best_loss_yet_stays_none),
+        cmocka_unit_test(the_best_is_of_one_figure),
         cmocka_unit_test(settings_and_tokenizer_are_kept),
         cmocka_unit_test(find_takes_a_checkpoint_or_a_run),
         cmocka_unit_test(config_json_has_the_contract_s_keys),
