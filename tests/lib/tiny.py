@@ -47,3 +47,10 @@ def write_shard(path, tokens, wide=False, magic=None, version=None, count=None):
     header[1] = version if version is not None else 7 if wide else 1
     header[2] = count if count is not None else len(tokens)
     Path(path).write_bytes(header.tobytes() + np.asarray(tokens, "<u4" if wide else "<u2").tobytes())
+
+
+def write_labels(shard, labels, magic=20261129, version=1, count=None):
+    """The labels beside a shard: an id, -1 (does not count) or -2 (padding) a token."""
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, count if count is not None else len(labels)
+    Path(shard).with_suffix(".labels").write_bytes(header.tobytes() + np.asarray(labels, "<i4").tobytes())
