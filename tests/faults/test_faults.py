@@ -78,6 +78,24 @@ class Case(FaultCase):
         return cls.scenarios["resumed"]
 
     @classmethod
+    def patient(cls):
+        """A run that saves each new best at once, and that train.patience ends."""
+        if "patient" not in cls.scenarios:
+            scenario = Scenario("patient", ["train", cls.config, "train.steps=40", "train.patience=2", "train.lr=0.3",
+                                            "train.schedule=constant", "run.save_every=5", "run.sample_every=0"], cls.scratch)
+            saved, last = sorted(cls.published(scenario)), max(scenario.steps)
+            need(last < 40 and last not in (5, 10, 15), "patience did not end the run:", saved)
+            need(any(step % 5 for step in saved[:-1]), "no new best between checkpoints:", saved)
+            cls.scenarios["patient"] = scenario
+        return cls.scenarios["patient"]
+
+    @staticmethod
+    def published(scenario):
+        """The steps of which a checkpoint was renamed into its place."""
+        return {int(e.path2[-8:]) for e in scenario.trace if e.kind == "rename" and e.path.endswith(".tmp")
+                and "/step_" in e.path2 and not e.path2.endswith(".tmp")}
+
+    @classmethod
     def damaged(cls):
         """Resuming a run whose newest checkpoint is damaged: it uses the one before and saves the step again."""
         if "damaged" not in cls.scenarios:
@@ -151,6 +169,11 @@ class Crashes(Case):
 
     def test_killed_after_each_change(self):
         self.crash("after", lambda events, stride: every(len(events), 2 * stride))  # mostly the same as before the next change
+
+    def test_killed_while_patience_counts(self):
+        n = self.patient().counts()["disk"]
+        self.try_faults(*[(self.patient(), f"crash:{i}:{moment}") for moment, stride in (("before", 5), ("cut", 9))
+                          for i in every(n, stride)])
 
     def test_killed_within_each_write(self):
         self.crash("torn")

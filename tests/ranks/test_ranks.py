@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from tests.lib.labelled_task import LENGTH, make_task, sequences, write_task
 from tests.lib.ranks import AS_ROOT, MPIRUN, mpirun_each
 from tests.lib.runs import BINARY, ENVIRONMENT, TIMEOUT, Case, lines_of, losses, step_dir, val_losses, \
     without_timings
@@ -66,6 +67,34 @@ class Ranks(Case):
                     self.assertIn(f"{ranks} ranks over mpi, zero_stage {stage}", p.stderr)
                     self.assert_same_losses(one, many)
                     self.assertEqual(len(list(step_dir(many, 8).glob("optimizer-*"))), ranks)
+
+    def test_labels(self):
+        """The task of tests/lib/labelled_task.py, in which some passes have no target: the same curve and the same end on
+        any number of ranks."""
+        config = make_task(self.tmp)
+        one = self.tmp / "labels_one"
+        self.on(1, one, what=config)
+        metrics = lines_of(one / "metrics.jsonl")
+        self.assertEqual(metrics[-1]["val_exact"], 1)
+        for ranks, stage, passes in ((2, 0, 1), (2, 1, 12), (3, 2, 8), (3, 1, 1)):
+            with self.subTest(ranks=ranks, stage=stage):
+                many = self.tmp / f"labels_{ranks}_{stage}"
+                micro_batch = 24 // ranks // passes
+                p = self.on(ranks, many, f"system.zero_stage={stage}", f"train.micro_batch={micro_batch}", what=config)
+                self.assertEqual(p.stderr.count("train.patience = 3: no better validation exact"), 1)
+                self.assertEqual((many / "best").readlink(), (one / "best").readlink())
+                found = lines_of(many / "metrics.jsonl")
+                self.assertEqual(len(found), len(metrics))
+                for a, b in zip(metrics, found):
+                    self.assertEqual([a.get(k) for k in ("step", "target_tokens", "val_accuracy", "val_exact")],
+                                     [b.get(k) for k in ("step", "target_tokens", "val_accuracy", "val_exact")])
+                np.testing.assert_allclose(losses(many), losses(one), rtol=1e-4)
+                p = self.on(ranks, many, command="eval", what=many / "best")
+                self.assertEqual([line.split()[0] for line in p.stdout.splitlines()],
+                                 ["val_accuracy", "val_exact", "val_loss"])
+        write_task(self.tmp / "nothing.bin", sequences(9, 3), np.full((9, LENGTH), -1))
+        p = self.on(2, many, "data.val=nothing.bin", "run.dir=refused", what=config, status=2)
+        self.assertEqual(p.stderr.count("no label counts"), 1, p.stderr)
 
     def test_stages_agree_bit_for_bit(self):
         """With one pass a step all stages add the same numbers in the same order."""
