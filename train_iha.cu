@@ -44,6 +44,7 @@
 
 enum { DEFAULT_TIMEOUT = 300 }; /* seconds to wait for a rank before the configuration has been read */
 enum { DECODE_CHUNK = 64 };     /* tokens of a prompt that are fed at a time */
+enum { STEPS_KNOWN = 4 };       /* more than are in flight at a time, and the next */
 
 /* release frees every pointer that is not NULL. */
 struct run {
@@ -72,7 +73,9 @@ struct run {
     int lock;                             /* descriptor of run.dir/lock */
     int32_t *tokens, *targets, *segments; /* [micro_batch, seq_len] of an evaluation */
     int32_t *correct;                     /* the same, where the data is labelled; otherwise NULL */
-    double flops_per_token;
+    struct flops flops;                   /* per token; with segments without attention */
+    double attention_flops; /* with segments: of the sequences that read_step has read, on this rank */
+    double step_attention_flops[STEPS_KNOWN]; /* and on all ranks, of step n at [n % STEPS_KNOWN] */
 };
 
 static bool is_rank0(const struct run *r) {
@@ -185,8 +188,9 @@ static int build_model(struct run *r, bool training, struct error *e) {
     r->correct = labelled ? malloc(bytes) : NULL;
     if (!r->tokens || !r->targets || !r->segments || (labelled && !r->correct))
         return fail_run(e, "out of memory for a batch of tokens");
-    struct flops f = flops_per_token(&r->config.model, t->seq_len);
-    r->flops_per_token = f.matmul + f.attention + f.mixing;
+    r->flops = flops_per_token(&r->config.model, t->seq_len);
+    if (d->segments != SEGMENTS_NONE)
+        r->flops.attention = 0;
     return 0;
 }
 
@@ -294,8 +298,12 @@ static bool is_due(int64_t every, int64_t step) {
 
 /* Get this rank's sequences of the next step, which a thread reads ahead. */
 static int read_step(struct run *r, struct error *e) {
+    const struct config *c = &r->config;
     if (loader_next(r->train, &r->batch, e) != 0)
         return -1;
+    if (r->batch.segments)
+        r->attention_flops = flops_segments(&c->model, c->train.seq_len, r->batch.segments,
+                                            passes_per_step(r) * c->train.micro_batch);
     if (is_rank0(r) && loader_epoch_began(r->train)) {
         status_break(r->metrics);
         loader_print_epochs(r->train, stderr, r->trainer.step + 1);
@@ -340,6 +348,12 @@ static void train_step(struct run *r) {
     r->trainer.step++;
 }
 
+/* What MFU counts of a step, on all ranks. */
+static double step_flops(const struct run *r, int64_t step) {
+    double per_token = r->flops.matmul + r->flops.attention + r->flops.mixing;
+    return per_token * (double)r->config.train.batch_tokens + r->step_attention_flops[step % STEPS_KNOWN];
+}
+
 /* Collect the state of the oldest step in flight, record it in metrics.jsonl, and fail after too many skipped
  * steps in a row. Every rank has the same state; rank 0 writes. */
 static int record_step(struct run *r, struct error *e) {
@@ -357,13 +371,14 @@ static int record_step(struct run *r, struct error *e) {
                                  .steps = c->train.total_steps,
                                  .tokens = trainer->tokens - r->steps_in_flight * c->train.batch_tokens,
                                  .targets = state.targets,
-                                 .labelled = loader_has_labels(r->train),
+                                 .some_ignored =
+                                     loader_has_labels(r->train) || c->data.packing == PACKING_FIT,
                                  .loss = state.loss,
                                  .lr = state.lr,
                                  .grad_norm = state.grad_norm,
                                  .seconds = seconds,
                                  .tokens_per_second = rate,
-                                 .mfu = peak > 0 ? rate * r->flops_per_token / peak : 0,
+                                 .mfu = peak > 0 ? step_flops(r, state.step) / seconds / peak : 0,
                                  .skipped = state.skip != STEP_APPLIED && state.skip != STEP_EMPTY};
     int status = is_rank0(r) ? metrics_step(r->metrics, &record, e) : 0;
     if (is_rank0(r) && is_due(c->run.log_every, record.step))
@@ -533,9 +548,11 @@ struct rank_status {
     int failed;      /* recording the step failed */
     int read_failed; /* reading the sequences of the next step failed */
     enum saver_state saver;
+    double attention_flops; /* of the next step: see struct run */
 };
 
-/* The status of all ranks together: any signal, any failure, the state of the checkpoint being written. */
+/* The status of all ranks together: any signal, any failure, the state of the checkpoint being written, the sum of
+ * FLOPs, which is also noted in *r. */
 static struct rank_status merge_rank_status(struct run *r, struct rank_status own) {
     const struct rank_status *gathered = comm_all_gather_small(r->comm, &own, sizeof own);
     struct rank_status all = gathered[0];
@@ -544,7 +561,9 @@ static struct rank_status merge_rank_status(struct run *r, struct rank_status ow
         all.failed |= gathered[i].failed;
         all.read_failed |= gathered[i].read_failed;
         all.saver = saver_state_merge(all.saver, gathered[i].saver);
+        all.attention_flops += gathered[i].attention_flops;
     }
+    r->step_attention_flops[r->trainer.step % STEPS_KNOWN] = all.attention_flops;
     return all;
 }
 
@@ -575,6 +594,8 @@ static int train_loop(struct run *r, struct error *e) {
     const int64_t steps = r->config.train.total_steps;
     struct rank_status all = {0};
     struct error read_error = {0};
+    if (r->batch.segments)
+        merge_rank_status(r, (struct rank_status){.attention_flops = r->attention_flops});
     r->step_start = clock_seconds();
     while (r->trainer.step < steps && !all.stop && !ended_by_patience(r)) {
         if (r->profile_steps > 0 && r->trainer.step == r->profile_from)
@@ -584,8 +605,9 @@ static int train_loop(struct run *r, struct error *e) {
         int read_status = r->trainer.step < steps ? read_step(r, &read_error) : 0;
         int status = record_steps(r, r->k->run_ahead, e);
         /* Signals are polled once a step: one that arrives while saving ends the next step. */
-        all = merge_rank_status(r, (struct rank_status){signals_stop_requested(), status != 0,
-                                                        read_status != 0, saver_state(r->saver)});
+        all =
+            merge_rank_status(r, (struct rank_status){signals_stop_requested(), status != 0, read_status != 0,
+                                                      saver_state(r->saver), r->attention_flops});
         if (all.failed && comm_agree(r->comm, status, e) != 0)
             return -1;
         if (r->profile_steps > 0 && (all.stop || r->trainer.step == r->profile_from + r->profile_steps))
@@ -642,7 +664,8 @@ static struct loader *open_loader(const struct run *r, const char *data, struct 
                                      .segments = c->data.segments == SEGMENTS_DOCUMENTS,
                                      .comm = r->comm};
     if (data == c->data.val && mixture_is(data)) {
-        fail_user(e, "data.val = %s: only data.train can be a mixture; evaluate each of its globs alone", data);
+        fail_user(e, "data.val = %s: only data.train can be a mixture; evaluate each of its globs alone",
+                  data);
         return NULL;
     }
     return loader_open(&options, e);

@@ -98,7 +98,7 @@ static void print_schedule(FILE *out, const struct model_config *m, int64_t seq_
         "  window of every query, over T^2. In IHA layers, windows are in virtual tokens (P per token).\n\n");
 }
 
-static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len) {
+static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len, bool segments) {
     struct flops f = flops_per_token(m, seq_len);
     double total = f.matmul + f.attention + f.mixing;
     char text[32];
@@ -107,8 +107,13 @@ static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len
             "matmul", human(f.matmul, text), 100 * f.matmul / total);
     fprintf(out, "  %-12s %10s  %5.1f%%   12 x H x d x visible pairs per token, summed over layers\n",
             "attention", human(f.attention, text), 100 * f.attention / total);
-    fprintf(out, "  %-12s %10s  %5.1f%%   6 x d x P x (3 H^2 + %s) per IHA layer\n\n", "mixing",
+    fprintf(out, "  %-12s %10s  %5.1f%%   6 x d x P x (3 H^2 + %s) per IHA layer\n", "mixing",
             human(f.mixing, text), 100 * f.mixing / total, m->iha_collapse == COLLAPSE_FULL ? "H^2" : "H");
+    if (segments)
+        fprintf(out, "  attention is that of a sequence without segments; MFU counts the pairs that each "
+                     "step's segments "
+                     "leave visible\n");
+    fputc('\n', out);
 }
 
 void info_print_memory(FILE *out, const struct config *c, enum dtype compute, const struct memory_plan *p) {
@@ -168,7 +173,7 @@ int info_print_counts(FILE *out, const struct config *c, struct error *e) {
     print_model(out, &c->model);
     print_parameters(out, &params);
     print_schedule(out, &c->model, c->train.seq_len);
-    print_flops(out, &c->model, c->train.seq_len);
+    print_flops(out, &c->model, c->train.seq_len, c->data.segments != SEGMENTS_NONE);
     print_steps(out, &c->train);
     params_free(&params);
     return 0;

@@ -130,7 +130,7 @@ int metrics_step(struct metrics *m, const struct step_record *r, struct error *e
     put_number(m->file, "lr", r->lr, "%.9g");
     put_number(m->file, "grad_norm", r->grad_norm, "%.9g");
     fprintf(m->file, ", \"tokens\": %" PRId64, r->tokens);
-    if (r->labelled)
+    if (r->some_ignored)
         put_number(m->file, "target_tokens", r->targets, "%.0f");
     put_number(m->file, "tokens_per_second", r->tokens_per_second, "%.1f");
     put_number(m->file, "mfu", r->mfu > 0 ? r->mfu : (double)NAN, "%.4f");

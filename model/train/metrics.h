@@ -10,8 +10,8 @@
 
 struct step_record {
     int64_t step, steps, tokens;
-    double targets; /* of the step, that count; 0: the step has updated nothing, and has no loss */
-    bool labelled;  /* targets and tokens may differ: print both */
+    double targets;    /* of the step, that count; 0: the step has updated nothing, and has no loss */
+    bool some_ignored; /* targets may be fewer than the step's tokens: print how many there are */
     double loss, lr, grad_norm;
     double seconds; /* this step alone: without evaluation and saving */
     double tokens_per_second;
