@@ -248,10 +248,9 @@ static int parse_arguments(struct command_line *line, const struct command_row *
     if (line->stop && !*line->stop)
         return fail_user(e, "%s: --stop is empty; give the text to stop at, or leave it out", c->name);
     if (line->command == COMMAND_CHECK && line->override_count > 0)
-        return fail_user(e,
-                         "check: '%.200s' comes after GLOB; quote the glob, so that the shell does not "
-                         "replace it by the files' names",
-                         line->overrides[0]);
+        return fail_user(
+            e, "check: '%.200s' comes after GLOB; quote the glob, so that the shell does not expand it",
+            line->overrides[0]);
     if (line->command == COMMAND_CHECK && line->vocab == 0)
         return fail_user(e, "check: --vocab N is missing: the vocab_size of the model");
     return 0;

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""train_iha as a user runs it: the four commands, what they write, how they fail and how they resume.
+"""train_iha as a user runs it: the commands, what they write, how they fail and how they resume.
 
     make && python -m unittest tests.cli.test_cli
 
@@ -596,7 +596,7 @@ class Refusals(Case):
         return line
 
     def test_help_and_version(self):
-        for args in (["--help"], ["--version"], *([c, "--help"] for c in ("train", "eval", "generate", "info"))):
+        for args in (["--help"], ["--version"], *([c, "--help"] for c in ("train", "eval", "generate", "info", "check"))):
             done = self.run_cli(*args)
             self.assertIn(b"train_iha", done.stdout)
             self.assertEqual(done.stderr, b"")
@@ -615,7 +615,7 @@ class Refusals(Case):
         self.refused("train", self.config, "--profile", "2", "--profile", "2", names=["--profile", "twice"])
         for options in (["--gpus", "2"], ["--gpus"], ["--gpus", self.config]):
             self.refused("info", *options, names=["info CONFIG|CHECKPOINT", "missing"])
-        for command in ("train", "eval", "generate", "info"):
+        for command in ("train", "eval", "generate", "info", "check"):
             self.refused(command, names=[command, "missing"])
 
     def test_keys_and_values(self):

@@ -104,6 +104,8 @@ static void options_set_their_values(void **state) {
     assert_int_equal(line.gpus, 16);
     assert_string_equal(line.gpu, "h100");
     assert_string_equal(line.link, "ib400");
+    parses("check *.bin --vocab 257", COMMAND_CHECK, "*.bin");
+    assert_int_equal(line.vocab, 257);
 }
 
 static void wrong_arguments_are_named(void **state) {
@@ -124,6 +126,10 @@ static void wrong_arguments_are_named(void **state) {
     refused("generate --seed 1 c --seed 1", "generate: --seed is given twice");
     refused("generate c --prompt a --prompt-file b",
             "generate: --prompt and --prompt-file are both given; give one");
+    refused("check a.bin", "check: --vocab N is missing: the vocab_size of the model");
+    refused("check a.bin b.bin --vocab 257",
+            "check: 'b.bin' comes after GLOB; quote the glob, so that the shell does not expand it");
+    refused("check a.bin --vocab 0", "check: --vocab 0: not a whole number from 1 to 2147483648");
 }
 
 static void wrong_values_are_named(void **state) {
@@ -148,8 +154,8 @@ static void help_and_version(void **state) {
     parses("--help", COMMAND_HELP, NULL);
     assert_int_equal(line.help_topic, -1);
     parses("--version", COMMAND_VERSION, NULL);
-    static const char *const names[] = {"train", "eval", "generate", "info"};
-    for (int i = 0; i < 4; i++) {
+    static const char *const names[] = {"train", "eval", "generate", "info", "check"};
+    for (int i = 0; i < 5; i++) {
         char words[64], usage[64], *text = NULL;
         size_t size;
         snprintf(words, sizeof words, "%s a --unknown --help", names[i]);
