@@ -18,7 +18,6 @@ struct read_ahead {
     bool stopping;
     int status; /* of the read after read_count; -1: failed, and the thread has ended */
     struct error error;
-    int64_t waits;
 };
 
 static bool has_free_slot(const struct read_ahead *r) {
@@ -81,7 +80,6 @@ int read_ahead_next(struct read_ahead *r, struct error *e) {
     pthread_mutex_lock(&r->mutex);
     r->slot_in_use = false;
     pthread_cond_signal(&r->changed);
-    r->waits += r->read_count == r->used_count && r->status == 0;
     while (r->read_count == r->used_count && r->status == 0)
         pthread_cond_wait(&r->changed, &r->mutex);
     if (r->read_count > r->used_count) {
@@ -92,8 +90,4 @@ int read_ahead_next(struct read_ahead *r, struct error *e) {
     }
     pthread_mutex_unlock(&r->mutex);
     return slot;
-}
-
-int64_t read_ahead_waits(const struct read_ahead *r) {
-    return r->waits;
 }

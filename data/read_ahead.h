@@ -24,7 +24,4 @@ void read_ahead_stop(struct read_ahead *r);
  * further step is read. */
 int read_ahead_next(struct read_ahead *r, struct error *e);
 
-/* How many calls of read_ahead_next had to wait. */
-int64_t read_ahead_waits(const struct read_ahead *r);
-
 #endif
