@@ -32,13 +32,19 @@ static const char *item_end(const char *text) {
     return text;
 }
 
-/* A glob whose leading ~ stands for the home directory. */
+/* A glob whose leading ~/ stands for the home directory, which is taken literally. */
 static int copy_glob(char out[MAX_GLOB], const char *glob, size_t length, struct error *e) {
     const char *home = length > 1 && glob[0] == '~' && glob[1] == '/' ? getenv("HOME") : NULL;
-    size_t skip = home ? 1 : 0;
-    int n = snprintf(out, MAX_GLOB, "%s%.*s", home ? home : "", (int)(length - skip), glob + skip);
-    return n < MAX_GLOB ? 0
-                        : fail_user(e, "data.train: a path of %d bytes; the limit is %d", n, MAX_GLOB - 1);
+    size_t used = 0, skip = home ? 1 : 0;
+    for (; home && *home && used < MAX_GLOB; home++) {
+        const char *format = *home == '\\' ? "\\%c" : strchr("*?[", *home) ? "[%c]" : "%c";
+        used += (size_t)snprintf(out + used, MAX_GLOB - used, format, *home);
+    }
+    if (used + length - skip >= MAX_GLOB)
+        return fail_user(e, "data.train: a path of more than %d bytes; give a shorter one", MAX_GLOB - 1);
+    memcpy(out + used, glob + skip, length - skip);
+    out[used + length - skip] = '\0';
+    return 0;
 }
 
 /* The item [text, end), whose weight goes to *weight. */
