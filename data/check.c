@@ -10,6 +10,7 @@
 
 #include "data/dataset.h"
 #include "data/parallel.h"
+#include "data/range.h"
 #include "data/shard_list.h"
 #include "kernels/clock.h"
 
@@ -53,14 +54,6 @@ static void report(struct check *c, const struct error *e) {
     c->problems++;
 }
 
-static void format_duration(double seconds, char out[32]) {
-    long s = (long)(seconds + 0.5);
-    if (s < 3600)
-        snprintf(out, 32, "%ld:%02ld", s / 60, s % 60);
-    else
-        snprintf(out, 32, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
-}
-
 /* On a terminal one line, rewritten in place; elsewhere a new line every 10 seconds. */
 static void show_progress(struct check *c) {
     double now = clock_seconds(), interval = c->terminal ? 0.2 : 10;
@@ -69,7 +62,7 @@ static void show_progress(struct check *c) {
     c->last_shown = now;
     double rate = (double)c->bytes_done / (now - c->start);
     char left[32];
-    format_duration((double)(c->bytes - c->bytes_done) / rate, left);
+    clock_format_duration((double)(c->bytes - c->bytes_done) / rate, left);
     fprintf(stderr, "%schecked %.1f of %.1f GB  %3.0f%%  %.2f GB/s  %s left%s", c->terminal ? "\r\033[K" : "",
             (double)c->bytes_done / 1e9, (double)c->bytes / 1e9,
             100 * (double)c->bytes_done / (double)c->bytes, rate / 1e9, left, c->terminal ? "" : "\n");
@@ -79,18 +72,14 @@ static void show_progress(struct check *c) {
 
 /* ---- headers ---- */
 
-static int open_file(struct shard_file *f, struct error *e) {
-    int err = shard_file_open(f);
-    return err ? fail_user(e, "%s: cannot be opened: %s", f->path, strerror(err)) : 0;
-}
-
 static int check_header(void *context, int64_t i, struct error *e) {
     struct check *c = context;
     struct file_check *file = &c->files[i];
     (void)e;
     if (!file->f->path)
         return 0;
-    file->bad = open_file(file->f, &file->error) != 0 || shard_file_check_header(file->f, &file->error) != 0;
+    file->bad = shard_file_open_or_fail(file->f, &file->error) != 0 ||
+                shard_file_check_header(file->f, &file->error) != 0;
     shard_file_close(file->f);
     return 0;
 }
@@ -123,21 +112,13 @@ static void cut_into_pieces(struct check *c) {
 }
 
 static struct file_check *file_of_piece(const struct check *c, int64_t piece) {
-    int low = 0, high = 2 * c->list.count; /* files[low].first_piece <= piece < files[high].first_piece */
-    while (high - low > 1) {
-        int middle = low + (high - low) / 2;
-        if (c->files[middle].first_piece <= piece)
-            low = middle;
-        else
-            high = middle;
-    }
-    return &c->files[low];
+    return &c->files[range_find(&c->files->first_piece, sizeof *c->files, 2 * c->list.count, piece)];
 }
 
 static int check_ids(const struct check *c, const struct shard_file *f, int64_t start, int64_t count,
                      struct label_counts *counts, struct error *e) {
     struct shard_file mine = *f; /* with a descriptor of this thread's own */
-    if (open_file(&mine, e) != 0)
+    if (shard_file_open_or_fail(&mine, e) != 0)
         return -1;
     int status = shard_file_check_ids(&mine, &c->vocab, start, count, counts, e);
     shard_file_close(&mine);

@@ -3,6 +3,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "data/range.h"
+
 struct document {
     int32_t start, length; /* in the window */
     int32_t sequence;
@@ -224,15 +226,7 @@ static void link_documents(struct packer *p) {
 /* ---- blocks ---- */
 
 static int file_of_block(const struct packer *p, int64_t block) {
-    int low = 0, high = p->files; /* first_block[low] <= block < first_block[high] */
-    while (high - low > 1) {
-        int middle = low + (high - low) / 2;
-        if (p->first_block[middle] <= block)
-            low = middle;
-        else
-            high = middle;
-    }
-    return low;
+    return (int)range_find(p->first_block, sizeof *p->first_block, p->files, block);
 }
 
 /* Tokens [begin, end) of a file of `tokens`, and their targets: the labels, or the next tokens. The last token of a file

@@ -41,6 +41,11 @@ int shard_file_open(struct shard_file *f) {
     return f->fd < 0 ? errno : 0;
 }
 
+int shard_file_open_or_fail(struct shard_file *f, struct error *e) {
+    int err = shard_file_open(f);
+    return err ? fail_user(e, "%s: cannot be opened: %s", f->path, strerror(err)) : 0;
+}
+
 void shard_file_close(struct shard_file *f) {
     if (f->fd >= 0)
         close(f->fd);

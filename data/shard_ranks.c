@@ -121,9 +121,8 @@ static int check_open_file(const struct checks *c, struct shard_file *f, int64_t
 static int check_file(const struct checks *c, struct shard_file *f, int64_t offset, struct file_record *r,
                       struct error *e) {
     int64_t whole_bytes = c->whole_bytes > offset ? c->whole_bytes - offset : 0;
-    int err = shard_file_open(f);
-    if (err)
-        return fail_user(e, "%s: cannot be opened: %s", f->path, strerror(err));
+    if (shard_file_open_or_fail(f, e) != 0)
+        return -1;
     int status = check_open_file(c, f, whole_bytes, &r->edges, e);
     shard_file_close(f);
     if (status != 0)
@@ -231,9 +230,8 @@ static int exchange_records(struct checks *c, uint64_t *fingerprint, struct erro
 static int compare_file(const struct checks *c, struct shard_file *f, int owner, struct error *e) {
     if (!f->path)
         return 0;
-    int err = shard_file_open(f);
-    if (err)
-        return fail_user(e, "%s: cannot be opened: %s", f->path, strerror(err));
+    if (shard_file_open_or_fail(f, e) != 0)
+        return -1;
     f->stat.st_mtim = (struct timespec){0}; /* not what it was: to be compared by its contents */
     int status = shard_file_check_unchanged(f, &c->vocab, e);
     shard_file_close(f);

@@ -1,8 +1,5 @@
-/* The files of a glob, their sequences, and the order of training. shard_file.c reads and checks one file.
- *
- * The order of training is a pure function of (seed, draw): a Feistel network permutes [0, 4^k) without a
- * table, and walking its cycle until it lands below N restricts that permutation to [0, N) (Black and
- * Rogaway, "Ciphers with arbitrary finite domains", 2002). Nothing needs to be saved in a checkpoint. */
+/* The files of a glob, their sequences, and the order of training. shard_file.c reads and checks one file, shuffle.c
+ * permutes the sequences. */
 #include "data/shards.h"
 
 #include <errno.h>
@@ -12,6 +9,7 @@
 #include <string.h>
 #include <sys/resource.h>
 
+#include "data/range.h"
 #include "data/shard_list.h"
 #include "data/shard_ranks.h"
 #include "data/shuffle.h"
@@ -147,16 +145,7 @@ bool shards_have_labels(const struct shards *s) {
 /* ---- reading ---- */
 
 static struct shard *shard_of_sequence(const struct shards *s, int64_t i) {
-    const struct shard *shards = s->list.shards;
-    int low = 0, high = s->list.count; /* shards[low].first <= i < shards[high].first */
-    while (high - low > 1) {
-        int middle = low + (high - low) / 2;
-        if (shards[middle].first <= i)
-            low = middle;
-        else
-            high = middle;
-    }
-    return &s->list.shards[low];
+    return &s->list.shards[range_find(&s->list.shards->first, sizeof *s->list.shards, s->list.count, i)];
 }
 
 static int read_file(struct shards *s, struct shard_file *f, int64_t start, int64_t count, int32_t *ids,

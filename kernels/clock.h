@@ -2,6 +2,7 @@
 #ifndef IHA_KERNELS_CLOCK_H
 #define IHA_KERNELS_CLOCK_H
 
+#include <stdio.h>
 #include <time.h>
 
 /* Seconds since an arbitrary start. */
@@ -21,6 +22,17 @@ static inline void clock_sleep(double seconds) {
     t.tv_sec = (time_t)seconds;
     t.tv_nsec = (long)((seconds - (double)t.tv_sec) * 1e9);
     nanosleep(&t, NULL);
+}
+
+/* "1:05", "2:01:05", or from a day on "1d 02h". */
+static inline void clock_format_duration(double seconds, char out[32]) {
+    long s = (long)(seconds + 0.5);
+    if (s < 3600)
+        snprintf(out, 32, "%ld:%02ld", s / 60, s % 60);
+    else if (s < 86400)
+        snprintf(out, 32, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
+    else
+        snprintf(out, 32, "%ldd %02ldh", s / 86400, s / 3600 % 24);
 }
 
 #endif

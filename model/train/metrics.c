@@ -154,16 +154,6 @@ int metrics_sync(struct metrics *m, struct error *e) {
     return err ? fail_run(e, "%s: cannot write: %s; %s", m->path, strerror(err), files_advice(err)) : 0;
 }
 
-static void format_duration(double seconds, char out[32]) {
-    long s = (long)(seconds + 0.5);
-    if (s < 3600)
-        snprintf(out, 32, "%ld:%02ld", s / 60, s % 60);
-    else if (s < 86400)
-        snprintf(out, 32, "%ld:%02ld:%02ld", s / 3600, s / 60 % 60, s % 60);
-    else
-        snprintf(out, 32, "%ldd %02ldh", s / 86400, s / 3600 % 24);
-}
-
 static void format_rate(double rate, char out[32]) {
     if (rate < 1e4)
         snprintf(out, 32, "%.0f tok/s", rate);
@@ -187,7 +177,7 @@ void status_step(struct metrics *m, const struct step_record *r) {
         return;
     m->last_shown = t;
     char left[32], rate[32], mfu[32] = "", loss[32] = "none", bar[3 * BAR + 1] = "", head[128], tail[192];
-    format_duration(m->seconds_per_step * (double)(r->steps - r->step), left);
+    clock_format_duration(m->seconds_per_step * (double)(r->steps - r->step), left);
     format_rate(r->tokens_per_second, rate);
     if (r->mfu > 0)
         snprintf(mfu, sizeof mfu, "  mfu %.1f%%", 100 * r->mfu);
