@@ -168,15 +168,13 @@ static int64_t passes_per_step(const struct run *r) {
 /* Create the model, with uninitialised weights, and the buffers of an evaluation. */
 static int build_model(struct run *r, bool training, struct error *e) {
     const struct train_config *t = &r->config.train;
-    const struct data_config *d = &r->config.data;
-    struct model_options options = {
-        .shape = {t->micro_batch, t->seq_len, r->config.system.recompute, training,
-                  d->segments == SEGMENTS_DOCUMENTS, d->segment_positions == POSITIONS_RESTART},
-        .weight_decay = t->weight_decay,
-        .mix_lr_scale = t->mix_lr_scale,
-        .comm = r->device_comm,
-        .zero_stage = (int)r->config.system.zero_stage,
-        .reduce_dtype = r->config.system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16 : DTYPE_F32};
+    struct model_options options = {.shape = pass_shape_of(&r->config, training),
+                                    .weight_decay = t->weight_decay,
+                                    .mix_lr_scale = t->mix_lr_scale,
+                                    .comm = r->device_comm,
+                                    .zero_stage = (int)r->config.system.zero_stage,
+                                    .reduce_dtype = r->config.system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16
+                                                                                                 : DTYPE_F32};
     r->host_memory = kernels_cpu()->memory_available(NULL);
     if (model_create(&r->model, &r->config.model, r->k, r->dev, &options, e) != 0)
         return -1;
@@ -189,7 +187,7 @@ static int build_model(struct run *r, bool training, struct error *e) {
     if (!r->tokens || !r->targets || !r->segments || (labelled && !r->correct))
         return fail_run(e, "out of memory for a batch of tokens");
     r->flops = flops_per_token(&r->config.model, t->seq_len);
-    if (d->segments != SEGMENTS_NONE)
+    if (r->config.data.segments != SEGMENTS_NONE)
         r->flops.attention = 0;
     return 0;
 }

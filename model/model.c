@@ -72,6 +72,15 @@ static int create_host_side(struct model *m, const struct model_config *config, 
     return 0;
 }
 
+struct pass_shape pass_shape_of(const struct config *c, bool training) {
+    return (struct pass_shape){.batch = c->train.micro_batch,
+                               .tokens = c->train.seq_len,
+                               .recompute = c->system.recompute,
+                               .training = training,
+                               .segments = c->data.segments == SEGMENTS_DOCUMENTS,
+                               .restart_positions = c->data.segment_positions == POSITIONS_RESTART};
+}
+
 static int plan_memory(struct model *m, struct memory_plan *plan, struct error *e) {
     size_t master = dtype_bytes(m->dtypes.master);
     *plan = (struct memory_plan){.parameters = (size_t)m->params.elements * dtype_bytes(m->dtypes.compute)};

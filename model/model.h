@@ -23,6 +23,9 @@ struct pass_shape {
     bool restart_positions; /* positions begin at 0 in each segment */
 };
 
+/* The passes of a run. */
+struct pass_shape pass_shape_of(const struct config *c, bool training);
+
 /* The input of one pass, in host memory. */
 struct batch {
     const int32_t *tokens;  /* [B,T] */

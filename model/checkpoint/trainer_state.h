@@ -9,9 +9,9 @@
 enum { MAX_DATA_POSITION = 256 };
 
 struct trainer_state {
-    int64_t step;      /* optimizer steps done */
-    int64_t tokens;    /* trained on */
-    int64_t sequences; /* drawn from the training data: the data position */
+    int64_t step;            /* optimizer steps done */
+    int64_t tokens;          /* trained on */
+    int64_t sequences;       /* drawn from the training data: the data position */
     int data_position_count; /* 0: `sequences` is the whole position */
     int64_t data_position[MAX_DATA_POSITION];
     struct step_history history;

@@ -6,11 +6,6 @@ double estimate_usable_memory(const struct gpu_spec *gpu) {
     return gpu->memory - gpu->reserved;
 }
 
-static struct pass_shape shape_of(const struct config *c) {
-    return (struct pass_shape){
-        c->train.micro_batch, c->train.seq_len, c->system.recompute, true, false, false};
-}
-
 static enum dtype reduce_dtype_of(const struct config *c) {
     return c->system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16 : DTYPE_F32;
 }
@@ -20,8 +15,9 @@ static void run_step(struct model *m, const struct config *c, int64_t step, int6
     struct update_hyper hyper = {c->train.beta1,     c->train.beta2,       c->train.eps,
                                  c->train.grad_clip, c->train.skip_zscore, (double)c->train.batch_tokens};
     m->k->step_begin(m->dev, m->state, step, c->train.lr);
+    const struct batch batch = {.segments = m->host_segments}; /* zeros: each sequence is one segment */
     for (int64_t pass = 0; pass < passes; pass++)
-        model_train_pass(m, (struct batch){0}, 1.0 / (double)c->train.batch_tokens, (int)pass, (int)passes);
+        model_train_pass(m, batch, 1.0 / (double)c->train.batch_tokens, (int)pass, (int)passes);
     model_update(m, &hyper);
 }
 
@@ -54,7 +50,7 @@ static void compute_rates(struct run_estimate *p, const struct config *c, const 
 static int run_estimated_steps(struct run_estimate *p, const struct config *c, struct device *dev,
                                struct error *e) {
     struct model m;
-    struct model_options options = {.shape = shape_of(c),
+    struct model_options options = {.shape = pass_shape_of(c, true),
                                     .weight_decay = c->train.weight_decay,
                                     .mix_lr_scale = c->train.mix_lr_scale,
                                     .comm = estimate_comm(dev),
@@ -89,7 +85,7 @@ int estimate_run(struct run_estimate *p, const struct config *c, const struct es
 
 int estimate_fits(const struct config *c, const struct estimate_options *o, struct memory_plan *plan,
                   struct error *e) {
-    struct pass_shape shape = shape_of(c);
+    struct pass_shape shape = pass_shape_of(c, true);
     struct device *dev = estimate_open(o, e);
     if (!dev)
         return -1;

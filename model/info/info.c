@@ -181,12 +181,7 @@ int info_print_counts(FILE *out, const struct config *c, struct error *e) {
 
 int info_print(FILE *out, const struct config *c, const struct kernels *k, struct device *dev,
                struct error *e) {
-    struct pass_shape shape = {c->train.micro_batch,
-                               c->train.seq_len,
-                               c->system.recompute,
-                               true,
-                               c->data.segments == SEGMENTS_DOCUMENTS,
-                               c->data.segment_positions == POSITIONS_RESTART};
+    struct pass_shape shape = pass_shape_of(c, true);
     struct memory_plan memory;
     if (model_memory(&c->model, k, dev, &shape, 1, 0, DTYPE_F32, &memory, e) != 0 ||
         info_print_counts(out, c, e) != 0)
