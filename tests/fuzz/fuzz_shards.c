@@ -1,45 +1,24 @@
 /* Token shards: exactly the files that the format allows are accepted, and read with their tokens.
  *
- * Input: a byte of form, a byte that picks the vocabulary's size, then the file. Form's bits: RAW, the file
- * is given as it is; else its 12 bytes of header that count, and the tokens. COUNTED: the header's count is
- * set to what the file holds. REPEATED: the tokens are repeated to several of the reader's blocks, and end in
- * many of the first, so that another may stand in whole blocks alone. The rest is seq_len - 1. */
+ * Input: a byte of form, a byte that picks the vocabulary's size, then the file. Form's bits: those of
+ * shard_file.h; what is repeated ends in many of the first token, so that another may stand in whole blocks
+ * alone. The rest is seq_len - 1. */
 #include "tests/fuzz/fuzz.h"
+#include "tests/fuzz/shard_file.h"
 
 #include "data/shards.h"
 
-enum { RAW = 128, REPEATED = 64, COUNTED = 32, FIELDS = 12, HEADER = 1024, ENOUGH = 9000 };
-
-struct file {
-    uint8_t *bytes;
-    size_t size;
-};
-
-static struct file build(uint8_t form, const uint8_t *data, size_t size) {
+static size_t width_of_tokens(const uint8_t *header) {
     static const int32_t wide = 20240801;
-    struct file f = {.size = size};
-    size_t first = size >= FIELDS && memcmp(data, &wide, 4) == 0 ? 4 : 2;
-    size_t body = size > FIELDS ? size - FIELDS : 0, copies = 1;
-    if (form & REPEATED && body >= 4 && !(form & RAW))
-        copies = 2 + 4 * ENOUGH / body;
-    if (!(form & RAW))
-        f.size = size < FIELDS ? size : HEADER + copies * body;
-    f.bytes = calloc(f.size + 1, 1);
-    CHECK(f.bytes);
-    if (form & RAW || size < FIELDS) {
-        if (size)
-            memcpy(f.bytes, data, size);
-    } else {
-        memcpy(f.bytes, data, FIELDS);
-        for (size_t i = 0; i < copies; i++)
-            memcpy(f.bytes + HEADER + i * body, data + FIELDS, body);
-        for (size_t i = HEADER + 2 * ENOUGH; i + first <= f.size && copies > 1; i += first)
-            memcpy(f.bytes + i, data + FIELDS, first);
-    }
-    if (form & COUNTED && f.size >= HEADER) {
-        int32_t count = (int32_t)((f.size - HEADER) / (memcmp(f.bytes, &wide, 4) == 0 ? 4 : 2));
-        memcpy(f.bytes + 8, &count, 4);
-    }
+    return memcmp(header, &wide, 4) == 0 ? 4 : 2;
+}
+
+/* Where the tokens are repeated, they end in many of the first. */
+static struct file build(uint8_t form, const uint8_t *data, size_t size) {
+    struct file f = build_file(form, data, size, width_of_tokens);
+    size_t first = size >= FIELDS ? width_of_tokens(data) : 2;
+    for (size_t i = HEADER + 2 * ENOUGH; i + first <= f.size && f.copies > 1; i += first)
+        memcpy(f.bytes + i, data + FIELDS, first);
     return f;
 }
 

@@ -5,51 +5,27 @@
  *  - Several passes with different numbers of targets are one step over all of their targets.
  *  - An evaluation says which targets have the largest logit. */
 #define FIXTURE_THREADS 1 /* thousands of tiny passes: waking threads would take longer than the work */
-#include "tests/lib/model_fixture.h"
+#include "tests/lib/gradient_model.h"
 #include "tests/lib/segments.h"
 
 #define COUNT(a) (sizeof(a) / sizeof *(a))
 
-enum { B = 2, T = 12, N = B * T, VOCAB = 11 };
+enum { B = 2, T = 12, N = B * T, VOCAB = GRADIENT_VOCAB };
 static const int64_t LENGTHS[SEGMENT_LENGTHS] = {4, 1, 5, 2}, WHOLE[SEGMENT_LENGTHS] = {T, 5, 7},
                      SINGLE[SEGMENT_LENGTHS] = {1};
 static const double ROUNDING = 1e-12; /* of the norm of all gradients, or of the loss */
 
-static const struct model_config BASE = {
-    .vocab_size = VOCAB,
-    .hidden_size = 12,
-    .num_hidden_layers = 2,
-    .num_attention_heads = 2,
-    .head_dim = 6,
-    .intermediate_size = 20,
-    .max_position_embeddings = T,
-    .position_embedding = POSITION_ROPE,
-    .rope_theta = 100,
-    .norm = NORM_RMSNORM,
-    .norm_eps = 1e-5,
-    .activation = ACTIVATION_GELU_TANH,
-    .bias = true,
-    .causal = true,
-    .layer_types = {LAYER_IHA_LOCAL, LAYER_MHA_GLOBAL},
-    .local_window = 3,
-    .num_pseudo_heads = 2,
-    .iha_window = 4,
-};
-
-/* Every parameter away from its initial value. */
-static void randomize(struct model *m) {
-    uint64_t seed = 7;
-    for (int i = 0; i < m->params.count; i++) {
-        const struct param *p = &m->params.list[i];
-        double *values = model_param(m, i).data;
-        for (int64_t j = 0; j < p->count; j++)
-            values[j] = 0.5 * fixture_noise(&seed) + (p->init == INIT_ONES);
-    }
+static struct model_config base_config(void) {
+    struct model_config c = gradient_config();
+    c.max_position_embeddings = T;
+    c.bias = true;
+    c.tie_word_embeddings = false;
+    return c;
 }
 
 static void open_model(struct model *m, const struct model_config *c, struct pass_shape shape) {
     fixture_model(m, c, shape);
-    randomize(m);
+    gradient_randomize(m);
 }
 
 /* A packed batch. */
@@ -171,7 +147,7 @@ static void set_positions(struct model_config *c, int kind) {
 
 /* Two layers of one type, so that what crosses an edge in the first reaches all of the second. */
 static struct model_config two_layers(enum layer_type type, int positions) {
-    struct model_config c = BASE;
+    struct model_config c = base_config();
     c.layer_types[0] = c.layer_types[1] = type;
     set_positions(&c, positions);
     return c;
@@ -220,7 +196,7 @@ static void iha_segments_are_as_alone(void **state) {
 
 static void layers_of_all_types_are_as_alone(void **state) {
     (void)state;
-    struct model_config c = BASE;
+    struct model_config c = base_config();
     c.num_hidden_layers = 4;
     c.layer_types[2] = LAYER_IHA_GLOBAL;
     c.layer_types[3] = LAYER_MHA_LOCAL;
@@ -325,7 +301,7 @@ enum { SEQUENCES = 6, ALL = SEQUENCES * T, MOST_PARAMS = 1 << 14 };
 static struct step_state train(int64_t batch, const int32_t *tokens, const int32_t *targets, double *values) {
     struct model m;
     struct step_state state;
-    struct model_config c = BASE;
+    struct model_config c = base_config();
     open_model(&m, &c, (struct pass_shape){batch, T, RECOMPUTE_NONE, true, false, false});
     m.k->step_begin(m.dev, m.state, 0, 0.01);
     for (int64_t i = 0; i < SEQUENCES; i += batch)
@@ -343,7 +319,7 @@ static struct step_state train(int64_t batch, const int32_t *tokens, const int32
 /* The mean over the targets of one pass. */
 static double mean_loss(const int32_t *tokens, const int32_t *targets, int64_t batch) {
     struct model m;
-    struct model_config c = BASE;
+    struct model_config c = base_config();
     int count = 0;
     open_model(&m, &c, (struct pass_shape){batch, T, RECOMPUTE_NONE, false, false, false});
     for (int64_t n = 0; n < batch * T; n++)
@@ -386,7 +362,7 @@ static void a_step_without_targets_changes_nothing(void **state) {
     (void)state;
     struct model m;
     struct step_state before, after;
-    struct model_config c = BASE;
+    struct model_config c = base_config();
     int32_t tokens[N], targets[N];
     static double values[MOST_PARAMS];
     fixture_tokens(tokens, N, VOCAB, 3);
@@ -426,7 +402,7 @@ static void argmax(struct model *m, int32_t *best) {
 static void evaluation_says_which_targets_are_right(void **state) {
     (void)state;
     struct model m;
-    struct model_config c = BASE;
+    struct model_config c = base_config();
     struct packed p = packed_batch(LENGTHS);
     struct batch batch = {p.tokens, p.targets, p.segments};
     int32_t best[N], correct[N], seen[3] = {0};

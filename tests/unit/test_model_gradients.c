@@ -1,43 +1,9 @@
 /* Whole-model gradients against central differences, in double: every layer type, mask, RoPE, collapse, norm,
  * activation, bias and tying. For each tensor, norm of the error over norm of the gradient is under 1e-6. */
 #define FIXTURE_THREADS 1 /* thousands of tiny passes: waking threads would take longer than the work */
-#include "tests/lib/model_fixture.h"
+#include "tests/lib/gradient_model.h"
 
 enum { MAX_TOKENS = 64 };
-
-static const struct model_config BASE = {
-    .vocab_size = 11,
-    .hidden_size = 12,
-    .num_hidden_layers = 2,
-    .num_attention_heads = 2,
-    .head_dim = 6,
-    .intermediate_size = 20,
-    .max_position_embeddings = 8,
-    .position_embedding = POSITION_ROPE,
-    .rope_theta = 100,
-    .norm = NORM_RMSNORM,
-    .norm_eps = 1e-5,
-    .activation = ACTIVATION_GELU_TANH,
-    .bias = false,
-    .tie_word_embeddings = true,
-    .causal = true,
-    .layer_types = {LAYER_IHA_LOCAL, LAYER_MHA_GLOBAL},
-    .local_window = 3,
-    .num_pseudo_heads = 2,
-    .iha_window = 4,
-};
-
-/* Every parameter away from its initial value, so that no zero or one hides a term. */
-static void randomize(struct model *m) {
-    uint64_t seed = 7;
-    for (int i = 0; i < m->params.count; i++) {
-        const struct param *p = &m->params.list[i];
-        double *values = model_param(m, i).data;
-        double spread = p->class == PARAM_MATRIX ? 0.4 : 0.6;
-        for (int64_t j = 0; j < p->count; j++)
-            values[j] = spread * fixture_noise(&seed) + (p->init == INIT_ONES);
-    }
-}
 
 static void check_tensor(struct model *m, int index, const int32_t *tokens, const int32_t *targets,
                          double scale, const char *name) {
@@ -65,7 +31,7 @@ static void check_model(const char *name, const struct model_config *config, int
                         enum recompute recompute) {
     struct model m;
     fixture_model(&m, config, (struct pass_shape){batch, length, recompute, true, false, false});
-    randomize(&m);
+    gradient_randomize(&m);
     int32_t tokens[MAX_TOKENS], targets[MAX_TOKENS];
     fixture_tokens(tokens, batch * length, config->vocab_size, 1);
     fixture_tokens(targets, batch * length, config->vocab_size, 2);
@@ -81,7 +47,7 @@ static void check_model(const char *name, const struct model_config *config, int
 #define CASE(name, batch, length, recompute, ...)                                                            \
     static void name(void **state) {                                                                         \
         (void)state;                                                                                         \
-        struct model_config c = BASE;                                                                        \
+        struct model_config c = gradient_config();                                                           \
         __VA_ARGS__;                                                                                         \
         check_model(#name, &c, batch, length, recompute);                                                    \
     }
