@@ -3,6 +3,7 @@
  * backward. */
 #include "tests/lib/model_configs.h"
 #include "tests/lib/model_fixture.h"
+#include "tests/lib/segments.h"
 #include "tests/lib/thread_comm.h"
 
 enum { STEPS = 3, PASSES = 2, GLOBAL_BATCH = 12 };
@@ -21,6 +22,7 @@ struct job {
     int rank, stage, passes;
     int batch; /* sequences of a step, on all ranks; 0: GLOBAL_BATCH */
     enum labels labels;
+    bool segments; /* attention stays inside segments of 9 tokens */
     bool leave_out_second_step;
     double eps;     /* 0: 1e-8; larger than gradients, it makes AdamW depend on their scale */
     float *weights; /* [num_params] at the end */
@@ -86,12 +88,15 @@ static void train(struct job *j, struct comm *comm, struct device *dev) {
     int ranks = comm ? comm->ranks : 1, batch = sequences / ranks / j->passes;
     const struct update_hyper hyper = {
         0.9, 0.95, j->eps > 0 ? j->eps : 1e-8, j->eps > 0 ? 0.25 : 1.0, 0, sequences * TOKENS};
-    struct model_options options = {.shape = {batch, TOKENS, RECOMPUTE_NONE, true},
+    struct model_options options = {.shape = {batch, TOKENS, RECOMPUTE_NONE, true, j->segments, j->segments},
                                     .weight_decay = 0.1,
                                     .mix_lr_scale = 2,
                                     .comm = comm,
                                     .zero_stage = j->stage};
     int32_t tokens[GLOBAL_BATCH * TOKENS], targets[GLOBAL_BATCH * TOKENS];
+    int32_t segments[2 * GLOBAL_BATCH * TOKENS];
+    for (int b = 0; b < batch; b++) /* the same in every sequence */
+        fill_segments((int64_t[SEGMENT_LENGTHS]){9}, 1, TOKENS, segments + b * TOKENS);
     k.linear_backward = count_product;
     if (model_create(&m, j->config, &k, dev, &options, &e) != 0 || model_initialize(&m, 3, &e) != 0)
         fail_msg("%s", e.text);
@@ -102,7 +107,7 @@ static void train(struct job *j, struct comm *comm, struct device *dev) {
         for (int pass = 0; pass < j->passes; pass++) {
             products = started = 0;
             fill_batch(tokens, targets, j->labels, step, (pass * ranks + j->rank) * batch, batch);
-            model_train_pass(&m, (struct batch){tokens, targets, NULL}, 1.0 / (sequences * TOKENS), pass,
+            model_train_pass(&m, (struct batch){tokens, targets, segments}, 1.0 / (sequences * TOKENS), pass,
                              j->passes);
         }
         for (int i = 0; i < started; i++)
@@ -139,14 +144,19 @@ static void *run_rank(void *context) {
 
 /* ---- all ranks ---- */
 
-static void run_ranks(struct job *jobs, const struct model_config *c, enum labels labels, int ranks,
-                      int stage, int passes) {
+static void run_ranks(struct job *jobs, const struct model_config *c, enum labels labels, bool segments,
+                      int ranks, int stage, int passes) {
     static struct thread_world world;
     pthread_t threads[THREAD_RANKS];
     thread_world_open(&world, ranks);
     for (int r = 0; r < ranks; r++) {
-        jobs[r] = (struct job){
-            .world = &world, .config = c, .rank = r, .stage = stage, .passes = passes, .labels = labels};
+        jobs[r] = (struct job){.world = &world,
+                               .config = c,
+                               .rank = r,
+                               .stage = stage,
+                               .passes = passes,
+                               .labels = labels,
+                               .segments = segments};
         assert_int_equal(pthread_create(&threads[r], NULL, run_rank, &jobs[r]), 0);
     }
     for (int r = 0; r < ranks; r++)
@@ -181,14 +191,14 @@ static bool same_steps(const struct job *a, const struct job *b) {
     return a->updates == b->updates;
 }
 
-static void check_config(const struct model_config *c, enum labels labels) {
+static void check_config(const struct model_config *c, enum labels labels, bool segments) {
     int64_t n = num_params(c);
-    struct job one = {.config = c, .passes = 1, .labels = labels}, jobs[THREAD_RANKS];
+    struct job one = {.config = c, .passes = 1, .labels = labels, .segments = segments}, jobs[THREAD_RANKS];
     train(&one, NULL, fixture_device());
     for (int ranks = 2; ranks <= 3; ranks++)
         for (int stage = 0; stage <= 2; stage++)
             for (int passes = 1; passes <= PASSES; passes++) {
-                run_ranks(jobs, c, labels, ranks, stage, passes);
+                run_ranks(jobs, c, labels, segments, ranks, stage, passes);
                 for (int r = 0; r < ranks; r++) {
                     double d = distance(one.weights, jobs[r].weights, n);
                     /* Three steps of AdamW, whose first divides by the gradient: roundings of 1e-7 of a
@@ -214,16 +224,18 @@ static void several_ranks_train_like_one(void **state) {
     plain.layer_types[1] = LAYER_IHA_GLOBAL;
     plain.layer_types[2] = LAYER_MHA_GLOBAL;
     plain.layer_types[4] = LAYER_IHA_LOCAL;
-    check_config(&plain, ALL_COUNT);
-    check_config(&other, ALL_COUNT);
+    check_config(&plain, ALL_COUNT, false);
+    check_config(&other, ALL_COUNT, false);
 }
 
 /* Where one third of the ranks, and some passes of others, have no target. */
 static void ranks_and_passes_with_few_targets(void **state) {
     (void)state;
     struct model_config plain = plain_config();
-    check_config(&plain, RAGGED);
-    check_config(&plain, SECOND_STEP_EMPTY);
+    check_config(&plain, RAGGED, false);
+    check_config(&plain, SECOND_STEP_EMPTY, false);
+    plain.num_hidden_layers = 2;
+    check_config(&plain, RAGGED, true);
 }
 
 static void train_one(struct job *j, int passes) {
@@ -270,7 +282,7 @@ static void reduction_overlaps_backward(void **state) {
     struct model_config c = plain_config();
     struct job jobs[THREAD_RANKS];
     for (int stage = 0; stage <= 2; stage++) {
-        run_ranks(jobs, &c, ALL_COUNT, 2, stage, 1);
+        run_ranks(jobs, &c, ALL_COUNT, false, 2, stage, 1);
         for (int r = 0; r < 2; r++) {
             assert_int_equal(jobs[r].started_during_backward, (int)c.num_hidden_layers);
             free(jobs[r].weights);
