@@ -38,10 +38,10 @@ struct loader {
     struct slot {
         struct loader_position position;
         struct progress progress;
-    } * after;                        /* [slots] */
-    struct progress now;              /* after the step given out last */
-    int64_t told_epochs[MAX_SOURCES]; /* that have been printed */
-    int64_t told_packed;              /* tokens in the blocks that the last line about packing covers */
+    } * after;                           /* [slots] */
+    struct progress now;                 /* after the step given out last */
+    int64_t printed_epochs[MAX_SOURCES]; /* that lines have named */
+    int64_t printed_packed;              /* tokens in the blocks that the last line about packing covers */
 };
 
 /* ---- opening and closing ---- */
@@ -308,7 +308,7 @@ int loader_start(struct loader *l, const struct loader_share *share, int64_t ste
     if (set_position(l, sequences, position, e) != 0)
         return -1;
     get_progress(l, &l->now);
-    memcpy(l->told_epochs, l->now.epochs, sizeof l->told_epochs);
+    memcpy(l->printed_epochs, l->now.epochs, sizeof l->printed_epochs);
     l->slots = count_slots(l, steps);
     l->buffer = malloc((size_t)(l->slots * arrays(l) * share_tokens(l)) * sizeof *l->buffer);
     l->after = malloc((size_t)l->slots * sizeof *l->after);
@@ -328,21 +328,21 @@ int loader_next(struct loader *l, struct loader_step *step, struct error *e) {
     return 0;
 }
 
-/* ---- what a user is told ---- */
+/* ---- lines for the user ---- */
 
 bool loader_epoch_began(const struct loader *l) {
     for (int i = 0; i < l->mixture.count && needs_position(l); i++)
-        if (l->now.epochs[i] > l->told_epochs[i])
+        if (l->now.epochs[i] > l->printed_epochs[i])
             return true;
     return false;
 }
 
 void loader_print_epochs(struct loader *l, FILE *out, int64_t step) {
     for (int i = 0; i < l->mixture.count && needs_position(l); i++) {
-        if (l->now.epochs[i] > l->told_epochs[i])
+        if (l->now.epochs[i] > l->printed_epochs[i])
             fprintf(out, "step %" PRId64 ": epoch %" PRId64 " of %s begins\n", step, l->now.epochs[i] + 1,
                     source_glob(l->sources[i]));
-        l->told_epochs[i] = l->now.epochs[i];
+        l->printed_epochs[i] = l->now.epochs[i];
     }
 }
 
@@ -363,9 +363,9 @@ void loader_print_packing(struct loader *l, FILE *out) {
     const struct packing_stats *p = &now.packing;
     if (!l->ahead)
         get_progress(l, &now);
-    if (!l->options.fit || p->tokens == l->told_packed || p->sequences == 0)
+    if (!l->options.fit || p->tokens == l->printed_packed || p->sequences == 0)
         return;
-    l->told_packed = p->tokens;
+    l->printed_packed = p->tokens;
     double room = (double)(p->sequences * l->options.seq_len), packed = (double)p->packed_tokens;
     double cropped = (double)(p->tokens - p->packed_tokens - p->left_out_tokens);
     fprintf(out,
