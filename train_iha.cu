@@ -1169,11 +1169,11 @@ static __attribute__((noinline)) int parse_and_run(struct run *r, int argc, char
     return command_line_parse(&line, argc - 1, argv + 1, e) == 0 ? run_command(r, &line, e) : -1;
 }
 
-/* A file that takes the number of a closed standard stream would receive what is printed. Writing to the stream still
- * fails, since it is opened for reading. */
+/* A file that takes the number of a closed standard stream would receive what is printed. Using the stream still fails:
+ * the input cannot be read, the outputs cannot be written. */
 static void hold_standard_streams(void) {
     for (int fd = 0; fd <= 2; fd++)
-        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", O_RDONLY) < 0)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) < 0)
             return;
 }
 

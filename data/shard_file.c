@@ -43,7 +43,7 @@ int shard_file_open(struct shard_file *f) {
 
 int shard_file_open_or_fail(struct shard_file *f, struct error *e) {
     int err = shard_file_open(f);
-    return err ? fail_user(e, "%s: cannot be opened: %s", f->path, strerror(err)) : 0;
+    return err ? fail_run(e, "%s: cannot be opened: %s", f->path, strerror(err)) : 0;
 }
 
 void shard_file_close(struct shard_file *f) {
@@ -308,7 +308,7 @@ static int check_size(const struct shard_file *f, struct error *e) {
 
 int shard_file_check_header(struct shard_file *f, struct error *e) {
     if (fstat(f->fd, &f->stat))
-        return fail_user(e, "%s: cannot be read: %s", f->path, strerror(errno));
+        return fail_run(e, "%s: cannot be read: %s", f->path, strerror(errno));
     if (!S_ISREG(f->stat.st_mode))
         return fail_user(e, "%s: not a regular file; point the glob at prepared .bin files only", f->path);
     if (f->stat.st_size < HEADER_BYTES)

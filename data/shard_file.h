@@ -43,7 +43,7 @@ struct label_counts {
 
 /* 0, or the errno. */
 int shard_file_open(struct shard_file *f);
-int shard_file_open_or_fail(struct shard_file *f, struct error *e); /* EXIT_USER: it cannot be opened */
+int shard_file_open_or_fail(struct shard_file *f, struct error *e); /* EXIT_RUN: it cannot be opened */
 void shard_file_close(struct shard_file *f);
 
 /* Checks of an open file before a run. EXIT_USER: what is wrong with it; EXIT_RUN: it cannot be read. */

@@ -118,15 +118,27 @@ static int check_open_file(const struct checks *c, struct shard_file *f, int64_t
     return shard_file_check_places(f, &c->vocab, c->places, edges, e);
 }
 
+/* What cannot be read on this rank's host may be readable on others: name the rank. Before the first step all is the
+ * user's to mend. */
+static void name_rank(const struct checks *c, struct error *e) {
+    struct error on_rank;
+    if (e->exit_code == EXIT_RUN && c->comm->ranks > 1) {
+        fail_user(&on_rank, "rank %d: %.1000s", c->comm->rank, e->text);
+        *e = on_rank;
+    }
+    e->exit_code = EXIT_USER;
+}
+
 static int check_file(const struct checks *c, struct shard_file *f, int64_t offset, struct file_record *r,
                       struct error *e) {
     int64_t whole_bytes = c->whole_bytes > offset ? c->whole_bytes - offset : 0;
-    if (shard_file_open_or_fail(f, e) != 0)
-        return -1;
-    int status = check_open_file(c, f, whole_bytes, &r->edges, e);
-    shard_file_close(f);
+    int status = shard_file_open_or_fail(f, e);
+    if (status == 0) {
+        status = check_open_file(c, f, whole_bytes, &r->edges, e);
+        shard_file_close(f);
+    }
     if (status != 0)
-        e->exit_code = EXIT_USER; /* before the first step, also where the file cannot be read */
+        name_rank(c, e);
     r->modified = f->stat.st_mtim;
     r->size = f->stat.st_size;
     r->count = f->count;
@@ -230,8 +242,10 @@ static int exchange_records(struct checks *c, uint64_t *fingerprint, struct erro
 static int compare_file(const struct checks *c, struct shard_file *f, int owner, struct error *e) {
     if (!f->path)
         return 0;
-    if (shard_file_open_or_fail(f, e) != 0)
+    if (shard_file_open_or_fail(f, e) != 0) {
+        e->exit_code = EXIT_USER;
         return -1;
+    }
     f->stat.st_mtim = (struct timespec){0}; /* not what it was: to be compared by its contents */
     int status = shard_file_check_unchanged(f, &c->vocab, e);
     shard_file_close(f);

@@ -38,6 +38,14 @@ int limits_check_address_space(size_t bytes, const char *library, struct error *
     return 0;
 }
 
+const char *limits_memory_note(char out[64]) {
+    rlim_t limit;
+    out[0] = '\0';
+    if (read_limit(RLIMIT_AS, &limit))
+        snprintf(out, 64, " (ulimit -v allows %llu KiB)", (unsigned long long)limit >> 10);
+    return out;
+}
+
 int limits_fail_thread(struct error *e, const char *what, int status) {
     rlim_t stack, memory;
     bool memory_limited = read_limit(RLIMIT_AS, &memory);
@@ -52,8 +60,8 @@ int limits_fail_thread(struct error *e, const char *what, int status) {
                          "cannot start %s: %s; ulimit -v limits memory to %llu KiB: raise it, or lower "
                          "system.threads",
                          what, strerror(status), (unsigned long long)memory >> 10);
-    return fail_user(e,
-                     "cannot start %s: %s; lower system.threads, or raise the limits on processes and memory "
-                     "(ulimit -u, the container's pids.max)",
-                     what, strerror(status));
+    return fail_run(e,
+                    "cannot start %s: %s; lower system.threads, or raise the limits on processes and memory "
+                    "(ulimit -u, the container's pids.max)",
+                    what, strerror(status));
 }

@@ -1,5 +1,6 @@
 /* Messages between ranks over MPI. They make progress only inside MPI functions. */
 #include <mpi.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -38,6 +39,17 @@ static void on_alarm(int number) {
     _exit(EXIT_RUN);
 }
 
+/* The trainer blocks the signals that save, SIGALRM among them, and a thread waits for them. Here it is let through to
+ * this thread, to which the kernel then gives it. */
+static void start_alarm(double seconds) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGALRM);
+    signal(SIGALRM, on_alarm);
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    alarm((unsigned)seconds);
+}
+
 /* The alarm of rank 0 comes first, so that only one rank reports. */
 static void set_alarm(const struct transport *t, int rank, const char *call) {
     double seconds = t->timeout + ABORT_SECONDS + (rank > 0 ? DELAY_SECONDS : 0);
@@ -45,15 +57,14 @@ static void set_alarm(const struct transport *t, int rank, const char *call) {
              "\ntrain_iha: rank %d: %s has not returned for %.0f s: another rank is dead, hung or "
              "unreachable; " COMM_RESUME_HINT "\n",
              rank, call, seconds);
-    signal(SIGALRM, on_alarm);
-    alarm((unsigned)seconds);
+    start_alarm(seconds);
 }
 
 static void mpi_abort_run(struct transport *t, const char *line) {
     (void)t;
     fprintf(stderr, "\ntrain_iha: %s\n", line);
     alarm_message[0] = '\0';
-    alarm(ABORT_SECONDS); /* MPI_Abort may hang when the connection to the other ranks is broken */
+    start_alarm(ABORT_SECONDS); /* MPI_Abort may hang when the connection to the other ranks is broken */
     MPI_Abort(MPI_COMM_WORLD, EXIT_RUN);
     _exit(EXIT_RUN);
 }

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "kernels/clock.h"
+#include "kernels/limits.h"
 
 static void read_processor_name(char *out, size_t bytes) {
     snprintf(out, bytes, "unknown processor");
@@ -99,11 +100,13 @@ static void *cpu_alloc(struct device *dev, size_t bytes, struct error *e) {
         bytes = 1;
     size_t *head = mmap(NULL, bytes + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (head == MAP_FAILED) {
-        fail_user(
-            e,
-            "cannot allocate %.2f GB: %s; make train.micro_batch, train.seq_len or the model smaller, or set "
-            "system.recompute = full",
-            bytes / 1e9, strerror(errno));
+        char note[64];
+        int err = errno;
+        fail_user(e,
+                  "cannot allocate %.2f GB: %s%s; make train.micro_batch, train.seq_len or the model "
+                  "smaller, or set "
+                  "system.recompute = full",
+                  bytes / 1e9, strerror(err), limits_memory_note(note));
         return NULL;
     }
     *head = bytes + PAGE;

@@ -199,7 +199,9 @@ static int try_threads(int count, struct error *e) {
                          count + 1, name, getenv(name), strerror(status));
     char what[32];
     snprintf(what, sizeof what, "%d threads", count + 1);
-    return limits_fail_thread(e, what, status);
+    limits_fail_thread(e, what, status);
+    e->exit_code = EXIT_USER; /* the user asks for so many */
+    return -1;
 }
 
 static size_t stack_of_this_thread(void) {

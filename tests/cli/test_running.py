@@ -79,11 +79,15 @@ class Signals(Running):
         self.assertEqual(len(steps_in(run_dir)), 1)
 
     def test_repeated_cpu_signal_is_no_second_one(self):
-        # The run blocks in writing its samples to a pipe.
+        # The run blocks in writing the sample of step 4 to a pipe, and looks for signals after step 5.
         run_dir = self.new_dir()
         run_dir.mkdir()
         os.mkfifo(run_dir / "samples.txt")
         process, _ = self.begin("run.sample_every=4", run_dir=run_dir)
+        deadline = time.monotonic() + TIMEOUT
+        while len((run_dir / "metrics.jsonl").read_text().splitlines()) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        time.sleep(0.5)  # from the line of step 4 to its sample
         for _ in range(2):
             process.send_signal(signal.SIGXCPU)
             time.sleep(1.1)
@@ -91,7 +95,7 @@ class Signals(Running):
         with open(run_dir / "samples.txt", "rb") as samples:
             samples.read()
         self.assertEqual(self.wait(process, 0), [])
-        self.assertEqual(steps_in(run_dir), [4])
+        self.assertEqual(steps_in(run_dir), [5])
 
     def test_what_was_ignored_at_start_stays_ignored(self):
         for ignored in ([signal.SIGHUP], [signal.SIGINT, signal.SIGQUIT], [signal.SIGTERM]):
