@@ -83,10 +83,7 @@ class Signals(Running):
         run_dir = self.new_dir()
         run_dir.mkdir()
         os.mkfifo(run_dir / "samples.txt")
-        process, _ = self.begin("run.sample_every=4", run_dir=run_dir)
-        deadline = time.monotonic() + TIMEOUT
-        while len((run_dir / "metrics.jsonl").read_text().splitlines()) < 4 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        process, _ = self.begin("run.sample_every=4", step=4, run_dir=run_dir)
         time.sleep(0.5)  # from the line of step 4 to its sample
         for _ in range(2):
             process.send_signal(signal.SIGXCPU)

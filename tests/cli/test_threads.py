@@ -139,6 +139,10 @@ class Threads(unittest.TestCase):
             lines = text.splitlines()
             if code == 127:
                 continue
+            if code == 1:  # enough for the steps, but not for saving them
+                self.assertIn("step 1/2", text)
+                self.assertRegex(lines[-1] or lines[-2], "^train_iha: out of memory")
+                continue
             self.assertIn(code, (0, 2), text)
             codes.add(code)
             if code == 2:
