@@ -962,7 +962,7 @@ class Info(Case):
     gpu = ["system.device=auto", "system.precision=auto"]  # the tiny configuration is for CPUs
 
     def test_configurations(self):
-        for path in sorted((ROOT / "configs").glob("*.ini")):
+        for path in sorted((ROOT / "configs").rglob("*.ini")):
             text = self.run_cli("info", path).stdout.decode()
             for word in ("Parameters", "Memory", "FLOPs per token", "Layer schedule", "embeddings", "activations"):
                 self.assertIn(word, text)

@@ -39,6 +39,8 @@ README_LINES = 130
 # 8 steps, so that --profile 5 has its three before them.
 SMALL = ("train.steps=8 train.warmup_steps=0 train.seq_len=32 train.micro_batch=2 train.batch_tokens=128 "
          "model.hidden_size=32 model.intermediate_size=64 run.eval_batches=2 run.sample_every=0 system.threads=1")
+SMALL_TASK = ("train.epochs=0.002 train.micro_batch=2 model.hidden_size=32 model.intermediate_size=64 "
+              "run.eval_batches=2 system.threads=1")  # sequences as long as in the task's shards
 PORT = "29500"  # in the documents; here a free one
 
 
@@ -98,7 +100,13 @@ def make_folder(folder):
     for script in (ROOT / "data").glob("*.py"):
         shutil.copy(script, folder / "data")
     (folder / ".venv").symlink_to(ROOT / ".venv")
-    write_program(folder / "train_iha", f'[ "$1" != train ] || set -- "$@" {SMALL}\nexec "{BINARY}" "$@"\n')
+    write_program(folder / "train_iha", f"""\
+case "$*" in
+"train configs/synthetic/"*) set -- "$@" {SMALL_TASK} ;;
+"train "*) set -- "$@" {SMALL} ;;
+esac
+exec "{BINARY}" "$@"
+""")
     (folder / "bin").mkdir()
     write_program(folder / "bin/make", f'unset MAKEFLAGS MAKELEVEL\n'
                                        f'exec "{shutil.which("make")}" -C "{ROOT}" -n "$@" >/dev/null\n')
