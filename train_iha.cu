@@ -27,6 +27,7 @@
 #include "model/config/command_line.h"
 #include "model/config/config.h"
 #include "model/flops.h"
+#include "model/generate/attention_weights.h"
 #include "model/generate/decode.h"
 #include "model/generate/generate.h"
 #include "model/info/info.h"
@@ -1070,6 +1071,81 @@ static int generate_command(struct run *r, const struct command_line *line, stru
     return generate_text(r, line, e);
 }
 
+/* ---- attention ---- */
+
+/* What each token is as text. *memory is to be freed, also after an error. */
+static int decode_tokens(const struct run *r, const int32_t *ids, int64_t count, char **memory,
+                         struct token_texts *texts, struct error *e) {
+    size_t length, used = 0, size = 0;
+    struct decoding decoding = {0};
+    for (int64_t t = 0; r->tokenizer && t < count; t++) {
+        tokenizer_decode_next(r->tokenizer, &decoding, ids[t], &length);
+        size += length;
+    }
+    int64_t *ends = (int64_t *)(*memory = malloc((size_t)count * sizeof *ends + size));
+    if (!ends)
+        return fail_run(e, "out of memory for the text of %lld tokens", (long long)count);
+    char *bytes = *memory + (size_t)count * sizeof *ends;
+    decoding = (struct decoding){0};
+    for (int64_t t = 0; t < count; t++) {
+        length = 0;
+        const char *text =
+            r->tokenizer ? tokenizer_decode_next(r->tokenizer, &decoding, ids[t], &length) : "";
+        memcpy(bytes + used, text, length);
+        ends[t] = (int64_t)(used += length);
+    }
+    *texts = (struct token_texts){bytes, ends};
+    return 0;
+}
+
+static int check_attention(const struct model_config *m, const struct command_line *line, int64_t length,
+                           struct error *e) {
+    if (line->layer >= m->num_hidden_layers)
+        return fail_user(e, "attention: --layer %lld: the model has %lld layers, the last is %lld",
+                         (long long)line->layer, (long long)m->num_hidden_layers,
+                         (long long)m->num_hidden_layers - 1);
+    if (length == 0)
+        return fail_user(e, "attention: the prompt is empty; give a text");
+    if (length > m->max_position_embeddings)
+        return fail_user(
+            e, "attention: the prompt has %lld tokens, more than max_position_embeddings = %lld; shorten it",
+            (long long)length, (long long)m->max_position_embeddings);
+    return 0;
+}
+
+static int write_attention(struct run *r, const char *dir, const struct command_line *line, struct error *e) {
+    const char *path = line->out ? line->out : "attention.safetensors";
+    struct token_texts texts;
+    char *memory = NULL;
+    int32_t *ids = NULL;
+    int64_t length = read_prompt(r, line, &ids, e);
+    int status = length < 0 ? -1 : check_attention(&r->config.model, line, length, e);
+    r->config.train.micro_batch = 1;
+    r->config.train.seq_len = length;
+    if (status == 0 && (build_model(r, false, e) != 0 || checkpoint_load_weights(dir, &r->model, 0, e) != 0 ||
+                        decode_tokens(r, ids, length, &memory, &texts, e) != 0 ||
+                        attention_weights_write(&r->model, ids, (int)line->layer, &texts, path, e) != 0))
+        status = -1;
+    if (status == 0)
+        printf("%s: layer %lld (%s), %lld tokens\n", path, (long long)line->layer,
+               layer_type_name(r->config.model.layer_types[line->layer]), (long long)length);
+    free(memory);
+    free(ids);
+    return status;
+}
+
+static int attention_command(struct run *r, const struct command_line *line, struct error *e) {
+    if (comm_launch_rank() > 0)
+        return 0; /* one process is enough */
+    char dir[MAX_TEXT];
+    if (checkpoint_find(line->path, dir, e) != 0 || read_checkpoint(r, dir, line, e) != 0)
+        return -1;
+    r->config.data.segments = SEGMENTS_NONE; /* the prompt is one */
+    if (r->config.system.precision == PRECISION_AUTO)
+        r->config.system.precision = PRECISION_FP32;
+    return open_device(r, e) != 0 || find_tokenizer(r, dir, e) != 0 ? -1 : write_attention(r, dir, line, e);
+}
+
 /* ---- info ---- */
 
 static bool is_directory(const char *path) {
@@ -1131,6 +1207,8 @@ static int run_command(struct run *r, const struct command_line *line, struct er
         return eval_command(r, line, e);
     case COMMAND_GENERATE:
         return generate_command(r, line, e);
+    case COMMAND_ATTENTION:
+        return attention_command(r, line, e);
     case COMMAND_INFO:
         return info_command(r, line, e);
     case COMMAND_CHECK:

@@ -127,26 +127,41 @@ void model_upload(struct model *m, struct batch batch) {
         upload_segments(m, batch.segments);
 }
 
-void model_forward(struct model *m) {
-    const struct kernels *k = m->k;
-    tensor x = m->layers[0].x_attn, delta = tensor_none(); /* the residual stream is x + delta */
+/* The embedding and the layers before `end`. The residual stream that they leave is *x + *delta. */
+static void forward_layers(struct model *m, int end, tensor *x, tensor *delta) {
+    *x = m->layers[0].x_attn;
+    *delta = tensor_none();
     model_await_unit(m, 0);
-    embed(m, x);
-    for (int layer = 0; layer < m->config.num_hidden_layers; layer++) {
+    embed(m, *x);
+    for (int layer = 0; layer < end; layer++) {
         model_await_unit(m, layer + 1);
-        k->range_begin(m->dev, "layer", layer);
-        attention_norm(m, layer, x, delta);
+        m->k->range_begin(m->dev, "layer", layer);
+        attention_norm(m, layer, *x, *delta);
         attention_half(m, layer);
         mlp_norm(m, layer);
         mlp_half(m, layer);
-        x = m->layers[layer].x_mlp;
-        delta = m->delta;
-        k->range_end(m->dev);
+        *x = m->layers[layer].x_mlp;
+        *delta = m->delta;
+        m->k->range_end(m->dev);
     }
+}
+
+void model_forward(struct model *m) {
+    tensor x, delta;
+    forward_layers(m, (int)m->config.num_hidden_layers, &x, &delta);
     model_await_unit(m, m->params.unit_count - 1);
     m->gather_pending = false;
-    k->residual_norm(m->dev, &m->norm_spec, x, delta, model_param(m, m->params.final_norm),
-                     model_param(m, m->params.final_norm_bias), m->x_final, m->h, m->final_norm_saved);
+    m->k->residual_norm(m->dev, &m->norm_spec, x, delta, model_param(m, m->params.final_norm),
+                        model_param(m, m->params.final_norm_bias), m->x_final, m->h, m->final_norm_saved);
+}
+
+void model_forward_attention(struct model *m, struct batch batch, int layer) {
+    tensor x, delta;
+    model_await_params(m);
+    model_upload(m, batch);
+    forward_layers(m, layer, &x, &delta);
+    attention_norm(m, layer, x, delta);
+    attention_half(m, layer);
 }
 
 void model_evaluate(struct model *m, struct batch batch, double scale, int32_t *correct) {

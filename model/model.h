@@ -160,6 +160,9 @@ void model_forward_backward(struct model *m, struct batch batch, double scale, b
  * correct: host, [B,T], 1 where the target has the largest logit, otherwise 0; NULL: not wanted. */
 void model_evaluate(struct model *m, struct batch batch, double scale, int32_t *correct);
 
+/* Forward up to the attention of one layer, whose buffers then hold its queries, keys and values. */
+void model_forward_attention(struct model *m, struct batch batch, int layer);
+
 /* Wait until the parameters of the last update are gathered. Whatever reads parameters, except a pass, calls
  * this first, on every rank. */
 void model_await_params(struct model *m);

@@ -77,6 +77,21 @@ static const struct command_row COMMANDS[] = {
          "  --seed S             default 1\n"
          "  --stop TEXT          end before this text is generated\n"
          "  train_iha generate runs/try --prompt 'In the beginning' --tokens 200\n"},
+    [COMMAND_ATTENTION] =
+        {"attention",
+         "CHECKPOINT",
+         "--prompt TEXT | --prompt-file FILE [--layer N --out FILE] [section.key=value ...]",
+         {{"--prompt", OPTION_TEXT, AT(prompt), 0, 0, NULL},
+          {"--prompt-file", OPTION_TEXT, AT(prompt_file), 0, 0, NULL},
+          {"--layer", OPTION_INTEGER, AT(layer), 0, MAX_LAYERS - 1, NULL},
+          {"--out", OPTION_TEXT, AT(out), 0, 0, NULL}},
+         "Write the attention weights of one layer for a text as a safetensors file: weights [H,P,P,T,T], by "
+         "head,\n"
+         "pseudo-head of the query, pseudo-head of the key, token and token. scripts/plot_attention.py draws "
+         "them.\n"
+         "  --layer N    default 0, the first\n"
+         "  --out FILE   default attention.safetensors\n"
+         "  train_iha attention runs/try --prompt 'In the beginning' --layer 1\n"},
     [COMMAND_INFO] =
         {"info",
          "CONFIG|CHECKPOINT",
@@ -245,6 +260,8 @@ static int parse_arguments(struct command_line *line, const struct command_row *
     }
     if (line->prompt && line->prompt_file)
         return fail_user(e, "%s: --prompt and --prompt-file are both given; give one", c->name);
+    if (line->command == COMMAND_ATTENTION && !line->prompt && !line->prompt_file)
+        return fail_user(e, "attention: give a text: --prompt TEXT or --prompt-file FILE");
     if (line->stop && !*line->stop)
         return fail_user(e, "%s: --stop is empty; give the text to stop at, or leave it out", c->name);
     if (line->command == COMMAND_CHECK && line->override_count > 0)

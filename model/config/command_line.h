@@ -12,6 +12,7 @@ enum command {
     COMMAND_TRAIN,
     COMMAND_EVAL,
     COMMAND_GENERATE,
+    COMMAND_ATTENTION,
     COMMAND_INFO,
     COMMAND_CHECK,
     COMMAND_HELP,
@@ -28,13 +29,16 @@ struct command_line {
 
     int64_t profile_steps; /* train --profile; 0: not given */
 
-    const char *prompt, *prompt_file; /* generate; NULL: not given */
+    const char *prompt, *prompt_file; /* generate, attention; NULL: not given */
     int64_t tokens;
     double temperature;
     int64_t top_k;
     double top_p;
     int64_t seed;
     const char *stop; /* NULL: not given */
+
+    int64_t layer;   /* attention */
+    const char *out; /* NULL: not given */
 
     int64_t gpus;    /* info --gpus; 0: not given */
     const char *gpu; /* a name in gpu_names; NULL: not given */

@@ -29,6 +29,9 @@ from tests.lib.tiny import write_shard
 
 # ---- training ------------------------------------------------------------------------------------------------------
 
+COMMANDS = ("train", "eval", "generate", "attention", "info", "check")
+
+
 class Families(Case):
     """The models of the configurations in configs/, made small, with the same structure."""
 
@@ -596,7 +599,7 @@ class Refusals(Case):
         return line
 
     def test_help_and_version(self):
-        for args in (["--help"], ["--version"], *([c, "--help"] for c in ("train", "eval", "generate", "info", "check"))):
+        for args in (["--help"], ["--version"], *([c, "--help"] for c in COMMANDS)):
             done = self.run_cli(*args)
             self.assertIn(b"train_iha", done.stdout)
             self.assertEqual(done.stderr, b"")
@@ -615,7 +618,7 @@ class Refusals(Case):
         self.refused("train", self.config, "--profile", "2", "--profile", "2", names=["--profile", "twice"])
         for options in (["--gpus", "2"], ["--gpus"], ["--gpus", self.config]):
             self.refused("info", *options, names=["info CONFIG|CHECKPOINT", "missing"])
-        for command in ("train", "eval", "generate", "info", "check"):
+        for command in COMMANDS:
             self.refused(command, names=[command, "missing"])
 
     def test_keys_and_values(self):

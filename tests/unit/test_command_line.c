@@ -100,6 +100,9 @@ static void options_set_their_values(void **state) {
     assert_string_equal(line.prompt_file, "-");
     assert_true(line.top_p == 0.9);
     assert_string_equal(line.stop, "Chapter 2");
+    parses("attention c --prompt x --layer 3 --out a.safetensors", COMMAND_ATTENTION, "c");
+    assert_int_equal(line.layer, 3);
+    assert_string_equal(line.out, "a.safetensors");
     parses("info a.ini --gpus 16 --gpu h100 --link ib400", COMMAND_INFO, "a.ini");
     assert_int_equal(line.gpus, 16);
     assert_string_equal(line.gpu, "h100");
@@ -154,7 +157,7 @@ static void help_and_version(void **state) {
     parses("--help", COMMAND_HELP, NULL);
     assert_int_equal(line.help_topic, -1);
     parses("--version", COMMAND_VERSION, NULL);
-    static const char *const names[] = {"train", "eval", "generate", "info", "check"};
+    static const char *const names[] = {"train", "eval", "generate", "attention", "info", "check"};
     for (int i = 0; i < 5; i++) {
         char words[64], usage[64], *text = NULL;
         size_t size;
