@@ -73,6 +73,12 @@ struct collapse_spec {
     bool per_head; /* R is [H,P] instead of [H,P,H] */
 };
 
+/* The weight of qkv, as q, k, v of `heads` heads, each of `columns` elements: head dim times inputs, or of the
+ * bias head dim. */
+struct fold_spec {
+    int64_t heads, columns;
+};
+
 enum act_type { ACT_GELU_TANH, ACT_RELU2, ACT_SWIGLU };
 struct act_spec {
     enum act_type type;
@@ -90,6 +96,7 @@ enum op_kind {
     OP_QKV_MIX,
     OP_ATTENTION,
     OP_COLLAPSE,
+    OP_FOLD,
     OP_ACT,
     OP_CLASSIFIER,
     OP_DECODE, /* attention_decode; attention.length is the n of one pass */
@@ -104,6 +111,7 @@ struct op_spec {
         struct qkv_mix_spec qkv_mix;
         struct attention_spec attention;
         struct collapse_spec collapse;
+        struct fold_spec fold;
         struct act_spec act;
         struct classifier_spec classifier;
     };

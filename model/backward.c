@@ -2,15 +2,20 @@
 #include "model/model.h"
 
 /* dx of one linear layer (or dx += with add), and its weight and bias gradients. */
-static void linear_backward(struct model *m, tensor dy, tensor x, int64_t in, int weight, int bias,
-                            int64_t out, tensor dx, bool add, bool accumulate) {
+static void linear_of_backward(struct model *m, tensor dy, tensor x, int64_t in, tensor weight, int64_t out,
+                               tensor dx, bool add, tensor dweight, tensor dbias, bool accumulate) {
     int64_t N = m->shape.batch * m->shape.tokens;
     struct linear_spec spec = {N, in, out};
     dy = tensor_of(dy.data, dy.dtype, N, out, 0, 0, 0);
     x = tensor_of(x.data, x.dtype, N, in, 0, 0, 0);
     dx = tensor_of(dx.data, dx.dtype, N, in, 0, 0, 0);
-    m->k->linear_backward(m->dev, &spec, dy, x, model_param(m, weight), dx, add, model_gradient(m, weight),
-                          model_gradient(m, bias), accumulate);
+    m->k->linear_backward(m->dev, &spec, dy, x, weight, dx, add, dweight, dbias, accumulate);
+}
+
+static void linear_backward(struct model *m, tensor dy, tensor x, int64_t in, int weight, int bias,
+                            int64_t out, tensor dx, bool add, bool accumulate) {
+    linear_of_backward(m, dy, x, in, model_param(m, weight), out, dx, add, model_gradient(m, weight),
+                       model_gradient(m, bias), accumulate);
 }
 
 static void norm_backward(struct model *m, tensor sum, int weight, int bias, const void *saved,
@@ -36,6 +41,41 @@ static void mlp_backward(struct model *m, int layer, bool accumulate) {
 /* A tensor of the shape [B,S,H,d] of `like`, at `data`. */
 static tensor with_data(tensor like, void *data) {
     return tensor_of(data, like.dtype, like.shape[0], like.shape[1], like.shape[2], like.shape[3], 0);
+}
+
+/* The gradients of a folded layer's raw weight, bias and alphas, from those of what they were folded into. */
+static void fold_backward(struct model *m, int layer, bool accumulate) {
+    const struct layer_params *p = &m->params.layers[layer];
+    const struct gradient_buffers *g = &m->grad;
+    const int weights[] = {p->qkv, p->qkv_bias};
+    const tensor folded[] = {g->dfolded_weight, g->dfolded_bias};
+    for (int i = 0; i < 2 && folded[i].data; i++) {
+        struct fold_spec spec = {m->config.num_attention_heads, folded[i].shape[2]};
+        m->k->fold_backward(m->dev, &spec, folded[i], qkv_by_heads(m, model_param(m, weights[i])),
+                            model_param(m, p->alpha_q), model_param(m, p->alpha_k),
+                            model_param(m, p->alpha_v), qkv_by_heads(m, model_gradient(m, weights[i])),
+                            model_gradient(m, p->alpha_q), model_gradient(m, p->alpha_k),
+                            model_gradient(m, p->alpha_v), accumulate, accumulate || i > 0);
+    }
+}
+
+/* dy, and the gradients of qkv's weight and bias, from dqkv. */
+static void qkv_backward(struct model *m, int layer, bool accumulate) {
+    const struct layer_params *p = &m->params.layers[layer];
+    struct layer_buffers *b = &m->layers[layer];
+    struct gradient_buffers *g = &m->grad;
+    int64_t C = m->config.hidden_size, rows = 3 * m->config.num_attention_heads * m->config.head_dim;
+    if (!m->specs[layer].folded) {
+        linear_backward(m, g->dqkv, b->y_attn, C, p->qkv, p->qkv_bias, rows, g->dy, false, accumulate);
+        return;
+    }
+    tensor weight = tensor_of(b->folded_weight.data, b->folded_weight.dtype, rows, C, 0, 0, 0);
+    tensor dweight = tensor_of(g->dfolded_weight.data, g->dfolded_weight.dtype, rows, C, 0, 0, 0);
+    tensor dbias = g->dfolded_bias.data
+                       ? tensor_of(g->dfolded_bias.data, g->dfolded_bias.dtype, rows, 0, 0, 0, 0)
+                       : tensor_none();
+    linear_of_backward(m, g->dqkv, b->y_attn, C, weight, rows, g->dy, false, dweight, dbias, false);
+    fold_backward(m, layer, accumulate);
 }
 
 /* On entry grad.dx is the gradient of x_mlp; on return, of x_attn. Where nothing is mixed, dq, dk and dv are
@@ -65,7 +105,7 @@ static void attention_backward(struct model *m, int layer, bool accumulate) {
                             model_param(m, p->alpha_k), model_param(m, p->alpha_v), m->rope, m->positions,
                             g->dqkv, model_gradient(m, p->alpha_q), model_gradient(m, p->alpha_k),
                             model_gradient(m, p->alpha_v), accumulate);
-    linear_backward(m, g->dqkv, b->y_attn, C, p->qkv, p->qkv_bias, 3 * width, g->dy, false, accumulate);
+    qkv_backward(m, layer, accumulate);
     norm_backward(m, b->x_attn, p->attn_norm, p->attn_norm_bias, b->attn_norm_saved, accumulate);
 }
 

@@ -10,6 +10,8 @@
 enum slot {
     SLOT_X_ATTN,
     SLOT_Y_ATTN,
+    SLOT_FOLDED_WEIGHT,
+    SLOT_FOLDED_BIAS,
     SLOT_QKV,
     SLOT_Q,
     SLOT_K,
@@ -54,6 +56,8 @@ static bool is_kept(const struct model *m, const struct layer_specs *s, enum slo
         return slot == SLOT_X_ATTN;
     switch (slot) { /* light: what needs no matrix product and no attention is recomputed */
     case SLOT_Y_ATTN:
+    case SLOT_FOLDED_WEIGHT:
+    case SLOT_FOLDED_BIAS:
     case SLOT_Y_MLP:
     case SLOT_ACT:
     case SLOT_Q:
@@ -114,6 +118,7 @@ static struct layer_specs specs_for_layer(const struct model *m, int layer) {
     int64_t window = !layer_is_local(type) ? 0 : iha ? c->iha_window : c->local_window;
     return (struct layer_specs){
         .iha = iha,
+        .folded = layer_is_folded(type),
         .mixes = iha || rope,
         .qkv_mix = {B, T, H, d, P, iha, rope, c->iha_rope == IHA_ROPE_VIRTUAL},
         .attention = {B, T * P, H, d, P, c->causal, c->iha_mask == MASK_TOKEN, window, 1 / sqrt((double)d),
@@ -151,7 +156,8 @@ static int plan_layer(struct model *m, int layer, struct error *e) {
     for (int i = 0; i < count; i++)
         if (plan(m, ops[i], i == 0 ? &s->attention_saved_bytes : NULL, e) != 0)
             return -1;
-    return 0;
+    struct op_spec fold = {.kind = OP_FOLD, .fold = {c->num_attention_heads, c->head_dim * C}};
+    return s->folded ? plan(m, fold, NULL, e) : 0;
 }
 
 static int plan_all(struct model *m, struct error *e) {
@@ -188,6 +194,12 @@ static void assign_layer(struct model *m, struct layout *l, int layer) {
     b->attention_saved = allocate_slot(m, l, layer, SLOT_ATTENTION_SAVED, s->attention_saved_bytes);
     b->x_attn = slot_tensor(m, l, layer, SLOT_X_ATTN, hidden);
     b->y_attn = slot_tensor(m, l, layer, SLOT_Y_ATTN, hidden);
+    b->folded_weight = b->folded_bias = tensor_none();
+    if (s->folded)
+        b->folded_weight =
+            slot_tensor(m, l, layer, SLOT_FOLDED_WEIGHT, tensor_of(NULL, t, 3, H, d * C, 0, 0));
+    if (s->folded && c->bias)
+        b->folded_bias = slot_tensor(m, l, layer, SLOT_FOLDED_BIAS, tensor_of(NULL, t, 3, H, d, 0, 0));
     b->qkv = slot_tensor(m, l, layer, SLOT_QKV, tensor_of(NULL, t, B, T, 3, H, d));
     b->q = s->mixes ? slot_tensor(m, l, layer, SLOT_Q, pseudo) : tensor_select(b->qkv, 2, 0);
     b->k = s->mixes ? slot_tensor(m, l, layer, SLOT_K, pseudo) : tensor_select(b->qkv, 2, 1);
@@ -217,15 +229,20 @@ static void assign_gradients(struct model *m, struct layout *l) {
     size_t mlp_end = l->offset;
     l->offset = shared;
     int64_t S = T; /* the largest of any layer */
-    bool mixes = false, iha = false;
+    bool mixes = false, iha = false, folded = false;
     for (int layer = 0; layer < c->num_hidden_layers; layer++) {
         S = m->specs[layer].attention.length > S ? m->specs[layer].attention.length : S;
         mixes |= m->specs[layer].mixes;
         iha |= m->specs[layer].iha;
+        folded |= m->specs[layer].folded;
     }
     size_t pseudo_bytes = (size_t)(B * S * H * d) * dtype_bytes(t);
     g->d_o = allocate_tensor(l, tensor_of(NULL, t, B, T, H, d, 0));
     g->dqkv = allocate_tensor(l, tensor_of(NULL, t, B, T, 3, H, d));
+    tensor weight = tensor_of(NULL, m->dtypes.gradient, 3, H, d * c->hidden_size, 0, 0);
+    g->dfolded_weight = folded ? allocate_tensor(l, weight) : tensor_none();
+    tensor bias = tensor_of(NULL, m->dtypes.gradient, 3, H, d, 0, 0);
+    g->dfolded_bias = folded && c->bias ? allocate_tensor(l, bias) : tensor_none();
     void **pseudo[] = {&g->d_o_pseudo, &g->dq, &g->dk, &g->dv};
     for (int i = iha ? 0 : 1; i < 4 && mixes; i++)
         *pseudo[i] = allocate(l, pseudo_bytes);

@@ -36,7 +36,7 @@ struct flops flops_per_token(const struct model_config *m, int64_t seq_len) {
     double d = (double)m->head_dim, P = (double)m->num_pseudo_heads;
     double mlp = (m->activation == ACTIVATION_SWIGLU ? 3 : 2) * C * F;
     struct flops f = {.matmul = 6 * (double)m->vocab_size * C};
-    double pairs[LAYER_IHA_LOCAL + 1] = {0}; /* by layer type, once computed */
+    double pairs[LAYER_TYPES] = {0}; /* by layer type, once computed */
     for (int i = 0; i < m->num_hidden_layers; i++) {
         enum layer_type type = m->layer_types[i];
         if (pairs[type] == 0)
@@ -50,7 +50,7 @@ struct flops flops_per_token(const struct model_config *m, int64_t seq_len) {
 }
 
 double flops_segments(const struct model_config *m, int64_t seq_len, const int32_t *segments, int64_t batch) {
-    int64_t layers[LAYER_IHA_LOCAL + 1] = {0}; /* of each type */
+    int64_t layers[LAYER_TYPES] = {0}; /* of each type */
     for (int i = 0; i < m->num_hidden_layers; i++)
         layers[m->layer_types[i]]++;
     double pairs = 0;
@@ -58,7 +58,7 @@ double flops_segments(const struct model_config *m, int64_t seq_len, const int32
         int64_t t = n % seq_len;
         if (t + 1 < seq_len && segments[n + 1] == segments[n])
             continue; /* not the last token of its segment */
-        for (int type = 0; type <= LAYER_IHA_LOCAL; type++)
+        for (int type = 0; type < LAYER_TYPES; type++)
             if (layers[type] > 0)
                 pairs +=
                     (double)layers[type] * attention_pairs(m, (enum layer_type)type, t + 1 - segments[n]);

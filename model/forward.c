@@ -14,12 +14,17 @@ static const struct layer_params *params_of(const struct model *m, int layer) {
 }
 
 /* y [N,out] = x [N,in] W^T (+ bias) */
-static void linear(struct model *m, tensor x, int64_t in, int weight, int bias, int64_t out, tensor y) {
+static void linear_of(struct model *m, tensor x, int64_t in, tensor weight, tensor bias, int64_t out,
+                      tensor y) {
     int64_t N = m->shape.batch * m->shape.tokens;
     struct linear_spec spec = {N, in, out};
     x = tensor_of(x.data, x.dtype, N, in, 0, 0, 0);
     y = tensor_of(y.data, y.dtype, N, out, 0, 0, 0);
-    m->k->linear(m->dev, &spec, x, model_param(m, weight), model_param(m, bias), y);
+    m->k->linear(m->dev, &spec, x, weight, bias, y);
+}
+
+static void linear(struct model *m, tensor x, int64_t in, int weight, int bias, int64_t out, tensor y) {
+    linear_of(m, x, in, model_param(m, weight), model_param(m, bias), out, y);
 }
 
 /* x [N,C] = embed[tokens] (+ pos_embed, where positions are learned). Sequences start at position 0. */
@@ -36,6 +41,38 @@ static void attention_norm(struct model *m, int layer, tensor x, tensor delta) {
     struct layer_buffers *b = &m->layers[layer];
     m->k->residual_norm(m->dev, &m->norm_spec, x, delta, model_param(m, p->attn_norm),
                         model_param(m, p->attn_norm_bias), b->x_attn, b->y_attn, b->attn_norm_saved);
+}
+
+void model_fold(const struct model *m, int layer, tensor weight, tensor bias) {
+    const struct layer_params *p = params_of(m, layer);
+    tensor q = model_param(m, p->alpha_q), k = model_param(m, p->alpha_k), v = model_param(m, p->alpha_v);
+    struct fold_spec spec = {m->config.num_attention_heads, weight.shape[2]};
+    m->k->fold(m->dev, &spec, qkv_by_heads(m, model_param(m, p->qkv)), q, k, v, weight);
+    if (!bias.data)
+        return;
+    spec.columns = bias.shape[2];
+    m->k->fold(m->dev, &spec, qkv_by_heads(m, model_param(m, p->qkv_bias)), q, k, v, bias);
+}
+
+static void fold(struct model *m, int layer) {
+    if (m->specs[layer].folded)
+        model_fold(m, layer, m->layers[layer].folded_weight, m->layers[layer].folded_bias);
+}
+
+/* [B,T,3,H,d] from y_attn (paper: step 1). */
+static void project_qkv(struct model *m, int layer) {
+    const struct layer_params *p = params_of(m, layer);
+    struct layer_buffers *b = &m->layers[layer];
+    int64_t C = m->config.hidden_size, rows = 3 * m->config.num_attention_heads * m->config.head_dim;
+    if (!m->specs[layer].folded) {
+        linear(m, b->y_attn, C, p->qkv, p->qkv_bias, rows, b->qkv);
+        return;
+    }
+    fold(m, layer);
+    tensor weight = tensor_of(b->folded_weight.data, b->folded_weight.dtype, rows, C, 0, 0, 0);
+    tensor bias = b->folded_bias.data ? tensor_of(b->folded_bias.data, b->folded_bias.dtype, rows, 0, 0, 0, 0)
+                                      : tensor_none();
+    linear_of(m, b->y_attn, C, weight, bias, rows, b->qkv);
 }
 
 /* q~, k~, v~ from qkv (paper: steps 2-4). */
@@ -61,7 +98,7 @@ static void attention_half(struct model *m, int layer) {
     const struct layer_params *p = params_of(m, layer);
     struct layer_buffers *b = &m->layers[layer];
     int64_t C = m->config.hidden_size, width = m->config.num_attention_heads * m->config.head_dim;
-    linear(m, b->y_attn, C, p->qkv, p->qkv_bias, 3 * width, b->qkv);
+    project_qkv(m, layer);
     mix_heads(m, layer);
     m->k->attention(m->dev, &m->specs[layer].attention, b->q, b->k, b->v, m->segments, b->o_pseudo,
                     b->attention_saved);
@@ -197,6 +234,7 @@ void layer_recompute(struct model *m, int layer) {
         return;
     case RECOMPUTE_LIGHT:
         recompute_attention_norm(m, layer);
+        fold(m, layer);
         mix_heads(m, layer);
         collapse(m, layer);
         recompute_mlp_norm(m, layer);

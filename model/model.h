@@ -44,8 +44,10 @@ struct memory_plan {
 
 /* One layer's activations. Backward reads them: they are kept, or recomputed (buffers.c). */
 struct layer_buffers {
-    tensor x_attn;   /* [N,C] the residual stream on entry */
-    tensor y_attn;   /* [N,C] its norm */
+    tensor x_attn; /* [N,C] the residual stream on entry */
+    tensor y_attn; /* [N,C] its norm */
+    /* [3,H,d*C] and [3,H,d] the weight and bias of qkv with their heads mixed, in folded layers */
+    tensor folded_weight, folded_bias;
     tensor qkv;      /* [B,T,3,H,d] */
     tensor q, k, v;  /* [B,S,H,d] attention's inputs; slices of qkv where nothing is mixed or rotated */
     tensor o_pseudo; /* [B,S,H,d] attention's output */
@@ -62,17 +64,19 @@ struct layer_specs {
     struct qkv_mix_spec qkv_mix;
     struct attention_spec attention;
     struct collapse_spec collapse;
-    bool iha;   /* heads are mixed, and collapse runs */
-    bool mixes; /* qkv_mix runs: IHA, or MHA with RoPE */
+    bool iha;    /* heads are mixed, and collapse runs */
+    bool folded; /* heads are mixed in the weight of qkv */
+    bool mixes;  /* qkv_mix runs: IHA, or MHA with RoPE */
     size_t attention_saved_bytes;
 };
 
 /* Gradients of activations; one set for all layers, since backward works on one layer at a time. */
 struct gradient_buffers {
-    tensor dx, dy;                   /* [N,C] of the residual stream, and of a norm's output */
-    tensor dact, dgate;              /* [N,F]; dact becomes the gradient of up, in place */
-    tensor d_o, dqkv;                /* [B,T,H,d], [B,T,3,H,d] */
-    void *d_o_pseudo, *dq, *dk, *dv; /* [B,S,H,d], S that of the layer */
+    tensor dx, dy;                       /* [N,C] of the residual stream, and of a norm's output */
+    tensor dact, dgate;                  /* [N,F]; dact becomes the gradient of up, in place */
+    tensor d_o, dqkv;                    /* [B,T,H,d], [B,T,3,H,d] */
+    tensor dfolded_weight, dfolded_bias; /* of a folded layer; the type of gradients of parameters */
+    void *d_o_pseudo, *dq, *dk, *dv;     /* [B,S,H,d], S that of the layer */
 };
 
 struct model {
@@ -166,6 +170,15 @@ void model_forward_attention(struct model *m, struct batch batch, int layer);
 /* Wait until the parameters of the last update are gathered. Whatever reads parameters, except a pass, calls
  * this first, on every rank. */
 void model_await_params(struct model *m);
+
+/* A weight or bias of qkv, or its gradient, as fold takes it: [3,H,columns]. */
+static inline tensor qkv_by_heads(const struct model *m, tensor t) {
+    int64_t H = m->config.num_attention_heads;
+    return t.data ? tensor_of(t.data, t.dtype, 3, H, tensor_count(t) / (3 * H), 0, 0) : t;
+}
+
+/* Of a folded layer: the weight and bias of qkv with their heads mixed. bias is absent where the model has none. */
+void model_fold(const struct model *m, int layer, tensor weight, tensor bias);
 
 /* Parts of a pass, for forward.c, backward.c and parallel.c. model_await: wait for a collective, if it is
  * pending. model_await_unit: wait until the parameters of one unit are gathered. model_forward ends with

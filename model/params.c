@@ -55,6 +55,16 @@ static int add_bias(struct builder *b, bool present, const char *name, int64_t s
     return present ? add(b, name, size, 0, 0, PARAM_VECTOR, INIT_ZEROS) : -1;
 }
 
+/* [P,H,H] of an IHA layer, [H,H] of a folded one. */
+static int add_alpha(struct builder *b, const struct model_config *m, int layer, const char *name) {
+    int64_t H = m->num_attention_heads;
+    if (layer_is_folded(m->layer_types[layer]))
+        return add(b, name, H, H, 0, PARAM_MIX, INIT_ALPHA);
+    return layer_is_iha(m->layer_types[layer])
+               ? add(b, name, m->num_pseudo_heads, H, H, PARAM_MIX, INIT_ALPHA)
+               : -1;
+}
+
 static void add_layer(struct builder *b, const struct model_config *m, int layer, struct layer_params *l) {
     int64_t C = m->hidden_size, F = m->intermediate_size, H = m->num_attention_heads, P = m->num_pseudo_heads;
     int64_t width = H * m->head_dim;
@@ -65,9 +75,9 @@ static void add_layer(struct builder *b, const struct model_config *m, int layer
     l->attn_norm_bias = add_bias(b, norm_bias, "attn_norm.bias", C);
     l->qkv = add(b, "attn.qkv.weight", 3 * width, C, 0, PARAM_MATRIX, INIT_NORMAL);
     l->qkv_bias = add_bias(b, m->bias, "attn.qkv.bias", 3 * width);
-    l->alpha_q = iha ? add(b, "attn.alpha_q", P, H, H, PARAM_MIX, INIT_ALPHA) : -1;
-    l->alpha_k = iha ? add(b, "attn.alpha_k", P, H, H, PARAM_MIX, INIT_ALPHA) : -1;
-    l->alpha_v = iha ? add(b, "attn.alpha_v", P, H, H, PARAM_MIX, INIT_ALPHA) : -1;
+    l->alpha_q = add_alpha(b, m, layer, "attn.alpha_q");
+    l->alpha_k = add_alpha(b, m, layer, "attn.alpha_k");
+    l->alpha_v = add_alpha(b, m, layer, "attn.alpha_v");
     l->collapse = iha ? add(b, "attn.collapse", H, P, full ? H : 0, PARAM_MIX, INIT_COLLAPSE) : -1;
     l->out = add(b, "attn.out.weight", C, width, 0, PARAM_MATRIX, INIT_NORMAL_OUTPUT);
     l->out_bias = add_bias(b, m->bias, "attn.out.bias", C);
@@ -187,9 +197,8 @@ void params_initial(const struct param *t, const struct model_config *m, uint64_
         for (int64_t i = 0; i < t->count; i++)
             values[i] = 1;
     if (t->init == INIT_ALPHA)
-        for (int64_t pseudo = 0; pseudo < t->shape[0]; pseudo++)
-            for (int64_t h = 0; h < t->shape[1]; h++)
-                values[(pseudo * t->shape[1] + h) * t->shape[2] + h] += 1;
+        for (int64_t row = 0, H = t->shape[1]; row < t->count / H; row++) /* of all pseudo-heads */
+            values[row * H + row % H] += 1;
     if (t->init == INIT_COLLAPSE)
         initial_collapse(t, m->init_collapse, values);
 }

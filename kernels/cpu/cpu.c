@@ -218,6 +218,9 @@ static int cpu_plan(struct device *dev, const struct op_spec *spec, struct op_co
     case OP_COLLAPSE:
         *cost = collapse_plan(dev, &spec->collapse);
         break;
+    case OP_FOLD:
+        *cost = fold_plan(dev, &spec->fold);
+        break;
     case OP_CLASSIFIER:
         *cost = classifier_plan(dev, &spec->classifier);
         plan_product(dev, spec->classifier.rows, spec->classifier.hidden, spec->classifier.vocab);

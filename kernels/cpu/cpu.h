@@ -75,6 +75,7 @@ struct op_cost norm_plan(const struct device *dev, const struct norm_spec *s);
 struct op_cost qkv_mix_plan(const struct device *dev, const struct qkv_mix_spec *s);
 struct op_cost attention_plan(const struct device *dev, const struct attention_spec *s);
 struct op_cost collapse_plan(const struct device *dev, const struct collapse_spec *s);
+struct op_cost fold_plan(const struct device *dev, const struct fold_spec *s);
 struct op_cost classifier_plan(const struct device *dev, const struct classifier_spec *s);
 
 /* The operations: cpu_embed, cpu_embed_backward, ... */

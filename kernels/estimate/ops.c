@@ -265,6 +265,23 @@ void estimate_collapse_backward(struct device *dev, const struct collapse_spec *
     count_mixing(dev, 2 * collapse_flops(s), one * (1 + 2 * (double)s->pseudo));
 }
 
+static double fold_flops(const struct fold_spec *s) {
+    return 3 * 2 * (double)(s->heads * s->heads) * (double)s->columns;
+}
+
+void estimate_fold(struct device *dev, const struct fold_spec *s, tensor w, tensor alpha_q, tensor alpha_k,
+                   tensor alpha_v, tensor folded) {
+    count_mixing(dev, fold_flops(s), 2 * 3 * (double)(s->heads * s->columns) * element_bytes(dev));
+}
+
+void estimate_fold_backward(struct device *dev, const struct fold_spec *s, tensor dfolded, tensor w,
+                            tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor dw, tensor dalpha_q,
+                            tensor dalpha_k, tensor dalpha_v, bool accumulate, bool accumulate_alpha) {
+    double elements = 3 * (double)(s->heads * s->columns);
+    count_mixing(dev, 2 * fold_flops(s),
+                 elements * (4 + element_bytes(dev)) + gradient_bytes(elements, accumulate));
+}
+
 /* ---- optimizer and step state ---- */
 
 void estimate_sumsq(struct device *dev, tensor g, struct step_state *state) {

@@ -16,6 +16,8 @@ const char *const config_layer_type_names[] = {[LAYER_MHA_GLOBAL] = "mha_global"
                                                [LAYER_MHA_LOCAL] = "mha_local",
                                                [LAYER_IHA_GLOBAL] = "iha_global",
                                                [LAYER_IHA_LOCAL] = "iha_local",
+                                               [LAYER_FOLDED_GLOBAL] = "folded_global",
+                                               [LAYER_FOLDED_LOCAL] = "folded_local",
                                                NULL};
 const char *const recompute_names[] = {
     [RECOMPUTE_NONE] = "none", [RECOMPUTE_LIGHT] = "light", [RECOMPUTE_FULL] = "full", NULL};
@@ -65,10 +67,11 @@ const struct config_row config_rows[] = {
      .name = "layer_pattern",
      .kind = KIND_PATTERN,
      .initial = "iha_local*4 mha_global",
-     .help = "layer types, repeated up to num_hidden_layers:\n"
-             "mha_global|mha_local|iha_global|iha_local,\neach with an optional *N"},
+     .help =
+         "layer types, repeated up to num_hidden_layers:\n"
+         "mha_global|mha_local|iha_global|iha_local|folded_global|\nfolded_local, each with an optional *N"},
     {MODEL(local_window), INTEGER(1, TWO(40)), .initial = "512",
-     .help = "keys per query in mha_local layers, itself included"},
+     .help = "keys per query in mha_local and folded_local layers,\nitself included"},
     {MODEL(num_pseudo_heads), INTEGER(1, 4096), .initial = "2", .help = "pseudo-heads per head (P)"},
     {MODEL(iha_window), INTEGER(1, TWO(40)), .zero = "auto", .initial = "auto",
      .help =

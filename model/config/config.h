@@ -16,7 +16,15 @@ enum { MAX_LAYERS = 1024, MAX_TEXT = 1024 };
 enum position_embedding { POSITION_ROPE, POSITION_LEARNED, POSITION_NONE };
 enum norm { NORM_RMSNORM, NORM_LAYERNORM };
 enum activation { ACTIVATION_GELU_TANH, ACTIVATION_RELU2, ACTIVATION_SWIGLU };
-enum layer_type { LAYER_MHA_GLOBAL, LAYER_MHA_LOCAL, LAYER_IHA_GLOBAL, LAYER_IHA_LOCAL };
+enum layer_type {
+    LAYER_MHA_GLOBAL,
+    LAYER_MHA_LOCAL,
+    LAYER_IHA_GLOBAL,
+    LAYER_IHA_LOCAL,
+    LAYER_FOLDED_GLOBAL, /* heads mixed with P = 1 and no collapse, in the weight of qkv */
+    LAYER_FOLDED_LOCAL,
+    LAYER_TYPES
+};
 enum iha_mask { MASK_FLAT, MASK_TOKEN };
 enum iha_rope { IHA_ROPE_VIRTUAL, IHA_ROPE_TOKEN };
 enum iha_collapse { COLLAPSE_FULL, COLLAPSE_PER_HEAD };
@@ -53,9 +61,9 @@ struct model_config {
     bool tie_word_embeddings;
     bool causal;
     enum layer_type layer_types[MAX_LAYERS]; /* layer_pattern, repeated over the layers */
-    int64_t local_window;                    /* keys per query in an mha_local layer, itself included */
-    int64_t num_pseudo_heads;                /* P */
-    int64_t iha_window;                      /* the same in an iha_local layer, in virtual tokens */
+    int64_t local_window;     /* keys per query in local layers but iha_local, itself included */
+    int64_t num_pseudo_heads; /* P */
+    int64_t iha_window;       /* the same in an iha_local layer, in virtual tokens */
     enum iha_mask iha_mask;
     enum iha_rope iha_rope;
     enum iha_collapse iha_collapse;
@@ -173,7 +181,10 @@ static inline bool layer_is_iha(enum layer_type t) {
     return t == LAYER_IHA_GLOBAL || t == LAYER_IHA_LOCAL;
 }
 static inline bool layer_is_local(enum layer_type t) {
-    return t == LAYER_MHA_LOCAL || t == LAYER_IHA_LOCAL;
+    return t == LAYER_MHA_LOCAL || t == LAYER_IHA_LOCAL || t == LAYER_FOLDED_LOCAL;
+}
+static inline bool layer_is_folded(enum layer_type t) {
+    return t == LAYER_FOLDED_GLOBAL || t == LAYER_FOLDED_LOCAL;
 }
 
 /* The known name nearest to `word` by edit distance, or NULL when none is near enough to be meant. Names

@@ -55,6 +55,10 @@ static void assign_buffers(struct decoder *d, size_t norm_saved) {
     for (int layer = 0; layer < c->num_hidden_layers; layer++) {
         d->cache_k[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), H, dim, 0));
         d->cache_v[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), H, dim, 0));
+        bool folded = d->m->specs[layer].folded;
+        d->folded_weight[layer] = folded ? assign(d, tensor_of(NULL, t, 3, H, dim * C, 0, 0)) : tensor_none();
+        d->folded_bias[layer] =
+            folded && c->bias ? assign(d, tensor_of(NULL, t, 3, H, dim, 0, 0)) : tensor_none();
     }
 }
 
@@ -108,7 +112,8 @@ static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) 
     for (int i = 0; i < count; i++)
         if (plan_op(d, ops[i], NULL, e) != 0)
             return -1;
-    return 0;
+    struct op_spec fold = {.kind = OP_FOLD, .fold = {c->num_attention_heads, c->head_dim * C}};
+    return s.folded ? plan_op(d, fold, NULL, e) : 0;
 }
 
 /* Plan every operation of a pass over n tokens. *saved: the bytes that a norm saves. */
@@ -152,7 +157,9 @@ int decoder_create(struct decoder *d, struct model *m, int64_t capacity, int64_t
         return -1;
     d->cache_k = calloc(layers, sizeof *d->cache_k);
     d->cache_v = calloc(layers, sizeof *d->cache_v);
-    if (!d->cache_k || !d->cache_v) {
+    d->folded_weight = calloc(layers, sizeof *d->folded_weight);
+    d->folded_bias = calloc(layers, sizeof *d->folded_bias);
+    if (!d->cache_k || !d->cache_v || !d->folded_weight || !d->folded_bias) {
         fail_run(e, "out of memory for the caches of %zu layers", layers);
         goto failed;
     }
@@ -181,6 +188,8 @@ void decoder_free(struct decoder *d) {
         d->m->k->release(d->m->dev, d->workspace);
     free(d->cache_k);
     free(d->cache_v);
+    free(d->folded_weight);
+    free(d->folded_bias);
     *d = (struct decoder){0};
 }
 
@@ -192,12 +201,28 @@ static tensor with_shape(tensor t, int64_t s0, int64_t s1, int64_t s2, int64_t s
     return tensor_of(t.data, t.dtype, s0, s1, s2, s3, s4);
 }
 
-static void linear(struct decoder *d, int64_t n, tensor x, int64_t in, int weight, int bias, int64_t out,
-                   tensor y) {
+static void linear_of(struct decoder *d, int64_t n, tensor x, int64_t in, tensor weight, tensor bias,
+                      int64_t out, tensor y) {
     struct model *m = d->m;
     struct linear_spec spec = {n, in, out};
-    m->k->linear(m->dev, &spec, with_shape(x, n, in, 0, 0, 0), model_param(m, weight), model_param(m, bias),
-                 with_shape(y, n, out, 0, 0, 0));
+    m->k->linear(m->dev, &spec, with_shape(x, n, in, 0, 0, 0), weight, bias, with_shape(y, n, out, 0, 0, 0));
+}
+
+static void linear(struct decoder *d, int64_t n, tensor x, int64_t in, int weight, int bias, int64_t out,
+                   tensor y) {
+    linear_of(d, n, x, in, model_param(d->m, weight), model_param(d->m, bias), out, y);
+}
+
+static void project_qkv(struct decoder *d, int layer, int64_t n) {
+    const struct model_config *c = &d->m->config;
+    const struct layer_params *p = &d->m->params.layers[layer];
+    int64_t C = c->hidden_size, rows = 3 * c->num_attention_heads * c->head_dim;
+    tensor weight = d->folded_weight[layer], bias = d->folded_bias[layer];
+    if (!d->m->specs[layer].folded)
+        linear(d, n, d->y, C, p->qkv, p->qkv_bias, rows, d->qkv);
+    else
+        linear_of(d, n, d->y, C, with_shape(weight, rows, C, 0, 0, 0),
+                  bias.data ? with_shape(bias, rows, 0, 0, 0, 0) : bias, rows, d->qkv);
 }
 
 /* x += delta; y = norm(x).  delta may be absent. */
@@ -243,7 +268,7 @@ static void attention_half(struct decoder *d, int layer, int64_t n) {
     const struct model_config *c = &d->m->config;
     const struct layer_params *p = &d->m->params.layers[layer];
     int64_t C = c->hidden_size, width = c->num_attention_heads * c->head_dim;
-    linear(d, n, d->y, C, p->qkv, p->qkv_bias, 3 * width, d->qkv);
+    project_qkv(d, layer, n);
     attention(d, layer, n);
     linear(d, n, d->o, width, p->out, p->out_bias, C, d->delta);
 }
@@ -297,6 +322,9 @@ void decoder_feed(struct decoder *d, const int32_t *tokens, int64_t n, float *lo
     model_await_params(d->m);
     struct model *m = d->m;
     m->k->set_workspace(m->dev, d->workspace, d->workspace_bytes);
+    for (int layer = 0; d->position == 0 && layer < m->config.num_hidden_layers; layer++)
+        if (m->specs[layer].folded)
+            model_fold(m, layer, d->folded_weight[layer], d->folded_bias[layer]);
     for (int64_t fed = 0, count; fed < n; fed += count) {
         count = n - fed < d->chunk ? 1 : d->chunk; /* the two sizes that were planned */
         feed_chunk(d, tokens + fed, count, fed + count == n ? logits : NULL);

@@ -17,6 +17,8 @@ struct decoder {
     void *workspace;
     size_t workspace_bytes;
     tensor rope, *cache_k, *cache_v; /* per layer [1, ring, H, d] */
+    tensor *folded_weight,
+        *folded_bias; /* per layer, of folded ones; computed before a sequence's first token */
     tensor tokens, x, y, delta, qkv, q, k, v, o_pseudo, o, up, gate, act, logits;
     void *norm_saved;
 };

@@ -70,7 +70,7 @@ static void print_schedule(FILE *out, const struct model_config *m, int64_t seq_
     double executed = 0, charged = 0;
     fprintf(out, "Layer schedule at %lld tokens (cost of attention, next to an MHA layer over all tokens):\n",
             (long long)seq_len);
-    fprintf(out, "  %-8s %-12s %10s %10s %10s\n", "layers", "type", "window", "executed", "charged");
+    fprintf(out, "  %-8s %-17s %10s %10s %10s\n", "layers", "type", "window", "executed", "charged");
     for (int first = 0; first < m->num_hidden_layers;) {
         enum layer_type type = m->layer_types[first];
         int last = first;
@@ -83,14 +83,14 @@ static void print_schedule(FILE *out, const struct model_config *m, int64_t seq_
         if (layer_is_local(type))
             snprintf(window, sizeof window, "%lld",
                      (long long)(layer_is_iha(type) ? m->iha_window : m->local_window));
-        fprintf(out, "  %-8s %-12s %10s %10.3f %10.3f\n", range, layer_type_name(type), window,
+        fprintf(out, "  %-8s %-17s %10s %10.3f %10.3f\n", range, layer_type_name(type), window,
                 pairs / causal, charged_pairs / full);
         executed += (last - first + 1) * pairs / causal;
         charged += (last - first + 1) * charged_pairs / full;
         first = last + 1;
     }
     double L = (double)m->num_hidden_layers;
-    fprintf(out, "  %-8s %-12s %10s %10.3f %10.3f\n", "mean", "", "", executed / L, charged / L);
+    fprintf(out, "  %-8s %-17s %10s %10.3f %10.3f\n", "mean", "", "", executed / L, charged / L);
     fprintf(
         out,
         "  executed: visible pairs over those of a causal MHA layer; charged: as the paper counts, the "
@@ -190,7 +190,6 @@ int info_print(FILE *out, const struct config *c, const struct kernels *k, struc
     return print_ranks(out, c, k, dev, &shape, e);
 }
 
-enum { LAYER_TYPES = LAYER_IHA_LOCAL + 1 };
 
 void info_print_determinism(FILE *out, const struct model *m) {
     bool printed[LAYER_TYPES] = {false};

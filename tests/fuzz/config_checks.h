@@ -57,7 +57,7 @@ static inline void check_model(const struct model_config *m) {
     CHECK(m->iha_window >= 1);
     CHECK(m->position_embedding != POSITION_ROPE || m->head_dim % 2 == 0);
     for (int i = 0; i < MAX_LAYERS; i++) {
-        CHECK((unsigned)m->layer_types[i] <= LAYER_IHA_LOCAL);
+        CHECK((unsigned)m->layer_types[i] < LAYER_TYPES);
         CHECK(i >= m->num_hidden_layers || m->causal || !layer_is_local(m->layer_types[i]));
     }
 }

@@ -44,6 +44,7 @@ struct op_case {
 #define MIX_CASE(...) .spec = {.kind = OP_QKV_MIX, .qkv_mix = {__VA_ARGS__}}
 #define ATTENTION_CASE(...) .spec = {.kind = OP_ATTENTION, .attention = {__VA_ARGS__}}
 #define COLLAPSE_CASE(...) .spec = {.kind = OP_COLLAPSE, .collapse = {__VA_ARGS__}}
+#define FOLD_CASE(...) .spec = {.kind = OP_FOLD, .fold = {__VA_ARGS__}}
 #define ACT_CASE(...) .spec = {.kind = OP_ACT, .act = {__VA_ARGS__}}
 #define CLASSIFIER_CASE(...) .spec = {.kind = OP_CLASSIFIER, .classifier = {__VA_ARGS__}}
 
@@ -175,6 +176,13 @@ static const struct op_case OP_CASES[] = {
     MIX_AND_COLLAPSE(BENCH_GPU, 16384, 16, 4, 128),
     MIX_AND_COLLAPSE(BENCH_GPU, 4096, 20, 20, 64),
     MIX_AND_COLLAPSE(BENCH_GPU, 4096, 20, 20, 128),
+
+    /* ---- fold: heads, columns ---- */
+    {GRADIENT | COMPARE, FOLD_CASE(3, 7), .vary = ACCUMULATE},
+    {GRADIENT | COMPARE, FOLD_CASE(1, 5)},
+    {COMPARE, FOLD_CASE(12, 2 * 1024 + 64), .vary = ACCUMULATE}, /* more columns than a thread or block takes */
+    {COMPARE, FOLD_CASE(20, 384)},
+    {COMPARE, FOLD_CASE(65, 40), ACCUMULATE},
 
     /* ---- attention: batch, S, heads, head_dim, pseudo, causal, token_mask, window, scale (0: d^-1/2),
      * segmented ---- */

@@ -150,6 +150,24 @@ static inline void collapse_operands(const struct op_case *c, struct op_operand 
                                .gradient_of = {2}};
 }
 
+static inline void fold_operands(const struct op_case *c, struct op_operand *x) {
+    const int64_t H = c->spec.fold.heads, n = c->spec.fold.columns;
+    static const char *const alphas[] = {"alpha_q", "alpha_k", "alpha_v"}, *const gradients[] = {"dalpha_q",
+                                                                                                 "dalpha_k",
+                                                                                                 "dalpha_v"};
+    unsigned dparam = parameter_gradient(c);
+    x[0] = (struct op_operand){"w", BOTH_READ, SHAPE(3, H, n)};
+    x[4] = (struct op_operand){"folded", FORWARD_WRITES, SHAPE(3, H, n)};
+    x[5] = (struct op_operand){"dfolded", BACKWARD_READS, TYPE_GRADIENT, SHAPE(3, H, n),
+                               .gradient_of_output = 5};
+    x[6] = (struct op_operand){"dw", dparam, TYPE_GRADIENT, SHAPE(3, H, n), .gradient_of = {1}};
+    for (int i = 0; i < 3; i++) {
+        x[1 + i] = (struct op_operand){alphas[i], BOTH_READ, SHAPE(H, H)};
+        x[7 + i] =
+            (struct op_operand){gradients[i], dparam, TYPE_GRADIENT, SHAPE(H, H), .gradient_of = {2 + i}};
+    }
+}
+
 /* Inputs large enough to reach the nonlinear parts of the activations. */
 static inline void act_operands(const struct op_case *c, struct op_operand *x) {
     const int64_t N = c->spec.act.rows, F = c->spec.act.hidden;
@@ -190,6 +208,7 @@ static inline void op_operands(const struct op_case *c, struct op_operand x[OP_O
                                                       [OP_QKV_MIX] = qkv_mix_operands,
                                                       [OP_ATTENTION] = attention_operands,
                                                       [OP_COLLAPSE] = collapse_operands,
+                                                      [OP_FOLD] = fold_operands,
                                                       [OP_ACT] = act_operands,
                                                       [OP_CLASSIFIER] = classifier_operands};
     for (int i = 0; i < OP_OPERANDS; i++)
@@ -254,6 +273,8 @@ static inline void op_forward(const struct kernels *k, struct device *dev, const
         return k->attention(dev, &s.attention, t[0], t[1], t[2], t[8], t[3], saved);
     case OP_COLLAPSE:
         return k->collapse(dev, &s.collapse, t[0], t[1], t[2]);
+    case OP_FOLD:
+        return k->fold(dev, &s.fold, t[0], t[1], t[2], t[3], t[4]);
     case OP_ACT:
         return k->mlp_act(dev, &s.act, t[0], t[1], t[2]);
     default:
@@ -283,6 +304,8 @@ static inline void op_backward(const struct kernels *k, struct device *dev, cons
                                      t[7]);
     case OP_COLLAPSE:
         return k->collapse_backward(dev, &s.collapse, t[3], t[0], t[1], t[4], t[5], add);
+    case OP_FOLD:
+        return k->fold_backward(dev, &s.fold, t[5], t[0], t[1], t[2], t[3], t[6], t[7], t[8], t[9], add, add);
     case OP_ACT:
         return k->mlp_act_backward(dev, &s.act, t[3], t[0], t[1], t[4], t[5]);
     default:
@@ -296,8 +319,8 @@ static inline void op_backward(const struct kernels *k, struct device *dev, cons
 enum { OP_TEXT = 256 };
 
 static inline const char *op_name(const struct op_case *c) {
-    static const char *const names[] = {"embed",     "residual_norm", "linear", "qkv_mix",
-                                        "attention", "collapse",      NULL,     "classifier"};
+    static const char *const names[] = {"embed",    "residual_norm", "linear", "qkv_mix",   "attention",
+                                        "collapse", "fold",          NULL,     "classifier"};
     static const char *const acts[] = {"gelu_tanh", "relu2", "swiglu"};
     return c->spec.kind == OP_ACT ? acts[c->spec.act.type] : names[c->spec.kind];
 }
@@ -337,6 +360,9 @@ static inline const char *op_sizes(const struct op_case *c, char text[OP_TEXT]) 
         snprintf(text, OP_TEXT, "H=%d, P=%d, d=%d, %d tokens%s", (int)s->collapse.heads,
                  (int)s->collapse.pseudo, (int)s->collapse.head_dim,
                  (int)(s->collapse.batch * s->collapse.tokens), s->collapse.per_head ? ", per head" : "");
+        break;
+    case OP_FOLD:
+        snprintf(text, OP_TEXT, "H=%d, %d columns", (int)s->fold.heads, (int)s->fold.columns);
         break;
     case OP_ACT:
         snprintf(text, OP_TEXT, "%d rows of %d", (int)s->act.rows, (int)s->act.hidden);

@@ -50,6 +50,8 @@ static inline void round_views(const tensor *views, int count) {
 #define BF16_attention_backward dq, dk, dv
 #define BF16_collapse out
 #define BF16_collapse_backward d_o
+#define BF16_fold folded
+#define BF16_fold_backward NOTHING
 #define BF16_mlp_act out
 #define BF16_mlp_act_backward du, dgate
 #define BF16_classifier dh

@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-LAYER_TYPES = ("mha_global", "mha_local", "iha_global", "iha_local")
+LAYER_TYPES = ("mha_global", "mha_local", "iha_global", "iha_local", "folded_global", "folded_local")
 
 # Every [model] key as config.json has it: layer_types for layer_pattern, no init_*.
 CONFIG_KEYS = (
@@ -51,6 +51,9 @@ def expected_shapes(config):
             for which in "qkv":
                 shapes[f"{layer}attn.alpha_{which}"] = (P, H, H)
             shapes[layer + "attn.collapse"] = (H, P, H) if config["iha_collapse"] == "full" else (H, P)
+        if kind.startswith("folded"):
+            for which in "qkv":
+                shapes[f"{layer}attn.alpha_{which}"] = (H, H)
         linear(layer + "attn.out", C, H * d, config["bias"])
         norm(layer + "mlp_norm")
         linear(layer + "mlp.up", F, C, config["bias"])
@@ -129,7 +132,7 @@ def attend(xp, q, k, v, see):
 
 
 def attention(xp, config, kind, params, name, x, segments=None, restart=True):
-    """Steps 1 to 7 for x [B,T,C]; an MHA layer is steps 1, 4, 5, 7 with P = 1."""
+    """Steps 1 to 7 for x [B,T,C]; an MHA layer is steps 1, 4, 5, 7 with P = 1; a folded one also mixes heads, step 2."""
     B, T, _ = x.shape
     H, d = config["num_attention_heads"], config["head_dim"]
     iha = kind.startswith("iha")
@@ -144,6 +147,10 @@ def attention(xp, config, kind, params, name, x, segments=None, restart=True):
                    for which, y in (("q", q), ("k", k), ("v", v)))
         # 3. virtual token s = t*P + p
         q, k, v = (y.reshape(B, T * P, H, d) for y in (q, k, v))
+    if kind.startswith("folded"):
+        # 2. with P = 1, applied to the heads here, where the C code applies it to the weight
+        q, k, v = (xp.einsum("hm,btmd->bthd", params[f"{name}.alpha_{which}"], y)
+                   for which, y in (("q", q), ("k", k), ("v", v)))
     if config["position_embedding"] == "rope":
         # 4. at the virtual position s, or at the token's own, s // P
         position = np.repeat(positions(T, segments, restart), P, axis=-1)

@@ -103,6 +103,12 @@ CASES = {
     "iha_mixed": case(40, 2, 8, 24, 37, 3, 15, "mha_local iha_global mha_global iha_local iha_global",
                       num_pseudo_heads=3, iha_window=11, local_window=3, norm="layernorm", bias=True,
                       activation="swiglu", tie_word_embeddings=False, ignored=True),
+    # heads mixed in the weight of qkv: with RoPE and without, bias, windows, segments
+    "folded_rope": case(16, 4, 4, 24, 31, 2, 11, "folded_global folded_local", local_window=4),
+    "folded_bias": case(20, 3, 8, 24, 33, 3, 9, "folded_local mha_global folded_global", local_window=5, bias=True,
+                        norm="layernorm", position_embedding="learned", ignored=True),
+    "folded_segments": case(16, 2, 8, 24, 31, 2, 12, "folded_global iha_local", bias=True, causal=True,
+                            segments=((5, 7), (3, 3, 6)), activation="swiglu"),
     # segments: of one token, of the whole sequence; every kind of position, restarted or not; labels that do not count
     "segments_mha_learned": case(24, 3, 8, 40, 37, 2, 13, "mha_global mha_local", position_embedding="learned",
                                  local_window=4, norm="layernorm", bias=True, segments=((5, 1, 7), (13,))),
@@ -175,7 +181,8 @@ def relabel(config, tensors, order):
     for name, x in tensors.items():
         parts = name.split(".")
         module = parts[-2] if parts[-1] in ("weight", "bias") else parts[-1]
-        for axis, label in enumerate(axes.get(module, "C")[:x.ndim]):      # a bias has the rows' axis; a norm is [C]
+        labels = "HH" if module.startswith("alpha") and x.ndim == 2 else axes.get(module, "C")
+        for axis, label in enumerate(labels[:x.ndim]):                     # a bias has the rows' axis; a norm is [C]
             if label in order:
                 x = np.take(x, order[label], axis=axis)
         out[name] = x

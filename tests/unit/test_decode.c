@@ -7,7 +7,7 @@
 
 #include "model/generate/generate.h"
 
-enum { LAYERS = 4, VOCAB = 37, HIDDEN = 24, LENGTH = 40 };
+enum { LAYERS = 6, VOCAB = 37, HIDDEN = 24, LENGTH = 40 };
 static const double TOLERANCE = 1e-5; /* of the norm of the logits: two orders of summation in fp32 */
 
 static struct model_config base_config(void) {
@@ -23,7 +23,8 @@ static struct model_config base_config(void) {
         .norm_eps = 1e-5,
         .tie_word_embeddings = true,
         .causal = true,
-        .layer_types = {LAYER_MHA_LOCAL, LAYER_IHA_LOCAL, LAYER_IHA_GLOBAL, LAYER_MHA_GLOBAL},
+        .layer_types = {LAYER_MHA_LOCAL, LAYER_IHA_LOCAL, LAYER_IHA_GLOBAL, LAYER_MHA_GLOBAL, LAYER_FOLDED_GLOBAL,
+                        LAYER_FOLDED_LOCAL},
         .local_window = 5,
         .num_pseudo_heads = 2,
         .iha_window = 6,

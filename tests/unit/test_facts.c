@@ -249,6 +249,73 @@ static void an_iha_model_with_identity_mixing_equals_its_mha_model(void **state)
     }
 }
 
+/* The loss of a model of one folded layer, and of the IHA layer with P = 1 that applies the same alphas to the heads of
+ * each token and collapses by the identity, before and after `steps` optimizer steps. */
+static double mixed_loss(enum layer_type type, bool bias, int steps) {
+    struct model_config c = {.vocab_size = 13,
+                             .hidden_size = 16,
+                             .num_hidden_layers = 1,
+                             .num_attention_heads = 4,
+                             .head_dim = 4,
+                             .intermediate_size = 24,
+                             .max_position_embeddings = 12,
+                             .position_embedding = POSITION_ROPE,
+                             .rope_theta = 100,
+                             .norm_eps = 1e-5,
+                             .bias = bias,
+                             .tie_word_embeddings = true,
+                             .causal = true,
+                             .layer_types = {type},
+                             .num_pseudo_heads = 1,
+                             .init_alpha = ALPHA_NOISE};
+    struct model m;
+    struct error e = {0};
+    int32_t tokens[12], targets[12];
+    fixture_tokens(tokens, 12, 13, 1);
+    fixture_tokens(targets, 12, 13, 2);
+    fixture_model(&m, &c, (struct pass_shape){1, 12, RECOMPUTE_NONE, true, false, false});
+    assert_int_equal(model_initialize(&m, 5, &e), 0);
+    for (int i = 0; i < m.params.count; i++) {
+        double *values = model_param(&m, i).data;
+        for (int64_t j = 0; j < m.params.list[i].count; j++)
+            if (m.params.list[i].class == PARAM_MATRIX)
+                values[j] *= 20;
+            else if (m.params.list[i].init == INIT_ALPHA)
+                values[j] +=
+                    j % m.params.list[i].shape[m.params.list[i].ndim - 1] == 1; /* far from the identity */
+    }
+    for (int step = 0; step < steps; step++) { /* plain gradient descent, but for collapse */
+        fixture_loss(&m, tokens, targets, 1.0 / 12);
+        for (int i = 0; i < m.params.count; i++) {
+            double *values = model_param(&m, i).data, *gradient = model_gradient(&m, i).data;
+            for (int64_t j = 0; m.params.list[i].init != INIT_COLLAPSE && j < m.params.list[i].count; j++)
+                values[j] -= 0.1 * gradient[j];
+        }
+    }
+    double loss = fixture_loss(&m, tokens, targets, 1.0 / 12);
+    model_free(&m);
+    return loss;
+}
+
+static void a_folded_layer_equals_mixing_the_heads_of_each_token(void **state) {
+    (void)state;
+    for (int bias = 0; bias < 2; bias++) {
+        double before = mixed_loss(LAYER_FOLDED_GLOBAL, bias, 0),
+               after = mixed_loss(LAYER_FOLDED_GLOBAL, bias, 3);
+        assert_true(fabs(before - after) > 1e-3);
+        assert_true(fabs(before - mixed_loss(LAYER_IHA_GLOBAL, bias, 0)) < EXACT);
+        assert_true(fabs(after - mixed_loss(LAYER_IHA_GLOBAL, bias, 3)) < EXACT);
+    }
+}
+
+static void a_folded_model_with_the_identity_equals_its_mha_model(void **state) {
+    (void)state;
+    assert_true(fabs(model_loss(LAYER_MHA_GLOBAL, POSITION_ROPE) -
+                     model_loss(LAYER_FOLDED_GLOBAL, POSITION_ROPE)) < EXACT);
+    assert_true(fabs(model_loss(LAYER_MHA_LOCAL, POSITION_ROPE) -
+                     model_loss(LAYER_FOLDED_LOCAL, POSITION_ROPE)) < EXACT);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(with_the_flat_mask_only_collapse_last_equals_mha),
@@ -258,6 +325,8 @@ int main(void) {
         cmocka_unit_test(on_equal_tokens_mha_is_linear_and_iha_is_not),
         cmocka_unit_test(cpm3_worked_example),
         cmocka_unit_test(an_iha_model_with_identity_mixing_equals_its_mha_model),
+        cmocka_unit_test(a_folded_layer_equals_mixing_the_heads_of_each_token),
+        cmocka_unit_test(a_folded_model_with_the_identity_equals_its_mha_model),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

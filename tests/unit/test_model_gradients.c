@@ -80,6 +80,13 @@ CASE(recompute_full, 2, 5, RECOMPUTE_FULL, c.bias = true; c.norm = NORM_LAYERNOR
 CASE(four_types, 1, 6, RECOMPUTE_LIGHT, c.num_hidden_layers = 4; c.layer_types[0] = LAYER_MHA_LOCAL;
      c.layer_types[1] = LAYER_IHA_GLOBAL; c.layer_types[2] = LAYER_MHA_GLOBAL;
      c.layer_types[3] = LAYER_IHA_LOCAL)
+CASE(folded_rope, 2, 5, RECOMPUTE_NONE, c.layer_types[0] = LAYER_FOLDED_LOCAL;
+     c.layer_types[1] = LAYER_FOLDED_GLOBAL)
+CASE(folded_bias, 2, 5, RECOMPUTE_NONE, c.layer_types[0] = LAYER_FOLDED_GLOBAL; c.bias = true;
+     c.position_embedding = POSITION_LEARNED)
+CASE(folded_light, 1, 6, RECOMPUTE_LIGHT, c.layer_types[1] = LAYER_FOLDED_GLOBAL; c.bias = true)
+CASE(folded_full, 1, 6, RECOMPUTE_FULL, c.layer_types[0] = LAYER_FOLDED_GLOBAL;
+     c.layer_types[1] = LAYER_FOLDED_LOCAL; c.bias = true)
 
 int main(void) {
     const struct CMUnitTest tests[] = {
@@ -104,6 +111,10 @@ int main(void) {
         cmocka_unit_test(recompute_light),
         cmocka_unit_test(recompute_full),
         cmocka_unit_test(four_types),
+        cmocka_unit_test(folded_rope),
+        cmocka_unit_test(folded_bias),
+        cmocka_unit_test(folded_light),
+        cmocka_unit_test(folded_full),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
