@@ -42,6 +42,7 @@
 #include "model/train/schedule.h"
 #include "model/train/signals.h"
 #include "model/train/skips.h"
+#include "model/train/validation.h"
 
 enum { DEFAULT_TIMEOUT = 300 }; /* seconds to wait for a rank before the configuration has been read */
 enum { DECODE_CHUNK = 64 };     /* tokens of a prompt that are fed at a time */
@@ -67,14 +68,13 @@ struct run {
     struct metrics *metrics; /* on rank 0 */
     struct trainer_state trainer;
     struct saver *saver;
-    int steps_in_flight;                  /* begun, and their state not collected yet */
-    double step_start;                    /* clock_seconds() from which the next collected step is timed */
-    int64_t profile_steps;                /* to trace; 0: none */
-    int64_t profile_from;                 /* the first of them */
-    int lock;                             /* descriptor of run.dir/lock */
-    int32_t *tokens, *targets, *segments; /* [micro_batch, seq_len] of an evaluation */
-    int32_t *correct;                     /* the same, where the data is labelled; otherwise NULL */
-    struct flops flops;                   /* per token; with segments without attention */
+    int steps_in_flight;                 /* begun, and their state not collected yet */
+    double step_start;                   /* clock_seconds() from which the next collected step is timed */
+    int64_t profile_steps;               /* to trace; 0: none */
+    int64_t profile_from;                /* the first of them */
+    int lock;                            /* descriptor of run.dir/lock */
+    struct validation_buffers evaluated; /* of an evaluation */
+    struct flops flops;                  /* per token; with segments without attention */
     double attention_flops; /* with segments: of the sequences that read_step has read, on this rank */
     double step_attention_flops[STEPS_KNOWN]; /* and on all ranks, of step n at [n % STEPS_KNOWN] */
 };
@@ -98,10 +98,7 @@ static void release(struct run *r) {
     tokenizer_close(r->tokenizer);
     free(r->tokenizer_text);
     free(r->generation_config);
-    free(r->tokens);
-    free(r->targets);
-    free(r->segments);
-    free(r->correct);
+    validation_buffers_free(&r->evaluated);
     if (r->device_comm && r->device_comm != r->comm)
         r->device_comm->ops->close(r->device_comm);
     if (r->dev)
@@ -179,14 +176,9 @@ static int build_model(struct run *r, bool training, struct error *e) {
     r->host_memory = kernels_cpu()->memory_available(NULL);
     if (model_create(&r->model, &r->config.model, r->k, r->dev, &options, e) != 0)
         return -1;
-    size_t bytes = (size_t)(t->micro_batch * t->seq_len) * sizeof(int32_t);
     bool labelled = r->val && loader_has_labels(r->val);
-    r->tokens = malloc(bytes);
-    r->targets = malloc(bytes);
-    r->segments = malloc(bytes);
-    r->correct = labelled ? malloc(bytes) : NULL;
-    if (!r->tokens || !r->targets || !r->segments || (labelled && !r->correct))
-        return fail_run(e, "out of memory for a batch of tokens");
+    if (r->val && validation_buffers_create(&r->evaluated, &options.shape, labelled, e) != 0)
+        return -1;
     r->flops = flops_per_token(&r->config.model, t->seq_len);
     if (r->config.data.segments != SEGMENTS_NONE)
         r->flops.attention = 0;
@@ -204,89 +196,43 @@ static int open_tokenizer(struct run *r, const char *name, struct error *e) {
     return r->tokenizer ? 0 : -1;
 }
 
-/* Read the batch of validation sequences [i, i + micro_batch) of `sequences`. */
-static int read_validation_batch(struct run *r, int64_t i, int64_t sequences, struct error *e) {
-    int64_t B = r->config.train.micro_batch, T = r->config.train.seq_len;
-    for (int64_t b = 0; b < B; b++) {
-        int32_t *targets = r->targets + b * T;
-        if (loader_read(r->val, i + b < sequences ? i + b : i, r->tokens + b * T, targets,
-                        r->segments + b * T, e) != 0)
-            return -1;
-        for (int64_t j = 0; j < T && i + b >= sequences; j++)
-            targets[j] = -1; /* the last batch is padded with sequences that do not count */
-    }
-    return 0;
+static int read_sequence(void *loader, int64_t i, int32_t *tokens, int32_t *targets, int32_t *segments,
+                         struct error *e) {
+    return loader_read(loader, i, tokens, targets, segments, e);
 }
 
-/* How many sequences of r->val an evaluation reads. */
-static int validation_sequences(const struct run *r, int64_t *sequences, struct error *e) {
+/* The first run.eval_batches batches of data.val (0: all of it). */
+static int validation_data(const struct run *r, struct validation_data *data, struct error *e) {
     int64_t some = r->config.run.eval_batches * r->config.train.micro_batch;
-    return loader_count(r->val, some > 0 ? some : INT64_MAX, sequences, e);
+    *data = (struct validation_data){
+        .labelled = loader_has_labels(r->val), .source = r->val, .read = read_sequence};
+    return loader_count(r->val, some > 0 ? some : INT64_MAX, &data->sequences, e);
 }
 
 /* Check that a target counts in what an evaluation reads. Without labels all do. */
 static int check_validation(const struct run *r, struct error *e) {
-    int64_t T = r->config.train.seq_len, sequences;
+    struct validation_data data;
+    bool found;
     if (!loader_has_labels(r->val))
         return 0;
-    if (validation_sequences(r, &sequences, e) != 0)
+    if (validation_data(r, &data, e) != 0 ||
+        validation_find_target(&data, r->config.train.seq_len, &found, e) != 0)
         return -1;
-    int32_t *tokens = malloc((size_t)(3 * T) * sizeof *tokens), *targets = tokens + T;
-    int status = tokens ? 0 : fail_run(e, "out of memory for a sequence of the validation data");
-    bool found = false;
-    for (int64_t i = 0; i < sequences && !found && status == 0; i++) {
-        status = loader_read(r->val, i, tokens, targets, targets + T, e);
-        for (int64_t t = 0; t < T && !found && status == 0; t++)
-            found = targets[t] >= 0;
-    }
-    free(tokens);
-    if (status == 0 && !found)
+    if (!found)
         return fail_user(
             e,
             "data.val = %s: no label counts in the %lld sequences that an evaluation reads; give "
             "other shards, or raise run.eval_batches",
-            r->config.data.val, (long long)sequences);
-    return status;
-}
-
-/* Add up what the ranks have counted. Decisions depend on the figures, so all ranks take the loss of rank 0. */
-static void merge_evaluations(struct comm *comm, struct evaluation *v) {
-    const struct evaluation *gathered = comm_all_gather_small(comm, v, sizeof *v);
-    *v = gathered[0];
-    for (int i = 1; i < comm->ranks; i++) {
-        v->correct += gathered[i].correct;
-        v->segments += gathered[i].segments;
-        v->exact += gathered[i].exact;
-    }
-}
-
-/* Over the first run.eval_batches batches of r->val (0: all of it). The batches are distributed over the ranks and do
- * not depend on how many there are. All ranks call it, and fail together. */
-static int validate(struct run *r, struct evaluation *v, struct error *e) {
-    const struct train_config *t = &r->config.train;
-    int64_t B = t->micro_batch, sequences = 0;
-    const int32_t *segments = r->config.data.segments == SEGMENTS_NONE ? NULL : r->segments;
-    int status = validation_sequences(r, &sequences, e);
-    struct step_state before, after;
-    *v = (struct evaluation){.labelled = loader_has_labels(r->val)};
-    r->k->step_read(r->dev, r->model.state, &before);
-    r->k->step_begin(r->dev, r->model.state, before.step, before.lr);
-    for (int64_t i = r->model.comm->rank * B; i < sequences && status == 0; i += r->model.comm->ranks * B) {
-        status = read_validation_batch(r, i, sequences, e);
-        if (status == 0)
-            model_evaluate(&r->model, (struct batch){r->tokens, r->targets, segments}, 1, r->correct);
-        if (status == 0 && v->labelled)
-            evaluation_count(v, B, t->seq_len, r->targets, segments, r->correct);
-    }
-    if (comm_agree(r->comm, status, e) != 0)
-        return -1;
-    r->model.comm->ops->all_reduce(r->model.comm, &r->model.state->loss, 2); /* and targets, the next field */
-    r->k->step_read(r->dev, r->model.state, &after);
-    r->k->step_write(r->dev, r->model.state, &before);
-    v->targets = (int64_t)after.targets;
-    v->loss = after.loss / after.targets;
-    merge_evaluations(r->comm, v);
+            r->config.data.val, (long long)data.sequences);
     return 0;
+}
+
+/* All ranks call it, and fail together. */
+static int run_validation(struct run *r, struct evaluation *v, struct error *e) {
+    struct validation_data data;
+    if (comm_agree(r->comm, validation_data(r, &data, e), e) != 0)
+        return -1;
+    return validate(&r->model, &data, &r->evaluated, v, e);
 }
 
 /* ---- train: one step ---- */
@@ -408,7 +354,7 @@ static int evaluate(struct run *r, struct step_actions *actions, struct error *e
     struct trainer_state *trainer = &r->trainer;
     int64_t patience = r->config.train.patience;
     struct evaluation v;
-    if (validate(r, &v, e) != 0)
+    if (run_validation(r, &v, e) != 0)
         return -1;
     actions->saves |= evaluation_note(trainer, &v, patience, actions->saves);
     if (patience_is_over(trainer, patience))
@@ -961,7 +907,7 @@ static int eval_command(struct run *r, const struct command_line *line, struct e
         return -1;
     banner_print_ignored(&r->config, r->comm->ranks);
     struct evaluation v;
-    if (validate(r, &v, e) != 0)
+    if (run_validation(r, &v, e) != 0)
         return -1;
     if (!isfinite(v.loss))
         return fail_run(e, "%s: the loss is not finite: the weights have diverged; use an earlier checkpoint",
