@@ -39,6 +39,7 @@
 #include "model/train/profile.h"
 #include "model/train/rank_checks.h"
 #include "model/train/resume.h"
+#include "model/train/run_dir.h"
 #include "model/train/schedule.h"
 #include "model/train/signals.h"
 #include "model/train/skips.h"
@@ -520,17 +521,7 @@ static void print_end(struct run *r, int stop) {
     if (!is_rank0(r))
         return;
     status_break(r->metrics);
-    if (ended_by_patience(r))
-        fprintf(stderr, "train.patience = %lld: no better validation %s since step %lld (%.7g)\n",
-                (long long)r->config.train.patience, best_by_names[r->trainer.best_by],
-                (long long)r->trainer.best_step, r->trainer.best_value);
-    if (stop && !ended_by_patience(r))
-        fprintf(stderr, "stopped by signal %d after step %lld; run the same command to continue\n", stop,
-                (long long)r->trainer.step);
-    else
-        fprintf(stderr, "done: %lld steps, %lld tokens in %.1f s of training; %s\n",
-                (long long)r->trainer.step, (long long)r->trainer.tokens, r->trainer.seconds,
-                r->config.run.dir);
+    banner_print_end(&r->config, &r->trainer, stop);
     loader_print_sources(r->train, stderr);
     loader_print_packing(r->train, stderr);
 }
@@ -678,34 +669,6 @@ static int open_data(struct run *r, struct error *e) {
     return r->ends.count && !r->generation_config ? fail_run(e, "out of memory for a checkpoint's files") : 0;
 }
 
-/* Create run.dir, lock it against other runs, and remove what a killed run left. */
-static int open_run_dir(struct run *r, struct error *e) {
-    char path[MAX_TEXT + 32];
-    const char *dir = r->config.run.dir;
-    if (!is_rank0(r))
-        return 0;
-    if (files_make_dirs(dir, e) != 0)
-        return -1;
-    snprintf(path, sizeof path, "%s/lock", dir);
-    r->lock = files_lock(path, e);
-    if (r->lock < 0)
-        return -1;
-    checkpoint_clean(dir);
-    return 0;
-}
-
-static int check_disk(const struct run *r, struct error *e) {
-    if (!is_rank0(r))
-        return 0;
-    double need = (double)CHECKPOINT_PARAM_BYTES * (double)r->model.params.num_params;
-    int64_t have = files_free_bytes(r->config.run.dir);
-    if (have >= 0 && (double)have < need)
-        return fail_user(
-            e, "%s: a checkpoint takes %.1f MB and %.1f MB is free; free some, or set another run.dir",
-            r->config.run.dir, need / 1e6, (double)have / 1e6);
-    return 0;
-}
-
 static int open_sampler(struct run *r, struct error *e) {
     if (r->config.run.sample_every == 0)
         return 0;
@@ -729,7 +692,10 @@ static int prepare_rank(struct run *r, struct error *e) {
     /* A new run starts at step 0: refuse it before run.dir is created. */
     if (r->profile_steps > 0 && access(r->config.run.dir, F_OK) != 0 && check_profile(r, 0, e) != 0)
         return -1;
-    return open_run_dir(r, e);
+    if (!is_rank0(r))
+        return 0;
+    r->lock = run_dir_open(r->config.run.dir, e);
+    return r->lock < 0 ? -1 : 0;
 }
 
 static int prepare_training(struct run *r, const struct command_line *line, struct error *e) {
@@ -759,9 +725,12 @@ static void print_warnings(const struct run *r) {
 
 /* What only a run with steps left needs. */
 static int prepare_loop(struct run *r, struct error *e) {
-    if (check_profile(r, r->trainer.step, e) != 0 || check_disk(r, e) != 0 || open_sampler(r, e) != 0)
+    const char *dir = r->config.run.dir;
+    if (check_profile(r, r->trainer.step, e) != 0 ||
+        (is_rank0(r) && run_dir_check_space(dir, r->model.params.num_params, e) != 0) ||
+        open_sampler(r, e) != 0)
         return -1;
-    if (is_rank0(r) && !(r->metrics = metrics_open(r->config.run.dir, r->trainer.step, e)))
+    if (is_rank0(r) && !(r->metrics = metrics_open(dir, r->trainer.step, e)))
         return -1;
     return start_reading(r, e) == 0 ? read_step(r, e) : -1;
 }
@@ -774,22 +743,6 @@ static size_t host_memory_left(const struct run *r) {
     return have > need ? have - need : 0;
 }
 
-/* A run without steps left. */
-static void print_finished(const struct run *r) {
-    const struct train_config *t = &r->config.train;
-    printf("%s: already finished: it is at step %lld, and ", r->config.run.dir, (long long)r->trainer.step);
-    if (r->trainer.step < t->total_steps)
-        printf("train.patience = %lld evaluations since step %lld have brought no better validation %s; "
-               "raise it to "
-               "continue\n",
-               (long long)t->patience, (long long)r->trainer.best_step, best_by_names[t->best_by]);
-    else if (t->epochs > 0)
-        printf("train.epochs = %g are %lld steps; raise it to continue\n", t->epochs,
-               (long long)t->total_steps);
-    else
-        printf("train.steps is %lld; raise it to continue\n", (long long)t->total_steps);
-}
-
 static int train(struct run *r, const struct command_line *line, struct error *e) {
     r->profile_steps = line->profile_steps;
     r->trainer.best_value = (double)NAN;
@@ -797,7 +750,7 @@ static int train(struct run *r, const struct command_line *line, struct error *e
         return -1;
     if (r->trainer.step >= r->config.train.total_steps || ended_by_patience(r)) {
         if (is_rank0(r))
-            print_finished(r);
+            banner_print_finished(&r->config, &r->trainer);
         return 0;
     }
     if (comm_agree(r->comm, prepare_loop(r, e), e) != 0)
@@ -819,24 +772,9 @@ static int train(struct run *r, const struct command_line *line, struct error *e
 
 /* The model of a checkpoint and the settings it was trained with, then the overrides. */
 static int read_checkpoint(struct run *r, const char *dir, const struct command_line *line, struct error *e) {
-    struct config *c = &r->config;
-    config_defaults(c);
-    if (checkpoint_read_config(dir, &c->model, e) != 0)
-        return -1;
-    c->train.seq_len = c->model.max_position_embeddings;
-    c->train.micro_batch = 1;
-    static const char *const recorded[] = {"train.seq_len",     "train.micro_batch",     "data.val",
-                                           "data.packing",      "data.segments",         "data.separator",
-                                           "data.separator_at", "data.segment_positions"};
-    for (size_t i = 0; i < sizeof recorded / sizeof *recorded; i++) {
-        char value[MAX_TEXT], text[MAX_TEXT + 64], *setting = text;
-        if (checkpoint_setting(dir, recorded[i], value, e) != 0)
-            return -1;
-        snprintf(text, sizeof text, "%s=%s", recorded[i], value);
-        if (value[0] && config_override(c, 1, &setting, e) != 0)
-            return -1;
-    }
-    return config_override(c, line->override_count, line->overrides, e);
+    return checkpoint_read_settings(dir, &r->config, e) == 0
+               ? config_override(&r->config, line->override_count, line->overrides, e)
+               : -1;
 }
 
 /* data.tokenizer if it is set, else the tokenizer saved with the checkpoint. */

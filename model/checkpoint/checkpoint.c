@@ -119,6 +119,26 @@ int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], s
     return settings_visit(path, pick_setting, &w, e);
 }
 
+int checkpoint_read_settings(const char *dir, struct config *c, struct error *e) {
+    config_defaults(c);
+    if (checkpoint_read_config(dir, &c->model, e) != 0)
+        return -1;
+    c->train.seq_len = c->model.max_position_embeddings;
+    c->train.micro_batch = 1;
+    static const char *const recorded[] = {"train.seq_len",     "train.micro_batch",     "data.val",
+                                           "data.packing",      "data.segments",         "data.separator",
+                                           "data.separator_at", "data.segment_positions"};
+    for (size_t i = 0; i < sizeof recorded / sizeof *recorded; i++) {
+        char value[MAX_TEXT], text[MAX_TEXT + 64], *setting = text;
+        if (checkpoint_setting(dir, recorded[i], value, e) != 0)
+            return -1;
+        snprintf(text, sizeof text, "%s=%s", recorded[i], value);
+        if (value[0] && config_override(c, 1, &setting, e) != 0)
+            return -1;
+    }
+    return 0;
+}
+
 /* ---- saving ---- */
 
 static int write_config(const char *dir, const struct model_config *config, struct error *e) {

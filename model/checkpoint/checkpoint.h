@@ -68,6 +68,9 @@ int checkpoint_check_architecture(const char *dir, const struct model_config *no
 /* The value of "section.key" in the checkpoint's trainer.json, or an empty string. */
 int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], struct error *e);
 
+/* *c: the checkpoint's model, what trainer.json records of its data and shape, and defaults for the rest. */
+int checkpoint_read_settings(const char *dir, struct config *c, struct error *e);
+
 /* Point run_dir/best at the best checkpoint, and remove all but the newest run.keep and the best (keep = 0: remove
  * none). Part of publishing; done on resuming too, in case the run was killed before it. */
 int checkpoint_prune(const char *run_dir, const struct config *c, const struct trainer_state *p,

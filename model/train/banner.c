@@ -4,6 +4,7 @@
 
 #include "model/checkpoint/saver.h"
 #include "model/info/info.h"
+#include "model/train/evaluation.h"
 
 void banner_print_ignored(const struct config *c, int ranks) {
     if (ranks == 1 && c->system.comm != COMM_AUTO)
@@ -29,4 +30,32 @@ void banner_print(const struct config *c, const struct model *m, int64_t data_to
     if (!async_saving)
         fprintf(stderr, "checkpointing synchronously: not enough host memory for a snapshot (%.2f GB)\n",
                 (double)saver_snapshot_bytes(m) / 1e9);
+}
+
+void banner_print_end(const struct config *c, const struct trainer_state *trainer, int stop) {
+    bool out_of_patience = patience_is_over(trainer, c->train.patience);
+    if (out_of_patience)
+        fprintf(stderr, "train.patience = %lld: no better validation %s since step %lld (%.7g)\n",
+                (long long)c->train.patience, best_by_names[trainer->best_by], (long long)trainer->best_step,
+                trainer->best_value);
+    if (stop && !out_of_patience)
+        fprintf(stderr, "stopped by signal %d after step %lld; run the same command to continue\n", stop,
+                (long long)trainer->step);
+    else
+        fprintf(stderr, "done: %lld steps, %lld tokens in %.1f s of training; %s\n", (long long)trainer->step,
+                (long long)trainer->tokens, trainer->seconds, c->run.dir);
+}
+
+void banner_print_finished(const struct config *c, const struct trainer_state *trainer) {
+    const struct train_config *t = &c->train;
+    printf("%s: already finished: it is at step %lld, and ", c->run.dir, (long long)trainer->step);
+    if (trainer->step < t->total_steps)
+        printf("train.patience = %lld evaluations since step %lld have brought no better validation %s; "
+               "raise it to continue\n",
+               (long long)t->patience, (long long)trainer->best_step, best_by_names[t->best_by]);
+    else if (t->epochs > 0)
+        printf("train.epochs = %g are %lld steps; raise it to continue\n", t->epochs,
+               (long long)t->total_steps);
+    else
+        printf("train.steps is %lld; raise it to continue\n", (long long)t->total_steps);
 }
