@@ -625,7 +625,7 @@ static int find_documents(struct run *r, struct error *e) {
     if (separator < 0)
         return fail_user(e,
                          "data.separator = auto: neither a dataset.json beside the shards nor data.tokenizer "
-                         "tells the id between documents; set data.separator to it");
+                         "gives the id between documents; set data.separator to it");
     d->separator = separator;
     struct document_rule rule = {(int32_t)separator, d->separator_at == SEPARATOR_AT_START};
     for (int i = 0; i < 2; i++)
@@ -640,10 +640,8 @@ static int set_total_steps(struct run *r, struct error *e) {
     if (!(r->config.train.epochs > 0))
         return 0;
     if (r->config.data.packing == PACKING_FIT || mixture_is(r->config.data.train))
-        return fail_user(e,
-                         "train.epochs counts the sequences of one data set in a stream, and not with %s; "
-                         "set train.steps instead",
-                         mixture_is(r->config.data.train) ? "several of them in data.train"
+        return fail_user(e, "train.epochs is not defined for %s; set train.steps instead",
+                         mixture_is(r->config.data.train) ? "several data sets in data.train"
                                                           : "data.packing = fit");
     if (loader_count(r->train, INT64_MAX, &sequences, e) != 0)
         return -1;

@@ -52,8 +52,10 @@ static int check_root(struct check *c, const cJSON *root, const char *path) {
             "more",
             path, (long long)vocab_size, (long long)c->vocab_size, (long long)vocab_size);
     if (c->separator >= 0 && c->separator != separator)
-        return fail_user(c->e, "%s: documents end with id %lld here and with %d in %s: prepare them alike",
-                         path, (long long)separator, c->separator, c->first);
+        return fail_user(
+            c->e,
+            "%s: documents end with id %lld here and with %d in %s: prepare both with the same separator",
+            path, (long long)separator, c->separator, c->first);
     if (check_tokenizer(c, root, path))
         return -1;
     if (c->separator < 0 && !(c->first = strdup(path)))

@@ -103,7 +103,7 @@ static char *read_open_file(int fd, const char *path, const char *what, size_t *
         return NULL;
     }
     if (st.st_size > MAX_FILE_BYTES) {
-        fail_user(e, "%s: %lld bytes are more than any such file has; is it the right one?", path,
+        fail_user(e, "%s: %lld bytes are too many for such a file; is it the right one?", path,
                   (long long)st.st_size);
         return NULL;
     }

@@ -223,11 +223,12 @@ static int set_position(struct loader *l, int64_t sequences, const struct loader
             return -1;
         sum += p.sequences;
     }
-    return sum == sequences ? 0
-                            : fail_user(e,
-                                        "the checkpoint's data position is of %" PRId64 " sequences, and it "
-                                        "is after %" PRId64 ": the file trainer.json is damaged",
-                                        sum, sequences);
+    return sum == sequences
+               ? 0
+               : fail_user(e,
+                           "the checkpoint's data position counts %" PRId64
+                           " sequences, and the checkpoint %" PRId64 ": the file trainer.json is damaged",
+                           sum, sequences);
 }
 
 static void get_progress(const struct loader *l, struct progress *progress) {

@@ -342,7 +342,7 @@ static int fail_changed(const struct shard_file *f, const char *how, struct erro
 
 static int fail_bad_id_now(const struct shard_file *f, struct bad_id bad, struct error *e) {
     return fail_run(e,
-                    "%s: %s %" PRId64 " is id %" PRId64 ", outside the vocabulary: it was not looked at "
+                    "%s: %s %" PRId64 " is id %" PRId64 ", outside the vocabulary: it was not checked "
                     "when the run began, or the file has changed since; correct it (train_iha check reads "
                     "all), then start again to resume from the last checkpoint",
                     f->path, id_name(f), bad.position, bad.id);
@@ -371,15 +371,16 @@ int shard_file_check_unchanged(struct shard_file *f, const struct shard_vocab *v
     if (status != 0 && why.exit_code == EXIT_RUN) /* it could not be read */
         return fail_run(e, "%s", why.text);
     if (status != 0 || again.count != f->count || again.id_bytes != f->id_bytes)
-        return fail_changed(f, "its header is another one", e);
+        return fail_changed(f, "its header is different", e);
     if (hash_places(&again, vocab->limit, &edges, &again.hash, &bad, e) != 0)
         return -1;
     if (bad.position >= 0)
         return fail_bad_id_now(f, bad, e);
     if (again.hash != f->hash)
-        return fail_changed(
-            f, f->kind == SHARD_LABELS ? "some of its labels are others" : "some of its tokens are others",
-            e);
+        return fail_changed(f,
+                            f->kind == SHARD_LABELS ? "some of its labels are different"
+                                                    : "some of its tokens are different",
+                            e);
     f->stat = now;
     return 0;
 }

@@ -101,8 +101,8 @@ static int check_sizes(struct checks *c, struct error *e) {
     uint64_t own = find_sizes(c), rank0;
     memcpy(&rank0, comm_all_gather_small(c->comm, &own, sizeof own), sizeof rank0);
     if (own != rank0)
-        status = fail_user(e, "its training or validation data differs from rank 0's: other numbers of "
-                              "files or other sizes; all hosts must have the same shards");
+        status = fail_user(e, "its training or validation data differs from rank 0's: a different number "
+                              "of files or different sizes; all hosts must have the same shards");
     return comm_agree(c->comm, status, e);
 }
 

@@ -139,8 +139,8 @@ int source_set_position(struct source *s, struct source_position position, struc
                    position.block < packer_blocks(s->packer) && position.offset >= 0 &&
                    position.offset <= PACKING_BLOCK;
     if (!possible)
-        return fail_user(e, "%s: the checkpoint's data position cannot be: the file trainer.json is damaged",
-                         s->glob);
+        return fail_user(
+            e, "%s: the checkpoint's data position is impossible: the file trainer.json is damaged", s->glob);
     s->position = position;
     return 0;
 }

@@ -103,10 +103,11 @@ pcre2_code *regex_compile(const char *pattern, struct code_ranges *named, char m
 pcre2_code *regex_compile_literal(const char *text, struct code_ranges *named, char message[REGEX_MESSAGE]);
 pcre2_code *regex_compile_pcre2(const char *pattern, char message[REGEX_MESSAGE]); /* in PCRE2's own syntax */
 
-/* The next match at or after `from`: 1 found, 0 none, -1 an error, which names the pattern as `what`. */
-int regex_match(const pcre2_code *regex, const char *text, size_t length, size_t from,
-                pcre2_match_data *match, pcre2_match_context *limits, const char *what, size_t *start,
-                size_t *end, struct error *e);
+/* The first match after the one that ends at last_end (SIZE_MAX: the first of all): 1 found, 0 none, -1 an error, which
+ * names the pattern as `what`. An empty match directly after another match does not count, as in Rust's regex. */
+int regex_next(const pcre2_code *regex, const char *text, size_t length, size_t last_end,
+               pcre2_match_data *match, pcre2_match_context *limits, const char *what, size_t *start,
+               size_t *end, struct error *e);
 
 /* ---- normalizing ---- */
 

@@ -74,9 +74,10 @@ static int not_a_tokenizer(const struct loader *l, const char *what) {
 static int add_entry(struct loader *l, const char *text, double id) {
     char name[48];
     if (!(id >= 0 && id <= INT32_MAX && id == (double)(int32_t)id))
-        return fail_user(l->e,
-                         "%s: token '%s' has the id %g, which is none; the file is damaged, fetch it again",
-                         l->path, shown(text, name), id);
+        return fail_user(
+            l->e,
+            "%s: token '%s' has the id %g, which is not a token id; the file is damaged, fetch it again",
+            l->path, shown(text, name), id);
     if (l->count == l->capacity) {
         size_t capacity = l->capacity ? 2 * l->capacity : 1024;
         struct entry *more = realloc(l->entries, capacity * sizeof *more);
@@ -101,7 +102,7 @@ static int add_vocab_entry(struct loader *l, const char *text, double id) {
 static int collect_object(struct loader *l, const cJSON *vocab) {
     for (const cJSON *item = vocab->child; item; item = item->next) {
         if (!cJSON_IsNumber(item))
-            return not_a_tokenizer(l, "its vocabulary has an id that is no number");
+            return not_a_tokenizer(l, "its vocabulary has an id that is not a number");
         if (add_vocab_entry(l, item->string, item->valuedouble))
             return -1;
     }
@@ -141,7 +142,7 @@ static int collect_added(struct loader *l) {
     const cJSON *list = added_tokens(l);
     char name[48];
     if (list && !cJSON_IsArray(list))
-        return not_a_tokenizer(l, "its \"added_tokens\" are no list");
+        return not_a_tokenizer(l, "its \"added_tokens\" is not a list");
     for (const cJSON *item = list ? list->child : NULL; item; item = item->next) {
         const cJSON *id = json_member(item, "id"), *content = json_member(item, "content");
         if (!cJSON_IsNumber(id) || !cJSON_IsString(content))

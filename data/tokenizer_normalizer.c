@@ -154,26 +154,17 @@ struct matching {
 static int replace_matches(const struct normal_step *step, const struct matching *m, const struct text *in,
                            struct text *out, bool *moved, struct error *e) {
     const char *subject = m->clean ? m->clean : in->bytes;
-    size_t from = 0, done = 0, last_end = SIZE_MAX, start, end, content = strlen(step->content);
-    while (from <= in->length) {
-        int found = regex_match(step->regex, subject, in->length, from, m->match, m->limits,
-                                "normalizer's pattern", &start, &end, e);
-        if (found < 0)
-            return -1;
-        if (!found)
-            break;
-        if (start == end && end == last_end) { /* no empty match right after a match: look one further */
-            int used = 1;
-            if (from < in->length)
-                utf8_next(subject + from, in->length - from, &used);
-            from += (size_t)used;
-            continue;
-        }
+    size_t done = 0, last_end = SIZE_MAX, start = 0, end = 0, content = strlen(step->content);
+    int found;
+    while ((found = regex_next(step->regex, subject, in->length, last_end, m->match, m->limits,
+                               "normalizer's pattern", &start, &end, e)) > 0) {
         *moved |= start == 0 && end > 0 && content == 0;
         if (text_append(out, in->bytes + done, start - done) || text_append(out, step->content, content))
             return fail_run(e, "out of memory for %zu bytes of text", in->length);
-        from = done = last_end = end;
+        done = last_end = end;
     }
+    if (found < 0)
+        return -1;
     return text_append(out, in->bytes + done, in->length - done)
                ? fail_run(e, "out of memory for %zu bytes of text", in->length)
                : 0;

@@ -184,7 +184,7 @@ static int load_node(struct tokenizer *t, const cJSON *node, const char *path, s
     if (strcmp(type, "Sequence") == 0) /* its depth is bounded by the parser's */
         return load_sequence(t, node, path, e);
     if (t->bpe.byte_level) /* a later step would see byte characters instead of text */
-        return refuse_to_encode(t, "its pre-tokenizer goes on after ByteLevel");
+        return refuse_to_encode(t, "its pre-tokenizer has a step after ByteLevel");
     if (strcmp(type, "ByteLevel") == 0)
         return load_byte_level(t, node, path, e);
     if (strcmp(type, "Split") == 0)

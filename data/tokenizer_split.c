@@ -256,9 +256,10 @@ static int add_stretch(struct cutter *c, size_t start, size_t end, bool matches)
     return 0;
 }
 
-int regex_match(const pcre2_code *regex, const char *text, size_t length, size_t from,
-                pcre2_match_data *match, pcre2_match_context *limits, const char *what, size_t *start,
-                size_t *end, struct error *e) {
+/* The next match at or after `from`; otherwise as regex_next. */
+static int regex_match(const pcre2_code *regex, const char *text, size_t length, size_t from,
+                       pcre2_match_data *match, pcre2_match_context *limits, const char *what, size_t *start,
+                       size_t *end, struct error *e) {
     PCRE2_SPTR subject = (PCRE2_SPTR)text;
     int rc = pcre2_match(regex, subject, length, from, PCRE2_NO_UTF_CHECK, match, limits);
     if (rc == PCRE2_ERROR_JIT_STACKLIMIT) /* the interpreter keeps its stack on the heap */
@@ -268,35 +269,39 @@ int regex_match(const pcre2_code *regex, const char *text, size_t length, size_t
     const PCRE2_SIZE *offsets = pcre2_get_ovector_pointer(match);
     if (rc < 0 || offsets[0] < from || offsets[1] < offsets[0])
         return fail_user(
-            e, "the tokenizer's %s cannot cope with this text (PCRE2 error %d); encode it in smaller parts",
-            what, rc);
+            e, "the tokenizer's %s failed on this text (PCRE2 error %d); encode it in smaller parts", what,
+            rc);
     *start = offsets[0];
     *end = offsets[1];
     return 1;
 }
 
+int regex_next(const pcre2_code *regex, const char *text, size_t length, size_t last_end,
+               pcre2_match_data *match, pcre2_match_context *limits, const char *what, size_t *start,
+               size_t *end, struct error *e) {
+    size_t from = last_end == SIZE_MAX ? 0 : last_end;
+    while (from <= length) {
+        int found = regex_match(regex, text, length, from, match, limits, what, start, end, e), used = 1;
+        if (found <= 0 || *start < *end || *end != last_end)
+            return found;
+        if (from < length) /* an empty match directly after a match: look one character further */
+            utf8_next(text + from, length - from, &used);
+        from += (size_t)used;
+    }
+    return 0;
+}
+
 static int split_text(struct encoding *x, int k, struct slice text) {
     struct cutter c = {.x = x, .k = k, .text = text};
-    size_t from = 0, done = 0, last_end = SIZE_MAX, start = 0, end = 0;
-    while (from <= text.length) {
-        int found = regex_match(x->t->stages[k].regex, text.clean, text.length, from, x->match, x->limits,
-                                "split pattern", &start, &end, x->e);
-        if (found < 0)
-            return -1;
-        if (!found)
-            break;
-        if (start == end && end == last_end) { /* no empty match right after a match: look one further */
-            int used = 1;
-            if (from < text.length)
-                utf8_next(text.clean + from, text.length - from, &used);
-            from += (size_t)used;
-            continue;
-        }
+    size_t done = 0, last_end = SIZE_MAX, start = 0, end = 0;
+    int found;
+    while ((found = regex_next(x->t->stages[k].regex, text.clean, text.length, last_end, x->match, x->limits,
+                               "split pattern", &start, &end, x->e)) > 0) {
         if ((done < start && add_stretch(&c, done, start, false)) || add_stretch(&c, start, end, true))
             return -1;
-        from = done = last_end = end;
+        done = last_end = end;
     }
-    if (done < text.length && add_stretch(&c, done, text.length, false))
+    if (found < 0 || (done < text.length && add_stretch(&c, done, text.length, false)))
         return -1;
     return pass_on(&c);
 }

@@ -146,11 +146,11 @@ static int query_ranks(struct transport *t, struct error *e) {
     if (MPI_Comm_set_errhandler(MPI_COMM_WORLD, MPI_ERRORS_RETURN) != MPI_SUCCESS ||
         MPI_Comm_rank(MPI_COMM_WORLD, &t->rank) != MPI_SUCCESS ||
         MPI_Comm_size(MPI_COMM_WORLD, &t->ranks) != MPI_SUCCESS)
-        return fail_run(e, "rank %d: MPI cannot tell how many ranks there are", launcher_rank());
+        return fail_run(e, "rank %d: MPI does not report how many ranks there are", launcher_rank());
     if (MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, 0, MPI_INFO_NULL, &local) != MPI_SUCCESS ||
         MPI_Comm_rank(local, &t->local_rank) != MPI_SUCCESS ||
         MPI_Comm_size(local, &t->local_ranks) != MPI_SUCCESS || MPI_Comm_free(&local) != MPI_SUCCESS)
-        return fail_run(e, "rank %d: MPI cannot tell which ranks share a machine", t->rank);
+        return fail_run(e, "rank %d: MPI does not report which ranks share a machine", t->rank);
     t->hosts = calloc((size_t)t->ranks, sizeof *t->hosts);
     if (!t->hosts)
         return fail_run(e, "rank %d: out of memory opening MPI", t->rank);

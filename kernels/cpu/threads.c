@@ -106,7 +106,7 @@ static int choose_threads(struct team *t, int requested, int sharers, struct err
     if (requested > processors)
         return fail_user(
             e,
-            "system.threads = %d, and this process may use %d processor%s; lower it to %d or set "
+            "system.threads = %d, but this process may use %d processor%s; lower it to %d or set "
             "system.threads = all",
             requested, processors, processors == 1 ? "" : "s", processors);
     if (quota > 0 &&
@@ -123,7 +123,7 @@ static int choose_threads(struct team *t, int requested, int sharers, struct err
     }
     if (t->wanted > limit && t->requested)
         return fail_user(
-            e, "system.threads = %d, and OMP_THREAD_LIMIT allows %d; unset it or lower system.threads",
+            e, "system.threads = %d, but OMP_THREAD_LIMIT allows %d; unset it or lower system.threads",
             requested, limit);
     t->wanted = t->wanted < limit ? t->wanted : limit;
     return 0;
@@ -254,7 +254,7 @@ int cpu_set_threads(int requested, struct comm *comm, char note[96], struct erro
             "GOMP_STACKSIZE, or raise ulimit -s",
             stack >> 10, MIN_STACK_BYTES >> 10);
     if (team < t.wanted && t.requested)
-        return fail_user(e, "system.threads = %d, and OpenMP gives %d; unset the OMP_ variables or lower it",
+        return fail_user(e, "system.threads = %d, but OpenMP gives %d; unset the OMP_ variables or lower it",
                          requested, team);
     omp_set_num_threads(team);
     snprintf(note, 96, "%s", t.note);

@@ -1,5 +1,5 @@
 /* A check of cuBLASLt's products, once, before the first step: a library that is wrong on some GPU would
- * train garbage without a word.
+ * spoil the training without an error.
  *
  * Every planned product runs with its own algorithm, strides and epilogue, written over and added to, on
  * small integers: all sums are exact in any order, also where partial sums are rounded to bf16. All outputs

@@ -134,7 +134,7 @@ int check_separator(const struct draft *d) {
         return 0;
     return fail_at(
         d, find_row("data", "separator"),
-        "separator = %lld is no id of a vocabulary of %lld; give the id between documents, or auto",
+        "separator = %lld is not below model.vocab_size = %lld; give the id between documents, or auto",
         (long long)separator, (long long)vocab_size);
 }
 

@@ -165,7 +165,7 @@ static int model_from_json(struct draft *d, const cJSON *root) {
     const struct model_config *m = &d->config->model;
     char quote[MAX_QUOTE];
     if (!cJSON_IsObject(root))
-        return fail_at(d, NULL, "not a JSON object; the file is damaged or no config.json");
+        return fail_at(d, NULL, "not a JSON object; the file is damaged, or not a config.json");
     const cJSON *type = cJSON_GetObjectItemCaseSensitive(root, "model_type");
     if (!cJSON_IsString(type))
         return fail_at(d, NULL, "no \"model_type\"; a model of this program has \"iha\"");

@@ -35,7 +35,7 @@ void banner_print(const struct config *c, const struct model *m, int64_t data_to
 void banner_print_end(const struct config *c, const struct trainer_state *trainer, int stop) {
     bool out_of_patience = patience_is_over(trainer, c->train.patience);
     if (out_of_patience)
-        fprintf(stderr, "train.patience = %lld: no better validation %s since step %lld (%.7g)\n",
+        fprintf(stderr, "train.patience = %lld: validation %s has not improved since step %lld (%.7g)\n",
                 (long long)c->train.patience, best_by_names[trainer->best_by], (long long)trainer->best_step,
                 trainer->best_value);
     if (stop && !out_of_patience)
@@ -50,9 +50,9 @@ void banner_print_finished(const struct config *c, const struct trainer_state *t
     const struct train_config *t = &c->train;
     printf("%s: already finished: it is at step %lld, and ", c->run.dir, (long long)trainer->step);
     if (trainer->step < t->total_steps)
-        printf("train.patience = %lld evaluations since step %lld have brought no better validation %s; "
-               "raise it to continue\n",
-               (long long)t->patience, (long long)trainer->best_step, best_by_names[t->best_by]);
+        printf("validation %s has not improved in train.patience = %lld evaluations since step %lld; raise "
+               "it to continue\n",
+               best_by_names[t->best_by], (long long)t->patience, (long long)trainer->best_step);
     else if (t->epochs > 0)
         printf("train.epochs = %g are %lld steps; raise it to continue\n", t->epochs,
                (long long)t->total_steps);

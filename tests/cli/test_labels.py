@@ -62,7 +62,7 @@ class Learning(LabelsCase):
         self.assertEqual(len(steps), best + 15)
         self.assertEqual(steps_in(run_dir), [best, best + 15])
         self.assertEqual((run_dir / "best").resolve().name, f"step_{best:08d}")
-        self.assertIn(f"train.patience = 3: no better validation exact since step {best} (1)\n", err)
+        self.assertIn(f"train.patience = 3: validation exact has not improved since step {best} (1)\n", err)
         self.assertIn(f"done: {best + 15} steps", err)
         # What is recorded.
         self.assertEqual(list(steps[0]), ["step", "loss", "lr", "grad_norm", "tokens", "target_tokens",

@@ -81,7 +81,7 @@ class Ranks(Case):
                 many = self.tmp / f"labels_{ranks}_{stage}"
                 micro_batch = 24 // ranks // passes
                 p = self.on(ranks, many, f"system.zero_stage={stage}", f"train.micro_batch={micro_batch}", what=config)
-                self.assertEqual(p.stderr.count("train.patience = 3: no better validation exact"), 1)
+                self.assertEqual(p.stderr.count("train.patience = 3: validation exact has not improved"), 1)
                 self.assertEqual((many / "best").readlink(), (one / "best").readlink())
                 found = lines_of(many / "metrics.jsonl")
                 self.assertEqual(len(found), len(metrics))

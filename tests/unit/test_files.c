@@ -16,25 +16,13 @@
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <sys/time.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include "model/checkpoint/files.h"
+#include "tests/lib/counted_fsync.h"
 #include "tests/lib/temporary_directory.h"
-
-/* Replaces the C library's fsync: counts the calls, or fails them with a chosen errno. */
-static int sync_calls, sync_errno;
-
-int fsync(int fd) {
-    sync_calls++;
-    if (sync_errno) {
-        errno = sync_errno;
-        return -1;
-    }
-    return (int)syscall(SYS_fsync, fd);
-}
 
 static int exists(const char *path) {
     struct stat status;

@@ -16,25 +16,13 @@
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "model/checkpoint/safetensors.h"
+#include "tests/lib/counted_fsync.h"
 
 static char directory[] = "/tmp/test_safetensors_XXXXXX";
 static char path[sizeof directory + 32]; /* the file each test writes */
-
-/* Replaces the C library's fsync: counts the calls, or fails them with a chosen errno. */
-static int sync_calls, sync_errno;
-
-int fsync(int fd) {
-    sync_calls++;
-    if (sync_errno) {
-        errno = sync_errno;
-        return -1;
-    }
-    return (int)syscall(SYS_fsync, fd);
-}
 
 static int make_directory(void **state) {
     (void)state;

@@ -148,9 +148,9 @@ static void ranks_have_the_same_data(void **state) {
     overwrite_token("b.bin", 2, 2000, 7); /* in the middle */
     fails_on_ranks(2, patterns, options, differs, "/b.bin; all hosts must have the same shards");
     write_shard("b.bin", U16, TOKENS + 1, 0, 60000);
-    fails_on_ranks(2, patterns, options, differs, "other numbers of files or other sizes");
+    fails_on_ranks(2, patterns, options, differs, "a different number of files or different sizes");
     const char *const other_counts[] = {"a.bin", "*.bin"};
-    fails_on_ranks(2, other_counts, options, differs, "other numbers of files or other sizes");
+    fails_on_ranks(2, other_counts, options, differs, "a different number of files or different sizes");
     const char *const none[] = {"a.bin", "c.bin"};
     fails_on_ranks(2, none, options, "rank 1: no file matches", "c.bin");
 
@@ -246,7 +246,7 @@ static void samples_beyond_the_whole_part(void **state) {
     assert_int_equal(shards_read(s, 31, tokens, targets, &e), -1);
     assert_int_equal(e.exit_code, EXIT_RUN);
     assert_non_null(
-        strstr(e.text, "a.bin: token 2000 is id 50000, outside the vocabulary: it was not looked at"));
+        strstr(e.text, "a.bin: token 2000 is id 50000, outside the vocabulary: it was not checked"));
     shards_close(s);
 }
 
