@@ -160,7 +160,7 @@ const struct config_row config_rows[] = {
     {DATA(packing), ENUM([PACKING_STREAM] = "stream", [PACKING_FIT] = "fit"), .initial = "stream",
      .help = "stream: one stream, cut into sequences;\nfit: whole documents, padded"},
     {DATA(segments), ENUM([SEGMENTS_NONE] = "none", [SEGMENTS_DOCUMENTS] = "documents"), .initial = "none",
-     .help = "documents: attention stays within a document"},
+     .help = "boundaries that attention does not cross"},
     {DATA(separator), INTEGER(0, TWO(31) - 1), .zero = "auto", .zero_value = -1, .initial = "auto",
      .help = "token id between documents;\nauto: from dataset.json or the tokenizer"},
     {DATA(separator_at), ENUM([SEPARATOR_AT_END] = "end", [SEPARATOR_AT_START] = "start"), .initial = "end",
