@@ -314,7 +314,7 @@ static void bench_ranks(struct bench *b, struct table *t) {
 static bool fits(struct bench *b, const struct config *c) {
     struct memory_plan p;
     struct error e = {0};
-    struct pass_shape shape = pass_shape_of(c);
+    struct pass_shape shape = bench_shape_of(c);
     if (model_memory(&c->model, b->k, b->dev, &shape, 1, 0, DTYPE_F32, &p, &e) != 0)
         bench_fail(&e);
     return (double)memory_total(&p) < 0.95 * (double)b->k->memory_available(b->dev);
