@@ -6,8 +6,12 @@
 #define IHA_KERNELS_CPU_REAL_H
 
 #include <math.h>
+#include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 #include "kernels/tensor.h"
 
@@ -90,8 +94,25 @@ static inline vreal vselect(vbits mask, vreal a, vreal b) {
     return (vreal)(((vbits)a & mask) | ((vbits)b & ~mask));
 }
 
+/* A NaN in b stays. */
 static inline vreal vmax(vreal a, vreal b) {
-    return vselect(a > b, a, b); /* a NaN in b stays */
+#if defined __AVX512F__ && !defined KERNELS_DOUBLE
+    return (vreal)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return vselect(a > b, a, b);
+#endif
+}
+
+/* Whether any lane of a mask is set. */
+static inline bool vany(vbits mask) {
+#if defined __AVX512F__ && !defined KERNELS_DOUBLE
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#else
+    for (int i = 0; i < VL; i++)
+        if (mask[i])
+            return true;
+    return false;
+#endif
 }
 
 static inline real vmax_lanes(vreal v) {
@@ -148,15 +169,21 @@ static inline vreal vexp_series(vreal r) {
     return p * r + 1.0f;
 }
 
-/* 2^x; 0 below 2^-126 (so that a masked -inf is exactly 0), NaN stays NaN. */
+/* 2^x for x <= 127; 0 below -126.5 (so that a masked -inf is exactly 0), NaN stays NaN. The polynomial is the
+ * best of degree 5 for 2^f in [-1/2, 1/2] that is 1 at 0: relative error below 1.7e-7, as evaluated. The low
+ * bits of `shifted` are n + 127, which is the exponent of 2^n, and 0 for n = -127. */
 static inline vreal vexp2(vreal x) {
-    vreal low = vsplat(-126.0f), high = vsplat(127.0f);
-    vreal y = vselect(x < low, low, x);
-    y = vselect(y > high, high, y);
-    vreal shifted = y + EXP_SHIFT;
-    vreal f = y - (shifted - EXP_SHIFT);
-    vreal r = vscale_exp(vexp_series(f * 0.693147180559945f), shifted);
-    return vselect(x < low, vsplat(0), r);
+    const float shift = EXP_SHIFT + 127;
+    vreal y = vmax(vsplat(-127.0f), x);
+    vreal shifted = y + shift;
+    vreal f = y - (shifted - shift);
+    vreal p = vsplat(0.00132647272f);
+    p = p * f + 0.00967151281f;
+    p = p * f + 0.0555073374f;
+    p = p * f + 0.240222421f;
+    p = p * f + 0.693146978f;
+    p = p * f + 1.0f;
+    return p * (vreal)((vbits)shifted << 23);
 }
 
 /* e^x, reduced in two parts (Cody and Waite) so that large arguments keep their precision. */

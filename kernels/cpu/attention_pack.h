@@ -1,0 +1,150 @@
+/* Attention's tiles in scratch memory: packed from tensors, and written back. Every read and write of a
+ * tensor's element is in load_part() and store_part().
+ *
+ * A tile holds TILE queries or keys of one head, either as rows [TILE, ld] or transposed [d, TILE]. */
+#ifndef IHA_KERNELS_CPU_ATTENTION_PACK_H
+#define IHA_KERNELS_CPU_ATTENTION_PACK_H
+
+#include "kernels/cpu/attention_tiles.h"
+
+/* One head of a tensor [B,S,H,d]. */
+struct head_rows {
+    real *data;
+    int64_t stride; /* between the rows of consecutive queries or keys */
+};
+
+static inline struct head_rows head_of(tensor t, int64_t b, int64_t h) {
+    return (struct head_rows){(real *)t.data + b * t.stride[0] + h * t.stride[2], t.stride[1]};
+}
+
+/* n <= VL elements; the other lanes are 0. */
+static inline vreal load_part(const real *x, int64_t n) {
+    vreal v = {0};
+    if (n >= VL)
+        return vload(x);
+    memcpy(&v, x, (size_t)n * sizeof(real));
+    return v;
+}
+
+static inline void store_part(real *out, vreal v, int64_t n) {
+    if (n >= VL)
+        vstore(out, v);
+    else
+        memcpy(out, &v, (size_t)n * sizeof(real));
+}
+
+enum { PREFETCH_ROWS = 12 };
+
+/* A head's rows are a token apart, too far for the hardware prefetcher. Past the last row a prefetch does
+ * nothing. */
+static inline void prefetch_row(struct head_rows x, int64_t row, int64_t d) {
+    for (int64_t c = 0; c < d; c += 64 / (int64_t)sizeof(real))
+        __builtin_prefetch(x.data + (row + PREFETCH_ROWS) * x.stride + c);
+}
+
+/* Rows [row, row + rows) to out [rows, ld], times `factor`, with zeros from column d to ld. */
+static inline void pack_rows(struct head_rows x, int64_t row, int64_t rows, int64_t d, int64_t ld,
+                             real factor, real *out) {
+    for (int64_t i = 0; i < rows; i++) {
+        const real *from = x.data + (row + i) * x.stride;
+        prefetch_row(x, row + i, d);
+        int64_t c = 0;
+        for (; c + VL <= d; c += VL)
+            vstore(out + i * ld + c, load_part(from + c, VL) * factor);
+        if (c < d)
+            store_part(out + i * ld + c, load_part(from + c, d - c) * factor, min64(ld - c, VL));
+    }
+}
+
+/* r[i][l] becomes r[l][i]. Each round exchanges blocks of `by` x `by` across the diagonal. */
+static inline __attribute__((always_inline)) void transpose_round(vreal r[VL], const int by) {
+    vbits low, high;
+    for (int l = 0; l < VL; l++) {
+        low[l] = l & by ? VL + l - by : l;
+        high[l] = l & by ? VL + l : l + by;
+    }
+    for (int i = 0; i < VL; i++) {
+        if (i & by)
+            continue;
+#ifdef __clang__
+        vreal a = r[i], b = r[i + by];
+        for (int l = 0; l < VL; l++) {
+            r[i][l] = l & by ? b[l - by] : a[l];
+            r[i + by][l] = l & by ? b[l] : a[l + by];
+        }
+#else
+        vreal a = __builtin_shuffle(r[i], r[i + by], low);
+        r[i + by] = __builtin_shuffle(r[i], r[i + by], high);
+        r[i] = a;
+#endif
+    }
+}
+
+static inline void transpose(vreal r[VL]) {
+    if (VL > 8)
+        transpose_round(r, 8);
+    if (VL > 4)
+        transpose_round(r, 4);
+    if (VL > 2)
+        transpose_round(r, 2);
+    transpose_round(r, 1);
+}
+
+/* Rows [row, row + rows) to out [d, TILE], times `factor`, with zeros from column `rows` to TILE. */
+static inline void pack_transposed(struct head_rows x, int64_t row, int64_t rows, int64_t d, real factor,
+                                   real *out) {
+    for (int64_t j = 0; j < TILE; j += VL) {
+        int64_t count = max64(min64(rows - j, VL), 0);
+        for (int64_t i = 0; i < count; i++)
+            prefetch_row(x, row + j + i, d);
+        for (int64_t c = 0; c < d; c += VL) {
+            vreal r[VL];
+            for (int64_t i = 0; i < VL; i++)
+                r[i] =
+                    i < count ? load_part(x.data + (row + j + i) * x.stride + c, d - c) * factor : (vreal){0};
+            transpose(r);
+            for (int64_t i = 0; i < min64(d - c, VL); i++)
+                vstore(out + (c + i) * TILE + j, r[i]);
+        }
+    }
+}
+
+/* Columns [0, rows) of x [d, TILE] to rows [row, row + rows); column j times factors[j], of which there are
+ * TILE. */
+static inline void unpack_transposed(const real *x, const real *factors, int64_t rows, int64_t d,
+                                     struct head_rows out, int64_t row) {
+    for (int64_t j = 0; j < rows; j += VL)
+        for (int64_t c = 0; c < d; c += VL) {
+            vreal r[VL], factor = vload(factors + j);
+            for (int64_t i = 0; i < VL; i++)
+                r[i] = c + i < d ? vload(x + (c + i) * TILE + j) * factor : (vreal){0};
+            transpose(r);
+            for (int64_t i = 0; i < min64(rows - j, VL); i++)
+                store_part(out.data + (row + j + i) * out.stride + c, r[i], d - c);
+        }
+}
+
+/* Rows [row, row + rows) become x [rows, ld] times `factor`, or have it added. */
+static inline void unpack_rows(const real *x, int64_t rows, int64_t d, int64_t ld, real factor, bool add,
+                               struct head_rows out, int64_t row) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t c = 0; c < d; c += VL) {
+            real *to = out.data + (row + i) * out.stride + c;
+            vreal v = vload(x + i * ld + c) * factor;
+            store_part(to, add ? v + load_part(to, d - c) : v, d - c);
+        }
+}
+
+/* out[i] = <x[i], rows[row + i]> for x [rows, ld]. */
+static inline void row_dots(const real *x, int64_t ld, struct head_rows y, int64_t row, int64_t rows,
+                            int64_t d, real *out) {
+    for (int64_t i = 0; i < rows; i++) {
+        vreal sum = {0};
+        prefetch_row(y, row + i, d);
+        for (int64_t c = 0; c < d; c += VL)
+            sum += load_part(x + i * ld + c, d - c) * load_part(y.data + (row + i) * y.stride + c, d - c);
+        out[i] = vsum(sum);
+    }
+}
+
+#endif
