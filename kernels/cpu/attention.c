@@ -8,8 +8,8 @@
  * output is V^T P, transposed. In backward they run along the keys: scores are Q K^T, and dK and dV are
  * summed transposed, as Q^T dS and dO^T P. So nearly all products have rows of TILE elements, whatever the
  * head dimension. dQ = dS K gets a part from every group of keys. A group adds its part to the tensor when the
- * groups before it have: the order of the sum is that of the keys, whichever thread is faster, so that bits
- * depend neither on the schedule nor on the number of threads.
+ * groups before it have: the order of the sum is that of the keys, whichever thread is faster, so the bits do
+ * not depend on the schedule.
  *
  * Scores are in base 2 (q is scaled by scale * log2 e), so that each takes one exp2. Saved for backward: the
  * log-sum-exp, in base 2, [B,H,S].

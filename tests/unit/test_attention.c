@@ -376,6 +376,19 @@ static void every_head_dim(void **state) {
         }
 }
 
+/* Heads enough that a unit of work is a group of tiles: of two tiles, so that a head has two groups, and of
+ * four. */
+static void groups_of_tiles(void **state) {
+    (void)state;
+    for (int64_t heads = 8; heads <= 16; heads += 8)
+        for (int64_t window = 0; window < 200; window += 97) {
+            check_case((struct attention_spec){1, 250, heads, 4, 2, true, false, window, 0, false}, true, 1);
+            check_segmented((struct attention_spec){1, 250, heads, 4, 2, true, true, window, 0, true},
+                            ATTENTION_SEGMENTS[4], false, 1);
+        }
+    check_case((struct attention_spec){1, 250, 8, 4, 1, false, false, 0, 0, false}, false, 1);
+}
+
 /* ---- extreme numbers ---- */
 
 /* Scores of 1e4 leave one key with all of the weight, or two whose difference fp32 hardly resolves. */
@@ -505,6 +518,7 @@ int main(void) {
         cmocka_unit_test(every_case),
         cmocka_unit_test(every_segmented_case),
         cmocka_unit_test(every_head_dim),
+        cmocka_unit_test(groups_of_tiles),
         cmocka_unit_test(large_scores),
         cmocka_unit_test(nan_reaches_what_depends_on_it),
         cmocka_unit_test(no_empty_tile_is_visited),
