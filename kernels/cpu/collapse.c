@@ -87,7 +87,7 @@ void cpu_collapse_backward(struct device *dev, const struct collapse_spec *s, te
     check_collapse("collapse_backward", s, o, r, dout);
     check_contiguous("collapse_backward", "do", d_o);
     int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H, N = s->batch * s->tokens;
-    int64_t stride = round_up(matrix_reals(s), 16);
+    int64_t stride = round_up(matrix_reals(s), 16), block = mix_tokens(H, d);
     size_t bytes = collapse_plan(dev, s).workspace;
     real *partials = cpu_workspace(dev, bytes, "collapse_backward");
     memset(partials, 0, bytes);
@@ -95,8 +95,8 @@ void cpu_collapse_backward(struct device *dev, const struct collapse_spec *s, te
     {
         real *mine = partials + omp_get_thread_num() * stride;
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < N; n += MIX_TOKENS)
-            collapse_backward_block(s, min64(MIX_TOKENS, N - n), (real *)dout.data + n * H * d,
+        for (int64_t n = 0; n < N; n += block)
+            collapse_backward_block(s, min64(block, N - n), (real *)dout.data + n * H * d,
                                     (real *)o.data + n * PH * d, r.data, (real *)d_o.data + n * PH * d, mine);
     }
     sum_partials(partials, dev->threads, stride, matrix_reals(s), dr.data, accumulate);

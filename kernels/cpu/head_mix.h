@@ -15,57 +15,82 @@ static inline void head_mix(int64_t I, int64_t J, int64_t d, const real *m, int6
     tile_gemm(I, d, J, m, row, col, in, d, out, d, false);
 }
 
-/* A block of dM, mi by mj, which stays in registers over all tokens: 4 x 4 vectors, so that a load of one
- * feeds four multiply-adds. */
-TILE_INLINE void outer_block(const int mi, const int mj, int64_t tokens, int64_t d, const real *dout,
-                             int64_t dout_stride, const real *in, int64_t in_stride, real *dm, int64_t ldm) {
-    vreal acc[4][4] = {{{0}}};
-    real tail[4][4] = {{0}};
-    for (int64_t t = 0; t < tokens; t++, dout += dout_stride, in += in_stride) {
+/* Rows and columns of a block of dM: its sums are as many vectors in registers, and a load of one operand feeds
+ * as many multiply-adds as the block has columns or rows. */
+#if VECTOR_BYTES == 64
+enum { OUTER_ROWS = 4, OUTER_COLS = 4 };
+#else
+enum { OUTER_ROWS = 2, OUTER_COLS = 4 };
+#endif
+
+/* The rows that a block reads: past the end the last one again, whose sums are dropped. */
+ALWAYS_INLINE void outer_rows(const int count, const real *x, int64_t first, int64_t rows, int64_t d,
+                              const real **out) {
+    UNROLL
+    for (int r = 0; r < count; r++)
+        out[r] = x + min64(first + r, rows - 1) * d;
+}
+
+/* The block of dM at (i,j), which stays in registers over all tokens. */
+ALWAYS_INLINE void outer_block(int64_t i, int64_t j, int64_t I, int64_t J, int64_t d, int64_t tokens,
+                               const real *dout, int64_t dout_stride, const real *in, int64_t in_stride,
+                               real *dm) {
+    enum { R = OUTER_ROWS, C = OUTER_COLS };
+    const real *a[R], *b[C];
+    vreal acc[R * C] = {{0}};
+    real sum[R * C] = {0};
+    outer_rows(R, dout, i, I, d, a);
+    outer_rows(C, in, j, J, d, b);
+    for (int64_t t = 0; t < tokens; t++) {
         int64_t c = 0;
         for (; c + VL <= d; c += VL) {
-            vreal b[4];
+            vreal bv[C];
             UNROLL
-            for (int j = 0; j < mj; j++)
-                b[j] = vload(in + j * d + c);
+            for (int m = 0; m < C; m++)
+                bv[m] = vload(b[m] + c);
             UNROLL
-            for (int i = 0; i < mi; i++) {
-                vreal a = vload(dout + i * d + c);
+            for (int l = 0; l < R; l++) {
+                vreal av = vload(a[l] + c);
                 UNROLL
-                for (int j = 0; j < mj; j++)
-                    acc[i][j] += a * b[j];
+                for (int m = 0; m < C; m++)
+                    acc[l * C + m] += av * bv[m];
             }
         }
         for (; c < d; c++)
-            for (int i = 0; i < mi; i++)
-                for (int j = 0; j < mj; j++)
-                    tail[i][j] += dout[i * d + c] * in[j * d + c];
+            for (int l = 0; l < R * C; l++)
+                sum[l] += a[l / C][c] * b[l % C][c];
+        UNROLL
+        for (int l = 0; l < R; l++)
+            a[l] += dout_stride;
+        UNROLL
+        for (int m = 0; m < C; m++)
+            b[m] += in_stride;
     }
-    for (int i = 0; i < mi; i++)
-        for (int j = 0; j < mj; j++)
-            dm[i * ldm + j] += vsum(acc[i][j]) + tail[i][j];
+    UNROLL
+    for (int l = 0; l < R * C; l += VL)
+        vstore(sum + l, vload(sum + l) + vsum_each(acc + l));
+    for (int64_t l = 0; l < min64(R, I - i); l++)
+        for (int64_t m = 0; m < min64(C, J - j); m++)
+            dm[(i + l) * J + j + m] += sum[l * C + m];
 }
 
-/* dM [I,J] += sum over `tokens` tokens, whose dout [I,d] and in [J,d] are dout_stride and in_stride apart. */
+/* dM [I,J] += sum over `tokens` tokens, whose dout [I,d] and in [J,d] are dout_stride and in_stride apart.
+ * The inner loop runs over the operand with fewer rows, which should fit in the L1 cache. */
 static inline void head_outer(int64_t I, int64_t J, int64_t d, int64_t tokens, const real *dout,
                               int64_t dout_stride, const real *in, int64_t in_stride, real *dm) {
-    for (int64_t i = 0; i < I; i += I - i >= 4 ? 4 : 1)
-        for (int64_t j = 0; j < J; j += J - j >= 4 ? 4 : 1) {
-            const real *a = dout + i * d, *b = in + j * d;
-            real *out = dm + i * J + j;
-            if (I - i >= 4 && J - j >= 4)
-                outer_block(4, 4, tokens, d, a, dout_stride, b, in_stride, out, J);
-            else if (I - i >= 4)
-                outer_block(4, 1, tokens, d, a, dout_stride, b, in_stride, out, J);
-            else if (J - j >= 4)
-                outer_block(1, 4, tokens, d, a, dout_stride, b, in_stride, out, J);
-            else
-                outer_block(1, 1, tokens, d, a, dout_stride, b, in_stride, out, J);
-        }
+    int64_t rows = (I + OUTER_ROWS - 1) / OUTER_ROWS, cols = (J + OUTER_COLS - 1) / OUTER_COLS;
+    for (int64_t n = 0; n < rows * cols; n++) {
+        int64_t row = I < J ? n % rows : n / cols, col = I < J ? n / rows : n % cols;
+        outer_block(row * OUTER_ROWS, col * OUTER_COLS, I, J, d, tokens, dout, dout_stride, in, in_stride,
+                    dm);
+    }
 }
 
-/* Tokens that backward processes at a time: enough that storing outer_block's sums costs little, few enough
- * that they stay in cache between the two gradients. */
-enum { MIX_TOKENS = 16 };
+/* Tokens that backward takes at a time: enough that storing a block's sums costs little, few enough that the
+ * operand with `heads` rows stays in the L1 cache. */
+static inline int64_t mix_tokens(int64_t heads, int64_t d) {
+    const int64_t bytes = 24 << 10, most = 16;
+    return max64(1, min64(most, bytes / (heads * d * (int64_t)sizeof(real))));
+}
 
 #endif

@@ -16,7 +16,7 @@ static int64_t rows_out(const struct qkv_mix_spec *s) {
  * back. Whole cache lines, so that threads do not write to the same one. */
 static int64_t thread_reals(const struct qkv_mix_spec *s) {
     int64_t dalpha = s->mixed ? 3 * rows_out(s) * s->heads : 0;
-    return round_up(dalpha + MIX_TOKENS * rows_out(s) * s->head_dim, 16);
+    return round_up(dalpha + mix_tokens(s->heads, s->head_dim) * rows_out(s) * s->head_dim, 16);
 }
 
 struct op_cost qkv_mix_plan(const struct device *dev, const struct qkv_mix_spec *s) {
@@ -95,20 +95,19 @@ static void mix_backward_block(const struct qkv_mix_spec *s, int64_t n, int64_t 
                                const real *in, const real *alpha, bool rotated, tensor table,
                                const int32_t *positions, real *unrotated, real *din, real *dalpha) {
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s), in_stride = 3 * H * d;
-    if (rotated) {
-        for (int64_t t = 0; t < count; t++)
-            rotate_token(s, dout + t * I * d, table, position_of(s, positions, 0, n + t), -1,
-                         unrotated + t * I * d);
-        dout = unrotated;
+    for (int64_t t = 0; t < count; t++) {
+        const real *from = dout + t * I * d;
+        if (rotated) {
+            rotate_token(s, from, table, position_of(s, positions, 0, n + t), -1, unrotated + t * I * d);
+            from = unrotated + t * I * d;
+        }
+        if (s->mixed)
+            head_mix(H, I, d, alpha, 1, H, from, din + t * in_stride);
+        else
+            memcpy(din + t * in_stride, from, (size_t)(H * d) * sizeof(real));
     }
-    if (!s->mixed) {
-        for (int64_t t = 0; t < count; t++)
-            memcpy(din + t * in_stride, dout + t * I * d, (size_t)(H * d) * sizeof(real));
-        return;
-    }
-    for (int64_t t = 0; t < count; t++)
-        head_mix(H, I, d, alpha, 1, H, dout + t * I * d, din + t * in_stride);
-    head_outer(I, H, d, count, dout, I * d, in, in_stride, dalpha);
+    if (s->mixed)
+        head_outer(I, H, d, count, rotated ? unrotated : dout, I * d, in, in_stride, dalpha);
 }
 
 void cpu_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk, tensor dv,
@@ -117,7 +116,7 @@ void cpu_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tens
                           bool accumulate) {
     check_mix("qkv_mix_backward", s, qkv, positions, dq, dk, dv);
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s), matrix = I * H, N = s->batch * s->tokens;
-    int64_t stride = thread_reals(s);
+    int64_t stride = thread_reals(s), block = mix_tokens(H, d);
     real *scratch = cpu_workspace(dev, qkv_mix_plan(dev, s).workspace, "qkv_mix_backward");
     const real *alpha[3] = {alpha_q.data, alpha_k.data, alpha_v.data};
     const real *dout[3] = {dq.data, dk.data, dv.data};
@@ -128,9 +127,9 @@ void cpu_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tens
         if (s->mixed)
             memset(dalpha, 0, (size_t)(3 * matrix) * sizeof(real));
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < N; n += MIX_TOKENS)
+        for (int64_t n = 0; n < N; n += block)
             for (int w = 0; w < 3; w++)
-                mix_backward_block(s, n, min64(MIX_TOKENS, N - n), dout[w] + n * I * d,
+                mix_backward_block(s, n, min64(block, N - n), dout[w] + n * I * d,
                                    (real *)qkv.data + (n * 3 + w) * H * d, alpha[w], s->rope && w < 2, table,
                                    positions.data, unrotated, (real *)dqkv.data + (n * 3 + w) * H * d,
                                    dalpha + w * matrix);

@@ -35,6 +35,14 @@ typedef int32_t real_bits;
 #define VECTOR_BYTES 16
 #endif
 
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
+#define UNROLL _Pragma("GCC unroll 32")
+#endif
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
 enum { VL = VECTOR_BYTES / sizeof(real) }; /* lanes */
 
 typedef real vreal __attribute__((vector_size(VECTOR_BYTES)));
@@ -54,7 +62,7 @@ static inline vreal vsplat(real x) {
 }
 
 /* v with lane i holding lane (i + by) mod VL. */
-static inline __attribute__((always_inline)) vreal vrotate(vreal v, const int by) {
+ALWAYS_INLINE vreal vrotate(vreal v, const int by) {
 #ifdef __clang__
     vreal r;
     for (int i = 0; i < VL; i++)
@@ -87,6 +95,42 @@ static inline vreal vadd(vreal a, vreal b) {
 static inline real vsum(vreal v) {
     VFOLD(v, vadd);
     return v[0];
+}
+
+/* a's lanes whose index lacks the bit h, added to their partners (index + h), and b's lanes whose index has it,
+ * added to theirs. h is a power of two. */
+ALWAYS_INLINE vreal vadd_pairs(vreal a, vreal b, const int h) {
+#ifdef __clang__
+    vreal straight, crossed;
+    for (int i = 0; i < VL; i++) {
+        straight[i] = i & h ? b[i] : a[i];
+        crossed[i] = i & h ? b[i ^ h] : a[i ^ h];
+    }
+    return straight + crossed;
+#else
+    vbits straight, other, cross;
+    for (int i = 0; i < VL; i++) {
+        straight[i] = i & h ? VL + i : i;
+        other[i] = i & h ? i : VL + i;
+        cross[i] = i ^ h;
+    }
+    return __builtin_shuffle(a, b, straight) + __builtin_shuffle(__builtin_shuffle(a, b, other), cross);
+#endif
+}
+
+/* Lane i of the result is the sum of v[i]'s lanes: VL sums for little more than the price of one. v is written
+ * over. */
+ALWAYS_INLINE vreal vsum_each(vreal v[VL]) {
+    UNROLL
+    for (int i = 0; VL > 8 && i < 8; i++)
+        v[i] = vadd_pairs(v[i], v[(i + 8) % VL], 8);
+    UNROLL
+    for (int i = 0; VL > 4 && i < 4; i++)
+        v[i] = vadd_pairs(v[i], v[(i + 4) % VL], 4);
+    UNROLL
+    for (int i = 0; VL > 2 && i < 2; i++)
+        v[i] = vadd_pairs(v[i], v[(i + 2) % VL], 2);
+    return vadd_pairs(v[0], v[1], 1);
 }
 
 /* mask ? a : b, lane by lane. Comparing two vectors gives a mask: all bits of a lane are set, or none. */

@@ -7,10 +7,14 @@
 
 /* sign = 1 rotates, -1 rotates back. x may be out. */
 static inline void rope_rotate(const real *x, const real *row, int64_t head_dim, real sign, real *out) {
-    int64_t half = head_dim / 2;
+    int64_t half = head_dim / 2, i = 0;
     const real *cosine = row, *sine = row + half;
-#pragma omp simd
-    for (int64_t i = 0; i < half; i++) {
+    for (; i + VL <= half; i += VL) {
+        vreal a = vload(x + i), b = vload(x + i + half), c = vload(cosine + i), s = sign * vload(sine + i);
+        vstore(out + i, a * c - b * s);
+        vstore(out + i + half, b * c + a * s);
+    }
+    for (; i < half; i++) {
         real a = x[i], b = x[i + half], c = cosine[i], s = sign * sine[i];
         out[i] = a * c - b * s;
         out[i + half] = b * c + a * s;

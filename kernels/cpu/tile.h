@@ -12,17 +12,9 @@
 
 #include "kernels/cpu/real.h"
 
-#ifdef __clang__
-#define UNROLL _Pragma("unroll")
-#else
-#define UNROLL _Pragma("GCC unroll 32")
-#endif
-
-#define TILE_INLINE static inline __attribute__((always_inline))
-
 /* One register block; mr and nv are compile-time constants at every call. */
-TILE_INLINE void tile_block(const int mr, const int nv, int64_t k, const real *a, int64_t row, int64_t col,
-                            const real *b, int64_t ldb, real *c, int64_t ldc, bool accumulate) {
+ALWAYS_INLINE void tile_block(const int mr, const int nv, int64_t k, const real *a, int64_t row, int64_t col,
+                              const real *b, int64_t ldb, real *c, int64_t ldc, bool accumulate) {
     vreal acc[16][4];
     UNROLL
     for (int i = 0; i < mr; i++)
@@ -49,14 +41,17 @@ TILE_INLINE void tile_block(const int mr, const int nv, int64_t k, const real *a
         vstore(c + i * ldc + j * VL, acc[i][j]);
 }
 
-/* A panel of nv vectors of columns, in row blocks of mr, then 4, then 1. */
-TILE_INLINE void tile_panel(const int mr, const int nv, int64_t m, int64_t k, const real *a, int64_t row,
-                            int64_t col, const real *b, int64_t ldb, real *c, int64_t ldc, bool accumulate) {
+/* A panel of nv vectors of columns, in row blocks of mr, then 4, 2, 1. */
+ALWAYS_INLINE void tile_panel(const int mr, const int nv, int64_t m, int64_t k, const real *a, int64_t row,
+                              int64_t col, const real *b, int64_t ldb, real *c, int64_t ldc,
+                              bool accumulate) {
     int64_t i = 0;
     for (; i + mr <= m; i += mr)
         tile_block(mr, nv, k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, accumulate);
     for (; i + 4 <= m; i += 4)
         tile_block(4, nv, k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, accumulate);
+    for (; i + 2 <= m; i += 2)
+        tile_block(2, nv, k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, accumulate);
     for (; i < m; i++)
         tile_block(1, nv, k, a + i * row, row, col, b, ldb, c + i * ldc, ldc, accumulate);
 }
