@@ -47,7 +47,7 @@
 
 enum { DEFAULT_TIMEOUT = 300 }; /* seconds to wait for a rank before the configuration has been read */
 enum { DECODE_CHUNK = 64 };     /* tokens of a prompt that are fed at a time */
-enum { STEPS_KNOWN = 4 };       /* more than are in flight at a time, and the next */
+enum { STEPS_KNOWN = 4 };       /* at least the steps in flight and the next one */
 
 /* release frees every pointer that is not NULL. */
 struct run {

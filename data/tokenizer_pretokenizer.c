@@ -28,7 +28,7 @@ static struct stage *add_stage(struct tokenizer *t) {
     return stage;
 }
 
-/* Takes the expression; NULL: it was refused, with this message. */
+/* Takes ownership of `regex`. NULL: the pattern was refused, with this message. */
 static int add_regex(struct tokenizer *t, pcre2_code *regex, const char *message,
                      enum split_behavior behavior, bool invert) {
     if (!regex)

@@ -17,12 +17,12 @@
     "\"supportCoopLaunch\":1,\"smClockRateKHz\":1980000,\"memClockRateKHz\":3201000,\"l2CacheSize\":" L2     \
     ",\"totalGlobalMem\":" MEMORY "}"
 
-static const struct described {
+static const struct gpu_properties {
     const char *name, *gpu, *json;
 } H200 = {"H200", "h200", DEVICE("H200", "900", "132", "232448", "62914560", "150000000000")},
   A100 = {"A100", "a100", DEVICE("A100-SXM4-80GB", "800", "108", "166912", "41943040", "85000000000")};
 
-static const struct described *gpu; /* the one at hand */
+static const struct gpu_properties *gpu; /* the one at hand */
 static int opened;
 
 struct attention_cudnn *__wrap_attention_cudnn_open(cudaStream_t stream, char why[ATTENTION_CUDNN_REASON]);
@@ -80,7 +80,7 @@ static const char *server_of(struct device *dev, struct attention_spec spec) {
 }
 
 /* cuDNN serves the shape, and wants the workspace that `info` counts. */
-static void serves(const struct described *on, const struct served *c, bool deterministic) {
+static void serves(const struct gpu_properties *on, const struct served *c, bool deterministic) {
     gpu = on;
     struct error e = {0};
     struct device *dev = device_of(DEVICE_BF16, deterministic);

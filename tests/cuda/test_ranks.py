@@ -183,7 +183,7 @@ class Graphs(EmulatorRanksCase):
 
 class Checkpoints(EmulatorRanksCase):
     def test_resumes_to_the_bit(self):
-        """Masters that ranks share: a run that was stopped is one that never was."""
+        """Sharded master weights: a run that was stopped and resumed has the bytes of one that was not."""
         for stage, gpus in ((1, 2), (2, 2), (2, 1)):
             over = [*EXACT, THREE_PASSES, f"system.zero_stage={stage}", "run.save_every=2"]
             whole = self.on(2, *over, gpus=gpus)

@@ -32,11 +32,10 @@
  * To write a test: add tests/cuda/test_NAME.c, with cmocka as everywhere, including tests/cuda/fixture.h. It
  * gives the same inputs to three backends, cuda (in the emulator), cpu in float and cpu in double, and
  * compares them by one rule. For a kernel that is not an operation, add a .cu file to tests/cuda/ with a
- * function that launches it. `make emulator` builds and runs these tests alone.
+ * function that launches it. `make check ONLY=cuda` builds and runs these tests alone.
  *
  * Known limits: one block runs at a time, so blocks must not wait for each other; static shared memory has no
- * sentinels; a data race between two synchronizations shows only if the order of threads changes the result.
- * */
+ * sentinels; a data race between two synchronizations shows only if the order of threads changes the result. */
 #ifndef IHA_TESTS_CUDA_EMULATOR_EMULATOR_H
 #define IHA_TESTS_CUDA_EMULATOR_EMULATOR_H
 
