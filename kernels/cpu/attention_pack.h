@@ -42,6 +42,14 @@ static inline void prefetch_row(struct head_rows x, int64_t row, int64_t d) {
         __builtin_prefetch(x.data + (row + PREFETCH_ROWS) * x.stride + c);
 }
 
+/* The part `step` of `steps` of the rows [row, row + TILE), to be read (or written) soon. What computes on one
+ * tile calls this for the next, bit by bit: the memory is then never asked for more at once than it takes. */
+static inline void prefetch_part(struct head_rows x, int64_t row, int64_t d, int64_t step, int64_t steps) {
+    for (int64_t i = step * TILE / steps; i < (step + 1) * TILE / steps; i++)
+        for (int64_t c = 0; c < d; c += 64 / (int64_t)sizeof(real))
+            __builtin_prefetch(x.data + (row + i) * x.stride + c);
+}
+
 /* Rows [row, row + rows) to out [rows, ld], times `factor`, with zeros from column d to ld. */
 static inline void pack_rows(struct head_rows x, int64_t row, int64_t rows, int64_t d, int64_t ld,
                              real factor, real *out) {
@@ -135,15 +143,30 @@ static inline void unpack_rows(const real *x, int64_t rows, int64_t d, int64_t l
         }
 }
 
-/* out[i] = <x[i], rows[row + i]> for x [rows, ld]. */
+/* The lanes of the result are the sums of r[0], r[1], ...; r is overwritten. */
+static inline vreal sum_each(vreal r[VL]) {
+    transpose(r);
+    for (int by = VL / 2; by > 0; by /= 2)
+        for (int i = 0; i < by; i++)
+            r[i] += r[i + by];
+    return r[0];
+}
+
+/* out[i] = <x[i], rows[row + i]> for x [rows, ld]; out is padded to whole vectors. */
 static inline void row_dots(const real *x, int64_t ld, struct head_rows y, int64_t row, int64_t rows,
                             int64_t d, real *out) {
-    for (int64_t i = 0; i < rows; i++) {
-        vreal sum = {0};
-        prefetch_row(y, row + i, d);
-        for (int64_t c = 0; c < d; c += VL)
-            sum += load_part(x + i * ld + c, d - c) * load_part(y.data + (row + i) * y.stride + c, d - c);
-        out[i] = vsum(sum);
+    for (int64_t i = 0; i < rows; i += VL) {
+        vreal r[VL];
+        for (int64_t l = 0; l < VL; l++) {
+            r[l] = (vreal){0};
+            if (i + l >= rows)
+                continue;
+            prefetch_row(y, row + i + l, d);
+            const real *a = x + (i + l) * ld, *b = y.data + (row + i + l) * y.stride;
+            for (int64_t c = 0; c < d; c += VL)
+                r[l] += load_part(a + c, d - c) * load_part(b + c, d - c);
+        }
+        vstore(out + i, sum_each(r));
     }
 }
 

@@ -1,0 +1,213 @@
+/* Fused attention, backward. Scores are computed again from the saved log-sum-exp.
+ *
+ * A unit of work is a group of tiles of keys, which meets every tile of queries that sees it. Vectors run along
+ * the keys: scores are Q K^T, and dK and dV are summed transposed, as Q^T dS and dO^T P. dQ = dS K gets a part
+ * from every group of keys. A group adds its part to the tensor when the groups before it have: the order of
+ * the sum is that of the keys, whichever thread is faster, so the bits do not depend on the schedule. */
+#include <sched.h>
+
+#include "kernels/cpu/attention_scores.h"
+#include "kernels/cpu/attention_units.h"
+
+/* Scratch of one thread; G is the tiles of a group, d' is d padded to whole vectors. */
+struct scratch {
+    real *kt, *vt;            /* [G][d][TILE] */
+    real *k;                  /* [G][TILE, d'] */
+    real *dkt, *dvt;          /* [G][d][TILE] being summed */
+    real *q, *d_o;            /* [TILE, d] q scaled by scale * log2 e */
+    real *dq;                 /* [TILE, d'] the group's part */
+    real *p, *ds;             /* [TILE of queries][TILE] */
+    real *delta;              /* [TILE] */
+    real_bits *begins, *ends; /* [TILE] the keys that each query sees */
+};
+
+static size_t layout_scratch(const struct attention_spec *s, int64_t group, char *base, struct scratch *w) {
+    int64_t d = s->head_dim, D = round_up(d, VL), rows = group * TILE;
+    struct part parts[] = {{&w->kt, rows * d},    {&w->vt, rows * d},  {&w->k, rows * D},
+                           {&w->dkt, rows * d},   {&w->dvt, rows * d}, {&w->q, TILE * d},
+                           {&w->d_o, TILE * d},   {&w->dq, TILE * D},  {&w->p, TILE * TILE},
+                           {&w->ds, TILE * TILE}, {&w->delta, TILE},   {&w->begins, TILE},
+                           {&w->ends, TILE}};
+    return lay_out(parts, sizeof parts / sizeof *parts, base);
+}
+
+/* Shared are the counters `turns`. */
+size_t attention_backward_scratch(const struct attention_spec *s, const struct units *u, size_t *shared) {
+    struct scratch unused;
+    *shared = (size_t)round_up(u->heads * u->tiles * (int64_t)sizeof(int32_t), 4096);
+    return layout_scratch(s, u->group, NULL, &unused);
+}
+
+/* A tile of queries, and the unit that meets it. */
+struct meeting {
+    const struct attention_mask *mask;
+    const struct scratch *w;
+    const struct head *x;
+    int64_t group, first_tile, count; /* of keys: group's size, the unit's tiles */
+    int64_t q0, rows;
+    bool masks_known; /* begins and ends are filled */
+};
+
+/* Queries [i, i + rows) of the tile with columns [begin, end) of the unit's tile j. */
+static void backward_strip(const struct meeting *t, int64_t j, int64_t i, int64_t rows, int64_t begin,
+                           int64_t end, bool masked) {
+    const struct scratch *w = t->w;
+    int64_t d = t->mask->spec->head_dim, D = round_up(d, VL), columns = end - begin, at = j * d * TILE;
+    struct backward_scores b = {.d = d,
+                                .rows = rows,
+                                .key = (real_bits)((t->first_tile + j) * TILE),
+                                .q = w->q + i * d,
+                                .d_o = w->d_o + i * d,
+                                .kt = w->kt + at,
+                                .vt = w->vt + at,
+                                .lse = t->x->lse + t->q0 + i,
+                                .delta = w->delta + i,
+                                .begins = w->begins + i,
+                                .ends = w->ends + i,
+                                .p = w->p,
+                                .ds = w->ds};
+    backward_scores(&b, begin, end, masked);
+    const real *p = w->p + begin, *ds = w->ds + begin;
+    tile_gemm(d, columns, rows, b.d_o, 1, d, p, TILE, w->dvt + at + begin, TILE, true);
+    tile_gemm(d, columns, rows, b.q, 1, d, ds, TILE, w->dkt + at + begin, TILE, true);
+    tile_gemm(rows, D, columns, ds, TILE, 1, w->k + (j * TILE + begin) * D, D, w->dq + i * D, D, true);
+}
+
+static void backward_tile(struct meeting *t, int64_t j) {
+    const struct scratch *w = t->w;
+    int64_t k0 = (t->first_tile + j) * TILE, begin, end, unused;
+    mask_keys(t->mask, t->q0, &unused, &end);
+    mask_keys(t->mask, t->q0 + t->rows - 1, &begin, &unused);
+    if (begin <= k0 && k0 + TILE <= end) {
+        backward_strip(t, j, 0, t->rows, 0, TILE, false);
+        return;
+    }
+    if (!t->masks_known)
+        visible_keys(t->mask, t->q0, t->rows, w->begins, w->ends);
+    t->masks_known = true;
+    for (int64_t i = 0; i < t->rows; i += STRIP) {
+        int64_t rows = min64(STRIP, t->rows - i);
+        begin = max64(w->begins[i] - k0, 0) / VL * VL;
+        end = round_up(min64(w->ends[i + rows - 1] - k0, TILE), VL);
+        if (begin < end)
+            backward_strip(t, j, i, rows, begin, end, true);
+    }
+}
+
+/* Add the unit's part of dq when the `before` units of smaller keys have. */
+static void add_dq(const struct meeting *t, int64_t before) {
+    const struct attention_spec *s = t->mask->spec;
+    int32_t *turn = t->x->turns + t->q0 / TILE;
+    while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != before)
+        sched_yield();
+    unpack_rows(t->w->dq, t->rows, s->head_dim, round_up(s->head_dim, VL), (real)s->scale, before > 0,
+                t->x->dq, t->q0);
+    __atomic_store_n(turn, (int32_t)before + 1, __ATOMIC_RELEASE);
+}
+
+/* What the next tile of queries reads and writes; one part for each of the unit's tiles. */
+static void prefetch_queries(const struct head *x, int64_t q0, int64_t d, int64_t step, int64_t steps) {
+    prefetch_part(x->q, q0, d, step, steps);
+    prefetch_part(x->d_o, q0, d, step, steps);
+    prefetch_part(x->o, q0, d, step, steps);
+    prefetch_part(x->dq, q0, d, step, steps);
+}
+
+/* A tile of queries with those of the unit's tiles that it sees. Returns how many. */
+static int64_t meet_queries(struct meeting t) {
+    const struct attention_spec *s = t.mask->spec;
+    const struct scratch *w = t.w;
+    const struct head *x = t.x;
+    int64_t d = s->head_dim, D = round_up(d, VL), begin, end;
+    tiles_of_queries(t.mask, t.q0, t.rows, &begin, &end);
+    int64_t from = max64(begin / TILE - t.first_tile, 0),
+            to = min64((end + TILE - 1) / TILE - t.first_tile, t.count);
+    if (from >= to)
+        return 0;
+    pack_rows(x->q, t.q0, t.rows, d, d, (real)s->scale * LOG2E, w->q);
+    pack_rows(x->d_o, t.q0, t.rows, d, d, 1, w->d_o);
+    row_dots(w->d_o, d, x->o, t.q0, t.rows, d, w->delta);
+    memset(w->dq, 0, (size_t)(t.rows * D) * sizeof(real));
+    for (int64_t j = from; j < to; j++) {
+        prefetch_queries(x, t.q0 + TILE, d, j - from, to - from);
+        backward_tile(&t, j);
+    }
+    add_dq(&t, t.first_tile / t.group - begin / TILE / t.group);
+    return to - from;
+}
+
+/* out = x [d, TILE] transposed, times factor. */
+static void unpack_keys(const real *x, real factor, int64_t rows, int64_t d, struct head_rows out,
+                        int64_t row) {
+    real factors[TILE];
+    for (int i = 0; i < TILE; i++)
+        factors[i] = factor;
+    unpack_transposed(x, factors, rows, d, out, row);
+}
+
+/* `count` tiles of keys from the tile `first`. Returns the tiles of scores computed. */
+static int64_t backward_unit(const struct attention_mask *m, const struct scratch *w, const struct head *x,
+                             int64_t group, int64_t first, int64_t count) {
+    const struct attention_spec *s = m->spec;
+    int64_t d = s->head_dim, D = round_up(d, VL), visited = 0, begin, end;
+    int64_t k0 = first * TILE, keys = min64(count * TILE, s->length - k0);
+    for (int64_t j = 0; j < count; j++) {
+        int64_t rows = min64(TILE, keys - j * TILE), at = j * d * TILE;
+        pack_transposed(x->k, k0 + j * TILE, rows, d, 1, w->kt + at);
+        pack_transposed(x->v, k0 + j * TILE, rows, d, 1, w->vt + at);
+    }
+    pack_rows(x->k, k0, keys, d, D, 1, w->k);
+    memset(w->k + keys * D, 0, (size_t)((count * TILE - keys) * D) * sizeof(real));
+    memset(w->dkt, 0, (size_t)(count * d * TILE) * sizeof(real));
+    memset(w->dvt, 0, (size_t)(count * d * TILE) * sizeof(real));
+    tiles_of_keys(m, k0, keys, &begin, &end);
+    for (int64_t q0 = begin; q0 < end; q0 += TILE)
+        visited += meet_queries(
+            (struct meeting){m, w, x, group, first, count, q0, min64(TILE, s->length - q0), false});
+    for (int64_t j = 0; j < count; j++) {
+        int64_t rows = min64(TILE, keys - j * TILE), at = j * d * TILE;
+        /* q is scaled by scale * log2 e, and dk by scale alone */
+        unpack_keys(w->dkt + at, LN2, rows, d, x->dk, k0 + j * TILE);
+        unpack_keys(w->dvt + at, 1, rows, d, x->dv, k0 + j * TILE);
+    }
+    return visited;
+}
+
+void cpu_attention_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
+                            tensor segments, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
+                            tensor dv) {
+    call_progress_callback(dev);
+    check_attention("attention_backward", s, q, k, v, segments, o);
+    check_attention("attention_backward (gradients)", s, dq, dk, dv, segments, d_o);
+    char *base = cpu_workspace(dev, attention_plan(dev, s).workspace, "attention_backward");
+    struct units u = units_of(dev, s);
+    size_t shared, each = attention_backward_scratch(s, &u, &shared);
+    int32_t *turns = (int32_t *)base;
+    memset(turns, 0, (size_t)(u.heads * u.tiles) * sizeof *turns);
+    int64_t next = 0;
+#pragma omp parallel num_threads(dev->threads)
+    {
+        struct scratch w;
+        int64_t visited = 0;
+        layout_scratch(s, u.group, base + shared + (size_t)omp_get_thread_num() * each, &w);
+        for (int64_t unit = take_unit(&next); unit < u.count; unit = take_unit(&next)) {
+            /* under a causal mask the first keys are the most work: they come first */
+            int64_t bh = unit % u.heads, b = bh / s->heads, h = bh % s->heads;
+            int64_t tile = unit / u.heads * u.group;
+            struct attention_mask m = mask_of_sequence(s, segments, b);
+            struct head x = {.q = head_of(q, b, h),
+                             .k = head_of(k, b, h),
+                             .v = head_of(v, b, h),
+                             .o = head_of(o, b, h),
+                             .d_o = head_of(d_o, b, h),
+                             .dq = head_of(dq, b, h),
+                             .dk = head_of(dk, b, h),
+                             .dv = head_of(dv, b, h),
+                             .lse = (real *)saved + bh * s->length,
+                             .turns = turns + bh * u.tiles};
+            visited += backward_unit(&m, &w, &x, u.group, tile, min64(u.group, u.tiles - tile));
+        }
+#pragma omp atomic
+        attention_tiles_visited += visited;
+    }
+}
