@@ -100,7 +100,8 @@ static void clear_part(const struct scratch *w, const struct query_tile *t, int6
 /* `keys` keys from k0, which are the packed tile's from row i on, with columns [begin, end) of a tile of
  * queries. */
 static void forward_strip(const struct scratch *w, const struct query_tile *t, int64_t d, int64_t k0,
-                          int64_t i, int64_t keys, int64_t begin, int64_t end, bool masked) {
+                          int64_t i, int64_t keys, int64_t begin, int64_t end, bool masked,
+                          struct rows_ahead *ahead) {
     struct forward_scores f = {.d = d,
                                .keys = keys,
                                .key = (real_bits)k0,
@@ -111,7 +112,8 @@ static void forward_strip(const struct scratch *w, const struct query_tile *t, i
                                .ends = t->ends,
                                .p = w->p,
                                .top = w->top,
-                               .sum = w->part};
+                               .sum = w->part,
+                               .ahead = ahead};
     clear_part(w, t, begin, end);
     forward_scores(&f, begin, end, masked);
     if (raise_references(t, d, w->top, begin, end)) {
@@ -124,10 +126,10 @@ static void forward_strip(const struct scratch *w, const struct query_tile *t, i
 }
 
 static void forward_tile(const struct scratch *w, const struct query_tile *t, int64_t d, int64_t k0,
-                         int64_t keys) {
+                         int64_t keys, struct rows_ahead *ahead) {
     int64_t columns = round_up(t->rows, VL);
     if (t->begins[TILE - 1] <= k0 && k0 + keys <= t->ends[0]) {
-        forward_strip(w, t, d, k0, 0, keys, 0, columns, false);
+        forward_strip(w, t, d, k0, 0, keys, 0, columns, false, ahead);
         return;
     }
     for (int64_t i = 0; i < keys; i += STRIP) {
@@ -137,28 +139,21 @@ static void forward_tile(const struct scratch *w, const struct query_tile *t, in
         while (begin < end && t->begins[end - VL] >= k0 + i + count)
             end -= VL;
         if (begin < end)
-            forward_strip(w, t, d, k0 + i, i, count, begin, end, true);
+            forward_strip(w, t, d, k0 + i, i, count, begin, end, true, ahead);
     }
 }
 
 /* A query's first reference is its score with the key at its own index, which every query sees. */
-static void own_scores(const struct head *x, const struct scratch *w, const struct query_tile *t, int64_t d,
-                       real scale) {
-    pack_rows(x->q, t->q0, t->rows, d, d, scale, w->k);
-    row_dots(w->k, d, x->k, t->q0, t->rows, d, t->reference);
-    for (int64_t j = 0; j < TILE; j += VL) /* -inf would make differences NaN */
-        vstore(t->reference + j, vmax(vsplat((real)-1e38), vload(t->reference + j)));
-}
-
-static void start_queries(const struct attention_mask *m, const struct head *x, const struct scratch *w,
-                          const struct query_tile *t) {
+static void start_queries(const struct attention_mask *m, const struct head *x, const struct query_tile *t) {
     int64_t d = m->spec->head_dim;
     real scale = (real)m->spec->scale * LOG2E;
     memset(t->ot, 0, (size_t)(d * TILE) * sizeof(real));
     memset(t->sum, 0, TILE * sizeof(real));
     memset(t->reference, 0, TILE * sizeof(real));
-    own_scores(x, w, t, d, scale);
     pack_transposed(x->q, t->q0, t->rows, d, scale, t->qt);
+    row_dots(x->q, x->k, t->q0, t->rows, d, scale, t->reference);
+    for (int64_t j = 0; j < TILE; j += VL) /* -inf would make differences NaN */
+        vstore(t->reference + j, vmax(vsplat((real)-1e38), vload(t->reference + j)));
     visible_keys(m, t->q0, t->rows, t->begins, t->ends);
 }
 
@@ -177,7 +172,7 @@ static int64_t forward_unit(const struct attention_mask *m, const struct scratch
     int64_t d = s->head_dim, visited = 0, begin = s->length, end = 0;
     for (int64_t i = 0; i < count; i++) {
         struct query_tile t = query_tile_of(s, w, q0, i);
-        start_queries(m, x, w, &t);
+        start_queries(m, x, &t);
         begin = min64(begin, t.begins[0]);
         end = max64(end, t.ends[TILE - 1]);
     }
@@ -185,13 +180,13 @@ static int64_t forward_unit(const struct attention_mask *m, const struct scratch
         int64_t keys = min64(TILE, s->length - k0);
         pack_rows(x->k, k0, keys, d, d, 1, w->k);
         pack_rows(x->v, k0, keys, d, d, 1, w->v);
+        int64_t next = k0 + keys;
+        struct rows_ahead ahead = {{x->k, x->v}, 2, d, next, min64(next + TILE, end), 1 + 6 / count};
         for (int64_t i = 0; i < count; i++) {
             struct query_tile t = query_tile_of(s, w, q0, i);
-            prefetch_part(x->k, k0 + TILE, d, i, count);
-            prefetch_part(x->v, k0 + TILE, d, i, count);
             if (k0 + TILE <= t.begins[0] || k0 >= t.ends[TILE - 1])
                 continue;
-            forward_tile(w, &t, d, k0, keys);
+            forward_tile(w, &t, d, k0, keys, &ahead);
             visited++;
         }
     }

@@ -17,7 +17,6 @@ struct scratch {
     real *q, *d_o;            /* [TILE, d] q scaled by scale * log2 e */
     real *dq;                 /* [TILE, d'] the group's part */
     real *p, *ds;             /* [TILE of queries][TILE] */
-    real *delta;              /* [TILE] */
     real_bits *begins, *ends; /* [TILE] the keys that each query sees */
 };
 
@@ -26,15 +25,24 @@ static size_t layout_scratch(const struct attention_spec *s, int64_t group, char
     struct part parts[] = {{&w->kt, rows * d},    {&w->vt, rows * d},  {&w->k, rows * D},
                            {&w->dkt, rows * d},   {&w->dvt, rows * d}, {&w->q, TILE * d},
                            {&w->d_o, TILE * d},   {&w->dq, TILE * D},  {&w->p, TILE * TILE},
-                           {&w->ds, TILE * TILE}, {&w->delta, TILE},   {&w->begins, TILE},
-                           {&w->ends, TILE}};
+                           {&w->ds, TILE * TILE}, {&w->begins, TILE},  {&w->ends, TILE}};
     return lay_out(parts, sizeof parts / sizeof *parts, base);
 }
 
-/* Shared are the counters `turns`. */
+/* What threads share: the counters `turns`, and for each query <dO, O>, which is what the softmax's backward
+ * subtracts from the gradients of its scores. */
+static size_t layout_shared(const struct units *u, char *base, int32_t **turns, real **deltas) {
+    int64_t tiles = u->heads * u->tiles, counters = round_up(tiles * (int64_t)sizeof(int32_t), 64);
+    *turns = (int32_t *)base;
+    *deltas = base ? (real *)(base + counters) : NULL;
+    return (size_t)round_up(counters + tiles * TILE * (int64_t)sizeof(real), 4096);
+}
+
 size_t attention_backward_scratch(const struct attention_spec *s, const struct units *u, size_t *shared) {
     struct scratch unused;
-    *shared = (size_t)round_up(u->heads * u->tiles * (int64_t)sizeof(int32_t), 4096);
+    int32_t *turns;
+    real *deltas;
+    *shared = layout_shared(u, NULL, &turns, &deltas);
     return layout_scratch(s, u->group, NULL, &unused);
 }
 
@@ -46,11 +54,13 @@ struct meeting {
     int64_t group, first_tile, count; /* of keys: group's size, the unit's tiles */
     int64_t q0, rows;
     bool masks_known; /* begins and ends are filled */
+    int64_t *packed;  /* the unit's tiles of keys that are packed: the first ones */
+    struct rows_ahead ahead;
 };
 
 /* Queries [i, i + rows) of the tile with columns [begin, end) of the unit's tile j. */
-static void backward_strip(const struct meeting *t, int64_t j, int64_t i, int64_t rows, int64_t begin,
-                           int64_t end, bool masked) {
+static void backward_strip(struct meeting *t, int64_t j, int64_t i, int64_t rows, int64_t begin, int64_t end,
+                           bool masked) {
     const struct scratch *w = t->w;
     int64_t d = t->mask->spec->head_dim, D = round_up(d, VL), columns = end - begin, at = j * d * TILE;
     struct backward_scores b = {.d = d,
@@ -61,11 +71,12 @@ static void backward_strip(const struct meeting *t, int64_t j, int64_t i, int64_
                                 .kt = w->kt + at,
                                 .vt = w->vt + at,
                                 .lse = t->x->lse + t->q0 + i,
-                                .delta = w->delta + i,
+                                .delta = t->x->deltas + t->q0 + i,
                                 .begins = w->begins + i,
                                 .ends = w->ends + i,
                                 .p = w->p,
-                                .ds = w->ds};
+                                .ds = w->ds,
+                                .ahead = &t->ahead};
     backward_scores(&b, begin, end, masked);
     const real *p = w->p + begin, *ds = w->ds + begin;
     tile_gemm(d, columns, rows, b.d_o, 1, d, p, TILE, w->dvt + at + begin, TILE, true);
@@ -105,12 +116,18 @@ static void add_dq(const struct meeting *t, int64_t before) {
     __atomic_store_n(turn, (int32_t)before + 1, __ATOMIC_RELEASE);
 }
 
-/* What the next tile of queries reads and writes; one part for each of the unit's tiles. */
-static void prefetch_queries(const struct head *x, int64_t q0, int64_t d, int64_t step, int64_t steps) {
-    prefetch_part(x->q, q0, d, step, steps);
-    prefetch_part(x->d_o, q0, d, step, steps);
-    prefetch_part(x->o, q0, d, step, steps);
-    prefetch_part(x->dq, q0, d, step, steps);
+/* The unit's tile j of keys. */
+static void start_keys(const struct meeting *t, int64_t j) {
+    const struct scratch *w = t->w;
+    const struct attention_spec *s = t->mask->spec;
+    int64_t d = s->head_dim, D = round_up(d, VL), at = j * d * TILE, k0 = (t->first_tile + j) * TILE;
+    int64_t keys = min64(TILE, s->length - k0);
+    pack_transposed(t->x->k, k0, keys, d, 1, w->kt + at);
+    pack_transposed(t->x->v, k0, keys, d, 1, w->vt + at);
+    pack_rows(t->x->k, k0, keys, d, D, 1, w->k + j * TILE * D);
+    memset(w->k + (j * TILE + keys) * D, 0, (size_t)((TILE - keys) * D) * sizeof(real));
+    memset(w->dkt + at, 0, (size_t)(d * TILE) * sizeof(real));
+    memset(w->dvt + at, 0, (size_t)(d * TILE) * sizeof(real));
 }
 
 /* A tile of queries with those of the unit's tiles that it sees. Returns how many. */
@@ -118,20 +135,21 @@ static int64_t meet_queries(struct meeting t) {
     const struct attention_spec *s = t.mask->spec;
     const struct scratch *w = t.w;
     const struct head *x = t.x;
-    int64_t d = s->head_dim, D = round_up(d, VL), begin, end;
+    int64_t d = s->head_dim, D = round_up(d, VL), next = t.q0 + t.rows, begin, end;
     tiles_of_queries(t.mask, t.q0, t.rows, &begin, &end);
     int64_t from = max64(begin / TILE - t.first_tile, 0),
             to = min64((end + TILE - 1) / TILE - t.first_tile, t.count);
     if (from >= to)
         return 0;
+    t.ahead = (struct rows_ahead){{x->q, x->d_o, x->dq}, 3, d, next, min64(next + TILE, s->length),
+                                  1 + 6 / (to - from)};
     pack_rows(x->q, t.q0, t.rows, d, d, (real)s->scale * LOG2E, w->q);
     pack_rows(x->d_o, t.q0, t.rows, d, d, 1, w->d_o);
-    row_dots(w->d_o, d, x->o, t.q0, t.rows, d, w->delta);
     memset(w->dq, 0, (size_t)(t.rows * D) * sizeof(real));
-    for (int64_t j = from; j < to; j++) {
-        prefetch_queries(x, t.q0 + TILE, d, j - from, to - from);
+    for (; *t.packed < to; ++*t.packed)
+        start_keys(&t, *t.packed);
+    for (int64_t j = from; j < to; j++)
         backward_tile(&t, j);
-    }
     add_dq(&t, t.first_tile / t.group - begin / TILE / t.group);
     return to - from;
 }
@@ -149,21 +167,19 @@ static void unpack_keys(const real *x, real factor, int64_t rows, int64_t d, str
 static int64_t backward_unit(const struct attention_mask *m, const struct scratch *w, const struct head *x,
                              int64_t group, int64_t first, int64_t count) {
     const struct attention_spec *s = m->spec;
-    int64_t d = s->head_dim, D = round_up(d, VL), visited = 0, begin, end;
+    int64_t d = s->head_dim, visited = 0, packed = 0, begin, end;
     int64_t k0 = first * TILE, keys = min64(count * TILE, s->length - k0);
-    for (int64_t j = 0; j < count; j++) {
-        int64_t rows = min64(TILE, keys - j * TILE), at = j * d * TILE;
-        pack_transposed(x->k, k0 + j * TILE, rows, d, 1, w->kt + at);
-        pack_transposed(x->v, k0 + j * TILE, rows, d, 1, w->vt + at);
-    }
-    pack_rows(x->k, k0, keys, d, D, 1, w->k);
-    memset(w->k + keys * D, 0, (size_t)((count * TILE - keys) * D) * sizeof(real));
-    memset(w->dkt, 0, (size_t)(count * d * TILE) * sizeof(real));
-    memset(w->dvt, 0, (size_t)(count * d * TILE) * sizeof(real));
     tiles_of_keys(m, k0, keys, &begin, &end);
     for (int64_t q0 = begin; q0 < end; q0 += TILE)
-        visited += meet_queries(
-            (struct meeting){m, w, x, group, first, count, q0, min64(TILE, s->length - q0), false});
+        visited += meet_queries((struct meeting){.mask = m,
+                                                 .w = w,
+                                                 .x = x,
+                                                 .group = group,
+                                                 .first_tile = first,
+                                                 .count = count,
+                                                 .q0 = q0,
+                                                 .rows = min64(TILE, s->length - q0),
+                                                 .packed = &packed});
     for (int64_t j = 0; j < count; j++) {
         int64_t rows = min64(TILE, keys - j * TILE), at = j * d * TILE;
         /* q is scaled by scale * log2 e, and dk by scale alone */
@@ -182,7 +198,9 @@ void cpu_attention_backward(struct device *dev, const struct attention_spec *s, 
     char *base = cpu_workspace(dev, attention_plan(dev, s).workspace, "attention_backward");
     struct units u = units_of(dev, s);
     size_t shared, each = attention_backward_scratch(s, &u, &shared);
-    int32_t *turns = (int32_t *)base;
+    int32_t *turns;
+    real *deltas;
+    layout_shared(&u, base, &turns, &deltas);
     memset(turns, 0, (size_t)(u.heads * u.tiles) * sizeof *turns);
     int64_t next = 0;
 #pragma omp parallel num_threads(dev->threads)
@@ -190,6 +208,12 @@ void cpu_attention_backward(struct device *dev, const struct attention_spec *s, 
         struct scratch w;
         int64_t visited = 0;
         layout_scratch(s, u.group, base + shared + (size_t)omp_get_thread_num() * each, &w);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < u.heads * u.tiles; i++) {
+            int64_t bh = i / u.tiles, q0 = i % u.tiles * TILE, b = bh / s->heads, h = bh % s->heads;
+            row_dots(head_of(d_o, b, h), head_of(o, b, h), q0, min64(TILE, s->length - q0), s->head_dim, 1,
+                     deltas + i * TILE);
+        }
         for (int64_t unit = take_unit(&next); unit < u.count; unit = take_unit(&next)) {
             /* under a causal mask the first keys are the most work: they come first */
             int64_t bh = unit % u.heads, b = bh / s->heads, h = bh % s->heads;
@@ -204,6 +228,7 @@ void cpu_attention_backward(struct device *dev, const struct attention_spec *s, 
                              .dk = head_of(dk, b, h),
                              .dv = head_of(dv, b, h),
                              .lse = (real *)saved + bh * s->length,
+                             .deltas = deltas + bh * u.tiles * TILE,
                              .turns = turns + bh * u.tiles};
             visited += backward_unit(&m, &w, &x, u.group, tile, min64(u.group, u.tiles - tile));
         }

@@ -42,12 +42,20 @@ static inline void prefetch_row(struct head_rows x, int64_t row, int64_t d) {
         __builtin_prefetch(x.data + (row + PREFETCH_ROWS) * x.stride + c);
 }
 
-/* The part `step` of `steps` of the rows [row, row + TILE), to be read (or written) soon. What computes on one
- * tile calls this for the next, bit by bit: the memory is then never asked for more at once than it takes. */
-static inline void prefetch_part(struct head_rows x, int64_t row, int64_t d, int64_t step, int64_t steps) {
-    for (int64_t i = step * TILE / steps; i < (step + 1) * TILE / steps; i++)
-        for (int64_t c = 0; c < d; c += 64 / (int64_t)sizeof(real))
-            __builtin_prefetch(x.data + (row + i) * x.stride + c);
+/* Rows that will be needed soon, of several tensors. What computes calls prefetch_next() between blocks of
+ * products: asked for a few lines at a time, the memory never makes it wait. They go to the L2 cache. */
+struct rows_ahead {
+    struct head_rows x[4];
+    int count; /* of x */
+    int64_t d, row, end, step;
+};
+
+static inline void prefetch_next(struct rows_ahead *a) {
+    int64_t end = min64(a->row + a->step, a->end);
+    for (; a->row < end; a->row++)
+        for (int i = 0; i < a->count; i++)
+            for (int64_t c = 0; c < a->d; c += 64 / (int64_t)sizeof(real))
+                __builtin_prefetch(a->x[i].data + a->row * a->x[i].stride + c, 0, 2);
 }
 
 /* Rows [row, row + rows) to out [rows, ld], times `factor`, with zeros from column d to ld. */
@@ -152,21 +160,22 @@ static inline vreal sum_each(vreal r[VL]) {
     return r[0];
 }
 
-/* out[i] = <x[i], rows[row + i]> for x [rows, ld]; out is padded to whole vectors. */
-static inline void row_dots(const real *x, int64_t ld, struct head_rows y, int64_t row, int64_t rows,
-                            int64_t d, real *out) {
+/* out[i] = factor <x[row + i], y[row + i]>; out is padded to whole vectors. */
+static inline void row_dots(struct head_rows x, struct head_rows y, int64_t row, int64_t rows, int64_t d,
+                            real factor, real *out) {
     for (int64_t i = 0; i < rows; i += VL) {
         vreal r[VL];
         for (int64_t l = 0; l < VL; l++) {
             r[l] = (vreal){0};
             if (i + l >= rows)
                 continue;
+            prefetch_row(x, row + i + l, d);
             prefetch_row(y, row + i + l, d);
-            const real *a = x + (i + l) * ld, *b = y.data + (row + i + l) * y.stride;
+            const real *a = x.data + (row + i + l) * x.stride, *b = y.data + (row + i + l) * y.stride;
             for (int64_t c = 0; c < d; c += VL)
                 r[l] += load_part(a + c, d - c) * load_part(b + c, d - c);
         }
-        vstore(out + i, sum_each(r));
+        vstore(out + i, sum_each(r) * factor);
     }
 }
 

@@ -4,7 +4,7 @@
 #ifndef IHA_KERNELS_CPU_ATTENTION_SCORES_H
 #define IHA_KERNELS_CPU_ATTENTION_SCORES_H
 
-#include "kernels/cpu/attention_tiles.h"
+#include "kernels/cpu/attention_pack.h"
 #include "kernels/cpu/tile.h"
 
 /* acc = A B for mr rows of A [., d] and nv vectors of B [d, TILE]. */
@@ -38,11 +38,13 @@ struct forward_scores {
     const real_bits *begins, *ends; /* [TILE] the keys that each query sees */
     real *p;                        /* [keys, TILE] becomes exp2(score - reference), 0 where masked */
     real *top, *sum;                /* [TILE] the largest score and the sum of p are joined in */
+    struct rows_ahead *ahead;
 };
 
 TILE_INLINE void forward_block(const int mr, const int nv, const bool masked, const struct forward_scores *f,
                                int64_t i0, int64_t column) {
     vreal acc[16][4];
+    prefetch_next(f->ahead);
     score_block(mr, nv, f->d, f->k + i0 * f->d, f->qt + column, acc);
     UNROLL
     for (int j = 0; j < nv; j++) {
@@ -106,6 +108,7 @@ struct backward_scores {
     const real *lse, *delta;        /* [rows] */
     const real_bits *begins, *ends; /* [rows] the keys that each query sees */
     real *p, *ds;                   /* [rows, TILE]; 0 where masked */
+    struct rows_ahead *ahead;
 };
 
 TILE_INLINE void backward_block(const int mr, const int nv, const bool masked,
@@ -115,6 +118,7 @@ TILE_INLINE void backward_block(const int mr, const int nv, const bool masked,
     vbits lane;
     for (int l = 0; l < VL; l++)
         lane[l] = l;
+    prefetch_next(w->ahead);
     score_block(mr, nv, w->d, w->q + i0 * w->d, w->kt + column, acc);
     UNROLL
     for (int i = 0; i < mr; i++) {

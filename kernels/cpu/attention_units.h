@@ -20,9 +20,7 @@ struct units {
 static inline struct units units_of(const struct device *dev, const struct attention_spec *s) {
     struct units u = {.heads = s->batch * s->heads,
                       .tiles = (s->length + TILE - 1) / TILE,
-                      .group = s->head_dim <= 32   ? 8
-                               : s->head_dim <= 64 ? 4
-                                                   : 2};
+                      .group = s->head_dim <= 64 ? 8 : 4};
     while (u.group > 1 && u.heads * ((u.tiles + u.group - 1) / u.group) < 8 * (int64_t)dev->threads)
         u.group /= 2;
     u.per_head = (u.tiles + u.group - 1) / u.group;
@@ -40,6 +38,7 @@ static inline int64_t take_unit(int64_t *next) {
 struct head {
     struct head_rows q, k, v, o, d_o, dq, dk, dv;
     real *lse;      /* [S] */
+    real *deltas;   /* [S] <dO, O> */
     int32_t *turns; /* [tiles] of queries: groups of keys that have added their part of dq */
 };
 
