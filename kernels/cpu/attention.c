@@ -21,7 +21,7 @@ int64_t attention_tiles_visited;
 struct scratch {
     real *qt;                 /* [G][d][TILE] scaled by scale * log2 e */
     real *ot;                 /* [G][d][TILE] the output being summed */
-    real *k, *v;              /* [TILE, d] */
+    real *k, *v;              /* [TILE, d]; space for [TILE, d'], d' is d padded to whole vectors */
     real *p;                  /* [TILE of keys][TILE] */
     real *reference, *sum;    /* [G][TILE] */
     real *top, *part;         /* [TILE] of a strip: the largest score, the sum */
@@ -30,9 +30,10 @@ struct scratch {
 
 static size_t layout_scratch(const struct attention_spec *s, int64_t group, char *base, struct scratch *w) {
     int64_t d = s->head_dim, rows = group * TILE;
-    struct part parts[] = {{&w->qt, rows * d},   {&w->ot, rows * d},    {&w->k, TILE * d}, {&w->v, TILE * d},
-                           {&w->p, TILE * TILE}, {&w->reference, rows}, {&w->sum, rows},   {&w->top, TILE},
-                           {&w->part, TILE},     {&w->begins, rows},    {&w->ends, rows}};
+    struct part parts[] = {{&w->qt, rows * d}, {&w->ot, rows * d},   {&w->k, TILE * round_up(d, VL)},
+                           {&w->v, TILE * d},  {&w->p, TILE * TILE}, {&w->reference, rows},
+                           {&w->sum, rows},    {&w->top, TILE},      {&w->part, TILE},
+                           {&w->begins, rows}, {&w->ends, rows}};
     return lay_out(parts, sizeof parts / sizeof *parts, base);
 }
 
@@ -144,25 +145,30 @@ static void forward_tile(const struct scratch *w, const struct query_tile *t, in
 }
 
 /* A query's first reference is its score with the key at its own index, which every query sees. */
-static void start_queries(const struct attention_mask *m, const struct head *x, const struct query_tile *t) {
+static void start_queries(const struct attention_mask *m, const struct scratch *w, const struct head *x,
+                          const struct query_tile *t) {
     int64_t d = m->spec->head_dim;
     real scale = (real)m->spec->scale * LOG2E;
     memset(t->ot, 0, (size_t)(d * TILE) * sizeof(real));
     memset(t->sum, 0, TILE * sizeof(real));
     memset(t->reference, 0, TILE * sizeof(real));
-    pack_transposed(x->q, t->q0, t->rows, d, scale, t->qt);
+    pack_rows(x->q, t->q0, t->rows, d, d, scale, w->k);
+    transpose_rows(w->k, d, t->rows, d, t->qt);
     row_dots(x->q, x->k, t->q0, t->rows, d, scale, t->reference);
     for (int64_t j = 0; j < TILE; j += VL) /* -inf would make differences NaN */
         vstore(t->reference + j, vmax(vsplat((real)-1e38), vload(t->reference + j)));
     visible_keys(m, t->q0, t->rows, t->begins, t->ends);
 }
 
-static void finish_queries(const struct attention_mask *m, const struct head *x, const struct query_tile *t) {
+static void finish_queries(const struct attention_mask *m, const struct scratch *w, const struct head *x,
+                           const struct query_tile *t) {
+    int64_t d = m->spec->head_dim, D = round_up(d, VL);
     for (int64_t i = 0; i < t->rows; i++)
         x->lse[t->q0 + i] = t->reference[i] + (real)log2((double)t->sum[i]);
     for (int64_t i = 0; i < TILE; i++)
         t->sum[i] = 1 / t->sum[i];
-    unpack_transposed(t->ot, t->sum, t->rows, m->spec->head_dim, x->o, t->q0);
+    transpose_columns(t->ot, t->sum, t->rows, d, D, w->k);
+    unpack_rows(w->k, t->rows, d, D, 1, false, x->o, t->q0);
 }
 
 /* `count` tiles of queries from q0. Returns the tiles of scores computed. */
@@ -172,7 +178,7 @@ static int64_t forward_unit(const struct attention_mask *m, const struct scratch
     int64_t d = s->head_dim, visited = 0, begin = s->length, end = 0;
     for (int64_t i = 0; i < count; i++) {
         struct query_tile t = query_tile_of(s, w, q0, i);
-        start_queries(m, x, &t);
+        start_queries(m, w, x, &t);
         begin = min64(begin, t.begins[0]);
         end = max64(end, t.ends[TILE - 1]);
     }
@@ -192,7 +198,7 @@ static int64_t forward_unit(const struct attention_mask *m, const struct scratch
     }
     for (int64_t i = 0; i < count; i++) {
         struct query_tile t = query_tile_of(s, w, q0, i);
-        finish_queries(m, x, &t);
+        finish_queries(m, w, x, &t);
     }
     return visited;
 }

@@ -51,7 +51,8 @@ struct meeting {
     const struct attention_mask *mask;
     const struct scratch *w;
     const struct head *x;
-    int64_t group, first_tile, count; /* of keys: group's size, the unit's tiles */
+    int64_t group, first_tile, count; /* of keys: the tiles of a group, and the unit's tiles */
+    bool alone;                       /* the head has one unit, which computes deltas itself */
     int64_t q0, rows;
     bool masks_known; /* begins and ends are filled */
     int64_t *packed;  /* the unit's tiles of keys that are packed: the first ones */
@@ -122,9 +123,10 @@ static void start_keys(const struct meeting *t, int64_t j) {
     const struct attention_spec *s = t->mask->spec;
     int64_t d = s->head_dim, D = round_up(d, VL), at = j * d * TILE, k0 = (t->first_tile + j) * TILE;
     int64_t keys = min64(TILE, s->length - k0);
-    pack_transposed(t->x->k, k0, keys, d, 1, w->kt + at);
-    pack_transposed(t->x->v, k0, keys, d, 1, w->vt + at);
     pack_rows(t->x->k, k0, keys, d, D, 1, w->k + j * TILE * D);
+    transpose_rows(w->k + j * TILE * D, D, keys, d, w->kt + at);
+    pack_rows(t->x->v, k0, keys, d, D, 1, w->dq); /* which is not in use yet */
+    transpose_rows(w->dq, D, keys, d, w->vt + at);
     memset(w->k + (j * TILE + keys) * D, 0, (size_t)((TILE - keys) * D) * sizeof(real));
     memset(w->dkt + at, 0, (size_t)(d * TILE) * sizeof(real));
     memset(w->dvt + at, 0, (size_t)(d * TILE) * sizeof(real));
@@ -145,46 +147,51 @@ static int64_t meet_queries(struct meeting t) {
                                   1 + 6 / (to - from)};
     pack_rows(x->q, t.q0, t.rows, d, d, (real)s->scale * LOG2E, w->q);
     pack_rows(x->d_o, t.q0, t.rows, d, d, 1, w->d_o);
-    memset(w->dq, 0, (size_t)(t.rows * D) * sizeof(real));
+    if (t.alone)
+        row_dots(x->d_o, x->o, t.q0, t.rows, d, 1, x->deltas + t.q0);
     for (; *t.packed < to; ++*t.packed)
         start_keys(&t, *t.packed);
+    memset(w->dq, 0, (size_t)(t.rows * D) * sizeof(real));
     for (int64_t j = from; j < to; j++)
         backward_tile(&t, j);
     add_dq(&t, t.first_tile / t.group - begin / TILE / t.group);
     return to - from;
 }
 
-/* out = x [d, TILE] transposed, times factor. */
-static void unpack_keys(const real *x, real factor, int64_t rows, int64_t d, struct head_rows out,
-                        int64_t row) {
+/* Rows of `out` become x [d, TILE] transposed, times factor. */
+static void unpack_keys(const struct scratch *w, const real *x, real factor, int64_t rows, int64_t d,
+                        struct head_rows out, int64_t row) {
+    int64_t D = round_up(d, VL);
     real factors[TILE];
     for (int i = 0; i < TILE; i++)
         factors[i] = factor;
-    unpack_transposed(x, factors, rows, d, out, row);
+    transpose_columns(x, factors, rows, d, D, w->dq); /* which is not in use any more */
+    unpack_rows(w->dq, rows, d, D, 1, false, out, row);
 }
 
-/* `count` tiles of keys from the tile `first`. Returns the tiles of scores computed. */
+/* The unit of the tiles of keys from `first` on. Returns the tiles of scores computed. */
 static int64_t backward_unit(const struct attention_mask *m, const struct scratch *w, const struct head *x,
-                             int64_t group, int64_t first, int64_t count) {
+                             const struct units *u, int64_t first) {
     const struct attention_spec *s = m->spec;
-    int64_t d = s->head_dim, visited = 0, packed = 0, begin, end;
+    int64_t d = s->head_dim, count = min64(u->group, u->tiles - first), visited = 0, packed = 0, begin, end;
     int64_t k0 = first * TILE, keys = min64(count * TILE, s->length - k0);
     tiles_of_keys(m, k0, keys, &begin, &end);
     for (int64_t q0 = begin; q0 < end; q0 += TILE)
         visited += meet_queries((struct meeting){.mask = m,
                                                  .w = w,
                                                  .x = x,
-                                                 .group = group,
+                                                 .group = u->group,
                                                  .first_tile = first,
                                                  .count = count,
+                                                 .alone = u->per_head == 1,
                                                  .q0 = q0,
                                                  .rows = min64(TILE, s->length - q0),
                                                  .packed = &packed});
     for (int64_t j = 0; j < count; j++) {
         int64_t rows = min64(TILE, keys - j * TILE), at = j * d * TILE;
         /* q is scaled by scale * log2 e, and dk by scale alone */
-        unpack_keys(w->dkt + at, LN2, rows, d, x->dk, k0 + j * TILE);
-        unpack_keys(w->dvt + at, 1, rows, d, x->dv, k0 + j * TILE);
+        unpack_keys(w, w->dkt + at, LN2, rows, d, x->dk, k0 + j * TILE);
+        unpack_keys(w, w->dvt + at, 1, rows, d, x->dv, k0 + j * TILE);
     }
     return visited;
 }
@@ -209,7 +216,7 @@ void cpu_attention_backward(struct device *dev, const struct attention_spec *s, 
         int64_t visited = 0;
         layout_scratch(s, u.group, base + shared + (size_t)omp_get_thread_num() * each, &w);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < u.heads * u.tiles; i++) {
+        for (int64_t i = 0; i < (u.per_head > 1 ? u.heads * u.tiles : 0); i++) {
             int64_t bh = i / u.tiles, q0 = i % u.tiles * TILE, b = bh / s->heads, h = bh % s->heads;
             row_dots(head_of(d_o, b, h), head_of(o, b, h), q0, min64(TILE, s->length - q0), s->head_dim, 1,
                      deltas + i * TILE);
@@ -230,7 +237,7 @@ void cpu_attention_backward(struct device *dev, const struct attention_spec *s, 
                              .lse = (real *)saved + bh * s->length,
                              .deltas = deltas + bh * u.tiles * TILE,
                              .turns = turns + bh * u.tiles};
-            visited += backward_unit(&m, &w, &x, u.group, tile, min64(u.group, u.tiles - tile));
+            visited += backward_unit(&m, &w, &x, &u, tile);
         }
 #pragma omp atomic
         attention_tiles_visited += visited;

@@ -106,49 +106,45 @@ static inline void transpose(vreal r[VL]) {
     transpose_round(r, 1);
 }
 
-/* Rows [row, row + rows) to out [d, TILE], times `factor`, with zeros from column `rows` to TILE. */
-static inline void pack_transposed(struct head_rows x, int64_t row, int64_t rows, int64_t d, real factor,
-                                   real *out) {
-    for (int64_t j = 0; j < TILE; j += VL) {
-        int64_t count = max64(min64(rows - j, VL), 0);
-        for (int64_t i = 0; i < count; i++)
-            prefetch_row(x, row + j + i, d);
+/* x [rows, ld] to out [d, TILE], with zeros from column `rows` to TILE. */
+static inline void transpose_rows(const real *x, int64_t ld, int64_t rows, int64_t d, real *out) {
+    for (int64_t j = 0; j < TILE; j += VL)
         for (int64_t c = 0; c < d; c += VL) {
             vreal r[VL];
             for (int64_t i = 0; i < VL; i++)
-                r[i] =
-                    i < count ? load_part(x.data + (row + j + i) * x.stride + c, d - c) * factor : (vreal){0};
+                r[i] = j + i < rows ? load_part(x + (j + i) * ld + c, d - c) : (vreal){0};
             transpose(r);
             for (int64_t i = 0; i < min64(d - c, VL); i++)
                 vstore(out + (c + i) * TILE + j, r[i]);
         }
-    }
 }
 
-/* Columns [0, rows) of x [d, TILE] to rows [row, row + rows); column j times factors[j], of which there are
- * TILE. */
-static inline void unpack_transposed(const real *x, const real *factors, int64_t rows, int64_t d,
-                                     struct head_rows out, int64_t row) {
+/* x [d, TILE] to out [TILE, ld], row j times factors[j]. ld is whole vectors. */
+static inline void transpose_columns(const real *x, const real *factors, int64_t rows, int64_t d, int64_t ld,
+                                     real *out) {
     for (int64_t j = 0; j < rows; j += VL)
         for (int64_t c = 0; c < d; c += VL) {
             vreal r[VL], factor = vload(factors + j);
             for (int64_t i = 0; i < VL; i++)
                 r[i] = c + i < d ? vload(x + (c + i) * TILE + j) * factor : (vreal){0};
             transpose(r);
-            for (int64_t i = 0; i < min64(rows - j, VL); i++)
-                store_part(out.data + (row + j + i) * out.stride + c, r[i], d - c);
+            for (int64_t i = 0; i < VL; i++)
+                vstore(out + (j + i) * ld + c, r[i]);
         }
 }
 
 /* Rows [row, row + rows) become x [rows, ld] times `factor`, or have it added. */
 static inline void unpack_rows(const real *x, int64_t rows, int64_t d, int64_t ld, real factor, bool add,
                                struct head_rows out, int64_t row) {
-    for (int64_t i = 0; i < rows; i++)
+    for (int64_t i = 0; i < rows; i++) {
+        for (int64_t c = 0; c < d; c += 64 / (int64_t)sizeof(real))
+            __builtin_prefetch(out.data + (row + i + PREFETCH_ROWS) * out.stride + c, 1);
         for (int64_t c = 0; c < d; c += VL) {
             real *to = out.data + (row + i) * out.stride + c;
             vreal v = vload(x + i * ld + c) * factor;
             store_part(to, add ? v + load_part(to, d - c) : v, d - c);
         }
+    }
 }
 
 /* The lanes of the result are the sums of r[0], r[1], ...; r is overwritten. */
