@@ -3,7 +3,6 @@ is decided by its first bytes, and by its name where these leave it open."""
 
 import bz2
 import io
-import json
 import lzma
 import os
 import re
@@ -14,6 +13,7 @@ import tempfile
 import zlib
 from pathlib import Path
 
+from prepare_readers import parse_line_of_json
 from user_error import UserError
 
 HEAD = 64 << 10         # bytes looked at to decide the format
@@ -224,9 +224,7 @@ def json_layout(head):
     if line is None:
         return "lines"
     try:
-        json.loads(line, parse_int=float)
-    except RecursionError:
-        pass
+        parse_line_of_json(line.decode())
     except ValueError:
         return "values"
     return "lines"

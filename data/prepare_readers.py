@@ -226,20 +226,39 @@ class JsonScanner:
                 return ""
             self.more()
 
+    def deep_value(self):
+        """A value nested too deeply for the parser, and where it ends; None when not all of it has been read."""
+        depth = 0
+        for token in JSON_TOKEN.finditer(self.text, self.at):
+            depth += (token[0] in ("[", "{")) - (token[0] in ("]", "}"))
+            if token[0] == '"':  # a string that is cut
+                break
+            if depth <= 0:
+                kept = without_deep_values(self.text[self.at:token.end()])
+                try:
+                    return json.loads(kept, parse_int=float), token.end()
+                except json.JSONDecodeError as error:  # its position is one in `kept`
+                    raise ValueError(error.msg) from None
+        if self.done:
+            raise ValueError("a bracket or a quote is not closed")
+        return None
+
     def value(self):
         while True:
             try:
-                value, end = self.decode_value(self.text, self.at)
-                self.advance(end)
-                return value
+                try:
+                    found = self.decode_value(self.text, self.at)
+                except RecursionError:
+                    found = self.deep_value()
+                if found:
+                    self.advance(found[1])
+                    return found[0]
             except json.JSONDecodeError as error:
                 cut = error.pos >= len(self.text) - TOKEN_CUT or error.msg.startswith("Unterminated string")
                 if self.done or not cut:
                     raise UserError(f"{self.where(error.pos)}: not JSON: {error.msg}") from None
             except ValueError as error:
                 raise UserError(f"{self.where()}: not JSON: {error}") from None
-            except RecursionError:
-                raise UserError(f"{self.where()}: brackets nested too deeply") from None
             if len(self.text) - self.at > MAX_VALUE:
                 raise UserError(f"{self.where()}: a JSON value of more than {MAX_VALUE:,} characters; is a "
                                 "quote missing?")

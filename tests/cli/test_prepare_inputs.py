@@ -207,16 +207,27 @@ class Json(Case):
 
     def test_deep_brackets_in_a_line(self):
         """In a field that is not read, whatever it holds."""
-        deep = "".join('[{"a]": "}\\\\\\"", "b": [1, ["x"], ' for _ in range(2000)) + "0" + "]}]" * 2000
-        lines = "".join(f'{{"before": {deep}, "text": "document {i}", "after": {deep}}}\n' for i in range(3))
-        found = self.all_documents(self.file("d.jsonl", lines))
-        self.assertEqual(sorted(found), [f"document {i}" for i in range(3)])
+        deep = "".join('[{"a]": "}\\\\\\"", "b": [1, ["x"], ' for _ in range(500)) + "0" + "]}]" * 500
+        rows = [f'{{"before": {deep}, "text": "document {i}", "after": {deep}}}' for i in range(3)]
+        for name, content in (("d.jsonl", "\n".join(rows)), ("a.json", "[" + ",\n".join(rows) + "]"),
+                              ("p.json", "\n".join(rows).replace('"text":', '"text":\n'))):
+            found = self.all_documents(self.file(name, content))
+            self.assertEqual(found, [f"document {i}" for i in range(3)], name)
+
+    def test_deep_brackets_cut_anywhere(self):
+        deep = '{"text": "a", "b": ' + "[" * 1500 + '"]\\"["' + "]" * 1500 + "}"
+        stream = io.BytesIO((f"[{deep}, {deep}]").encode())
+        for step in (97, 1000):
+            stream.seek(0)
+            slow = mock.Mock(read=lambda size: stream.read(step), consumed=0)
+            slow.name = "slow"
+            self.assertEqual([text for text, *_ in prepare_readers.read_json(slow, slow, "text")], ["a", "a"], step)
 
     def test_refusals(self):
         deep = '{"text": "a", "other": ' + "[" * 3000 + "]" * 3000 + "}\n"
         for damaged in (deep.replace("]}", "}"), deep.replace("[]", "[}"), deep.replace("]}", "]]}")):
             self.refused(self.file("d.jsonl", '{"text": "b"}\n' + damaged), says=["d.jsonl:2", "not JSON"])
-        self.refused(self.file("d.json", '[\n{"text": "b"},\n' + deep + "]"), says=["d.json:3", "nested too deeply"])
+            self.refused(self.file("d.json", '[\n{"text": "b"},\n' + damaged + "]"), says=["d.json:3", "not JSON"])
         for content, line in (('[\n{"text": "a"}\n{"text": "b"}]', 3), ('[\n{"text": "a"},\n]', 3), ('[\n{"text": "a"}', 2),
                               ('{\n"text": "a"\n"b": 1}', 3), ('[{"text": "a"}, 3]', 1), ('[{"text": "a"}, ["b"]]', 1),
                               ('{\n"text": "a}\n', 2), ("[{]", 1)):
