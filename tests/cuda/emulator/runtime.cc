@@ -4,10 +4,12 @@
 
 #include <stdio.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <cuda_profiler_api.h>
 
 #include <map>
+#include <vector>
 
 #if defined __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -64,8 +66,30 @@ void emulator_check_sentinels() {
     check_sentinels();
 }
 
+/* Fill device memory that is open. Large stretches of 0 and of 0xff (NaN) are mapped, to be copied on write: so only the
+ * pages that are touched take time, and most of a workspace is not. */
+static void fill(char *data, int value, size_t bytes) {
+    static const size_t CHUNK = 2 << 20;
+    static const int ones = [] {
+        int file = memfd_create("iha-emulator", MFD_CLOEXEC);
+        std::vector<char> content(CHUNK, (char)0xff);
+        if (file < 0 || write(file, content.data(), CHUNK) != (ssize_t)CHUNK)
+            emulator_fail("memfd_create failed");
+        return file;
+    }();
+    char *end = data + bytes, *page = data + (PAGE - (uintptr_t)data % PAGE) % PAGE;
+    if (bytes >= CHUNK + PAGE && (value == 0 || value == 0xff)) {
+        memset(data, value, (size_t)(page - data));
+        int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE | (value == 0 ? MAP_ANONYMOUS : 0);
+        for (data = page; (size_t)(end - data) >= CHUNK; data += CHUNK)
+            if (mmap(data, CHUNK, PROT_READ | PROT_WRITE, flags, value == 0 ? -1 : ones, 0) == MAP_FAILED)
+                emulator_fail("cannot map device memory");
+    }
+    memset(data, value, (size_t)(end - data));
+}
+
 static void poison(char *data, size_t bytes, bool freed) {
-    memset(data, 0xff, bytes);
+    fill(data, 0xff, bytes);
 #if defined __SANITIZE_ADDRESS__
     if (freed)
         __asan_poison_memory_region(data, bytes);
@@ -296,7 +320,7 @@ cudaError_t cudaMemsetAsync(void *data, int value, size_t bytes, cudaStream_t st
     emulator_check_device(data, bytes, "cudaMemset");
     return emulator_enqueue(stream, [=] {
         emulator_running_name = "cudaMemset";
-        memset(data, value, bytes);
+        fill((char *)data, value, bytes);
     });
 }
 
