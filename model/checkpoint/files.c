@@ -45,7 +45,7 @@ const char *files_advice(int error_number) {
     case ENFILE:
         return "raise the limit on open files (ulimit -n)";
     case ENOMEM:
-        return "free some memory and start again";
+        return "free some memory or raise its limit (ulimit -v), then start again";
     case ENOLCK:
     case ENOSYS:
     case EOPNOTSUPP:

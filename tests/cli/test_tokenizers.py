@@ -441,5 +441,19 @@ class Files(Case):
                                                    self.rows(self.TEXTS), fails=True))
 
 
+class PublishedVocabularies(unittest.TestCase):
+    """tests/reference/check_tokenizers.py needs packages that are not installed here, but its half in C is built."""
+
+    @unittest.skipUnless(HAS_LIBRARY, "needs the tokenizers package")
+    def test_the_script_for_them_still_works(self):
+        sys.path.insert(0, str(ROOT / "tests" / "reference"))
+        import check_tokenizers
+        with tempfile.TemporaryDirectory() as folder:
+            c = check_tokenizers.build_library(Path(folder), "-O0")
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                same = check_tokenizers.compare(c, "bytes", byte_vocabulary(added=["<|endoftext|>"]), 20, 1, Path(folder))
+            self.assertTrue(same, out.getvalue())
+
+
 if __name__ == "__main__":
     unittest.main()

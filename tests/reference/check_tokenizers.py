@@ -38,10 +38,11 @@ class Decoding(ctypes.Structure):
     _fields_ = [("begun", ctypes.c_bool), ("space", ctypes.c_bool), ("stripped", ctypes.c_int)]
 
 
-def build_library(folder):
+def build_library(folder, optimize="-O2"):
     library = folder / "tokenizer.so"
-    sources = [*sorted((ROOT / "data").glob("tokenizer*.c")), ROOT / "data/end_of_text.c", ROOT / "kernels/error.c"]
-    subprocess.run(["cc", "-std=gnu17", "-O2", "-shared", "-fPIC", "-I", ROOT, *sources, "-o", library,
+    sources = [*sorted((ROOT / "data").glob("tokenizer*.c")), ROOT / "data/end_of_text.c", ROOT / "data/json_file.c",
+               ROOT / "kernels/error.c"]
+    subprocess.run(["cc", "-std=gnu17", optimize, "-shared", "-fPIC", "-I", ROOT, *sources, "-o", library,
                     "-lpcre2-8", "-lcjson", "-lutf8proc"], check=True)
     c = ctypes.CDLL(str(library))
     c.tokenizer_open.restype = ctypes.c_void_p

@@ -47,13 +47,13 @@ typedef enum {
 } cublasLtMatmulPreferenceAttributes_t;
 
 typedef struct cublasLtContext *cublasLtHandle_t;
-typedef struct {
+typedef struct cublasLtMatmulDescOpaque {
     uint64_t data[32];
 } * cublasLtMatmulDesc_t;
-typedef struct {
+typedef struct cublasLtMatrixLayoutOpaque {
     uint64_t data[8];
 } * cublasLtMatrixLayout_t;
-typedef struct {
+typedef struct cublasLtMatmulPreferenceOpaque {
     uint64_t data[8];
 } * cublasLtMatmulPreference_t;
 typedef struct {
