@@ -65,6 +65,10 @@ def ini_path(path, is_pattern=True):
     return None if re.search(r"[ \t][#;]", text) else text
 
 
+def file_range(split, count):
+    return f"{split}_000000.bin" + (f" to {split}_{count - 1:06d}.bin" if count > 1 else "")
+
+
 # ------------------------------------------------------------------------------------------ shards
 
 

@@ -38,7 +38,9 @@ import corpus  # noqa: E402
 import plot_loss  # noqa: E402
 import prepare  # noqa: E402
 import prepare_readers  # noqa: E402
+import prepare_text  # noqa: E402
 import prepare_tokenizers  # noqa: E402
+import prepare_workers  # noqa: E402
 
 
 def has(*modules):
@@ -318,13 +320,13 @@ class HuggingFace(Case):
             self.same((self.folder / "1" / name).read_bytes(), (self.folder / "3" / name).read_bytes())
 
     def test_a_worker_that_dies_or_fails(self):
-        state = (prepare_tokenizers.Bytes(), 256, "not a type")
+        encoder = prepare_text.TextEncoder(prepare_tokenizers.Bytes(), 256, "not a type")
         with self.assertRaises(TypeError):
-            list(prepare.ordered_map([[("train", b"a", True)]] * 5, 2, state))
+            list(prepare_workers.ordered_map([[("train", b"a", True)]] * 5, 2, encoder))
         # a process that cannot even start its work: its tokenizer does not unpickle
-        state = (Poison(), 256, "uint16")
+        encoder = prepare_text.TextEncoder(Poison(), 256, "uint16")
         with contextlib.redirect_stderr(io.StringIO()), self.assertRaisesRegex(OSError, "process died"):
-            list(prepare.ordered_map([[("train", b"a", True)]] * 5, 2, state))
+            list(prepare_workers.ordered_map([[("train", b"a", True)]] * 5, 2, encoder))
 
     def test_interrupt(self):
         """Ctrl-C in mid-work: exit code 130, no shard, no temporary file, and it does end."""
