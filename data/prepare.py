@@ -7,6 +7,9 @@ every tokenizer but `bytes`, the tokenizer.json that sampling and `train_iha gen
 tokenizer and seed give the same files, whatever the number of workers. Nothing appears under its final name
 before everything is written.
 
+With --chat it reads conversations instead, as JSON lines with "messages" (each a "role" and a "content"), or "prompt" and
+"completion"; renders them by a chat template, and writes labels beside the shards, so that only answers count.
+
 How it flows: readers yield (text, ends_document) pieces -> documents get their split -> batches of about a
 megabyte -> workers return token arrays -> one writer per split.
 """
@@ -25,6 +28,8 @@ try:
 except ImportError:
     sys.exit("prepare.py: numpy is not installed; run: make deps, then .venv/bin/python data/prepare.py ...")
 
+from chat_template import BUILT_IN
+from prepare_chat import ChatPreparation, LabelledWriter
 from prepare_inputs import Input, format_by_name
 from prepare_output import Writer, locked, remove_temporary
 from prepare_readers import separator_regex
@@ -42,12 +47,13 @@ examples:
   data/prepare.py --tokenizer tokenizer.model --pattern llama3 --out data/wiki wiki-*.parquet
   data/prepare.py --tokenizer my/tokenizer.json --out data/books books/*.txt.gz
   data/prepare.py --tokenizer bytes --document-separator '<|endoftext|>' --out data/stories stories.txt
+  data/prepare.py --tokenizer my/tokenizer.json --chat --seq-len 1024 --out data/talks talks.jsonl.gz
   curl -s https://host/web.jsonl.zst | data/prepare.py --tokenizer gpt2 --out data/web -
 """
 
 
-def existing_shards(folder):
-    return [path for split in ("train", "val") for path in folder.glob(f"{split}_[0-9]*.bin")]
+def existing_shards(folder, kind=".bin"):
+    return [path for split in ("train", "val") for path in folder.glob(f"{split}_[0-9]*{kind}")]
 
 
 def parse(arguments):
@@ -82,6 +88,12 @@ def parse(arguments):
     add("--separator", type=int, metavar="ID",
         help="token that ends a document (default: the eos_token of a tokenizer_config.json beside the "
              "tokenizer, or its token with a known name: <|endoftext|>, </s>, ...)")
+    add("--chat", action="store_true",
+        help='JSON lines are conversations: {"messages": [{"role": ..., "content": ...}, ...]}, or "prompt" and '
+             '"completion". Only the turns of "assistant" count, end marker included')
+    add("--chat-template", metavar=f"{'|'.join(BUILT_IN)}|FILE",
+        help="with --chat: a built-in template, or a Jinja file (default: the one that the tokenizer brings; bytes: bytes)")
+    add("--seq-len", type=int, metavar="N", help="with --chat: leave out conversations of more tokens (default: none)")
     add("--val-fraction", type=float, default=0.05, metavar="X",
         help="share of the documents for validation, chosen by a hash of seed and index; of a single whole "
              "text, its last part; 0: none (default: 0.05)")
@@ -134,6 +146,12 @@ def check(options):
                         "configuration can hold")
     if os.path.exists(options.out) and not os.path.isdir(options.out):
         raise UserError(f"--out {options.out}: is no folder")
+    if not options.chat and (options.chat_template is not None or options.seq_len is not None):
+        raise UserError(f"{'--chat-template' if options.chat_template is not None else '--seq-len'} belongs to --chat")
+    if options.chat and (options.field != "text" or options.document_separator is not None):
+        raise UserError(f"{'--field' if options.field != 'text' else '--document-separator'} is for text, not for --chat")
+    if options.seq_len is not None and options.seq_len < 2:
+        raise UserError(f"--seq-len {options.seq_len}: must be at least 2")
     if options.inputs.count("-") > 1:
         raise UserError("-: standard input can only be read once")
     for path in options.inputs:
@@ -189,28 +207,43 @@ def check_no_shards(options):
 def prepare(arguments):
     options = parse(arguments)
     tokenizer = load_tokenizer(options.tokenizer, options.pattern)
-    run = Preparation(options, tokenizer)
+    run = (ChatPreparation if options.chat else Preparation)(options, tokenizer)
     with locked(options.out):
         check_no_shards(options)  # another run may just have ended
-        return run, write(run, tokenizer, options.out)
+        return run, write(run, options.out)
 
 
-def write(run, tokenizer, folder):
+def write_chat(run, folder):
+    """chat.json (see chat_pieces.py), of conversations whose template can be expressed so."""
+    path = run.tokenizer.json_path
+    text = run.chat_json(hashlib.sha256(run.tokenizer.json.encode()).hexdigest() if path else None)
+    if text is not None:
+        partial = folder / "chat.json.tmp"
+        partial.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(partial, folder / "chat.json")
+
+
+def write(run, folder):
     remove_temporary(folder)
-    writers = {split: Writer(folder, split, run.dtype, run.options.shard_tokens)
+    writers = {split: (LabelledWriter if run.options.chat else Writer)(folder, split, run.dtype, run.options.shard_tokens)
                for split in ("train", "val")}
     try:
         run.run(writers)
         for writer in writers.values():
             writer.finish()
-        # dataset.json is away while shards are replaced: old ones are never beside the description of new ones.
-        (folder / "dataset.json").unlink(missing_ok=True)
+        # dataset.json is away while shards are replaced: old ones are never beside the description of new ones; nor
+        # are old labels beside new shards.
+        for old in [folder / "dataset.json", folder / "chat.json", *existing_shards(folder, ".labels")]:
+            old.unlink(missing_ok=True)
         written = set().union(*(writer.commit() for writer in writers.values()))
         for old in existing_shards(folder):
             if old not in written:
                 old.unlink()
         with naming(folder / "tokenizer.json"):
-            write_tokenizer(tokenizer, folder)
+            write_tokenizer(run.tokenizer, folder)
+        with naming(folder / "chat.json"):
+            if run.options.chat:
+                write_chat(run, folder)
         with naming(folder / "dataset.json"):
             write_dataset(run, folder, writers)
     except BaseException:

@@ -47,7 +47,8 @@ def locked(folder):
 
 def remove_temporary(folder):
     """What this run or an earlier one that was killed left unfinished."""
-    for pattern in ("train_[0-9]*.bin.tmp", "val_[0-9]*.bin.tmp", "tokenizer.json.tmp", "dataset.json.tmp"):
+    for pattern in ("train_[0-9]*.bin.tmp", "val_[0-9]*.bin.tmp", "train_[0-9]*.labels.tmp", "val_[0-9]*.labels.tmp",
+                    "tokenizer.json.tmp", "dataset.json.tmp", "chat.json.tmp"):
         for path in folder.glob(pattern):
             with contextlib.suppress(OSError):
                 path.unlink()
@@ -79,15 +80,18 @@ def write_all(file, data):
         data = data[file.write(data):]
 
 
-class Writer:
-    """The shards of one split. They carry temporary names until commit() renames them."""
+HEADERS = {".bin": {2: (20240520, 1), 4: (20240801, 7)}, ".labels": {4: (20261129, 1)}}  # magic, version by bytes a token
 
-    def __init__(self, folder, split, dtype, shard_tokens):
+
+class Writer:
+    """The shards of one split, or their labels. They carry temporary names until commit() renames them."""
+
+    def __init__(self, folder, split, dtype, shard_tokens, kind=".bin"):
         self.folder, self.split, self.dtype, self.shard_tokens = folder, split, np.dtype(dtype), shard_tokens
-        self.counts, self.bytes, self.file = [], [], None
+        self.kind, self.counts, self.bytes, self.file = kind, [], [], None
 
     def name(self, i, suffix=""):
-        return self.folder / f"{self.split}_{i:06d}.bin{suffix}"
+        return self.folder / f"{self.split}_{i:06d}{self.kind}{suffix}"
 
     def write(self, tokens, ends):
         """ends: see encode_batch. A text that two shards share counts in both, in proportion to its tokens
@@ -116,7 +120,7 @@ class Writer:
         """The header, now that the count is known."""
         if self.file is None:
             return
-        magic, version = (20240520, 1) if self.dtype.itemsize == 2 else (20240801, 7)
+        magic, version = HEADERS[self.kind][self.dtype.itemsize]
         with naming(self.name(len(self.counts) - 1)):
             self.file.seek(0)
             write_all(self.file, np.array([magic, version, self.counts[-1]], dtype="<i4").tobytes())
@@ -152,7 +156,7 @@ class Writer:
             with contextlib.suppress(OSError):
                 self.file.close()
         self.file, self.counts, self.bytes = None, [], []
-        for path in self.folder.glob(f"{self.split}_*.bin.tmp"):
+        for path in self.folder.glob(f"{self.split}_*{self.kind}.tmp"):
             path.unlink()
 
 

@@ -170,8 +170,8 @@ def parse_line_of_json(text):
         return json.loads(without_deep_values(text), parse_int=float)
 
 
-def read_jsonl(stream, source, field):
-    """A document per line: the string in `field`."""
+def jsonl_rows(stream, source):
+    """(where, value) of each line that is not blank."""
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
@@ -183,7 +183,13 @@ def read_jsonl(stream, source, field):
                             "of the line") from None
         except ValueError as error:
             raise UserError(f"{source.name}:{number}: not JSON: {error}") from None
-        yield document_text(row, field, f"{source.name}:{number}"), True, source.consumed
+        yield f"{source.name}:{number}", row
+
+
+def read_jsonl(stream, source, field):
+    """A document per line: the string in `field`."""
+    for where, row in jsonl_rows(stream, source):
+        yield document_text(row, field, where), True, source.consumed
 
 
 class JsonScanner:
@@ -265,8 +271,8 @@ class JsonScanner:
             self.more()
 
 
-def read_json(stream, source, field):
-    """A document per JSON object, in an array or one after another; in an array also per string."""
+def json_rows(stream, source):
+    """(where, value, whether it is an array's element) of each value, in arrays or one after another."""
     scanner = JsonScanner(stream, source.name)
     in_array = False
     while character := scanner.peek():
@@ -278,9 +284,7 @@ def read_json(stream, source, field):
                 scanner.advance(scanner.at + 1)
             continue
         where = scanner.where()
-        row = scanner.value()
-        is_text = in_array and (row is None or isinstance(row, str))
-        yield (row or "") if is_text else document_text(row, field, where), True, source.consumed
+        yield where, scanner.value(), in_array
         if in_array:
             mark = scanner.peek()
             if mark not in (",", "]"):
@@ -290,6 +294,13 @@ def read_json(stream, source, field):
             scanner.advance(scanner.at + 1)
     if in_array:
         raise UserError(f"{scanner.where()}: not JSON: the array is not closed")
+
+
+def read_json(stream, source, field):
+    """A document per JSON object, in an array or one after another; in an array also per string."""
+    for where, row, in_array in json_rows(stream, source):
+        is_text = in_array and (row is None or isinstance(row, str))
+        yield (row or "") if is_text else document_text(row, field, where), True, source.consumed
 
 
 # ------------------------------------------------------------------------------------------- parquet

@@ -164,9 +164,10 @@ static int encode_with_file(struct encoding *x, const char *text, size_t length)
     return rc;
 }
 
-int64_t tokenizer_encode(const struct tokenizer *t, const char *text, size_t length, int32_t **ids,
-                         struct error *e) {
-    struct encoding x = {.t = t, .e = e, .capacity = (int64_t)(t->bytes ? length : length / 3) + 16};
+static int64_t encode(const struct tokenizer *t, const char *text, size_t length, bool plain, int32_t **ids,
+                      struct error *e) {
+    struct encoding x = {
+        .t = t, .e = e, .plain = plain, .capacity = (int64_t)(t->bytes ? length : length / 3) + 16};
     *ids = NULL;
     x.ids = malloc((size_t)x.capacity * sizeof *x.ids);
     if (!x.ids)
@@ -177,4 +178,14 @@ int64_t tokenizer_encode(const struct tokenizer *t, const char *text, size_t len
     }
     *ids = x.ids;
     return x.count;
+}
+
+int64_t tokenizer_encode(const struct tokenizer *t, const char *text, size_t length, int32_t **ids,
+                         struct error *e) {
+    return encode(t, text, length, false, ids, e);
+}
+
+int64_t tokenizer_encode_plain(const struct tokenizer *t, const char *text, size_t length, int32_t **ids,
+                               struct error *e) {
+    return encode(t, text, length, true, ids, e);
 }

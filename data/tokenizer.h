@@ -46,6 +46,11 @@ const struct end_ids *tokenizer_end_ids(const struct tokenizer *t);
 int64_t tokenizer_encode(const struct tokenizer *t, const char *text, size_t length, int32_t **ids,
                          struct error *e);
 
+/* The same, but special tokens written out in the text are ordinary text, as with the library's
+ * encode_special_tokens = True: for what a user or a data set says, as data/prepare.py encodes it. */
+int64_t tokenizer_encode_plain(const struct tokenizer *t, const char *text, size_t length, int32_t **ids,
+                               struct error *e);
+
 /* The bytes of one token after another, NUL-terminated beside *length; "" for ids without text (the byte
  * tokenizer's 256 and ids beyond the vocabulary). Owned by the tokenizer. */
 const char *tokenizer_decode(const struct tokenizer *t, int32_t id, size_t *length);

@@ -145,6 +145,7 @@ struct stage {
 struct added_token {
     int32_t id;
     bool lstrip, rstrip, single_word;
+    bool special; /* control tokens, as <|endoftext|>, which a user's text must not have the power of */
 };
 
 /* Added tokens as a trie over bytes: (node, byte) to (node, index of the token that ends there or -1). */
@@ -293,6 +294,7 @@ struct encoding {
     pcre2_match_data *match;
     pcre2_match_context *limits;
     const char *start; /* where a slice's bytes are that start the text; NULL: it is done with */
+    bool plain;        /* special tokens written out in the text are ordinary text */
     struct bpe_scratch {
         struct symbol *symbols;
         uint64_t *heap;

@@ -277,6 +277,7 @@ static int put_added(struct loader *l, const cJSON *item) {
     bool normalized;
     if (json_bool(item, "lstrip", false, &token.lstrip, l->path, l->e) ||
         json_bool(item, "rstrip", false, &token.rstrip, l->path, l->e) ||
+        json_bool(item, "special", false, &token.special, l->path, l->e) ||
         json_bool(item, "single_word", false, &token.single_word, l->path, l->e))
         return -1;
     int rc = added_text(l, item, &normalized, &text);

@@ -124,7 +124,7 @@ static int split_at_added(struct encoding *x, int k, struct slice text) {
         }
         size_t start = at, end = at + matched;
         at = end;
-        if (token->single_word && !stands_alone(x, text, start, end))
+        if ((x->plain && token->special) || (token->single_word && !stands_alone(x, text, start, end)))
             continue;
         if (token->lstrip) /* what the token before has not taken */
             start = start_of_spaces_before(text.clean, done, start);
