@@ -13,11 +13,13 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "data/chat.h"
 #include "data/check.h"
 #include "data/dataset.h"
 #include "data/loader.h"
 #include "data/text.h"
 #include "data/tokenizer.h"
+#include "data/turns.h"
 #include "kernels/clock.h"
 #include "kernels/comm.h"
 #include "kernels/limits.h"
@@ -28,6 +30,7 @@
 #include "model/config/config.h"
 #include "model/flops.h"
 #include "model/generate/attention_weights.h"
+#include "model/generate/chat.h"
 #include "model/generate/decode.h"
 #include "model/generate/generate.h"
 #include "model/info/info.h"
@@ -65,6 +68,8 @@ struct run {
     size_t tokenizer_bytes;
     struct end_ids ends;     /* a text ends at these ids, and begins after the first */
     char *generation_config; /* them, for checkpoints; NULL: none */
+    struct chat *chat;       /* the chat template of the data or the checkpoint; NULL: none */
+    char *chat_json;         /* its text, for checkpoints */
     struct decoder decoder;
     struct metrics *metrics; /* on rank 0 */
     struct trainer_state trainer;
@@ -100,6 +105,8 @@ static void release(struct run *r) {
     free(r->tokenizer_text);
     free(r->generation_config);
     validation_buffers_free(&r->evaluated);
+    chat_close(r->chat);
+    free(r->chat_json);
     if (r->device_comm && r->device_comm != r->comm)
         r->device_comm->ops->close(r->device_comm);
     if (r->dev)
@@ -413,6 +420,7 @@ static int save(struct run *r, bool wait, struct error *e) {
                                        .tokenizer = r->tokenizer_text,
                                        .tokenizer_bytes = r->tokenizer_bytes,
                                        .generation_config = r->generation_config,
+                                       .chat = r->chat_json,
                                        .trainer = r->trainer,
                                        .model = &r->model};
     if (comm_agree(r->comm, is_rank0(r) ? metrics_sync(r->metrics, e) : 0, e) != 0)
@@ -648,6 +656,24 @@ static int set_total_steps(struct run *r, struct error *e) {
     return epochs_to_steps(&r->config.train, sequences, e);
 }
 
+/* The chat template beside the training data, and what checkpoints say about it and about the ends of texts. */
+static int find_chat(struct run *r, struct error *e) {
+    const char *globs[MAX_SOURCES];
+    struct end_ids ends = r->ends;
+    if (chat_of_shards(globs, loader_globs(r->train, globs), r->config.model.vocab_size, &r->chat, e) != 0 ||
+        (r->chat && r->tokenizer &&
+         chat_check_tokenizer(r->chat, r->tokenizer_text, r->tokenizer_bytes, e) != 0))
+        return -1;
+    /* Generation stops there; samples of the training go on, since they begin with a user's turn. */
+    if (r->chat)
+        end_ids_add(&ends, chat_end(r->chat));
+    r->chat_json = r->chat ? chat_json(r->chat) : NULL;
+    r->generation_config = ends.count ? end_ids_json(&ends) : NULL;
+    if ((ends.count && !r->generation_config) || (r->chat && !r->chat_json))
+        return fail_run(e, "out of memory for a checkpoint's files");
+    return 0;
+}
+
 static int open_data(struct run *r, struct error *e) {
     const struct config *c = &r->config;
     r->train = open_loader(r, c->data.train, e);
@@ -663,8 +689,7 @@ static int open_data(struct run *r, struct error *e) {
     if (open_tokenizer(r, c->data.tokenizer, e) != 0 || find_documents(r, e) != 0 ||
         (r->val && check_labels(r, e) != 0))
         return -1;
-    r->generation_config = r->ends.count ? end_ids_json(&r->ends) : NULL;
-    return r->ends.count && !r->generation_config ? fail_run(e, "out of memory for a checkpoint's files") : 0;
+    return find_chat(r, e);
 }
 
 static int open_sampler(struct run *r, struct error *e) {
@@ -940,17 +965,103 @@ static int generate_text(struct run *r, const struct command_line *line, struct 
     return status;
 }
 
+/* ---- generate --chat ---- */
+
+struct terminal {
+    struct run *r;
+    const char *system;
+    struct turns turns;
+    struct text_writer writer;
+};
+
+_Static_assert((int)CHAT_FIRST == CHAT_BEGINS && (int)CHAT_ENDED == CHAT_ANSWER_ENDED &&
+                   (int)CHAT_CUT == CHAT_ANSWER_CUT,
+               "data/ and model/ do not know each other");
+
+static int64_t next_turn(void *context, enum chat_state state, int32_t **tokens, struct error *e) {
+    struct terminal *t = context;
+    struct chat_turn turn = {.before = (enum chat_before)state, .system = t->system};
+    int status = turns_read(&t->turns, &turn.text, &turn.length, e);
+    if (status <= 0)
+        return status;
+    t->writer.decoding = (struct decoding){0};
+    return chat_encode_turn(t->r->chat, t->r->tokenizer, &turn, tokens, e);
+}
+
+static bool is_answer_end(void *context, int32_t token) {
+    const struct terminal *t = context;
+    return end_ids_has(&t->r->ends, token);
+}
+
+static bool print_token(void *context, int32_t token) {
+    struct terminal *t = context;
+    return text_emit(&t->writer, token) && !turns_interrupted(&t->turns);
+}
+
+static void end_answer(void *context) {
+    struct terminal *t = context;
+    text_finish(&t->writer);
+    putchar('\n');
+    fflush(stdout);
+}
+
+/* The checkpoint's chat template, and the tokenizer it belongs to. */
+static int open_chat(struct run *r, const char *dir, struct error *e) {
+    char path[MAX_TEXT + 32];
+    snprintf(path, sizeof path, "%s/chat.json", dir);
+    if (access(path, F_OK) != 0 && errno == ENOENT)
+        return fail_user(
+            e,
+            "%s: it has no chat.json, since it was not trained on conversations; prepare some with "
+            "data/prepare.py --chat and train on them, or give --prompt in place of --chat",
+            dir);
+    if (!(r->chat = chat_open(path, r->config.model.vocab_size, e)))
+        return -1;
+    if (!r->tokenizer)
+        return fail_user(e,
+                         "%s: --chat needs a tokenizer, and the checkpoint has none; name one: "
+                         "data.tokenizer=FILE",
+                         dir);
+    end_ids_add(&r->ends, chat_end(r->chat));
+    return chat_check_tokenizer(r->chat, r->tokenizer_text, r->tokenizer_bytes, e);
+}
+
+static int talk(struct run *r, struct turns turns, const struct command_line *line, struct error *e) {
+    struct terminal t = {.r = r, .system = line->system, .turns = turns};
+    t.writer = (struct text_writer){.tokenizer = r->tokenizer, .out = stdout, .stop = line->stop};
+    struct chat_hooks hooks = {&t, next_turn, is_answer_end, print_token, end_answer};
+    struct sampling sampling = {line->temperature, line->top_k, line->top_p, (uint64_t)line->seed};
+    int status = 0;
+    if (line->system && !chat_knows_system(r->chat))
+        status =
+            fail_user(e, "generate: the model's chat template knows no system message; leave --system out");
+    if (status == 0 && line->stop && !(t.writer.held = malloc(strlen(line->stop))))
+        status = fail_run(e, "out of memory for --stop");
+    if (status == 0)
+        status =
+            decoder_create(&r->decoder, &r->model, r->config.model.max_position_embeddings, DECODE_CHUNK, e);
+    if (status == 0)
+        status = chat(&r->decoder, &hooks, line->tokens, &sampling, e);
+    free(t.writer.held);
+    turns_close(&t.turns);
+    return status;
+}
+
 static int generate_command(struct run *r, const struct command_line *line, struct error *e) {
     if (comm_launch_rank() > 0)
         return 0; /* only the first process generates */
     char dir[MAX_TEXT];
+    struct turns turns = {0};
+    if (line->chat)
+        turns_open(&turns);
     if (checkpoint_find(line->path, dir, e) != 0 || read_checkpoint(r, dir, line, e) != 0)
         return -1;
     r->config.train.micro_batch = r->config.train.seq_len = 1; /* the decoder has its own buffers */
     if (open_device(r, e) != 0 || find_tokenizer(r, dir, e) != 0 || find_end_ids(r, dir, e) != 0 ||
-        build_model(r, false, e) != 0 || checkpoint_load_weights(dir, &r->model, 0, e) != 0)
+        (line->chat && open_chat(r, dir, e) != 0) || build_model(r, false, e) != 0 ||
+        checkpoint_load_weights(dir, &r->model, 0, e) != 0)
         return -1;
-    return generate_text(r, line, e);
+    return line->chat ? talk(r, turns, line, e) : generate_text(r, line, e);
 }
 
 /* ---- attention ---- */

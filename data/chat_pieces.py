@@ -151,6 +151,8 @@ def samples(pieces):
 def chat_pieces(template, marks, dropped, encode_parts):
     """The pieces, checked: encode_parts makes ids of [(items, counts)]."""
     pieces = find_pieces(template, marks)
+    if any("\0" in item for piece in pieces.values() if isinstance(piece, list) for item in piece if isinstance(item, str)):
+        raise NoPieces("it writes a character 0")
     render = Renderer(template, marks)
     for messages in samples(pieces):
         wanted = render.parts(messages)

@@ -226,6 +226,9 @@ int checkpoint_write(const struct checkpoint_job *job, struct error *e) {
     if (job->generation_config &&
         files_write_synced(path, job->generation_config, strlen(job->generation_config), e) != 0)
         return -1;
+    snprintf(path, sizeof path, "%s/chat.json", dir);
+    if (job->chat && files_write_synced(path, job->chat, strlen(job->chat), e) != 0)
+        return -1;
     snprintf(path, sizeof path, "%s/trainer.json", dir);
     return trainer_state_write(path, &job->trainer, job->config, e);
 }

@@ -5,7 +5,8 @@
  *   optimizer-RRRRR-of-WWWWW.safetensors     AdamW's moments of the parameters that rank R of W owns
  *   trainer.json                             everything else that a resumed run needs
  *   tokenizer.json                           when the run has a tokenizer file
- *   generation_config.json                   the ids that end a text, when they are known */
+ *   generation_config.json                   the ids that end a text, when they are known
+ *   chat.json                                the chat template, when the run's data has one */
 #ifndef IHA_MODEL_CHECKPOINT_CHECKPOINT_H
 #define IHA_MODEL_CHECKPOINT_CHECKPOINT_H
 
@@ -25,6 +26,7 @@ struct checkpoint_job {
     const char *tokenizer; /* the text of tokenizer.json, or NULL */
     size_t tokenizer_bytes;
     const char *generation_config; /* the text of generation_config.json, or NULL */
+    const char *chat;              /* the text of chat.json, or NULL */
     struct trainer_state trainer;
     struct model *model;
     const float

@@ -13,8 +13,8 @@
 
 static const char VERSION[] = "0.1.0";
 
-enum option_kind { OPTION_TEXT, OPTION_INTEGER, OPTION_REAL, OPTION_NAME };
-enum { MAX_OPTIONS = 8, NAME_LIST = 128 };
+enum option_kind { OPTION_TEXT, OPTION_INTEGER, OPTION_REAL, OPTION_NAME, OPTION_FLAG };
+enum { MAX_OPTIONS = 10, NAME_LIST = 128 };
 
 struct option {
     const char *name;
@@ -59,7 +59,7 @@ static const struct command_row COMMANDS[] = {
     [COMMAND_GENERATE] =
         {"generate",
          "CHECKPOINT",
-         "--prompt TEXT | --prompt-file FILE [--OPTION VALUE ...] [section.key=value ...]",
+         "--prompt TEXT | --prompt-file FILE | --chat [--OPTION VALUE ...] [section.key=value ...]",
          {{"--prompt", OPTION_TEXT, AT(prompt), 0, 0, NULL},
           {"--prompt-file", OPTION_TEXT, AT(prompt_file), 0, 0, NULL},
           {"--tokens", OPTION_INTEGER, AT(tokens), 0, 1e7, NULL},
@@ -67,16 +67,23 @@ static const struct command_row COMMANDS[] = {
           {"--top-k", OPTION_INTEGER, AT(top_k), 0, 9e15, NULL},
           {"--top-p", OPTION_REAL, AT(top_p), 0, 1, NULL},
           {"--seed", OPTION_INTEGER, AT(seed), 0, 9e15, NULL},
-          {"--stop", OPTION_TEXT, AT(stop), 0, 0, NULL}},
+          {"--stop", OPTION_TEXT, AT(stop), 0, 0, NULL},
+          {"--chat", OPTION_FLAG, AT(chat), 0, 0, NULL},
+          {"--system", OPTION_TEXT, AT(system), 0, 0, NULL}},
          "Continue a text. Without a tokenizer, the prompt is a list of token ids.\n"
+         "  --chat               talk with a model trained on conversations (data/prepare.py --chat): a line "
+         "of\n"
+         "                       the standard input is a turn. Ctrl-C ends an answer, then the program\n"
+         "  --system TEXT        with --chat: a system message\n"
          "  --prompt-file FILE   the prompt is the whole file, its last newline included; -: standard input\n"
-         "  --tokens N           generate at most N tokens; default 256\n"
+         "  --tokens N           generate at most N tokens, in each answer; default 256\n"
          "  --temperature X      default 0.8; 0: always the most likely token\n"
          "  --top-k K            sample among the K most likely tokens; default 0: all\n"
          "  --top-p P            then among the fewest whose probabilities sum to P or more; default 1: all\n"
          "  --seed S             default 1\n"
          "  --stop TEXT          end before this text is generated\n"
-         "  train_iha generate runs/try --prompt 'In the beginning' --tokens 200\n"},
+         "  train_iha generate runs/try --prompt 'In the beginning' --tokens 200\n"
+         "  train_iha generate runs/finetune_chat --chat\n"},
     [COMMAND_ATTENTION] =
         {"attention",
          "CHECKPOINT",
@@ -202,6 +209,7 @@ static int set_option(struct command_line *line, const struct command_row *c, co
             return -1;
         break;
     case OPTION_TEXT:
+    case OPTION_FLAG:
         break;
     }
     memcpy(field, &text, sizeof text);
@@ -223,18 +231,38 @@ static int find_option(const struct command_row *c, const char *name, struct err
 
 /* ---- the arguments of a command ---- */
 
+static bool is_flag(const struct command_row *c, const char *name) {
+    for (int i = 0; i < MAX_OPTIONS && c->options[i].name; i++)
+        if (strcmp(name, c->options[i].name) == 0)
+            return c->options[i].kind == OPTION_FLAG;
+    return false;
+}
+
 /* The index of the first argument that is neither an option nor the value of one; argc or more: there is none. */
-static int find_positional(int argc, char **argv) {
+static int find_positional(const struct command_row *c, int argc, char **argv) {
     int i = 0;
     while (i < argc && argv[i][0] == '-')
-        i += 2;
+        i += is_flag(c, argv[i]) ? 1 : 2;
     return i;
+}
+
+static int check_generate(const struct command_line *line, const struct command_row *c, struct error *e) {
+    if (line->prompt && line->prompt_file)
+        return fail_user(e, "%s: --prompt and --prompt-file are both given; give one", c->name);
+    if (line->chat && (line->prompt || line->prompt_file))
+        return fail_user(e, "%s: --chat reads its turns from the standard input; leave %s out", c->name,
+                         line->prompt ? "--prompt" : "--prompt-file");
+    if (line->system && !line->chat)
+        return fail_user(e, "%s: --system belongs to --chat", c->name);
+    if (line->stop && !*line->stop)
+        return fail_user(e, "%s: --stop is empty; give the text to stop at, or leave it out", c->name);
+    return 0;
 }
 
 static int parse_arguments(struct command_line *line, const struct command_row *c, int argc, char **argv,
                            struct error *e) {
     unsigned given = 0; /* a bit for each option */
-    int positional = find_positional(argc, argv);
+    int positional = find_positional(c, argc, argv);
     if (positional >= argc)
         return fail_user(e, "%s: %s is missing; usage: train_iha %s %s %s", c->name, c->argument, c->name,
                          c->argument, c->usage);
@@ -253,17 +281,19 @@ static int parse_arguments(struct command_line *line, const struct command_row *
         if (given & 1u << option)
             return fail_user(e, "%s: %s is given twice", c->name, argv[i]);
         given |= 1u << option;
+        if (c->options[option].kind == OPTION_FLAG) {
+            memcpy((char *)line + c->options[option].offset, &(bool){true}, sizeof(bool));
+            continue;
+        }
         if (++i == argc)
             return fail_user(e, "%s: %s needs a value", c->name, argv[i - 1]);
         if (set_option(line, c, &c->options[option], argv[i], e) != 0)
             return -1;
     }
-    if (line->prompt && line->prompt_file)
-        return fail_user(e, "%s: --prompt and --prompt-file are both given; give one", c->name);
+    if (check_generate(line, c, e) != 0)
+        return -1;
     if (line->command == COMMAND_ATTENTION && !line->prompt && !line->prompt_file)
         return fail_user(e, "attention: give a text: --prompt TEXT or --prompt-file FILE");
-    if (line->stop && !*line->stop)
-        return fail_user(e, "%s: --stop is empty; give the text to stop at, or leave it out", c->name);
     if (line->command == COMMAND_CHECK && line->override_count > 0)
         return fail_user(
             e, "check: '%.200s' comes after GLOB; quote the glob, so that the shell does not expand it",

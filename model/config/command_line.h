@@ -3,6 +3,7 @@
 #ifndef IHA_MODEL_CONFIG_COMMAND_LINE_H
 #define IHA_MODEL_CONFIG_COMMAND_LINE_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 
@@ -35,7 +36,9 @@ struct command_line {
     int64_t top_k;
     double top_p;
     int64_t seed;
-    const char *stop; /* NULL: not given */
+    const char *stop;   /* NULL: not given */
+    bool chat;          /* talk on the standard input */
+    const char *system; /* with chat; NULL: not given */
 
     int64_t layer;   /* attention */
     const char *out; /* NULL: not given */

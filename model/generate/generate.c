@@ -133,15 +133,19 @@ int32_t sample_token(float *logits, int64_t vocab, const struct sampling *s, uin
     return top;
 }
 
-int generate(struct decoder *d, const int32_t *prompt, int64_t length, int64_t count,
-             const struct sampling *s, emit_token *emit, void *context, struct error *e) {
+uint64_t sampling_state(const struct sampling *s) {
+    return (s->seed + 1) * 0x9e3779b97f4a7c15u;
+}
+
+int generate_from(struct decoder *d, const int32_t *tokens, int64_t length, int64_t count,
+                  const struct sampling *s, uint64_t *state, emit_token *emit, void *context, int32_t *unfed,
+                  struct error *e) {
     int64_t vocab = d->m->config.vocab_size;
+    int32_t token = -1;
     float *logits = malloc((size_t)vocab * sizeof *logits);
     if (!logits)
         return fail_run(e, "out of memory for %lld logits", (long long)vocab);
-    uint64_t state = (s->seed + 1) * 0x9e3779b97f4a7c15u;
-    decoder_reset(d);
-    decoder_feed(d, prompt, length, logits);
+    decoder_feed(d, tokens, length, logits);
     int status = 0;
     for (int64_t i = 0; i < count; i++) {
         if (!isfinite(logits[0])) {
@@ -149,12 +153,21 @@ int generate(struct decoder *d, const int32_t *prompt, int64_t length, int64_t c
                 e, "the logits are not finite: the weights have diverged; use an earlier checkpoint");
             break;
         }
-        int32_t token = sample_token(logits, vocab, s, &state);
+        token = sample_token(logits, vocab, s, state);
         if (!emit(context, token))
             break;
         if (i + 1 < count)
             decoder_feed(d, &token, 1, logits);
     }
     free(logits);
+    if (unfed)
+        *unfed = token;
     return status;
+}
+
+int generate(struct decoder *d, const int32_t *prompt, int64_t length, int64_t count,
+             const struct sampling *s, emit_token *emit, void *context, struct error *e) {
+    uint64_t state = sampling_state(s);
+    decoder_reset(d);
+    return generate_from(d, prompt, length, count, s, &state, emit, context, NULL, e);
 }
