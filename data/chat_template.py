@@ -170,7 +170,7 @@ def tagged_answers(text):
         if piece == GENERATION_BEGIN:
             begin = length
         elif piece == GENERATION_END:
-            if begin is not None and length > begin:
+            if begin is not None:
                 spans.append((begin, length))
             begin = None
         else:
@@ -190,7 +190,7 @@ def answer_span(template, marks, mark, text, messages, i, others):
     if not text.startswith(begin):
         raise TemplateFailed(f"it renders what precedes message {i + 1} in another way once that is there, so where the "
                              "answer begins is not known")
-    ended = without_tags(template.render(messages[:i + 1], **others))
+    ended = text if i + 1 == len(messages) else without_tags(template.render(messages[:i + 1], **others))
     common = common_length(ended, text)
     ends = [found.end() for found in marks.find(text[:common], mark, len(begin))]
     if not ends:

@@ -253,6 +253,14 @@ def content_bytes(value):
     return sum(map(content_bytes, value)) if isinstance(value, list) else 0
 
 
+def chat_json(name, sha256, dropped, pieces):
+    """The text of chat.json: what data/chat.h describes, of this template and tokenizer."""
+    content = {"format_version": 1, "template": name, "tokenizer_sha256": sha256,
+               "drop": [ord(character) for character in dropped], **pieces}
+    lines = (f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in content.items())
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
 class ChatPreparation(Preparation):
     """One run of prepare.py --chat."""
 
@@ -393,10 +401,7 @@ class ChatPreparation(Preparation):
         """The text of chat.json, or None."""
         if self.pieces is None:
             return None
-        content = {"format_version": 1, "template": self.template.name, "tokenizer_sha256": sha256,
-                   "drop": [ord(character) for character in self.encoder.dropped], **self.pieces}
-        lines = (f" {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in content.items())
-        return "{\n" + ",\n".join(lines) + "\n}\n"
+        return chat_json(self.template.name, sha256, self.encoder.dropped, self.pieces)
 
     def report(self, writers):
         folder = self.options.out

@@ -1,11 +1,11 @@
 /* Decoding with a cache gives the logits of a whole forward pass at every position: for every layer type,
  * mask, position rule and number of pseudo-heads, for every split into chunks, and after the ring caches have
- * wrapped. Also: greedy decoding against recomputing the prefix, models that the decoder refuses, and the
+ * wrapped. Also: conversations whose cache is kept against the same computed from the beginning, greedy decoding against recomputing the prefix, models that the decoder refuses, and the
  * distribution of sampled tokens. */
 #define FIXTURE_THREADS 1
 #include "tests/lib/model_fixture.h"
 
-#include "model/generate/generate.h"
+#include "model/generate/chat.h"
 
 enum { LAYERS = 6, VOCAB = 37, HIDDEN = 24, LENGTH = 40 };
 static const double TOLERANCE = 1e-5; /* of the norm of the logits: two orders of summation in fp32 */
@@ -389,8 +389,116 @@ static void top_p_with_equal_logits(void **state) {
     assert_int_equal(counts[1] + counts[2], DRAWS);
 }
 
+/* ---- conversations ---- */
+
+/* Turns of three tokens. Every token of `ends` ends an answer; what is fed or sampled goes to history. */
+struct script {
+    int turns, turn;
+    bool ends[VOCAB];
+    int32_t history[2 * LENGTH];
+    bool sampled[2 * LENGTH];
+    int length;
+    int ended, cut; /* answers */
+};
+
+static void note(struct script *s, int32_t token, bool sampled) {
+    assert_true(s->length < 2 * LENGTH);
+    s->history[s->length] = token;
+    s->sampled[s->length++] = sampled;
+}
+
+static int64_t script_next(void *context, enum chat_state state, int32_t **tokens, struct error *e) {
+    struct script *s = context;
+    (void)e;
+    s->ended += state == CHAT_ENDED;
+    s->cut += state == CHAT_CUT;
+    assert_true((state == CHAT_FIRST) == (s->turn == 0));
+    if (s->turn == s->turns)
+        return 0;
+    int64_t count = state == CHAT_ENDED ? 4 : 3;
+    *tokens = malloc((size_t)count * sizeof **tokens);
+    if (state == CHAT_ENDED) /* noted when it was sampled */
+        **tokens = s->history[s->length - 1];
+    for (int64_t i = count - 3; i < count; i++) {
+        (*tokens)[i] = (int32_t)((7 * s->turn + 3 * i) % VOCAB);
+        note(s, (*tokens)[i], false);
+    }
+    s->turn++;
+    return count;
+}
+
+static bool script_is_end(void *context, int32_t token) {
+    struct script *s = context;
+    note(s, token, true);
+    return s->ends[token];
+}
+
+static bool script_emit(void *context, int32_t token) {
+    (void)context;
+    (void)token;
+    return true;
+}
+
+static void script_answered(void *context) {
+    (void)context;
+}
+
+/* Every sampled token is the most likely one after all that precedes it, computed anew. */
+static void check_history(struct model *m, const struct script *s) {
+    struct decoder d = open_decoder(m, 7);
+    float logits[VOCAB];
+    for (int i = 1; i < s->length; i++) {
+        if (!s->sampled[i])
+            continue;
+        int best = 0;
+        decoder_reset(&d);
+        decoder_feed(&d, s->history, i, logits);
+        for (int k = 1; k < VOCAB; k++)
+            best = logits[k] > logits[best] ? k : best;
+        if (best != s->history[i])
+            fail_msg("token %d of the conversation is %d, and computed from its beginning %d", i,
+                     s->history[i], best);
+    }
+    decoder_free(&d);
+}
+
+static int run_script(struct model *m, struct script *s, int64_t limit, struct error *e) {
+    struct decoder d = open_decoder(m, 7);
+    struct chat_hooks hooks = {s, script_next, script_is_end, script_emit, script_answered};
+    struct sampling greedy = {0, 0, 1, 1};
+    int status = chat(&d, &hooks, limit, &greedy, e);
+    /* Each token was computed once; the last one is not fed. */
+    assert_int_equal(d.position, s->length - (s->sampled[s->length - 1] ? 1 : 0));
+    decoder_free(&d);
+    return status;
+}
+
+static void test_conversation(void **state) {
+    (void)state;
+    struct model_config config = base_config();
+    struct model m;
+    struct error e = {0};
+    open_model(&m, &config);
+    struct script cut = {.turns = 4};
+    assert_int_equal(run_script(&m, &cut, 4, &e), 0);
+    assert_true(cut.cut == 4 && cut.length == 4 * 7);
+    check_history(&m, &cut);
+    struct script some = {.turns = 4};
+    for (int i = 0; i < 4; i++) /* the second token of two answers */
+        some.ends[cut.history[7 * (i % 2) + 4]] = true;
+    assert_int_equal(run_script(&m, &some, 4, &e), 0);
+    assert_true(some.ended > 0 && some.ended + some.cut == 4);
+    check_history(&m, &some);
+    struct script full = {.turns = 100};
+    assert_int_equal(run_script(&m, &full, 4, &e), -1);
+    assert_true(e.exit_code == EXIT_RUN && strstr(e.text, "filled the model's context of 40 tokens"));
+    check_history(&m, &full);
+    model_free(&m);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_conversation),
         cmocka_unit_test(logits_equal_the_full_pass),
         cmocka_unit_test(decoding_does_not_change_the_model),
         cmocka_unit_test(greedy_equals_recomputing_the_prefix),
