@@ -22,12 +22,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
@@ -40,6 +40,7 @@ if HAS_PACKAGES:
     import tokenizers
 
     import chat_template
+    import gcide_chat
     import prepare
     from tests.reference.make_chat_cases import CASES, CHATML, GENERATION, NO_SYSTEM, QWEN_LIKE, bpe_tokenizer, cases, turns
 
@@ -320,6 +321,212 @@ class LeftOut(Case):
                     for run in self.counted(tokens, labels):
                         self.assertEqual((run.index(specials["<|im_end|>"]), run.count(specials["<|im_start|>"])), (len(run) - 1, 0))
         self.assertEqual(left, 12)
+
+
+class Dictionary(Case):
+    def test_conversations_of_a_dictionary(self):
+        entries = ["Abaft, adv. (Naut.) Toward the stern; aft; as, to go abaft.", "Abaft, n. An entry that comes too late.",
+                   "Tardy, a. [Compar. Tardier.] [F. tardif.] 1. Moving with a slow pace or motion; slow.",
+                   "Uncounterfeit: See counterfeit.", "Slow, adv. Slowly."]
+        out = io.StringIO()
+        with mock.patch.object(gcide_chat, "gcide", lambda: entries), contextlib.redirect_stdout(out), \
+                mock.patch.object(sys, "argv", ["gcide_chat.py", "--out", str(self.out), "--held-out", "1"]):
+            self.assertEqual(gcide_chat.main(), 0)
+        self.assertIn("1 conversations; gcide_held_out.txt, 1 questions", out.getvalue())
+        self.assertEqual((self.out / "gcide_held_out.txt").read_text(), "define tardy\n")
+        self.prepare("--tokenizer", "bytes", "--val-fraction", 0, self.out / "gcide_chat.jsonl")
+        (tokens, labels), = self.conversations(256)
+        self.assertEqual(bytes(tokens), b"\x01user\x02define abaft\x03\x01assistant\x02adverb: Toward the stern.\x03")
+
+
+# ---- generate --chat -----------------------------------------------------------------------------------------------
+
+CONFIG = """\
+[model]
+vocab_size = 257
+hidden_size = 32
+num_hidden_layers = 2
+num_attention_heads = 2
+intermediate_size = 64
+layer_pattern = iha_local mha_global
+max_position_embeddings = {positions}
+
+[train]
+seq_len = 96
+micro_batch = 8
+steps = {steps}
+lr = 1e-2
+
+[system]
+device = cpu
+threads = 1
+
+[data]
+train = out/train_*.bin
+tokenizer = bytes
+segments = documents
+packing = fit
+
+[run]
+dir = run
+"""
+ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+
+
+class Talk(Case):
+    """A tiny model that says yes to a and no to b, whatever was said before."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.kept = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.kept.cleanup)
+        cls.run_dir, cls.long_run = (cls.train(Path(cls.kept.name) / name, steps, positions)
+                                     for name, steps, positions in (("short", 250, 128), ("long", 1, 200_000)))
+        weights = max(cls.long_run.glob("step_*")) / "model.safetensors"
+        tensors = load_file(weights)
+        tensors["final_norm.weight"] *= 0  # all logits are equal: it says byte 0 for ever
+        save_file(tensors, weights, metadata={"format": "pt"})
+
+    @classmethod
+    def train(cls, folder, steps, positions):
+        """A run of so many steps on such conversations."""
+        rng = random.Random(1)
+        folder.mkdir()
+        rows = []
+        for _ in range(200):
+            asked = rng.choices("ab", k=rng.randrange(1, 4))
+            rows.append({"messages": turns(*(text for q in asked for text in (q, {"a": "yes", "b": "no"}[q])),
+                                           system=rng.choice([None, "s"]))})
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with contextlib.redirect_stdout(io.StringIO()), mock.patch.object(sys, "argv", [
+                "prepare.py", "--chat", "--tokenizer", "bytes", "--val-fraction", "0", "--out", str(folder / "out"),
+                str(folder / "rows.jsonl")]):
+            assert prepare.main() == 0
+        (folder / "run.ini").write_text(CONFIG.format(steps=steps, positions=positions))
+        done = subprocess.run([BINARY, "train", "run.ini"], cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return folder / "run"
+
+    def talk(self, text, *options, run_dir=None, code=0):
+        """(stdout, stderr)"""
+        done = subprocess.run([BINARY, "generate", run_dir or self.run_dir, "--chat", "--temperature", "0", *options],
+                              input=text.encode(), env=ENVIRONMENT, capture_output=True, timeout=60)
+        self.assertEqual(done.returncode, code, done.stderr)
+        return done.stdout.decode(errors="replace"), done.stderr.decode()
+
+    def test_the_checkpoint_has_the_template(self):
+        step = max(self.run_dir.glob("step_*"))
+        prepared = self.run_dir.parent / "out" / "chat.json"
+        self.assertEqual(json.loads((step / "chat.json").read_text()), json.loads(prepared.read_text()))
+        self.assertEqual(json.loads((step / "generation_config.json").read_text())["eos_token_id"], [256, 3])
+
+    def test_pipe(self):
+        self.assertEqual(self.talk("a\nb\n\n  \nb\na"), ("yes\nno\nno\nyes\n", ""))
+        self.assertEqual(self.talk("b\r\n", "--system", "s"), ("no\n", ""))
+        self.assertEqual(self.talk(""), ("", ""))
+        self.assertEqual(self.talk("a\na\n", "--tokens", "2")[0].splitlines()[0], "ye")
+
+    def test_a_kept_cache_is_the_whole_conversation(self):
+        """The next answer is the continuation of everything before it, also where an answer was cut."""
+        for options, begin in (((), "\x01user\x02a\x03\x01assistant\x02yes\x03"), (("--tokens", "2"),
+                               "\x01user\x02a\x03\x01assistant\x02ye\x03")):
+            answer = self.talk("a\nq?\n", *options)[0].splitlines()[1]
+            prompt = self.write("prompt", begin + "\x01user\x02q?\x03\x01assistant\x02")
+            out = subprocess.run([BINARY, "generate", self.run_dir, "--prompt-file", prompt, "--temperature", "0",
+                                  "--tokens", options[1] if options else "20"], capture_output=True, check=True, env=ENVIRONMENT)
+            self.assertEqual(out.stdout.decode(errors="replace"), prompt.read_text().replace("\x03", "") + answer + "\n")
+
+    def test_context_full(self):
+        out, err = self.talk("a\n" * 20, code=1)
+        self.assertEqual(set(out.splitlines()), {"yes"})
+        self.assertEqual(err, "train_iha: the conversation has filled the model's context of 128 tokens "
+                              "(max_position_embeddings); start a new one\n")
+        self.assertEqual(self.talk("x" * 128, code=1), ("", err))
+
+    def test_refused(self):
+        def refused(text, *arguments):
+            done = subprocess.run([BINARY, "generate", *map(str, arguments)], stdin=subprocess.DEVNULL, env=ENVIRONMENT,
+                                  capture_output=True, text=True, timeout=60)
+            self.assertEqual((done.returncode, done.stderr.count("\n"), done.stdout), (2, 1, ""), done.stderr)
+            self.assertIn(text, done.stderr)
+
+        step = max(self.run_dir.glob("step_*"))
+        plain = self.folder / "plain"
+        shutil.copytree(step, plain)
+        chat = json.loads((plain / "chat.json").read_text())
+        refused("leave --prompt out", step, "--chat", "--prompt", "a")
+        refused("--system belongs to --chat", step, "--prompt", "a", "--system", "s")
+        self.write("plain/chat.json", chat | {"before_system": None, "after_system": None})
+        refused("knows no system message", plain, "--chat", "--system", "s")
+        self.write("plain/chat.json", chat | {"tokenizer_sha256": "0" * 64})
+        refused("belongs to another tokenizer", plain, "--chat")
+        self.write("plain/chat.json", chat | {"answer_end": [257]})
+        refused("token ids below the model's vocab_size, 257", plain, "--chat")
+        (plain / "chat.json").unlink()
+        refused("it has no chat.json", plain, "--chat")
+        # beside shards
+        other = self.folder / "other"
+        shutil.copytree(self.run_dir.parent / "out", other)
+        self.write("other/chat.json", chat | {"before_user": [1, "you", 2]})
+        done = subprocess.run([BINARY, "train", "run.ini", f"data.train=0.5 out/train_*.bin, 0.5 {other}/train_*.bin",
+                               "run.dir=other"], cwd=self.run_dir.parent, capture_output=True, text=True, env=ENVIRONMENT)
+        self.assertEqual(done.returncode, 2, done.stderr)
+        self.assertIn("another chat template than in out/chat.json", done.stderr)
+
+    def on_terminal(self, *options, run_dir=None):
+        """(process, descriptor of its terminal)"""
+        mine, theirs = pty.openpty()
+        process = subprocess.Popen([BINARY, "generate", run_dir or self.run_dir, "--chat", "--temperature", "0", *options],
+                                   stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT)
+        os.close(theirs)
+        self.addCleanup(lambda: (process.kill(), process.wait(), os.close(mine)))
+        return process, mine
+
+    def wait_for(self, terminal, text):
+        """What the terminal shows until the text is there."""
+        shown = b""
+        while text not in shown:
+            self.assertTrue(select.select([terminal], [], [], 60)[0], shown[-1000:])
+            more = os.read(terminal, 1 << 16)
+            self.assertTrue(more, shown[-1000:])
+            shown += more
+        return shown
+
+    def test_terminal(self):
+        process, terminal = self.on_terminal()
+        self.wait_for(terminal, b"> ")
+        os.write(terminal, b"a\n")
+        self.assertEqual(self.wait_for(terminal, b"> "), b"a\r\nyes\r\n> ")
+        os.write(terminal, b"\n")
+        self.wait_for(terminal, b"> ")
+        os.write(terminal, b"b\n")
+        self.assertEqual(self.wait_for(terminal, b"> "), b"b\r\nno\r\n> ")
+        os.write(terminal, b"\x04")  # Ctrl-D
+        self.assertEqual(process.wait(60), 0)
+
+    def test_interrupt(self):
+        """The first ends the answer, the second, at the prompt, the program."""
+        process, terminal = self.on_terminal("--tokens", "1000000", run_dir=self.long_run)
+        self.wait_for(terminal, b"> ")
+        os.write(terminal, b"zzzz\n")
+        self.wait_for(terminal, b"\0" * 20)
+        process.send_signal(signal.SIGINT)
+        self.wait_for(terminal, b"\r\n> ")
+        self.assertIsNone(process.poll())
+        process.send_signal(signal.SIGINT)
+        self.assertEqual(process.wait(60), 0)
+
+    def test_interrupt_on_a_pipe(self):
+        """It ends the answer and the program."""
+        process = subprocess.Popen([BINARY, "generate", self.long_run, "--chat", "--temperature", "0", "--tokens", "1000000"],
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+        self.addCleanup(lambda: (process.kill(), process.wait()))
+        process.stdin.write(b"zzzz\nzzzz\n")
+        process.stdin.flush()
+        self.wait_for(process.stdout.fileno(), b"\0" * 20)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        self.assertEqual((process.returncode, out.count(b"\n"), err), (0, 1, b""))
 
 
 if __name__ == "__main__":

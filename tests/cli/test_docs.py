@@ -41,6 +41,13 @@ SMALL = ("train.steps=8 train.warmup_steps=0 train.seq_len=32 train.micro_batch=
          "model.hidden_size=32 model.intermediate_size=64 run.eval_batches=2 run.sample_every=0 system.threads=1")
 SMALL_TASK = ("train.epochs=0.002 train.micro_batch=2 model.hidden_size=32 model.intermediate_size=64 "
               "run.eval_batches=2 system.threads=1")  # sequences as long as in the task's shards
+CONVERSATIONS = """\
+mkdir -p data/corpus
+for word in a b c d e f g h; do
+    echo "{\\"prompt\\": \\"define $word\\", \\"completion\\": \\"noun: A letter.\\"}"
+done >data/corpus/gcide_chat.jsonl
+echo "define x" >data/corpus/gcide_held_out.txt
+"""
 PORT = "29500"  # in the documents; here a free one
 
 
@@ -116,6 +123,9 @@ exec "{BINARY}" "$@"
     make_corpus = f'cp "{ROOT}/LICENSE"' if not shutil.which("bible") else 'data/corpus_whole.py bible --out'
     write_program(folder / "data/corpus.py", f"mkdir -p data/corpus && {make_corpus} data/corpus/bible.txt\n"
                                              f"truncate -s '<100000' data/corpus/bible.txt\n")
+    # So do the conversations, which data/gcide_chat.py makes of the whole dictionary.
+    (folder / "data/gcide_chat.py").unlink()
+    write_program(folder / "data/gcide_chat.py", CONVERSATIONS)
     (folder / "data/bible").mkdir()
     write_shard(folder / "data/bible/train_000000.bin", [*text, 256] * 4)
     write_shard(folder / "data/bible/val_000000.bin", [*text[:400]])
