@@ -177,6 +177,7 @@ static int build_model(struct run *r, bool training, struct error *e) {
     struct model_options options = {.shape = pass_shape_of(&r->config, training),
                                     .weight_decay = t->weight_decay,
                                     .mix_lr_scale = t->mix_lr_scale,
+                                    .muon_lr_scale = config_muon_lr_scale(&r->config),
                                     .comm = r->device_comm,
                                     .zero_stage = (int)r->config.system.zero_stage,
                                     .reduce_dtype = r->config.system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16
@@ -289,8 +290,13 @@ static void train_step(struct run *r) {
                               r->batch.segments ? r->batch.segments + offset : NULL};
         model_train_pass(&r->model, batch, 1.0 / (double)t->batch_tokens, (int)pass, (int)passes);
     }
-    struct update_hyper hyper = {t->beta1,     t->beta2,       t->eps,
-                                 t->grad_clip, t->skip_zscore, (double)t->batch_tokens};
+    struct update_hyper hyper = {t->beta1,
+                                 t->beta2,
+                                 t->eps,
+                                 t->grad_clip,
+                                 t->skip_zscore,
+                                 (double)t->batch_tokens,
+                                 schedule_muon_momentum(t, r->trainer.step)};
     model_update(&r->model, &hyper);
     r->k->step_post(r->dev, r->model.state);
     r->steps_in_flight++;

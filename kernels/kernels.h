@@ -89,6 +89,10 @@ struct classifier_spec {
     int64_t rows, hidden, vocab;
 };
 
+struct orthogonalize_spec {
+    int64_t rows, cols;
+};
+
 enum op_kind {
     OP_EMBED,
     OP_NORM,
@@ -100,6 +104,7 @@ enum op_kind {
     OP_ACT,
     OP_CLASSIFIER,
     OP_DECODE, /* attention_decode; attention.length is the n of one pass */
+    OP_ORTHOGONALIZE,
 };
 
 struct op_spec {
@@ -114,6 +119,7 @@ struct op_spec {
         struct fold_spec fold;
         struct act_spec act;
         struct classifier_spec classifier;
+        struct orthogonalize_spec orthogonalize;
     };
 };
 
@@ -129,6 +135,7 @@ struct param_group {
     int64_t begin, end;
     float lr_scale;     /* factor on the learning rate */
     float weight_decay; /* decoupled */
+    float muon_scale;   /* of Muon's orthogonal update; 0: these parameters are AdamW's */
 };
 
 struct adamw_hyper {

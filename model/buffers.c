@@ -160,6 +160,16 @@ static int plan_layer(struct model *m, int layer, struct error *e) {
     return s->folded ? plan(m, fold, NULL, e) : 0;
 }
 
+static int plan_muon(struct model *m, struct error *e) {
+    for (int i = 0; i < m->muon.count; i++) {
+        const struct muon_matrix *x = &m->muon.list[i];
+        struct op_spec spec = {.kind = OP_ORTHOGONALIZE, .orthogonalize = {x->rows, x->cols}};
+        if (plan(m, spec, NULL, e) != 0)
+            return -1;
+    }
+    return 0;
+}
+
 static int plan_all(struct model *m, struct error *e) {
     const struct model_config *c = &m->config;
     int64_t N = m->shape.batch * m->shape.tokens, C = c->hidden_size;
@@ -175,7 +185,7 @@ static int plan_all(struct model *m, struct error *e) {
     for (int layer = 0; layer < c->num_hidden_layers; layer++)
         if (plan_layer(m, layer, e) != 0)
             return -1;
-    return 0;
+    return plan_muon(m, e);
 }
 
 /* ---- addresses ---- */

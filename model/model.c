@@ -24,24 +24,34 @@ tensor model_gradient(const struct model *m, int index) {
     return tensor_of(flat.data, flat.dtype, p->shape[0], p->shape[1], p->shape[2], 0, 0);
 }
 
-/* Consecutive parameters of one class are one group. */
-static int build_groups(struct model *m, double weight_decay, double mix_lr_scale, struct error *e) {
-    m->groups = calloc((size_t)m->params.count, sizeof *m->groups);
+/* Append a group, or extend the last one if it differs in nothing but its range. */
+static void add_group(struct model *m, struct param_group g) {
+    struct param_group *last = m->group_count > 0 ? &m->groups[m->group_count - 1] : NULL;
+    if (last && last->lr_scale == g.lr_scale && last->weight_decay == g.weight_decay &&
+        last->muon_scale == g.muon_scale)
+        last->end = g.end;
+    else
+        m->groups[m->group_count++] = g;
+}
+
+/* Groups cover the flat buffer: the gap after a tensor is of its group. */
+static int build_groups(struct model *m, const struct model_options *o, struct error *e) {
+    m->groups = calloc((size_t)(m->params.count + m->muon.count), sizeof *m->groups);
     if (!m->groups)
         return fail_run(e, "out of memory for the optimizer's groups");
     for (int i = 0; i < m->params.count; i++) {
         const struct param *p = &m->params.list[i];
-        int64_t end = i + 1 < m->params.count ? m->params.list[i + 1].offset : m->params.elements;
-        if (i > 0 && p->class == m->params.list[i - 1].class) {
-            m->groups[m->group_count - 1].end = end;
-            continue;
-        }
-        m->groups[m->group_count++] = (struct param_group){
+        struct param_group g = {
             .begin = p->offset,
-            .end = end,
-            .lr_scale = p->class == PARAM_MIX ? (float)mix_lr_scale : 1,
-            .weight_decay = p->class == PARAM_MATRIX ? (float)weight_decay : 0,
+            .end = i + 1 < m->params.count ? m->params.list[i + 1].offset : m->params.elements,
+            .lr_scale = p->class == PARAM_MIX ? (float)o->mix_lr_scale : 1,
+            .weight_decay = p->class == PARAM_MATRIX ? (float)o->weight_decay : 0,
         };
+        if (m->shape.muon && muon_updates(p)) {
+            g.lr_scale = (float)o->muon_lr_scale;
+            g.muon_scale = muon_scale(&m->muon, i);
+        }
+        add_group(m, g);
     }
     return 0;
 }
@@ -54,7 +64,7 @@ static int create_host_side(struct model *m, const struct model_config *config, 
     m->comm = o->comm ? o->comm : comm_single();
     m->reduce_dtype = o->reduce_dtype == DTYPE_BF16 ? DTYPE_BF16 : m->dtypes.gradient;
     if (params_create(&m->params, config, ranks, e) != 0 ||
-        build_groups(m, o->weight_decay, o->mix_lr_scale, e) != 0 ||
+        (m->shape.muon && muon_list(&m->muon, &m->params, ranks, e) != 0) || build_groups(m, o, e) != 0 ||
         partition_create(&m->partition, &m->params, m->groups, m->group_count, rank, ranks, o->zero_stage,
                          e) != 0)
         return -1;
@@ -78,7 +88,8 @@ struct pass_shape pass_shape_of(const struct config *c, bool training) {
                                .recompute = c->system.recompute,
                                .training = training,
                                .segments = c->data.segments == SEGMENTS_DOCUMENTS,
-                               .restart_positions = c->data.segment_positions == POSITIONS_RESTART};
+                               .restart_positions = c->data.segment_positions == POSITIONS_RESTART,
+                               .muon = training && c->train.optimizer == OPTIMIZER_MUON};
 }
 
 static int plan_memory(struct model *m, struct memory_plan *plan, struct error *e) {
@@ -86,8 +97,9 @@ static int plan_memory(struct model *m, struct memory_plan *plan, struct error *
     *plan = (struct memory_plan){.parameters = (size_t)m->params.elements * dtype_bytes(m->dtypes.compute)};
     if (m->shape.training) {
         plan->gradients = (size_t)m->partition.gradient_elements * dtype_bytes(m->dtypes.gradient);
-        plan->optimizer =
-            (size_t)m->partition.moment_elements * master * (m->dtypes.master == m->dtypes.compute ? 2 : 3);
+        int64_t first = m->partition.moment_elements,
+                masters = m->dtypes.master == m->dtypes.compute ? 0 : first;
+        plan->optimizer = (size_t)(first + m->partition.second_elements + masters) * master;
     }
     if (buffers_plan(m, &plan->activations, e) != 0)
         return -1;
@@ -95,8 +107,8 @@ static int plan_memory(struct model *m, struct memory_plan *plan, struct error *
     if (m->shape.training && m->partition.ranks > 1)
         plan->messages = m->k->staging_bytes(m->dev, m->partition.bucket_elements, m->partition.ranks,
                                              m->dtypes.gradient, m->reduce_dtype);
-    plan->snapshot =
-        (size_t)(m->params.num_params + 2 * m->params.num_params / m->partition.ranks) * sizeof(float);
+    int64_t moments = 2 * m->params.num_params - muon_elements(&m->muon);
+    plan->snapshot = (size_t)(m->params.num_params + moments / m->partition.ranks) * sizeof(float);
     return 0;
 }
 
@@ -145,7 +157,8 @@ static int check_memory(struct model *m, const struct memory_plan *p, struct err
 
 static int allocate(struct model *m, const struct memory_plan *p, struct error *e) {
     const struct kernels *k = m->k;
-    size_t moment = (size_t)m->partition.moment_elements * dtype_bytes(m->dtypes.master);
+    size_t moments =
+        (size_t)(m->partition.moment_elements + m->partition.second_elements) * dtype_bytes(m->dtypes.master);
     if (!(m->values = k->alloc(m->dev, p->parameters, e)) ||
         !(m->state = k->alloc(m->dev, sizeof *m->state, e)) ||
         !(m->activations = k->alloc(m->dev, p->activations, e)) ||
@@ -158,7 +171,7 @@ static int allocate(struct model *m, const struct memory_plan *p, struct error *
         !(m->moments = k->alloc(m->dev, p->optimizer, e)))
         return -1;
     if (m->dtypes.master != m->dtypes.compute)
-        m->master_weights = (char *)m->moments + 2 * moment;
+        m->master_weights = (char *)m->moments + moments;
     if (m->comm->ranks > 1 && m->comm->ops->reserve(m->comm, m->partition.bucket_elements, m->dtypes.gradient,
                                                     m->reduce_dtype, e) != 0)
         return -1;
@@ -214,6 +227,7 @@ void model_free(struct model *m) {
         m->k->release(m->dev, blocks[i]);
     params_free(&m->params);
     partition_free(&m->partition);
+    free(m->muon.list);
     free(m->reduce_events);
     free(m->gather_events);
     free(m->groups);

@@ -10,6 +10,7 @@
 #include "kernels/comm.h"
 #include "kernels/kernels.h"
 #include "model/config/config.h"
+#include "model/muon.h"
 #include "model/params.h"
 #include "model/partition.h"
 
@@ -21,6 +22,7 @@ struct pass_shape {
     bool training;          /* false: no gradients, no optimizer state, one layer's activations */
     bool segments;          /* batches bring segments, which attention does not cross */
     bool restart_positions; /* positions begin at 0 in each segment */
+    bool muon;              /* training: hidden matrices are Muon's, the rest AdamW's (muon.h) */
 };
 
 /* The passes of a run. */
@@ -85,17 +87,19 @@ struct model {
     struct device *dev;
     struct device_dtypes dtypes;
     struct params params;
-    void *values;             /* [params.elements] parameters, compute type */
-    void *master_weights;     /* parameters, master type: `values` itself where the types agree; otherwise
+    void *values;         /* [params.elements] parameters, compute type */
+    void *master_weights; /* parameters, master type: `values` itself where the types agree; otherwise
                                * behind the moments, and sharded like them */
-    void *gradients;          /* [partition.gradient_elements] NULL unless training */
-    void *moments;            /* [2, partition.moment_elements] first and second moments, master type */
+    void *gradients;      /* [partition.gradient_elements] NULL unless training */
+    void *moments;        /* [partition.moment_elements + second_elements] first moments, then second ones,
+                               * master type */
     struct step_state *state; /* on the device */
     struct param_group *groups;
     int group_count;
     struct memory_plan plan;
     struct comm *comm;
     struct partition partition;
+    struct muon_matrices muon;
     enum dtype reduce_dtype;   /* gradients are sent in this type */
     comm_event *reduce_events; /* [bucket_count] pending collective on a bucket's gradients; 0: none */
     comm_event *gather_events; /* [bucket_count] and the all-gather of its parameters */
@@ -128,6 +132,7 @@ struct model_options {
     struct comm *comm;   /* NULL: one rank */
     int zero_stage;
     enum dtype reduce_dtype; /* gradients are sent between ranks in this type; see reserve in comm.h */
+    double muon_lr_scale;    /* factor on the learning rate of Muon's matrices */
 };
 
 /* Allocate parameters (zero) and, for training, gradients and optimizer state; plan and allocate the buffers
@@ -191,6 +196,19 @@ void model_forward(struct model *m);
 void model_backward(struct model *m, double scale, bool accumulate, gradients_ready *ready, void *context);
 void layer_recompute(struct model *m, int layer);
 
+/* Parts of an update, for muon.c: this rank's shard of a bucket's reduced gradients, in place or among the shards of
+ * stage 2; a bucket's, and any range's, unsharded gradients; the weights of one of partition.updates; AdamW on one of partition.updates, whose reduced
+ * gradients are g. */
+struct update_hyper;
+tensor model_gradient_shard(const struct model *m, int bucket);
+tensor model_gradient_bucket(const struct model *m, int bucket);
+tensor model_gradient_range(const struct model *m, int unit, int64_t begin, int64_t end);
+struct shard_weights {
+    tensor master, rounded; /* rounded: absent where the master is what forward reads */
+};
+struct shard_weights model_shard_weights(const struct model *m, const struct shard *s);
+void model_update_shard(struct model *m, const struct shard *s, tensor g, const struct update_hyper *h);
+
 /* One of a step's passes, on every rank: model_forward_backward, with finished gradients reduced over ranks
  * while backward continues. scale: 1 / tokens of the whole step, the same in every call, since the device may
  * keep the pass as a graph. */
@@ -201,10 +219,11 @@ struct update_hyper {
     double grad_clip;   /* 0: off */
     double skip_zscore; /* 0: off */
     double tokens;      /* of the whole step, all passes and ranks: 1 / the scale of its passes */
+    double muon_momentum;
 };
 
-/* After all passes of a step (lr was given to step_begin): gradient norm, clipping, skipping, AdamW on what
- * this rank owns. The new parameters are then gathered by all ranks while the next forward pass runs. */
+/* After all passes of a step (lr was given to step_begin): gradient norm, clipping, skipping, AdamW and Muon on
+ * what this rank owns. The new parameters are then gathered by all ranks while the next forward pass runs. */
 void model_update(struct model *m, const struct update_hyper *h);
 
 /* After a bad step, the parameter with the worst gradient: the first in backward order that is not finite,

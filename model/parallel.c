@@ -12,12 +12,20 @@ static tensor gradients(const struct model *m, int64_t offset, int64_t count) {
     return flat_range(m->gradients, m->dtypes.gradient, offset, count);
 }
 
-/* This rank's shard of a bucket's gradients, reduced: in place, or among the shards of stage 2. */
-static tensor gradient_shard(const struct model *m, int bucket) {
+tensor model_gradient_shard(const struct model *m, int bucket) {
     const struct partition *p = &m->partition;
     const struct shard *s = &p->shards[bucket];
     int64_t offset = p->zero_stage == 2 ? p->gradient_shard_offset + s->local_offset : s->begin;
     return gradients(m, offset, s->end - s->begin);
+}
+
+tensor model_gradient_range(const struct model *m, int unit, int64_t begin, int64_t end) {
+    return gradients(m, gradient_offset(&m->partition, unit, begin), end - begin);
+}
+
+tensor model_gradient_bucket(const struct model *m, int bucket) {
+    const struct bucket *b = &m->partition.buckets[bucket];
+    return model_gradient_range(m, b->unit, b->begin, b->end);
 }
 
 /* ---- a pass ---- */
@@ -34,9 +42,8 @@ static void reduce_scatter_unit(const struct pass *pass, int unit) {
     const struct partition *p = &m->partition;
     bool accumulate = p->zero_stage == 2 && !pass->first; /* onto the passes before */
     for (int b = p->first_bucket[unit]; b < p->first_bucket[unit + 1]; b++) {
-        const struct bucket *bucket = &p->buckets[b];
-        tensor whole = gradients(m, gradient_offset(p, unit, bucket->begin), bucket->end - bucket->begin);
-        m->reduce_events[b] = m->comm->ops->reduce_scatter(m->comm, whole, gradient_shard(m, b), accumulate);
+        m->reduce_events[b] = m->comm->ops->reduce_scatter(m->comm, model_gradient_bucket(m, b),
+                                                           model_gradient_shard(m, b), accumulate);
     }
 }
 
@@ -122,26 +129,48 @@ void model_train_pass(struct model *m, struct batch batch, double scale, int pas
 static void reduce_norm_and_loss(struct model *m, const struct update_hyper *h) {
     const struct partition *p = &m->partition;
     for (int b = 0; b < p->bucket_count && p->ranks > 1; b++)
-        m->k->sumsq(m->dev, gradient_shard(m, b), m->state);
+        m->k->sumsq(m->dev, model_gradient_shard(m, b), m->state);
     if (p->ranks == 1)
         m->k->sumsq(m->dev, gradients(m, 0, m->params.elements), m->state);
     m->comm->ops->all_reduce(m->comm, &m->state->loss, 3); /* and targets and sumsq, the next fields */
     m->k->step_decide(m->dev, m->state, h->tokens, h->grad_clip, h->skip_zscore);
 }
 
-/* AdamW on one shard, whose reduced gradients are g. */
-static void update_shard(struct model *m, const struct shard *s, tensor g, const struct update_hyper *h) {
-    int64_t n = s->end - s->begin, second = m->partition.moment_elements;
-    enum dtype master = m->dtypes.master;
+struct shard_weights model_shard_weights(const struct model *m, const struct shard *s) {
+    int64_t n = s->end - s->begin;
+    tensor weights = flat_range(m->values, m->dtypes.compute, s->begin, n);
+    if (m->master_weights == m->values)
+        return (struct shard_weights){weights, tensor_none()};
+    return (struct shard_weights){flat_range(m->master_weights, m->dtypes.master, s->local_offset, n),
+                                  weights};
+}
+
+/* AdamW on part of a shard, [begin, end) relative to it, which is whole groups; second: where its second moments are. */
+static void update_part(struct model *m, const struct shard *s, tensor g, const struct param_group *groups,
+                        int count, int64_t begin, int64_t end, int64_t second, const struct update_hyper *h) {
     struct adamw_hyper hyper = {h->beta1, h->beta2, h->eps};
-    tensor weights = flat_range(m->values, m->dtypes.compute, s->begin, n), rounded = tensor_none();
-    if (m->master_weights != m->values) {
-        rounded = weights;
-        weights = flat_range(m->master_weights, master, s->local_offset, n);
+    struct shard_weights w = model_shard_weights(m, s);
+    enum dtype master = m->dtypes.master;
+    int64_t n = end - begin, first_moments = m->partition.moment_elements;
+    m->k->adamw(m->dev, &hyper, groups, count, s->begin + begin, tensor_rows(w.master, begin, n),
+                w.rounded.data ? tensor_rows(w.rounded, begin, n) : tensor_none(), tensor_rows(g, begin, n),
+                flat_range(m->moments, master, s->local_offset + begin, n),
+                flat_range(m->moments, master, first_moments + second, n), m->state);
+}
+
+/* Where groups of Muon lie between those of AdamW, second moments have no gaps for them: one call a group. */
+void model_update_shard(struct model *m, const struct shard *s, tensor g, const struct update_hyper *h) {
+    int64_t second = s->second_offset;
+    if (s->muon_count == 0 && s->group_count > 0)
+        update_part(m, s, g, s->groups, s->group_count, 0, s->end - s->begin, second, h);
+    for (int i = 0; i < s->group_count && s->muon_count > 0; i++) {
+        struct param_group group = s->groups[i];
+        int64_t begin = group.begin, end = group.end;
+        group.begin = 0;
+        group.end = end - begin;
+        update_part(m, s, g, &group, 1, begin, end, second, h);
+        second += end - begin;
     }
-    m->k->adamw(m->dev, &hyper, s->groups, s->group_count, s->begin, weights, rounded, g,
-                flat_range(m->moments, master, s->local_offset, n),
-                flat_range(m->moments, master, second + s->local_offset, n), m->state);
 }
 
 /* Stage 0: every rank gathers all gradients and updates everything. */
@@ -152,7 +181,7 @@ static void update_replicas(struct model *m, const struct update_hyper *h) {
             m->comm, gradients(m, p->buckets[b].begin, p->buckets[b].end - p->buckets[b].begin));
     for (int b = 0; b < p->bucket_count; b++)
         model_await(m, &m->reduce_events[b]);
-    update_shard(m, p->updates, gradients(m, 0, m->params.elements), h);
+    model_update_shard(m, p->updates, gradients(m, 0, m->params.elements), h);
 }
 
 /* Stages 1 and 2: a bucket's new parameters are gathered while the next bucket is updated, and further until
@@ -161,7 +190,7 @@ static void update_shards(struct model *m, const struct update_hyper *h) {
     const struct partition *p = &m->partition;
     for (int b = 0; b < p->bucket_count; b++) {
         const struct bucket *bucket = &p->buckets[b];
-        update_shard(m, &p->shards[b], gradient_shard(m, b), h);
+        model_update_shard(m, &p->shards[b], model_gradient_shard(m, b), h);
         m->gather_events[b] = m->comm->ops->all_gather(
             m->comm, flat_range(m->values, m->dtypes.compute, bucket->begin, bucket->end - bucket->begin));
     }
@@ -171,7 +200,9 @@ static void update_shards(struct model *m, const struct update_hyper *h) {
 void model_update(struct model *m, const struct update_hyper *h) {
     m->k->range_begin(m->dev, "update", -1);
     reduce_norm_and_loss(m, h);
-    if (m->partition.zero_stage == 0)
+    if (m->shape.muon)
+        muon_update_model(m, h);
+    else if (m->partition.zero_stage == 0)
         update_replicas(m, h);
     else
         update_shards(m, h);
@@ -190,7 +221,8 @@ static double tensor_sumsq(struct model *m, const struct param *t) {
         const struct shard *s = &p->shards[b];
         struct element_range in = param_overlap(t, s->begin, s->end);
         if (in.begin < in.end)
-            m->k->sumsq(m->dev, tensor_rows(gradient_shard(m, b), in.begin - s->begin, in.end - in.begin),
+            m->k->sumsq(m->dev,
+                        tensor_rows(model_gradient_shard(m, b), in.begin - s->begin, in.end - in.begin),
                         m->state);
     }
     m->comm->ops->all_reduce(m->comm, &m->state->sumsq, 1);

@@ -60,24 +60,51 @@ static int clip_groups(struct shard *s, const struct param_group *groups, int co
     for (last = *first; last < count && groups[last].begin < s->end; last++)
         ;
     s->groups = malloc((size_t)(last - *first + 1) * sizeof *s->groups);
-    for (int i = *first; s->groups && i < last; i++) {
+    for (int i = *first; s->groups && i < last; i++)
+        s->group_count += !(groups[i].muon_scale > 0);
+    s->muon_groups = s->groups ? s->groups + s->group_count : NULL;
+    for (int i = *first, adamw = 0; s->groups && i < last; i++) {
         struct param_group g = groups[i];
         g.begin = max64(g.begin, s->begin) - s->begin;
         g.end = min64(g.end, s->end) - s->begin;
-        s->groups[s->group_count++] = g;
+        if (g.muon_scale > 0)
+            s->muon_groups[s->muon_count++] = g;
+        else
+            s->groups[adamw++] = g;
     }
     return s->groups ? 0 : -1;
 }
 
+/* Second moments of the shard's groups follow those of the shards before. */
+static void place_second_moments(struct partition *p, struct shard *s) {
+    s->second_offset = p->second_elements;
+    for (int i = 0; i < s->group_count; i++)
+        p->second_elements += s->groups[i].end - s->groups[i].begin;
+}
+
+/* AdamW's elements before `begin`. The search goes on from *next, and *count AdamW elements before that group. */
+static int64_t adamw_elements_before(const struct param_group *groups, int group_count, int64_t begin,
+                                     int *next, int64_t *count) {
+    for (; *next < group_count && groups[*next].end <= begin; ++*next)
+        *count += groups[*next].muon_scale > 0 ? 0 : groups[*next].end - groups[*next].begin;
+    bool inside = *next < group_count && !(groups[*next].muon_scale > 0) && groups[*next].begin < begin;
+    return *count + (inside ? begin - groups[*next].begin : 0);
+}
+
 static int make_shards(struct partition *p, const struct param_group *groups, int group_count) {
-    int first = 0;
+    int first = 0, next = 0;
+    int64_t before = 0;
     for (int b = 0; b < p->bucket_count; b++) {
         int64_t count = (p->buckets[b].end - p->buckets[b].begin) / p->ranks;
         int64_t begin = p->buckets[b].begin + p->rank * count;
         int64_t local_offset = p->zero_stage == 0 ? begin : p->buckets[b].begin / p->ranks;
-        p->shards[b] = (struct shard){begin, begin + count, local_offset, NULL, 0};
+        p->shards[b] = (struct shard){.begin = begin, .end = begin + count, .local_offset = local_offset};
         if (clip_groups(&p->shards[b], groups, group_count, &first) != 0)
             return -1;
+        if (p->zero_stage > 0)
+            place_second_moments(p, &p->shards[b]);
+        else /* among those of all parameters */
+            p->shards[b].second_offset = adamw_elements_before(groups, group_count, begin, &next, &before);
     }
     return 0;
 }
@@ -93,7 +120,10 @@ static int make_updates(struct partition *p, const struct param_group *groups, i
         return -1;
     p->update_count = 1;
     p->updates->end = p->unit_offset[p->unit_count];
-    return clip_groups(p->updates, groups, group_count, &first);
+    if (clip_groups(p->updates, groups, group_count, &first) != 0)
+        return -1;
+    place_second_moments(p, p->updates);
+    return 0;
 }
 
 int partition_create(struct partition *p, const struct params *params, const struct param_group *groups,

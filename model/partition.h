@@ -11,7 +11,8 @@
  *   stage 2  gradients too: unsharded ones exist only for the unit backward is at and the one before it
  *
  * Buffers that hold only a rank's own shards have them one after the other: the shard of a bucket that begins
- * at element b of the flat buffer begins at element b / W of those. */
+ * at element b of the flat buffer begins at element b / W of those. Second moments are without what Muon updates:
+ * the other groups of the rank's updates, one after the other. */
 #ifndef IHA_MODEL_PARTITION_H
 #define IHA_MODEL_PARTITION_H
 
@@ -33,8 +34,9 @@ struct bucket {
 struct shard {
     int64_t begin, end;   /* elements of the flat buffer */
     int64_t local_offset; /* of begin in this rank's moments and separate master weights */
-    struct param_group *groups;
-    int group_count; /* relative to begin */
+    struct param_group *groups, *muon_groups; /* relative to begin: AdamW's, Muon's; one block of memory */
+    int group_count, muon_count;
+    int64_t second_offset; /* of the first of `groups` in this rank's second moments; the others follow it */
 };
 
 struct partition {
@@ -48,7 +50,8 @@ struct partition {
     struct shard *shards;    /* [bucket_count] this rank's shard of each bucket */
     struct shard *updates;   /* [update_count] what it updates: `shards`, or in stage 0 the whole buffer */
     int update_count;
-    int64_t moment_elements;       /* of each of the two moments' buffers */
+    int64_t moment_elements;       /* of the buffer of first moments (of Muon: momentum) */
+    int64_t second_elements;       /* of the buffer of second moments, which only AdamW's parameters have */
     int64_t gradient_elements;     /* of the gradient buffer */
     int64_t *unit_gradient_offset; /* [unit_count] where a unit's unsharded gradient begins in it */
     int64_t gradient_shard_offset; /* stage 2: where this rank's reduced shards begin in it */

@@ -229,6 +229,9 @@ static int cpu_plan(struct device *dev, const struct op_spec *spec, struct op_co
         *cost = (struct op_cost){0};
         plan_product(dev, spec->linear.rows, spec->linear.in, spec->linear.out);
         break;
+    case OP_ORTHOGONALIZE:
+        *cost = orthogonalize_plan(&spec->orthogonalize);
+        break;
     case OP_EMBED:
     case OP_ACT:
     case OP_DECODE:

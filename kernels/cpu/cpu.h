@@ -77,6 +77,7 @@ struct op_cost attention_plan(const struct device *dev, const struct attention_s
 struct op_cost collapse_plan(const struct device *dev, const struct collapse_spec *s);
 struct op_cost fold_plan(const struct device *dev, const struct fold_spec *s);
 struct op_cost classifier_plan(const struct device *dev, const struct classifier_spec *s);
+struct op_cost orthogonalize_plan(const struct orthogonalize_spec *s);
 
 /* The operations: cpu_embed, cpu_embed_backward, ... */
 #define OP(name, parameters, arguments) op_##name cpu_##name;

@@ -240,6 +240,8 @@ static int plan(struct device *dev, const struct op_spec *spec, struct op_cost *
         return cuda_classifier_plan(dev, &spec->classifier, cost, e);
     case OP_DECODE:
         return cuda_decode_plan(dev, &spec->attention, cost, e);
+    case OP_ORTHOGONALIZE:
+        return cuda_orthogonalize_plan(dev, &spec->orthogonalize, cost, e);
     case OP_FOLD:
     case OP_ACT:
         break;

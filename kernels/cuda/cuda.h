@@ -158,6 +158,8 @@ int cuda_collapse_plan(struct device *, const struct collapse_spec *, struct op_
 int cuda_attention_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
 void attention_plans_free(struct attention_plans *);
 const char *cuda_attention_backend(struct device *, const struct attention_spec *, size_t *deterministic);
+int cuda_orthogonalize_plan(struct device *, const struct orthogonalize_spec *, struct op_cost *,
+                            struct error *);
 int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
 
 /* C[m,n] = op(A) op(B) (+ C) (+ bias [n]), row-major; transposed operands are stored as [k,m] and [n,k]. A

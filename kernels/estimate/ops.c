@@ -297,6 +297,37 @@ void estimate_adamw(struct device *dev, const struct adamw_hyper *hyper, const s
     count_pass(dev, ESTIMATE_OPTIMIZER, (double)tensor_count(g) * each);
 }
 
+void estimate_muon_momentum(struct device *dev, double momentum, const struct param_group *groups, int count,
+                            tensor g, tensor m, const struct step_state *state) {
+    count_pass(dev, ESTIMATE_OPTIMIZER,
+               (double)tensor_count(g) * 2 * (double)(dtype_bytes(g.dtype) + dtype_bytes(m.dtype)));
+}
+
+/* Of five iterations each has three products. They are not part of the model's FLOPs. */
+void estimate_orthogonalize(struct device *dev, const struct orthogonalize_spec *s, tensor x,
+                            const struct step_state *state) {
+    double r = (double)(s->rows < s->cols ? s->rows : s->cols),
+           c = (double)(s->rows < s->cols ? s->cols : s->rows);
+    double E = element_bytes(dev);
+    count_pass(dev, ESTIMATE_OPTIMIZER, r * c * 8);
+    for (int i = 0; i < 5; i++) {
+        count_kernel(dev, ESTIMATE_OPTIMIZER, 0, 2 * r * r * c, dev->options.gpu->matmul, (r * c + r * r) * E,
+                     dev->options.gpu->copy);
+        count_kernel(dev, ESTIMATE_OPTIMIZER, 0, 2 * r * r * r, dev->options.gpu->matmul, 2 * r * r * E,
+                     dev->options.gpu->copy);
+        count_kernel(dev, ESTIMATE_OPTIMIZER, 0, 2 * r * r * c, dev->options.gpu->matmul,
+                     (r * r + 3 * r * c) * E, dev->options.gpu->copy);
+    }
+    count_pass(dev, ESTIMATE_OPTIMIZER, r * c * (E + 4));
+}
+
+void estimate_muon_update(struct device *dev, const struct param_group *groups, int count, int64_t first,
+                          tensor master, tensor p, tensor o, const struct step_state *state) {
+    double each =
+        (double)(dtype_bytes(o.dtype) + 2 * dtype_bytes(master.dtype) + (p.data ? dtype_bytes(p.dtype) : 0));
+    count_pass(dev, ESTIMATE_OPTIMIZER, (double)tensor_count(o) * each);
+}
+
 void estimate_step_begin(struct device *dev, struct step_state *state, int64_t step, double lr) {
     count_pass(dev, ESTIMATE_OPTIMIZER, 0);
 }

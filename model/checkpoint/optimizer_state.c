@@ -9,7 +9,7 @@
 #include "model/checkpoint/files.h"
 #include "model/checkpoint/safetensors.h"
 
-enum { PIECE = 1 << 20 }; /* elements copied at a time */
+enum { PIECE = 1 << 20 /* elements copied at a time */, MOMENTS = 2 };
 
 /* ---- the moments of a rank ---- */
 
@@ -19,34 +19,71 @@ struct owned {
     int64_t packed_offset, count, shard_offset;
 };
 
-static int64_t max64(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-
 static int64_t min64(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-/* The parameters in `shards`: partition.shards, which the rank writes, or partition.updates, which it reads. (In
- * stage 0 every rank updates all.) A malloc'd list, in the order of the flat buffer, and its length; -1 when out
- * of memory. */
-static int list_owned(const struct model *m, const struct shard *shards, int shard_count,
-                      struct owned **list) {
-    int count = 0, tensor = 0;
-    *list = malloc(((size_t)shard_count + (size_t)m->params.count) * sizeof **list);
-    if (!*list)
-        return -1;
-    for (int s = 0; s < shard_count; s++)
-        for (const struct shard *own = &shards[s]; tensor < m->params.count; tensor++) {
-            const struct param *t = &m->params.list[tensor];
-            int64_t begin = max64(own->begin, t->offset), end = min64(own->end, t->offset + t->count);
-            if (begin < end)
-                (*list)[count++] = (struct owned){t->packed_offset + begin - t->offset, end - begin,
-                                                  own->local_offset + begin - own->begin};
-            if (t->offset + t->count > own->end)
-                break; /* the rest is in a later shard, or on another rank */
-        }
+/* What this rank holds of both moments, each in the order of the flat buffer. Muon's parameters have no second one. */
+struct owned_moments {
+    struct owned *list[MOMENTS];
+    int count[MOMENTS];
+};
+
+/* Append the parameters in elements [begin, end) of the flat buffer, whose moments are at `offset`. *tensor: the first
+ * that can be in it, and afterwards in the next range. */
+static int append_owned(const struct model *m, int64_t begin, int64_t end, int64_t offset, struct owned *list,
+                        int count, int *tensor) {
+    for (; *tensor < m->params.count; ++*tensor) {
+        const struct param *t = &m->params.list[*tensor];
+        struct element_range in = param_overlap(t, begin, end);
+        if (in.begin < in.end)
+            list[count++] = (struct owned){t->packed_offset + in.begin - t->offset, in.end - in.begin,
+                                           offset + in.begin - begin};
+        if (t->offset + t->count > end)
+            break; /* the rest is in a later range, or on another rank */
+    }
     return count;
+}
+
+static void list_first(const struct model *m, const struct shard *shards, int shard_count,
+                       struct owned_moments *o) {
+    int tensor = 0;
+    for (int i = 0; i < shard_count; i++)
+        o->count[0] = append_owned(m, shards[i].begin, shards[i].end, shards[i].local_offset, o->list[0],
+                                   o->count[0], &tensor);
+}
+
+static void list_second(const struct model *m, const struct shard *shards, int shard_count,
+                        struct owned_moments *o) {
+    int tensor = 0;
+    for (int i = 0; i < shard_count; i++) {
+        const struct shard *s = &shards[i];
+        int64_t offset = s->second_offset;
+        for (int g = 0; g < s->group_count; g++) {
+            const struct param_group *group = &s->groups[g];
+            o->count[1] = append_owned(m, s->begin + group->begin, s->begin + group->end, offset, o->list[1],
+                                       o->count[1], &tensor);
+            offset += group->end - group->begin;
+        }
+    }
+}
+
+static void free_owned(struct owned_moments *o) {
+    free(o->list[0]);
+    free(o->list[1]);
+}
+
+/* The parameters in `shards`: partition.shards, which the rank writes, or partition.updates, which it reads. (In
+ * stage 0 every rank updates all.) -1 when out of memory; to be freed in any case. */
+static int list_owned(const struct model *m, const struct shard *shards, int shard_count,
+                      struct owned_moments *o) {
+    size_t most = (size_t)shard_count + (size_t)m->params.count;
+    *o = (struct owned_moments){.list = {malloc(most * sizeof **o->list), malloc(most * sizeof **o->list)}};
+    if (!o->list[0] || !o->list[1])
+        return -1;
+    list_first(m, shards, shard_count, o);
+    list_second(m, shards, shard_count, o);
+    return 0;
 }
 
 static tensor moments_piece(struct model *m, int64_t offset, int64_t count) {
@@ -54,18 +91,25 @@ static tensor moments_piece(struct model *m, int64_t offset, int64_t count) {
     return tensor_of(data, m->dtypes.master, count, 0, 0, 0, 0);
 }
 
-/* Call visit for both moments of the list, in the order of the file, in pieces. */
-static int visit_moments(struct model *m, const struct owned *list, int count,
+/* Where a moment begins in m->moments. */
+static int64_t moment_offset(const struct model *m, int moment) {
+    return moment == 0 ? 0 : m->partition.moment_elements;
+}
+
+/* Call visit for both moments, in the order of the file, in pieces. */
+static int visit_moments(struct model *m, const struct owned_moments *o,
                          int (*visit)(void *context, tensor piece, struct error *e), void *context,
                          struct error *e) {
-    for (int moment = 0; moment < 2; moment++)
-        for (int i = 0; i < count; i++)
-            for (int64_t done = 0; done < list[i].count; done += PIECE) {
-                int64_t offset = moment * m->partition.moment_elements + list[i].shard_offset + done;
-                tensor piece = moments_piece(m, offset, min64(PIECE, list[i].count - done));
+    for (int moment = 0; moment < MOMENTS; moment++)
+        for (int i = 0; i < o->count[moment]; i++) {
+            const struct owned *own = &o->list[moment][i];
+            for (int64_t done = 0; done < own->count; done += PIECE) {
+                int64_t offset = moment_offset(m, moment) + own->shard_offset + done;
+                tensor piece = moments_piece(m, offset, min64(PIECE, own->count - done));
                 if (visit(context, piece, e) != 0)
                     return -1;
             }
+        }
     return 0;
 }
 
@@ -89,45 +133,52 @@ static int append_piece(void *context, tensor piece, struct error *e) {
     return safetensors_append(c->w, c->next, (size_t)tensor_count(piece) * sizeof(float), e);
 }
 
-static int64_t owned_total(const struct owned *list, int count) {
+static int64_t owned_total(const struct owned_moments *o, int moment) {
     int64_t total = 0;
-    for (int i = 0; i < count; i++)
-        total += list[i].count;
+    for (int i = 0; i < o->count[moment]; i++)
+        total += o->list[moment][i].count;
     return total;
 }
 
 int64_t optimizer_elements(const struct model *m) {
     const struct partition *p = &m->partition;
-    struct owned *list;
-    int count = list_owned(m, p->shards, p->bucket_count, &list);
-    int64_t total = count < 0 ? -1 : owned_total(list, count);
-    free(list);
+    struct owned_moments o;
+    int status = list_owned(m, p->shards, p->bucket_count, &o);
+    int64_t total = status < 0 ? -1 : owned_total(&o, 0) + owned_total(&o, 1);
+    free_owned(&o);
     return total;
 }
 
 int optimizer_copy(struct model *m, float *moments, struct error *e) {
-    struct owned *list;
-    int count = list_owned(m, m->partition.shards, m->partition.bucket_count, &list);
+    struct owned_moments o;
+    int listed = list_owned(m, m->partition.shards, m->partition.bucket_count, &o);
     struct moments_copy copy = {m, moments, NULL};
-    int status = count < 0 ? fail_run(e, "out of memory saving the optimizer")
-                           : visit_moments(m, list, count, copy_piece, &copy, e);
-    free(list);
+    int status = listed < 0 ? fail_run(e, "out of memory saving the optimizer")
+                            : visit_moments(m, &o, copy_piece, &copy, e);
+    free_owned(&o);
     return status;
 }
 
-/* ranges, then both moments. On error the writer has been closed. */
-static int write_moments(struct safetensors_writer *w, struct model *m, const float *moments,
-                         const struct owned *list, int count, struct error *e) {
-    for (int i = 0; i < count; i++) {
-        int64_t range[2] = {list[i].packed_offset, list[i].packed_offset + list[i].count};
+/* Append the ranges of one moment. On error the writer has been closed. */
+static int write_ranges(struct safetensors_writer *w, const struct owned_moments *o, int moment,
+                        struct error *e) {
+    for (int i = 0; i < o->count[moment]; i++) {
+        const struct owned *own = &o->list[moment][i];
+        int64_t range[2] = {own->packed_offset, own->packed_offset + own->count};
         if (safetensors_append(w, range, sizeof range, e) != 0)
             return -1;
     }
-    int64_t total = owned_total(list, count);
+    return 0;
+}
+
+/* Both moments. On error the writer has been closed. */
+static int write_moments(struct safetensors_writer *w, struct model *m, const float *moments,
+                         const struct owned_moments *o, struct error *e) {
+    int64_t total = owned_total(o, 0) + owned_total(o, 1);
     if (moments)
-        return safetensors_append(w, moments, 2 * (size_t)total * sizeof(float), e);
+        return safetensors_append(w, moments, (size_t)total * sizeof(float), e);
     struct moments_copy copy = {m, malloc(PIECE * sizeof(float)), w};
-    int status = copy.next ? visit_moments(m, list, count, append_piece, &copy, e)
+    int status = copy.next ? visit_moments(m, o, append_piece, &copy, e)
                            : fail_run(e, "out of memory saving the optimizer");
     if (!copy.next)
         safetensors_abandon(w);
@@ -135,41 +186,57 @@ static int write_moments(struct safetensors_writer *w, struct model *m, const fl
     return status;
 }
 
-int optimizer_write(const char *path, struct model *m, const float *moments, struct error *e) {
-    struct owned *list;
-    int count = list_owned(m, m->partition.shards, m->partition.bucket_count, &list);
-    if (count < 0)
-        return fail_run(e, "out of memory saving %s", path);
-    int64_t total = owned_total(list, count);
+/* Ranges of their own where second moments are not of the same parameters as the first. */
+static int write_file(const char *path, struct model *m, const float *moments, const struct owned_moments *o,
+                      struct error *e) {
     struct safetensors_entry entries[] = {
-        {.name = "ranges", .dtype = ST_I64, .ndim = 2, .shape = {count, 2}},
-        {.name = "exp_avg", .dtype = ST_F32, .ndim = 1, .shape = {total}},
-        {.name = "exp_avg_sq", .dtype = ST_F32, .ndim = 1, .shape = {total}}};
-    struct safetensors_writer *w = safetensors_create(path, entries, 3, e);
-    int status = w ? write_moments(w, m, moments, list, count, e) : -1;
-    free(list);
-    return status == 0 ? safetensors_finish(w, e) : -1;
+        {.name = "ranges", .dtype = ST_I64, .ndim = 2, .shape = {o->count[0], 2}},
+        {.name = "ranges_sq", .dtype = ST_I64, .ndim = 2, .shape = {o->count[1], 2}},
+        {.name = "exp_avg", .dtype = ST_F32, .ndim = 1, .shape = {owned_total(o, 0)}},
+        {.name = "exp_avg_sq", .dtype = ST_F32, .ndim = 1, .shape = {owned_total(o, 1)}}};
+    bool both = m->shape.muon;
+    if (!both)
+        entries[1] = entries[0];
+    struct safetensors_writer *w = safetensors_create(path, entries + !both, 3 + both, e);
+    if (!w || write_ranges(w, o, 0, e) != 0 || (both && write_ranges(w, o, 1, e) != 0) ||
+        write_moments(w, m, moments, o, e) != 0)
+        return -1;
+    return safetensors_finish(w, e);
+}
+
+int optimizer_write(const char *path, struct model *m, const float *moments, struct error *e) {
+    struct owned_moments o;
+    int status = list_owned(m, m->partition.shards, m->partition.bucket_count, &o) < 0
+                     ? fail_run(e, "out of memory saving %s", path)
+                     : write_file(path, m, moments, &o, e);
+    free_owned(&o);
+    return status;
 }
 
 /* ---- reading: every rank opens all files ---- */
 
 struct range {
     int64_t begin, end;
-    const char *moments[2]; /* fp32 in the mapped file, of parameter `begin` */
+    const char *values; /* fp32 in the mapped file, of parameter `begin` */
+};
+
+struct range_list {
+    struct range *ranges;
+    int count;
 };
 
 struct optimizer_files {
     struct safetensors *files;
     int count;
-    struct range *ranges;
-    int range_count;
+    struct range_list moments[MOMENTS];
 };
 
 static void close_optimizer(struct optimizer_files *o) {
     for (int i = 0; i < o->count && o->files; i++)
         safetensors_close(&o->files[i]);
     free(o->files);
-    free(o->ranges);
+    for (int i = 0; i < MOMENTS; i++)
+        free(o->moments[i].ranges);
 }
 
 /* The W of "optimizer-RRRRR-of-WWWWW.safetensors" in a directory. */
@@ -190,19 +257,18 @@ static int count_ranks(const char *dir, struct error *e) {
                            dir);
 }
 
-/* Add a file's ranges to the list. */
-static int list_ranges(struct optimizer_files *o, const struct safetensors *file, const char *path,
+/* Add a file's ranges of one moment to the list. ranges_sq is only in files of a run with Muon. */
+static int list_ranges(struct range_list *o, const struct safetensors *file, int moment, const char *path,
                        struct error *e) {
-    const struct safetensors_entry *ranges = safetensors_find(file, "ranges"),
-                                   *first = safetensors_find(file, "exp_avg"),
-                                   *second = safetensors_find(file, "exp_avg_sq");
-    if (!ranges || !first || !second || ranges->dtype != ST_I64 || first->dtype != ST_F32 ||
-        second->dtype != ST_F32 || ranges->ndim != 2 || ranges->shape[1] != 2 ||
-        first->bytes != second->bytes || ranges->shape[0] > INT32_MAX / 2 - o->range_count)
+    const struct safetensors_entry *own = moment == 0 ? NULL : safetensors_find(file, "ranges_sq"),
+                                   *ranges = own ? own : safetensors_find(file, "ranges"),
+                                   *values = safetensors_find(file, moment == 0 ? "exp_avg" : "exp_avg_sq");
+    if (!ranges || !values || ranges->dtype != ST_I64 || values->dtype != ST_F32 || ranges->ndim != 2 ||
+        ranges->shape[1] != 2 || ranges->shape[0] > INT32_MAX / 2 - o->count)
         return fail_user(e, "%s: not an optimizer file of this program, or damaged", path);
     int count = (int)ranges->shape[0];
-    int64_t moments = (int64_t)(first->bytes / sizeof(float)), used = 0;
-    struct range *grown = realloc(o->ranges, (size_t)(o->range_count + count + 1) * sizeof *grown);
+    int64_t moments = (int64_t)(values->bytes / sizeof(float)), used = 0;
+    struct range *grown = realloc(o->ranges, (size_t)(o->count + count + 1) * sizeof *grown);
     if (!grown)
         return fail_run(e, "out of memory reading %s", path);
     o->ranges = grown;
@@ -212,9 +278,8 @@ static int list_ranges(struct optimizer_files *o, const struct safetensors *file
         if (pair[0] < 0 || pair[1] <= pair[0] || pair[1] - pair[0] > moments - used)
             return fail_user(e, "%s: range %d does not fit the number of moments: the file is damaged", path,
                              i);
-        size_t at = (size_t)used * sizeof(float);
-        o->ranges[o->range_count++] = (struct range){
-            pair[0], pair[1], {(const char *)first->data + at, (const char *)second->data + at}};
+        o->ranges[o->count++] =
+            (struct range){pair[0], pair[1], (const char *)values->data + (size_t)used * sizeof(float)};
         used += pair[1] - pair[0];
     }
     return used == moments ? 0
@@ -226,30 +291,55 @@ static int by_begin(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-/* Check that the ranges cover every parameter of the model exactly once. */
-static int check_cover(const struct optimizer_files *o, int64_t num_params, const char *dir,
-                       struct error *e) {
-    int64_t at = 0;
-    for (int i = 0; i < o->range_count; i++) {
-        if (o->ranges[i].begin != at)
-            return fail_user(
-                e, "%s: the optimizer files hold the moments of parameter %lld %s: they are damaged", dir,
-                (long long)min64(at, o->ranges[i].begin), o->ranges[i].begin > at ? "not at all" : "twice");
-        at = o->ranges[i].end;
+/* The next run of parameters, from tensor *next on, that have this moment: packed offsets [*begin, *end). muon:
+ * whether Muon trained them. */
+static bool next_run(const struct params *layout, bool muon, int moment, int *next, int64_t *begin,
+                     int64_t *end) {
+    bool found = false;
+    for (; *next < layout->count; ++*next) {
+        const struct param *t = &layout->list[*next];
+        bool has = moment == 0 || !muon || !muon_updates(t);
+        if (!has && found)
+            break;
+        if (!has)
+            continue;
+        *begin = found ? *begin : t->packed_offset;
+        *end = t->packed_offset + t->count;
+        found = true;
     }
-    return at == num_params
+    return found;
+}
+
+/* Check that the ranges cover every parameter that has this moment exactly once. layout: the parameters of the
+ * checkpoint. */
+static int check_cover(const struct range_list *o, const struct params *layout, bool muon, int moment,
+                       const char *dir, struct error *e) {
+    int64_t begin, end, held = 0, wanted = 0;
+    int next = 0, r = 0;
+    bool complete = true;
+    for (int i = 0; i < o->count; i++)
+        held += o->ranges[i].end - o->ranges[i].begin;
+    while (next_run(layout, muon, moment, &next, &begin, &end)) {
+        wanted += end - begin;
+        for (; complete && begin < end && r < o->count; begin = o->ranges[r++].end) {
+            if (o->ranges[r].begin != begin)
+                return fail_user(
+                    e, "%s: the optimizer files hold the moments of parameter %lld %s: they are damaged", dir,
+                    (long long)min64(begin, o->ranges[r].begin),
+                    o->ranges[r].begin > begin ? "not at all" : "twice");
+            complete = o->ranges[r].end <= end;
+        }
+        complete &= begin >= end;
+    }
+    return complete && r == o->count
                ? 0
                : fail_user(e,
                            "%s: the optimizer files hold the moments of %lld parameters, and the "
                            "model has %lld",
-                           dir, (long long)at, (long long)num_params);
+                           dir, (long long)held, (long long)wanted);
 }
 
-static int open_optimizer(struct optimizer_files *o, const char *dir, int64_t num_params, struct error *e) {
-    int ranks = count_ranks(dir, e);
-    *o = (struct optimizer_files){0};
-    if (ranks < 0)
-        return -1;
+static int open_files(struct optimizer_files *o, const char *dir, int ranks, struct error *e) {
     o->files = calloc((size_t)ranks, sizeof *o->files);
     if (!o->files)
         return fail_run(e, "out of memory reading %s", dir);
@@ -260,16 +350,30 @@ static int open_optimizer(struct optimizer_files *o, const char *dir, int64_t nu
         if (safetensors_open(&o->files[rank], path, e) != 0)
             return -1;
         o->count++;
-        if (list_ranges(o, &o->files[rank], path, e) != 0)
+        for (int i = 0; i < MOMENTS; i++)
+            if (list_ranges(&o->moments[i], &o->files[rank], i, path, e) != 0)
+                return -1;
+    }
+    return 0;
+}
+
+static int open_optimizer(struct optimizer_files *o, const char *dir, const struct params *layout, bool muon,
+                          struct error *e) {
+    int ranks = count_ranks(dir, e);
+    *o = (struct optimizer_files){0};
+    if (ranks < 0 || open_files(o, dir, ranks, e) != 0)
+        return -1;
+    for (int i = 0; i < MOMENTS; i++) {
+        qsort(o->moments[i].ranges, (size_t)o->moments[i].count, sizeof *o->moments[i].ranges, by_begin);
+        if (check_cover(&o->moments[i], layout, muon, i, dir, e) != 0)
             return -1;
     }
-    qsort(o->ranges, (size_t)o->range_count, sizeof *o->ranges, by_begin);
-    return check_cover(o, num_params, dir, e);
+    return 0;
 }
 
 /* Both lists are sorted, so one pass over them finds the ranges of each owned part. */
-static void upload_moments(struct model *m, const struct optimizer_files *o, const struct owned *list,
-                           int count) {
+static void upload_moment(struct model *m, int moment, const struct range_list *o, const struct owned *list,
+                          int count) {
     for (int i = 0, r = 0; i < count; i++) {
         int64_t begin = list[i].packed_offset, end = begin + list[i].count;
         while (r > 0 && o->ranges[r].begin > begin)
@@ -277,14 +381,10 @@ static void upload_moments(struct model *m, const struct optimizer_files *o, con
         while (o->ranges[r].end <= begin)
             r++;
         for (; begin < end; r++) {
-            int64_t stop = min64(end, o->ranges[r].end);
-            for (int moment = 0; moment < 2; moment++)
-                m->k->upload(m->dev,
-                             moments_piece(m,
-                                           moment * m->partition.moment_elements + list[i].shard_offset +
-                                               begin - list[i].packed_offset,
-                                           stop - begin),
-                             o->ranges[r].moments[moment] + (begin - o->ranges[r].begin) * 4, DTYPE_F32);
+            int64_t stop = min64(end, o->ranges[r].end),
+                    at = moment_offset(m, moment) + list[i].shard_offset + begin - list[i].packed_offset;
+            m->k->upload(m->dev, moments_piece(m, at, stop - begin),
+                         o->ranges[r].values + (begin - o->ranges[r].begin) * 4, DTYPE_F32);
             begin = stop;
             if (begin == end)
                 break;
@@ -316,15 +416,14 @@ static int map_to_layout(struct owned *list, int count, const struct params *p, 
 /* layout: the parameters of the checkpoint. */
 static int read_moments(const char *dir, struct model *m, const struct params *layout, struct error *e) {
     struct optimizer_files o;
-    struct owned *list = NULL;
-    int status = open_optimizer(&o, dir, layout->num_params, e);
-    if (status == 0) {
-        int count = list_owned(m, m->partition.updates, m->partition.update_count, &list);
-        status = count < 0 ? fail_run(e, "out of memory reading %s", dir) : 0;
-        if (status == 0)
-            upload_moments(m, &o, list, map_to_layout(list, count, &m->params, layout));
-    }
-    free(list);
+    struct owned_moments owned = {0};
+    int status = open_optimizer(&o, dir, layout, m->shape.muon, e);
+    if (status == 0 && list_owned(m, m->partition.updates, m->partition.update_count, &owned) < 0)
+        status = fail_run(e, "out of memory reading %s", dir);
+    for (int i = 0; i < MOMENTS && status == 0; i++)
+        upload_moment(m, i, &o.moments[i], owned.list[i],
+                      map_to_layout(owned.list[i], owned.count[i], &m->params, layout));
+    free_owned(&owned);
     close_optimizer(&o);
     return status;
 }

@@ -11,10 +11,10 @@
 enum { OPTIMIZER_NAME = 48 };
 void optimizer_name(char out[OPTIMIZER_NAME], int rank, int ranks);
 
-/* Parameters whose moments this rank writes; -1: out of memory. */
+/* Moments that this rank writes: two for each of its parameters, one where Muon updates it; -1: out of memory. */
 int64_t optimizer_elements(const struct model *m);
 
-/* Both moments of those parameters: moments [2 * optimizer_elements], all first moments, then all second. */
+/* Those: moments [optimizer_elements], all first moments, then all second. */
 int optimizer_copy(struct model *m, float *moments, struct error *e);
 
 /* moments: such a copy, or NULL: they are read from the model, which then must not change meanwhile. */

@@ -84,7 +84,7 @@ static size_t weight_bytes(const struct model *m) {
 
 size_t saver_snapshot_bytes(const struct model *m) {
     int64_t elements = optimizer_elements(m);
-    return elements < 0 ? 0 : weight_bytes(m) + 2 * (size_t)elements * sizeof(float);
+    return elements < 0 ? 0 : weight_bytes(m) + (size_t)elements * sizeof(float);
 }
 
 /* Allocate the snapshot, if it takes at most half of memory_free (0: unknown). Rank 0 needs the weights' buffer

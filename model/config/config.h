@@ -31,6 +31,7 @@ enum iha_collapse { COLLAPSE_FULL, COLLAPSE_PER_HEAD };
 enum init_alpha { ALPHA_IDENTITY, ALPHA_NOISE };
 enum init_collapse { COLLAPSE_LAST, COLLAPSE_MEAN };
 enum schedule { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_CONSTANT, SCHEDULE_WSD };
+enum optimizer { OPTIMIZER_ADAMW, OPTIMIZER_MUON };
 enum init_optimizer { OPTIMIZER_FRESH, OPTIMIZER_KEEP };
 enum best_by { BEST_BY_LOSS, BEST_BY_ACCURACY, BEST_BY_EXACT };
 enum device_kind { DEVICE_AUTO, DEVICE_CPU, DEVICE_CUDA };
@@ -79,6 +80,10 @@ struct train_config {
     double epochs;        /* 0: `steps` */
     int64_t total_steps;  /* of the run: `steps`, or calculated by epochs_to_steps; 0: not known yet */
     double lr, min_lr;
+    enum optimizer optimizer;
+    double muon_lr; /* peak, with the schedule of lr */
+    double muon_momentum;
+    int64_t muon_momentum_warmup; /* steps */
     int64_t warmup_steps;
     enum schedule schedule;
     double weight_decay, beta1, beta2, eps, grad_clip;
@@ -143,6 +148,11 @@ int config_load(struct config *c, const char *path, int count, char *const *over
  * of model.* is an error that says the model comes from the checkpoint), and checks their values, but
  * requires no key. */
 int config_override(struct config *c, int count, char *const *overrides, struct error *e);
+
+/* Muon's rate as a factor on lr. */
+static inline double config_muon_lr_scale(const struct config *c) {
+    return c->train.lr > 0 ? c->train.muon_lr / c->train.lr : 1;
+}
 
 /* Every key at its default; required ones zero or empty. */
 void config_defaults(struct config *c);

@@ -173,6 +173,35 @@ static int check_best(const struct draft *d) {
     return 0;
 }
 
+/* The keys of Muon mean nothing to AdamW: only their defaults, which a recorded configuration holds, are accepted. */
+static int check_muon_keys(const struct draft *d) {
+    const struct train_config *t = &d->config->train;
+    struct config initial;
+    config_defaults(&initial);
+    const char *key = t->muon_lr != t->lr                                             ? "muon_lr"
+                      : t->muon_momentum != initial.train.muon_momentum               ? "muon_momentum"
+                      : t->muon_momentum_warmup != initial.train.muon_momentum_warmup ? "muon_momentum_warmup"
+                                                                                      : NULL;
+    if (t->optimizer == OPTIMIZER_MUON || !key)
+        return 0;
+    return fail_at(
+        d, find_row("train", key),
+        "train.%s is of train.optimizer = muon, and the optimizer is adamw; set it to muon, or leave "
+        "%s out",
+        key, key);
+}
+
+/* Muon's rate is a multiple of the schedule's. */
+static int finish_muon(struct draft *d) {
+    struct train_config *t = &d->config->train;
+    if (!was_given(d, find_row("train", "muon_lr")))
+        t->muon_lr = t->lr;
+    if (t->lr == 0 && t->muon_lr > 0 && t->optimizer == OPTIMIZER_MUON)
+        return fail_at(d, find_row("train", "muon_lr"),
+                       "muon_lr = %g needs lr above 0, whose schedule it follows", t->muon_lr);
+    return check_muon_keys(d);
+}
+
 int finish_train(struct draft *d, int ranks) {
     struct train_config *t = &d->config->train;
     const struct config_row *batch = find_row("train", "batch_tokens");
@@ -203,5 +232,5 @@ int finish_train(struct draft *d, int ranks) {
         return fail_at(d, find_row("train", "warmup_steps"),
                        "warmup_steps = %lld is above steps = %lld; lower it or train longer",
                        (long long)t->warmup_steps, (long long)t->steps);
-    return check_best(d) || check_widths(d) ? -1 : 0;
+    return finish_muon(d) || check_best(d) || check_widths(d) ? -1 : 0;
 }

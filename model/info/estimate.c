@@ -12,8 +12,9 @@ static enum dtype reduce_dtype_of(const struct config *c) {
 
 /* A step as the trainer does it, without data. */
 static void run_step(struct model *m, const struct config *c, int64_t step, int64_t passes) {
-    struct update_hyper hyper = {c->train.beta1,     c->train.beta2,       c->train.eps,
-                                 c->train.grad_clip, c->train.skip_zscore, (double)c->train.batch_tokens};
+    struct update_hyper hyper = {c->train.beta1,        c->train.beta2,       c->train.eps,
+                                 c->train.grad_clip,    c->train.skip_zscore, (double)c->train.batch_tokens,
+                                 c->train.muon_momentum};
     m->k->step_begin(m->dev, m->state, step, c->train.lr);
     const struct batch batch = {.segments = m->host_segments}; /* zeros: each sequence is one segment */
     for (int64_t pass = 0; pass < passes; pass++)
@@ -53,6 +54,7 @@ static int run_estimated_steps(struct run_estimate *p, const struct config *c, s
     struct model_options options = {.shape = pass_shape_of(c, true),
                                     .weight_decay = c->train.weight_decay,
                                     .mix_lr_scale = c->train.mix_lr_scale,
+                                    .muon_lr_scale = config_muon_lr_scale(c),
                                     .comm = estimate_comm(dev),
                                     .zero_stage = (int)c->system.zero_stage,
                                     .reduce_dtype = reduce_dtype_of(c)};

@@ -3,6 +3,7 @@
 #include <math.h>
 
 static const double WSD_DECAY = 0.2; /* fraction of all steps over which wsd decays */
+static const double MUON_FIRST_MOMENTUM = 0.85;
 
 /* Fraction of [begin, end) done at `step`, in [0, 1]. */
 static double progress(int64_t step, int64_t begin, int64_t end) {
@@ -28,6 +29,12 @@ double schedule_lr(const struct train_config *t, int64_t step) {
         break;
     }
     return t->lr;
+}
+
+double schedule_muon_momentum(const struct train_config *t, int64_t step) {
+    double first = t->muon_momentum < MUON_FIRST_MOMENTUM ? t->muon_momentum : MUON_FIRST_MOMENTUM;
+    return first + (t->muon_momentum - first) *
+                       (t->muon_momentum_warmup > 0 ? progress(step, 0, t->muon_momentum_warmup) : 1);
 }
 
 int epochs_to_steps(struct train_config *t, int64_t sequences, struct error *e) {

@@ -234,7 +234,7 @@ static void run_sumsq(struct job *j) {
 
 static void run_adamw(struct job *j) {
     static const struct adamw_hyper hyper = {0.9, 0.95, 1e-8};
-    const struct param_group group = {0, j->t[0].shape[0], 1, 0.1f};
+    const struct param_group group = {0, j->t[0].shape[0], 1, 0.1f, 0};
     tensor *t = j->t;
     j->b->k->adamw(j->b->dev, &hyper, &group, 1, 0, t[0], t[4], t[1], t[2], t[3], t[5].data);
 }
@@ -314,7 +314,7 @@ static void bench_ranks(struct bench *b, struct table *t) {
 static bool fits(struct bench *b, const struct config *c) {
     struct memory_plan p;
     struct error e = {0};
-    struct pass_shape shape = bench_shape_of(c);
+    struct pass_shape shape = pass_shape_of(c, true);
     if (model_memory(&c->model, b->k, b->dev, &shape, 1, 0, DTYPE_F32, &p, &e) != 0)
         bench_fail(&e);
     return (double)memory_total(&p) < 0.95 * (double)b->k->memory_available(b->dev);

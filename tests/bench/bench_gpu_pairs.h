@@ -52,7 +52,7 @@ static inline void side_step(struct side *s) {
         model_train_pass(m, (struct batch){s->t.tokens, s->t.targets, NULL}, 1.0 / (double)c->batch_tokens,
                          pass, passes);
     model_update(
-        m, &(struct update_hyper){c->beta1, c->beta2, c->eps, c->grad_clip, 0, (double)c->batch_tokens});
+        m, &(struct update_hyper){c->beta1, c->beta2, c->eps, c->grad_clip, 0, (double)c->batch_tokens, 0});
     m->k->step_post(m->dev, m->state);
     s->posted++;
     side_collect(s, m->k->run_ahead);

@@ -33,16 +33,10 @@ static inline void random_tokens(int32_t *tokens, int64_t n, int64_t vocab, uint
     }
 }
 
-/* The passes of training on random tokens, which have no segments. */
-static inline struct pass_shape bench_shape_of(const struct config *c) {
-    return (struct pass_shape){
-        c->train.micro_batch, c->train.seq_len, c->system.recompute, true, false, false};
-}
-
 /* Build and initialise the model of t->config. */
 static inline void training_open(struct training *t, const struct kernels *k, struct device *dev) {
     const struct config *c = &t->config;
-    struct model_options options = {.shape = bench_shape_of(c),
+    struct model_options options = {.shape = pass_shape_of(c, true),
                                     .weight_decay = c->train.weight_decay,
                                     .mix_lr_scale = c->train.mix_lr_scale};
     struct error e = {0};
@@ -78,7 +72,7 @@ static inline void training_step(void *context) {
         model_forward_backward(m, (struct batch){t->tokens, t->targets, NULL}, 1.0 / (double)c->batch_tokens,
                                pass > 0, NULL, NULL);
     model_update(
-        m, &(struct update_hyper){c->beta1, c->beta2, c->eps, c->grad_clip, 0, (double)c->batch_tokens});
+        m, &(struct update_hyper){c->beta1, c->beta2, c->eps, c->grad_clip, 0, (double)c->batch_tokens, 0});
     m->k->step_read(m->dev, m->state, &state);
 }
 
@@ -170,7 +164,7 @@ static inline struct footprint measure_footprint(int count, char *const *keys) {
     const struct kernels *k = kernels_cpu();
     struct device *dev = k->open(&options, &e);
     read_config(&t.config, NULL, count, keys);
-    struct pass_shape shape = bench_shape_of(&t.config);
+    struct pass_shape shape = pass_shape_of(&t.config, true);
     if (!dev || model_memory(&t.config.model, k, dev, &shape, 1, 0, DTYPE_F32, &p, &e) != 0)
         bench_fail(&e);
     training_open(&t, k, dev);

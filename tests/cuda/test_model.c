@@ -228,7 +228,7 @@ static void train_shrinking(bool graphs, double *losses, float *values) {
         k->step_begin(dev, m.state, step, 0.01);
         for (int pass = 0; pass < 2; pass++)
             model_train_pass(&m, (struct batch){TOKENS_IN, targets, SEGMENTS}, 0.5 / ROWS, pass, 2);
-        model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0, 2 * ROWS});
+        model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0, 2 * ROWS, 0});
         k->step_read(dev, m.state, &state);
         assert_true(state.targets == 2 * counted);
         losses[step] = state.loss;
@@ -262,7 +262,7 @@ static void estimated_memory_is_the_same(void **state) {
     (void)state;
     struct estimate_options o = {
         .gpu = gpu_spec("h200"), .link = link_spec("nvlink"), .ranks = 4, .deterministic = true};
-    struct pass_shape shape = {BATCH, TOKENS, RECOMPUTE_NONE, true, false, false};
+    struct pass_shape shape = {BATCH, TOKENS, RECOMPUTE_NONE, true, false, false, false};
     struct model_config configs[] = {plain_config(), other_config()};
     struct error e = {0};
     for (int i = 0; i < 2 * 2 * 3; i++) {

@@ -97,7 +97,7 @@ static void check_adamw(enum device_precision precision, int count, int64_t star
     struct param_group groups[MAX_TEST_GROUPS];
     for (int i = 0; i < count; i++)
         groups[i] = (struct param_group){start + i * (each + gap), start + i * (each + gap) + each,
-                                         1 + 0.5f * (float)(i % 3), i % 2 ? 0.1f : 0};
+                                         1 + 0.5f * (float)(i % 3), i % 2 ? 0.1f : 0, 0};
     struct adamw_hyper hyper = {0.9, 0.95, 1e-8};
     double *before = separate ? values_on(&k->each[CUDA], p) : NULL;
     EACH(k, b) {
@@ -159,7 +159,7 @@ static void skipped(void **unused) {
     for (int i = 0; i < 4; i++)
         x[i] = input(k, DTYPE_F32, 100, 0, 0, 0, 0);
     struct backend *b = &k->each[CUDA];
-    struct param_group group = {0, 100, 1, 0.1f};
+    struct param_group group = {0, 100, 1, 0.1f, 0};
     struct adamw_hyper hyper = {0.9, 0.95, 1e-8};
     double *before[4];
     for (int i = 0; i < 4; i++)

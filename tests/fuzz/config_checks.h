@@ -84,7 +84,7 @@ static inline void check_costs(const struct model_config *m, int64_t batch, int6
     static struct device *dev;
     struct error e = {0};
     struct device_options options = {.threads = 1, .precision = DEVICE_FP32};
-    struct pass_shape shape = {batch, seq_len, RECOMPUTE_NONE, true, false, false};
+    struct pass_shape shape = {batch, seq_len, RECOMPUTE_NONE, true, false, false, false};
     struct memory_plan plan;
     if (!dev)
         dev = kernels_cpu()->open(&options, &e);

@@ -230,7 +230,7 @@ static void train(struct model *m, double *losses) {
         draw_tokens(tokens, targets, (uint64_t)step + 100);
         m->k->step_begin(m->dev, m->state, step, 3e-3);
         model_forward_backward(m, (struct batch){tokens, targets, NULL}, 1.0 / ROWS, false, NULL, NULL);
-        model_update(m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0, ROWS});
+        model_update(m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0, ROWS, 0});
         m->k->step_read(m->dev, m->state, &state);
         losses[step] = state.loss;
     }

@@ -57,6 +57,9 @@ static inline void round_views(const tensor *views, int count) {
 #define BF16_classifier dh
 #define BF16_sumsq NOTHING
 #define BF16_adamw NOTHING
+#define BF16_muon_momentum NOTHING
+#define BF16_orthogonalize NOTHING
+#define BF16_muon_update NOTHING
 
 #define OP(name, parameters, arguments)                                                                      \
     static void rounded_##name parameters {                                                                  \

@@ -23,6 +23,7 @@ struct job {
     int batch; /* sequences of a step, on all ranks; 0: GLOBAL_BATCH */
     enum labels labels;
     bool segments; /* attention stays inside segments of 9 tokens */
+    bool muon;
     bool leave_out_second_step;
     double eps;     /* 0: 1e-8; larger than gradients, it makes AdamW depend on their scale */
     float *weights; /* [num_params] at the end */
@@ -87,12 +88,14 @@ static void train(struct job *j, struct comm *comm, struct device *dev) {
     int sequences = j->batch ? j->batch : GLOBAL_BATCH;
     int ranks = comm ? comm->ranks : 1, batch = sequences / ranks / j->passes;
     const struct update_hyper hyper = {
-        0.9, 0.95, j->eps > 0 ? j->eps : 1e-8, j->eps > 0 ? 0.25 : 1.0, 0, sequences * TOKENS};
-    struct model_options options = {.shape = {batch, TOKENS, RECOMPUTE_NONE, true, j->segments, j->segments},
-                                    .weight_decay = 0.1,
-                                    .mix_lr_scale = 2,
-                                    .comm = comm,
-                                    .zero_stage = j->stage};
+        0.9, 0.95, j->eps > 0 ? j->eps : 1e-8, j->eps > 0 ? 0.25 : 1.0, 0, sequences * TOKENS, 0.9};
+    struct model_options options = {
+        .shape = {batch, TOKENS, RECOMPUTE_NONE, true, j->segments, j->segments, j->muon},
+        .weight_decay = 0.1,
+        .mix_lr_scale = 2,
+        .muon_lr_scale = 0.5,
+        .comm = comm,
+        .zero_stage = j->stage};
     int32_t tokens[GLOBAL_BATCH * TOKENS], targets[GLOBAL_BATCH * TOKENS];
     int32_t segments[2 * GLOBAL_BATCH * TOKENS];
     for (int b = 0; b < batch; b++) /* the same in every sequence */
@@ -145,7 +148,7 @@ static void *run_rank(void *context) {
 /* ---- all ranks ---- */
 
 static void run_ranks(struct job *jobs, const struct model_config *c, enum labels labels, bool segments,
-                      int ranks, int stage, int passes) {
+                      bool muon, int ranks, int stage, int passes) {
     static struct thread_world world;
     pthread_t threads[THREAD_RANKS];
     thread_world_open(&world, ranks);
@@ -156,7 +159,8 @@ static void run_ranks(struct job *jobs, const struct model_config *c, enum label
                                .stage = stage,
                                .passes = passes,
                                .labels = labels,
-                               .segments = segments};
+                               .segments = segments,
+                               .muon = muon};
         assert_int_equal(pthread_create(&threads[r], NULL, run_rank, &jobs[r]), 0);
     }
     for (int r = 0; r < ranks; r++)
@@ -191,14 +195,15 @@ static bool same_steps(const struct job *a, const struct job *b) {
     return a->updates == b->updates;
 }
 
-static void check_config(const struct model_config *c, enum labels labels, bool segments) {
+static void check_config(const struct model_config *c, enum labels labels, bool segments, bool muon) {
     int64_t n = num_params(c);
-    struct job one = {.config = c, .passes = 1, .labels = labels, .segments = segments}, jobs[THREAD_RANKS];
+    struct job one = {.config = c, .passes = 1, .labels = labels, .segments = segments, .muon = muon},
+               jobs[THREAD_RANKS];
     train(&one, NULL, fixture_device());
     for (int ranks = 2; ranks <= 3; ranks++)
         for (int stage = 0; stage <= 2; stage++)
             for (int passes = 1; passes <= PASSES; passes++) {
-                run_ranks(jobs, c, labels, segments, ranks, stage, passes);
+                run_ranks(jobs, c, labels, segments, muon, ranks, stage, passes);
                 for (int r = 0; r < ranks; r++) {
                     double d = distance(one.weights, jobs[r].weights, n);
                     /* Three steps of AdamW, whose first divides by the gradient: roundings of 1e-7 of a
@@ -224,18 +229,20 @@ static void several_ranks_train_like_one(void **state) {
     plain.layer_types[1] = LAYER_IHA_GLOBAL;
     plain.layer_types[2] = LAYER_MHA_GLOBAL;
     plain.layer_types[4] = LAYER_IHA_LOCAL;
-    check_config(&plain, ALL_COUNT, false);
-    check_config(&other, ALL_COUNT, false);
+    check_config(&plain, ALL_COUNT, false, false);
+    check_config(&other, ALL_COUNT, false, false);
+    check_config(&plain, ALL_COUNT, false, true);
+    check_config(&other, RAGGED, false, true);
 }
 
 /* Where one third of the ranks, and some passes of others, have no target. */
 static void ranks_and_passes_with_few_targets(void **state) {
     (void)state;
     struct model_config plain = plain_config();
-    check_config(&plain, RAGGED, false);
-    check_config(&plain, SECOND_STEP_EMPTY, false);
+    check_config(&plain, RAGGED, false, false);
+    check_config(&plain, SECOND_STEP_EMPTY, false, false);
     plain.num_hidden_layers = 2;
-    check_config(&plain, RAGGED, true);
+    check_config(&plain, RAGGED, true, false);
 }
 
 static void train_one(struct job *j, int passes) {
@@ -265,15 +272,17 @@ static void only_targets_are_averaged(void **state) {
 static void a_step_without_targets_updates_nothing(void **state) {
     (void)state;
     struct model_config c = plain_config();
-    struct job empty = {.config = &c, .labels = SECOND_STEP_EMPTY},
-               left_out = {.config = &c, .leave_out_second_step = true};
-    train_one(&empty, 2);
-    train_one(&left_out, 2);
-    assert_int_equal(empty.updates, STEPS - 1);
-    assert_true(empty.targets[1] == 0 && empty.norms[1] == 0);
-    assert_memory_equal(empty.weights, left_out.weights, (size_t)num_params(&c) * sizeof(float));
-    free(empty.weights);
-    free(left_out.weights);
+    for (int muon = 0; muon < 2; muon++) {
+        struct job empty = {.config = &c, .labels = SECOND_STEP_EMPTY, .muon = muon},
+                   left_out = {.config = &c, .leave_out_second_step = true, .muon = muon};
+        train_one(&empty, 2);
+        train_one(&left_out, 2);
+        assert_int_equal(empty.updates, STEPS - 1);
+        assert_true(empty.targets[1] == 0 && empty.norms[1] == 0);
+        assert_memory_equal(empty.weights, left_out.weights, (size_t)num_params(&c) * sizeof(float));
+        free(empty.weights);
+        free(left_out.weights);
+    }
 }
 
 /* Reduction of the head and of every layer but the first begins before backward's last matrix product. */
@@ -282,7 +291,7 @@ static void reduction_overlaps_backward(void **state) {
     struct model_config c = plain_config();
     struct job jobs[THREAD_RANKS];
     for (int stage = 0; stage <= 2; stage++) {
-        run_ranks(jobs, &c, ALL_COUNT, false, 2, stage, 1);
+        run_ranks(jobs, &c, ALL_COUNT, false, false, 2, stage, 1);
         for (int r = 0; r < 2; r++) {
             assert_int_equal(jobs[r].started_during_backward, (int)c.num_hidden_layers);
             free(jobs[r].weights);

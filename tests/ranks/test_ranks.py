@@ -98,14 +98,34 @@ class Ranks(Case):
 
     def test_stages_agree_bit_for_bit(self):
         """With one pass a step all stages add the same numbers in the same order."""
-        files = []
-        for stage in (0, 1, 2):
-            run = self.tmp / f"bits_{stage}"
-            self.on(3, run, *COMMON, *OTHER, "train.batch_tokens=48", f"system.zero_stage={stage}")
-            files.append([(step_dir(run, 8) / name).read_bytes() for name in
-                          ("model.safetensors", "optimizer-00001-of-00003.safetensors")])
-        self.assertEqual(files[0], files[1])
-        self.assertEqual(files[0], files[2])
+        for optimizer in ("adamw", "muon"):
+            files = []
+            for stage in (0, 1, 2):
+                run = self.tmp / f"bits_{optimizer}_{stage}"
+                self.on(3, run, *COMMON, *OTHER, "train.batch_tokens=48", f"system.zero_stage={stage}",
+                        f"train.optimizer={optimizer}")
+                files.append([(step_dir(run, 8) / name).read_bytes() for name in
+                              ("model.safetensors", "optimizer-00001-of-00003.safetensors")])
+            self.assertEqual(files[0], files[1])
+            self.assertEqual(files[0], files[2])
+
+    def test_muon_is_the_same_on_any_number_of_ranks(self):
+        """One curve on 1, 2 and 3 ranks in every stage, and any number continues what another began."""
+        muon = [*COMMON, *OTHER, "train.batch_tokens=96", "train.optimizer=muon", "train.muon_lr=0.02"]
+        one = self.tmp / "muon_one"
+        self.on(1, one, *muon)
+        for ranks, stage in ((2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)):
+            with self.subTest(ranks=ranks, stage=stage):
+                many = self.tmp / f"muon_{ranks}_{stage}"
+                self.on(ranks, many, *muon, f"system.zero_stage={stage}")
+                self.assert_same_losses(one, many)
+        for begun, ranks, stage in (("one", 3, 2), ("3_1", 2, 0), ("3_0", 1, 1)):
+            with self.subTest(begun=begun, ranks=ranks, stage=stage):
+                resumed = self.tmp / f"muon_resumed_{ranks}"
+                shutil.copytree(self.tmp / f"muon_{begun}", resumed, symlinks=True)
+                shutil.rmtree(step_dir(resumed, 8))
+                self.assertIn("resuming from", self.on(ranks, resumed, *muon, f"system.zero_stage={stage}").stderr)
+                self.assert_same_losses(one, resumed)
 
     def test_units_of_several_buckets(self):
         large = ["model.vocab_size=70000", "model.hidden_size=64", "train.steps=2", "train.batch_tokens=32",

@@ -101,7 +101,7 @@ static void compare_segment(const struct comparison *c, int64_t begin, int64_t e
     for (int64_t n = 0; n < N; n++)
         if (n < begin || n >= end)
             one.targets[n] = -1;
-    open_model(&alone, c->config, (struct pass_shape){1, length, c->recompute, true, false, false});
+    open_model(&alone, c->config, (struct pass_shape){1, length, c->recompute, true, false, false, false});
     if (shift > 0) {
         double *table = model_param(&alone, alone.params.pos_embed).data;
         memmove(table, table + shift * C, (size_t)(length * C) * sizeof *table);
@@ -129,7 +129,7 @@ static void check_lengths(const struct model_config *config, const int64_t *leng
     struct packed batch = packed_batch(lengths);
     enum recompute recompute = (enum recompute)(number++ % (RECOMPUTE_FULL + 1));
     struct comparison c = {restart ? "restart" : "continue", &batch, &packed, config, recompute};
-    open_model(&packed, config, (struct pass_shape){B, T, recompute, true, true, restart});
+    open_model(&packed, config, (struct pass_shape){B, T, recompute, true, true, restart, false});
     each_segment(&batch, restart ? compare_restarted : compare_continued, &c);
     model_free(&packed);
 }
@@ -236,9 +236,9 @@ static void check_rotations(enum layer_type type, int positions) {
     struct batch batch = {p.tokens, p.targets, p.segments};
     for (int64_t n = 0; n < N; n++)
         p.tokens[n] = 3; /* so that the position alone makes rows differ */
-    open_model(&whole, &c, (struct pass_shape){B, T, RECOMPUTE_NONE, true, false, false});
-    open_model(&restarted, &c, (struct pass_shape){B, T, RECOMPUTE_NONE, true, true, true});
-    open_model(&continued, &c, (struct pass_shape){B, T, RECOMPUTE_NONE, true, true, false});
+    open_model(&whole, &c, (struct pass_shape){B, T, RECOMPUTE_NONE, true, false, false, false});
+    open_model(&restarted, &c, (struct pass_shape){B, T, RECOMPUTE_NONE, true, true, true, false});
+    open_model(&continued, &c, (struct pass_shape){B, T, RECOMPUTE_NONE, true, true, false, false});
     fixture_batch_loss(&whole, batch, 1);
     fixture_batch_loss(&restarted, batch, 1);
     fixture_batch_loss(&continued, batch, 1);
@@ -289,7 +289,7 @@ static void segments_do_not_depend_on_each_other(void **state) {
         struct packed batch = packed_batch(LENGTHS);
         struct model_config c = two_layers(LAYER_IHA_GLOBAL, 0);
         c.causal = causal;
-        open_model(&m, &c, (struct pass_shape){B, T, RECOMPUTE_NONE, true, true, true});
+        open_model(&m, &c, (struct pass_shape){B, T, RECOMPUTE_NONE, true, true, true, false});
         each_segment(&batch, check_isolated, &(struct isolation){&m, &batch});
         model_free(&m);
     }
@@ -304,12 +304,12 @@ static struct step_state train(int64_t batch, const int32_t *tokens, const int32
     struct model m;
     struct step_state state;
     struct model_config c = base_config();
-    open_model(&m, &c, (struct pass_shape){batch, T, RECOMPUTE_NONE, true, false, false});
+    open_model(&m, &c, (struct pass_shape){batch, T, RECOMPUTE_NONE, true, false, false, false});
     m.k->step_begin(m.dev, m.state, 0, 0.01);
     for (int64_t i = 0; i < SEQUENCES; i += batch)
         model_train_pass(&m, (struct batch){tokens + i * T, targets + i * T, NULL}, 1.0 / ALL,
                          (int)(i / batch), (int)(SEQUENCES / batch));
-    model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 0.5, 0, ALL});
+    model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 0.5, 0, ALL, 0});
     m.k->step_read(m.dev, m.state, &state);
     assert_true(m.params.elements < MOST_PARAMS);
     memcpy(values, m.values, (size_t)m.params.elements * sizeof *values);
@@ -323,7 +323,7 @@ static double mean_loss(const int32_t *tokens, const int32_t *targets, int64_t b
     struct model m;
     struct model_config c = base_config();
     int count = 0;
-    open_model(&m, &c, (struct pass_shape){batch, T, RECOMPUTE_NONE, false, false, false});
+    open_model(&m, &c, (struct pass_shape){batch, T, RECOMPUTE_NONE, false, false, false, false});
     for (int64_t n = 0; n < batch * T; n++)
         count += targets[n] >= 0;
     double loss = fixture_eval(&m, tokens, targets, 1) / count;
@@ -370,13 +370,13 @@ static void a_step_without_targets_changes_nothing(void **state) {
     fixture_tokens(tokens, N, VOCAB, 3);
     for (int n = 0; n < N; n++)
         targets[n] = -1 - n % 2;
-    open_model(&m, &c, (struct pass_shape){B, T, RECOMPUTE_NONE, true, false, false});
+    open_model(&m, &c, (struct pass_shape){B, T, RECOMPUTE_NONE, true, false, false, false});
     assert_true(m.params.elements < MOST_PARAMS);
     memcpy(values, m.values, (size_t)m.params.elements * sizeof *values);
     m.k->step_read(m.dev, m.state, &before);
     m.k->step_begin(m.dev, m.state, 0, 0.01);
     model_train_pass(&m, (struct batch){tokens, targets, NULL}, 1.0 / N, 0, 1);
-    model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 0.5, 0, N});
+    model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 0.5, 0, N, 0});
     m.k->step_read(m.dev, m.state, &after);
     assert_int_equal(after.skip, STEP_EMPTY);
     assert_true(after.targets == 0 && after.grad_norm == 0);
@@ -408,7 +408,7 @@ static void evaluation_says_which_targets_are_right(void **state) {
     struct packed p = packed_batch(LENGTHS);
     struct batch batch = {p.tokens, p.targets, p.segments};
     int32_t best[N], correct[N], seen[3] = {0};
-    open_model(&m, &c, (struct pass_shape){B, T, RECOMPUTE_NONE, false, true, true});
+    open_model(&m, &c, (struct pass_shape){B, T, RECOMPUTE_NONE, false, true, true, false});
     double *head = model_param(&m, m.params.lm_head).data;
     for (int64_t i = 0; i < c.hidden_size; i++) /* ids 5, 6, ... have the logits of 0, 1, ... */
         for (int v = 5; v < VOCAB; v++)

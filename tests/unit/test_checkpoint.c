@@ -77,7 +77,8 @@ static void open_run(struct run *r, const char *dir, const char *extra, uint64_t
     strcpy(r->trainer.train_fingerprint, "0123456789abcdef");
     load_config(&r->config, extra);
     assert_int_equal(files_make_dirs(dir, &e), 0);
-    fixture_model(&r->model, &r->config.model, (struct pass_shape){2, 6, RECOMPUTE_NONE, true, false, false});
+    fixture_model(&r->model, &r->config.model,
+                  (struct pass_shape){2, 6, RECOMPUTE_NONE, true, false, false, false});
     assert_int_equal(model_initialize(&r->model, seed, &e), 0);
 }
 
@@ -92,7 +93,7 @@ static void train_step(struct run *r) {
     fixture_tokens(targets, 12, 30, (uint64_t)r->trainer.step * 2 + 2);
     m->k->step_begin(m->dev, m->state, r->trainer.step, 1e-2);
     model_forward_backward(m, (struct batch){tokens, targets, NULL}, 1.0 / 12, false, NULL, NULL);
-    model_update(m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0, 12});
+    model_update(m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0, 12, 0});
     r->trainer.step++;
     r->trainer.tokens += 12;
     r->trainer.history.updates++;

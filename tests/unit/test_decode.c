@@ -45,7 +45,7 @@ static void fill_params(struct model *m, uint64_t seed) {
 }
 
 static void open_model(struct model *m, const struct model_config *config) {
-    fixture_model(m, config, (struct pass_shape){1, LENGTH, RECOMPUTE_NONE, false, false, false});
+    fixture_model(m, config, (struct pass_shape){1, LENGTH, RECOMPUTE_NONE, false, false, false, false});
     fill_params(m, 5);
 }
 

@@ -390,7 +390,7 @@ static void *run_rank(void *context) {
     for (int pass = 0; pass < passes; pass++)
         model_train_pass(&m, (struct batch){tokens, targets, NULL}, 1.0 / (double)c->train.batch_tokens, pass,
                          passes);
-    model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 1.0, 0, (double)c->train.batch_tokens});
+    model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 1.0, 0, (double)c->train.batch_tokens, 0});
     model_free(&m);
     kernels_cpu()->close(dev);
     return NULL;
@@ -621,7 +621,7 @@ static void speed_and_mfu_follow_from_the_step(void **state) {
 static void memory_is_what_the_model_plans(void **state) {
     struct gpu_spec g = fast_gpu();
     struct link_spec l = fast_link();
-    struct pass_shape shape = {BATCH, TOKENS, RECOMPUTE_LIGHT, true, false, false};
+    struct pass_shape shape = {BATCH, TOKENS, RECOMPUTE_LIGHT, true, false, false, false};
     struct error e = {0};
     (void)state;
     for (int stage = 0; stage <= 2; stage++) {

@@ -116,7 +116,8 @@ static void check_golden(const char *json_path, enum recompute recompute) {
     for (int64_t i = 0; i < B * T; i++)
         counted += batch.targets[i] >= 0;
     struct model m;
-    fixture_model(&m, &g.config, (struct pass_shape){B, T, recompute, true, segments != NULL, restart});
+    fixture_model(&m, &g.config,
+                  (struct pass_shape){B, T, recompute, true, segments != NULL, restart, false});
     load_params(&m, &g);
     double loss = fixture_batch_loss(&m, batch, 1.0 / (double)counted);
     compare(&g, "loss", &(float){(float)loss}, entry(&g, "loss")->data, 1, scalar(&g, "plain32.loss"), 0);

@@ -30,7 +30,7 @@ static void check_tensor(struct model *m, int index, const int32_t *tokens, cons
 static void check_model(const char *name, const struct model_config *config, int64_t batch, int64_t length,
                         enum recompute recompute) {
     struct model m;
-    fixture_model(&m, config, (struct pass_shape){batch, length, recompute, true, false, false});
+    fixture_model(&m, config, (struct pass_shape){batch, length, recompute, true, false, false, false});
     gradient_randomize(&m);
     int32_t tokens[MAX_TOKENS], targets[MAX_TOKENS];
     fixture_tokens(tokens, batch * length, config->vocab_size, 1);

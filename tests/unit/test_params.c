@@ -311,7 +311,7 @@ static struct memory_plan check_memory(const struct model_config *c, struct pass
     model_initialize(&m, 1, &e);
     if (shape.training) {
         fixture_loss(&m, tokens, targets, 0.01);
-        model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0, 100});
+        model_update(&m, &(struct update_hyper){0.9, 0.95, 1e-8, 1, 0, 100, 0});
     } else
         fixture_eval(&m, tokens, targets, 0.01);
     size_t planned[] = {plan.parameters,  plan.gradients, plan.optimizer,
@@ -328,7 +328,7 @@ static void memory_matches_the_plan(void **state) {
     (void)state;
     struct model_config configs[] = {plain_config(), other_config()};
     for (size_t i = 0; i < COUNT(configs); i++) {
-        struct pass_shape shape = {BATCH, TOKENS, RECOMPUTE_NONE, true, false, false};
+        struct pass_shape shape = {BATCH, TOKENS, RECOMPUTE_NONE, true, false, false, false};
         struct memory_plan none = check_memory(&configs[i], shape);
         shape.recompute = RECOMPUTE_LIGHT;
         struct memory_plan light = check_memory(&configs[i], shape);
@@ -349,7 +349,7 @@ static void memory_of_a_small_model(void **state) {
     c.tie_word_embeddings = true;
     /* embed 80, norms 8, qkv 192, alphas 8 each, collapse 8, out 64, up and down 128 */
     int64_t elements = 128 + 64 + 192 + 3 * 64 + 64 + 64 + 64 + 128 + 128 + 64;
-    struct pass_shape shape = {2, 4, RECOMPUTE_NONE, true, false, false};
+    struct pass_shape shape = {2, 4, RECOMPUTE_NONE, true, false, false, false};
     struct memory_plan plan;
     struct error e = {0};
     c.rope_theta = 100;

@@ -16,7 +16,7 @@ static struct partition make_partition(const struct params *params, int64_t boun
                                        int stage) {
     struct partition p;
     struct error e = {0};
-    struct param_group groups[2] = {{0, boundary, 1, 0.5f}, {boundary, params->elements, 3, 0}};
+    struct param_group groups[2] = {{0, boundary, 1, 0.5f, 0}, {boundary, params->elements, 3, 0, 0}};
     assert_int_equal(partition_create(&p, params, groups, 2, rank, ranks, stage, &e), 0);
     return p;
 }
@@ -134,7 +134,7 @@ static void stage_2_gradients_do_not_overlap(void **state) {
 static void memory_decreases_with_ranks_and_stage(void **state) {
     (void)state;
     struct model_config c = plain_config();
-    struct pass_shape shape = {1, TOKENS, RECOMPUTE_NONE, true, false, false};
+    struct pass_shape shape = {1, TOKENS, RECOMPUTE_NONE, true, false, false, false};
     struct error e = {0};
     struct memory_plan single, plan[3];
     assert_int_equal(model_memory(&c, kernels_cpu(), fixture_device(), &shape, 1, 2, DTYPE_F32, &single, &e),

@@ -15,7 +15,7 @@ static const struct adamw_hyper HYPER = {0.9, 0.95, 1e-8};
 
 static void open_model(struct model *m, const struct model_config *c, int64_t batch, enum recompute r) {
     struct error e = {0};
-    fixture_model(m, c, (struct pass_shape){batch, TOKENS, r, true, false, false});
+    fixture_model(m, c, (struct pass_shape){batch, TOKENS, r, true, false, false, false});
     assert_int_equal(model_initialize(m, 4, &e), 0);
 }
 
@@ -151,7 +151,7 @@ static void every_unit_is_announced_once(void **state) {
 /* ---- AdamW ---- */
 
 enum { N = 333 };
-static const struct param_group GROUPS[] = {{0, 100, 1, 0.1f}, {100, 201, 1, 0}, {201, N, 5, 0.3f}};
+static const struct param_group GROUPS[] = {{0, 100, 1, 0.1f, 0}, {100, 201, 1, 0, 0}, {201, N, 5, 0.3f, 0}};
 
 /* The flat buffers of the kernel, and the same in double. */
 struct adamw_test {
@@ -340,7 +340,7 @@ static void groups_follow_the_parameter_classes(void **state) {
 static void step(struct model *m, const int32_t *tokens, const int32_t *targets, double scale, double lr) {
     m->k->step_begin(m->dev, m->state, 0, lr);
     model_forward_backward(m, (struct batch){tokens, targets, NULL}, scale, false, NULL, NULL);
-    model_update(m, &(struct update_hyper){HYPER.beta1, HYPER.beta2, HYPER.eps, 1, 0, 1 / scale});
+    model_update(m, &(struct update_hyper){HYPER.beta1, HYPER.beta2, HYPER.eps, 1, 0, 1 / scale, 0});
 }
 
 static void nan_gradients_leave_the_parameters_unchanged(void **state) {
