@@ -1,8 +1,7 @@
 /* The optimizer: the step state on the device, the gradient's sum of squares, and AdamW over flat ranges.
  * Kernels read the learning rate, the factor on gradients and the decision to skip a step from the step state, so the
  * host does not have to wait for them. */
-#include "kernels/cuda/cuda.cuh"
-#include "kernels/rounding.h"
+#include "kernels/cuda/store_rounded.cuh"
 
 /* ---- the step state: one thread ---- */
 
@@ -164,27 +163,6 @@ static __device__ __forceinline__ void update(const struct adam_factors &f, floa
     *m = f.beta1 * *m + f.one_minus_beta1 * g;
     *v = f.beta2 * *v + f.one_minus_beta2 * g * g;
     *param -= lr * (*m * f.bias_correction1) / (sqrtf(*v * f.bias_correction2) + f.eps) + decay * *param;
-}
-
-/* Store updated master weights as parameters: to bf16 by stochastic rounding, in fp32 unchanged. */
-template <int V>
-static __device__ __forceinline__ void store_rounded(bf16 *p, const float (&x)[V], uint32_t step,
-                                                     int64_t index) {
-    typedef typename word<V * 2>::type W;
-    union U {
-        W whole;
-        uint16_t part[V];
-        __device__ U() : whole() {}
-    } u;
-#pragma unroll
-    for (int j = 0; j < V; j++)
-        u.part[j] = round_stochastic(x[j], step, (uint64_t)(index + j));
-    *reinterpret_cast<W *>(p) = u.whole;
-}
-
-template <int V>
-static __device__ __forceinline__ void store_rounded(float *p, const float (&x)[V], uint32_t, int64_t) {
-    store(p, x);
 }
 
 /* One block per tile of ADAM_TILE elements of one group. V = 4 when all groups' bounds and addresses are

@@ -361,6 +361,13 @@ int estimate_plan(struct device *dev, const struct op_spec *spec, struct op_cost
         cost->workspace += square ? cudnn_deterministic_bytes(a)
                                   : (size_t)attention_values(a) * 4 * (size_t)dev->options.gpu->cudnn_scratch;
     }
+    if (spec->kind == OP_ORTHOGONALIZE) {
+        double n = (double)(spec->orthogonalize.rows * spec->orthogonalize.cols);
+        double side =
+            (double)(spec->orthogonalize.rows < spec->orthogonalize.cols ? spec->orthogonalize.rows
+                                                                         : spec->orthogonalize.cols);
+        cost->workspace += (size_t)(2 * (n + side * side) * element_bytes(dev)) + 4 * 256;
+    }
     if (spec->kind == OP_CLASSIFIER)
         cost->workspace += (size_t)((double)chunk_rows(dev, &spec->classifier) *
                                     (double)spec->classifier.vocab * element_bytes(dev)) +
