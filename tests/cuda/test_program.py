@@ -86,6 +86,18 @@ class OneGpu(unittest.TestCase):
         self.near(bf16, cpu, 1e-2)  # bf16 keeps 8 bits
         self.assertNotEqual(bf16, fp32)
 
+    def test_muon(self):
+        """The CPU's losses; and a resumed run is the one that was not ended."""
+        muon = ["train.optimizer=muon", "train.muon_lr=0.02", "run.save_every=7"]
+        cpu = self.train("muon_cpu", *muon)
+        bf16 = [*muon, "system.device=cuda", "system.precision=bf16"]
+        whole = self.train("muon_bf16", *bf16)
+        self.near(whole, cpu, 2e-2)
+        shutil.rmtree(self.dir / "muon_bf16" / "step_00000020")
+        shutil.rmtree(self.dir / "muon_bf16" / "step_00000014")
+        (self.dir / "muon_bf16").rename(self.dir / "muon_resumed")
+        self.assertEqual(self.train("muon_resumed", *bf16), whole)
+
     def test_order_does_not_matter(self):
         """What runs when, on the GPU, changes nothing: not a bit."""
         cuda = ["system.device=cuda", "system.precision=bf16", "train.steps=5"]

@@ -59,6 +59,13 @@ class Curves(EmulatorRanksCase):
             # Ranks over the same shards also write the same moments and master weights.
             self.assert_same(run, runs[max(stage, 1), "NCCL"] if stage else first, (stage, way))
 
+    def test_muon_in_bf16_agrees_to_the_bit(self):
+        muon = [*EXACT, ONE_PASS, "train.optimizer=muon"]
+        runs = self.all_of({stage: (2, [*muon, f"system.zero_stage={stage}"], {}) for stage in (0, 1, 2)})
+        for stage in (1, 2):
+            self.assertEqual(runs[stage].lines(), runs[0].lines(), stage)
+            self.assertEqual(runs[stage].weights(4), runs[0].weights(4), stage)
+
     def test_accumulation(self):
         jobs = {(stage, gpus): (2, [*EXACT, THREE_PASSES, f"system.zero_stage={stage}"], {"gpus": gpus})
                 for stage in (0, 1, 2) for gpus in (1, 2)}
