@@ -73,12 +73,14 @@ struct model_config {
 };
 
 struct train_config {
-    int64_t seq_len;      /* T, tokens */
-    int64_t micro_batch;  /* sequences per rank and pass */
-    int64_t batch_tokens; /* per optimizer step, over all ranks */
-    int64_t steps;        /* 0: the data and `epochs` give them */
-    double epochs;        /* 0: `steps` */
-    int64_t total_steps;  /* of the run: `steps`, or calculated by epochs_to_steps; 0: not known yet */
+    int64_t seq_len;         /* T, tokens */
+    int64_t micro_batch;     /* sequences per rank and pass */
+    int64_t batch_tokens;    /* per optimizer step, over all ranks */
+    int64_t steps;           /* 0: `epochs` and the data, or tokens_per_param, give them */
+    double epochs;           /* 0: not given */
+    double tokens_per_param; /* 0: not given */
+    int64_t total_steps; /* of the run: `steps`, or from the other two; 0: not known until epochs_to_steps */
+    bool warmup_derived; /* warmup_steps follows from total_steps */
     double lr, min_lr;
     enum optimizer optimizer;
     double muon_lr; /* peak, with the schedule of lr */
@@ -128,6 +130,8 @@ struct run_config {
 };
 
 struct config {
+    char size
+        [MAX_TEXT]; /* model.size; empty: none. It is not part of the model, only the keys derived from it are. */
     struct model_config model;
     struct train_config train;
     struct system_config system;
@@ -171,6 +175,17 @@ int config_model_from_json(struct model_config *m, const char *json, const char 
  * run is compared with them. Layers are given as `model.layer_pattern`, one name per layer. */
 void config_visit(const struct config *c, void (*visit)(void *context, const char *key, const char *value),
                   void *context);
+
+/* The keys that model.size derives unless they are given, with the values of this configuration; none without a
+ * size. */
+void config_visit_derived(const struct config *c,
+                          void (*visit)(void *context, const char *key, const char *value), void *context);
+
+/* All parameters of a model, embeddings included; 0 when out of memory. */
+int64_t config_num_params(const struct model_config *m);
+
+/* The warm-up that model.size gives a run of total_steps. */
+int64_t derived_warmup(const struct train_config *t);
 
 /* May `section.key` change when a run is resumed? (steps, the schedule's keys, [system] and [run] may.) */
 bool config_may_change_on_resume(const char *key);

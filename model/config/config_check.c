@@ -3,6 +3,7 @@
 #include "model/config/config_internal.h"
 
 #include <inttypes.h>
+#include <math.h>
 #include <string.h>
 
 static bool was_given(const struct draft *d, const struct config_row *row) {
@@ -79,29 +80,43 @@ int finish_model(struct draft *d, int64_t seq_len) {
 static bool is_missing(const struct draft *d, int row) {
     const struct train_config *t = &d->config->train;
     if (&config_rows[row] == find_row("train", "steps"))
-        return !t->steps && !(t->epochs > 0);
-    return row_is_required(&config_rows[row]) && !d->origin[row];
+        return !t->steps && !(t->epochs > 0) && !(t->tokens_per_param > 0);
+    return row_is_required(&config_rows[row]) && !d->origin[row] && !size_derives(d, &config_rows[row]);
 }
 
-int check_required(const struct draft *d) {
+/* The keys that say how long to train: at most one. */
+static int check_one_length(const struct draft *d) {
     const struct train_config *t = &d->config->train;
-    char missing[600] = "";
-    size_t used = 0;
-    int count = 0;
-    for (int i = 0; i < config_row_count; i++)
-        if (is_missing(d, i)) {
-            used += (size_t)snprintf(missing + used, sizeof missing - used, "%s%s.%s%s", count++ ? ", " : "",
-                                     config_rows[i].section, config_rows[i].name,
-                                     row_is_required(&config_rows[i]) ? "" : " (or train.epochs)");
-            if (used >= sizeof missing)
-                break;
-        }
-    if (!count && t->steps && t->epochs > 0)
+    if (t->steps && t->epochs > 0)
         return fail_at(d, find_row("train", "epochs"),
                        "train.steps = %" PRId64
                        " and train.epochs = %g are both given; keep one, and leave the "
                        "other out or set it to none",
                        t->steps, t->epochs);
+    if (t->tokens_per_param > 0 && (t->steps || t->epochs > 0))
+        return fail_at(
+            d, find_row("train", "tokens_per_param"),
+            "train.tokens_per_param = %g and train.%s are both given; keep one, and leave the other "
+            "out or set it to none",
+            t->tokens_per_param, t->steps ? "steps" : "epochs");
+    return 0;
+}
+
+int check_required(const struct draft *d) {
+    char missing[600] = "";
+    size_t used = 0;
+    int count = 0;
+    for (int i = 0; i < config_row_count; i++)
+        if (is_missing(d, i)) {
+            used += (size_t)snprintf(
+                missing + used, sizeof missing - used, "%s%s.%s%s", count++ ? ", " : "",
+                config_rows[i].section, config_rows[i].name,
+                row_is_required(&config_rows[i]) ? "" : " (or train.epochs, train.tokens_per_param)");
+            if (used >= sizeof missing)
+                break;
+        }
+    if (!count && check_one_length(d) != 0)
+        return -1;
     if (!count)
         return 0;
     return fail_at(d, NULL, "missing required %s: %s", count > 1 ? "keys" : "key", missing);
@@ -202,12 +217,33 @@ static int finish_muon(struct draft *d) {
     return check_muon_keys(d);
 }
 
+/* total_steps, and the warm-up where model.size derives it; with train.epochs see epochs_to_steps. */
+static int finish_steps(struct draft *d) {
+    struct train_config *t = &d->config->train;
+    const struct config_row *most = find_row("train", "steps");
+    double params = t->tokens_per_param > 0 ? (double)config_num_params(&d->config->model) : 0;
+    double steps = ceil(t->tokens_per_param * params / (double)t->batch_tokens);
+    if (t->tokens_per_param > 0 && steps > most->max)
+        return fail_at(d, find_row("train", "tokens_per_param"),
+                       "tokens_per_param = %g makes %.0f steps; the limit is %.0f: lower it",
+                       t->tokens_per_param, steps, most->max);
+    t->total_steps = t->tokens_per_param > 0 ? (int64_t)fmax(1, steps) : t->steps;
+    t->warmup_derived = d->config->size[0] && !was_given(d, find_row("train", "warmup_steps"));
+    if (t->warmup_derived)
+        t->warmup_steps = derived_warmup(t);
+    if (t->total_steps && t->warmup_steps > t->total_steps)
+        return fail_at(d, find_row("train", "warmup_steps"),
+                       "warmup_steps = %lld is above steps = %lld; lower it or train longer",
+                       (long long)t->warmup_steps, (long long)t->total_steps);
+    return 0;
+}
+
 int finish_train(struct draft *d, int ranks) {
     struct train_config *t = &d->config->train;
     const struct config_row *batch = find_row("train", "batch_tokens");
     /* At most 2^16 * 2^24 * 2^22: no overflow. */
     int64_t pass = t->micro_batch * t->seq_len * ranks;
-    if (!was_given(d, batch))
+    if (!was_given(d, batch) && !d->config->size[0])
         t->batch_tokens = pass;
     if (pass > (int64_t)batch->max)
         return fail_at(d, find_row("train", "micro_batch"),
@@ -227,10 +263,7 @@ int finish_train(struct draft *d, int ranks) {
     if (t->min_lr > t->lr)
         return fail_at(d, find_row("train", "min_lr"), "min_lr = %g is above lr = %g; lower it", t->min_lr,
                        t->lr);
-    t->total_steps = t->steps;
-    if (t->steps && t->warmup_steps > t->steps)
-        return fail_at(d, find_row("train", "warmup_steps"),
-                       "warmup_steps = %lld is above steps = %lld; lower it or train longer",
-                       (long long)t->warmup_steps, (long long)t->steps);
+    if (finish_steps(d) != 0)
+        return -1;
     return finish_muon(d) || check_best(d) || check_widths(d) ? -1 : 0;
 }

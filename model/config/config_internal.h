@@ -82,6 +82,10 @@ const char *quotable(const char *text, char out[MAX_QUOTE]);
 /* "; did you mean 'X'?", or "" when no name in the list is close. */
 void did_you_mean(const char *word, const char *const *names, char out[96]);
 
+/* Fill what model.size derives, before finish_model. size_derives: whether this key is then not required. */
+int derive_from_size(struct draft *d, int ranks);
+bool size_derives(const struct draft *d, const struct config_row *row);
+
 /* Check that all required keys were given; the error names those that were not. */
 int check_required(const struct draft *d);
 

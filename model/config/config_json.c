@@ -9,9 +9,10 @@
 
 /* ---- writing ---- */
 
-/* config.json leaves out how the model was initialised. */
+/* config.json leaves out how the model was initialised, and the size that its keys were derived from. */
 static bool is_in_json(const struct config_row *row) {
-    return !strcmp(row->section, "model") && strncmp(row->name, "init_", 5) != 0;
+    return !strcmp(row->section, "model") && strncmp(row->name, "init_", 5) != 0 &&
+           strcmp(row->name, "size") != 0;
 }
 
 static cJSON *layer_types_to_json(const struct model_config *m) {

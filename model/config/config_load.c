@@ -266,8 +266,9 @@ int config_load(struct config *c, const char *path, int count, char *const *over
     for (int i = 0; i < count; i++)
         if (apply_override(&d, i, false))
             return -1;
-    if (check_required(&d) || finish_model(&d, c->train.seq_len) || check_positions(&d, c->train.seq_len) ||
-        finish_train(&d, ranks) || check_tokenizer(&d) || check_separator(&d))
+    if (check_required(&d) || derive_from_size(&d, ranks) || finish_model(&d, c->train.seq_len) ||
+        check_positions(&d, c->train.seq_len) || finish_train(&d, ranks) || check_tokenizer(&d) ||
+        check_separator(&d))
         return -1;
     return 0;
 }

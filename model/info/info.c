@@ -162,14 +162,29 @@ static void print_steps(FILE *out, const struct train_config *t) {
         fprintf(out, "Steps: not known, since data.train cannot be opened here");
     if (t->epochs > 0)
         fprintf(out, ", for train.epochs = %g", t->epochs);
+    if (t->tokens_per_param > 0)
+        fprintf(out, ", for train.tokens_per_param = %g", t->tokens_per_param);
     if (t->total_steps > 0 || t->epochs > 0)
         fputs("\n\n", out);
+}
+
+static void print_derived(void *out, const char *key, const char *value) {
+    fprintf(out, "  %-28s %s\n", key, value);
+}
+
+static void print_size(FILE *out, const struct config *c) {
+    if (!c->size[0])
+        return;
+    fprintf(out, "model.size = %s; from it, where not given:\n", c->size);
+    config_visit_derived(c, print_derived, out);
+    fputc('\n', out);
 }
 
 int info_print_counts(FILE *out, const struct config *c, struct error *e) {
     struct params params;
     if (params_create(&params, &c->model, 1, e) != 0)
         return -1;
+    print_size(out, c);
     print_model(out, &c->model);
     print_parameters(out, &params);
     print_schedule(out, &c->model, c->train.seq_len);

@@ -23,6 +23,9 @@ void banner_print(const struct config *c, const struct model *m, int64_t data_to
             data_files, data_files == 1 ? "" : "s", (long long)c->train.batch_tokens);
     if (c->train.epochs > 0)
         fprintf(stderr, "; %lld steps (train.epochs = %g)", (long long)c->train.total_steps, c->train.epochs);
+    if (c->train.tokens_per_param > 0)
+        fprintf(stderr, "; %lld steps (train.tokens_per_param = %g)", (long long)c->train.total_steps,
+                c->train.tokens_per_param);
     fputc('\n', stderr);
     banner_print_ignored(c, m->comm->ranks);
     if (c->system.deterministic)
