@@ -83,6 +83,7 @@ struct run {
     struct flops flops;                  /* per token; with segments without attention */
     double attention_flops; /* with segments: of the sequences that read_step has read, on this rank */
     double step_attention_flops[STEPS_KNOWN]; /* and on all ranks, of step n at [n % STEPS_KNOWN] */
+    struct part_norms norms[STEPS_KNOWN];     /* likewise, of the steps that log_norms_every is due at */
 };
 
 static bool is_rank0(const struct run *r) {
@@ -297,6 +298,8 @@ static void train_step(struct run *r) {
                                  t->skip_zscore,
                                  (double)t->batch_tokens,
                                  schedule_muon_momentum(t, r->trainer.step)};
+    bool due = is_due(r->config.run.log_norms_every, r->trainer.step + 1);
+    r->model.norms = due ? &r->norms[r->trainer.step % STEPS_KNOWN] : NULL;
     model_update(&r->model, &hyper);
     r->k->step_post(r->dev, r->model.state);
     r->steps_in_flight++;
@@ -326,19 +329,20 @@ static int record_step(struct run *r, struct error *e) {
     trainer->history = state.history;
     trainer->seconds += seconds;
     double rate = (double)c->train.batch_tokens / seconds, peak = r->k->peak_flops(r->dev) * r->comm->ranks;
-    struct step_record record = {.step = state.step + 1,
-                                 .steps = c->train.total_steps,
-                                 .tokens = trainer->tokens - r->steps_in_flight * c->train.batch_tokens,
-                                 .targets = state.targets,
-                                 .some_ignored =
-                                     loader_has_labels(r->train) || c->data.packing == PACKING_FIT,
-                                 .loss = state.loss,
-                                 .lr = state.lr,
-                                 .grad_norm = state.grad_norm,
-                                 .seconds = seconds,
-                                 .tokens_per_second = rate,
-                                 .mfu = peak > 0 ? step_flops(r, state.step) / seconds / peak : 0,
-                                 .skipped = state.skip != STEP_APPLIED && state.skip != STEP_EMPTY};
+    struct step_record record = {
+        .step = state.step + 1,
+        .steps = c->train.total_steps,
+        .tokens = trainer->tokens - r->steps_in_flight * c->train.batch_tokens,
+        .targets = state.targets,
+        .some_ignored = loader_has_labels(r->train) || c->data.packing == PACKING_FIT,
+        .loss = state.loss,
+        .lr = state.lr,
+        .grad_norm = state.grad_norm,
+        .norms = is_due(c->run.log_norms_every, state.step + 1) ? &r->norms[state.step % STEPS_KNOWN] : NULL,
+        .seconds = seconds,
+        .tokens_per_second = rate,
+        .mfu = peak > 0 ? step_flops(r, state.step) / seconds / peak : 0,
+        .skipped = state.skip != STEP_APPLIED && state.skip != STEP_EMPTY};
     int status = is_rank0(r) ? metrics_step(r->metrics, &record, e) : 0;
     if (is_rank0(r) && is_due(c->run.log_every, record.step))
         status_step(r->metrics, &record);

@@ -81,6 +81,11 @@ struct gradient_buffers {
     void *d_o_pseudo, *dq, *dk, *dv;     /* [B,S,H,d], S that of the layer */
 };
 
+/* Euclidean norms by part of the model; negative where it has none. Gradients are of the mean loss, before clipping. */
+struct part_norms {
+    double gradient[PARAM_PARTS], weight[PARAM_PARTS];
+};
+
 struct model {
     struct model_config config;
     const struct kernels *k;
@@ -104,6 +109,7 @@ struct model {
     comm_event *reduce_events; /* [bucket_count] pending collective on a bucket's gradients; 0: none */
     comm_event *gather_events; /* [bucket_count] and the all-gather of its parameters */
     bool gather_pending;       /* some of gather_events are */
+    struct part_norms *norms;  /* model_update fills it in, and waits for the queue; NULL: not wanted */
 
     /* the planned pass */
     struct pass_shape shape;

@@ -197,9 +197,61 @@ static void update_shards(struct model *m, const struct update_hyper *h) {
     m->gather_pending = p->ranks > 1;
 }
 
+/* ---- norms by part, and which gradient was bad ---- */
+
+/* Add one tensor's squares, as far as this rank owns it, to the step state. */
+static void add_sumsq(struct model *m, const struct param *t, bool weights) {
+    const struct partition *p = &m->partition;
+    for (int b = 0; b < p->bucket_count; b++) {
+        const struct shard *s = &p->shards[b];
+        struct element_range in = param_overlap(t, s->begin, s->end);
+        tensor owned = weights ? model_shard_weights(m, s).master : model_gradient_shard(m, b);
+        if (in.begin < in.end)
+            m->k->sumsq(m->dev, tensor_rows(owned, in.begin - s->begin, in.end - in.begin), m->state);
+    }
+}
+
+/* Sum of squares over all ranks, of the gradients or weights of the tensors that are of a part, or of one tensor.
+ * Leaves the step state as it was. */
+static double sumsq_over_ranks(struct model *m, int part, const struct param *only, bool weights) {
+    struct step_state before, state = {0};
+    m->k->step_read(m->dev, m->state, &before);
+    m->k->step_write(m->dev, m->state, &state);
+    for (int i = 0; i < m->params.count; i++) {
+        const struct param *t = &m->params.list[i];
+        if (only ? t == only : (int)param_part_of(t) == part)
+            add_sumsq(m, t, weights);
+    }
+    m->comm->ops->all_reduce(m->comm, &m->state->sumsq, 1);
+    m->k->step_read(m->dev, m->state, &state);
+    m->k->step_write(m->dev, m->state, &before);
+    return state.sumsq;
+}
+
+static bool has_part(const struct model *m, int part) {
+    for (int i = 0; i < m->params.count; i++)
+        if ((int)param_part_of(&m->params.list[i]) == part)
+            return true;
+    return false;
+}
+
+/* After step_decide, whose loss and targets are those of all ranks. */
+static void measure_parts(struct model *m, double tokens) {
+    struct step_state state;
+    m->k->step_read(m->dev, m->state, &state);
+    double mean = state.targets > 0 ? tokens / state.targets : 0;
+    for (int part = 0; part < PARAM_PARTS; part++) {
+        bool has = has_part(m, part);
+        m->norms->gradient[part] = has ? mean * sqrt(sumsq_over_ranks(m, part, NULL, false)) : -1;
+        m->norms->weight[part] = has ? sqrt(sumsq_over_ranks(m, part, NULL, true)) : -1;
+    }
+}
+
 void model_update(struct model *m, const struct update_hyper *h) {
     m->k->range_begin(m->dev, "update", -1);
     reduce_norm_and_loss(m, h);
+    if (m->norms)
+        measure_parts(m, h->tokens);
     if (m->shape.muon)
         muon_update_model(m, h);
     else if (m->partition.zero_stage == 0)
@@ -209,34 +261,12 @@ void model_update(struct model *m, const struct update_hyper *h) {
     m->k->range_end(m->dev);
 }
 
-/* ---- which gradient was bad ---- */
-
-/* Sum of squares of one tensor's gradient, over all ranks. Leaves the step state as it was. */
-static double tensor_sumsq(struct model *m, const struct param *t) {
-    const struct partition *p = &m->partition;
-    struct step_state before, state = {0};
-    m->k->step_read(m->dev, m->state, &before);
-    m->k->step_write(m->dev, m->state, &state);
-    for (int b = 0; b < p->bucket_count; b++) {
-        const struct shard *s = &p->shards[b];
-        struct element_range in = param_overlap(t, s->begin, s->end);
-        if (in.begin < in.end)
-            m->k->sumsq(m->dev,
-                        tensor_rows(model_gradient_shard(m, b), in.begin - s->begin, in.end - in.begin),
-                        m->state);
-    }
-    m->comm->ops->all_reduce(m->comm, &m->state->sumsq, 1);
-    m->k->step_read(m->dev, m->state, &state);
-    m->k->step_write(m->dev, m->state, &before);
-    return state.sumsq;
-}
-
 int model_worst_gradient(struct model *m, bool *finite) {
     int worst = 0;
     double largest = -1;
     *finite = false;
     for (int i = m->params.count - 1; i >= 0; i--) {
-        double sum = tensor_sumsq(m, &m->params.list[i]);
+        double sum = sumsq_over_ranks(m, 0, &m->params.list[i], false);
         if (!isfinite(sum))
             return i; /* the nearest to the loss, so the first in backward */
         if (sum > largest) {

@@ -139,6 +139,14 @@ void params_free(struct params *p) {
     *p = (struct params){0};
 }
 
+enum param_part param_part_of(const struct param *t) {
+    if (strstr(t->name, "norm"))
+        return PART_NORMS;
+    if (t->layer < 0)
+        return strstr(t->name, "lm_head") ? PART_HEAD : PART_EMBEDDINGS;
+    return t->class == PARAM_MIX ? PART_MIX : strstr(t->name, ".mlp.") ? PART_MLP : PART_ATTENTION;
+}
+
 struct element_range param_overlap(const struct param *t, int64_t begin, int64_t end) {
     int64_t t_end = t->offset + t->count;
     return (struct element_range){begin > t->offset ? begin : t->offset, end < t_end ? end : t_end};

@@ -14,6 +14,9 @@ enum param_class {
     PARAM_MIX,    /* alpha and collapse: no weight decay, and the learning rate is times mix_lr_scale */
 };
 
+/* The parts of a model that are counted and measured apart. Biases are with their matrix. */
+enum param_part { PART_EMBEDDINGS, PART_ATTENTION, PART_MIX, PART_MLP, PART_NORMS, PART_HEAD, PARAM_PARTS };
+
 enum param_init {
     INIT_NORMAL,        /* normal(0, 0.02) */
     INIT_NORMAL_OUTPUT, /* the same over sqrt(2L): projections that write to the residual stream */
@@ -58,6 +61,8 @@ struct params {
  * is of the same size and aligned (see partition.h). */
 int params_create(struct params *p, const struct model_config *m, int ranks, struct error *e);
 void params_free(struct params *p);
+
+enum param_part param_part_of(const struct param *t);
 
 /* The part of a parameter in [begin, end) of the flat buffer; none where the result's begin >= end. */
 struct element_range {

@@ -198,6 +198,8 @@ const struct config_row config_rows[] = {
      .help = "newest checkpoints to keep; 0: never delete one"},
     {RUN(sample_every), INTEGER(0, TWO(30)), .initial = "0", .help = "steps between samples; 0: never"},
     {RUN(log_every), INTEGER(0, TWO(30)), .initial = "1", .help = "steps between status lines; 0: never"},
+    {RUN(log_norms_every), INTEGER(0, TWO(30)), .initial = "0",
+     .help = "steps between norms of gradients and weights by\npart of the model in metrics.jsonl; 0: never"},
 };
 const int config_row_count = sizeof config_rows / sizeof *config_rows;
 _Static_assert(sizeof config_rows / sizeof *config_rows <= MAX_ROWS, "struct draft has too few origins");

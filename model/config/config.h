@@ -126,7 +126,7 @@ struct data_config {
 
 struct run_config {
     char dir[MAX_TEXT];
-    int64_t eval_every, eval_batches, save_every, keep, sample_every, log_every;
+    int64_t eval_every, eval_batches, save_every, keep, sample_every, log_every, log_norms_every;
 };
 
 struct config {

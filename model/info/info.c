@@ -37,29 +37,22 @@ static void print_model(FILE *out, const struct model_config *m) {
             m->iha_collapse == COLLAPSE_FULL ? "full" : "per-head");
 }
 
-/* The group that a parameter is counted in, by its name. */
-static const char *group_of(const struct param *p) {
-    if (p->layer < 0)
-        return strstr(p->name, "norm") ? "norms" : strstr(p->name, "lm_head") ? "lm_head" : "embeddings";
-    if (strstr(p->name, "norm"))
-        return "norms";
-    if (p->class == PARAM_MIX)
-        return "alpha and collapse (IHA)";
-    return strstr(p->name, ".mlp.") ? "MLP" : "attention projections";
-}
-
 static void print_parameters(FILE *out, const struct params *p) {
-    static const char *const groups[] = {
-        "embeddings", "attention projections", "alpha and collapse (IHA)", "MLP", "norms", "lm_head"};
+    static const char *const names[] = {[PART_EMBEDDINGS] = "embeddings",
+                                        [PART_ATTENTION] = "attention projections",
+                                        [PART_MIX] = "alpha and collapse (IHA)",
+                                        [PART_MLP] = "MLP",
+                                        [PART_NORMS] = "norms",
+                                        [PART_HEAD] = "lm_head"};
     char text[32];
     fprintf(out, "Parameters: %s (%lld)\n", human((double)p->num_params, text), (long long)p->num_params);
-    for (size_t g = 0; g < sizeof groups / sizeof *groups; g++) {
+    for (int part = 0; part < PARAM_PARTS; part++) {
         int64_t count = 0;
         for (int i = 0; i < p->count; i++)
-            if (strcmp(group_of(&p->list[i]), groups[g]) == 0)
+            if ((int)param_part_of(&p->list[i]) == part)
                 count += p->list[i].count;
         if (count > 0)
-            fprintf(out, "  %-26s %14lld  %5.1f%%\n", groups[g], (long long)count,
+            fprintf(out, "  %-26s %14lld  %5.1f%%\n", names[part], (long long)count,
                     100 * (double)count / (double)p->num_params);
     }
     fputc('\n', out);

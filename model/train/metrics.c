@@ -13,6 +13,7 @@
 #include "kernels/clock.h"
 #include "model/config/config.h"
 #include "model/checkpoint/files.h"
+#include "model/model.h"
 
 struct metrics {
     FILE *file;
@@ -124,11 +125,35 @@ static void put_number(FILE *f, const char *key, double x, const char *format) {
         fputs("null", f);
 }
 
+/* An object with the parts that the model has. */
+static void put_parts(FILE *f, const char *key, const double norms[PARAM_PARTS]) {
+    static const char *const names[] = {[PART_EMBEDDINGS] = "embeddings",
+                                        [PART_ATTENTION] = "attention",
+                                        [PART_MIX] = "mix",
+                                        [PART_MLP] = "mlp",
+                                        [PART_NORMS] = "norms",
+                                        [PART_HEAD] = "lm_head"};
+    const char *separator = "";
+    fprintf(f, ", \"%s\": {", key);
+    for (int part = 0; part < PARAM_PARTS; part++) {
+        if (norms[part] < 0)
+            continue;
+        fprintf(f, isfinite(norms[part]) ? "%s\"%s\": %.9g" : "%s\"%s\": null", separator, names[part],
+                norms[part]);
+        separator = ", ";
+    }
+    fputc('}', f);
+}
+
 int metrics_step(struct metrics *m, const struct step_record *r, struct error *e) {
     fprintf(m->file, "{\"step\": %" PRId64, r->step);
     put_number(m->file, "loss", r->targets > 0 ? r->loss : (double)NAN, "%.9g");
     put_number(m->file, "lr", r->lr, "%.9g");
     put_number(m->file, "grad_norm", r->grad_norm, "%.9g");
+    if (r->norms) {
+        put_parts(m->file, "grad_norms", r->norms->gradient);
+        put_parts(m->file, "weight_norms", r->norms->weight);
+    }
     fprintf(m->file, ", \"tokens\": %" PRId64, r->tokens);
     if (r->some_ignored)
         put_number(m->file, "target_tokens", r->targets, "%.0f");

@@ -8,12 +8,15 @@
 #include "kernels/error.h"
 #include "model/train/evaluation.h"
 
+struct part_norms; /* model.h */
+
 struct step_record {
     int64_t step, steps, tokens;
     double targets;    /* of the step, that count; 0: the step has updated nothing, and has no loss */
     bool some_ignored; /* targets may be fewer than the step's tokens: print how many there are */
     double loss, lr, grad_norm;
-    double seconds; /* this step alone: without evaluation and saving */
+    const struct part_norms *norms; /* by part of the model; NULL: not of this step */
+    double seconds;                 /* this step alone: without evaluation and saving */
     double tokens_per_second;
     double mfu; /* 0: unknown device, not printed */
     bool skipped;

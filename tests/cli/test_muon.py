@@ -6,12 +6,13 @@
 
 import json
 import re
+import time
 import unittest
 
 import numpy as np
 from safetensors.numpy import load_file
 
-from tests.lib.runs import Case, lines_of, step_dir, tree, without_timings
+from tests.lib.runs import TIMEOUT, Case, lines_of, start, step_dir, tree, without_timings
 
 MUON = ["train.optimizer=muon", "train.muon_lr=0.03", "train.muon_momentum_warmup=4"]
 EVERY = ["train.steps=6", "train.schedule=constant", "run.save_every=1", "run.keep=0"]
@@ -100,6 +101,21 @@ class Muon(Case):
             self.assertEqual(a[name], b[name], name)
         self.assertEqual(without_timings(lines_of(whole / "metrics.jsonl")),
                          without_timings(lines_of(parted / "metrics.jsonl")))
+
+    def test_a_killed_run_resumes_bit_identically(self):
+        steps = ["train.steps=40", "train.schedule=constant", "run.save_every=3"]
+        whole, killed = self.train(*MUON, *steps), self.new_dir()
+        process = start("train", self.config, f"run.dir={killed}", *MUON, *steps)
+        self.addCleanup(self.end, process)
+        deadline = time.monotonic() + TIMEOUT
+        while not (killed / "step_00000006").exists():
+            self.assertLess(time.monotonic(), deadline)
+        process.kill()
+        process.wait()
+        self.train(*MUON, *steps, run_dir=killed)
+        self.assertEqual(tree(step_dir(whole, 40)).keys(), tree(step_dir(killed, 40)).keys())
+        for name in ("model.safetensors", "optimizer-00000-of-00001.safetensors"):
+            self.assertEqual((step_dir(whole, 40) / name).read_bytes(), (step_dir(killed, 40) / name).read_bytes(), name)
 
     def test_the_optimizer_of_a_run_does_not_change(self):
         run = self.train(*EVERY)
