@@ -2,7 +2,7 @@
  *
  *   model.safetensors                        weights, fp32
  *   config.json                              the model, as other tools read it
- *   optimizer-RRRRR-of-WWWWW.safetensors     AdamW's moments of the parameters that rank R of W owns
+ *   optimizer-RRRRR-of-WWWWW.safetensors     the optimizer's moments of the parameters that rank R of W owns
  *   trainer.json                             everything else that a resumed run needs
  *   tokenizer.json                           when the run has a tokenizer file
  *   generation_config.json                   the ids that end a text, when they are known

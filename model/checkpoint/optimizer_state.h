@@ -1,8 +1,9 @@
-/* optimizer-RRRRR-of-WWWWW.safetensors: AdamW's moments, one file per rank.
+/* optimizer-RRRRR-of-WWWWW.safetensors: the optimizer's moments, one file per rank.
  *
  * A file holds `ranges` [n,2], the parameters whose moments it has, as begin and end in the order of
  * model.safetensors without padding, and exp_avg and exp_avg_sq, their moments one after the other. So any number
- * of ranks can read what any other number wrote. */
+ * of ranks can read what any other number wrote. With Muon, exp_avg is the momentum of its matrices, which have no
+ * second moment: `ranges_sq` [n,2] are the parameters of exp_avg_sq. */
 #ifndef IHA_MODEL_CHECKPOINT_OPTIMIZER_STATE_H
 #define IHA_MODEL_CHECKPOINT_OPTIMIZER_STATE_H
 
