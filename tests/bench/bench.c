@@ -26,6 +26,7 @@ struct item {
 static const struct item ITEMS[] = {
     {"ceilings", bench_ceilings, "rates of a matrix product and of a copy"},
     {"gpt2", bench_gpt2, "an optimizer step of GPT-2 124M"},
+    {"muon", bench_muon, "an update of GPT-2 124M by Muon, next to AdamW's"},
     {"attention", bench_attention, "attention on short sequences"},
     {"window", bench_window, "windowed IHA attention from 1k to 16k tokens"},
     {"mixing", bench_mixing, "qkv_mix and collapse at three sizes"},
