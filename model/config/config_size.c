@@ -213,6 +213,21 @@ static void derive_batch(const struct draft *d, double params, int ranks) {
         t->batch_tokens = pass * (times > 0 ? times : 1);
 }
 
+/* Given keys can leave no legal value to another. */
+static int check_derived(const struct draft *d) {
+    for (int i = 0; derived_keys[i]; i++) {
+        const struct config_row *row = row_of(derived_keys[i]);
+        char why[MAX_WHY];
+        int64_t value;
+        memcpy(&value, row_address(d->config, row), sizeof value);
+        if (row->kind == KIND_INTEGER && row->offset != offsetof(struct config, train.warmup_steps) &&
+            !d->origin[row - config_rows] && value != 0 && check_range(row, (double)value, why))
+            return fail_at(d, find_row("model", "size"), "model.size = %s derives %s = %" PRId64 ": %s",
+                           d->config->size, derived_keys[i], value, why);
+    }
+    return 0;
+}
+
 int64_t derived_warmup(const struct train_config *t) {
     int64_t steps = (int64_t)(0.03 * (double)t->total_steps);
     return steps < MAX_WARMUP ? steps : MAX_WARMUP;
@@ -252,7 +267,7 @@ int derive_from_size(struct draft *d, int ranks) {
     if (!given(d, "train.lr"))
         c->train.lr = rounded(fmin(3e-3, 6e-4 * pow(params / 124e6, -0.4)));
     derive_batch(d, params, ranks);
-    return 0;
+    return check_derived(d);
 }
 
 int64_t config_num_params(const struct model_config *m) {

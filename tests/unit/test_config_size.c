@@ -194,6 +194,8 @@ static void contradictions_are_refused(void **state) {
             "model.vocab_size=257", "train.epochs=1", "train.tokens_per_param=20", NULL);
     refused("train.steps (or train.epochs, train.tokens_per_param)", "model.size=4M", "model.vocab_size=257",
             NULL);
+    refused("model.size = depth=1 derives model.num_attention_heads = 65536", "model.size=depth=1",
+            "model.hidden_size=65536", "model.head_dim=1", "model.vocab_size=257", "train.steps=1", NULL);
     refused("makes", "model.size=4M", "model.vocab_size=257", "train.tokens_per_param=1e9", NULL);
     refused("missing required key: model.vocab_size", "model.size=4M", "train.steps=1", NULL);
 }
