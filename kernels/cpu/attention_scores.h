@@ -8,8 +8,8 @@
 #include "kernels/cpu/tile.h"
 
 /* acc = A B for mr rows of A [., d] and nv vectors of B [d, TILE]. */
-TILE_INLINE void score_block(const int mr, const int nv, int64_t d, const real *a, const real *b,
-                             vreal acc[16][4]) {
+ALWAYS_INLINE void score_block(const int mr, const int nv, int64_t d, const real *a, const real *b,
+                               vreal acc[16][4]) {
     UNROLL
     for (int i = 0; i < mr; i++)
         UNROLL
@@ -41,8 +41,8 @@ struct forward_scores {
     struct rows_ahead *ahead;
 };
 
-TILE_INLINE void forward_block(const int mr, const int nv, const bool masked, const struct forward_scores *f,
-                               int64_t i0, int64_t column) {
+ALWAYS_INLINE void forward_block(const int mr, const int nv, const bool masked,
+                                 const struct forward_scores *f, int64_t i0, int64_t column) {
     vreal acc[16][4];
     prefetch_next(f->ahead);
     score_block(mr, nv, f->d, f->k + i0 * f->d, f->qt + column, acc);
@@ -68,8 +68,8 @@ TILE_INLINE void forward_block(const int mr, const int nv, const bool masked, co
     }
 }
 
-TILE_INLINE void forward_panel(const int mr, const int nv, const bool masked, const struct forward_scores *f,
-                               int64_t column) {
+ALWAYS_INLINE void forward_panel(const int mr, const int nv, const bool masked,
+                                 const struct forward_scores *f, int64_t column) {
     int64_t i = 0;
     for (; i + mr <= f->keys; i += mr)
         forward_block(mr, nv, masked, f, i, column);
@@ -79,8 +79,8 @@ TILE_INLINE void forward_panel(const int mr, const int nv, const bool masked, co
         forward_block(1, nv, masked, f, i, column);
 }
 
-TILE_INLINE void forward_panels(const bool masked, const struct forward_scores *f, int64_t begin,
-                                int64_t end) {
+ALWAYS_INLINE void forward_panels(const bool masked, const struct forward_scores *f, int64_t begin,
+                                  int64_t end) {
     int64_t c = begin;
     for (; c + 4 * VL <= end; c += 4 * VL)
         forward_panel(TILE_ROWS_4, 4, masked, f, c);
@@ -111,8 +111,8 @@ struct backward_scores {
     struct rows_ahead *ahead;
 };
 
-TILE_INLINE void backward_block(const int mr, const int nv, const bool masked,
-                                const struct backward_scores *w, int64_t i0, int64_t column) {
+ALWAYS_INLINE void backward_block(const int mr, const int nv, const bool masked,
+                                  const struct backward_scores *w, int64_t i0, int64_t column) {
     vreal acc[16][4];
     real *p = w->p + i0 * TILE + column, *ds = w->ds + i0 * TILE + column;
     vbits lane;
@@ -143,8 +143,8 @@ TILE_INLINE void backward_block(const int mr, const int nv, const bool masked,
     }
 }
 
-TILE_INLINE void backward_panel(const int mr, const int nv, const bool masked,
-                                const struct backward_scores *w, int64_t column) {
+ALWAYS_INLINE void backward_panel(const int mr, const int nv, const bool masked,
+                                  const struct backward_scores *w, int64_t column) {
     int64_t i = 0;
     for (; i + mr <= w->rows; i += mr)
         backward_block(mr, nv, masked, w, i, column);
@@ -154,8 +154,8 @@ TILE_INLINE void backward_panel(const int mr, const int nv, const bool masked,
         backward_block(1, nv, masked, w, i, column);
 }
 
-TILE_INLINE void backward_panels(const bool masked, const struct backward_scores *w, int64_t begin,
-                                 int64_t end) {
+ALWAYS_INLINE void backward_panels(const bool masked, const struct backward_scores *w, int64_t begin,
+                                   int64_t end) {
     int64_t c = begin;
     for (; c + 4 * VL <= end; c += 4 * VL)
         backward_panel(TILE_ROWS_4, 4, masked, w, c);

@@ -59,6 +59,9 @@ void banner_print_finished(const struct config *c, const struct trainer_state *t
     else if (t->epochs > 0)
         printf("train.epochs = %g are %lld steps; raise it to continue\n", t->epochs,
                (long long)t->total_steps);
+    else if (t->tokens_per_param > 0)
+        printf("train.tokens_per_param = %g are %lld steps; raise it to continue\n", t->tokens_per_param,
+               (long long)t->total_steps);
     else
         printf("train.steps is %lld; raise it to continue\n", (long long)t->total_steps);
 }
