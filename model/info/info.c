@@ -198,7 +198,6 @@ int info_print(FILE *out, const struct config *c, const struct kernels *k, struc
     return print_ranks(out, c, k, dev, &shape, e);
 }
 
-
 void info_print_determinism(FILE *out, const struct model *m) {
     bool printed[LAYER_TYPES] = {false};
     const char *separator = "";
