@@ -155,6 +155,9 @@ $(BUILD)/%.o: %.c | build/headers-found
 	@echo "  CC   $<"
 	@$(CC) $(CFLAGS) -MMD -MP -c $< -o $@
 
+# Its text is in the program, which the compiler does not list as a dependency.
+$(BUILD)/model/checkpoint/transformers.o build/fuzz/model/checkpoint/transformers.o: $(wildcard model/checkpoint/hf/*.py)
+
 BENCH = $(BUILD)/tests/bench/bench
 $(C_TESTS) $(BENCH): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 	@mkdir -p $(@D)

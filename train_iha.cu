@@ -19,6 +19,7 @@
 #include "data/loader.h"
 #include "data/text.h"
 #include "data/tokenizer.h"
+#include "data/tokenizer_export.h"
 #include "data/turns.h"
 #include "kernels/clock.h"
 #include "kernels/comm.h"
@@ -66,6 +67,8 @@ struct run {
     struct tokenizer *tokenizer;
     char *tokenizer_text; /* of tokenizer.json, for checkpoints; NULL: none */
     size_t tokenizer_bytes;
+    char *saved_tokenizer;   /* the same of the byte tokenizer */
+    char *tokenizer_config;  /* of tokenizer_config.json, for checkpoints; NULL: none */
     struct end_ids ends;     /* a text ends at these ids, and begins after the first */
     char *generation_config; /* them, for checkpoints; NULL: none */
     struct chat *chat;       /* the chat template of the data or the checkpoint; NULL: none */
@@ -104,6 +107,8 @@ static void release(struct run *r) {
     loader_close(r->val);
     tokenizer_close(r->tokenizer);
     free(r->tokenizer_text);
+    free(r->saved_tokenizer);
+    free(r->tokenizer_config);
     free(r->generation_config);
     validation_buffers_free(&r->evaluated);
     chat_close(r->chat);
@@ -425,10 +430,13 @@ static int print_sample(struct run *r, struct error *e) {
 
 /* The metrics that precede a checkpoint are on the disk before it is. */
 static int save(struct run *r, bool wait, struct error *e) {
+    bool bytes = r->saved_tokenizer != NULL;
     const struct checkpoint_job job = {.run_dir = r->config.run.dir,
                                        .config = &r->config,
-                                       .tokenizer = r->tokenizer_text,
-                                       .tokenizer_bytes = r->tokenizer_bytes,
+                                       .tokenizer = bytes ? r->saved_tokenizer : r->tokenizer_text,
+                                       .tokenizer_bytes =
+                                           bytes ? strlen(r->saved_tokenizer) : r->tokenizer_bytes,
+                                       .tokenizer_config = r->tokenizer_config,
                                        .generation_config = r->generation_config,
                                        .chat = r->chat_json,
                                        .trainer = r->trainer,
@@ -684,6 +692,20 @@ static int find_chat(struct run *r, struct error *e) {
     return 0;
 }
 
+/* What a checkpoint has of the tokenizer for Transformers. */
+static int describe_tokenizer(struct run *r, struct error *e) {
+    const struct config *c = &r->config;
+    if (!r->tokenizer)
+        return 0;
+    bool bytes = !r->tokenizer_text;
+    if (bytes && !(r->saved_tokenizer = tokenizer_bytes_json()))
+        return fail_run(e, "out of memory for a checkpoint's tokenizer.json");
+    r->tokenizer_config = tokenizer_config_json(
+        bytes ? NULL : c->data.tokenizer, bytes ? r->saved_tokenizer : r->tokenizer_text,
+        r->ends.count ? r->ends.ids[0] : -1, c->model.max_position_embeddings, e);
+    return r->tokenizer_config ? 0 : -1;
+}
+
 static int open_data(struct run *r, struct error *e) {
     const struct config *c = &r->config;
     r->train = open_loader(r, c->data.train, e);
@@ -697,7 +719,7 @@ static int open_data(struct run *r, struct error *e) {
         loader_fingerprint(r->val, r->trainer.val_fingerprint);
     }
     if (open_tokenizer(r, c->data.tokenizer, e) != 0 || find_documents(r, e) != 0 ||
-        (r->val && check_labels(r, e) != 0))
+        (r->val && check_labels(r, e) != 0) || describe_tokenizer(r, e) != 0)
         return -1;
     return find_chat(r, e);
 }
@@ -816,11 +838,11 @@ static int find_tokenizer(struct run *r, const char *dir, struct error *e) {
     snprintf(path, sizeof path, "%s/tokenizer.json", dir);
     if (strcmp(r->config.data.tokenizer, "none") != 0)
         return open_tokenizer(r, r->config.data.tokenizer, e);
-    if (access(path, R_OK) == 0 || errno != ENOENT)
-        return open_tokenizer(r, path, e);
     if (checkpoint_setting(dir, "data.tokenizer", recorded, e) != 0)
         return -1;
-    return strcmp(recorded, "bytes") == 0 ? open_tokenizer(r, recorded, e) : 0;
+    if (strcmp(recorded, "bytes") == 0) /* its tokenizer.json is for other programs */
+        return open_tokenizer(r, recorded, e);
+    return access(path, R_OK) == 0 || errno != ENOENT ? open_tokenizer(r, path, e) : 0;
 }
 
 /* ---- eval ---- */

@@ -59,6 +59,13 @@ static size_t folder_length(const char *path) {
     return slash ? (size_t)(slash + 1 - path) : 0;
 }
 
+int read_tokenizer_config(const char *path, cJSON **root, struct error *e) {
+    char *config;
+    int rc = read_beside(path, folder_length(path), "tokenizer_config.json", root, &config, e);
+    free(config);
+    return rc;
+}
+
 int read_eos_token(const char *path, char **name, struct error *e) {
     char *config;
     cJSON *root;
@@ -126,6 +133,9 @@ char *end_ids_json(const struct end_ids *ends) {
     bool made = ids != NULL;
     for (int i = 0; i < ends->count && made; i++)
         made = cJSON_AddItemToArray(ids, cJSON_CreateNumber(ends->ids[i]));
+    if (made && ends->count > 0)
+        made = cJSON_AddNumberToObject(root, "bos_token_id", ends->ids[0]) &&
+               cJSON_AddNumberToObject(root, "pad_token_id", ends->ids[0]);
     char *text = made ? cJSON_Print(root) : NULL;
     cJSON_Delete(root);
     return text;

@@ -21,7 +21,8 @@ bool end_ids_has(const struct end_ids *ends, int32_t id);
  * is no error; one that is damaged, or names an id of no token, is (EXIT_USER). */
 int read_generation_config(const char *folder, int64_t vocab_size, struct end_ids *ends, struct error *e);
 
-/* The content of a generation_config.json with these ids, malloc'd; NULL: no memory. */
+/* The content of a generation_config.json with these ids, malloc'd; NULL: no memory. A text begins after the first one
+ * (bos_token_id), which is also for programs that pad (pad_token_id). */
 char *end_ids_json(const struct end_ids *ends);
 
 #endif

@@ -256,10 +256,11 @@ void token_decoder_free(struct decoder_steps *steps);
 int byte_character(unsigned char byte, char out[3]);
 int64_t bytes_of_token(const char *token, size_t length, char *out);
 
-/* end_of_text.c. The eos_token of a tokenizer_config.json beside the file `path`, malloc'd, or NULL; and the
+/* end_of_text.c. The tokenizer_config.json beside the file `path`, or NULL; its eos_token, malloc'd, or NULL; and the
  * end ids of a generation_config.json beside it. */
 extern const char *const end_of_text_names[];
 extern const int end_of_text_name_count;
+int read_tokenizer_config(const char *path, struct cJSON **root, struct error *e);
 int read_eos_token(const char *path, char **name, struct error *e);
 int read_generation_config_beside(const char *path, int64_t vocab_size, struct end_ids *ends,
                                   struct error *e);

@@ -11,6 +11,7 @@
 #include "model/checkpoint/files.h"
 #include "model/checkpoint/optimizer_state.h"
 #include "model/checkpoint/safetensors.h"
+#include "model/checkpoint/transformers.h"
 #include "model/checkpoint/weights.h"
 
 enum { MAX_TOKENIZER = 256 << 20 }; /* bytes */
@@ -141,14 +142,35 @@ int checkpoint_read_settings(const char *dir, struct config *c, struct error *e)
 
 /* ---- saving ---- */
 
-static int write_config(const char *dir, const struct model_config *config, struct error *e) {
-    char path[PATH_BYTES], *text = config_model_to_json(config);
+/* text: NULL writes nothing. */
+static int write_text(const char *dir, const char *name, const char *text, struct error *e) {
+    char path[PATH_BYTES];
+    path_join(path, dir, name);
+    return text ? files_write_synced(path, text, strlen(text), e) : 0;
+}
+
+static int write_config(const char *dir, const struct checkpoint_job *job, struct error *e) {
+    char *text = transformers_config_json(&job->config->model, job->generation_config);
     if (!text)
         return fail_run(e, "out of memory saving config.json");
-    path_join(path, dir, "config.json");
-    int status = files_write_synced(path, text, strlen(text), e);
+    int status = write_text(dir, "config.json", text, e);
     free(text);
     return status;
+}
+
+/* What a program needs beside the weights. */
+static int write_description(const char *dir, const struct checkpoint_job *job, struct error *e) {
+    char path[PATH_BYTES];
+    const char *generation = job->generation_config ? job->generation_config : "{}\n";
+    path_join(path, dir, "tokenizer.json");
+    if (job->tokenizer && files_write_synced(path, job->tokenizer, job->tokenizer_bytes, e) != 0)
+        return -1;
+    return write_config(dir, job, e) != 0 ||
+                   write_text(dir, "tokenizer_config.json", job->tokenizer_config, e) != 0 ||
+                   write_text(dir, "generation_config.json", generation, e) != 0 ||
+                   transformers_write_code(dir, e) != 0
+               ? -1
+               : 0;
 }
 
 /* Remove all but the newest `keep` (0: remove none) and the best. Checkpoints after `step` are those that did not
@@ -216,15 +238,7 @@ int checkpoint_write(const struct checkpoint_job *job, struct error *e) {
     if (p->rank > 0)
         return 0;
     snprintf(path, sizeof path, "%s/model.safetensors", dir);
-    if (weights_write(path, job->model, job->weights, e) != 0 ||
-        write_config(dir, &job->config->model, e) != 0)
-        return -1;
-    snprintf(path, sizeof path, "%s/tokenizer.json", dir);
-    if (job->tokenizer && files_write_synced(path, job->tokenizer, job->tokenizer_bytes, e) != 0)
-        return -1;
-    snprintf(path, sizeof path, "%s/generation_config.json", dir);
-    if (job->generation_config &&
-        files_write_synced(path, job->generation_config, strlen(job->generation_config), e) != 0)
+    if (weights_write(path, job->model, job->weights, e) != 0 || write_description(dir, job, e) != 0)
         return -1;
     snprintf(path, sizeof path, "%s/chat.json", dir);
     if (job->chat && files_write_synced(path, job->chat, strlen(job->chat), e) != 0)

@@ -4,9 +4,10 @@
  *   config.json                              the model, as other tools read it
  *   optimizer-RRRRR-of-WWWWW.safetensors     the optimizer's moments of the parameters that rank R of W owns
  *   trainer.json                             everything else that a resumed run needs
- *   tokenizer.json                           when the run has a tokenizer file
- *   generation_config.json                   the ids that end a text, when they are known
- *   chat.json                                the chat template, when the run's data has one */
+ *   tokenizer.json, tokenizer_config.json    when the run has a tokenizer
+ *   generation_config.json                   the ids that end a text
+ *   chat.json                                the chat template, when the run's data has one
+ *   configuration_iha.py, modeling_iha.py    the model for Hugging Face Transformers */
 #ifndef IHA_MODEL_CHECKPOINT_CHECKPOINT_H
 #define IHA_MODEL_CHECKPOINT_CHECKPOINT_H
 
@@ -25,7 +26,8 @@ struct checkpoint_job {
     const struct config *config;
     const char *tokenizer; /* the text of tokenizer.json, or NULL */
     size_t tokenizer_bytes;
-    const char *generation_config; /* the text of generation_config.json, or NULL */
+    const char *tokenizer_config;  /* the text of tokenizer_config.json, or NULL */
+    const char *generation_config; /* the text of generation_config.json; NULL: no ids are known */
     const char *chat;              /* the text of chat.json, or NULL */
     struct trainer_state trainer;
     struct model *model;

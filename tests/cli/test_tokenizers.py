@@ -122,7 +122,7 @@ dir = {self.folder}/run
         shutil.rmtree(self.folder / "run", ignore_errors=True)
         self.train(*overrides, **options)
         path = self.folder / "run" / "step_00000001" / "generation_config.json"
-        return json.loads(path.read_text())["eos_token_id"] if path.exists() else []
+        return json.loads(path.read_text()).get("eos_token_id", [])
 
 
 class EndOfText(Case):
@@ -235,7 +235,8 @@ class EndOfText(Case):
         self.train("data.tokenizer=bytes")
         checkpoint = self.folder / "run" / "step_00000001"
         command = [BINARY, "generate", checkpoint, "--prompt", "ab", "--tokens", "8", "--seed", "3"]
-        self.assertEqual(json.loads((checkpoint / "generation_config.json").read_text()), {"eos_token_id": [256]})
+        self.assertEqual(json.loads((checkpoint / "generation_config.json").read_text()),
+                         {"eos_token_id": [256], "bos_token_id": 256, "pad_token_id": 256})
         run = subprocess.run(command, capture_output=True)
         self.assertGreater(len(run.stdout), 3)
         for k in range(0, 300, 60):  # 64 ids at most are kept

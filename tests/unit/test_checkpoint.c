@@ -300,6 +300,9 @@ static const char *const CONFIG_KEYS[] = {
     "iha_mask",
     "iha_rope",
     "iha_collapse",
+    "architectures", /* from here on for Transformers */
+    "auto_map",
+    "dtype",
 };
 
 static void config_json_has_the_contract_s_keys(void **state) {
