@@ -58,28 +58,44 @@ static void collapse_per_head_backward(const struct collapse_spec *s, const real
 void cpu_collapse(struct device *dev, const struct collapse_spec *s, tensor o, tensor r, tensor out) {
     (void)dev;
     check_collapse("collapse", s, o, r, out);
-    int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H;
-#pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < s->batch * s->tokens; n++) {
-        const real *from = (real *)o.data + n * PH * d;
-        real *to = (real *)out.data + n * H * d;
-        if (s->per_head)
-            collapse_per_head(s, from, r.data, to);
-        else
-            head_mix(H, PH, d, r.data, PH, 1, from, to);
+    int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H, N = s->batch * s->tokens;
+    bool stream = mix_streams(out.data, N * H * d, d);
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++) {
+            const real *from = (real *)o.data + n * PH * d, *next = from + PH * d;
+            real *to = (real *)out.data + n * H * d;
+            struct mix_memory memory = {.stream = stream,
+                                        .write = stream ? NULL : to + H * d,
+                                        .at = {(const char *)next, (const char *)next},
+                                        .bytes = {PH * d * (int64_t)sizeof(real)}};
+            if (s->per_head)
+                collapse_per_head(s, from, r.data, to);
+            else
+                head_mix(H, PH, d, r.data, PH, 1, from, NULL, to, &memory);
+        }
+        vstream_end();
     }
 }
 
 static void collapse_backward_block(const struct collapse_spec *s, int64_t count, const real *dout,
-                                    const real *o, const real *r, real *d_o, real *dr) {
+                                    const real *o, const real *r, bool stream, real *d_o, real *dr) {
     int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H;
-    for (int64_t t = 0; t < count; t++)
+    for (int64_t t = 0; t < count; t++) {
+        const real *next = dout + (t + 1) * H * d, *other = o + t * PH * d;
+        real *to = d_o + t * PH * d;
+        struct mix_memory memory = {.stream = stream,
+                                    .write = stream ? NULL : to + H * d,
+                                    .at = {(const char *)other, (const char *)next},
+                                    .bytes = {PH * d * (int64_t)sizeof(real), H * d * (int64_t)sizeof(real)}};
         if (s->per_head)
-            collapse_per_head_backward(s, dout + t * H * d, o + t * PH * d, r, d_o + t * PH * d, dr);
+            collapse_per_head_backward(s, dout + t * H * d, other, r, to, dr);
         else
-            head_mix(PH, H, d, r, 1, PH, dout + t * H * d, d_o + t * PH * d);
+            head_mix(PH, H, d, r, 1, PH, dout + t * H * d, NULL, to, &memory);
+    }
     if (!s->per_head)
-        head_outer(H, PH, d, count, dout, H * d, o, PH * d, dr);
+        head_outer(H, PH, d, count, dout, H * d, o, PH * d, dr, (const char *)dout, 0, 0);
 }
 
 void cpu_collapse_backward(struct device *dev, const struct collapse_spec *s, tensor dout, tensor o, tensor r,
@@ -89,6 +105,7 @@ void cpu_collapse_backward(struct device *dev, const struct collapse_spec *s, te
     int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H, N = s->batch * s->tokens;
     int64_t stride = round_up(matrix_reals(s), 16), block = mix_tokens(H, d);
     size_t bytes = collapse_plan(dev, s).workspace;
+    bool stream = mix_streams(d_o.data, N * PH * d, d);
     real *partials = cpu_workspace(dev, bytes, "collapse_backward");
     memset(partials, 0, bytes);
 #pragma omp parallel num_threads(dev->threads)
@@ -97,7 +114,9 @@ void cpu_collapse_backward(struct device *dev, const struct collapse_spec *s, te
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += block)
             collapse_backward_block(s, min64(block, N - n), (real *)dout.data + n * H * d,
-                                    (real *)o.data + n * PH * d, r.data, (real *)d_o.data + n * PH * d, mine);
+                                    (real *)o.data + n * PH * d, r.data, stream,
+                                    (real *)d_o.data + n * PH * d, mine);
+        vstream_end();
     }
     sum_partials(partials, dev->threads, stride, matrix_reals(s), dr.data, accumulate);
 }

@@ -9,10 +9,114 @@
 
 #include "kernels/cpu/tile.h"
 
-/* out = M in for one token. Element (i,j) of M is m[i*row + j*col]; in [J,d] and out [I,d] are contiguous. */
+/* Where the products' results go, and what they bring into the caches on the way. These operations need about as
+ * long for their bytes as for their arithmetic, so memory must be read while products are computed. The hardware
+ * does not foresee what comes after a token's few kilobytes. */
+struct mix_memory {
+    bool stream;       /* store past the caches */
+    const real *write; /* where rows like those of the result are stored later, or NULL */
+    const char *at[2]; /* what is read next: `bytes` of it are prefetched, spread over the products */
+    int64_t bytes[2];
+};
+
+/* As tile_block; prefetches `step` bytes each time that k advances. add: what is added to the product, or NULL. */
+ALWAYS_INLINE void mix_block(const int mr, const int nv, int64_t k, const real *a, int64_t row, int64_t col,
+                             const real *b, int64_t ldb, const real *add, real *c, int64_t ldc,
+                             const real *write, bool stream, const char *const *at, const int64_t *step) {
+    vreal acc[TILE_ROWS_1][4];
+    const char *first = at[0], *second = at[1];
+    UNROLL
+    for (int i = 0; i < mr; i++)
+        UNROLL
+    for (int j = 0; j < nv; j++) {
+        acc[i][j] = add ? vload(add + i * ldc + j * VL) : vsplat(0);
+        if (write)
+            __builtin_prefetch(write + i * ldc + j * VL, 1);
+    }
+    for (int64_t l = 0; l < k; l++) {
+        vreal bv[4];
+        UNROLL
+        for (int j = 0; j < nv; j++)
+            bv[j] = vload(b + l * ldb + j * VL);
+        __builtin_prefetch(first);
+        __builtin_prefetch(first + step[0] / 2);
+        __builtin_prefetch(second);
+        first += step[0];
+        second += step[1];
+        UNROLL
+        for (int i = 0; i < mr; i++) {
+            vreal av = vsplat(a[i * row + l * col]);
+            UNROLL
+            for (int j = 0; j < nv; j++)
+                acc[i][j] += av * bv[j];
+        }
+    }
+    UNROLL
+    for (int i = 0; i < mr; i++)
+        UNROLL
+    for (int j = 0; j < nv; j++)
+        if (stream)
+            vstream(c + i * ldc + j * VL, acc[i][j]);
+        else
+            vstore(c + i * ldc + j * VL, acc[i][j]);
+}
+
+ALWAYS_INLINE void mix_panel(const int nv, int64_t m, int64_t k, const real *a, int64_t row, int64_t col,
+                             const real *b, int64_t ld, const real *add, real *c, const real *write,
+                             bool stream, const char **at, const int64_t *step) {
+    int64_t rows;
+    for (int64_t i = 0; i < m; i += rows) {
+        const real *ai = a + i * row, *to = write ? write + i * ld : NULL, *from = add ? add + i * ld : NULL;
+        real *ci = c + i * ld;
+        if (m - i >= TILE_ROWS_4) {
+            rows = TILE_ROWS_4;
+            mix_block(TILE_ROWS_4, nv, k, ai, row, col, b, ld, from, ci, ld, to, stream, at, step);
+        } else if (m - i >= 4) {
+            rows = 4;
+            mix_block(4, nv, k, ai, row, col, b, ld, from, ci, ld, to, stream, at, step);
+        } else if (m - i >= 2) {
+            rows = 2;
+            mix_block(2, nv, k, ai, row, col, b, ld, from, ci, ld, to, stream, at, step);
+        } else {
+            rows = 1;
+            mix_block(1, nv, k, ai, row, col, b, ld, from, ci, ld, to, stream, at, step);
+        }
+        at[0] += k * step[0];
+        at[1] += k * step[1];
+    }
+}
+
+/* out = M in (+ add) for one token. Element (i,j) of M is m[i*row + j*col]; in [J,d], add and out [I,d] are
+ * contiguous; add may be NULL, or out. */
 static inline void head_mix(int64_t I, int64_t J, int64_t d, const real *m, int64_t row, int64_t col,
-                            const real *in, real *out) {
-    tile_gemm(I, d, J, m, row, col, in, d, out, d, false);
+                            const real *in, const real *add, real *out, const struct mix_memory *memory) {
+    int64_t j = 0, panels = d / VL / 4 + d / VL % 4 / 2 + d / VL % 2;
+    int64_t times = max64(1, (I + TILE_ROWS_4 - 1) / TILE_ROWS_4 * panels * J);
+    int64_t step[2] = {(memory->bytes[0] + times - 1) / times, (memory->bytes[1] + times - 1) / times};
+    const char *at[2] = {memory->at[0], memory->at[1]};
+    const real *write = memory->write;
+    bool stream = memory->stream;
+    for (; j + 4 * VL <= d; j += 4 * VL)
+        mix_panel(4, I, J, m, row, col, in + j, d, add ? add + j : NULL, out + j, write ? write + j : NULL,
+                  stream, at, step);
+    for (; j + 2 * VL <= d; j += 2 * VL)
+        mix_panel(2, I, J, m, row, col, in + j, d, add ? add + j : NULL, out + j, write ? write + j : NULL,
+                  stream, at, step);
+    for (; j + VL <= d; j += VL)
+        mix_panel(1, I, J, m, row, col, in + j, d, add ? add + j : NULL, out + j, write ? write + j : NULL,
+                  stream, at, step);
+    for (int64_t i = 0; add && add != out && i < I; i++)
+        for (int64_t c = j; c < d; c++)
+            out[i * d + c] = add[i * d + c];
+    if (j < d)
+        tile_gemm(I, d - j, J, m, row, col, in + j, d, out + j, d, add);
+}
+
+/* Results of so many bytes leave the caches before they are read again, so they are stored past them. About the
+ * last-level cache that a core shares with few others. */
+static inline bool mix_streams(const real *out, int64_t count, int64_t d) {
+    const int64_t bytes = (int64_t)32 << 20;
+    return count * (int64_t)sizeof(real) >= bytes && d % (2 * VL) == 0 && (uintptr_t)out % VECTOR_BYTES == 0;
 }
 
 /* Rows and columns of a block of dM: its sums are as many vectors in registers, and a load of one operand feeds
@@ -34,17 +138,22 @@ ALWAYS_INLINE void outer_rows(const int count, const real *x, int64_t first, int
 /* The block of dM at (i,j), which stays in registers over all tokens. */
 ALWAYS_INLINE void outer_block(int64_t i, int64_t j, int64_t I, int64_t J, int64_t d, int64_t tokens,
                                const real *dout, int64_t dout_stride, const real *in, int64_t in_stride,
-                               real *dm) {
+                               real *dm, const char *next, int64_t next_stride, int64_t next_bytes) {
     enum { R = OUTER_ROWS, C = OUTER_COLS };
     const real *a[R], *b[C];
     vreal acc[R * C] = {{0}};
     real sum[R * C] = {0};
     outer_rows(R, dout, i, I, d, a);
     outer_rows(C, in, j, J, d, b);
+    int64_t step = (next_bytes * VL + d - 1) / d;
     for (int64_t t = 0; t < tokens; t++) {
         int64_t c = 0;
+        const char *at = next + t * next_stride;
         for (; c + VL <= d; c += VL) {
             vreal bv[C];
+            __builtin_prefetch(at);
+            __builtin_prefetch(at + step / 2);
+            at += step;
             UNROLL
             for (int m = 0; m < C; m++)
                 bv[m] = vload(b[m] + c);
@@ -75,14 +184,17 @@ ALWAYS_INLINE void outer_block(int64_t i, int64_t j, int64_t I, int64_t J, int64
 }
 
 /* dM [I,J] += sum over `tokens` tokens, whose dout [I,d] and in [J,d] are dout_stride and in_stride apart.
- * The inner loop runs over the operand with fewer rows, which should fit in the L1 cache. */
+ * The inner loop runs over the operand with fewer rows, which should fit in the L1 cache. Meanwhile next_bytes
+ * from next on are prefetched, and as many from each of `tokens` places that are next_stride bytes apart. */
 static inline void head_outer(int64_t I, int64_t J, int64_t d, int64_t tokens, const real *dout,
-                              int64_t dout_stride, const real *in, int64_t in_stride, real *dm) {
+                              int64_t dout_stride, const real *in, int64_t in_stride, real *dm,
+                              const char *next, int64_t next_stride, int64_t next_bytes) {
     int64_t rows = (I + OUTER_ROWS - 1) / OUTER_ROWS, cols = (J + OUTER_COLS - 1) / OUTER_COLS;
-    for (int64_t n = 0; n < rows * cols; n++) {
+    int64_t blocks = rows * cols, bytes = (next_bytes + blocks - 1) / blocks;
+    for (int64_t n = 0; n < blocks; n++) {
         int64_t row = I < J ? n % rows : n / cols, col = I < J ? n / rows : n % cols;
-        outer_block(row * OUTER_ROWS, col * OUTER_COLS, I, J, d, tokens, dout, dout_stride, in, in_stride,
-                    dm);
+        outer_block(row * OUTER_ROWS, col * OUTER_COLS, I, J, d, tokens, dout, dout_stride, in, in_stride, dm,
+                    next + n * bytes, next_stride, bytes);
     }
 }
 

@@ -36,16 +36,13 @@ void cpu_rope_table(struct device *dev, tensor table, double theta) {
         }
 }
 
-/* Rotate the P*H rows of the token at position `token`; sign -1 rotates back. x may be out. */
-static void rotate_token(const struct qkv_mix_spec *s, const real *x, tensor table, int64_t token, real sign,
-                         real *out) {
-    int64_t d = s->head_dim;
-    for (int64_t p = 0; p < s->pseudo; p++) {
-        int64_t position = s->rope_virtual ? token * s->pseudo + p : token;
-        const real *row = (real *)table.data + position * d;
-        for (int64_t h = p * s->heads; h < (p + 1) * s->heads; h++)
-            rope_rotate(x + h * d, row, d, sign, out + h * d);
-    }
+/* Rotate the H rows of pseudo-head p of the token at position `token`; sign -1 rotates back. */
+static void rotate_heads(const struct qkv_mix_spec *s, const real *x, tensor table, int64_t token, int64_t p,
+                         real sign, bool stream, real *out) {
+    int64_t d = s->head_dim, position = s->rope_virtual ? token * s->pseudo + p : token;
+    const real *row = (real *)table.data + position * d;
+    for (int64_t h = 0; h < s->heads; h++)
+        rope_rotate(x + h * d, row, d, sign, stream, out + h * d);
 }
 
 /* The position of token n of the batch. positions: [B,T] or NULL. */
@@ -68,46 +65,86 @@ static void check_mix(const char *op, const struct qkv_mix_spec *s, tensor qkv, 
         check_i32(op, "positions", positions, B, s->tokens);
 }
 
+/* One token of q, k or v. A pseudo-head's rows are rotated while they are in the L1 cache. mixed: scratch [H,d]. */
+static void mix_token(const struct qkv_mix_spec *s, const real *in, const real *alpha, bool rotated,
+                      tensor table, int64_t position, bool stream, real *mixed, real *out) {
+    int64_t H = s->heads, P = s->pseudo, d = s->head_dim, bytes = H * d * (int64_t)sizeof(real);
+    const char *next = (const char *)(in + 3 * H * d);
+    struct mix_memory memory = {.at = {next, next}};
+    if (!s->mixed && !rotated) {
+        memcpy(out, in, (size_t)bytes);
+    } else if (!s->mixed) {
+        rotate_heads(s, in, table, position, 0, 1, stream, out);
+    } else if (!rotated) {
+        memory.stream = stream;
+        memory.write = stream ? NULL : out + H * d;
+        memory.bytes[0] = bytes;
+        head_mix(P * H, H, d, alpha, H, 1, in, NULL, out, &memory);
+    } else {
+        for (int64_t p = 0; p < P; p++) {
+            real *to = out + p * H * d;
+            memory.write = stream ? NULL : to;
+            memory.at[0] = next + bytes / P * p;
+            memory.bytes[0] = bytes / P;
+            head_mix(H, H, d, alpha + p * H * H, H, 1, in, NULL, mixed, &memory);
+            rotate_heads(s, mixed, table, position, p, 1, stream, to);
+        }
+    }
+}
+
 void cpu_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q, tensor alpha_k,
                  tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q, tensor k,
                  tensor v) {
-    (void)dev;
     check_mix("qkv_mix", s, qkv, positions, q, k, v);
-    int64_t H = s->heads, d = s->head_dim, I = rows_out(s);
+    int64_t H = s->heads, d = s->head_dim, I = rows_out(s), N = s->batch * s->tokens;
     const real *alpha[3] = {alpha_q.data, alpha_k.data, alpha_v.data};
     real *out[3] = {q.data, k.data, v.data};
-#pragma omp parallel for schedule(static)
-    for (int64_t n = 0; n < s->batch * s->tokens; n++)
-        for (int w = 0; w < 3; w++) {
-            const real *in = (real *)qkv.data + (n * 3 + w) * H * d;
-            real *to = out[w] + n * I * d;
-            if (s->mixed)
-                head_mix(I, H, d, alpha[w], H, 1, in, to);
-            else
-                memcpy(to, in, (size_t)(H * d) * sizeof(real));
-            if (s->rope && w < 2)
-                rotate_token(s, to, table, position_of(s, positions.data, first, n), 1, to);
-        }
+    bool stream = mix_streams(q.data, 3 * N * I * d, d) && mix_streams(k.data, 3 * N * I * d, d) &&
+                  mix_streams(v.data, 3 * N * I * d, d);
+    int64_t stride = thread_reals(s);
+    real *scratch = cpu_workspace(dev, qkv_mix_plan(dev, s).workspace, "qkv_mix");
+#pragma omp parallel num_threads(dev->threads)
+    {
+        real *mixed = scratch + omp_get_thread_num() * stride;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++)
+            for (int w = 0; w < 3; w++)
+                mix_token(s, (real *)qkv.data + (n * 3 + w) * H * d, alpha[w], s->rope && w < 2, table,
+                          position_of(s, positions.data, first, n), stream, mixed, out[w] + n * I * d);
+        vstream_end();
+    }
 }
 
-/* `count` tokens from n of one of q, k, v: rotate the gradient back, then both gradients of the mixing. */
+/* `count` tokens from n of one of q, k, v: rotate the gradient back, then both gradients of the mixing. next: the
+ * gradients of the block after this one, which are brought into the cache, half of them by each product. */
 static void mix_backward_block(const struct qkv_mix_spec *s, int64_t n, int64_t count, const real *dout,
-                               const real *in, const real *alpha, bool rotated, tensor table,
-                               const int32_t *positions, real *unrotated, real *din, real *dalpha) {
+                               const real *next, const real *in, const real *alpha, bool rotated,
+                               tensor table, const int32_t *positions, bool stream, real *unrotated,
+                               real *din, real *dalpha) {
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s), in_stride = 3 * H * d;
+    int64_t bytes = I * d * (int64_t)sizeof(real), half = bytes / 2;
     for (int64_t t = 0; t < count; t++) {
         const real *from = dout + t * I * d;
+        real *to = din + t * in_stride;
+        struct mix_memory memory = {
+            .stream = stream,
+            .write = stream ? NULL : to + in_stride,
+            .at = {(const char *)(next + t * I * d), (const char *)(in + t * in_stride)},
+            .bytes = {half, H * d * (int64_t)sizeof(real)}};
         if (rotated) {
-            rotate_token(s, from, table, position_of(s, positions, 0, n + t), -1, unrotated + t * I * d);
             from = unrotated + t * I * d;
+            for (int64_t p = 0; p < s->pseudo; p++)
+                rotate_heads(s, dout + (t * I + p * H) * d, table, position_of(s, positions, 0, n + t), p, -1,
+                             false, unrotated + (t * I + p * H) * d);
         }
         if (s->mixed)
-            head_mix(H, I, d, alpha, 1, H, from, din + t * in_stride);
+            head_mix(H, I, d, alpha, 1, H, from, NULL, to, &memory);
         else
-            memcpy(din + t * in_stride, from, (size_t)(H * d) * sizeof(real));
+            memcpy(to, from, (size_t)(H * d) * sizeof(real));
     }
     if (s->mixed)
-        head_outer(I, H, d, count, rotated ? unrotated : dout, I * d, in, in_stride, dalpha);
+        head_outer(I, H, d, count, rotated ? unrotated : dout, I * d, in, in_stride, dalpha,
+                   (const char *)next + half, bytes, bytes - half);
 }
 
 void cpu_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk, tensor dv,
@@ -118,6 +155,7 @@ void cpu_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tens
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s), matrix = I * H, N = s->batch * s->tokens;
     int64_t stride = thread_reals(s), block = mix_tokens(H, d);
     real *scratch = cpu_workspace(dev, qkv_mix_plan(dev, s).workspace, "qkv_mix_backward");
+    bool stream = mix_streams(dqkv.data, 3 * N * H * d, d);
     const real *alpha[3] = {alpha_q.data, alpha_k.data, alpha_v.data};
     const real *dout[3] = {dq.data, dk.data, dv.data};
 #pragma omp parallel num_threads(dev->threads)
@@ -130,9 +168,11 @@ void cpu_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tens
         for (int64_t n = 0; n < N; n += block)
             for (int w = 0; w < 3; w++)
                 mix_backward_block(s, n, min64(block, N - n), dout[w] + n * I * d,
+                                   w < 2 ? dout[w + 1] + n * I * d : dout[0] + (n + block) * I * d,
                                    (real *)qkv.data + (n * 3 + w) * H * d, alpha[w], s->rope && w < 2, table,
-                                   positions.data, unrotated, (real *)dqkv.data + (n * 3 + w) * H * d,
+                                   positions.data, stream, unrotated, (real *)dqkv.data + (n * 3 + w) * H * d,
                                    dalpha + w * matrix);
+        vstream_end();
     }
     if (!s->mixed)
         return;

@@ -9,7 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
+#ifdef __SSE2__
 #include <immintrin.h>
 #endif
 
@@ -55,6 +55,26 @@ static inline vreal vload(const real *p) {
 
 static inline void vstore(real *p, vreal v) {
     *(vreal_unaligned *)p = v;
+}
+
+/* A store that goes to memory past the caches, which spares reading the line first. p is aligned to a whole vector.
+ * vstream_end: before another thread reads what this one has stored so. */
+static inline void vstream(real *p, vreal v) {
+#if defined __AVX512F__
+    _mm512_stream_si512((__m512i *)p, (__m512i)v);
+#elif defined __AVX__
+    _mm256_stream_si256((__m256i *)p, (__m256i)v);
+#elif defined __SSE2__
+    _mm_stream_si128((__m128i *)p, (__m128i)v);
+#else
+    vstore(p, v);
+#endif
+}
+
+static inline void vstream_end(void) {
+#ifdef __SSE2__
+    _mm_sfence();
+#endif
 }
 
 static inline vreal vsplat(real x) {

@@ -3,16 +3,26 @@
 #ifndef IHA_KERNELS_CPU_ROPE_H
 #define IHA_KERNELS_CPU_ROPE_H
 
+#include <stdbool.h>
+
 #include "kernels/cpu/real.h"
 
-/* sign = 1 rotates, -1 rotates back. x may be out. */
-static inline void rope_rotate(const real *x, const real *row, int64_t head_dim, real sign, real *out) {
+/* sign = 1 rotates, -1 rotates back. x may be out. stream: out's halves are whole aligned vectors, and are stored past
+ * the caches. */
+static inline void rope_rotate(const real *x, const real *row, int64_t head_dim, real sign, bool stream,
+                               real *out) {
     int64_t half = head_dim / 2, i = 0;
     const real *cosine = row, *sine = row + half;
     for (; i + VL <= half; i += VL) {
         vreal a = vload(x + i), b = vload(x + i + half), c = vload(cosine + i), s = sign * vload(sine + i);
-        vstore(out + i, a * c - b * s);
-        vstore(out + i + half, b * c + a * s);
+        vreal first = a * c - b * s, second = b * c + a * s;
+        if (stream) {
+            vstream(out + i, first);
+            vstream(out + i + half, second);
+        } else {
+            vstore(out + i, first);
+            vstore(out + i + half, second);
+        }
     }
     for (; i < half; i++) {
         real a = x[i], b = x[i + half], c = cosine[i], s = sign * sine[i];
