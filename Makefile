@@ -5,6 +5,7 @@
 #   make quickstart      from real text to a trained model in a few minutes; TEXT=FILE.txt for your own
 #   make check           the inner loop: the C tests of units, and of CUDA kernels on an emulated GPU; ONLY=cuda: one group
 #   make test            every test; SANITIZE=1 runs them under ASan and UBSan
+#   make test-hf         checkpoints in PyTorch and Transformers, which it installs in .venv-hf (2.2 GB)
 #   make test-distro     every test in another Debian release, SUITE=trixie, in build/distro; needs root and debootstrap
 #   make faults          every fault and kill; make test takes a sample of them
 #   make leaks           every command under LeakSanitizer, AddressSanitizer and Valgrind
@@ -78,7 +79,7 @@ include kernels/cuda/cuda.mk
 include tests/cuda/emulator.mk
 include tests/gpu/gpu.mk
 
-.PHONY: all help deps check test test-distro bench quickstart docs golden clean format
+.PHONY: all help deps check test test-hf test-distro bench quickstart docs golden clean format
 .SECONDARY:
 
 all: $(BINARY)
@@ -109,6 +110,12 @@ check: deps
 test: deps
 	@$(MAKE) --no-print-directory -j2 $(BINARY) tests-built fuzz-built
 	@tests/run.sh $(BUILD) $(BINARY)
+
+# The tests of what Transformers does with checkpoints.
+test-hf: deps
+	@$(MAKE) --no-print-directory -j2 $(BINARY)
+	@tests/hf/install.sh
+	@tests/run.sh $(BUILD) $(BINARY) hf
 
 test-distro:
 	@tests/distro/run.sh $(SUITE)

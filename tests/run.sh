@@ -2,7 +2,7 @@
 # Run tests and print the counts last. Without GROUP all groups: every test program, every Python test file and a short
 # run of every fuzz target.
 #
-#   tests/run.sh BUILD_DIR BINARY [GROUP ...]        GROUP: unit, cuda, ranks, cli, faults, fuzz
+#   tests/run.sh BUILD_DIR BINARY [GROUP ...]        GROUP: unit, cuda, ranks, cli, faults, fuzz; hf, not among "all"
 #   PYTHON=no                                        without the Python tests that start the program
 #   JOBS=N                                           so many files at once; default: 2, since many tests mostly wait
 set -uo pipefail
@@ -51,9 +51,10 @@ run_c() { # NUMBER GROUP/NAME, as the other two
 # unittest closes with "Ran 3 tests in ..." and "OK (skipped=1)" or "FAILED (failures=1, errors=1)"; an error before
 # the first test of a class is not among those that ran, and one test may fail in several of its subtests.
 run_python() {
-    local start=$EPOCHREALTIME log=$WORK/$1.log status
+    local start=$EPOCHREALTIME log=$WORK/$1.log status environment=.venv
+    [[ $2 != hf/* ]] || environment=.venv-hf
     [[ $2 = faults/test_faults || $2 = faults/test_ranks_anomalies ]] && TRAIN_IHA=$BUILD/quick/train_iha
-    .venv/bin/python -m unittest "tests.${2/\//.}" >"$log" 2>&1
+    $environment/bin/python -m unittest "tests.${2/\//.}" >"$log" 2>&1
     status=$?
     report "$1" "$2" "$status" "$start" $(awk '
         function number(key) { return match($0, key "=[0-9]+") ? substr($0, RSTART + length(key) + 1) + 0 : 0 }

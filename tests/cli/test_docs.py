@@ -31,8 +31,8 @@ BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TIMEOUT = 300  # seconds for one block; most take less than two, but the machine may be busy
 
-REASONS = ("needs a GPU", "needs a cluster", "needs the network", "takes too long", "part of make test")
-LANGUAGES = ("sh", "text", "ini")
+REASONS = ("needs a GPU", "needs a cluster", "needs the network", "takes too long", "part of make test", "needs PyTorch")
+LANGUAGES = ("sh", "text", "ini", "python")
 COMMANDS = ("./train_iha", "make", "scripts/", "data/", ".venv/", "mpirun", "srun", "sbatch", "torchrun", "$ ")
 README_LINES = 130
 

@@ -87,8 +87,9 @@ class IhaConfig(PreTrainedConfig):
         self._check()
         local = [kind.endswith("_local") for kind in self.iha_layer_types]
         self.layer_types = ["sliding_attention" if is_local else "full_attention" for is_local in local]
-        # What a cache keeps of local layers, in tokens; it takes one number for all of them.
-        self.sliding_window = max((self.window_tokens(kind) for kind in self.iha_layer_types), default=0) or None
+        # What a cache keeps of local layers, in tokens: it takes one number for all of them, and no 1.
+        windows = [self.window_tokens(kind) for kind in self.iha_layer_types if kind.endswith("_local")]
+        self.sliding_window = max([2, *windows]) if windows else None
         super().__init__(**kwargs)
 
     def _check(self):

@@ -53,6 +53,7 @@ class IhaMLP(nn.Module):
         if self.activation == "swiglu":
             self.gate = nn.Linear(C, width, bias=False)
         self.down = nn.Linear(width, C, bias=config.bias)
+        self.down.adds_to_stream = True
 
     def forward(self, x):
         h = self.up(x)
@@ -110,6 +111,7 @@ class IhaAttention(nn.Module):
             self.alpha_v = nn.Parameter(torch.empty(P, H, H))
             self.collapse = nn.Parameter(torch.empty((H, P, H) if config.iha_collapse == "full" else (H, P)))
         self.out = nn.Linear(H * d, config.hidden_size, bias=config.bias)
+        self.out.adds_to_stream = True
 
     def pseudo_heads(self, x, alpha):
         """[B,T,H,d] -> [B,H,S,d]: sum_m alpha[p,h,m] x[b,t,m], interleaved as virtual token t*P + p."""
@@ -221,20 +223,16 @@ class IhaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         """As train_iha initialises a model."""
-        std, small = 0.02, 0.02 / (2 * self.config.num_hidden_layers) ** 0.5
-        if isinstance(module, IhaAttention):
-            init.normal_(module.out.weight, std=small)
-            if module.kind.startswith("iha"):
-                P, H = module.pseudo, self.config.num_attention_heads
-                for alpha in (module.alpha_q, module.alpha_k, module.alpha_v):
-                    init.copy_(alpha, torch.eye(H).expand(P, H, H))
-                last = (torch.arange(P) == P - 1).float().expand(H, P)
-                full = last[:, :, None] * torch.eye(H)[:, None, :]
-                init.copy_(module.collapse, full if module.collapse.ndim == 3 else last)
-        elif isinstance(module, IhaMLP):
-            init.normal_(module.down.weight, std=small)
+        if isinstance(module, IhaAttention) and module.kind.startswith("iha"):
+            P, H = module.pseudo, self.config.num_attention_heads
+            for alpha in (module.alpha_q, module.alpha_k, module.alpha_v):
+                init.copy_(alpha, torch.eye(H).expand(P, H, H))
+            last = (torch.arange(P) == P - 1).float().expand(H, P)
+            full = last[:, :, None] * torch.eye(H)[:, None, :]
+            init.copy_(module.collapse, full if module.collapse.ndim == 3 else last)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
-            init.normal_(module.weight, std=std)
+            halves = 2 * self.config.num_hidden_layers if getattr(module, "adds_to_stream", False) else 1
+            init.normal_(module.weight, std=0.02 / halves**0.5)
             if getattr(module, "bias", None) is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, (nn.LayerNorm, IhaRMSNorm)):

@@ -1,0 +1,149 @@
+"""Checkpoints of train_iha in Transformers and back: losses, generated text, fine-tuning, tokenizers."""
+
+import json
+import shutil
+
+import numpy as np
+import tokenizers
+import torch
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.cli.test_transformers_files import texts
+from tests.hf.models import load
+from tests.lib.runs import T, Case, documents, step_dir
+
+MODELS = {
+    "paper": [],
+    "gpt2": ["model.layer_pattern=mha_global", "model.position_embedding=learned", "model.norm=layernorm", "model.bias=true"],
+    "llama": ["model.layer_pattern=mha_local mha_global", "model.activation=swiglu", "model.tie_word_embeddings=false",
+              "model.local_window=9"],
+    "token": ["model.layer_pattern=iha_global", "model.iha_mask=token", "model.iha_rope=token", "model.num_pseudo_heads=3",
+              "model.iha_collapse=per_head", "model.activation=relu2", "model.init_collapse=mean", "model.init_alpha=noise"],
+    "none": ["model.layer_pattern=iha_local iha_global", "model.position_embedding=none", "model.iha_window=7",
+             "model.init_alpha=noise", "model.head_dim=12"],
+    "bidirectional": ["model.layer_pattern=iha_global mha_global", "model.causal=false", "run.sample_every=0"],
+}
+
+
+def tokenizer_of(checkpoint):
+    """Transformers reads config.json for it, and without the code does not know its layer_types."""
+    return AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=True)
+
+
+class RoundTrip(Case):
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.checkpoints = {}
+
+    def checkpoint(self, name):
+        if name not in self.checkpoints:
+            run_dir = self.train(*MODELS[name], "train.steps=12", "train.mix_lr_scale=3")
+            self.checkpoints[name] = step_dir(run_dir, 12)
+        return self.checkpoints[name]
+
+    def sequences(self, count):
+        """The first sequences of the validation shard, and one token more."""
+        return torch.tensor(documents(40, 9)[:count * T + 1])
+
+    def loss(self, model, count):
+        ids = self.sequences(count)
+        tokens, targets = ids[:-1].view(count, T), ids[1:].view(count, T)
+        with torch.no_grad():
+            logits = model(tokens, use_cache=False).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
+
+    def test_losses(self):
+        """The same of both programs, and to the last digit again once Transformers has saved the model."""
+        for name in MODELS:
+            with self.subTest(name):
+                checkpoint, saved = self.checkpoint(name), self.new_dir()
+                loss, tokens, digits = self.evaluate(checkpoint, f"data.val={self.val}")
+                model = load(checkpoint)
+                self.assertAlmostEqual(self.loss(model, tokens // T), loss, delta=2e-6 * loss)
+                model.save_pretrained(saved)
+                self.assertEqual(self.evaluate(saved, f"data.val={self.val}", f"train.seq_len={T}")[2], digits)
+                before, after = (json.loads((path / "config.json").read_text()) for path in (checkpoint, saved))
+                self.assertEqual({key: after.get(key) for key in before}, before)
+                weights = [load_file(path / "model.safetensors") for path in (checkpoint, saved)]
+                self.assertEqual(*(list(sorted(w)) for w in weights))
+                for tensor in weights[0]:
+                    self.assertTrue(np.array_equal(weights[0][tensor], weights[1][tensor]), tensor)
+                self.assertAlmostEqual(self.loss(load(saved), tokens // T), loss, delta=2e-6 * loss)
+
+    def test_generated_text(self):
+        for name in ("paper", "gpt2", "llama", "none"):
+            with self.subTest(name):
+                checkpoint = self.checkpoint(name)
+                written = self.run_cli("generate", checkpoint, "--prompt", "anna sees", "--tokens", 20, "--temperature", 0)
+                tokenizer, model = tokenizer_of(checkpoint), load(checkpoint)
+                out = model.generate(**tokenizer("anna sees", return_tensors="pt"), max_new_tokens=20, do_sample=False)
+                text = tokenizer.decode(out[0], skip_special_tokens=True)
+                self.assertEqual(written.stdout.decode(errors="replace").rstrip("\n"), text.rstrip("\n"))
+
+    def test_fine_tuning_elsewhere(self):
+        """train_iha, ten steps of PyTorch, train_iha again."""
+        model, saved = load(self.checkpoint("paper")).train(), self.new_dir()
+        ids = self.sequences(16)[:-1].view(16, T)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
+        first = self.loss(model, 16)
+        for _ in range(10):
+            optimizer.zero_grad()
+            model(ids, labels=ids, use_cache=False).loss.backward()
+            optimizer.step()
+        tuned = self.loss(model, 16)
+        self.assertLess(tuned, first)
+        model.save_pretrained(saved)
+        tokenizer_of(self.checkpoint("paper")).save_pretrained(saved)
+        loss, tokens, _ = self.evaluate(saved, f"data.val={self.val}", f"train.seq_len={T}")
+        self.assertAlmostEqual(self.loss(model, tokens // T), loss, delta=2e-6 * loss)
+        self.run_cli("generate", saved, "--prompt", "anna", "--tokens", 5)
+        run_dir = self.train("train.steps=2", "train.lr=0", f"train.init_from={saved}")
+        again, _, _ = self.evaluate(step_dir(run_dir, 2), f"data.val={self.val}")
+        self.assertAlmostEqual(again, loss, delta=1e-6)
+
+    def test_untrained_models_begin_alike(self):
+        """What Transformers initialises is distributed as what train_iha does."""
+        run_dir = self.train("train.steps=1", "train.lr=0", "model.hidden_size=64", "model.iha_collapse=per_head")
+        config = load(step_dir(run_dir, 1)).config
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+        ours = load_file(step_dir(run_dir, 1) / "model.safetensors")
+        for name, theirs in model.named_parameters():
+            theirs = theirs.detach().numpy()
+            if theirs.std() == 0 or "alpha" in name or "collapse" in name:
+                self.assertTrue(np.array_equal(theirs, ours[name]), name)
+            else:
+                self.assertAlmostEqual(theirs.std() / ours[name].std(), 1, delta=0.1, msg=name)
+
+    def test_tokenizers(self):
+        bytes_ = tokenizer_of(self.checkpoint("paper"))
+        for text in texts(100, 2):
+            self.assertEqual(bytes_(text).input_ids, list(text.encode()))
+            self.assertEqual(bytes_.decode(bytes_(text).input_ids, clean_up_tokenization_spaces=False), text)
+        self.assertEqual((bytes_.eos_token_id, bytes_.pad_token_id, bytes_.bos_token_id), (256, 256, 256))
+        batch = bytes_(["ab", "abcd"], padding=True, padding_side="left")
+        self.assertEqual(batch.input_ids[0], [256, 256, 97, 98])
+        self.assertEqual(batch.attention_mask[0], [0, 0, 1, 1])
+
+        words = tokenizers.ByteLevelBPETokenizer()
+        words.train_from_iterator(["anna sees apples. boris takes books. clara likes cats."] * 5, vocab_size=257 + 20,
+                                  min_frequency=1, special_tokens=["<|endoftext|>"])
+        folder = self.tmp / "words"
+        folder.mkdir()
+        words.save(str(folder / "tokenizer.json"))
+        run_dir = self.train("train.steps=1", f"data.tokenizer={folder}/tokenizer.json", "model.vocab_size=300",
+                             f"data.val={self.val}")
+        loaded = tokenizer_of(step_dir(run_dir, 1))
+        file = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        for text in texts(100, 3) + ["anna sees cats<|endoftext|>boris"]:
+            self.assertEqual(loaded(text).input_ids, file.encode(text).ids)
+        self.assertEqual(loaded.eos_token, "<|endoftext|>")
+
+    def test_files_are_needed(self):
+        """Without its code a checkpoint is no model of Transformers."""
+        folder = self.new_dir()
+        shutil.copytree(self.checkpoint("paper"), folder)
+        (folder / "modeling_iha.py").unlink()
+        with self.assertRaises(OSError):
+            load(folder)
