@@ -11,6 +11,7 @@ struct bench_case {
     struct op_operand info[OP_OPERANDS];
     tensor t[OP_OPERANDS];
     void *saved, *workspace;
+    size_t workspace_bytes;
     struct step_state *state;
 };
 
@@ -54,6 +55,7 @@ static inline void case_open(struct bench_case *w, struct bench *b, const struct
             w->t[i] = case_operand(w, &w->info[i]);
     w->saved = bench_alloc(b, cost.saved);
     w->workspace = bench_alloc(b, cost.workspace);
+    w->workspace_bytes = cost.workspace;
     w->state = bench_alloc(b, sizeof *w->state);
     b->k->set_workspace(b->dev, w->workspace, cost.workspace);
 }

@@ -35,9 +35,60 @@ static inline void attention_row(const struct op_case *c, struct bench *b, struc
     row_progress(row);
 }
 
+/* ---- attention of one head, on one thread and on all ---- */
+
+struct threads_case {
+    struct bench_case w;
+    int threads;
+};
+
+static inline void case_on_threads(void *context) {
+    struct threads_case *c = context;
+    struct device *dev = c->w.b->dev;
+    int all = dev->threads;
+    dev->threads = c->threads;
+    c->w.b->k->set_workspace(dev, c->w.workspace, c->w.workspace_bytes);
+    case_both(&c->w);
+    dev->threads = all;
+}
+
+/* One and all in turn, so that both meet the same machine. */
+static inline void threads_row(const struct op_case *c, struct bench *b, struct table *t) {
+    int all = b->dev->threads;
+    struct threads_case one = {.threads = 1}, many = {.threads = all};
+    struct samples *seconds = calloc(2, sizeof *seconds);
+    struct error e = {.exit_code = EXIT_RUN, .text = "out of memory for samples"};
+    char sizes[OP_TEXT];
+    if (!seconds)
+        bench_fail(&e);
+    b->dev->threads = 1;
+    case_open(&one.w, b, c);
+    b->dev->threads = all;
+    case_open(&many.w, b, c);
+    int calls = warm_up(case_on_threads, &many);
+    for (int i = 0; i < 4 * b->repeats; i++) {
+        samples_add(&seconds[0], time_calls(case_on_threads, &one, calls));
+        samples_add(&seconds[1], time_calls(case_on_threads, &many, calls));
+    }
+    struct summary s1 = samples_summary(&seconds[0], 0), s = samples_summary(&seconds[1], 0);
+    struct row *row =
+        table_row(t, "attention of one head, forward + backward, %d threads: %s", all, op_sizes(c, sizes));
+    cell_seconds(row->took, s);
+    cell(row->rate, "%.1f GFLOP/s", 3 * attention_flops(c) / s.median / 1e9);
+    cell(row->compared, "1 thread %.2f ms (%.2f–%.2f)", s1.median * 1e3, s1.min * 1e3, s1.max * 1e3);
+    cell(row->ratio, "%.2f times faster", s1.median / s.median);
+    row_progress(row);
+    case_close(&many.w);
+    case_close(&one.w);
+    free(seconds);
+}
+
 static inline void attention_without_window(const struct op_case *c, void *context) {
     struct bench_context *x = context;
-    if (c->spec.attention.window == 0)
+    const struct attention_spec *s = &c->spec.attention;
+    if (s->batch * s->heads == 1)
+        threads_row(c, x->b, x->t);
+    else if (s->window == 0)
         attention_row(c, x->b, x->t);
 }
 

@@ -205,6 +205,13 @@ static const struct op_case OP_CASES[] = {
     {GRADIENT, ATTENTION_CASE(1, 70, 1, 3, 2, false, false, 0, 0.7, true), .segments = {20, 15}},
     /* Short sequences of small heads, where what surrounds the products weighs most. */
     {BENCH_CPU, ATTENTION_CASE(32, 66 * 8, 8, 16, 8, false, false, 0, 0)},
+    /* Whole and windowed, the smallest and the usual head. */
+    {BENCH_CPU, ATTENTION_CASE(1, 2 * 1024, 8, 64, 2, true, false, 0, 0)},
+    {BENCH_CPU, ATTENTION_CASE(1, 2 * 1024, 16, 16, 2, true, false, 0, 0)},
+    {BENCH_CPU, ATTENTION_CASE(1, 2 * 2048, 8, 64, 2, true, false, 512, 0)},
+    {BENCH_CPU, ATTENTION_CASE(1, 2 * 2048, 16, 16, 2, true, false, 512, 0)},
+    /* One head, which threads share. */
+    {BENCH_CPU, ATTENTION_CASE(1, 2048, 1, 64, 1, true, false, 0, 0)},
     /* With a window, time and tiles per token must not grow with the sequence. */
     {BENCH_CPU, ATTENTION_CASE(1, 4 * 1024, 8, 64, 4, true, false, 512, 0)},
     {BENCH_CPU, ATTENTION_CASE(1, 4 * 2048, 8, 64, 4, true, false, 512, 0)},
