@@ -6,7 +6,7 @@ their meaning: docs/configuration.md.
 
 from transformers import PreTrainedConfig
 
-LAYER_TYPES = ("mha_global", "mha_local", "iha_global", "iha_local")
+LAYER_TYPES = ("mha_global", "mha_local", "iha_global", "iha_local", "folded_global", "folded_local")
 CHOICES = {
     "position_embedding": ("rope", "learned", "none"),
     "norm": ("rmsnorm", "layernorm"),
@@ -112,7 +112,9 @@ class IhaConfig(PreTrainedConfig):
 
     def window(self, kind):
         """How many virtual tokens a virtual query sees, itself included; 0: all."""
-        return {"mha_local": self.local_window, "iha_local": self.iha_window}.get(kind, 0)
+        if not kind.endswith("_local"):
+            return 0
+        return self.iha_window if kind == "iha_local" else self.local_window
 
     def window_tokens(self, kind):
         """How many tokens the queries of a token see of, the token itself included; 0: all."""

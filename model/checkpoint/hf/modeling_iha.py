@@ -105,7 +105,11 @@ class IhaAttention(nn.Module):
         self.is_causal = config.causal
         H, d, P = config.num_attention_heads, config.head_dim, self.pseudo
         self.qkv = nn.Linear(config.hidden_size, 3 * H * d, bias=config.bias)
-        if self.kind.startswith("iha"):
+        if self.kind.startswith("folded"):
+            self.alpha_q = nn.Parameter(torch.empty(H, H))
+            self.alpha_k = nn.Parameter(torch.empty(H, H))
+            self.alpha_v = nn.Parameter(torch.empty(H, H))
+        elif self.kind.startswith("iha"):
             self.alpha_q = nn.Parameter(torch.empty(P, H, H))
             self.alpha_k = nn.Parameter(torch.empty(P, H, H))
             self.alpha_v = nn.Parameter(torch.empty(P, H, H))
@@ -117,6 +121,8 @@ class IhaAttention(nn.Module):
         """[B,T,H,d] -> [B,H,S,d]: sum_m alpha[p,h,m] x[b,t,m], interleaved as virtual token t*P + p."""
         if alpha is None:
             return x.transpose(1, 2)
+        if alpha.ndim == 2:  # of a folded layer, where train_iha applies it to the weight of qkv
+            return torch.einsum("hm,btmd->bhtd", alpha, x)
         return torch.einsum("phm,btmd->bhtpd", alpha, x).flatten(2, 3)
 
     def update_cache(self, cache, key, value):
@@ -131,9 +137,9 @@ class IhaAttention(nn.Module):
         H, d = self.config.num_attention_heads, self.config.head_dim
         iha = self.kind.startswith("iha")
         query, key, value = self.qkv(x).view(B, T, 3, H, d).unbind(2)
-        query = self.pseudo_heads(query, self.alpha_q if iha else None)
-        key = self.pseudo_heads(key, self.alpha_k if iha else None)
-        value = self.pseudo_heads(value, self.alpha_v if iha else None)
+        query = self.pseudo_heads(query, getattr(self, "alpha_q", None))
+        key = self.pseudo_heads(key, getattr(self, "alpha_k", None))
+        value = self.pseudo_heads(value, getattr(self, "alpha_v", None))
         if rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         if cache is not None:
@@ -223,7 +229,10 @@ class IhaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         """As train_iha initialises a model."""
-        if isinstance(module, IhaAttention) and module.kind.startswith("iha"):
+        if isinstance(module, IhaAttention) and module.kind.startswith("folded"):
+            for alpha in (module.alpha_q, module.alpha_k, module.alpha_v):
+                init.copy_(alpha, torch.eye(self.config.num_attention_heads))
+        elif isinstance(module, IhaAttention) and module.kind.startswith("iha"):
             P, H = module.pseudo, self.config.num_attention_heads
             for alpha in (module.alpha_q, module.alpha_k, module.alpha_v):
                 init.copy_(alpha, torch.eye(H).expand(P, H, H))
