@@ -13,7 +13,7 @@ cd "$(dirname "$0")/../.." || exit
 mode=$1 build=$2
 
 # Inputs of a short run: about three seconds each.
-declare -A runs=([chat]=40000 [checkpoint]=25000 [config]=20000 [labels]=6000 [metrics]=60000 [model_json]=80000 [safetensors]=100000 [shards]=30000
+declare -A runs=([chat]=20000 [checkpoint]=25000 [config]=20000 [labels]=6000 [metrics]=60000 [model_json]=80000 [safetensors]=100000 [shards]=30000
     [tokenizer]=15000 [trainer_json]=80000)
 
 # In memory where that is possible: some targets write files.
