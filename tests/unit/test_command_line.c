@@ -96,7 +96,11 @@ static void options_set_their_values(void **state) {
            "c"); /* a value may look like an option */
     assert_string_equal(line.prompt, "--tokens");
     assert_int_equal(line.seed, 3);
+    parses("generate --chat c --system Be_brief.", COMMAND_GENERATE, "c"); /* --chat has no value */
+    assert_true(line.chat);
+    assert_string_equal(line.system, "Be brief.");
     parses("generate --prompt-file - c --top-p 0.9 --stop Chapter_2", COMMAND_GENERATE, "c");
+    assert_false(line.chat);
     assert_string_equal(line.prompt_file, "-");
     assert_true(line.top_p == 0.9);
     assert_string_equal(line.stop, "Chapter 2");
@@ -127,6 +131,11 @@ static void wrong_arguments_are_named(void **state) {
     refused("train a.ini --profile 1 --profile 1", "train: --profile is given twice");
     refused("train a.ini --profile 1 --profile", "train: --profile is given twice");
     refused("generate --seed 1 c --seed 1", "generate: --seed is given twice");
+    refused("generate c --chat --prompt-file b",
+            "generate: --chat reads its turns from the standard input; leave --prompt-file out");
+    refused("generate c --chat --chat", "generate: --chat is given twice");
+    refused("generate --chat", "generate: CHECKPOINT is missing; ...");
+    refused("generate c --system a", "generate: --system belongs to --chat");
     refused("generate c --prompt a --prompt-file b",
             "generate: --prompt and --prompt-file are both given; give one");
     refused("check a.bin", "check: --vocab N is missing: the vocab_size of the model");
