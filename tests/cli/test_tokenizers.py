@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT / "data"))
 import prepare  # noqa: E402
 import prepare_cuts  # noqa: E402
 import prepare_readers  # noqa: E402
+import prepare_text  # noqa: E402
 import prepare_tokenizers  # noqa: E402
 
 HAS_LIBRARY = importlib.util.find_spec("tokenizers") is not None
@@ -309,7 +310,7 @@ class Documents(Case):
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
         tokenizer.encode_special_tokens = True
         want = tokenizer.encode(text, add_special_tokens=False).ids
-        with mock.patch.multiple(prepare_readers, PIECE=200, MARGIN=100, BATCH=900), mock.patch.object(prepare, "BATCH", 700):
+        with mock.patch.multiple(prepare_readers, PIECE=200, MARGIN=100, BATCH=900), mock.patch.object(prepare_text, "BATCH", 700):
             self.prepare("--tokenizer", self.write("tokenizer.json", data), "--separator", 0, "--workers", 1,
                          self.write("text.txt", text))
         self.assertEqual(self.tokens()[:-1], want)
