@@ -161,14 +161,14 @@ class Faults(Case):
 class Crashes(Case):
     def crash(self, moment, choose=sample):
         scenarios = [self.fresh(), self.resumed(), self.damaged()]
-        self.try_faults(*[(s, f"crash:{n}:{moment}") for s in scenarios for n in choose(s.disk_events(), 4)
+        self.try_faults(*[(s, f"crash:{n}:{moment}") for s in scenarios for n in choose(s.disk_events(), 8)
                           if moment != "torn" or s.disk_events()[n - 1].kind == "write"])
 
     def test_killed_before_each_change(self):
         self.crash("before", lambda events, stride: sample(events, stride, with_last=True))
 
     def test_killed_after_each_change(self):
-        self.crash("after", lambda events, stride: every(len(events), 2 * stride))  # mostly the same as before the next change
+        self.crash("after", lambda events, stride: every(len(events), stride))  # mostly the same as before the next change
 
     def test_killed_while_patience_counts(self):
         n = self.patient().counts()["disk"]
