@@ -39,6 +39,7 @@
 #include "model/model.h"
 #include "model/train/banner.h"
 #include "model/train/evaluation.h"
+#include "model/train/init_from.h"
 #include "model/train/metrics.h"
 #include "model/train/profile.h"
 #include "model/train/rank_checks.h"
@@ -753,12 +754,57 @@ static int prepare_rank(struct run *r, struct error *e) {
     return r->lock < 0 ? -1 : 0;
 }
 
+/* The first sequences of the data, [micro_batch, seq_len] each, in *buffer, which the caller frees; no tokens where a
+ * sequence cannot be read alone. */
+static int read_first_batch(struct run *r, int32_t **buffer, struct batch *batch, struct error *e) {
+    const struct config *c = &r->config;
+    bool alone = c->data.packing == PACKING_STREAM && !mixture_is(c->data.train);
+    struct loader *l = alone ? r->train : r->val;
+    int64_t B = c->train.micro_batch, T = c->train.seq_len, count = 0;
+    *batch = (struct batch){NULL, NULL, NULL};
+    if (!l)
+        return 0;
+    if (loader_count(l, B, &count, e) != 0)
+        return -1;
+    if (count == 0)
+        return 0;
+    if (!(*buffer = malloc((size_t)(3 * B * T) * sizeof **buffer)))
+        return fail_run(e, "out of memory for a batch of tokens");
+    int32_t *tokens = *buffer, *targets = tokens + B * T, *segments = targets + B * T;
+    for (int64_t b = 0; b < B; b++)
+        if (loader_read(l, b % count, tokens + b * T, targets + b * T, segments + b * T, e) != 0)
+            return -1;
+    *batch = (struct batch){tokens, targets, c->data.segments == SEGMENTS_NONE ? NULL : segments};
+    return 0;
+}
+
+/* Before the model and its optimizer take their memory. A run that goes on has its own checkpoint. */
+static int report_init_from(struct run *r, struct error *e) {
+    const struct config *c = &r->config;
+    char dir[MAX_TEXT];
+    int64_t *steps = NULL;
+    int resumes = checkpoint_list_steps(c->run.dir, &steps, e);
+    free(steps);
+    if (!c->train.init_from[0] || *(const int *)comm_all_gather_small(r->comm, &resumes, sizeof resumes) != 0)
+        return 0;
+    int32_t *buffer = NULL;
+    struct batch batch;
+    if (ranks_find_checkpoint(r->comm, c->train.init_from, dir, e) != 0)
+        return -1;
+    int status = read_first_batch(r, &buffer, &batch, e);
+    if (status == 0)
+        status = init_from_report(dir, c, r->k, r->dev, batch, is_rank0(r) ? stderr : NULL, e);
+    free(buffer);
+    return comm_agree(r->comm, status, e);
+}
+
 static int prepare_training(struct run *r, const struct command_line *line, struct error *e) {
     if (comm_agree(r->comm, load_config(r, line, e), e) != 0 ||
         ranks_check_same_config(r->comm, &r->config, e) != 0 ||
         comm_agree(r->comm, prepare_rank(r, e), e) != 0 ||
         (!single_rank(r) && ranks_check_run_dir(r->comm, r->config.run.dir, e) != 0) ||
-        join_devices(r, e) != 0 || comm_agree(r->comm, build_model(r, true, e), e) != 0)
+        join_devices(r, e) != 0 || report_init_from(r, e) != 0 ||
+        comm_agree(r->comm, build_model(r, true, e), e) != 0)
         return -1;
     return resume_or_initialize(&r->model, &r->config, &r->trainer, e);
 }

@@ -84,13 +84,13 @@ int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e)
     return optimizer_read(dir, m, e);
 }
 
-int checkpoint_load_resized(const char *dir, struct model *m, int64_t vocab_size, bool optimizer,
-                            struct error *e) {
+int checkpoint_load_from(const char *dir, struct model *m, const struct model_config *then, bool optimizer,
+                         struct error *e) {
     char path[PATH_BYTES];
     path_join(path, dir, "model.safetensors");
-    if (weights_read_resized(path, m, vocab_size, e) != 0)
+    if (weights_read_from(path, m, then, e) != 0)
         return -1;
-    return optimizer ? optimizer_read_resized(dir, m, vocab_size, e) : 0;
+    return optimizer ? optimizer_read_resized(dir, m, then->vocab_size, e) : 0;
 }
 
 int checkpoint_read_trainer_state(const char *dir, struct trainer_state *p, struct error *e) {

@@ -13,6 +13,7 @@
 
 #include "model/checkpoint/checkpoint_dirs.h"
 #include "model/checkpoint/trainer_state.h"
+#include "model/config/config_compare.h"
 #include "model/model.h"
 
 /* Bytes of a parameter in a checkpoint: the weight and its two moments. */
@@ -59,15 +60,17 @@ int checkpoint_read_config(const char *dir, struct model_config *config, struct 
 int checkpoint_load_weights(const char *dir, struct model *m, int64_t updates, struct error *e);
 int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e);
 
-/* The same from a checkpoint whose model has another vocab_size. Weights of new token ids are the mean of the old, and
- * their moments zero. */
-int checkpoint_load_resized(const char *dir, struct model *m, int64_t vocab_size, bool optimizer,
-                            struct error *e);
+/* The same from a checkpoint of the model *then, which may have another vocab_size, and MHA layers where *m has IHA
+ * layers. Weights of new token ids are the mean of the old, and their moments zero; alpha and collapse of new IHA layers
+ * keep their values. With `optimizer` all layers must have the same tensors. */
+int checkpoint_load_from(const char *dir, struct model *m, const struct model_config *then, bool optimizer,
+                         struct error *e);
 int checkpoint_read_trainer_state(const char *dir, struct trainer_state *p, struct error *e);
 
-/* Check that the checkpoint's model has the architecture of *now. Weights of another one can have the same
- * shapes. */
-int checkpoint_check_architecture(const char *dir, const struct model_config *now, struct error *e);
+/* Compare the checkpoint's model, which is read into *then, with *now: see config_compare.h. EXIT_USER if its weights do
+ * not fit; weights of another model can have the same shapes. */
+int checkpoint_compare(const char *dir, const struct model_config *now, int64_t seq_len,
+                       struct model_config *then, struct model_comparison *c, struct error *e);
 
 /* The value of "section.key" in the checkpoint's trainer.json, or an empty string. */
 int checkpoint_setting(const char *dir, const char *key, char value[MAX_TEXT], struct error *e);

@@ -109,25 +109,14 @@ static int check_same_run(const char *dir, const struct config *c, const struct 
     return 0;
 }
 
-int checkpoint_check_architecture(const char *dir, const struct model_config *now, struct error *e) {
-    struct model_config then;
-    if (checkpoint_read_config(dir, &then, e) != 0)
+int checkpoint_compare(const char *dir, const struct model_config *now, int64_t seq_len,
+                       struct model_config *then, struct model_comparison *c, struct error *e) {
+    if (checkpoint_read_config(dir, then, e) != 0)
         return -1;
-    const char *differs = then.num_attention_heads != now->num_attention_heads ? "num_attention_heads"
-                          : then.head_dim != now->head_dim                     ? "head_dim"
-                          : then.activation != now->activation                 ? "activation"
-                          : then.norm != now->norm                             ? "norm"
-                          : then.num_pseudo_heads != now->num_pseudo_heads     ? "num_pseudo_heads"
-                          : then.iha_collapse != now->iha_collapse             ? "iha_collapse"
-                          : then.position_embedding != now->position_embedding ? "position_embedding"
-                                                                               : NULL;
-    if (!differs)
+    config_compare(then, now, seq_len, c);
+    if (!c->misfits[0])
         return 0;
-    return fail_user(
-        e,
-        "train.init_from: %s is of another model: its %s (in config.json) differs from model.%s; make "
-        "them equal",
-        dir, differs, differs);
+    return fail_user(e, "train.init_from: %.300s is of another model: %s; make them equal", dir, c->misfits);
 }
 
 /* ---- the newest that loads ---- */

@@ -99,7 +99,14 @@ static int set_param(struct model *m, int i, const struct param *old, const floa
     return 0;
 }
 
-/* layout: the parameters of the file, as many and in the same order as the model's. */
+/* The parameter `name` of the model, at or after index i, where it is if the model has the same parameters. */
+static int find_param(const struct model *m, const char *name, int i) {
+    while (i < m->params.count && strcmp(m->params.list[i].name, name) != 0)
+        i++;
+    return i < m->params.count ? i : -1;
+}
+
+/* layout: the parameters of the file, in the order of the model's, which may have others between them. */
 static int read_weights(const char *path, struct model *m, const struct params *layout, int64_t updates,
                         struct error *e) {
     struct safetensors file;
@@ -111,9 +118,16 @@ static int read_weights(const char *path, struct model *m, const struct params *
                            path, file.count, layout->count);
     for (int i = 0; status == 0 && i < layout->count; i++)
         status = check_weight(safetensors_find(&file, layout->list[i].name), &layout->list[i], path, e);
-    for (int i = 0; status == 0 && i < layout->count; i++) {
+    for (int i = 0, at = 0; status == 0 && i < layout->count; i++) {
         const struct param *p = &layout->list[i];
-        status = set_param(m, i, p, safetensors_find(&file, p->name)->data, updates, e);
+        int found = find_param(m, p->name, at);
+        if (found < 0) {
+            status = fail_user(e, "%s: this model has no tensor %s: the checkpoint is of another model", path,
+                               p->name);
+        } else {
+            status = set_param(m, found, p, safetensors_find(&file, p->name)->data, updates, e);
+            at = found;
+        }
     }
     safetensors_close(&file);
     return status;
@@ -123,11 +137,9 @@ int weights_read(const char *path, struct model *m, int64_t updates, struct erro
     return read_weights(path, m, &m->params, updates, e);
 }
 
-int weights_read_resized(const char *path, struct model *m, int64_t vocab_size, struct error *e) {
-    struct model_config config = m->config;
+int weights_read_from(const char *path, struct model *m, const struct model_config *then, struct error *e) {
     struct params old;
-    config.vocab_size = vocab_size;
-    if (params_create(&old, &config, 1, e) != 0)
+    if (params_create(&old, then, 1, e) != 0)
         return -1;
     int status = read_weights(path, m, &old, 0, e);
     params_free(&old);

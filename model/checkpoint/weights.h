@@ -11,8 +11,9 @@ int weights_write(const char *path, struct model *m, const float *weights, struc
 /* Tensors must have the model's names and shapes. updates: see model_set_param. */
 int weights_read(const char *path, struct model *m, int64_t updates, struct error *e);
 
-/* The weights of a model that differs only in its vocabulary: rows of token ids are copied, new rows are the mean of
- * the old, and rows beyond the model's vocabulary are left out. */
-int weights_read_resized(const char *path, struct model *m, int64_t vocab_size, struct error *e);
+/* The weights of another model, each of whose tensors this one has too. Its vocabulary may be of another size: rows of
+ * token ids are copied, new rows are the mean of the old, and rows beyond the model's vocabulary are left out. Tensors
+ * that it has not keep their values. */
+int weights_read_from(const char *path, struct model *m, const struct model_config *then, struct error *e);
 
 #endif

@@ -11,17 +11,10 @@ static bool is_rank0(const struct model *m) {
 }
 
 /* Weights, and moments if `optimizer`, of a checkpoint whose vocabulary is of another size. */
-static int load_resized(struct model *m, const struct config *c, int64_t vocab_size, bool optimizer,
-                        const char *dir, struct error *e) {
-    long long from = vocab_size, to = c->model.vocab_size;
-    if (!c->train.resize_vocab)
-        return fail_user(e,
-                         "train.init_from: %s has vocab_size %lld, and model.vocab_size is %lld; make them "
-                         "equal, or set train.resize_vocab = true: %s",
-                         dir, from, to,
-                         to > from ? "the new rows of the embedding become the mean of the old"
-                                   : "the last rows of the embedding are left out");
-    if (checkpoint_load_resized(dir, m, vocab_size, optimizer, e) != 0)
+static int load_resized(struct model *m, const struct config *c, const struct model_config *then,
+                        bool optimizer, const char *dir, struct error *e) {
+    long long from = then->vocab_size, to = c->model.vocab_size;
+    if (checkpoint_load_from(dir, m, then, optimizer, e) != 0)
         return -1;
     if (is_rank0(m) && to > from)
         fprintf(stderr,
@@ -49,21 +42,23 @@ static int check_optimizer(const struct config *c, const char *dir, struct error
         dir, then, names[c->train.optimizer]);
 }
 
-/* Load the weights of another run, and with init_optimizer = keep its optimizer state. */
+/* Load the weights of another run, which init_from_report has checked, and with init_optimizer = keep its optimizer
+ * state. */
 static int load_from(struct model *m, const struct config *c, struct trainer_state *p, const char *dir,
                      struct error *e) {
     bool optimizer = c->train.init_optimizer == OPTIMIZER_KEEP;
-    struct model_config model;
+    struct model_config then;
+    struct model_comparison found;
     struct trainer_state from;
-    if (checkpoint_check_architecture(dir, &c->model, e) != 0 || checkpoint_read_config(dir, &model, e) != 0)
+    if (checkpoint_compare(dir, &c->model, c->train.seq_len, &then, &found, e) != 0)
         return -1;
     if (optimizer && (checkpoint_read_trainer_state(dir, &from, e) != 0 || check_optimizer(c, dir, e) != 0))
         return -1;
     if (optimizer)
         p->history.updates = from.history.updates; /* for the bias correction of the moments */
-    if (model.vocab_size != c->model.vocab_size)
-        return load_resized(m, c, model.vocab_size, optimizer, dir, e);
-    if (checkpoint_load_weights(dir, m, 0, e) != 0)
+    if (then.vocab_size != c->model.vocab_size)
+        return load_resized(m, c, &then, optimizer, dir, e);
+    if (checkpoint_load_from(dir, m, &then, false, e) != 0)
         return -1;
     if (is_rank0(m))
         fprintf(stderr, "weights from %s\n", dir);

@@ -571,6 +571,36 @@ class InitFrom(Case):
         run_dir = self.train("train.steps=2", "train.seq_len=64", f"train.init_from={self.source}")
         self.assertLess(losses(run_dir)[0], losses(self.source)[0] - 1)
 
+    def test_mha_becomes_iha(self):
+        """The same function where the rules say so, and the run says what changes it."""
+        mha = self.train("model.layer_pattern=mha_global")
+        before = self.evaluate(mha)[0]
+        start = ["train.steps=1", "train.lr=0", f"train.init_from={mha}"]
+        exact = self.train(*start, "model.layer_pattern=iha_global mha_global", "model.iha_rope=token")
+        said = self.last.stderr.decode()
+        self.assertIn(f"1 layer that was MHA in {step_dir(mha, 20)}: alpha and collapse are new\n", said)
+        self.assertIn("function preserved, for sequences of up to 32 tokens\n", said)
+        losses_said = re.search(r"loss of one batch: ([\d.]+) by the checkpoint's model, ([\d.]+) by this one\n", said)
+        self.assertAlmostEqual(*map(float, losses_said.groups()), delta=1e-5)
+        self.assertAlmostEqual(float(losses_said[1]), losses(exact)[0], delta=0.5)
+        self.assertAlmostEqual(self.evaluate(exact)[0], before, delta=1e-5)
+        self.train("train.steps=2", f"train.init_from={mha}", "train.lr=0", "model.layer_pattern=iha_global mha_global",
+                   "model.iha_rope=token", run_dir=exact)  # goes on without comparing anything
+        self.assertNotIn("function preserved", self.last.stderr.decode())
+
+        changed = self.train(*start)  # the default pattern
+        said = self.last.stderr.decode()
+        self.assertIn("function changed: layer 0: model.iha_rope = virtual", said)
+        self.assertIn("layer 0: a query sees 4 tokens and saw 32", said)
+        losses_said = re.search(r"loss of one batch: ([\d.]+) by the checkpoint's model, ([\d.]+) by this one\n", said)
+        self.assertNotAlmostEqual(*map(float, losses_said.groups()), delta=1e-4)
+        self.assertNotAlmostEqual(self.evaluate(changed)[0], before, delta=1e-4)
+
+        self.refused("train", self.config, f"run.dir={self.new_dir()}", *start, "train.init_optimizer=keep",
+                     names=["train.init_optimizer", "become IHA"])
+        self.refused("train", self.config, f"run.dir={self.new_dir()}", f"train.init_from={self.source}",
+                     "model.layer_pattern=mha_global", names=["layer 0", "alpha and collapse would be lost"])
+
     def test_refused(self):
         for override, names in (("model.hidden_size=32", ["another model"]), ("model.bias=true", ["bias"]),
                                 # The shapes of these are the same.

@@ -3,22 +3,16 @@ rest): what they contain, and that train_iha needs none of them."""
 
 import ast
 import json
-import random
 import shutil
 import subprocess
 
 import tokenizers
 
 from tests.lib.runs import BINARY, ENVIRONMENT, ROOT, Case, step_dir
+from tests.lib.texts import texts
 
 CODE = ("configuration_iha.py", "modeling_iha.py")
 OTHERS = ("generation_config.json", "tokenizer.json", "tokenizer_config.json")
-
-
-def texts(count, seed):
-    draw = random.Random(seed)
-    alphabet = "abc XYZ\n\t\0\x7f0129ßéΩж中😀\u200b\ufeff"
-    return ["".join(draw.choices(alphabet, k=draw.randrange(40))) for _ in range(count)] + ["", "\r\n  a"]
 
 
 class TransformersFiles(Case):

@@ -9,9 +9,9 @@ import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.cli.test_transformers_files import texts
 from tests.hf.models import load
 from tests.lib.runs import T, Case, documents, step_dir
+from tests.lib.texts import texts
 
 MODELS = {
     "paper": [],
