@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "kernels/rounding.h"
 #include "model/checkpoint/safetensors.h"
 #include "model/state_dict.h"
 
@@ -64,8 +65,8 @@ static int check_weight(const struct safetensors_entry *s, const struct param *p
         return fail_user(
             e, "%s: the shape of tensor %s is not the model's %s: this checkpoint is of another model", path,
             p->name, expected);
-    if (s->dtype != ST_F32)
-        return fail_user(e, "%s: tensor %s is not fp32; convert the file", path, p->name);
+    if (s->dtype != ST_F32 && s->dtype != ST_BF16)
+        return fail_user(e, "%s: tensor %s is neither fp32 nor bf16; convert the file", path, p->name);
     return 0;
 }
 
@@ -106,6 +107,21 @@ static int find_param(const struct model *m, const char *name, int i) {
     return i < m->params.count ? i : -1;
 }
 
+/* The same from a tensor of the file, which is fp32, or bf16 if another program has saved it. */
+static int set_from_file(struct model *m, int i, const struct param *old, const struct safetensors_entry *s,
+                         int64_t updates, struct error *e) {
+    if (s->dtype == ST_F32)
+        return set_param(m, i, old, s->data, updates, e);
+    float *values = malloc((size_t)old->count * sizeof *values);
+    if (!values)
+        return fail_run(e, "out of memory reading %s", old->name);
+    for (int64_t j = 0; j < old->count; j++)
+        values[j] = from_bf16(((const uint16_t *)s->data)[j]);
+    int status = set_param(m, i, old, values, updates, e);
+    free(values);
+    return status;
+}
+
 /* layout: the parameters of the file, in the order of the model's, which may have others between them. */
 static int read_weights(const char *path, struct model *m, const struct params *layout, int64_t updates,
                         struct error *e) {
@@ -125,7 +141,7 @@ static int read_weights(const char *path, struct model *m, const struct params *
             status = fail_user(e, "%s: this model has no tensor %s: the checkpoint is of another model", path,
                                p->name);
         } else {
-            status = set_param(m, found, p, safetensors_find(&file, p->name)->data, updates, e);
+            status = set_from_file(m, found, p, safetensors_find(&file, p->name), updates, e);
             at = found;
         }
     }

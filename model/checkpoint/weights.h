@@ -8,7 +8,7 @@
  * not change meanwhile. */
 int weights_write(const char *path, struct model *m, const float *weights, struct error *e);
 
-/* Tensors must have the model's names and shapes. updates: see model_set_param. */
+/* Tensors must have the model's names and shapes, in fp32 or bf16. updates: see model_set_param. */
 int weights_read(const char *path, struct model *m, int64_t updates, struct error *e);
 
 /* The weights of another model, each of whose tensors this one has too. Its vocabulary may be of another size: rows of

@@ -6,9 +6,11 @@ import json
 import shutil
 import subprocess
 
+import numpy as np
 import tokenizers
+from safetensors.numpy import load_file, save_file
 
-from tests.lib.runs import BINARY, ENVIRONMENT, ROOT, Case, step_dir
+from tests.lib.runs import BINARY, ENVIRONMENT, ROOT, Case, T, step_dir
 from tests.lib.texts import texts
 
 CODE = ("configuration_iha.py", "modeling_iha.py")
@@ -83,6 +85,24 @@ class TransformersFiles(Case):
         self.train("train.steps=3", "data.tokenizer=bytes", f"data.val={self.val}", run_dir=old)
         for name in (*CODE, *OTHERS):
             self.assertTrue((step_dir(old, 3) / name).exists(), name)
+
+    def test_weights_in_bf16(self):
+        """As Transformers saves a model that was loaded in bf16: the values of the same weights in fp32."""
+        narrow, wide = self.without("trainer.json"), self.without("trainer.json")
+        tensors = load_file(step_dir(narrow, 2) / "model.safetensors")
+        bits = {name: (x.view(np.uint32) >> 16).astype(np.uint16) for name, x in tensors.items()}
+        save_file({name: (x.astype(np.uint32) << 16).view(np.float32) for name, x in bits.items()},
+                  step_dir(wide, 2) / "model.safetensors")
+        header, data, at = {}, b"", 0
+        for name, x in bits.items():
+            header[name] = {"dtype": "BF16", "shape": x.shape, "data_offsets": [at, at + x.nbytes]}
+            data, at = data + x.tobytes(), at + x.nbytes
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        (step_dir(narrow, 2) / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+        options = f"data.val={self.val}", f"train.seq_len={T}"
+        self.assertEqual(self.evaluate(narrow, *options), self.evaluate(wide, *options))
+        self.assertNotEqual(self.evaluate(narrow, *options), self.evaluate(self.run_dir, *options))
 
     def test_another_program_s_code_stays_unread(self):
         """A new checkpoint has the program's own, whatever stands in the one before."""
