@@ -80,13 +80,12 @@ struct train_config {
     double epochs;           /* 0: not given */
     double tokens_per_param; /* 0: not given */
     int64_t total_steps; /* of the run: `steps`, or from the other two; 0: not known until epochs_to_steps */
-    bool warmup_derived; /* warmup_steps follows from total_steps */
     double lr, min_lr;
     enum optimizer optimizer;
     double muon_lr; /* peak, with the schedule of lr */
     double muon_momentum;
     int64_t muon_momentum_warmup; /* steps */
-    int64_t warmup_steps;
+    int64_t warmup_steps;         /* -1: auto, until total_steps is known */
     enum schedule schedule;
     double weight_decay, beta1, beta2, eps, grad_clip;
     double mix_lr_scale;
@@ -184,7 +183,7 @@ void config_visit_derived(const struct config *c,
 /* All parameters of a model, embeddings included; 0 when out of memory. */
 int64_t config_num_params(const struct model_config *m);
 
-/* The warm-up that model.size gives a run of total_steps. */
+/* The warm-up of warmup_steps = auto in a run of total_steps. */
 int64_t derived_warmup(const struct train_config *t);
 
 /* May `section.key` change when a run is resumed? (steps, the schedule's keys, [system] and [run] may.) */

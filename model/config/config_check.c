@@ -217,7 +217,7 @@ static int finish_muon(struct draft *d) {
     return check_muon_keys(d);
 }
 
-/* total_steps, and the warm-up where model.size derives it; with train.epochs see epochs_to_steps. */
+/* total_steps, and warmup_steps = auto, which model.size sets; with train.epochs see epochs_to_steps. */
 static int finish_steps(struct draft *d) {
     struct train_config *t = &d->config->train;
     const struct config_row *most = find_row("train", "steps");
@@ -228,8 +228,9 @@ static int finish_steps(struct draft *d) {
                        "tokens_per_param = %g makes %.0f steps; the limit is %.0f: lower it",
                        t->tokens_per_param, steps, most->max);
     t->total_steps = t->tokens_per_param > 0 ? (int64_t)fmax(1, steps) : t->steps;
-    t->warmup_derived = d->config->size[0] && !was_given(d, find_row("train", "warmup_steps"));
-    if (t->warmup_derived)
+    if (d->config->size[0] && !was_given(d, find_row("train", "warmup_steps")))
+        t->warmup_steps = -1;
+    if (t->warmup_steps < 0 && t->total_steps)
         t->warmup_steps = derived_warmup(t);
     if (t->total_steps && t->warmup_steps > t->total_steps)
         return fail_at(d, find_row("train", "warmup_steps"),

@@ -48,7 +48,7 @@ int epochs_to_steps(struct train_config *t, int64_t sequences, struct error *e) 
         return fail_user(e, "train.epochs = %g of %lld sequences are %.0f steps; the limit is %.0f: lower it",
                          t->epochs, (long long)sequences, whole, most);
     t->total_steps = whole > 1 ? (int64_t)whole : 1;
-    if (t->warmup_derived)
+    if (t->warmup_steps < 0)
         t->warmup_steps = derived_warmup(t);
     if (t->warmup_steps > t->total_steps)
         return fail_user(

@@ -62,7 +62,7 @@ static void make_model(void) {
     struct device *dev = kernels_cpu()->open(&options, &e);
     CHECK(dev && config_load(&config, NULL, sizeof keys / sizeof *keys, keys, 1, &e) == 0);
     struct model_options how = {
-        .shape = {1, 2, RECOMPUTE_NONE, true, false, false}, .weight_decay = 0.1, .mix_lr_scale = 1};
+        .shape = {1, 2, RECOMPUTE_NONE, true, false, false, false}, .weight_decay = 0.1, .mix_lr_scale = 1};
     CHECK(model_create(&model, &config.model, kernels_cpu(), dev, &how, &e) == 0);
     CHECK(model_initialize(&model, 1, &e) == 0);
 }

@@ -33,7 +33,7 @@ static void check_run(const struct config *c) {
     check_model(&c->model);
     CHECK(t->seq_len <= c->model.max_position_embeddings);
     CHECK(t->batch_tokens % (t->seq_len * t->micro_batch) == 0);
-    CHECK(t->min_lr <= t->lr && t->warmup_steps <= t->steps);
+    CHECK(t->min_lr <= t->lr && (t->total_steps == 0 || t->warmup_steps <= t->total_steps));
     CHECK(*c->data.train && *c->data.tokenizer && *c->run.dir);
     CHECK(strcmp(c->data.tokenizer, "bytes") != 0 || c->model.vocab_size >= 257);
     check_json(&c->model);

@@ -164,7 +164,7 @@ static void tokens_per_param_set_the_steps(void **state) {
     assert_int_equal(config.train.warmup_steps, (int64_t)(0.03 * (double)config.train.total_steps));
     /* Where the data gives the steps, the warm-up waits for them. */
     loads("model.size=4M", "model.vocab_size=257", "train.epochs=1", NULL);
-    assert_int_equal(config.train.warmup_steps, 0);
+    assert_int_equal(config.train.warmup_steps, -1);
     assert_int_equal(epochs_to_steps(&config.train, 51200, &error), 0);
     assert_int_equal(config.train.total_steps, 100);
     assert_int_equal(config.train.warmup_steps, 3);
