@@ -103,14 +103,14 @@ void cpu_collapse_backward(struct device *dev, const struct collapse_spec *s, te
     check_collapse("collapse_backward", s, o, r, dout);
     check_contiguous("collapse_backward", "do", d_o);
     int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H, N = s->batch * s->tokens;
-    int64_t stride = round_up(matrix_reals(s), 16), block = mix_tokens(H, d);
+    int64_t stride = round_up(matrix_reals(s), 16), block = mix_tokens(dev, N, H, d);
     size_t bytes = collapse_plan(dev, s).workspace;
     bool stream = mix_streams(d_o.data, N * PH * d, d);
     real *partials = cpu_workspace(dev, bytes, "collapse_backward");
-    memset(partials, 0, bytes);
 #pragma omp parallel num_threads(dev->threads)
     {
         real *mine = partials + omp_get_thread_num() * stride;
+        memset(mine, 0, (size_t)stride * sizeof(real));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += block)
             collapse_backward_block(s, min64(block, N - n), (real *)dout.data + n * H * d,

@@ -66,6 +66,13 @@ int cpu_check_libraries(struct device *dev, struct error *e);
  * order, so that two runs give the same bits. */
 void sum_partials(const real *partials, int parts, int64_t stride, int64_t n, real *out, bool accumulate);
 
+/* Columns that one thread takes at a time where threads divide the columns of an array: at most `most`, fewer if some
+ * of the threads would have nothing, and at least a cache line of them. */
+static inline int64_t columns_per_thread(const struct device *dev, int64_t columns, int64_t most) {
+    const int64_t line = 64 / (int64_t)sizeof(real);
+    return min64(most, round_up((columns + dev->threads - 1) / dev->threads, line));
+}
+
 /* Tiles of scores that attention has computed since the program started, so that a test can check that tiles
  * outside the mask's band are skipped. */
 extern int64_t attention_tiles_visited;

@@ -26,13 +26,12 @@ void cpu_embed(struct device *dev, const struct embed_spec *s, tensor tokens, te
 }
 
 /* Tokens and positions repeat, so threads that divide the tokens would add to the same rows. Instead each
- * takes a strip of columns for all tokens, in order: the same bits for any number of threads. A strip is two
- * cache lines of floats. */
+ * takes a strip of columns for all tokens, in order: the same bits for any number of threads. A strip is at
+ * most two cache lines of floats. */
 void cpu_embed_backward(struct device *dev, const struct embed_spec *s, tensor tokens, tensor positions,
                         tensor dx, tensor dw, tensor dpos) {
-    (void)dev;
     enum { STRIP = 32 };
-    int64_t C = s->hidden;
+    int64_t C = s->hidden, strip = columns_per_thread(dev, C, STRIP);
     check_i32("embed_backward", "tokens", tokens, s->batch, s->tokens);
     if (positions.data)
         check_i32("embed_backward", "positions", positions, s->batch, s->tokens);
@@ -42,8 +41,8 @@ void cpu_embed_backward(struct device *dev, const struct embed_spec *s, tensor t
     const real *grad = dx.data;
     real *table = dw.data, *pos_table = dpos.data;
 #pragma omp parallel for
-    for (int64_t begin = 0; begin < C; begin += STRIP) {
-        int64_t end = min64(begin + STRIP, C);
+    for (int64_t begin = 0; begin < C; begin += strip) {
+        int64_t end = min64(begin + strip, C);
         for (int64_t n = 0; n < s->batch * s->tokens; n++) {
             real *row = table + ids[n] * C;
 #pragma omp simd

@@ -7,6 +7,7 @@
 #ifndef IHA_KERNELS_CPU_HEAD_MIX_H
 #define IHA_KERNELS_CPU_HEAD_MIX_H
 
+#include "kernels/cpu/cpu.h"
 #include "kernels/cpu/tile.h"
 
 /* Where the products' results go, and what they bring into the caches on the way. These operations need about as
@@ -198,11 +199,12 @@ static inline void head_outer(int64_t I, int64_t J, int64_t d, int64_t tokens, c
     }
 }
 
-/* Tokens that backward takes at a time: enough that storing a block's sums costs little, few enough that the
- * operand with `heads` rows stays in the L1 cache. */
-static inline int64_t mix_tokens(int64_t heads, int64_t d) {
+/* Tokens that a thread takes at a time in backward, of `tokens` in all: enough that storing a block's sums costs
+ * little, few enough that the operand with `heads` rows stays in the L1 cache and that every thread gets some. */
+static inline int64_t mix_tokens(const struct device *dev, int64_t tokens, int64_t heads, int64_t d) {
     const int64_t bytes = 24 << 10, most = 16;
-    return max64(1, min64(most, bytes / (heads * d * (int64_t)sizeof(real))));
+    int64_t share = (tokens + dev->threads - 1) / dev->threads;
+    return max64(1, min64(min64(most, share), bytes / (heads * d * (int64_t)sizeof(real))));
 }
 
 #endif

@@ -11,12 +11,13 @@ static void add_bias(real *y, int64_t rows, int64_t cols, int64_t stride, const 
 
 /* out (+)= column sums of x [rows, cols]. Each thread sums a strip of columns over all rows, so the order of
  * additions does not depend on the number of threads. A strip's sums fit in a few vector registers. */
-static void column_sums(const real *x, int64_t rows, int64_t cols, int64_t stride, real *out,
-                        bool accumulate) {
+static void column_sums(const struct device *dev, const real *x, int64_t rows, int64_t cols, int64_t stride,
+                        real *out, bool accumulate) {
     enum { STRIP = 64 };
+    int64_t strip = columns_per_thread(dev, cols, STRIP);
 #pragma omp parallel for
-    for (int64_t begin = 0; begin < cols; begin += STRIP) {
-        int64_t count = min64(STRIP, cols - begin);
+    for (int64_t begin = 0; begin < cols; begin += strip) {
+        int64_t count = min64(strip, cols - begin);
         real sum[STRIP] = {0};
         for (int64_t i = 0; i < rows; i++)
 #pragma omp simd
@@ -49,7 +50,7 @@ void cpu_linear_backward(struct device *dev, const struct linear_spec *s, tensor
     gemm(true, false, s->out, s->in, s->rows, dy.data, dy.stride[0], x.data, x.stride[0], accumulate, dw.data,
          dw.stride[0]);
     if (dbias.data)
-        column_sums(dy.data, s->rows, s->out, dy.stride[0], dbias.data, accumulate);
+        column_sums(dev, dy.data, s->rows, s->out, dy.stride[0], dbias.data, accumulate);
     call_progress_callback(dev);
     if (dx.data) {
         check_real("linear_backward", "W", w, s->out, s->in, 0, 0, 0);

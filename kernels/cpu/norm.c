@@ -114,10 +114,10 @@ void cpu_residual_norm_backward(struct device *dev, const struct norm_spec *s, t
     const struct row_stats *stats = saved;
     size_t bytes = (size_t)dev->threads * 2 * (size_t)C * sizeof(real);
     real *partial = cpu_workspace(dev, bytes, "residual_norm_backward");
-    memset(partial, 0, bytes);
 #pragma omp parallel num_threads(dev->threads)
     {
         real *mine = partial + omp_get_thread_num() * 2 * C;
+        memset(mine, 0, (size_t)(2 * C) * sizeof(real));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < s->rows; n++)
             norm_row_backward(s, (real *)dy.data + n * C, (real *)sum.data + n * C, w.data, stats[n],

@@ -14,13 +14,15 @@ static int64_t rows_out(const struct qkv_mix_spec *s) {
 
 /* Scratch of one thread in backward: partial sums of the three dalphas, and a block of gradients rotated
  * back. Whole cache lines, so that threads do not write to the same one. */
-static int64_t thread_reals(const struct qkv_mix_spec *s) {
+static int64_t thread_reals(const struct device *dev, const struct qkv_mix_spec *s) {
     int64_t dalpha = s->mixed ? 3 * rows_out(s) * s->heads : 0;
-    return round_up(dalpha + mix_tokens(s->heads, s->head_dim) * rows_out(s) * s->head_dim, 16);
+    return round_up(dalpha + mix_tokens(dev, s->batch * s->tokens, s->heads, s->head_dim) * rows_out(s) *
+                                 s->head_dim,
+                    16);
 }
 
 struct op_cost qkv_mix_plan(const struct device *dev, const struct qkv_mix_spec *s) {
-    return (struct op_cost){.workspace = (size_t)dev->threads * (size_t)thread_reals(s) * sizeof(real)};
+    return (struct op_cost){.workspace = (size_t)dev->threads * (size_t)thread_reals(dev, s) * sizeof(real)};
 }
 
 void cpu_rope_table(struct device *dev, tensor table, double theta) {
@@ -101,7 +103,7 @@ void cpu_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, t
     real *out[3] = {q.data, k.data, v.data};
     bool stream = mix_streams(q.data, 3 * N * I * d, d) && mix_streams(k.data, 3 * N * I * d, d) &&
                   mix_streams(v.data, 3 * N * I * d, d);
-    int64_t stride = thread_reals(s);
+    int64_t stride = thread_reals(dev, s);
     real *scratch = cpu_workspace(dev, qkv_mix_plan(dev, s).workspace, "qkv_mix");
 #pragma omp parallel num_threads(dev->threads)
     {
@@ -153,7 +155,7 @@ void cpu_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tens
                           bool accumulate) {
     check_mix("qkv_mix_backward", s, qkv, positions, dq, dk, dv);
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s), matrix = I * H, N = s->batch * s->tokens;
-    int64_t stride = thread_reals(s), block = mix_tokens(H, d);
+    int64_t stride = thread_reals(dev, s), block = mix_tokens(dev, N, H, d);
     real *scratch = cpu_workspace(dev, qkv_mix_plan(dev, s).workspace, "qkv_mix_backward");
     bool stream = mix_streams(dqkv.data, 3 * N * H * d, d);
     const real *alpha[3] = {alpha_q.data, alpha_k.data, alpha_v.data};

@@ -29,7 +29,7 @@ static const struct item ITEMS[] = {
     {"muon", bench_muon, "an update of GPT-2 124M by Muon, next to AdamW's"},
     {"attention", bench_attention, "attention on short sequences"},
     {"window", bench_window, "windowed IHA attention from 1k to 16k tokens"},
-    {"mixing", bench_mixing, "qkv_mix and collapse at three sizes"},
+    {"mixing", bench_mixing, "qkv_mix and collapse at five sizes"},
     {"quickstart", bench_quickstart, "an optimizer step of the quickstart model"},
     {"memory", bench_memory, "peak memory of training, and what the memory plan says"},
 };

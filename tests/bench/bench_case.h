@@ -114,4 +114,15 @@ static inline double attention_flops(const struct op_case *c) {
     return 4 * pairs * (double)(s->head_dim * s->heads);
 }
 
+/* qkv_mix and collapse: a product for each of q, k, v, or one; backward has two for each. */
+static inline double mixing_flops(const struct op_case *c, bool backward) {
+    const struct qkv_mix_spec *m = &c->spec.qkv_mix;
+    const struct collapse_spec *s = &c->spec.collapse;
+    double products = c->spec.kind == OP_QKV_MIX
+                          ? 3.0 * (double)(m->batch * m->tokens * m->head_dim * m->pseudo)
+                          : (double)(s->batch * s->tokens * s->head_dim * s->pseudo);
+    double heads = (double)(c->spec.kind == OP_QKV_MIX ? m->heads : s->heads);
+    return (backward ? 2 : 1) * 2 * products * heads * heads;
+}
+
 #endif

@@ -108,8 +108,8 @@ static inline void bench_window(struct bench *b, struct table *t) {
 
 /* ---- head mixing ---- */
 
-/* Little arithmetic on much memory: compared with the speed of a copy. */
-static inline void bandwidth_rows(const struct op_case *c, void *context) {
+/* Compared with what takes longer: its bytes at the speed of a copy, or its arithmetic at that of sgemm. */
+static inline void mixing_rows(const struct op_case *c, void *context) {
     struct bench_context *x = context;
     struct bench_case w;
     char sizes[OP_TEXT];
@@ -118,18 +118,21 @@ static inline void bandwidth_rows(const struct op_case *c, void *context) {
         struct finding f = measure(x->b, backward ? case_backward : case_forward, &w);
         struct row *row =
             table_row(x->t, "%s %s: %s", op_name(c), backward ? "backward" : "forward", op_sizes(c, sizes));
-        double rate = case_bytes(&w, backward) / f.seconds.median;
+        double bytes = case_bytes(&w, backward), flops = mixing_flops(c, backward);
+        double copying = bytes / f.copy, computing = flops / f.sgemm;
         cell_seconds(row->took, f.seconds);
-        cell(row->rate, "%.2f GB/s", rate / 1e9);
-        cell(row->compared, "copy %.2f GB/s", f.copy / 1e9);
-        cell(row->ratio, "%.2f", rate / f.copy);
+        cell(row->rate, "%.2f GB/s; %.1f GFLOP/s", bytes / f.seconds.median / 1e9,
+             flops / f.seconds.median / 1e9);
+        cell(row->compared, "bytes %.2f ms at copy's %.2f GB/s; arithmetic %.2f ms at sgemm's %.0f GFLOP/s",
+             copying * 1e3, f.copy / 1e9, computing * 1e3, f.sgemm / 1e9);
+        cell(row->ratio, "%.2f", (copying > computing ? copying : computing) / f.seconds.median);
         row_progress(row);
     }
     case_close(&w);
 }
 
 static inline void bench_mixing(struct bench *b, struct table *t) {
-    op_cases_of(OP_QKV_MIX, OP_COLLAPSE, BENCH_CPU, bandwidth_rows, &(struct bench_context){b, t});
+    op_cases_of(OP_QKV_MIX, OP_COLLAPSE, BENCH_CPU, mixing_rows, &(struct bench_context){b, t});
 }
 
 #endif
