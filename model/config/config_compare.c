@@ -70,9 +70,9 @@ static int64_t at_most(int64_t a, int64_t limit) {
 
 /* How many tokens a query sees of seq_len; of an IHA layer, of whole tokens. */
 static int64_t reach(const struct model_config *m, enum layer_type type, int64_t seq_len) {
-    int64_t tokens = type == LAYER_MHA_LOCAL   ? m->local_window
-                     : type == LAYER_IHA_LOCAL ? m->iha_window / m->num_pseudo_heads
-                                               : seq_len;
+    int64_t tokens = type == LAYER_IHA_LOCAL ? m->iha_window / m->num_pseudo_heads
+                     : layer_is_local(type)  ? m->local_window
+                                             : seq_len;
     return at_most(tokens, seq_len);
 }
 
@@ -137,15 +137,23 @@ static void compare_iha(struct pair *p, int layer) {
 
 static void compare_layer(struct pair *p, int layer) {
     enum layer_type then = p->then->layer_types[layer], now = p->now->layer_types[layer];
-    if (layer_is_iha(then) && !layer_is_iha(now))
-        add_reason(&p->misfits, layer, "it is %s and was %s, whose alpha and collapse would be lost",
-                   layer_type_name(now), layer_type_name(then));
+    if ((layer_is_iha(then) && !layer_is_iha(now)) || (layer_is_folded(then) && !layer_is_folded(now)))
+        add_reason(&p->misfits, layer, "it is %s and was %s, whose %s would be lost", layer_type_name(now),
+                   layer_type_name(then), layer_is_iha(then) ? "alpha and collapse" : "alpha");
     else if (layer_is_iha(then))
         compare_iha(p, layer);
     else if (layer_is_iha(now))
         compare_upcycled(p, layer);
-    else
+    else {
+        if (layer_is_folded(now) && !layer_is_folded(then) && p->now->init_alpha != ALPHA_IDENTITY)
+            add_reason(&p->changes, layer, "model.init_alpha = noise (identity keeps the function)");
         compare_reach(p, layer);
+    }
+}
+
+/* Whether a layer that was MHA mixes heads now. */
+static bool is_upcycled(enum layer_type then, enum layer_type now) {
+    return (layer_is_iha(now) && !layer_is_iha(then)) || (layer_is_folded(now) && !layer_is_folded(then));
 }
 
 /* ---- keys ---- */
@@ -214,7 +222,7 @@ void config_compare(const struct model_config *then, const struct model_config *
         return;
     for (int layer = 0; layer < now->num_hidden_layers; layer++) {
         compare_layer(&p, layer);
-        c->upcycled += layer_is_iha(now->layer_types[layer]) && !layer_is_iha(then->layer_types[layer]);
+        c->upcycled += is_upcycled(then->layer_types[layer], now->layer_types[layer]);
     }
     append_reasons(c->misfits, sizeof c->misfits, &p.misfits);
     append_reasons(c->changes, sizeof c->changes, &p.changes);

@@ -273,7 +273,7 @@ static double mixed_loss(enum layer_type type, bool bias, int steps) {
     int32_t tokens[12], targets[12];
     fixture_tokens(tokens, 12, 13, 1);
     fixture_tokens(targets, 12, 13, 2);
-    fixture_model(&m, &c, (struct pass_shape){1, 12, RECOMPUTE_NONE, true, false, false});
+    fixture_model(&m, &c, (struct pass_shape){1, 12, RECOMPUTE_NONE, true, false, false, false});
     assert_int_equal(model_initialize(&m, 5, &e), 0);
     for (int i = 0; i < m.params.count; i++) {
         double *values = model_param(&m, i).data;

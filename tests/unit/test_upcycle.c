@@ -55,7 +55,7 @@ static void last_hidden(struct model *m, float h[T * C]) {
 /* The norm of the difference between the two models' outputs, by the norm of the first one's. */
 static double difference(const struct config *then, const struct config *now) {
     struct model source, model;
-    struct pass_shape shape = {B, T, RECOMPUTE_NONE, false, false, false};
+    struct pass_shape shape = {B, T, RECOMPUTE_NONE, false, false, false, false};
     struct error e = {0};
     static float a[T * C], b[T * C];
     fixture_model(&source, &then->model, shape);
@@ -213,12 +213,45 @@ static void misfits_are_named(void **state) {
     assert_non_null(strstr(c.misfits, "model.head_dim"));
 }
 
+static void mha_becomes_folded(void **state) {
+    (void)state;
+    EACH(sources, "model.layer_pattern=mha_global", "model.layer_pattern=mha_local");
+    EACH(kinds, "model.layer_pattern=folded_global", "model.layer_pattern=folded_local");
+    EACH(windows, "model.local_window=3", "model.local_window=8");
+    EACH(alphas, "model.init_alpha=identity", "model.init_alpha=noise");
+    preserved = changed = 0;
+    for (int i = 0; i < 32; i++) {
+        const char *then[] = {sources[i & 1], windows[i >> 1 & 1]};
+        const char *now[] = {kinds[i >> 2 & 1], windows[i >> 3 & 1], alphas[i >> 4 & 1]};
+        check(2, then, 3, now);
+    }
+    assert_true(preserved > 0 && changed > preserved);
+}
+
+static void mixing_is_not_lost_in_silence(void **state) {
+    (void)state;
+    EACH(kinds, "model.layer_pattern=mha_global", "model.layer_pattern=iha_global",
+         "model.layer_pattern=folded_global");
+    for (int i = 0; i < kinds_count; i++)
+        for (int j = 0; j < kinds_count; j++) {
+            static struct config then, now;
+            struct model_comparison c;
+            load_config(&then, 1, &kinds[i]);
+            load_config(&now, 1, &kinds[j]);
+            config_compare(&then.model, &now.model, T, &c);
+            bool lost = i > 0 && i != j;
+            assert_int_equal(lost, c.misfits[0] != 0);
+            if (lost)
+                assert_non_null(strstr(c.misfits, i == 1 ? "whose alpha and collapse would be lost"
+                                                         : "whose alpha would be lost"));
+        }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(mha_becomes_iha),
-        cmocka_unit_test(other_starts),
-        cmocka_unit_test(iha_and_mha_stay),
-        cmocka_unit_test(misfits_are_named),
+        cmocka_unit_test(mha_becomes_folded), cmocka_unit_test(mixing_is_not_lost_in_silence),
+        cmocka_unit_test(mha_becomes_iha),    cmocka_unit_test(other_starts),
+        cmocka_unit_test(iha_and_mha_stay),   cmocka_unit_test(misfits_are_named),
     };
     return cmocka_run_group_tests(tests, enter_directory, leave_directory);
 }
