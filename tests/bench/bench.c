@@ -30,6 +30,7 @@ static const struct item ITEMS[] = {
     {"attention", bench_attention, "attention on short sequences"},
     {"window", bench_window, "windowed IHA attention from 1k to 16k tokens"},
     {"mixing", bench_mixing, "qkv_mix and collapse at five sizes"},
+    {"divide", bench_divide, "operations on one thread and on all"},
     {"quickstart", bench_quickstart, "an optimizer step of the quickstart model"},
     {"memory", bench_memory, "peak memory of training, and what the memory plan says"},
 };

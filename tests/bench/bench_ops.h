@@ -135,4 +135,43 @@ static inline void bench_mixing(struct bench *b, struct table *t) {
     op_cases_of(OP_QKV_MIX, OP_COLLAPSE, BENCH_CPU, mixing_rows, &(struct bench_context){b, t});
 }
 
+/* ---- work that divides ---- */
+
+static inline void set_threads(struct bench *b, int threads) {
+    b->dev->threads = threads;
+    omp_set_num_threads(threads);
+}
+
+/* Backward on one thread and on all, in turn. */
+static inline void divide_row(const struct op_case *c, void *context) {
+    static struct samples one, all;
+    struct bench_context *x = context;
+    struct bench_case w;
+    char sizes[OP_TEXT];
+    int threads = x->b->dev->threads;
+    case_open(&w, x->b, c);
+    int calls = warm_up(case_backward, &w);
+    one.count = all.count = 0;
+    for (int i = 0; i < x->b->repeats; i++) {
+        set_threads(x->b, 1);
+        samples_add(&one, time_calls(case_backward, &w, calls));
+        set_threads(x->b, threads);
+        samples_add(&all, time_calls(case_backward, &w, calls));
+    }
+    case_close(&w);
+    struct summary single = samples_summary(&one, 0), together = samples_summary(&all, 0);
+    struct row *row =
+        table_row(x->t, "%s backward on %d threads: %s", op_name(c), threads, op_sizes(c, sizes));
+    cell_seconds(row->took, together);
+    cell_seconds(row->compared, single);
+    cell(row->ratio, "%.2f times one thread", single.median / together.median);
+    row_progress(row);
+}
+
+static inline void bench_divide(struct bench *b, struct table *t) {
+    static const enum op_kind kinds[] = {OP_EMBED, OP_NORM, OP_LINEAR, OP_QKV_MIX, OP_COLLAPSE};
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
+        op_cases_run(kinds[i], BENCH_DIVIDE, divide_row, &(struct bench_context){b, t});
+}
+
 #endif

@@ -9,10 +9,11 @@
 
 /* What a case is run by. */
 enum {
-    GRADIENT = 1,  /* against central differences, in double: small */
-    COMPARE = 2,   /* the CUDA backend against the CPU's */
-    BENCH_CPU = 4, /* make bench */
-    BENCH_GPU = 8, /* make bench-gpu */
+    GRADIENT = 1,      /* against central differences, in double: small */
+    COMPARE = 2,       /* the CUDA backend against the CPU's */
+    BENCH_CPU = 4,     /* make bench */
+    BENCH_GPU = 8,     /* make bench-gpu */
+    BENCH_DIVIDE = 16, /* make bench: one thread and all */
 };
 
 /* What a spec leaves open. */
@@ -77,6 +78,8 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, EMBED_CASE(1, 33, 70, 2056), .options = POSITIONS,
      .first = 2}, /* more columns than a block takes */
 
+    {BENCH_DIVIDE, EMBED_CASE(8, 256, 257, 256)},
+
     /* ---- residual_norm: type, eps, rows, hidden ---- */
     {GRADIENT, NORM_CASE(NORM_TYPE_RMS, 1e-3, 5, 19), .vary = ACCUMULATE | DELTA},
     {GRADIENT, NORM_CASE(NORM_TYPE_LAYER, 1e-3, 5, 19), .options = DELTA},
@@ -94,6 +97,8 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 203, 1028), .options = DELTA},
     {BENCH_GPU, NORM_CASE(NORM_TYPE_RMS, 1e-5, 65536, 2560), .options = DELTA | ACCUMULATE},
 
+    {BENCH_DIVIDE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 2048, 256), .options = DELTA},
+
     /* ---- linear: rows, in, out ---- */
     {GRADIENT, LINEAR_CASE(6, 5, 7), .options = BIAS, .vary = ACCUMULATE},
     {COMPARE, LINEAR_CASE(1, 1, 1), .vary = BIAS | ACCUMULATE},
@@ -105,6 +110,8 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, LINEAR_CASE(1000, 4, 8), .vary = BIAS | ACCUMULATE},
     {COMPARE, LINEAR_CASE(70, 24, 264), .options = BIAS | ACCUMULATE, .gap = 8},
     {COMPARE, LINEAR_CASE(33, 40, 129), .options = BIAS, .gap = 3},
+
+    {BENCH_DIVIDE, LINEAR_CASE(2048, 1, 256), .options = BIAS}, /* mostly column sums */
 
     /* ---- qkv_mix: batch, tokens, heads, head_dim, pseudo; mixed, rope, rope_virtual ---- */
     {GRADIENT, MIX_CASE(2, 5, 3, 6, 1, false, true, true), .vary = GIVEN_POSITIONS},
@@ -167,7 +174,7 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, COLLAPSE_CASE(1, 3, 20, 64, 20, false), ACCUMULATE},
     {COMPARE, COLLAPSE_CASE(1, 1, 65, 16, 1, false)}, /* too many heads */
 
-    MIX_AND_COLLAPSE(BENCH_CPU, 2048, 4, 2, 64), /* the quickstart's model */
+    MIX_AND_COLLAPSE(BENCH_CPU | BENCH_DIVIDE, 2048, 4, 2, 64), /* the quickstart's model */
     MIX_AND_COLLAPSE(BENCH_CPU, 2048, 12, 2, 64),
     MIX_AND_COLLAPSE(BENCH_CPU, 2048, 16, 4, 64),
     MIX_AND_COLLAPSE(BENCH_CPU, 2048, 20, 4, 128),
