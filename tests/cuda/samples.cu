@@ -62,6 +62,25 @@ void sample_uninitialised(float *out) {
     sample<uninitialised>(1, 32, 32 * sizeof(float), out, 32, 0);
 }
 
+int64_t sample_large_block(void) {
+    static const size_t BYTES = (5 << 20) + 100, BEGIN = 4001, CLEARED = (5 << 20) - 9000;
+    static unsigned char host[BYTES];
+    unsigned char *block;
+    int64_t wrong = 0;
+    for (int again = 0; again < 2; again++) { /* the second time at addresses that were used */
+        cuda_check(cudaMalloc((void **)&block, BYTES));
+        for (int cleared = 0; cleared < 2; cleared++) {
+            if (cleared)
+                cuda_check(cudaMemset(block + BEGIN, 0, CLEARED));
+            cuda_check(cudaMemcpy(host, block, BYTES, cudaMemcpyDeviceToHost));
+            for (size_t i = 0; i < BYTES; i++)
+                wrong += host[i] != (cleared && i >= BEGIN && i < BEGIN + CLEARED ? 0 : 0xff);
+        }
+        cuda_check(cudaFree(block));
+    }
+    return wrong;
+}
+
 static __global__ void write_at(float *out, int at) {
     if (threadIdx.x == 0)
         out[at] = 1;

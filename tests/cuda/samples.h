@@ -2,6 +2,8 @@
 #ifndef IHA_TESTS_CUDA_SAMPLES_H
 #define IHA_TESTS_CUDA_SAMPLES_H
 
+#include <stdint.h>
+
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -11,6 +13,8 @@ enum { SAMPLE_WARP_RESULTS = 10 };
 void sample_reverse(float *out /* [256] */, int barrier);
 void sample_rotate(float *out /* [64] */, int second_barrier);
 void sample_uninitialised(float *out /* [32] */);
+/* Wrong bytes of a large new block, which is NaN, and of one whose middle a memset cleared. */
+int64_t sample_large_block(void);
 void sample_write_at(int at /* of 10 */);
 void sample_read_at(int at /* of 10 */);
 void sample_write_shared(int at /* of 16 */);

@@ -58,6 +58,11 @@ static void uninitialised_shared(void **state) {
         assert_true(isnan(out[i]));
 }
 
+static void large_blocks(void **state) {
+    (void)state;
+    assert_int_equal(sample_large_block(), 0);
+}
+
 static void stray_stores(void **state) {
     (void)state;
     const char *beside =
@@ -147,6 +152,7 @@ int main(void) {
         cmocka_unit_test(uninitialised_shared), cmocka_unit_test(stray_stores),
         cmocka_unit_test(divergence),           cmocka_unit_test(host_reads_device_memory),
         cmocka_unit_test(warp_operations),      cmocka_unit_test(tensor_core),
+        cmocka_unit_test(large_blocks),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -66,8 +66,8 @@ void emulator_check_sentinels() {
     check_sentinels();
 }
 
-/* Fill device memory that is open. Large stretches of 0 and of 0xff (NaN) are mapped, to be copied on write: so only the
- * pages that are touched take time, and most of a workspace is not. */
+/* Fill device memory that is open. Large stretches of 0 and of 0xff (NaN) are mapped, to be copied on write: so
+ * only the pages that are touched take time, and most of a workspace is not. */
 static void fill(char *data, int value, size_t bytes) {
     static const size_t CHUNK = 2 << 20;
     static const int ones = [] {
