@@ -1,0 +1,238 @@
+"""scripts/import_hf.py: golden models under the names, layouts and types of other programs come back as they were, and bad
+input is refused in one line with nothing written. That Transformers computes the same is tested by make test-hf."""
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from tests.lib.runs import BINARY, CPU, ENVIRONMENT, ROOT
+from tests.lib.tiny import write_shard
+
+SCRIPT, GOLDEN = ROOT / "scripts" / "import_hf.py", ROOT / "tests" / "golden"
+GPT2 = {"attn_norm": "ln_1", "attn.qkv": "attn.c_attn", "attn.out": "attn.c_proj", "mlp_norm": "ln_2", "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj", "final_norm": "ln_f", "embed": "wte", "pos_embed": "wpe"}
+LLAMA = {"attn_norm": "input_layernorm", "attn.out": "self_attn.o_proj", "mlp_norm": "post_attention_layernorm",
+         "mlp.up": "mlp.up_proj", "mlp.gate": "mlp.gate_proj", "mlp.down": "mlp.down_proj"}
+
+
+def golden(name):
+    """A golden case's configuration and parameters."""
+    tensors = load_file(GOLDEN / f"model_{name}.safetensors")
+    config = json.loads((GOLDEN / f"model_{name}.json").read_text())
+    return config, {key[6:]: x for key, x in tensors.items() if key.startswith("param.")}
+
+
+def as_gpt2(params, prefix="transformer."):
+    out = {}
+    for name, x in params.items():
+        name, kind = name.rsplit(".", 1)
+        layer, name = re.match(r"(layers\.\d+\.)?(.*)", name).groups()
+        matrix = name.startswith(("attn.", "mlp.")) and kind == "weight"
+        out[f"{prefix}{(layer or '').replace('layers', 'h')}{GPT2[name]}.{kind}"] = np.ascontiguousarray(x.T if matrix else x)
+    return out | {prefix + "h.0.attn.bias": np.ones((1, 1, 4, 4), "f")}  # a buffer of old files
+
+
+def as_llama(params):
+    out = {}
+    for name, x in params.items():
+        layer, name = re.match(r"(layers\.\d+\.)?(.*)\.weight", name).groups()
+        if name == "attn.qkv":
+            for which, part in zip("qkv", np.split(x, 3)):
+                out[f"model.{layer}self_attn.{which}_proj.weight"] = part
+        elif layer:
+            out[f"model.{layer}{LLAMA[name]}.weight"] = x
+        else:
+            out[{"embed": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"}[name] + ".weight"] = x
+    return out
+
+
+def gpt2_config(c, **more):
+    return dict(model_type="gpt2", vocab_size=c["vocab_size"], n_embd=c["hidden_size"], n_layer=c["num_hidden_layers"],
+                n_head=c["num_attention_heads"], n_positions=c["max_position_embeddings"], n_inner=c["intermediate_size"],
+                layer_norm_epsilon=c["norm_eps"]) | more
+
+
+def llama_config(c, **more):
+    return dict(model_type="mistral", sliding_window=c["local_window"], rms_norm_eps=c["norm_eps"],
+                layer_types=["sliding_attention", "full_attention"], rope_theta=c["rope_theta"], tie_word_embeddings=False,
+                **{key: c[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                                           "intermediate_size", "max_position_embeddings")}) | more
+
+
+class ImportHf(unittest.TestCase):
+    def setUp(self):
+        temporary = tempfile.TemporaryDirectory()
+        self.addCleanup(temporary.cleanup)
+        self.tmp = Path(temporary.name)
+        self.source, self.out = self.tmp / "source", self.tmp / "out"
+        self.source.mkdir()
+
+    def run_script(self, code=0):
+        done = subprocess.run([sys.executable, SCRIPT, self.source, self.out], capture_output=True, text=True)
+        self.assertEqual(done.returncode, code, done.stderr)
+        return done.stderr
+
+    def write(self, config, tensors):
+        (self.source / "config.json").write_text(json.dumps(config))
+        save_file(tensors, self.source / "model.safetensors")
+
+    def check_same(self, config, params, ignored=()):
+        found = load_file(self.out / "model.safetensors")
+        self.assertEqual(sorted(found), sorted(params))
+        for name, x in params.items():
+            self.assertTrue(np.array_equal(found[name], x), name)
+        read = json.loads((self.out / "config.json").read_text())
+        iha = ("num_pseudo_heads", "iha_window", "iha_mask", "iha_rope", "iha_collapse", *ignored)
+        self.assertEqual({key: read[key] for key in config if key not in iha}, {key: x for key, x in config.items() if key not in iha})
+
+    def test_gpt2(self):
+        for prefix in ("transformer.", ""):
+            config, params = golden("mha_gpt2")
+            self.write(gpt2_config(config), as_gpt2(params, prefix))
+            self.run_script()
+            self.check_same(config, params, ("local_window",))
+            shutil.rmtree(self.out)
+
+    def test_mistral_with_windows(self):
+        config, params = golden("mha_llama")
+        self.write(llama_config(config), as_llama(params))
+        self.run_script()
+        self.check_same(config, params)
+
+    def test_train_iha_reads_it(self):
+        """Its loss is the golden case's, on the golden case's tokens."""
+        config, params = golden("mha_gpt2")
+        self.write(gpt2_config(config), as_gpt2(params))
+        self.run_script()
+        case = load_file(GOLDEN / "model_mha_gpt2.safetensors")
+        tokens, T = case["tokens"][0], case["tokens"].shape[1]
+        write_shard(self.tmp / "val.bin", tokens)
+        out = subprocess.run([BINARY, "eval", self.out, f"data.val={self.tmp}/val.bin", f"train.seq_len={T - 1}", *CPU],
+                             capture_output=True, text=True, env=ENVIRONMENT, check=True).stdout
+        logits = case["logits"][0, :-1]
+        logits = logits - logits.max(-1, keepdims=True)
+        expected = np.mean(np.log(np.exp(logits).sum(-1)) - logits[np.arange(T - 1), tokens[1:]])
+        self.assertAlmostEqual(float(out.split()[-2]), expected, delta=1e-5)
+
+    def test_sharded_and_half_precision(self):
+        config, params = golden("mha_llama")
+        tensors = {name: x.astype(np.float16) for name, x in as_llama(params).items()}
+        names = sorted(tensors)
+        files = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(names)}
+        for file in set(files.values()):
+            save_file({name: tensors[name] for name in names if files[name] == file}, self.source / file)
+        (self.source / "config.json").write_text(json.dumps(llama_config(config)))
+        (self.source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+        self.run_script()
+        self.check_same(config, {name: x.astype(np.float16).astype(np.float32) for name, x in params.items()})
+        shutil.rmtree(self.out)
+        (self.source / "model-00002-of-00002.safetensors").unlink()
+        self.refused("model-00002-of-00002.safetensors is not there")
+
+    def test_llm_c(self):
+        config, params = golden("mha_gpt2")
+        C, V, L = config["hidden_size"], config["vocab_size"], config["num_hidden_layers"]
+        for version, bits in ((3, lambda x: x.astype("<f4")), (5, lambda x: (x.view("<u4") >> 16).astype("<u2"))):
+            draw = np.random.default_rng(1)
+            shapes = {name: (4 * C if x.shape[0] == 40 else x.shape[0], *((4 * C if n == 40 else n for n in x.shape[1:])))
+                      for name, x in params.items()}
+            values = {name: draw.normal(size=shape).astype("f") for name, shape in shapes.items()}
+            padded = np.concatenate([values["embed.weight"], np.full((3, C), 9, "f")])
+            body = [padded, values["pos_embed.weight"]]
+            for part in ("attn_norm", "attn.qkv", "attn.out", "mlp_norm", "mlp.up", "mlp.down"):
+                for kind in ("weight", "bias"):
+                    body += [values[f"layers.{n}.{part}.{kind}"] for n in range(L)]
+            body += [values["final_norm.weight"], values["final_norm.bias"]]
+            header = struct.pack("<256i", 20240326, version, config["max_position_embeddings"], V, L,
+                                 config["num_attention_heads"], C, V + 3, *[0] * 248)
+            self.source = self.tmp / f"v{version}.bin"
+            self.source.write_bytes(header + b"".join(bits(x).tobytes() for x in body))
+            self.run_script()
+            if version == 5:
+                values = {name: ((x.view("<u4") >> 16) << 16).view("<f4") for name, x in values.items()}
+            self.check_same(config | {"intermediate_size": 4 * C}, values, ("local_window",))
+            shutil.rmtree(self.out)
+        self.source.write_bytes(self.source.read_bytes()[:-2])
+        self.refused("damaged")
+
+    def test_tokenizer_and_its_end(self):
+        config, params = golden("mha_gpt2")
+        self.write(gpt2_config(config, eos_token_id=3), as_gpt2(params))
+        tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 3}}, "added_tokens": [{"id": 5, "content": "<|endoftext|>"}]}
+        (self.source / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (self.source / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["x.Y", None]}, "eos_token": "b"}))
+        (self.source / "chat_template.jinja").write_text("{{ messages }}")
+        self.assertEqual(self.run_script(), "")
+        self.assertEqual(json.loads((self.out / "tokenizer_config.json").read_text()),
+                         {"eos_token": "b", "tokenizer_class": "PreTrainedTokenizerFast"})
+        self.assertEqual(json.loads((self.out / "generation_config.json").read_text()), {"eos_token_id": 3})
+        self.assertEqual((self.out / "tokenizer.json").read_bytes(), (self.source / "tokenizer.json").read_bytes())
+        self.assertTrue((self.out / "chat_template.jinja").exists() and (self.out / "modeling_iha.py").exists())
+        shutil.rmtree(self.out)
+        tokenizer["added_tokens"][0]["id"] = config["vocab_size"]
+        (self.source / "tokenizer.json").write_text(json.dumps(tokenizer))
+        self.refused("vocab_size")
+
+    # ---- bad input ----
+
+    def refused(self, *names):
+        before = sorted(os.listdir(self.tmp))
+        lines = self.run_script(code=2).splitlines()
+        self.assertEqual(len(lines), 1, lines)
+        for name in names:
+            self.assertIn(name, lines[0])
+        self.assertEqual(sorted(os.listdir(self.tmp)), before)
+
+    def test_models_that_do_not_fit(self):
+        config, params = golden("mha_llama")
+        wide = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        for more, name in ((wide, "num_key_value_heads"), ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "llama3"),
+                           ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+                           ({"attention_bias": True}, "attention_bias"), ({"hidden_act": "gelu"}, "hidden_act"),
+                           ({"model_type": "qwen2"}, "bias of q, k and v"), ({"model_type": "mixtral"}, "experts"),
+                           ({"model_type": "bert"}, "bert"), ({"hidden_size": "20"}, "hidden_size"),
+                           ({"layer_types": ["linear_attention"] * 2}, "layer_types"), ({"vocab_size": 0}, "vocab_size"),
+                           ({"eos_token_id": 41}, "eos_token_id")):
+            with self.subTest(more):
+                self.write(llama_config(config, **more), as_llama(params))
+                self.refused("config.json" if name != "eos_token_id" else name, name)
+
+    def test_tensors_that_do_not_fit(self):
+        config, params = golden("mha_llama")
+        good = as_llama(params)
+        first = "model.layers.0.mlp.up_proj.weight"
+        bad = {"missing": {name: x for name, x in good.items() if name != first}, "model.extra": good | {"model.extra": np.zeros(2, "f")},
+               "not finite": good | {first: np.full_like(good[first], np.nan)}, "config.json means": good | {first: good[first][:, :-1]}}
+        for name, tensors in bad.items():
+            with self.subTest(name):
+                self.write(llama_config(config), {key: np.ascontiguousarray(x) for key, x in tensors.items()})
+                self.refused(name)
+
+    def test_files_that_are_damaged(self):
+        config, params = golden("mha_llama")
+        self.refused("config.json is not there")
+        self.write(llama_config(config), as_llama(params))
+        whole = (self.source / "model.safetensors").read_bytes()
+        for text in (b"", whole[:100], whole[:-4], b"\xff" * 64):
+            (self.source / "model.safetensors").write_bytes(text)
+            self.refused("damaged")
+        (self.source / "model.safetensors").unlink()
+        self.refused("model.safetensors is not there")
+        (self.source / "config.json").write_text("[1")
+        self.refused("config.json cannot be read")
+        shutil.rmtree(self.source)
+        self.refused("source is not there")
+
+    def test_an_output_that_exists(self):
+        self.out.mkdir()
+        self.refused("exists already")
