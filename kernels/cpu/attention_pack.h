@@ -74,6 +74,17 @@ static inline void pack_rows(struct head_rows x, int64_t row, int64_t rows, int6
 
 /* r[i][l] becomes r[l][i]. Each round exchanges blocks of `by` x `by` across the diagonal. */
 static inline __attribute__((always_inline)) void transpose_round(vreal r[VL], const int by) {
+#ifdef __clang__
+    for (int i = 0; i < VL; i++) {
+        if (i & by)
+            continue;
+        vreal a = r[i], b = r[i + by];
+        for (int l = 0; l < VL; l++) {
+            r[i][l] = l & by ? b[l - by] : a[l];
+            r[i + by][l] = l & by ? b[l] : a[l + by];
+        }
+    }
+#else
     vbits low, high;
     for (int l = 0; l < VL; l++) {
         low[l] = l & by ? VL + l - by : l;
@@ -82,18 +93,11 @@ static inline __attribute__((always_inline)) void transpose_round(vreal r[VL], c
     for (int i = 0; i < VL; i++) {
         if (i & by)
             continue;
-#ifdef __clang__
-        vreal a = r[i], b = r[i + by];
-        for (int l = 0; l < VL; l++) {
-            r[i][l] = l & by ? b[l - by] : a[l];
-            r[i + by][l] = l & by ? b[l] : a[l + by];
-        }
-#else
         vreal a = __builtin_shuffle(r[i], r[i + by], low);
         r[i + by] = __builtin_shuffle(r[i], r[i + by], high);
         r[i] = a;
-#endif
     }
+#endif
 }
 
 static inline void transpose(vreal r[VL]) {
