@@ -61,8 +61,13 @@ endif
 MODEL = $(wildcard model/*.c model/*/*.c)
 DATA = $(wildcard data/*.c)
 
-KERNEL_OBJECTS = $(KERNELS:%.c=$(BUILD)/%.o)
-DOUBLE_OBJECTS = $(KERNELS:%.c=$(BUILD)/double/%.o)
+# The operations are built once more in bf16; kernels/cpu/real.h describes the three builds.
+CPU_BF16 = $(addprefix kernels/cpu/,act.c attention.c attention_backward.c check_products.c classifier.c collapse.c cpu.c \
+    decode.c embed.c fold.c gemm_bf16.c linear.c muon.c norm.c optimizer.c qkv_mix.c)
+BF16_ALONE = kernels/cpu/gemm_bf16.c
+
+KERNEL_OBJECTS = $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(BF16_ALONE),$(KERNELS))) $(CPU_BF16:%.c=$(BUILD)/bf16/%.o)
+DOUBLE_OBJECTS = $(patsubst %.c,$(BUILD)/double/%.o,$(filter-out $(BF16_ALONE),$(KERNELS)))
 OTHER_OBJECTS = $(patsubst %.c,$(BUILD)/%.o,$(MODEL) $(DATA))
 
 # Tests of gradients link the kernels built in double; the others link what training runs.
@@ -156,6 +161,11 @@ $(BUILD)/double/%.o: %.c | build/headers-found
 	@mkdir -p $(@D)
 	@echo "  CC   $<"
 	@$(CC) $(CFLAGS) -DKERNELS_DOUBLE -MMD -MP -c $< -o $@
+
+$(BUILD)/bf16/%.o: %.c | build/headers-found
+	@mkdir -p $(@D)
+	@echo "  CC   $< (bf16)"
+	@$(CC) $(CFLAGS) -DKERNELS_BF16 -MMD -MP -c $< -o $@
 
 $(BUILD)/%.o: %.c | build/headers-found
 	@mkdir -p $(@D)

@@ -135,13 +135,14 @@ static bool uses_cuda(const struct run *r) {
 static int open_device(struct run *r, struct error *e) {
     const struct system_config *s = &r->config.system;
     bool cuda = uses_cuda(r);
-    bool bf16 = s->precision == PRECISION_BF16 || (s->precision == PRECISION_AUTO && cuda);
+    bool bf16 = s->precision == PRECISION_BF16 ||
+                (s->precision == PRECISION_AUTO && (cuda || cpu_multiplies_bf16()));
     struct device_options options = {.threads = (int)s->threads,
                                      .precision = bf16 ? DEVICE_BF16 : DEVICE_FP32,
                                      .deterministic = s->deterministic,
                                      .graphs = s->graph == GRAPH_AUTO && r->profile_steps == 0,
                                      .comm = r->comm};
-    r->k = cuda ? kernels_cuda() : kernels_cpu();
+    r->k = cuda ? kernels_cuda() : bf16 ? kernels_cpu_bf16() : kernels_cpu();
     if (!r->k)
         return fail_user(e, "system.device = cuda, but this program was built without CUDA; use auto or cpu");
     if (s->comm == COMM_MPI && !single_rank(r) && strcmp(r->comm->ops->name, "mpi") != 0)

@@ -247,7 +247,13 @@ struct kernels {
 #include "kernels/ops.def"
 };
 
-const struct kernels *kernels_cpu(void);
+const struct kernels *kernels_cpu(void);      /* in fp32 */
+const struct kernels *kernels_cpu_bf16(void); /* in bf16, with fp32 sums, gradients and master weights */
+
+/* Whether this processor multiplies matrices of bf16 faster than of fp32: it has AVX512-BF16 or AMX-BF16.
+ * Where it has not, kernels_cpu_bf16() converts, which is slower than fp32. */
+bool cpu_multiplies_bf16(void);
+
 const struct kernels *kernels_cuda(void); /* NULL when built without CUDA */
 
 /* A copy of the table whose operations are recorded as ranges of their name. Each call replaces the last

@@ -27,14 +27,16 @@ static inline vreal relu(vreal u) {
 }
 
 /* The last, partial vector of a row goes through a copy: nothing past the row is read or written. */
-static inline vreal vload_part(const real *p, int64_t n) {
-    vreal v = {0};
-    memcpy(&v, p, (size_t)n * sizeof(real));
-    return v;
+static inline vreal vload_part(const elem *p, int64_t n) {
+    elem part[VL] = {0};
+    memcpy(part, p, (size_t)n * sizeof(elem));
+    return vload_elem(part);
 }
 
-static inline void vstore_part(real *p, vreal v, int64_t n) {
-    memcpy(p, &v, (size_t)n * sizeof(real));
+static inline void vstore_part(elem *p, vreal v, int64_t n) {
+    elem part[VL];
+    vstore_elem(part, v);
+    memcpy(p, part, (size_t)n * sizeof(elem));
 }
 
 static inline vreal act_value(enum act_type type, vreal u, vreal gate) {
@@ -64,52 +66,53 @@ static inline vreal act_gradient(enum act_type type, vreal dout, vreal u, vreal 
     return dout * gate * s;
 }
 
-void cpu_mlp_act(struct device *dev, const struct act_spec *s, tensor u, tensor gate, tensor out) {
+void CPU(mlp_act)(struct device *dev, const struct act_spec *s, tensor u, tensor gate, tensor out) {
     (void)dev;
     int64_t F = s->hidden;
-    check_real("mlp_act", "u", u, s->rows, F, 0, 0, 0);
-    check_real("mlp_act", "out", out, s->rows, F, 0, 0, 0);
+    check_elem("mlp_act", "u", u, s->rows, F, 0, 0, 0);
+    check_elem("mlp_act", "out", out, s->rows, F, 0, 0, 0);
     bool gated = s->type == ACT_SWIGLU;
     if (gated)
-        check_real("mlp_act", "gate", gate, s->rows, F, 0, 0, 0);
+        check_elem("mlp_act", "gate", gate, s->rows, F, 0, 0, 0);
 #pragma omp parallel for
     for (int64_t n = 0; n < s->rows; n++) {
-        const real *up = (real *)u.data + n * u.stride[0];
-        const real *g = gated ? (real *)gate.data + n * gate.stride[0] : up;
-        real *o = (real *)out.data + n * out.stride[0];
+        const elem *up = (elem *)u.data + n * u.stride[0];
+        const elem *g = gated ? (elem *)gate.data + n * gate.stride[0] : up;
+        elem *o = (elem *)out.data + n * out.stride[0];
         int64_t c = 0;
         for (; c + VL <= F; c += VL)
-            vstore(o + c, act_value(s->type, vload(up + c), vload(g + c)));
+            vstore_elem(o + c, act_value(s->type, vload_elem(up + c), vload_elem(g + c)));
         if (c < F)
             vstore_part(o + c, act_value(s->type, vload_part(up + c, F - c), vload_part(g + c, F - c)),
                         F - c);
     }
 }
 
-void cpu_mlp_act_backward(struct device *dev, const struct act_spec *s, tensor dout, tensor u, tensor gate,
-                          tensor du, tensor dgate) {
+void CPU(mlp_act_backward)(struct device *dev, const struct act_spec *s, tensor dout, tensor u, tensor gate,
+                           tensor du, tensor dgate) {
     (void)dev;
     int64_t F = s->hidden;
-    check_real("mlp_act_backward", "dout", dout, s->rows, F, 0, 0, 0);
-    check_real("mlp_act_backward", "u", u, s->rows, F, 0, 0, 0);
-    check_real("mlp_act_backward", "du", du, s->rows, F, 0, 0, 0);
+    check_elem("mlp_act_backward", "dout", dout, s->rows, F, 0, 0, 0);
+    check_elem("mlp_act_backward", "u", u, s->rows, F, 0, 0, 0);
+    check_elem("mlp_act_backward", "du", du, s->rows, F, 0, 0, 0);
     bool gated = s->type == ACT_SWIGLU;
     if (gated) {
-        check_real("mlp_act_backward", "gate", gate, s->rows, F, 0, 0, 0);
-        check_real("mlp_act_backward", "dgate", dgate, s->rows, F, 0, 0, 0);
+        check_elem("mlp_act_backward", "gate", gate, s->rows, F, 0, 0, 0);
+        check_elem("mlp_act_backward", "dgate", dgate, s->rows, F, 0, 0, 0);
     }
 #pragma omp parallel for
     for (int64_t n = 0; n < s->rows; n++) {
-        const real *d = (real *)dout.data + n * dout.stride[0], *up = (real *)u.data + n * u.stride[0];
-        const real *g = gated ? (real *)gate.data + n * gate.stride[0] : up;
-        real *out = (real *)du.data + n * du.stride[0];
-        real *out_gate = gated ? (real *)dgate.data + n * dgate.stride[0] : NULL;
+        const elem *d = (elem *)dout.data + n * dout.stride[0], *up = (elem *)u.data + n * u.stride[0];
+        const elem *g = gated ? (elem *)gate.data + n * gate.stride[0] : up;
+        elem *out = (elem *)du.data + n * du.stride[0];
+        elem *out_gate = gated ? (elem *)dgate.data + n * dgate.stride[0] : NULL;
         vreal dg = {0};
         int64_t c = 0;
         for (; c + VL <= F; c += VL) {
-            vstore(out + c, act_gradient(s->type, vload(d + c), vload(up + c), vload(g + c), &dg));
+            vstore_elem(out + c,
+                        act_gradient(s->type, vload_elem(d + c), vload_elem(up + c), vload_elem(g + c), &dg));
             if (gated)
-                vstore(out_gate + c, dg);
+                vstore_elem(out_gate + c, dg);
         }
         if (c < F) {
             int64_t rest = F - c;

@@ -15,7 +15,7 @@
 #include "kernels/cpu/attention_scores.h"
 #include "kernels/cpu/attention_units.h"
 
-int64_t attention_tiles_visited;
+int64_t CPU(attention_tiles_visited);
 
 /* Scratch of one thread; G is the tiles of a group. */
 struct scratch {
@@ -37,11 +37,11 @@ static size_t layout_scratch(const struct attention_spec *s, int64_t group, char
     return lay_out(parts, sizeof parts / sizeof *parts, base);
 }
 
-struct op_cost attention_plan(const struct device *dev, const struct attention_spec *s) {
+struct op_cost CPU(attention_plan)(const struct device *dev, const struct attention_spec *s) {
     struct scratch unused;
     struct units u = units_of(dev, s);
     size_t shared, forward = layout_scratch(s, u.group, NULL, &unused),
-                   backward = attention_backward_scratch(s, &u, &shared);
+                   backward = CPU(attention_backward_scratch)(s, &u, &shared);
     return (struct op_cost){.saved = (size_t)(s->batch * s->heads * s->length) * sizeof(real),
                             .workspace =
                                 shared + (size_t)dev->threads * (forward > backward ? forward : backward)};
@@ -203,22 +203,22 @@ static int64_t forward_unit(const struct attention_mask *m, const struct scratch
     return visited;
 }
 
-void check_attention(const char *op, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                     tensor segments, tensor o) {
+void CPU(check_attention)(const char *op, const struct attention_spec *s, tensor q, tensor k, tensor v,
+                          tensor segments, tensor o) {
     int64_t B = s->batch, S = s->length, H = s->heads, d = s->head_dim;
-    check_real(op, "q", q, B, S, H, d, 0);
-    check_real(op, "k", k, B, S, H, d, 0);
-    check_real(op, "v", v, B, S, H, d, 0);
-    check_real(op, "o", o, B, S, H, d, 0);
+    check_elem(op, "q", q, B, S, H, d, 0);
+    check_elem(op, "k", k, B, S, H, d, 0);
+    check_elem(op, "v", v, B, S, H, d, 0);
+    check_elem(op, "o", o, B, S, H, d, 0);
     if (s->segmented)
         check_shape(op, "segments", segments, DTYPE_I32, 2, B, S / s->pseudo, 0, 0);
 }
 
-void cpu_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                   tensor segments, tensor o, void *saved) {
+void CPU(attention)(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
+                    tensor segments, tensor o, void *saved) {
     call_progress_callback(dev);
-    check_attention("attention", s, q, k, v, segments, o);
-    char *base = cpu_workspace(dev, attention_plan(dev, s).workspace, "attention");
+    CPU(check_attention)("attention", s, q, k, v, segments, o);
+    char *base = cpu_workspace(dev, CPU(attention_plan)(dev, s).workspace, "attention");
     struct scratch unused;
     struct units u = units_of(dev, s);
     size_t each = layout_scratch(s, u.group, NULL, &unused);
@@ -241,6 +241,6 @@ void cpu_attention(struct device *dev, const struct attention_spec *s, tensor q,
             visited += forward_unit(&m, &w, &x, tile * TILE, min64(u.group, u.tiles - tile));
         }
 #pragma omp atomic
-        attention_tiles_visited += visited;
+        CPU(attention_tiles_visited) += visited;
     }
 }

@@ -29,20 +29,26 @@ static size_t layout_scratch(const struct attention_spec *s, int64_t group, char
     return lay_out(parts, sizeof parts / sizeof *parts, base);
 }
 
-/* What threads share: the counters `turns`, and for each query <dO, O>, which is what the softmax's backward
- * subtracts from the gradients of its scores. */
-static size_t layout_shared(const struct units *u, char *base, int32_t **turns, real **deltas) {
+/* What threads share: the counters `turns`; for each query <dO, O>, which is what the softmax's backward
+ * subtracts from the gradients of its scores; and sums of dq [heads, S, d] where the tensor's elements would round
+ * every part that is added (otherwise NULL). */
+static size_t layout_shared(const struct attention_spec *s, const struct units *u, char *base,
+                            int32_t **turns, real **deltas, real **sums) {
     int64_t tiles = u->heads * u->tiles, counters = round_up(tiles * (int64_t)sizeof(int32_t), 64);
+    bool beside = sizeof(elem) < sizeof(real) && u->per_head > 1;
+    int64_t count = tiles * TILE + (beside ? u->heads * s->length * s->head_dim : 0);
     *turns = (int32_t *)base;
     *deltas = base ? (real *)(base + counters) : NULL;
-    return (size_t)round_up(counters + tiles * TILE * (int64_t)sizeof(real), 4096);
+    *sums = base && beside ? *deltas + tiles * TILE : NULL;
+    return (size_t)round_up(counters + count * (int64_t)sizeof(real), 4096);
 }
 
-size_t attention_backward_scratch(const struct attention_spec *s, const struct units *u, size_t *shared) {
+size_t CPU(attention_backward_scratch)(const struct attention_spec *s, const struct units *u,
+                                       size_t *shared) {
     struct scratch unused;
     int32_t *turns;
-    real *deltas;
-    *shared = layout_shared(u, NULL, &turns, &deltas);
+    real *deltas, *sums;
+    *shared = layout_shared(s, u, NULL, &turns, &deltas, &sums);
     return layout_scratch(s, u->group, NULL, &unused);
 }
 
@@ -106,14 +112,33 @@ static void backward_tile(struct meeting *t, int64_t j) {
     }
 }
 
-/* Add the unit's part of dq when the `before` units of smaller keys have. */
-static void add_dq(const struct meeting *t, int64_t before) {
+/* Rows of the tile in x->dq_sums, to which the parts of all units but the last are added. The last unit's part
+ * becomes the sum. */
+static void add_to_sums(const struct meeting *t, bool first, bool last) {
+    const struct attention_spec *s = t->mask->spec;
+    int64_t d = s->head_dim, D = round_up(d, VL);
+    for (int64_t i = 0; i < t->rows; i++)
+        for (int64_t c = 0; c < d; c += VL) {
+            real *sum = t->x->dq_sums + (t->q0 + i) * d + c, *part = t->w->dq + i * D + c;
+            vreal v = first ? vload(part) : load_reals(sum, d - c) + vload(part);
+            if (last)
+                vstore(part, v);
+            else
+                store_reals(sum, v, d - c);
+        }
+}
+
+/* Add the unit's part of dq when the `before` units of smaller keys have; `after` units follow. */
+static void add_dq(const struct meeting *t, int64_t before, int64_t after) {
     const struct attention_spec *s = t->mask->spec;
     int32_t *turn = t->x->turns + t->q0 / TILE;
     while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != before)
         sched_yield();
-    unpack_rows(t->w->dq, t->rows, s->head_dim, round_up(s->head_dim, VL), (real)s->scale, before > 0,
-                t->x->dq, t->q0);
+    if (t->x->dq_sums)
+        add_to_sums(t, before == 0, after == 0);
+    if (!t->x->dq_sums || after == 0)
+        unpack_rows(t->w->dq, t->rows, s->head_dim, round_up(s->head_dim, VL), (real)s->scale,
+                    before > 0 && !t->x->dq_sums, t->x->dq, t->q0);
     __atomic_store_n(turn, (int32_t)before + 1, __ATOMIC_RELEASE);
 }
 
@@ -154,7 +179,8 @@ static int64_t meet_queries(struct meeting t) {
     memset(w->dq, 0, (size_t)(t.rows * D) * sizeof(real));
     for (int64_t j = from; j < to; j++)
         backward_tile(&t, j);
-    add_dq(&t, t.first_tile / t.group - begin / TILE / t.group);
+    int64_t unit = t.first_tile / t.group;
+    add_dq(&t, unit - begin / TILE / t.group, (end - 1) / TILE / t.group - unit);
     return to - from;
 }
 
@@ -196,18 +222,18 @@ static int64_t backward_unit(const struct attention_mask *m, const struct scratc
     return visited;
 }
 
-void cpu_attention_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                            tensor segments, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
-                            tensor dv) {
+void CPU(attention_backward)(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
+                             tensor segments, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
+                             tensor dv) {
     call_progress_callback(dev);
-    check_attention("attention_backward", s, q, k, v, segments, o);
-    check_attention("attention_backward (gradients)", s, dq, dk, dv, segments, d_o);
-    char *base = cpu_workspace(dev, attention_plan(dev, s).workspace, "attention_backward");
+    CPU(check_attention)("attention_backward", s, q, k, v, segments, o);
+    CPU(check_attention)("attention_backward (gradients)", s, dq, dk, dv, segments, d_o);
+    char *base = cpu_workspace(dev, CPU(attention_plan)(dev, s).workspace, "attention_backward");
     struct units u = units_of(dev, s);
-    size_t shared, each = attention_backward_scratch(s, &u, &shared);
+    size_t shared, each = CPU(attention_backward_scratch)(s, &u, &shared);
     int32_t *turns;
-    real *deltas;
-    layout_shared(&u, base, &turns, &deltas);
+    real *deltas, *sums;
+    layout_shared(s, &u, base, &turns, &deltas, &sums);
     memset(turns, 0, (size_t)(u.heads * u.tiles) * sizeof *turns);
     int64_t next = 0;
 #pragma omp parallel num_threads(dev->threads)
@@ -236,10 +262,11 @@ void cpu_attention_backward(struct device *dev, const struct attention_spec *s, 
                              .dv = head_of(dv, b, h),
                              .lse = (real *)saved + bh * s->length,
                              .deltas = deltas + bh * u.tiles * TILE,
+                             .dq_sums = sums ? sums + bh * s->length * s->head_dim : NULL,
                              .turns = turns + bh * u.tiles};
             visited += backward_unit(&m, &w, &x, &u, tile);
         }
 #pragma omp atomic
-        attention_tiles_visited += visited;
+        CPU(attention_tiles_visited) += visited;
     }
 }

@@ -9,16 +9,35 @@
 
 /* One head of a tensor [B,S,H,d]. */
 struct head_rows {
-    real *data;
+    elem *data;
     int64_t stride; /* between the rows of consecutive queries or keys */
 };
 
 static inline struct head_rows head_of(tensor t, int64_t b, int64_t h) {
-    return (struct head_rows){(real *)t.data + b * t.stride[0] + h * t.stride[2], t.stride[1]};
+    return (struct head_rows){(elem *)t.data + b * t.stride[0] + h * t.stride[2], t.stride[1]};
 }
 
 /* n <= VL elements; the other lanes are 0. */
-static inline vreal load_part(const real *x, int64_t n) {
+static inline vreal load_part(const elem *x, int64_t n) {
+    elem part[VL] = {0};
+    if (n >= VL)
+        return vload_elem(x);
+    memcpy(part, x, (size_t)n * sizeof(elem));
+    return vload_elem(part);
+}
+
+static inline void store_part(elem *out, vreal v, int64_t n) {
+    elem part[VL];
+    if (n >= VL) {
+        vstore_elem(out, v);
+        return;
+    }
+    vstore_elem(part, v);
+    memcpy(out, part, (size_t)n * sizeof(elem));
+}
+
+/* The same in scratch memory. */
+static inline vreal load_reals(const real *x, int64_t n) {
     vreal v = {0};
     if (n >= VL)
         return vload(x);
@@ -26,7 +45,7 @@ static inline vreal load_part(const real *x, int64_t n) {
     return v;
 }
 
-static inline void store_part(real *out, vreal v, int64_t n) {
+static inline void store_reals(real *out, vreal v, int64_t n) {
     if (n >= VL)
         vstore(out, v);
     else
@@ -38,7 +57,7 @@ enum { PREFETCH_ROWS = 12 };
 /* A head's rows are a token apart, too far for the hardware prefetcher. Past the last row a prefetch does
  * nothing. */
 static inline void prefetch_row(struct head_rows x, int64_t row, int64_t d) {
-    for (int64_t c = 0; c < d; c += 64 / (int64_t)sizeof(real))
+    for (int64_t c = 0; c < d; c += 64 / (int64_t)sizeof(elem))
         __builtin_prefetch(x.data + (row + PREFETCH_ROWS) * x.stride + c);
 }
 
@@ -54,7 +73,7 @@ static inline void prefetch_next(struct rows_ahead *a) {
     int64_t end = min64(a->row + a->step, a->end);
     for (; a->row < end; a->row++)
         for (int i = 0; i < a->count; i++)
-            for (int64_t c = 0; c < a->d; c += 64 / (int64_t)sizeof(real))
+            for (int64_t c = 0; c < a->d; c += 64 / (int64_t)sizeof(elem))
                 __builtin_prefetch(a->x[i].data + a->row * a->x[i].stride + c, 0, 2);
 }
 
@@ -62,13 +81,13 @@ static inline void prefetch_next(struct rows_ahead *a) {
 static inline void pack_rows(struct head_rows x, int64_t row, int64_t rows, int64_t d, int64_t ld,
                              real factor, real *out) {
     for (int64_t i = 0; i < rows; i++) {
-        const real *from = x.data + (row + i) * x.stride;
+        const elem *from = x.data + (row + i) * x.stride;
         prefetch_row(x, row + i, d);
         int64_t c = 0;
         for (; c + VL <= d; c += VL)
             vstore(out + i * ld + c, load_part(from + c, VL) * factor);
         if (c < d)
-            store_part(out + i * ld + c, load_part(from + c, d - c) * factor, min64(ld - c, VL));
+            store_reals(out + i * ld + c, load_part(from + c, d - c) * factor, min64(ld - c, VL));
     }
 }
 
@@ -116,7 +135,7 @@ static inline void transpose_rows(const real *x, int64_t ld, int64_t rows, int64
         for (int64_t c = 0; c < d; c += VL) {
             vreal r[VL];
             for (int64_t i = 0; i < VL; i++)
-                r[i] = j + i < rows ? load_part(x + (j + i) * ld + c, d - c) : (vreal){0};
+                r[i] = j + i < rows ? load_reals(x + (j + i) * ld + c, d - c) : (vreal){0};
             transpose(r);
             for (int64_t i = 0; i < min64(d - c, VL); i++)
                 vstore(out + (c + i) * TILE + j, r[i]);
@@ -141,10 +160,10 @@ static inline void transpose_columns(const real *x, const real *factors, int64_t
 static inline void unpack_rows(const real *x, int64_t rows, int64_t d, int64_t ld, real factor, bool add,
                                struct head_rows out, int64_t row) {
     for (int64_t i = 0; i < rows; i++) {
-        for (int64_t c = 0; c < d; c += 64 / (int64_t)sizeof(real))
+        for (int64_t c = 0; c < d; c += 64 / (int64_t)sizeof(elem))
             __builtin_prefetch(out.data + (row + i + PREFETCH_ROWS) * out.stride + c, 1);
         for (int64_t c = 0; c < d; c += VL) {
-            real *to = out.data + (row + i) * out.stride + c;
+            elem *to = out.data + (row + i) * out.stride + c;
             vreal v = vload(x + i * ld + c) * factor;
             store_part(to, add ? v + load_part(to, d - c) : v, d - c);
         }
@@ -171,7 +190,7 @@ static inline void row_dots(struct head_rows x, struct head_rows y, int64_t row,
                 continue;
             prefetch_row(x, row + i + l, d);
             prefetch_row(y, row + i + l, d);
-            const real *a = x.data + (row + i + l) * x.stride, *b = y.data + (row + i + l) * y.stride;
+            const elem *a = x.data + (row + i + l) * x.stride, *b = y.data + (row + i + l) * y.stride;
             for (int64_t c = 0; c < d; c += VL)
                 r[l] += load_part(a + c, d - c) * load_part(b + c, d - c);
         }

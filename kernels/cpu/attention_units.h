@@ -39,6 +39,7 @@ struct head {
     struct head_rows q, k, v, o, d_o, dq, dk, dv;
     real *lse;      /* [S] */
     real *deltas;   /* [S] <dO, O> */
+    real *dq_sums;  /* [S, d], or NULL: see attention_backward.c */
     int32_t *turns; /* [tiles] of queries: groups of keys that have added their part of dq */
 };
 
@@ -78,9 +79,9 @@ static inline void visible_keys(const struct attention_mask *m, int64_t q0, int6
 enum { STRIP = 16 };
 
 /* Bytes of attention_backward's scratch: of each thread, and of what threads share. */
-size_t attention_backward_scratch(const struct attention_spec *s, const struct units *u, size_t *shared);
+size_t CPU(attention_backward_scratch)(const struct attention_spec *s, const struct units *u, size_t *shared);
 
-void check_attention(const char *op, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                     tensor segments, tensor o);
+void CPU(check_attention)(const char *op, const struct attention_spec *s, tensor q, tensor k, tensor v,
+                          tensor segments, tensor o);
 
 #endif

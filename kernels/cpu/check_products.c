@@ -23,7 +23,7 @@ enum {
     ONEDNN_BYTES = 32 << 20, /* more than it allocates itself; it does not check that it gets them */
 };
 
-void plan_product(struct device *dev, int64_t rows, int64_t in, int64_t out) {
+void CPU(plan_product)(struct device *dev, int64_t rows, int64_t in, int64_t out) {
     rows = min64(rows, MAX_ROWS);
     for (int i = 0; i < dev->product_count; i++)
         if (dev->products[i].in == in && dev->products[i].out == out && dev->products[i].rows == rows)
@@ -36,17 +36,17 @@ void plan_product(struct device *dev, int64_t rows, int64_t in, int64_t out) {
 }
 
 /* -2 .. 2, without a pattern that a wrong stride would repeat. */
-static void fill(float *x, int64_t count, uint32_t seed) {
+static void fill(elem *x, int64_t count, uint32_t seed) {
 #pragma omp parallel for
     for (int64_t i = 0; i < count; i++) {
         uint32_t h = ((uint32_t)i + seed) * 2654435761u;
         h = (h ^ h >> 15) * 2246822519u;
-        x[i] = (float)((h >> 16) % 5) - 2;
+        x[i] = to_elem((real)((h >> 16) % 5) - 2);
     }
 }
 
 struct operand {
-    float *data;
+    const elem *data;
     bool transposed; /* stored [k,m] or [n,k] */
 };
 
@@ -76,10 +76,25 @@ static void compute_expected(const struct sampling *s, struct operand a, struct 
             row[y] = sampled_row(s, m, x, y);
         for (int64_t l = 0; l < k; l++)
             for (int y = 0; y < s->run; y++)
-                sum[y] += (double)a.data[a.transposed ? l * m + row[y] : row[y] * k + l] *
-                          (double)b.data[b.transposed ? (column + y) * k + l : l * n + column + y];
+                sum[y] += (double)from_elem(a.data[a.transposed ? l * m + row[y] : row[y] * k + l]) *
+                          (double)from_elem(b.data[b.transposed ? (column + y) * k + l : l * n + column + y]);
         memcpy(expected + x * SAMPLES, sum, sizeof sum);
     }
+}
+
+/* The product: of reals, or of elements. */
+struct result {
+    void *data;
+    bool reals;
+};
+
+static double result_value(struct result c, int64_t i) {
+    return c.reals ? (double)((real *)c.data)[i] : (double)from_elem(((elem *)c.data)[i]);
+}
+
+/* x as the product stores it. Sums of small integers are exact, and rounded once. */
+static double as_stored(struct result c, double x) {
+    return c.reals ? x : (double)from_elem(to_elem((real)x));
 }
 
 struct wrong {
@@ -87,31 +102,35 @@ struct wrong {
     double expected;     /* NAN: it was not written */
 };
 
-static struct wrong find_unwritten(const float *c, int64_t m, int64_t n) {
+static struct wrong find_unwritten(struct result c, int64_t m, int64_t n) {
     struct wrong wrong = {-1, -1, (double)NAN};
 #pragma omp parallel for
     for (int64_t i = 0; i < m; i++)
         for (int64_t j = 0; j < n; j++)
-            if (isnan(c[i * n + j])) {
+            if (isnan(result_value(c, i * n + j))) {
 #pragma omp critical
                 wrong.row = i, wrong.column = j;
             }
     return wrong;
 }
 
-static struct wrong find_wrong(const struct sampling *s, const float *c, int64_t m, int64_t n, double factor,
+/* added: the product was added to what it had stored itself. */
+static struct wrong find_wrong(const struct sampling *s, struct result c, int64_t m, int64_t n, bool added,
                                const double *expected) {
     for (int64_t x = 0; x < s->columns; x++)
         for (int y = 0; y < s->run; y++) {
             int64_t i = sampled_row(s, m, x, y), j = sampled_column(s, n, x) + y;
-            if ((double)c[i * n + j] != factor * expected[x * SAMPLES + y])
-                return (struct wrong){i, j, factor * expected[x * SAMPLES + y]};
+            double sum = expected[x * SAMPLES + y], right = as_stored(c, sum);
+            if (added)
+                right = as_stored(c, right + sum);
+            if (result_value(c, i * n + j) != right)
+                return (struct wrong){i, j, right};
         }
     return (struct wrong){-1, -1, 0};
 }
 
 /* C = A B, and then C += A B, which training uses to accumulate gradients. */
-static int check_product(struct device *dev, struct operand a, struct operand b, float *c, int64_t m,
+static int check_product(struct device *dev, struct operand a, struct operand b, struct result c, int64_t m,
                          int64_t n, int64_t k, struct error *e) {
     int64_t most = SAMPLES * (int64_t)dev->threads;
     struct sampling s = {min64(n, most), min64(m, most), (int)min64(n, SAMPLES)};
@@ -119,22 +138,26 @@ static int check_product(struct device *dev, struct operand a, struct operand b,
     if (!expected)
         return fail_user(e, "out of memory checking a matrix product");
     compute_expected(&s, a, b, m, n, k, expected);
-    memset(c, 0xff, (size_t)(m * n) * sizeof *c); /* NaN */
+    memset(c.data, 0xff, (size_t)(m * n) * (c.reals ? sizeof(real) : sizeof(elem))); /* NaN */
     struct wrong wrong = {-1, -1, 0};
-    for (int beta = 0; beta < 2 && wrong.row < 0; beta++) {
-        gemm(a.transposed, b.transposed, m, n, k, a.data, a.transposed ? m : k, b.data, b.transposed ? k : n,
-             (real)beta, c, n);
+    for (int add = 0; add < 2 && wrong.row < 0; add++) {
+        struct gemm g = {a.transposed,         b.transposed,         m, n,   k,
+                         a.transposed ? m : k, b.transposed ? k : n, n, add, false};
+        if (c.reals)
+            CPU(gemm_real)(dev, &g, a.data, b.data, c.data, 0);
+        else
+            CPU(gemm)(dev, &g, a.data, b.data, NULL, c.data, 0);
         wrong = find_unwritten(c, m, n);
         if (wrong.row < 0)
-            wrong = find_wrong(&s, c, m, n, beta + 1, expected);
+            wrong = find_wrong(&s, c, m, n, add, expected);
     }
     free(expected);
     if (wrong.row < 0)
         return 0;
     char instead[48] = "was not written";
     if (!isnan(wrong.expected))
-        snprintf(instead, sizeof instead, "is %g instead of %g", (double)c[wrong.row * n + wrong.column],
-                 wrong.expected);
+        snprintf(instead, sizeof instead, "is %g instead of %g",
+                 result_value(c, wrong.row * n + wrong.column), wrong.expected);
     return fail_run(
         e,
         "oneDNN computes wrong matrix products on this machine: %lld x %lld x %lld with %d threads, "
@@ -149,38 +172,41 @@ static int check_linear(struct device *dev, const struct product *p, struct erro
     int64_t rows = min64(p->rows, max64(MAX_FLOPS / (2 * p->in * p->out), MIN_ROWS));
     int64_t x = rows * p->in, y = rows * p->out, w = p->in * p->out;
     /* Mapped, so that all of it is given back: a freed block of this size would stay in malloc's heap. */
-    size_t bytes = (size_t)(2 * x + 2 * y + 2 * w) * sizeof(float);
-    float *data = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    size_t bytes = (size_t)(x + y + w + 1) * (sizeof(elem) + sizeof(real));
+    elem *data = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (data == MAP_FAILED)
         return fail_user(e, "out of memory checking a matrix product of %lld x %lld", (long long)p->out,
                          (long long)p->in);
-    float *result = data + x + y + w; /* as large as the largest of the three */
+    /* As large as the largest of the three. */
+    struct result elems = {data + round_up(x + y + w, sizeof(real) / sizeof(elem)), false},
+                  reals = {elems.data, true};
     fill(data, x + y + w, 1);
     struct operand X = {data, false}, Y = {data + x, false}, W = {data + x + y, false};
     struct operand transposed_W = {W.data, true}, transposed_Y = {Y.data, true};
-    int status = check_product(dev, X, transposed_W, result, rows, p->out, p->in, e) != 0 ||
-                         check_product(dev, Y, W, result, rows, p->in, p->out, e) != 0 ||
-                         check_product(dev, transposed_Y, X, result, p->out, p->in, rows, e) != 0
+    int status = check_product(dev, X, transposed_W, elems, rows, p->out, p->in, e) != 0 ||
+                         check_product(dev, Y, W, elems, rows, p->in, p->out, e) != 0 ||
+                         check_product(dev, transposed_Y, X, reals, p->out, p->in, rows, e) != 0
                      ? -1
                      : 0;
     munmap(data, bytes);
     return status;
 }
 
-int cpu_check_libraries(struct device *dev, struct error *e) {
+int CPU(check_libraries)(struct device *dev, struct error *e) {
     int status = limits_check_address_space(ONEDNN_BYTES, "oneDNN", e);
     for (; dev->products_checked < dev->product_count && status == 0; dev->products_checked++)
         status = check_linear(dev, &dev->products[dev->products_checked], e);
+    CPU(gemm_forget_unplanned)(dev);
     return status;
 }
 
 #else /* the double build has plain loops */
 
-void plan_product(struct device *dev, int64_t rows, int64_t in, int64_t out) {
+void CPU(plan_product)(struct device *dev, int64_t rows, int64_t in, int64_t out) {
     (void)dev, (void)rows, (void)in, (void)out;
 }
 
-int cpu_check_libraries(struct device *dev, struct error *e) {
+int CPU(check_libraries)(struct device *dev, struct error *e) {
     (void)dev, (void)e;
     return 0;
 }

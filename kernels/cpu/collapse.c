@@ -7,19 +7,42 @@ static int64_t matrix_reals(const struct collapse_spec *s) {
     return s->heads * s->pseudo * (s->per_head ? 1 : s->heads);
 }
 
-/* A partial dR for each thread, in whole cache lines, so that threads do not write to the same one. */
-struct op_cost collapse_plan(const struct device *dev, const struct collapse_spec *s) {
-    return (struct op_cost){.workspace =
-                                (size_t)dev->threads * (size_t)round_up(matrix_reals(s), 16) * sizeof(real)};
+/* Whether elements have to be converted. */
+static bool converts(void) {
+    return sizeof(elem) < sizeof(real);
+}
+
+static int64_t partial_reals(const struct collapse_spec *s) {
+    return round_up(matrix_reals(s), 16);
+}
+
+/* Scratch of one thread: a partial dR; where elements have to be converted, also a block of tokens of the output's
+ * gradient, of o and of its gradient. In whole cache lines, so that threads do not write to the same one. */
+static int64_t thread_reals(const struct device *dev, const struct collapse_spec *s) {
+    int64_t block = mix_tokens(dev, s->batch * s->tokens, s->heads, s->head_dim);
+    int64_t rows = block * (1 + 2 * s->pseudo) * s->heads;
+    return partial_reals(s) + (converts() ? round_up(rows * s->head_dim, 16) : 0);
+}
+
+struct op_cost CPU(collapse_plan)(const struct device *dev, const struct collapse_spec *s) {
+    int64_t reals = (converts() ? partial_reals(s) : 0) + dev->threads * thread_reals(dev, s);
+    return (struct op_cost){.workspace = (size_t)reals * sizeof(real)};
+}
+
+/* R as reals. *scratch moves past what is converted, to the threads' parts. */
+static const real *read_matrix(const struct collapse_spec *s, tensor r, real **scratch) {
+    const real *matrix = read_elems(r.data, matrix_reals(s), *scratch);
+    *scratch += converts() ? partial_reals(s) : 0;
+    return matrix;
 }
 
 static void check_collapse(const char *op, const struct collapse_spec *s, tensor o, tensor r, tensor out) {
-    check_real(op, "o", o, s->batch, s->tokens * s->pseudo, s->heads, s->head_dim, 0);
+    check_elem(op, "o", o, s->batch, s->tokens * s->pseudo, s->heads, s->head_dim, 0);
     check_contiguous(op, "o", o);
     check_contiguous(op, "R", r);
     check_contiguous(op, "out", out);
     if (tensor_count(r) != matrix_reals(s))
-        check_real(op, "R", r, s->heads, s->pseudo, s->per_head ? 0 : s->heads, 0, 0);
+        check_elem(op, "R", r, s->heads, s->pseudo, s->per_head ? 0 : s->heads, 0, 0);
 }
 
 /* out[h,:] = sum_p R[h,p] o[p,h,:], for one token. */
@@ -55,25 +78,30 @@ static void collapse_per_head_backward(const struct collapse_spec *s, const real
         }
 }
 
-void cpu_collapse(struct device *dev, const struct collapse_spec *s, tensor o, tensor r, tensor out) {
-    (void)dev;
+void CPU(collapse)(struct device *dev, const struct collapse_spec *s, tensor o, tensor r, tensor out) {
     check_collapse("collapse", s, o, r, out);
     int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H, N = s->batch * s->tokens;
-    bool stream = mix_streams(out.data, N * H * d, d);
-#pragma omp parallel
+    bool stream = !converts() && mix_streams(out.data, N * H * d, d);
+    real *scratch = cpu_workspace(dev, CPU(collapse_plan)(dev, s).workspace, "collapse");
+    const real *matrix = read_matrix(s, r, &scratch);
+#pragma omp parallel num_threads(dev->threads)
     {
+        real *mine = scratch + omp_get_thread_num() * thread_reals(dev, s) + partial_reals(s);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++) {
-            const real *from = (real *)o.data + n * PH * d, *next = from + PH * d;
-            real *to = (real *)out.data + n * H * d;
+            const elem *o_n = (elem *)o.data + n * PH * d, *next = o_n + PH * d;
+            elem *out_n = (elem *)out.data + n * H * d;
+            const real *from = read_elems(o_n, PH * d, mine);
+            real *to = elems_buffer(out_n, mine + PH * d);
             struct mix_memory memory = {.stream = stream,
-                                        .write = stream ? NULL : to + H * d,
+                                        .write = stream || converts() ? NULL : to + H * d,
                                         .at = {(const char *)next, (const char *)next},
-                                        .bytes = {PH * d * (int64_t)sizeof(real)}};
+                                        .bytes = {PH * d * (int64_t)sizeof(elem)}};
             if (s->per_head)
-                collapse_per_head(s, from, r.data, to);
+                collapse_per_head(s, from, matrix, to);
             else
-                head_mix(H, PH, d, r.data, PH, 1, from, NULL, to, &memory);
+                head_mix(H, PH, d, matrix, PH, 1, from, NULL, to, &memory);
+            write_elems(out_n, H * d, to);
         }
         vstream_end();
     }
@@ -98,25 +126,31 @@ static void collapse_backward_block(const struct collapse_spec *s, int64_t count
         head_outer(H, PH, d, count, dout, H * d, o, PH * d, dr, (const char *)dout, 0, 0);
 }
 
-void cpu_collapse_backward(struct device *dev, const struct collapse_spec *s, tensor dout, tensor o, tensor r,
-                           tensor d_o, tensor dr, bool accumulate) {
+void CPU(collapse_backward)(struct device *dev, const struct collapse_spec *s, tensor dout, tensor o,
+                            tensor r, tensor d_o, tensor dr, bool accumulate) {
     check_collapse("collapse_backward", s, o, r, dout);
     check_contiguous("collapse_backward", "do", d_o);
     int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H, N = s->batch * s->tokens;
-    int64_t stride = round_up(matrix_reals(s), 16), block = mix_tokens(dev, N, H, d);
-    size_t bytes = collapse_plan(dev, s).workspace;
-    bool stream = mix_streams(d_o.data, N * PH * d, d);
-    real *partials = cpu_workspace(dev, bytes, "collapse_backward");
+    int64_t stride = thread_reals(dev, s), block = mix_tokens(dev, N, H, d);
+    bool stream = !converts() && mix_streams(d_o.data, N * PH * d, d);
+    real *scratch = cpu_workspace(dev, CPU(collapse_plan)(dev, s).workspace, "collapse_backward");
+    const real *matrix = read_matrix(s, r, &scratch);
 #pragma omp parallel num_threads(dev->threads)
     {
-        real *mine = partials + omp_get_thread_num() * stride;
-        memset(mine, 0, (size_t)stride * sizeof(real));
+        real *mine = scratch + omp_get_thread_num() * stride, *converted = mine + partial_reals(s);
+        memset(mine, 0, (size_t)partial_reals(s) * sizeof(real));
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < N; n += block)
-            collapse_backward_block(s, min64(block, N - n), (real *)dout.data + n * H * d,
-                                    (real *)o.data + n * PH * d, r.data, stream,
-                                    (real *)d_o.data + n * PH * d, mine);
+        for (int64_t n = 0; n < N; n += block) {
+            int64_t count = min64(block, N - n);
+            elem *to = (elem *)d_o.data + n * PH * d;
+            const real *g = read_elems((elem *)dout.data + n * H * d, count * H * d, converted);
+            const real *from =
+                read_elems((elem *)o.data + n * PH * d, count * PH * d, converted + block * H * d);
+            real *result = elems_buffer(to, converted + block * (H + PH) * d);
+            collapse_backward_block(s, count, g, from, matrix, stream, result, mine);
+            write_elems(to, count * PH * d, result);
+        }
         vstream_end();
     }
-    sum_partials(partials, dev->threads, stride, matrix_reals(s), dr.data, accumulate);
+    sum_partials(scratch, dev->threads, stride, matrix_reals(s), dr.data, accumulate);
 }

@@ -1,278 +1,83 @@
-/* The CPU backend's device: opening, memory, transfers, plans, and its table of functions. */
+/* The CPU backend's table of functions for one pair of number types (real.h), and what of it depends on them. */
 #include "kernels/cpu/cpu.h"
 
-#include <errno.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-#include "kernels/clock.h"
-#include "kernels/limits.h"
-
-static void read_processor_name(char *out, size_t bytes) {
-    snprintf(out, bytes, "unknown processor");
-    FILE *f = fopen("/proc/cpuinfo", "r");
-    if (!f)
-        return;
-    char line[256];
-    while (fgets(line, sizeof line, f)) {
-        char *colon = strchr(line, ':');
-        if (strncmp(line, "model name", 10) == 0 && colon) {
-            snprintf(out, bytes, "%.*s", (int)strcspn(colon + 2, "\n"), colon + 2);
-            break;
-        }
-    }
-    fclose(f);
-}
+#include "kernels/cpu/device.h"
 
 static struct device *cpu_open(const struct device_options *options, struct error *e) {
-    char note[96];
-    int threads = cpu_set_threads(options->threads, options->comm, note, e);
-    if (threads < 0)
-        return NULL;
-    if (options->precision != DEVICE_FP32) {
-        fail_user(
-            e, "system.precision = bf16 needs a GPU; on the CPU leave it out or set system.precision = fp32");
+    enum device_precision precision = ELEM_DTYPE == DTYPE_BF16 ? DEVICE_BF16 : DEVICE_FP32;
+    if (options->precision != precision) {
+        fail_user(e, "the CPU backend was opened in another precision than it was chosen for");
         return NULL;
     }
-    struct device *dev = calloc(1, sizeof *dev);
-    if (!dev) {
-        fail_user(e, "out of memory opening the CPU device");
-        return NULL;
-    }
-    dev->threads = threads;
-    dev->local_ranks = options->comm ? options->comm->local_ranks : 1;
-    char name[128];
-    read_processor_name(name, sizeof name);
-    snprintf(dev->description, sizeof dev->description, "cpu: %s, %d thread%s%s, %d-bit vectors", name,
-             dev->threads, dev->threads == 1 ? "" : "s", note, VECTOR_BYTES * 8);
-    return dev;
+    return cpu_device_open(options, e);
 }
 
 static void cpu_close(struct device *dev) {
-    free(dev->products);
-    free(dev);
+    CPU(gemm_free)(dev);
+    cpu_device_close(dev);
 }
 
-static const char *cpu_describe(struct device *dev) {
-    return dev->description;
-}
-
+/* Gradients of parameters stay in fp32 also in bf16: many micro-batches are summed into them. */
 static struct device_dtypes cpu_dtypes(struct device *dev) {
     (void)dev;
-    return (struct device_dtypes){REAL_DTYPE, REAL_DTYPE, REAL_DTYPE};
-}
-
-static double cpu_peak_flops(struct device *dev) {
-    (void)dev;
-    return 0; /* not known: mfu is left out */
-}
-
-/* Tensors are in host memory, where `ranks` already works. */
-static struct comm *cpu_open_comm(struct device *dev, struct comm *ranks, enum comm_backend how,
-                                  struct error *e) {
-    (void)dev;
-    if (how != COMM_BACKEND_NCCL)
-        return ranks;
-    fail_user(e, "system.comm = nccl needs GPUs, but this run is on the CPU; set system.comm = auto");
-    return NULL;
-}
-
-static size_t cpu_staging_bytes(struct device *dev, int64_t elements, int ranks, enum dtype dtype,
-                                enum dtype wire) {
-    (void)dev, (void)ranks;
-    return comm_staging_bytes(elements, dtype, wire);
-}
-
-static void cpu_set_progress_callback(struct device *dev, void (*call)(void *context), void *context) {
-    dev->progress_callback = call;
-    dev->progress_context = context;
-}
-
-enum { PAGE = 4096 };
-
-/* mmap gives zeroed pages, and each is placed in the memory next to the processor that first writes to it.
- * One page in front holds the size, for munmap. */
-static void *cpu_alloc(struct device *dev, size_t bytes, struct error *e) {
-    (void)dev;
-    if (bytes == 0)
-        bytes = 1;
-    size_t *head = mmap(NULL, bytes + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (head == MAP_FAILED) {
-        char note[64];
-        int err = errno;
-        fail_user(e,
-                  "cannot allocate %.2f GB: %s%s; make train.micro_batch, train.seq_len or the model "
-                  "smaller, or set "
-                  "system.recompute = full",
-                  bytes / 1e9, strerror(err), limits_memory_note(note));
-        return NULL;
-    }
-    *head = bytes + PAGE;
-    return (char *)head + PAGE;
-}
-
-static void cpu_release(struct device *dev, void *data) {
-    (void)dev;
-    if (!data)
-        return;
-    size_t *head = (size_t *)((char *)data - PAGE);
-    munmap(head, *head);
-}
-
-static void cpu_zero(struct device *dev, void *data, size_t bytes) {
-    (void)dev;
-    memset(data, 0, bytes);
-}
-
-static void cpu_copy(struct device *dev, void *to, const void *from, size_t bytes) {
-    (void)dev;
-    memcpy(to, from, bytes);
-}
-
-/* No graphs: calling an operation costs next to nothing on the CPU. */
-static bool cpu_graph_replay(struct device *dev, int id) {
-    (void)dev, (void)id;
-    return false;
-}
-
-static void cpu_graph_begin(struct device *dev, int id) {
-    (void)dev, (void)id;
-}
-
-static bool cpu_graph_end(struct device *dev, int id) {
-    (void)dev, (void)id;
-    return true;
-}
-
-static void cpu_range_begin(struct device *dev, const char *name, int index) {
-    struct traced_range *r = dev->trace ? trace_enter(dev->trace, name, index) : NULL;
-    if (r)
-        r->begin = clock_seconds() - dev->trace_start;
-}
-
-static void cpu_range_end(struct device *dev) {
-    struct traced_range *r = dev->trace ? trace_leave(dev->trace) : NULL;
-    if (r)
-        r->end = clock_seconds() - dev->trace_start;
-}
-
-static void cpu_trace_begin(struct device *dev) {
-    dev->trace = trace_create();
-    dev->trace_start = clock_seconds();
-}
-
-static struct trace *cpu_trace_end(struct device *dev) {
-    struct trace *t = dev->trace;
-    dev->trace = NULL;
-    return t;
-}
-
-static double load_as_double(const void *p, enum dtype t, int64_t i) {
-    return t == DTYPE_F64   ? ((const double *)p)[i]
-           : t == DTYPE_I32 ? ((const int32_t *)p)[i]
-                            : ((const float *)p)[i];
-}
-
-static void convert(void *dst, enum dtype to, const void *src, enum dtype from, int64_t n) {
-    if (to == from) {
-        memcpy(dst, src, (size_t)n * dtype_bytes(to));
-        return;
-    }
-    for (int64_t i = 0; i < n; i++) {
-        double x = load_as_double(src, from, i);
-        if (to == DTYPE_F64)
-            ((double *)dst)[i] = x;
-        else if (to == DTYPE_I32)
-            ((int32_t *)dst)[i] = (int32_t)x;
-        else
-            ((float *)dst)[i] = (float)x;
-    }
-}
-
-static void cpu_upload(struct device *dev, tensor dst, const void *host, enum dtype host_dtype) {
-    (void)dev;
-    check_contiguous("upload", "destination", dst);
-    convert(dst.data, dst.dtype, host, host_dtype, tensor_count(dst));
-}
-
-static void cpu_download(struct device *dev, tensor src, void *host, enum dtype host_dtype) {
-    (void)dev;
-    check_contiguous("download", "source", src);
-    convert(host, host_dtype, src.data, src.dtype, tensor_count(src));
+    return (struct device_dtypes){ELEM_DTYPE, REAL_DTYPE, REAL_DTYPE};
 }
 
 static int cpu_plan(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e) {
-    (void)e;
     switch (spec->kind) {
     case OP_NORM:
-        *cost = norm_plan(dev, &spec->norm);
+        *cost = CPU(norm_plan)(dev, &spec->norm);
         break;
     case OP_QKV_MIX:
-        *cost = qkv_mix_plan(dev, &spec->qkv_mix);
+        *cost = CPU(qkv_mix_plan)(dev, &spec->qkv_mix);
         break;
     case OP_ATTENTION:
-        *cost = attention_plan(dev, &spec->attention);
+        *cost = CPU(attention_plan)(dev, &spec->attention);
         break;
     case OP_COLLAPSE:
-        *cost = collapse_plan(dev, &spec->collapse);
+        *cost = CPU(collapse_plan)(dev, &spec->collapse);
         break;
     case OP_FOLD:
-        *cost = fold_plan(dev, &spec->fold);
+        *cost = CPU(fold_plan)(dev, &spec->fold);
         break;
     case OP_CLASSIFIER:
-        *cost = classifier_plan(dev, &spec->classifier);
-        plan_product(dev, spec->classifier.rows, spec->classifier.hidden, spec->classifier.vocab);
-        break;
+        return CPU(classifier_plan)(dev, &spec->classifier, cost, e);
     case OP_LINEAR:
-        *cost = (struct op_cost){0};
-        plan_product(dev, spec->linear.rows, spec->linear.in, spec->linear.out);
+        return CPU(linear_plan)(dev, &spec->linear, cost, e);
+    case OP_DECODE:
+        *cost = CPU(decode_plan)(dev, &spec->attention);
         break;
     case OP_ORTHOGONALIZE:
-        *cost = orthogonalize_plan(&spec->orthogonalize);
+        *cost = CPU(orthogonalize_plan)(&spec->orthogonalize);
         break;
     case OP_EMBED:
     case OP_ACT:
-    case OP_DECODE:
         *cost = (struct op_cost){0};
         break;
     }
     return 0;
 }
 
-static void cpu_set_workspace(struct device *dev, void *data, size_t bytes) {
-    dev->workspace = data;
-    dev->workspace_bytes = bytes;
-}
-
-void *cpu_workspace(struct device *dev, size_t bytes, const char *op) {
-    return check_workspace(op, dev->workspace, dev->workspace_bytes, bytes);
-}
-
-void check_real(const char *op, const char *what, tensor t, int64_t s0, int64_t s1, int64_t s2, int64_t s3,
-                int64_t s4) {
-    check_shape(op, what, t, REAL_DTYPE, s0, s1, s2, s3, s4);
-}
-
-void check_i32(const char *op, const char *what, tensor t, int64_t s0, int64_t s1) {
-    check_shape(op, what, t, DTYPE_I32, s0, s1, 0, 0, 0);
-}
-
+#ifdef KERNELS_BF16
+const struct kernels *kernels_cpu_bf16(void) {
+#else
 const struct kernels *kernels_cpu(void) {
+#endif
     static const struct kernels table = {
         .name = "cpu",
         .open = cpu_open,
         .close = cpu_close,
-        .describe = cpu_describe,
         .dtypes = cpu_dtypes,
+        .memory_available = cpu_memory_available,
+        .plan = cpu_plan,
+        .check_libraries = CPU(check_libraries),
+        .describe = cpu_describe,
         .peak_flops = cpu_peak_flops,
         .open_comm = cpu_open_comm,
         .staging_bytes = cpu_staging_bytes,
         .set_progress_callback = cpu_set_progress_callback,
         .alloc = cpu_alloc,
         .release = cpu_release,
-        .memory_available = cpu_memory_available,
         .zero = cpu_zero,
         .copy = cpu_copy,
         .upload = cpu_upload,
@@ -284,11 +89,9 @@ const struct kernels *kernels_cpu(void) {
         .range_end = cpu_range_end,
         .trace_begin = cpu_trace_begin,
         .trace_end = cpu_trace_end,
-        .plan = cpu_plan,
-        .check_libraries = cpu_check_libraries,
         .set_workspace = cpu_set_workspace,
         .run_ahead = 0,
-#define OP(name, parameters, arguments) .name = cpu_##name,
+#define OP(name, parameters, arguments) .name = CPU(name),
 #include "kernels/ops.def"
     };
     return &table;

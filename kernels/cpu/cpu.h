@@ -1,5 +1,5 @@
 /* Shared by the files of the CPU backend: the device, scratch memory, shape checks, and declarations of the
- * operations. What they compute is described in kernels/ops.def. */
+ * operations. What they compute is described in kernels/ops.def. CPU(name): see real.h. */
 #ifndef IHA_KERNELS_CPU_CPU_H
 #define IHA_KERNELS_CPU_CPU_H
 
@@ -26,7 +26,8 @@ struct device {
     double trace_start;
     struct product *products; /* planned; the first products_checked have been checked */
     int product_count, products_checked;
-    struct step_state posted; /* operations are synchronous here, so one is enough */
+    struct gemm_library *library; /* bf16: the products that oneDNN has built (gemm_bf16.c) */
+    struct step_state posted;     /* operations are synchronous here, so one is enough */
 };
 
 /* To be called at the start of an operation that may take long. */
@@ -48,19 +49,61 @@ int cpu_set_threads(int requested, struct comm *comm, char note[96], struct erro
 /* The first bytes of the workspace, for the running operation until it returns. */
 void *cpu_workspace(struct device *dev, size_t bytes, const char *op);
 
-/* check_shape for the backend's number type, and for token ids. */
-void check_real(const char *op, const char *what, tensor t, int64_t s0, int64_t s1, int64_t s2, int64_t s3,
-                int64_t s4);
-void check_i32(const char *op, const char *what, tensor t, int64_t s0, int64_t s1);
+/* check_shape for activations and parameters, for gradients of parameters, and for token ids. */
+static inline void check_elem(const char *op, const char *what, tensor t, int64_t s0, int64_t s1, int64_t s2,
+                              int64_t s3, int64_t s4) {
+    check_shape(op, what, t, ELEM_DTYPE, s0, s1, s2, s3, s4);
+}
 
-/* C[m,n] = op(A) op(B) + beta C, row-major; transposed operands are stored [k,m] and [n,k]. */
+static inline void check_real(const char *op, const char *what, tensor t, int64_t s0, int64_t s1, int64_t s2,
+                              int64_t s3, int64_t s4) {
+    check_shape(op, what, t, REAL_DTYPE, s0, s1, s2, s3, s4);
+}
+
+static inline void check_i32(const char *op, const char *what, tensor t, int64_t s0, int64_t s1) {
+    check_shape(op, what, t, DTYPE_I32, s0, s1, 0, 0, 0);
+}
+
+/* A matrix product C[m,n] = op(A) op(B) (+ bias [n]) (+ C), row-major; transposed operands are stored [k,m]
+ * and [n,k]. Sums are reals. */
+struct gemm {
+    bool transpose_a, transpose_b;
+    int64_t m, n, k, lda, ldb, ldc;
+    bool accumulate, bias;
+};
+
+/* A product of reals: C = op(A) op(B) + beta C. In all builds, since bf16's reals are those of fp32. */
 void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const real *a, int64_t lda,
           const real *b, int64_t ldb, real beta, real *c, int64_t ldc);
 
-/* plan_product: add the shape to the list of products to check. cpu_check_libraries: check those on the list
- * that were not checked yet (check_products.c). */
-void plan_product(struct device *dev, int64_t rows, int64_t in, int64_t out);
-int cpu_check_libraries(struct device *dev, struct error *e);
+/* Build what the product needs. to_real: C is of reals, not of elements. *workspace is raised to the bytes of
+ * scratch that it takes. */
+int CPU(gemm_plan)(struct device *dev, const struct gemm *g, bool to_real, size_t *workspace,
+                   struct error *e);
+/* Compute it. used: bytes at the beginning of the workspace that the caller uses itself. */
+void CPU(gemm)(struct device *dev, const struct gemm *g, const elem *a, const elem *b, const elem *bias,
+               elem *c, size_t used);
+void CPU(gemm_real)(struct device *dev, const struct gemm *g, const elem *a, const elem *b, real *c,
+                    size_t used);
+/* Free what was built for products that were not planned. */
+void CPU(gemm_forget_unplanned)(struct device *dev);
+void CPU(gemm_free)(struct device *dev);
+
+/* plan_product: add the shape to the list of products to check. check_libraries: check those on the list that
+ * were not checked yet (check_products.c). */
+void CPU(plan_product)(struct device *dev, int64_t rows, int64_t in, int64_t out);
+int CPU(check_libraries)(struct device *dev, struct error *e);
+
+/* Store parameter j of the range that begins at element `first` of the flat buffer, from its master weight. p: NULL
+ * where forward reads the master weights themselves, as always in fp32. */
+static inline void store_rounded(elem *p, real master, uint32_t updates, int64_t first, int64_t j) {
+#ifdef KERNELS_BF16
+    if (p)
+        p[j] = (elem){round_stochastic(master, updates, (uint64_t)(first + j))};
+#else
+    (void)p, (void)master, (void)updates, (void)first, (void)j;
+#endif
+}
 
 /* out[i] (+)= sum over p < parts of partials[p*stride + i]. Adds the threads' partial gradients in a fixed
  * order, so that two runs give the same bits. */
@@ -75,19 +118,22 @@ static inline int64_t columns_per_thread(const struct device *dev, int64_t colum
 
 /* Tiles of scores that attention has computed since the program started, so that a test can check that tiles
  * outside the mask's band are skipped. */
-extern int64_t attention_tiles_visited;
+extern int64_t CPU(attention_tiles_visited);
 
 /* The memory of each operation, for plan(). */
-struct op_cost norm_plan(const struct device *dev, const struct norm_spec *s);
-struct op_cost qkv_mix_plan(const struct device *dev, const struct qkv_mix_spec *s);
-struct op_cost attention_plan(const struct device *dev, const struct attention_spec *s);
-struct op_cost collapse_plan(const struct device *dev, const struct collapse_spec *s);
-struct op_cost fold_plan(const struct device *dev, const struct fold_spec *s);
-struct op_cost classifier_plan(const struct device *dev, const struct classifier_spec *s);
-struct op_cost orthogonalize_plan(const struct orthogonalize_spec *s);
+struct op_cost CPU(norm_plan)(const struct device *dev, const struct norm_spec *s);
+struct op_cost CPU(qkv_mix_plan)(const struct device *dev, const struct qkv_mix_spec *s);
+struct op_cost CPU(attention_plan)(const struct device *dev, const struct attention_spec *s);
+struct op_cost CPU(decode_plan)(const struct device *dev, const struct attention_spec *s);
+struct op_cost CPU(collapse_plan)(const struct device *dev, const struct collapse_spec *s);
+struct op_cost CPU(fold_plan)(const struct device *dev, const struct fold_spec *s);
+struct op_cost CPU(orthogonalize_plan)(const struct orthogonalize_spec *s);
+int CPU(linear_plan)(struct device *dev, const struct linear_spec *s, struct op_cost *cost, struct error *e);
+int CPU(classifier_plan)(struct device *dev, const struct classifier_spec *s, struct op_cost *cost,
+                         struct error *e);
 
-/* The operations: cpu_embed, cpu_embed_backward, ... */
-#define OP(name, parameters, arguments) op_##name cpu_##name;
+/* The operations: CPU(embed), CPU(embed_backward), ... */
+#define OP(name, parameters, arguments) op_##name CPU(name);
 #include "kernels/ops.def"
 
 #endif

@@ -1,25 +1,36 @@
 /* attention_decode: attention of a few new virtual tokens over a ring buffer of cached keys and values. */
 #include "kernels/cpu/cpu.h"
 
-static real dot(const real *a, const real *b, int64_t n) {
+/* Of one query's sums, in whole cache lines. */
+static int64_t thread_reals(const struct attention_spec *s) {
+    return round_up(s->head_dim, 16);
+}
+
+/* Where elements are reals, the sums are in o itself. */
+struct op_cost CPU(decode_plan)(const struct device *dev, const struct attention_spec *s) {
+    size_t bytes = (size_t)dev->threads * (size_t)thread_reals(s) * sizeof(real);
+    return (struct op_cost){.workspace = sizeof(elem) < sizeof(real) ? bytes : 0};
+}
+
+static real dot(const elem *a, const elem *b, int64_t n) {
     real sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < n; i++)
-        sum += a[i] * b[i];
+        sum += from_elem(a[i]) * from_elem(b[i]);
     return sum;
 }
 
 /* Attention of one query over keys [begin, end), of which key s is at index s mod capacity. The softmax is
  * computed online, so that no row of scores is stored. */
-static void attend_query(const struct attention_spec *s, const real *q, tensor cache_k, tensor cache_v,
+static void attend_query(const struct attention_spec *s, const elem *q, tensor cache_k, tensor cache_v,
                          int64_t b, int64_t h, int64_t begin, int64_t end, real *o) {
     int64_t capacity = cache_k.shape[1], d = s->head_dim;
     real max = -INFINITY, total = 0;
     memset(o, 0, (size_t)d * sizeof(real));
     for (int64_t key = begin; key < end; key++) {
         int64_t slot = key % capacity;
-        const real *k = (real *)cache_k.data + b * cache_k.stride[0] + slot * cache_k.stride[1] + h * d;
-        const real *v = (real *)cache_v.data + b * cache_v.stride[0] + slot * cache_v.stride[1] + h * d;
+        const elem *k = (elem *)cache_k.data + b * cache_k.stride[0] + slot * cache_k.stride[1] + h * d;
+        const elem *v = (elem *)cache_v.data + b * cache_v.stride[0] + slot * cache_v.stride[1] + h * d;
         real score = (real)s->scale * dot(q, k, d);
         if (score > max) {
             real factor = (real)exp((double)(max - score));
@@ -32,7 +43,7 @@ static void attend_query(const struct attention_spec *s, const real *q, tensor c
         total += weight;
 #pragma omp simd
         for (int64_t c = 0; c < d; c++)
-            o[c] += weight * v[c];
+            o[c] += weight * from_elem(v[c]);
     }
     for (int64_t c = 0; c < d; c++)
         o[c] /= total;
@@ -42,27 +53,29 @@ static void append_to_cache(const struct attention_spec *s, tensor x, tensor cac
     int64_t capacity = cache.shape[1];
     for (int64_t b = 0; b < s->batch; b++)
         for (int64_t i = 0; i < s->length; i++)
-            memcpy((real *)cache.data + b * cache.stride[0] + (first + i) % capacity * cache.stride[1],
-                   (real *)x.data + b * x.stride[0] + i * x.stride[1],
-                   (size_t)(s->heads * s->head_dim) * sizeof(real));
+            memcpy((elem *)cache.data + b * cache.stride[0] + (first + i) % capacity * cache.stride[1],
+                   (elem *)x.data + b * x.stride[0] + i * x.stride[1],
+                   (size_t)(s->heads * s->head_dim) * sizeof(elem));
 }
 
-void cpu_attention_decode(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                          tensor cache_k, tensor cache_v, int64_t first, tensor o) {
-    (void)dev;
+void CPU(attention_decode)(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
+                           tensor cache_k, tensor cache_v, int64_t first, tensor o) {
     int64_t B = s->batch, n = s->length, H = s->heads, d = s->head_dim;
-    check_real("attention_decode", "q", q, B, n, H, d, 0);
-    check_real("attention_decode", "o", o, B, n, H, d, 0);
-    check_real("attention_decode", "cache", cache_k, B, cache_k.shape[1], H, d, 0);
+    check_elem("attention_decode", "q", q, B, n, H, d, 0);
+    check_elem("attention_decode", "o", o, B, n, H, d, 0);
+    check_elem("attention_decode", "cache", cache_k, B, cache_k.shape[1], H, d, 0);
+    real *scratch = cpu_workspace(dev, CPU(decode_plan)(dev, s).workspace, "attention_decode");
     append_to_cache(s, k, cache_k, first);
     append_to_cache(s, v, cache_v, first);
-#pragma omp parallel for collapse(2) schedule(dynamic)
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(dev->threads)
     for (int64_t bh = 0; bh < B * H; bh++)
         for (int64_t i = 0; i < n; i++) {
             int64_t b = bh / H, h = bh % H, begin, end;
             attention_keys(s, first + i, first + n, &begin, &end);
-            attend_query(s, (real *)q.data + b * q.stride[0] + i * q.stride[1] + h * q.stride[2], cache_k,
-                         cache_v, b, h, begin, end,
-                         (real *)o.data + b * o.stride[0] + i * o.stride[1] + h * o.stride[2]);
+            elem *to = (elem *)o.data + b * o.stride[0] + i * o.stride[1] + h * o.stride[2];
+            real *sums = elems_buffer(to, scratch + omp_get_thread_num() * thread_reals(s));
+            attend_query(s, (elem *)q.data + b * q.stride[0] + i * q.stride[1] + h * q.stride[2], cache_k,
+                         cache_v, b, h, begin, end, sums);
+            write_elems(to, d, sums);
         }
 }

@@ -1,5 +1,5 @@
-/* Matrix products. In float by oneDNN, which chooses the best kernel for the processor at run time. In
- * double, which oneDNN does not have and only gradient tests use, by plain loops. */
+/* Matrix products in fp32, by oneDNN, which chooses the best kernel for the processor at run time; in double,
+ * which oneDNN does not have and only gradient tests use, by plain loops. bf16: gemm_bf16.c. */
 #include "kernels/cpu/cpu.h"
 
 #ifndef KERNELS_DOUBLE
@@ -35,3 +35,38 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, c
 }
 
 #endif
+
+static void add_bias(const struct gemm *g, const real *bias, real *c) {
+#pragma omp parallel for
+    for (int64_t i = 0; i < g->m; i++)
+#pragma omp simd
+        for (int64_t j = 0; j < g->n; j++)
+            c[i * g->ldc + j] += bias[j];
+}
+
+int cpu_gemm_plan(struct device *dev, const struct gemm *g, bool to_real, size_t *workspace,
+                  struct error *e) {
+    (void)dev, (void)g, (void)to_real, (void)workspace, (void)e;
+    return 0;
+}
+
+void cpu_gemm(struct device *dev, const struct gemm *g, const elem *a, const elem *b, const elem *bias,
+              elem *c, size_t used) {
+    (void)dev, (void)used;
+    gemm(g->transpose_a, g->transpose_b, g->m, g->n, g->k, a, g->lda, b, g->ldb, g->accumulate, c, g->ldc);
+    if (g->bias)
+        add_bias(g, bias, c);
+}
+
+void cpu_gemm_real(struct device *dev, const struct gemm *g, const elem *a, const elem *b, real *c,
+                   size_t used) {
+    cpu_gemm(dev, g, a, b, NULL, c, used);
+}
+
+void cpu_gemm_forget_unplanned(struct device *dev) {
+    (void)dev;
+}
+
+void cpu_gemm_free(struct device *dev) {
+    (void)dev;
+}

@@ -1,17 +1,9 @@
 /* linear: y = x W^T + bias, and its three gradients. */
 #include "kernels/cpu/cpu.h"
 
-static void add_bias(real *y, int64_t rows, int64_t cols, int64_t stride, const real *bias) {
-#pragma omp parallel for
-    for (int64_t i = 0; i < rows; i++)
-#pragma omp simd
-        for (int64_t j = 0; j < cols; j++)
-            y[i * stride + j] += bias[j];
-}
-
 /* out (+)= column sums of x [rows, cols]. Each thread sums a strip of columns over all rows, so the order of
  * additions does not depend on the number of threads. A strip's sums fit in a few vector registers. */
-static void column_sums(const struct device *dev, const real *x, int64_t rows, int64_t cols, int64_t stride,
+static void column_sums(const struct device *dev, const elem *x, int64_t rows, int64_t cols, int64_t stride,
                         real *out, bool accumulate) {
     enum { STRIP = 64 };
     int64_t strip = columns_per_thread(dev, cols, STRIP);
@@ -22,40 +14,67 @@ static void column_sums(const struct device *dev, const real *x, int64_t rows, i
         for (int64_t i = 0; i < rows; i++)
 #pragma omp simd
             for (int64_t j = 0; j < count; j++)
-                sum[j] += x[i * stride + begin + j];
+                sum[j] += from_elem(x[i * stride + begin + j]);
         for (int64_t j = 0; j < count; j++)
             out[begin + j] = sum[j] + (accumulate ? out[begin + j] : 0);
     }
 }
 
-void cpu_linear(struct device *dev, const struct linear_spec *s, tensor x, tensor w, tensor bias, tensor y) {
-    call_progress_callback(dev);
-    check_real("linear", "x", x, s->rows, s->in, 0, 0, 0);
-    check_real("linear", "W", w, s->out, s->in, 0, 0, 0);
-    check_real("linear", "y", y, s->rows, s->out, 0, 0, 0);
-    gemm(false, true, s->rows, s->out, s->in, x.data, x.stride[0], w.data, w.stride[0], 0, y.data,
-         y.stride[0]);
-    if (bias.data) {
-        check_real("linear", "bias", bias, s->out, 0, 0, 0, 0);
-        add_bias(y.data, s->rows, s->out, y.stride[0], bias.data);
-    }
+/* The products of a layer. */
+static struct gemm forward_product(const struct linear_spec *s, int64_t ldx, int64_t ldw, int64_t ldy,
+                                   bool bias) {
+    return (struct gemm){false, true, s->rows, s->out, s->in, ldx, ldw, ldy, false, bias};
 }
 
-void cpu_linear_backward(struct device *dev, const struct linear_spec *s, tensor dy, tensor x, tensor w,
-                         tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate) {
+static struct gemm dx_product(const struct linear_spec *s, int64_t ldy, int64_t ldw, int64_t ldx, bool add) {
+    return (struct gemm){false, false, s->rows, s->in, s->out, ldy, ldw, ldx, add, false};
+}
+
+static struct gemm dw_product(const struct linear_spec *s, int64_t ldy, int64_t ldx, int64_t ldw, bool add) {
+    return (struct gemm){true, false, s->out, s->in, s->rows, ldy, ldx, ldw, add, false};
+}
+
+int CPU(linear_plan)(struct device *dev, const struct linear_spec *s, struct op_cost *cost, struct error *e) {
+    size_t most = 0;
+    CPU(plan_product)(dev, s->rows, s->in, s->out);
+    for (int on = 0; on < 2; on++) {
+        struct gemm y = forward_product(s, s->in, s->in, s->out, on),
+                    dx = dx_product(s, s->out, s->in, s->in, on),
+                    dw = dw_product(s, s->out, s->in, s->in, on);
+        if (CPU(gemm_plan)(dev, &y, false, &most, e) != 0 || CPU(gemm_plan)(dev, &dx, false, &most, e) != 0 ||
+            CPU(gemm_plan)(dev, &dw, true, &most, e) != 0)
+            return -1;
+    }
+    *cost = (struct op_cost){.workspace = most};
+    return 0;
+}
+
+void CPU(linear)(struct device *dev, const struct linear_spec *s, tensor x, tensor w, tensor bias, tensor y) {
     call_progress_callback(dev);
-    check_real("linear_backward", "dy", dy, s->rows, s->out, 0, 0, 0);
-    check_real("linear_backward", "x", x, s->rows, s->in, 0, 0, 0);
+    check_elem("linear", "x", x, s->rows, s->in, 0, 0, 0);
+    check_elem("linear", "W", w, s->out, s->in, 0, 0, 0);
+    check_elem("linear", "y", y, s->rows, s->out, 0, 0, 0);
+    if (bias.data)
+        check_elem("linear", "bias", bias, s->out, 0, 0, 0, 0);
+    struct gemm g = forward_product(s, x.stride[0], w.stride[0], y.stride[0], bias.data != NULL);
+    CPU(gemm)(dev, &g, x.data, w.data, bias.data, y.data, 0);
+}
+
+void CPU(linear_backward)(struct device *dev, const struct linear_spec *s, tensor dy, tensor x, tensor w,
+                          tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate) {
+    call_progress_callback(dev);
+    check_elem("linear_backward", "dy", dy, s->rows, s->out, 0, 0, 0);
+    check_elem("linear_backward", "x", x, s->rows, s->in, 0, 0, 0);
     check_real("linear_backward", "dW", dw, s->out, s->in, 0, 0, 0);
-    gemm(true, false, s->out, s->in, s->rows, dy.data, dy.stride[0], x.data, x.stride[0], accumulate, dw.data,
-         dw.stride[0]);
+    struct gemm g = dw_product(s, dy.stride[0], x.stride[0], dw.stride[0], accumulate);
+    CPU(gemm_real)(dev, &g, dy.data, x.data, dw.data, 0);
     if (dbias.data)
         column_sums(dev, dy.data, s->rows, s->out, dy.stride[0], dbias.data, accumulate);
     call_progress_callback(dev);
     if (dx.data) {
-        check_real("linear_backward", "W", w, s->out, s->in, 0, 0, 0);
-        check_real("linear_backward", "dx", dx, s->rows, s->in, 0, 0, 0);
-        gemm(false, false, s->rows, s->in, s->out, dy.data, dy.stride[0], w.data, w.stride[0], add_dx,
-             dx.data, dx.stride[0]);
+        check_elem("linear_backward", "W", w, s->out, s->in, 0, 0, 0);
+        check_elem("linear_backward", "dx", dx, s->rows, s->in, 0, 0, 0);
+        g = dx_product(s, dy.stride[0], w.stride[0], dx.stride[0], add_dx);
+        CPU(gemm)(dev, &g, dy.data, w.data, NULL, dx.data, 0);
     }
 }

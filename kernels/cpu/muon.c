@@ -7,8 +7,8 @@
     _Pragma("omp parallel for simd schedule(static)") for (int64_t j = (groups)[i].begin;                    \
                                                            j < (groups)[i].end; j++)
 
-void cpu_muon_momentum(struct device *dev, double momentum, const struct param_group *groups, int count,
-                       tensor g, tensor m, const struct step_state *state) {
+void CPU(muon_momentum)(struct device *dev, double momentum, const struct param_group *groups, int count,
+                        tensor g, tensor m, const struct step_state *state) {
     (void)dev;
     check_contiguous("muon_momentum", "g", g);
     check_contiguous("muon_momentum", "m", m);
@@ -22,21 +22,23 @@ void cpu_muon_momentum(struct device *dev, double momentum, const struct param_g
     }
 }
 
-void cpu_muon_update(struct device *dev, const struct param_group *groups, int count, int64_t first,
-                     tensor master, tensor p, tensor o, const struct step_state *state) {
+void CPU(muon_update)(struct device *dev, const struct param_group *groups, int count, int64_t first,
+                      tensor master, tensor p, tensor o, const struct step_state *state) {
     (void)dev;
-    (void)first; /* rounding needs it, and nothing is rounded here */
-    (void)p;     /* the compute type is the master's */
     if (state->skip)
         return;
     real *param = master.data;
+    elem *rounded = p.data;
     const real *direction = o.data;
+    uint32_t updates = (uint32_t)state->history.updates;
     for (int i = 0; i < count; i++) {
         real lr = (real)(state->lr * (double)groups[i].lr_scale), decay = lr * (real)groups[i].weight_decay;
         real scale = lr * (real)groups[i].muon_scale;
 #pragma omp parallel for simd schedule(static)
-        for (int64_t j = groups[i].begin; j < groups[i].end; j++)
+        for (int64_t j = groups[i].begin; j < groups[i].end; j++) {
             param[j] -= scale * direction[j] + decay * param[j];
+            store_rounded(rounded, param[j], updates, first, j);
+        }
     }
 }
 
@@ -60,7 +62,7 @@ static size_t iteration_bytes(const struct orthogonalize_spec *s) {
            (size_t)s->rows * sizeof(double);
 }
 
-struct op_cost orthogonalize_plan(const struct orthogonalize_spec *s) {
+struct op_cost CPU(orthogonalize_plan)(const struct orthogonalize_spec *s) {
     return (struct op_cost){0, iteration_bytes(s)};
 }
 
@@ -159,8 +161,8 @@ static void iterate(struct device *dev, struct iteration *t) {
     t->x = done;
 }
 
-void cpu_orthogonalize(struct device *dev, const struct orthogonalize_spec *s, tensor x,
-                       const struct step_state *state) {
+void CPU(orthogonalize)(struct device *dev, const struct orthogonalize_spec *s, tensor x,
+                        const struct step_state *state) {
     check_real("orthogonalize", "x", x, s->rows, s->cols, 0, 0, 0);
     check_contiguous("orthogonalize", "x", x);
     if (state->skip)

@@ -1,7 +1,7 @@
 /* The step state, the gradient norm, and AdamW over flat ranges. */
 #include "kernels/cpu/cpu.h"
 
-void cpu_step_begin(struct device *dev, struct step_state *state, int64_t step, double lr) {
+void CPU(step_begin)(struct device *dev, struct step_state *state, int64_t step, double lr) {
     (void)dev;
     state->step = step;
     state->lr = lr;
@@ -13,7 +13,7 @@ void cpu_step_begin(struct device *dev, struct step_state *state, int64_t step, 
 
 /* Each thread sums a fixed range, and the ranges are added in order: the same number of threads gives the
  * same bits. Blocks are summed in vectors of float, and the blocks in double. */
-void cpu_sumsq(struct device *dev, tensor g, struct step_state *state) {
+void CPU(sumsq)(struct device *dev, tensor g, struct step_state *state) {
     check_contiguous("sumsq", "g", g);
     enum { MAX_PARTS = 1024, BLOCK = 4096 };
     double part[MAX_PARTS] = {0};
@@ -34,36 +34,34 @@ void cpu_sumsq(struct device *dev, tensor g, struct step_state *state) {
         state->sumsq += part[p];
 }
 
-void cpu_step_decide(struct device *dev, struct step_state *state, double tokens, double grad_clip,
-                     double skip_zscore) {
+void CPU(step_decide)(struct device *dev, struct step_state *state, double tokens, double grad_clip,
+                      double skip_zscore) {
     (void)dev;
     step_decision(state, tokens, grad_clip, skip_zscore);
 }
 
-void cpu_step_read(struct device *dev, const struct step_state *state, struct step_state *host) {
+void CPU(step_read)(struct device *dev, const struct step_state *state, struct step_state *host) {
     (void)dev;
     *host = *state;
 }
 
-void cpu_step_write(struct device *dev, struct step_state *state, const struct step_state *host) {
+void CPU(step_write)(struct device *dev, struct step_state *state, const struct step_state *host) {
     (void)dev;
     *state = *host;
 }
 
-void cpu_step_post(struct device *dev, const struct step_state *state) {
+void CPU(step_post)(struct device *dev, const struct step_state *state) {
     dev->posted = *state;
 }
 
-void cpu_step_collect(struct device *dev, struct step_state *host) {
+void CPU(step_collect)(struct device *dev, struct step_state *host) {
     *host = dev->posted;
 }
 
-void cpu_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct param_group *groups,
-               int count, int64_t first, tensor master, tensor p, tensor g, tensor m, tensor v,
-               const struct step_state *state) {
+void CPU(adamw)(struct device *dev, const struct adamw_hyper *hyper, const struct param_group *groups,
+                int count, int64_t first, tensor master, tensor p, tensor g, tensor m, tensor v,
+                const struct step_state *state) {
     (void)dev;
-    (void)first; /* rounding needs it, and nothing is rounded here */
-    (void)p;     /* the compute type is the master's */
     if (state->skip)
         return;
     double t = (double)state->history.updates;
@@ -73,7 +71,9 @@ void cpu_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct
     real correction1 = (real)(1 / (1 - pow(hyper->beta1, t))),
          correction2 = (real)(1 / (1 - pow(hyper->beta2, t)));
     real *param = master.data, *moment1 = m.data, *moment2 = v.data;
+    elem *rounded = p.data;
     const real *grad = g.data;
+    uint32_t updates = (uint32_t)state->history.updates;
     for (int i = 0; i < count; i++) {
         real lr = (real)(state->lr * (double)groups[i].lr_scale), decay = lr * (real)groups[i].weight_decay;
 #pragma omp parallel for simd schedule(static)
@@ -84,6 +84,7 @@ void cpu_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct
             moment1[j] = mj;
             moment2[j] = vj;
             param[j] -= lr * (mj * correction1) / (REAL_SQRT(vj * correction2) + eps) + decay * param[j];
+            store_rounded(rounded, param[j], updates, first, j);
         }
     }
 }

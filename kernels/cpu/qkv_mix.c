@@ -12,20 +12,46 @@ static int64_t rows_out(const struct qkv_mix_spec *s) {
     return s->pseudo * s->heads;
 }
 
+/* Whether elements have to be converted. */
+static bool converts(void) {
+    return sizeof(elem) < sizeof(real);
+}
+
+/* Reals of the three alphas, or of their partial gradients. */
+static int64_t alpha_reals(const struct qkv_mix_spec *s) {
+    return s->mixed ? round_up(3 * rows_out(s) * s->heads, 16) : 0;
+}
+
+/* Reals of a block of `rows` rows a token, in whole cache lines. */
+static int64_t block_reals(const struct device *dev, const struct qkv_mix_spec *s, int64_t rows) {
+    return round_up(mix_tokens(dev, s->batch * s->tokens, s->heads, s->head_dim) * rows * s->head_dim, 16);
+}
+
 /* Scratch of one thread in backward: partial sums of the three dalphas, and a block of gradients rotated
- * back. Whole cache lines, so that threads do not write to the same one. */
+ * back. Where elements have to be converted, also a block of gradients of the results, of inputs, and of their
+ * gradients. Whole cache lines, so that threads do not write to the same one. */
 static int64_t thread_reals(const struct device *dev, const struct qkv_mix_spec *s) {
-    int64_t dalpha = s->mixed ? 3 * rows_out(s) * s->heads : 0;
-    return round_up(dalpha + mix_tokens(dev, s->batch * s->tokens, s->heads, s->head_dim) * rows_out(s) *
-                                 s->head_dim,
-                    16);
+    int64_t I = rows_out(s);
+    return alpha_reals(s) + block_reals(dev, s, I) +
+           (converts() ? block_reals(dev, s, I) + 2 * block_reals(dev, s, s->heads) : 0);
 }
 
-struct op_cost qkv_mix_plan(const struct device *dev, const struct qkv_mix_spec *s) {
-    return (struct op_cost){.workspace = (size_t)dev->threads * (size_t)thread_reals(dev, s) * sizeof(real)};
+struct op_cost CPU(qkv_mix_plan)(const struct device *dev, const struct qkv_mix_spec *s) {
+    int64_t reals = (converts() ? alpha_reals(s) : 0) + dev->threads * thread_reals(dev, s);
+    return (struct op_cost){.workspace = (size_t)reals * sizeof(real)};
 }
 
-void cpu_rope_table(struct device *dev, tensor table, double theta) {
+/* The three alphas as reals. *scratch moves past those that are converted, to the threads' parts. */
+static void read_alphas(const struct qkv_mix_spec *s, tensor q, tensor k, tensor v, real **scratch,
+                        const real *alpha[3]) {
+    const elem *from[3] = {q.data, k.data, v.data};
+    int64_t matrix = rows_out(s) * s->heads;
+    for (int w = 0; w < 3; w++)
+        alpha[w] = s->mixed ? read_elems(from[w], matrix, *scratch + w * matrix) : NULL;
+    *scratch += converts() ? alpha_reals(s) : 0;
+}
+
+void CPU(rope_table)(struct device *dev, tensor table, double theta) {
     (void)dev;
     int64_t half = table.shape[2];
     real *out = table.data;
@@ -55,11 +81,11 @@ static int64_t position_of(const struct qkv_mix_spec *s, const int32_t *position
 static void check_mix(const char *op, const struct qkv_mix_spec *s, tensor qkv, tensor positions, tensor q,
                       tensor k, tensor v) {
     int64_t B = s->batch, S = s->tokens * s->pseudo, H = s->heads, d = s->head_dim;
-    check_real(op, "qkv", qkv, B, s->tokens, 3, H, d);
+    check_elem(op, "qkv", qkv, B, s->tokens, 3, H, d);
     const char *names[3] = {"q", "k", "v"};
     tensor outs[3] = {q, k, v};
     for (int i = 0; i < 3; i++) {
-        check_real(op, names[i], outs[i], B, S, H, d, 0);
+        check_elem(op, names[i], outs[i], B, S, H, d, 0);
         check_contiguous(op, names[i], outs[i]);
     }
     check_contiguous(op, "qkv", qkv);
@@ -94,43 +120,50 @@ static void mix_token(const struct qkv_mix_spec *s, const real *in, const real *
     }
 }
 
-void cpu_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q, tensor alpha_k,
-                 tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q, tensor k,
-                 tensor v) {
+void CPU(qkv_mix)(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q,
+                  tensor alpha_k, tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q,
+                  tensor k, tensor v) {
     check_mix("qkv_mix", s, qkv, positions, q, k, v);
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s), N = s->batch * s->tokens;
-    const real *alpha[3] = {alpha_q.data, alpha_k.data, alpha_v.data};
-    real *out[3] = {q.data, k.data, v.data};
-    bool stream = mix_streams(q.data, 3 * N * I * d, d) && mix_streams(k.data, 3 * N * I * d, d) &&
-                  mix_streams(v.data, 3 * N * I * d, d);
+    elem *out[3] = {q.data, k.data, v.data};
+    bool stream = !converts() && mix_streams(q.data, 3 * N * I * d, d) &&
+                  mix_streams(k.data, 3 * N * I * d, d) && mix_streams(v.data, 3 * N * I * d, d);
     int64_t stride = thread_reals(dev, s);
-    real *scratch = cpu_workspace(dev, qkv_mix_plan(dev, s).workspace, "qkv_mix");
+    const real *alpha[3];
+    real *scratch = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix");
+    read_alphas(s, alpha_q, alpha_k, alpha_v, &scratch, alpha);
 #pragma omp parallel num_threads(dev->threads)
     {
-        real *mixed = scratch + omp_get_thread_num() * stride;
+        real *mixed = scratch + omp_get_thread_num() * stride, *converted = mixed + block_reals(dev, s, I);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++)
-            for (int w = 0; w < 3; w++)
-                mix_token(s, (real *)qkv.data + (n * 3 + w) * H * d, alpha[w], s->rope && w < 2, table,
-                          position_of(s, positions.data, first, n), stream, mixed, out[w] + n * I * d);
+            for (int w = 0; w < 3; w++) {
+                elem *to = out[w] + n * I * d;
+                real *result = elems_buffer(to, converted + H * d);
+                mix_token(s, read_elems((elem *)qkv.data + (n * 3 + w) * H * d, H * d, converted), alpha[w],
+                          s->rope && w < 2, table, position_of(s, positions.data, first, n), stream, mixed,
+                          result);
+                write_elems(to, I * d, result);
+            }
         vstream_end();
     }
 }
 
 /* `count` tokens from n of one of q, k, v: rotate the gradient back, then both gradients of the mixing. next: the
- * gradients of the block after this one, which are brought into the cache, half of them by each product. */
+ * gradients of the block after this one, which are brought into the cache, half of them by each product. in_stride:
+ * between tokens of in and din. */
 static void mix_backward_block(const struct qkv_mix_spec *s, int64_t n, int64_t count, const real *dout,
                                const real *next, const real *in, const real *alpha, bool rotated,
                                tensor table, const int32_t *positions, bool stream, real *unrotated,
-                               real *din, real *dalpha) {
-    int64_t H = s->heads, d = s->head_dim, I = rows_out(s), in_stride = 3 * H * d;
+                               int64_t in_stride, real *din, real *dalpha) {
+    int64_t H = s->heads, d = s->head_dim, I = rows_out(s);
     int64_t bytes = I * d * (int64_t)sizeof(real), half = bytes / 2;
     for (int64_t t = 0; t < count; t++) {
         const real *from = dout + t * I * d;
         real *to = din + t * in_stride;
         struct mix_memory memory = {
             .stream = stream,
-            .write = stream ? NULL : to + in_stride,
+            .write = stream || converts() ? NULL : to + in_stride,
             .at = {(const char *)(next + t * I * d), (const char *)(in + t * in_stride)},
             .bytes = {half, H * d * (int64_t)sizeof(real)}};
         if (rotated) {
@@ -149,31 +182,56 @@ static void mix_backward_block(const struct qkv_mix_spec *s, int64_t n, int64_t 
                    (const char *)next + half, bytes, bytes - half);
 }
 
-void cpu_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk, tensor dv,
-                          tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
-                          tensor positions, tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
-                          bool accumulate) {
+/* The same where elements have to be converted, into `converted`. */
+static void mix_backward_converted(const struct device *dev, const struct qkv_mix_spec *s, int64_t n,
+                                   int64_t count, const elem *dout, const elem *in, const real *alpha,
+                                   bool rotated, tensor table, const int32_t *positions, real *unrotated,
+                                   real *converted, elem *din, real *dalpha) {
+    int64_t H = s->heads, d = s->head_dim, I = rows_out(s), stride = 3 * H * d;
+    real *x = converted + block_reals(dev, s, I), *dx = x + block_reals(dev, s, H);
+    const real *g = read_elems(dout, count * I * d, converted);
+    for (int64_t t = 0; t < count; t++)
+        read_elems(in + t * stride, H * d, x + t * H * d);
+    mix_backward_block(s, n, count, g, g, x, alpha, rotated, table, positions, false, unrotated, H * d, dx,
+                       dalpha);
+    for (int64_t t = 0; t < count; t++)
+        write_elems(din + t * stride, H * d, dx + t * H * d);
+}
+
+void CPU(qkv_mix_backward)(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk, tensor dv,
+                           tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
+                           tensor positions, tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
+                           bool accumulate) {
     check_mix("qkv_mix_backward", s, qkv, positions, dq, dk, dv);
     int64_t H = s->heads, d = s->head_dim, I = rows_out(s), matrix = I * H, N = s->batch * s->tokens;
     int64_t stride = thread_reals(dev, s), block = mix_tokens(dev, N, H, d);
-    real *scratch = cpu_workspace(dev, qkv_mix_plan(dev, s).workspace, "qkv_mix_backward");
-    bool stream = mix_streams(dqkv.data, 3 * N * H * d, d);
-    const real *alpha[3] = {alpha_q.data, alpha_k.data, alpha_v.data};
-    const real *dout[3] = {dq.data, dk.data, dv.data};
+    real *scratch = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix_backward");
+    bool stream = !converts() && mix_streams(dqkv.data, 3 * N * H * d, d);
+    const real *alpha[3];
+    const elem *dout[3] = {dq.data, dk.data, dv.data};
+    read_alphas(s, alpha_q, alpha_k, alpha_v, &scratch, alpha);
 #pragma omp parallel num_threads(dev->threads)
     {
         real *dalpha = scratch + omp_get_thread_num() * stride;
-        real *unrotated = dalpha + (s->mixed ? 3 * matrix : 0);
+        real *unrotated = dalpha + alpha_reals(s), *converted = unrotated + block_reals(dev, s, I);
         if (s->mixed)
             memset(dalpha, 0, (size_t)(3 * matrix) * sizeof(real));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += block)
-            for (int w = 0; w < 3; w++)
-                mix_backward_block(s, n, min64(block, N - n), dout[w] + n * I * d,
-                                   w < 2 ? dout[w + 1] + n * I * d : dout[0] + (n + block) * I * d,
-                                   (real *)qkv.data + (n * 3 + w) * H * d, alpha[w], s->rope && w < 2, table,
-                                   positions.data, stream, unrotated, (real *)dqkv.data + (n * 3 + w) * H * d,
-                                   dalpha + w * matrix);
+            for (int w = 0; w < 3; w++) {
+                int64_t count = min64(block, N - n), at = (n * 3 + w) * H * d;
+                const elem *g = dout[w] + n * I * d;
+                const elem *next = w < 2 ? dout[w + 1] + n * I * d : dout[0] + (n + block) * I * d;
+                if (converts())
+                    mix_backward_converted(dev, s, n, count, g, (elem *)qkv.data + at, alpha[w],
+                                           s->rope && w < 2, table, positions.data, unrotated, converted,
+                                           (elem *)dqkv.data + at, dalpha + w * matrix);
+                else
+                    mix_backward_block(s, n, count, (const real *)g, (const real *)next,
+                                       (real *)qkv.data + at, alpha[w], s->rope && w < 2, table,
+                                       positions.data, stream, unrotated, 3 * H * d, (real *)dqkv.data + at,
+                                       dalpha + w * matrix);
+            }
         vstream_end();
     }
     if (!s->mixed)

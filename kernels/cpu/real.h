@@ -1,7 +1,16 @@
-/* The number type of the CPU backend, and vectors of it.
+/* The number types of the CPU backend, and vectors of them.
  *
- * The same sources are built twice: in float for training, and with -DKERNELS_DOUBLE in double for gradient
- * tests. Vectors are GCC's vector extension, as wide as the target processor's registers. */
+ *   real   what is computed in; also gradients of parameters, statistics and the table of angles
+ *   elem   what parameters and activations are stored in
+ *
+ * The operations are built three times:
+ *
+ *                       real     elem
+ *                       float    float    training and evaluation in fp32
+ *   -DKERNELS_BF16      float    bf16     training in bf16; CPU(name) names other functions
+ *   -DKERNELS_DOUBLE    double   double   gradient tests
+ *
+ * Vectors are GCC's vector extension, as wide as the target processor's registers. */
 #ifndef IHA_KERNELS_CPU_REAL_H
 #define IHA_KERNELS_CPU_REAL_H
 
@@ -13,6 +22,7 @@
 #include <immintrin.h>
 #endif
 
+#include "kernels/rounding.h"
 #include "kernels/tensor.h"
 
 #ifdef KERNELS_DOUBLE
@@ -25,6 +35,19 @@ typedef float real;
 typedef int32_t real_bits;
 #define REAL_DTYPE DTYPE_F32
 #define REAL_SQRT sqrtf
+#endif
+
+/* A struct, so that the compiler refuses arithmetic on what is not converted. */
+#ifdef KERNELS_BF16
+typedef struct {
+    uint16_t bits;
+} __attribute__((may_alias)) elem;
+#define ELEM_DTYPE DTYPE_BF16
+#define CPU(name) cpu_bf16_##name
+#else
+typedef real elem;
+#define ELEM_DTYPE REAL_DTYPE
+#define CPU(name) cpu_##name
 #endif
 
 #if defined __AVX512F__
@@ -76,6 +99,96 @@ static inline void vstream_end(void) {
     _mm_sfence();
 #endif
 }
+
+/* ---- elements ---- */
+
+#ifdef KERNELS_BF16
+
+static inline real from_elem(elem x) {
+    return from_bf16(x.bits);
+}
+
+/* To nearest, ties to even. */
+static inline elem to_elem(real x) {
+    return (elem){round_to_bf16(x)};
+}
+
+typedef uint16_t vhalves __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint16_t vhalves_unaligned
+    __attribute__((vector_size(VECTOR_BYTES / 2), aligned(sizeof(uint16_t)), may_alias));
+typedef uint32_t vwords __attribute__((vector_size(VECTOR_BYTES)));
+
+static inline vreal vload_elem(const elem *p) {
+    vhalves halves = *(const vhalves_unaligned *)p;
+    return (vreal)(__builtin_convertvector(halves, vwords) << 16);
+}
+
+static inline void vstore_elem(elem *p, vreal v) {
+    vwords bits = (vwords)v, nan = (vwords)((bits & 0x7fffffffu) > 0x7f800000u);
+    vwords rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+    rounded = ((rounded & ~nan) | ((bits | 0x400000u) & nan)) >> 16;
+    *(vhalves_unaligned *)p = __builtin_convertvector(rounded, vhalves);
+}
+
+/* n elements as reals: converted into `scratch`, or where they are. */
+static inline const real *read_elems(const elem *p, int64_t n, real *scratch) {
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL)
+        vstore(scratch + i, vload_elem(p + i));
+    for (; i < n; i++)
+        scratch[i] = from_elem(p[i]);
+    return scratch;
+}
+
+/* Where to compute n elements that write_elems() then stores at p. */
+static inline real *elems_buffer(elem *p, real *scratch) {
+    (void)p;
+    return scratch;
+}
+
+static inline void write_elems(elem *p, int64_t n, const real *buffer) {
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL)
+        vstore_elem(p + i, vload(buffer + i));
+    for (; i < n; i++)
+        p[i] = to_elem(buffer[i]);
+}
+
+#else
+
+static inline real from_elem(elem x) {
+    return x;
+}
+
+static inline elem to_elem(real x) {
+    return x;
+}
+
+static inline vreal vload_elem(const elem *p) {
+    return vload(p);
+}
+
+static inline void vstore_elem(elem *p, vreal v) {
+    vstore(p, v);
+}
+
+static inline const real *read_elems(const elem *p, int64_t n, real *scratch) {
+    (void)n, (void)scratch;
+    return p;
+}
+
+static inline real *elems_buffer(elem *p, real *scratch) {
+    (void)scratch;
+    return p;
+}
+
+static inline void write_elems(elem *p, int64_t n, const real *buffer) {
+    (void)p, (void)n, (void)buffer;
+}
+
+#endif
+
+/* ---- vectors ---- */
 
 static inline vreal vsplat(real x) {
     return x - (vreal){0}; /* not +, which would turn -0 into 0 */

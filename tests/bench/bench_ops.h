@@ -2,7 +2,7 @@
 #ifndef IHA_TESTS_BENCH_BENCH_OPS_H
 #define IHA_TESTS_BENCH_BENCH_OPS_H
 
-#include "kernels/cpu/cpu.h" /* attention_tiles_visited */
+#include "kernels/cpu/cpu.h" /* cpu_attention_tiles_visited */
 #include "tests/bench/bench_case.h"
 
 struct bench_context {
@@ -18,9 +18,9 @@ static inline void attention_row(const struct op_case *c, struct bench *b, struc
     struct bench_case w;
     char sizes[OP_TEXT];
     case_open(&w, b, c);
-    int64_t before = attention_tiles_visited;
+    int64_t before = cpu_attention_tiles_visited;
     case_both(&w);
-    double tokens = (double)(s->length / s->pseudo), tiles = (double)(attention_tiles_visited - before);
+    double tokens = (double)(s->length / s->pseudo), tiles = (double)(cpu_attention_tiles_visited - before);
     struct finding f = measure(b, case_both, &w);
     case_close(&w);
     double rate = 3 * attention_flops(c) / f.seconds.median;

@@ -460,10 +460,10 @@ static int64_t visits(struct attention_spec spec, const int64_t *lengths, bool b
     c.spec.scale = 0.3;
     case_open(&c);
     run_forward(&c);
-    int64_t before = attention_tiles_visited;
+    int64_t before = cpu_attention_tiles_visited;
     (backward ? run_backward : run_forward)(&c);
     case_close(&c);
-    return attention_tiles_visited - before;
+    return cpu_attention_tiles_visited - before;
 }
 
 static void check_segmented_tiles(struct attention_spec s, const int64_t *lengths) {
