@@ -74,6 +74,9 @@ OTHER_OBJECTS = $(patsubst %.c,$(BUILD)/%.o,$(MODEL) $(DATA))
 DOUBLE_TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/unit/test_*_gradients.c tests/unit/test_facts.c))
 C_TESTS = $(filter-out $(DOUBLE_TESTS),$(patsubst tests/%.c,$(BUILD)/tests/%,$(wildcard tests/unit/test_*.c tests/ranks/test_*.c)))
 
+# The CPU backend in double, to be linked beside the others: one object that exports a single symbol.
+CPU_DOUBLE = $(BUILD)/double/cpu_double.o
+
 ifeq ($(SANITIZE),1)
 BINARY = $(BUILD)/train_iha
 else
@@ -175,7 +178,13 @@ $(BUILD)/%.o: %.c | build/headers-found
 # Its text is in the program, which the compiler does not list as a dependency.
 $(BUILD)/model/checkpoint/transformers.o build/fuzz/model/checkpoint/transformers.o: $(wildcard model/checkpoint/hf/*.py)
 
+$(CPU_DOUBLE): $(DOUBLE_OBJECTS)
+	@mkdir -p $(@D)
+	@$(LD) -r $^ -o $@
+	@objcopy --redefine-sym kernels_cpu=kernels_cpu_double --keep-global-symbol=kernels_cpu_double $@
+
 BENCH = $(BUILD)/tests/bench/bench
+$(BUILD)/tests/unit/test_bf16: $(CPU_DOUBLE)
 $(C_TESTS) $(BENCH): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 	@mkdir -p $(@D)
 	@echo "  LINK $@"

@@ -35,14 +35,8 @@ $(BUILD)/emulator/%.o: %.cu
 $(patsubst %,$(BUILD)/tests/cuda/test_%.o,streams nccl comm determinism libraries): CFLAGS += -isystem tests/cuda/emulator/include/first \
     -isystem $(EMULATOR_INCLUDE) -isystem tests/cuda/emulator/include
 
-# The CPU backend in double, to be linked beside the one in float: one object that exports a single symbol.
-$(BUILD)/emulator/cpu_double.o: $(DOUBLE_OBJECTS)
-	@mkdir -p $(@D)
-	@$(LD) -r $^ -o $@
-	@objcopy --redefine-sym kernels_cpu=kernels_cpu_double --keep-global-symbol=kernels_cpu_double $@
-
 $(EMULATOR_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(EMULATOR_OBJECTS) $(EMULATOR_KERNELS) \
-    $(BUILD)/emulator/cpu_double.o $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
+    $(CPU_DOUBLE) $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 	@mkdir -p $(@D)
 	@echo "  LINK $@"
 	@$(CXX) $(CFLAGS:-std=%=) $^ -o $@ -lcmocka $(LIBS)

@@ -38,8 +38,13 @@
 #include "kernels/kernels.h"
 #include "tests/cuda/emulator/control.h"
 
-/* The CPU backend built in double; tests/cuda/emulator.mk renames it. */
+/* The CPU backend built in double; the Makefile renames it. */
 const struct kernels *kernels_cpu_double(void);
+
+/* The backend under test; tests/unit/test_bf16.c puts the CPU's bf16 here. */
+#ifndef TESTED_KERNELS
+#define TESTED_KERNELS kernels_cuda
+#endif
 
 static const double FACTOR = 3;
 
@@ -54,7 +59,7 @@ struct backend {
     void *saved; /* of the operation under test */
 };
 
-enum { MAX_OPERANDS = 256 };
+enum { MAX_OPERANDS = 1024 };
 
 struct backends {
     struct backend each[BACKENDS];
@@ -98,7 +103,7 @@ static inline double round_to(enum dtype t, double x) {
 
 static inline struct backends *backends(enum device_precision precision) {
     struct backends *k = (struct backends *)calloc(1, sizeof *k);
-    const struct kernels *kernels[BACKENDS] = {kernels_cuda(), kernels_cpu(), kernels_cpu_double()};
+    const struct kernels *kernels[BACKENDS] = {TESTED_KERNELS(), kernels_cpu(), kernels_cpu_double()};
     EACH(k, b) {
         b->which = (enum which)(b - k->each);
         struct error e = {0};

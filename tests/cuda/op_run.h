@@ -39,11 +39,13 @@ static inline struct operand run_operand(struct op_run *r, int i) {
     memcpy(s, x->shape, sizeof s);
     s[1] += run_gap(r, i);
     if (x->type == TYPE_IDS) {
-        int64_t n = tensor_count(tensor_of(NULL, t, s[0], s[1], 0, 0, 0));
+        int64_t n = tensor_count(tensor_of(NULL, t, s[0], s[1], s[2], 0, 0));
         int32_t *chosen = (int32_t *)malloc((size_t)n * sizeof *chosen);
         for (int64_t j = 0; j < n; j++)
             chosen[j] = op_id(r->c, x, j, fixture_noise());
-        struct operand made = ids(r->k, chosen, s[0], s[1]);
+        struct operand made = ids(r->k, chosen, n, 0);
+        for (int which = 0; which < BACKENDS; which++)
+            made.on[which] = tensor_of(made.on[which].data, t, s[0], s[1], s[2], 0, 0);
         free(chosen);
         return made;
     }

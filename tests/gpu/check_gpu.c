@@ -21,7 +21,7 @@
 #include "tests/lib/model_configs.h"
 #include "tests/lib/segments.h"
 
-/* The CPU backend built in double; tests/cuda/emulator.mk renames it. */
+/* The CPU backend built in double; the Makefile renames it. */
 const struct kernels *kernels_cpu_double(void);
 
 static const double FACTOR = 3;

@@ -10,12 +10,12 @@ GPU_LINKED = $(CUDA_LINKED) $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 GPU_LINK = $(CC) $(CFLAGS) $(filter %.o,$^) -o $@ -lcmocka $(LIBS) $(CUDA_LINK)
 
 $(GPU_TESTS): $(BUILD)/gpu/test_%: $(BUILD)/tests/cuda/test_%.o $(BUILD)/tests/gpu/control.o \
-    $(BUILD)/emulator/cpu_double.o $(GPU_LINKED) $(BUILD)/cuda/linked-with
+    $(CPU_DOUBLE) $(GPU_LINKED) $(BUILD)/cuda/linked-with
 	@mkdir -p $(@D)
 	@echo "  LINK $@"
 	@$(GPU_LINK)
 
-$(BUILD)/gpu/check_gpu: $(BUILD)/tests/gpu/check_gpu.o $(BUILD)/emulator/cpu_double.o $(GPU_LINKED) $(BUILD)/cuda/linked-with
+$(BUILD)/gpu/check_gpu: $(BUILD)/tests/gpu/check_gpu.o $(CPU_DOUBLE) $(GPU_LINKED) $(BUILD)/cuda/linked-with
 	@mkdir -p $(@D)
 	@echo "  LINK $@"
 	@$(GPU_LINK)
