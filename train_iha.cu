@@ -131,12 +131,16 @@ static bool uses_cuda(const struct run *r) {
     return device == DEVICE_CUDA || (device == DEVICE_AUTO && cuda_devices() > 0);
 }
 
+/* What system.precision = auto is on this machine. */
+static enum precision fastest_precision(const struct run *r) {
+    return uses_cuda(r) || cpu_multiplies_bf16() ? PRECISION_BF16 : PRECISION_FP32;
+}
+
 /* Open this rank's device as [system] asks. */
 static int open_device(struct run *r, struct error *e) {
     const struct system_config *s = &r->config.system;
     bool cuda = uses_cuda(r);
-    bool bf16 = s->precision == PRECISION_BF16 ||
-                (s->precision == PRECISION_AUTO && (cuda || cpu_multiplies_bf16()));
+    bool bf16 = (s->precision == PRECISION_AUTO ? fastest_precision(r) : s->precision) == PRECISION_BF16;
     struct device_options options = {.threads = (int)s->threads,
                                      .precision = bf16 ? DEVICE_BF16 : DEVICE_FP32,
                                      .deterministic = s->deterministic,
@@ -190,6 +194,9 @@ static int build_model(struct run *r, bool training, struct error *e) {
                                     .zero_stage = (int)r->config.system.zero_stage,
                                     .reduce_dtype = r->config.system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16
                                                                                                  : DTYPE_F32};
+    if (is_rank0(r) && r->k->dtypes(r->dev).compute == DTYPE_BF16 && !uses_cuda(r) && !cpu_multiplies_bf16())
+        fprintf(stderr, "warning: system.precision = bf16, but this processor has neither avx512_bf16 nor "
+                        "amx_bf16: bf16 is converted to fp32, which is slower than fp32 itself\n");
     r->host_memory = kernels_cpu()->memory_available(NULL);
     if (model_create(&r->model, &r->config.model, r->k, r->dev, &options, e) != 0)
         return -1;
@@ -804,6 +811,7 @@ static int prepare_training(struct run *r, const struct command_line *line, stru
         ranks_check_same_config(r->comm, &r->config, e) != 0 ||
         comm_agree(r->comm, prepare_rank(r, e), e) != 0 ||
         (!single_rank(r) && ranks_check_run_dir(r->comm, r->config.run.dir, e) != 0) ||
+        resolve_precision(r->comm, &r->config, uses_cuda(r), fastest_precision(r), e) != 0 ||
         join_devices(r, e) != 0 || report_init_from(r, e) != 0 ||
         comm_agree(r->comm, build_model(r, true, e), e) != 0)
         return -1;
@@ -1261,9 +1269,8 @@ static int info_command(struct run *r, const struct command_line *line, struct e
         status = load_info_config(r, line, 1, e);
     else if (checkpoint_find(line->path, dir, e) == 0)
         status = read_checkpoint(r, dir, line, e);
-    /* The configuration may be for another machine: count for this one's device and its default precision. */
+    /* The configuration may be for another machine: count for this one's device. */
     r->config.system.device = DEVICE_AUTO;
-    r->config.system.precision = PRECISION_AUTO;
     if (status != 0 || open_device(r, e) != 0)
         return -1;
     return info_print(stdout, &r->config, r->k, r->dev, e);

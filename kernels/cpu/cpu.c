@@ -1,6 +1,8 @@
 /* The CPU backend's table of functions for one pair of number types (real.h), and what of it depends on them. */
 #include "kernels/cpu/cpu.h"
 
+#include <stdio.h>
+
 #include "kernels/cpu/device.h"
 
 static struct device *cpu_open(const struct device_options *options, struct error *e) {
@@ -9,7 +11,13 @@ static struct device *cpu_open(const struct device_options *options, struct erro
         fail_user(e, "the CPU backend was opened in another precision than it was chosen for");
         return NULL;
     }
-    return cpu_device_open(options, e);
+    struct device *dev = cpu_device_open(options, e);
+#ifdef KERNELS_BF16
+    size_t used = dev ? strlen(dev->description) : 0;
+    if (dev)
+        snprintf(dev->description + used, sizeof dev->description - used, ", bf16 %s", cpu_bf16_how());
+#endif
+    return dev;
 }
 
 static void cpu_close(struct device *dev) {

@@ -89,6 +89,9 @@ void CPU(gemm_real)(struct device *dev, const struct gemm *g, const elem *a, con
 void CPU(gemm_forget_unplanned)(struct device *dev);
 void CPU(gemm_free)(struct device *dev);
 
+/* "by AMX": for the device's description. */
+const char *cpu_bf16_how(void);
+
 /* plan_product: add the shape to the list of products to check. check_libraries: check those on the list that
  * were not checked yet (check_products.c). */
 void CPU(plan_product)(struct device *dev, int64_t rows, int64_t in, int64_t out);

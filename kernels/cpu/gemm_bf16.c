@@ -12,10 +12,19 @@
 #include <stdio.h>
 #include <stdlib.h>
 
+/* Each of oneDNN's instruction sets has the bits of those it includes. */
+static bool has_instructions(dnnl_cpu_isa_t wanted) {
+    return ((unsigned)dnnl_get_effective_cpu_isa() & (unsigned)wanted) == (unsigned)wanted;
+}
+
 bool cpu_multiplies_bf16(void) {
-    /* Each of oneDNN's instruction sets has the bits of those it includes. AMX includes AVX512-BF16. */
-    unsigned wanted = dnnl_cpu_isa_avx512_core_bf16;
-    return ((unsigned)dnnl_get_effective_cpu_isa() & wanted) == wanted;
+    return has_instructions(dnnl_cpu_isa_avx512_core_bf16); /* AMX includes it */
+}
+
+const char *cpu_bf16_how(void) {
+    return has_instructions(dnnl_cpu_isa_avx512_core_amx) ? "by AMX"
+           : cpu_multiplies_bf16()                        ? "by AVX512-BF16"
+                                                          : "by conversion";
 }
 
 /* ---- oneDNN 2 and 3 ---- */

@@ -155,7 +155,9 @@ const struct config_row config_rows[] = {
     {SYSTEM(device), ENUM([DEVICE_AUTO] = "auto", [DEVICE_CPU] = "cpu", [DEVICE_CUDA] = "cuda"),
      .initial = "auto", .help = "where to compute"},
     {SYSTEM(precision), ENUM([PRECISION_AUTO] = "auto", [PRECISION_FP32] = "fp32", [PRECISION_BF16] = "bf16"),
-     .initial = "auto", .help = "data type of activations and matmuls;\nauto: fp32 on cpu, bf16 on cuda"},
+     .initial = "auto",
+     .help = "data type of activations and matmuls;\nauto: bf16 on GPUs and on CPUs with avx512_bf16 or "
+             "amx_bf16,\notherwise fp32; chosen when a run is created"},
     {SYSTEM(comm), ENUM([COMM_AUTO] = "auto", [COMM_MPI] = "mpi", [COMM_NCCL] = "nccl"), .initial = "auto",
      .help = "communication between ranks"},
     {SYSTEM(zero_stage), INTEGER(0, 2), .initial = "1",

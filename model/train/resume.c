@@ -1,6 +1,7 @@
 #include "model/train/resume.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "model/train/rank_checks.h"
@@ -104,5 +105,49 @@ int resume_or_initialize(struct model *m, const struct config *c, struct trainer
         return -1;
     struct step_state state = {.history = p->history};
     m->k->step_write(m->dev, m->state, &state);
+    return 0;
+}
+
+/* ---- precision ---- */
+
+/* How one rank would compute. */
+struct precision_choice {
+    bool found;              /* a checkpoint; rank 0 looks for it */
+    enum precision recorded; /* in it; PRECISION_AUTO: nothing */
+    enum precision fastest;
+};
+
+/* What the newest checkpoint of run_dir with a readable trainer.json records. */
+static int find_recorded(const char *run_dir, struct precision_choice *choice, struct error *e) {
+    int64_t *steps = NULL;
+    int count = checkpoint_list_steps(run_dir, &steps, e);
+    for (int i = 0; i < count && !choice->found; i++) {
+        char dir[PATH_BYTES], value[MAX_TEXT];
+        struct error unreadable; /* resuming reports it */
+        checkpoint_path(dir, run_dir, steps[i]);
+        choice->found = checkpoint_setting(dir, "system.precision", value, &unreadable) == 0;
+        if (choice->found)
+            choice->recorded = strcmp(value, "bf16") == 0   ? PRECISION_BF16
+                               : strcmp(value, "fp32") == 0 ? PRECISION_FP32
+                                                            : PRECISION_AUTO;
+    }
+    free(steps);
+    return count < 0 ? -1 : 0;
+}
+
+int resolve_precision(struct comm *comm, struct config *c, bool cuda, enum precision fastest,
+                      struct error *e) {
+    struct precision_choice choice = {.fastest = fastest};
+    if (c->system.precision != PRECISION_AUTO)
+        return 0;
+    if (comm_agree(comm, comm->rank == 0 ? find_recorded(c->run.dir, &choice, e) : 0, e) != 0)
+        return -1;
+    const struct precision_choice *all = comm_all_gather_small(comm, &choice, sizeof choice);
+    bool bf16 = all[0].recorded == PRECISION_BF16;
+    if (all[0].found && all[0].recorded == PRECISION_AUTO)
+        bf16 = cuda;
+    for (int i = 0; i < comm->ranks && !all[0].found; i++)
+        bf16 = (i == 0 || bf16) && all[i].fastest == PRECISION_BF16;
+    c->system.precision = bf16 ? PRECISION_BF16 : PRECISION_FP32;
     return 0;
 }

@@ -19,7 +19,7 @@ from tests.lib.tiny import tiny_config, write_shard
 
 
 def tiny(data):
-    return tiny_config(data, seq_len=16, batch_tokens=64, steps=6, system="threads = 1", run="""\
+    return tiny_config(data, seq_len=16, batch_tokens=64, steps=6, system="precision = fp32\nthreads = 1", run="""\
 dir = run
 save_every = 2
 keep = 2

@@ -149,6 +149,19 @@ class Training(Case):
             self.assertTrue((a[1:] != b[1:]).any())
             np.testing.assert_allclose(b, a, rtol=3e-3)
 
+    def test_parameters_in_bf16(self):
+        """Every rank rounds what it updates, by a hash of the index in the whole model: so all have the same."""
+        one, over = self.one("system.precision=bf16"), ["system.precision=bf16"]
+        for stage in (0, 1, 2):
+            run = Ranks(self, 2, *over, f"system.zero_stage={stage}").succeed()
+            np.testing.assert_allclose(losses(run.run_dir), one, rtol=1e-3)
+        half = Ranks(self, 2, *over, "system.reduce_dtype=bf16").succeed()
+        np.testing.assert_allclose(losses(half.run_dir), one, rtol=5e-3)
+        parts = Ranks(self, 2, *over, "train.steps=8", "train.schedule=constant").succeed()
+        Ranks(self, 2, *over, "train.schedule=constant", run_dir=parts.run_dir).succeed()
+        whole = Ranks(self, 2, *over, "train.schedule=constant").succeed()
+        self.assertEqual(losses(parts.run_dir).tolist(), losses(whole.run_dir).tolist())
+
     def test_ipv6(self):
         if not Path("/proc/net/if_inet6").exists() or " lo\n" not in Path("/proc/net/if_inet6").read_text():
             self.skipTest("no IPv6 here")
