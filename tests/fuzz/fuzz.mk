@@ -9,7 +9,7 @@ FUZZ_SECONDS ?= 600
 FUZZ_WARNINGS = -Wall -Wextra $(ERRORS) -Wno-unknown-pragmas
 FUZZ_SANITIZERS = address,undefined -fno-sanitize-recover=undefined
 FUZZ_CFLAGS = -std=gnu17 -g -O1 -fno-omit-frame-pointer -I. -Itests/fuzz $(FUZZ_WARNINGS)
-FUZZ_OBJECTS = $(patsubst %.c,$(FUZZ_BUILD)/%.o,$(filter-out %_mpi.c,$(KERNELS)) $(MODEL) $(DATA))
+FUZZ_OBJECTS = $(patsubst %.c,$(FUZZ_BUILD)/%.o,$(filter-out %_mpi.c $(BF16_ALONE),$(KERNELS)) $(MODEL) $(DATA))
 FUZZ_TARGETS = $(patsubst tests/fuzz/%.c,$(FUZZ_BUILD)/%,$(wildcard tests/fuzz/fuzz_*.c))
 
 .PHONY: fuzz fuzz-built
