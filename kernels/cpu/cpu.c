@@ -56,8 +56,7 @@ static int cpu_plan(struct device *dev, const struct op_spec *spec, struct op_co
         *cost = CPU(decode_plan)(dev, &spec->attention);
         break;
     case OP_ORTHOGONALIZE:
-        *cost = CPU(orthogonalize_plan)(&spec->orthogonalize);
-        break;
+        return CPU(orthogonalize_plan)(dev, &spec->orthogonalize, cost, e);
     case OP_EMBED:
     case OP_ACT:
         *cost = (struct op_cost){0};

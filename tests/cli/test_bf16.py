@@ -42,10 +42,14 @@ class Bf16(Case):
         bits = np.concatenate([x.view(np.uint32).ravel() for x in weights.values()])
         self.assertTrue((bits & 0xffff).any())  # master weights, not what bf16 holds
 
+    def test_muon_learns_as_in_fp32(self):
+        muon = "train.optimizer=muon"
+        np.testing.assert_allclose(losses(self.train(muon, BF16)), losses(self.train(muon)), rtol=0.02)
+
     def test_resumed_run_has_the_same_bits(self):
-        for recompute in ("none", "full"):
+        for recompute, optimizer in (("none", "muon"), ("full", "adamw")):
             over = [BF16, f"system.recompute={recompute}", "train.batch_tokens=256", "model.bias=true",
-                    "model.norm=layernorm"]
+                    "model.norm=layernorm", f"train.optimizer={optimizer}"]
             whole = self.train(*over)
             parts = self.train(*over, "run.save_every=7", "run.keep=0")
             for step in (14, 7):

@@ -359,6 +359,7 @@ lr = 1e-2
 
 [system]
 device = cpu
+precision = fp32
 threads = 1
 
 [data]
@@ -371,6 +372,7 @@ packing = fit
 dir = run
 """
 ENVIRONMENT = {**os.environ, "OMP_WAIT_POLICY": "passive"}
+FP32 = "system.precision=fp32"  # the same answers on every machine
 
 
 class Talk(Case):
@@ -409,7 +411,7 @@ class Talk(Case):
 
     def talk(self, text, *options, run_dir=None, code=0):
         """(stdout, stderr)"""
-        done = subprocess.run([BINARY, "generate", run_dir or self.run_dir, "--chat", "--temperature", "0", *options],
+        done = subprocess.run([BINARY, "generate", run_dir or self.run_dir, "--chat", "--temperature", "0", FP32, *options],
                               input=text.encode(), env=ENVIRONMENT, capture_output=True, timeout=60)
         self.assertEqual(done.returncode, code, done.stderr)
         return done.stdout.decode(errors="replace"), done.stderr.decode()
@@ -432,7 +434,7 @@ class Talk(Case):
                                "\x01user\x02a\x03\x01assistant\x02ye\x03")):
             answer = self.talk("a\nq?\n", *options)[0].splitlines()[1]
             prompt = self.write("prompt", begin + "\x01user\x02q?\x03\x01assistant\x02")
-            out = subprocess.run([BINARY, "generate", self.run_dir, "--prompt-file", prompt, "--temperature", "0",
+            out = subprocess.run([BINARY, "generate", self.run_dir, "--prompt-file", prompt, "--temperature", "0", FP32,
                                   "--tokens", options[1] if options else "20"], capture_output=True, check=True, env=ENVIRONMENT)
             self.assertEqual(out.stdout.decode(errors="replace"), prompt.read_text().replace("\x03", "") + answer + "\n")
 
@@ -476,7 +478,7 @@ class Talk(Case):
     def on_terminal(self, *options, run_dir=None):
         """(process, descriptor of its terminal)"""
         mine, theirs = pty.openpty()
-        process = subprocess.Popen([BINARY, "generate", run_dir or self.run_dir, "--chat", "--temperature", "0", *options],
+        process = subprocess.Popen([BINARY, "generate", run_dir or self.run_dir, "--chat", "--temperature", "0", FP32, *options],
                                    stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT)
         os.close(theirs)
         self.addCleanup(lambda: (process.kill(), process.wait(), os.close(mine)))

@@ -186,6 +186,7 @@ val = run/val_*.bin
 segments = documents
 [system]
 device = cpu
+precision = fp32
 [run]
 dir = trained
 eval_every = 8

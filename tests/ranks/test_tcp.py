@@ -155,6 +155,9 @@ class Training(Case):
         for stage in (0, 1, 2):
             run = Ranks(self, 2, *over, f"system.zero_stage={stage}").succeed()
             np.testing.assert_allclose(losses(run.run_dir), one, rtol=1e-3)
+        muon = "train.optimizer=muon"
+        run = Ranks(self, 2, *over, muon, "system.zero_stage=2").succeed()
+        np.testing.assert_allclose(losses(run.run_dir), self.one(*over, muon), rtol=1e-3)
         half = Ranks(self, 2, *over, "system.reduce_dtype=bf16").succeed()
         np.testing.assert_allclose(losses(half.run_dir), one, rtol=5e-3)
         parts = Ranks(self, 2, *over, "train.steps=8", "train.schedule=constant").succeed()

@@ -4,8 +4,8 @@
  * A model's plain computation is the fp32 backend with what operations write rounded (tests/lib/rounded.h). */
 #define TESTED_KERNELS kernels_cpu_bf16
 #include "tests/cuda/classifier_check.h"
+#include "tests/cuda/muon_check.h"
 
-#include "kernels/rounding.h"
 #include "model/model.h"
 #include "model/state_dict.h"
 #include "tests/lib/model_configs.h"
@@ -118,7 +118,7 @@ static void adamw(void **unused) {
                    p = output(k, DTYPE_BF16, COUNT, 0, 0, 0, 0), g = input(k, DTYPE_F32, COUNT, 0, 0, 0, 0),
                    m = scaled_input(k, DTYPE_F32, 0, 0, COUNT, 0, 0, 0, 0),
                    v = scaled_input(k, DTYPE_F32, 0, 0, COUNT, 0, 0, 0, 0);
-    struct param_group groups[] = {{0, 500, 1, 0.1f}, {500, COUNT, 2, 0}};
+    struct param_group groups[] = {{0, 500, 1, 0.1f, 0}, {500, COUNT, 2, 0, 0}};
     struct adamw_hyper hyper = {0.9, 0.95, 1e-8};
     double *masters[BACKENDS];
     EACH(k, b) {
@@ -142,6 +142,21 @@ static void adamw(void **unused) {
     for (int i = 0; i < BACKENDS; i++)
         free(masters[i]);
     done(k);
+}
+
+/* Sides of one and of two blocks of rows of a symmetric product. */
+static void muon(void **unused) {
+    (void)unused;
+    static const int64_t shapes[][2] = {{1, 9},  {16, 40},   {40, 16},  {24, 24},
+                                        {7, 13}, {200, 210}, {210, 200}};
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        fixture_seed = i + 1;
+        check_orthogonalize(DEVICE_BF16, shapes[i][0], shapes[i][1], i == 3 ? 1e-25 : 1);
+    }
+    for (int skip = 0; skip < 2; skip++) {
+        check_muon(DEVICE_BF16, 0, 64, 0, skip);
+        check_muon(DEVICE_BF16, 3, 77, 5, skip);
+    }
 }
 
 /* ---- whole models ---- */
@@ -238,6 +253,7 @@ int main(void) {
         cmocka_unit_test(decode),
         cmocka_unit_test(conversion),
         cmocka_unit_test(adamw),
+        cmocka_unit_test(muon),
         cmocka_unit_test(models),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
