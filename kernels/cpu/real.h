@@ -318,7 +318,8 @@ static inline vreal vexp(vreal x) {
     return x;
 }
 
-static inline vreal vexp2(vreal x) {
+/* Not inlined: attention has it dozens of times in a block, and compiling would take minutes. */
+static __attribute__((noinline, unused)) vreal vexp2(vreal x) {
     for (int i = 0; i < VL; i++)
         x[i] = exp2(x[i]);
     return x;
