@@ -767,7 +767,7 @@ class Refusals(Case):
         done = self.run_cli("train", self.config, f"run.dir={run_dir}", "train.steps=30", "train.max_skips=3", code=1)
         last = done.stderr.decode().splitlines()[-1]
         self.assertTrue(last.startswith("train_iha: "))
-        self.assertIn("step 5 to step 8", last)
+        self.assertIn("in 4 steps in a row, the last of them step 8", last)
         self.assertIn("not finite", last)
         self.assertIn("final_norm.weight", last)
         self.assertEqual([r["skipped"] for r in lines_of(run_dir / "metrics.jsonl") if r["step"] > 4], [True] * 4)
