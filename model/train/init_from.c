@@ -1,5 +1,7 @@
 #include "model/train/init_from.h"
 
+#include <string.h>
+
 #include "model/state_dict.h"
 
 /* The mean loss of the batch by a model with the weights of `dir`, whose own model is *then. */
@@ -38,6 +40,22 @@ static int show_losses(const char *dir, const struct config *c, const struct mod
     return 0;
 }
 
+/* The moments of one optimizer mean nothing to another. */
+static int check_optimizer(const struct config *c, const char *dir, struct error *e) {
+    static const char *const names[] = {[OPTIMIZER_ADAMW] = "adamw", [OPTIMIZER_MUON] = "muon"};
+    char recorded[MAX_TEXT];
+    if (checkpoint_setting(dir, "train.optimizer", recorded, e) != 0)
+        return -1;
+    const char *then = recorded[0] ? recorded : names[OPTIMIZER_ADAMW]; /* before there was a choice */
+    if (strcmp(then, names[c->train.optimizer]) == 0)
+        return 0;
+    return fail_user(
+        e,
+        "train.init_optimizer = keep: %s was trained with train.optimizer = %s, and this run has %s; make "
+        "them equal, or set train.init_optimizer = fresh",
+        dir, then, names[c->train.optimizer]);
+}
+
 /* What else keeps the run from starting with these weights. */
 static int check_keys(const char *dir, const struct config *c, const struct model_config *then, int upcycled,
                       struct error *e) {
@@ -55,7 +73,7 @@ static int check_keys(const char *dir, const struct config *c, const struct mode
             "train.init_optimizer = keep: %s has no moments of alpha and collapse for the layers that "
             "become IHA; set train.init_optimizer = fresh",
             dir);
-    return 0;
+    return c->train.init_optimizer == OPTIMIZER_KEEP ? check_optimizer(c, dir, e) : 0;
 }
 
 int init_from_report(const char *dir, const struct config *c, const struct kernels *k, struct device *dev,

@@ -27,22 +27,6 @@ static int load_resized(struct model *m, const struct config *c, const struct mo
     return 0;
 }
 
-/* The moments of one optimizer mean nothing to another. */
-static int check_optimizer(const struct config *c, const char *dir, struct error *e) {
-    static const char *const names[] = {[OPTIMIZER_ADAMW] = "adamw", [OPTIMIZER_MUON] = "muon"};
-    char recorded[MAX_TEXT];
-    if (checkpoint_setting(dir, "train.optimizer", recorded, e) != 0)
-        return -1;
-    const char *then = recorded[0] ? recorded : names[OPTIMIZER_ADAMW]; /* before there was a choice */
-    if (strcmp(then, names[c->train.optimizer]) == 0)
-        return 0;
-    return fail_user(
-        e,
-        "train.init_optimizer = keep: %s was trained with train.optimizer = %s, and this run has %s; make "
-        "them equal, or set train.init_optimizer = fresh",
-        dir, then, names[c->train.optimizer]);
-}
-
 /* Load the weights of another run, which init_from_report has checked, and with init_optimizer = keep its optimizer
  * state. */
 static int load_from(struct model *m, const struct config *c, struct trainer_state *p, const char *dir,
@@ -53,7 +37,7 @@ static int load_from(struct model *m, const struct config *c, struct trainer_sta
     struct trainer_state from;
     if (checkpoint_compare(dir, &c->model, c->train.seq_len, &then, &found, e) != 0)
         return -1;
-    if (optimizer && (checkpoint_read_trainer_state(dir, &from, e) != 0 || check_optimizer(c, dir, e) != 0))
+    if (optimizer && checkpoint_read_trainer_state(dir, &from, e) != 0)
         return -1;
     if (optimizer)
         p->history.updates = from.history.updates; /* for the bias correction of the moments */
