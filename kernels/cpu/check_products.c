@@ -196,7 +196,7 @@ int CPU(check_libraries)(struct device *dev, struct error *e) {
     int status = limits_check_address_space(ONEDNN_BYTES, "oneDNN", e);
     for (; dev->products_checked < dev->product_count && status == 0; dev->products_checked++)
         status = check_linear(dev, &dev->products[dev->products_checked], e);
-    CPU(gemm_forget_unplanned)(dev);
+    CPU(gemm_end_check)(dev);
     return status;
 }
 

@@ -85,8 +85,9 @@ void CPU(gemm)(struct device *dev, const struct gemm *g, const elem *a, const el
                elem *c, size_t used);
 void CPU(gemm_real)(struct device *dev, const struct gemm *g, const elem *a, const elem *b, real *c,
                     size_t used);
-/* Free what was built for products that were not planned. */
-void CPU(gemm_forget_unplanned)(struct device *dev);
+/* After a check of products: free what was built for those that were not planned, and clear the scratch memory,
+ * which is memory that must begin with zeros. */
+void CPU(gemm_end_check)(struct device *dev);
 void CPU(gemm_free)(struct device *dev);
 
 /* "by AMX": for the device's description. */

@@ -328,17 +328,21 @@ void cpu_bf16_gemm_real(struct device *dev, const struct gemm *g, const elem *a,
     multiply(dev, g, a, b, NULL, c, true, used);
 }
 
-void cpu_bf16_gemm_forget_unplanned(struct device *dev) {
+void cpu_bf16_gemm_end_check(struct device *dev) {
     struct product_plan **at = dev->library ? &dev->library->plans : NULL;
+    size_t scratch = 0;
     while (at && *at) {
         struct product_plan *p = *at;
         if (p->planned) {
+            scratch = p->scratch_bytes > scratch ? p->scratch_bytes : scratch;
             at = &p->next;
             continue;
         }
         *at = p->next;
         free_plan(p);
     }
+    if (dev->workspace)
+        memset(dev->workspace, 0, scratch < dev->workspace_bytes ? scratch : dev->workspace_bytes);
 }
 
 void cpu_bf16_gemm_free(struct device *dev) {

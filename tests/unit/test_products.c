@@ -116,6 +116,8 @@ static int check(int64_t rows, int64_t in, int64_t out, bool classifier, struct 
         assert_int_equal(k->check_libraries(dev, e), 0); /* nothing is checked twice */
     if (status == 0)
         assert_int_equal(product.calls, 6);
+    for (size_t i = 0; i < cost.workspace && status == 0; i++)
+        assert_int_equal(((const char *)workspace)[i], 0); /* it may be memory that must begin with zeros */
     k->release(dev, workspace);
     k->close(dev);
     return status;
