@@ -156,7 +156,7 @@ const struct config_row config_rows[] = {
      .initial = "auto", .help = "where to compute"},
     {SYSTEM(precision), ENUM([PRECISION_AUTO] = "auto", [PRECISION_FP32] = "fp32", [PRECISION_BF16] = "bf16"),
      .initial = "auto",
-     .help = "data type of activations and matmuls;\nauto: bf16 on GPUs and on CPUs with avx512_bf16 or "
+     .help = "data type of activations and matmuls;\nauto: bf16 on GPUs and CPUs with avx512_bf16 or "
              "amx_bf16,\notherwise fp32; chosen when a run is created"},
     {SYSTEM(comm), ENUM([COMM_AUTO] = "auto", [COMM_MPI] = "mpi", [COMM_NCCL] = "nccl"), .initial = "auto",
      .help = "communication between ranks"},

@@ -91,7 +91,7 @@ class Runs(Data):
     def test_bad_settings(self):
         for setting, names in (("data.segments=document", ["did you mean 'documents'?"]),
                                ("data.packing=best", ["stream or fit"]),
-                               ("data.separator=-1", ["from 0 to"]), ("data.separator=257", ["no id of a vocabulary of 257"]),
+                               ("data.separator=-1", ["from 0 to"]), ("data.separator=257", ["not below model.vocab_size = 257"]),
                                ("data.separator_at=begin", ["end or start"]),
                                ("data.segment_positions=go", ["restart or continue"]),
                                (f"data.train=0.5 {self.short}/a_*.bin, {self.short}/b_*.bin", ["data.train", "WEIGHT GLOB"]),
