@@ -143,6 +143,10 @@ static int check_product(struct device *dev, struct operand a, struct operand b,
     for (int add = 0; add < 2 && wrong.row < 0; add++) {
         struct gemm g = {a.transposed,         b.transposed,         m, n,   k,
                          a.transposed ? m : k, b.transposed ? k : n, n, add, false};
+        if (CPU(gemm_build)(dev, &g, c.reals, e) != 0) {
+            free(expected);
+            return -1;
+        }
         if (c.reals)
             CPU(gemm_real)(dev, &g, a.data, b.data, c.data, 0);
         else

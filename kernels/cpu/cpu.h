@@ -80,6 +80,8 @@ void gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, c
  * scratch that it takes. */
 int CPU(gemm_plan)(struct device *dev, const struct gemm *g, bool to_real, size_t *workspace,
                    struct error *e);
+/* Build what a product needs that was not planned, for a check: -1 and *e where computing it would abort. */
+int CPU(gemm_build)(struct device *dev, const struct gemm *g, bool to_real, struct error *e);
 /* Compute it. used: bytes at the beginning of the workspace that the caller uses itself. */
 void CPU(gemm)(struct device *dev, const struct gemm *g, const elem *a, const elem *b, const elem *bias,
                elem *c, size_t used);

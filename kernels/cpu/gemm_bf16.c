@@ -251,6 +251,15 @@ int cpu_bf16_gemm_plan(struct device *dev, const struct gemm *g, bool to_real, s
     return 0;
 }
 
+int cpu_bf16_gemm_build(struct device *dev, const struct gemm *g, bool to_real, struct error *e) {
+    const struct product_plan *p = find_or_build(dev, g, to_real, false, e);
+    if (!p || p->primitive || p->scratch_bytes > 0)
+        return p ? 0 : -1;
+    void *converted = malloc(converted_bytes(g, to_real)); /* what multiply() will allocate */
+    free(converted);
+    return converted ? 0 : fail_run(e, "out of memory for a matrix product by conversion");
+}
+
 /* ---- computing ---- */
 
 /* x [rows,cols] at stride ld, as floats without gaps. */

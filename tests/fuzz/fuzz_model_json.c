@@ -21,9 +21,10 @@ static void check_values(const struct model_config *m, const char *text) {
     c.model = *m;
     for (int i = 0; i < config_row_count; i++) {
         const struct config_row *row = &config_rows[i];
-        bool pattern = row->kind == KIND_PATTERN, is_init = strncmp(row->name, "init_", 5) == 0;
+        bool pattern = row->kind == KIND_PATTERN;
+        bool is_absent = strncmp(row->name, "init_", 5) == 0 || strcmp(row->name, "size") == 0;
         const cJSON *item = cJSON_GetObjectItemCaseSensitive(root, pattern ? "layer_types" : row->name);
-        if (strcmp(row->section, "model") != 0 || is_init || !item || cJSON_IsNull(item))
+        if (strcmp(row->section, "model") != 0 || is_absent || !item || cJSON_IsNull(item))
             continue;
         if (!pattern)
             value_text(&c, row, value);
