@@ -249,7 +249,7 @@ class OtherCommands(Case):
         before, described = harness.tree(folder), Scenario.describe(folder / "run")
         commands = (["eval", "run", f"data.val={self.val}"], ["generate", "run", "--prompt", "anna sees", "--tokens", 5],
                     ["generate", "run/best", "--tokens", 3, "--top-k", 9], ["info", "run"], ["info", self.config],
-                    ["info", self.config, "--gpus", 2, "system.device=auto"],
+                    ["info", self.config, "--gpus", 2, "system.device=auto", "system.precision=auto"],
                     ["train", self.config, f"data.tokenizer={self.tokenizer}"])
         for args in commands:
             trace = self.scratch / "trace"
