@@ -189,9 +189,8 @@ static const struct op_case OP_CASES[] = {
     /* ---- fold: heads, columns ---- */
     {GRADIENT | COMPARE, FOLD_CASE(3, 7), .vary = ACCUMULATE},
     {GRADIENT | COMPARE, FOLD_CASE(1, 5)},
-    {COMPARE, FOLD_CASE(12, 2 * 1024 + 64), .vary = ACCUMULATE}, /* more columns than a thread or block takes */
-    {COMPARE, FOLD_CASE(20, 384)},
-    {COMPARE, FOLD_CASE(65, 40), ACCUMULATE},
+    {COMPARE, FOLD_CASE(2, 1024 + 40), .vary = ACCUMULATE}, /* more columns than a thread or block takes */
+    {COMPARE, FOLD_CASE(17, 24), ACCUMULATE},
 
     /* ---- attention: batch, S, heads, head_dim, pseudo, causal, token_mask, window, scale (0: d^-1/2),
      * segmented ---- */
