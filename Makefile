@@ -113,7 +113,7 @@ quickstart: deps
 ONLY ?= unit cuda
 check: deps
 	@$(MAKE) --no-print-directory -j2 check-built
-	@PYTHON=no JOBS=2 tests/run.sh $(BUILD) $(BINARY) $(ONLY)
+	@PYTHON=no tests/run.sh $(BUILD) $(BINARY) $(ONLY)
 
 test: deps
 	@$(MAKE) --no-print-directory -j2 $(BINARY) tests-built fuzz-built

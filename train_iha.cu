@@ -1032,8 +1032,6 @@ static int generate_text(struct run *r, const struct command_line *line, struct 
         ids[0] = r->ends.count ? r->ends.ids[0] : 0;
         length = 1;
     }
-    if (status == 0 && w.stop && !(w.held = malloc(strlen(w.stop))))
-        status = fail_run(e, "out of memory for --stop");
     if (status == 0)
         status = decoder_create(&r->decoder, &r->model, length + line->tokens, DECODE_CHUNK, e);
     if (status == 0)
@@ -1047,7 +1045,6 @@ static int generate_text(struct run *r, const struct command_line *line, struct 
     text_finish(&w);
     if (status == 0)
         printf("\n");
-    free(w.held);
     free(ids);
     return status;
 }
@@ -1122,14 +1119,11 @@ static int talk(struct run *r, struct turns turns, const struct command_line *li
     if (line->system && !chat_knows_system(r->chat))
         status =
             fail_user(e, "generate: the model's chat template knows no system message; leave --system out");
-    if (status == 0 && line->stop && !(t.writer.held = malloc(strlen(line->stop))))
-        status = fail_run(e, "out of memory for --stop");
     if (status == 0)
         status =
             decoder_create(&r->decoder, &r->model, r->config.model.max_position_embeddings, DECODE_CHUNK, e);
     if (status == 0)
         status = chat(&r->decoder, &hooks, line->tokens, &sampling, e);
-    free(t.writer.held);
     turns_close(&t.turns);
     return status;
 }

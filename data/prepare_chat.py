@@ -17,7 +17,7 @@ import numpy as np
 from chat_pieces import NoPieces, chat_pieces
 from chat_template import BUILT_IN, BYTE_SPECIALS, NEEDED, Marks, Template, TemplateFailed, rendered_parts
 from prepare_inputs import json_layout
-from prepare_output import Progress, Writer, file_range
+from prepare_output import LabelledWriter, Progress, file_range
 from prepare_readers import BATCH, json_rows, jsonl_rows
 from prepare_text import Preparation, score
 from prepare_tokenizers import END_OF_TEXT, HuggingFace, parse_json
@@ -207,42 +207,6 @@ class ChatEncoder:
 
 
 # ---------------------------------------------------------------------------------------- preparation
-
-
-class LabelledWriter:
-    """The shards of one split and their labels. A conversation is not cut by a shard's end."""
-
-    def __init__(self, folder, split, dtype, shard_tokens):
-        self.shards = Writer(folder, split, dtype, shard_tokens)
-        self.labels = Writer(folder, split, np.int32, shard_tokens, ".labels")
-
-    @property
-    def counts(self):
-        return self.shards.counts
-
-    @property
-    def bytes(self):
-        return self.shards.bytes
-
-    def name(self, i):
-        return self.shards.name(i)
-
-    def write(self, tokens, labels, size):
-        for writer, values in ((self.shards, tokens), (self.labels, labels)):
-            if writer.counts and writer.counts[-1] + len(values) > writer.shard_tokens:
-                writer.next_shard()
-            writer.write(values, np.array([[len(values), size]]))
-
-    def finish(self):
-        self.shards.finish()
-        self.labels.finish()
-
-    def commit(self):
-        return self.shards.commit() | self.labels.commit()
-
-    def discard(self):
-        self.shards.discard()
-        self.labels.discard()
 
 
 def content_bytes(value):

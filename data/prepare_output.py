@@ -160,6 +160,42 @@ class Writer:
             path.unlink()
 
 
+class LabelledWriter:
+    """The shards of one split and their labels. What is written at once is not cut by a shard's end."""
+
+    def __init__(self, folder, split, dtype, shard_tokens):
+        self.shards = Writer(folder, split, dtype, shard_tokens)
+        self.labels = Writer(folder, split, np.int32, shard_tokens, ".labels")
+
+    @property
+    def counts(self):
+        return self.shards.counts
+
+    @property
+    def bytes(self):
+        return self.shards.bytes
+
+    def name(self, i):
+        return self.shards.name(i)
+
+    def write(self, tokens, labels, size):
+        for writer, values in ((self.shards, tokens), (self.labels, labels)):
+            if writer.counts and writer.counts[-1] + len(values) > writer.shard_tokens:
+                writer.next_shard()
+            writer.write(values, np.array([[len(values), size]]))
+
+    def finish(self):
+        self.shards.finish()
+        self.labels.finish()
+
+    def commit(self):
+        return self.shards.commit() | self.labels.commit()
+
+    def discard(self):
+        self.shards.discard()
+        self.labels.discard()
+
+
 # ---------------------------------------------------------------------------------------- progress
 
 

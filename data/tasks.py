@@ -19,7 +19,7 @@ try:
 except ImportError:
     sys.exit("tasks.py: numpy is not installed; run: make deps, then .venv/bin/python data/tasks.py ...")
 
-from prepare_output import Progress, ini_path, locked, write_all
+from prepare_output import LabelledWriter, Progress, ini_path, locked
 from task_examples import (NOT_COUNTED, PADDING, Composition, CountMatches, MultiKeyBytes, MultiKeyIds,
                            PolynomialFilter)
 from user_error import UserError, allow_any_file_name, describe, naming
@@ -88,16 +88,6 @@ def packed(task, examples):
 # ------------------------------------------------------------------------------------------ writing
 
 
-def write_file(path, magic, version, values):
-    partial = path.with_name(path.name + ".tmp")
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, len(values)
-    with naming(path), open(partial, "wb", buffering=0) as file:
-        write_all(file, header.tobytes() + values.tobytes())
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def majority(labels):
     """The most frequent label among those that count, and its share."""
     ids, counts = np.unique(labels[labels >= 0], return_counts=True)
@@ -106,20 +96,25 @@ def majority(labels):
 
 def write(options, task, splits):
     folder = options.out
-    (folder / "dataset.json").unlink(missing_ok=True)  # old shards are never beside the description of new ones
     description = {"tokenizer": "bytes", "tokenizer_sha256": None, "vocab_size": task.vocab_size,
                    "separator": task.separator, "task": options.task, "options": task_options(options),
                    "shards": {}}
+    writers = []
     for split, examples in splits.items():
         tokens, labels = packed(task, examples)
-        wide = is_wide(task)
-        path = folder / f"{split}_000000.bin"
-        write_file(path, *((20240801, 7) if wide else (20240520, 1)), tokens if wide else tokens.astype("<u2"))
-        write_file(path.with_suffix(".labels"), 20261129, 1, labels)
+        # One shard, so that its last token stands behind all sequences.
+        writer = LabelledWriter(folder, split, "<u4" if is_wide(task) else "<u2", len(tokens))
+        writers.append(writer)
+        writer.write(tokens, labels, len(tokens))
+        writer.finish()
         label, share = majority(labels)
-        description["shards"][path.name] = {"tokens": len(tokens), "bytes": len(tokens), "examples": len(examples),
-                                            "targets": int((labels >= 0).sum()), "most_frequent_label": label,
-                                            "share_of_most_frequent": round(float(share), 6)}
+        description["shards"][f"{split}_000000.bin"] = {
+            "tokens": len(tokens), "bytes": len(tokens), "examples": len(examples),
+            "targets": int((labels >= 0).sum()), "most_frequent_label": label,
+            "share_of_most_frequent": round(float(share), 6)}
+    (folder / "dataset.json").unlink(missing_ok=True)  # old shards are never beside the description of new ones
+    for writer in writers:
+        writer.commit()
     partial = folder / "dataset.json.tmp"
     with naming(folder / "dataset.json"):
         partial.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")

@@ -37,14 +37,12 @@ static bool emit_byte(struct text_writer *w, char byte) {
         }
         /* What is held does not become `stop`; perhaps a shorter end of it does. */
         size_t drop = 1;
-        while (memcmp(w->held + drop, w->stop, w->held_length - drop) != 0)
+        while (memcmp(w->stop + drop, w->stop, w->held_length - drop) != 0)
             drop++;
-        write_bytes(w, w->held, drop);
+        write_bytes(w, w->stop, drop);
         w->held_length -= drop;
-        memmove(w->held, w->held + drop, w->held_length);
     }
-    w->held[w->held_length++] = byte;
-    return w->held_length == length;
+    return ++w->held_length == length;
 }
 
 bool text_emit(void *text_writer, int32_t token) {
@@ -66,7 +64,7 @@ bool text_emit(void *text_writer, int32_t token) {
 
 void text_finish(struct text_writer *w) {
     if (w->held_length > 0)
-        write_bytes(w, w->held, w->held_length);
+        write_bytes(w, w->stop, w->held_length);
     w->held_length = 0;
 }
 

@@ -48,7 +48,7 @@ static void fold_backward(struct model *m, int layer, bool accumulate) {
     const struct layer_params *p = &m->params.layers[layer];
     const struct gradient_buffers *g = &m->grad;
     const int weights[] = {p->qkv, p->qkv_bias};
-    const tensor folded[] = {g->dfolded_weight, g->dfolded_bias};
+    const tensor folded[] = {qkv_by_heads(m, g->dfolded_weight), qkv_by_heads(m, g->dfolded_bias)};
     for (int i = 0; i < 2 && folded[i].data; i++) {
         struct fold_spec spec = {m->config.num_attention_heads, folded[i].shape[2]};
         m->k->fold_backward(m->dev, &spec, folded[i], qkv_by_heads(m, model_param(m, weights[i])),
@@ -69,12 +69,8 @@ static void qkv_backward(struct model *m, int layer, bool accumulate) {
         linear_backward(m, g->dqkv, b->y_attn, C, p->qkv, p->qkv_bias, rows, g->dy, false, accumulate);
         return;
     }
-    tensor weight = tensor_of(b->folded_weight.data, b->folded_weight.dtype, rows, C, 0, 0, 0);
-    tensor dweight = tensor_of(g->dfolded_weight.data, g->dfolded_weight.dtype, rows, C, 0, 0, 0);
-    tensor dbias = g->dfolded_bias.data
-                       ? tensor_of(g->dfolded_bias.data, g->dfolded_bias.dtype, rows, 0, 0, 0, 0)
-                       : tensor_none();
-    linear_of_backward(m, g->dqkv, b->y_attn, C, weight, rows, g->dy, false, dweight, dbias, false);
+    linear_of_backward(m, g->dqkv, b->y_attn, C, b->folded_weight, rows, g->dy, false, g->dfolded_weight,
+                       g->dfolded_bias, false);
     fold_backward(m, layer, accumulate);
 }
 

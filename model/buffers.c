@@ -207,9 +207,10 @@ static void assign_layer(struct model *m, struct layout *l, int layer) {
     b->folded_weight = b->folded_bias = tensor_none();
     if (s->folded)
         b->folded_weight =
-            slot_tensor(m, l, layer, SLOT_FOLDED_WEIGHT, tensor_of(NULL, t, 3, H, d * C, 0, 0));
+            slot_tensor(m, l, layer, SLOT_FOLDED_WEIGHT, tensor_of(NULL, t, 3 * H * d, C, 0, 0, 0));
     if (s->folded && c->bias)
-        b->folded_bias = slot_tensor(m, l, layer, SLOT_FOLDED_BIAS, tensor_of(NULL, t, 3, H, d, 0, 0));
+        b->folded_bias =
+            slot_tensor(m, l, layer, SLOT_FOLDED_BIAS, tensor_of(NULL, t, 3 * H * d, 0, 0, 0, 0));
     b->qkv = slot_tensor(m, l, layer, SLOT_QKV, tensor_of(NULL, t, B, T, 3, H, d));
     b->q = s->mixes ? slot_tensor(m, l, layer, SLOT_Q, pseudo) : tensor_select(b->qkv, 2, 0);
     b->k = s->mixes ? slot_tensor(m, l, layer, SLOT_K, pseudo) : tensor_select(b->qkv, 2, 1);
@@ -249,9 +250,9 @@ static void assign_gradients(struct model *m, struct layout *l) {
     size_t pseudo_bytes = (size_t)(B * S * H * d) * dtype_bytes(t);
     g->d_o = allocate_tensor(l, tensor_of(NULL, t, B, T, H, d, 0));
     g->dqkv = allocate_tensor(l, tensor_of(NULL, t, B, T, 3, H, d));
-    tensor weight = tensor_of(NULL, m->dtypes.gradient, 3, H, d * c->hidden_size, 0, 0);
+    tensor weight = tensor_of(NULL, m->dtypes.gradient, 3 * H * d, c->hidden_size, 0, 0, 0);
     g->dfolded_weight = folded ? allocate_tensor(l, weight) : tensor_none();
-    tensor bias = tensor_of(NULL, m->dtypes.gradient, 3, H, d, 0, 0);
+    tensor bias = tensor_of(NULL, m->dtypes.gradient, 3 * H * d, 0, 0, 0, 0);
     g->dfolded_bias = folded && c->bias ? allocate_tensor(l, bias) : tensor_none();
     void **pseudo[] = {&g->d_o_pseudo, &g->dq, &g->dk, &g->dv};
     for (int i = iha ? 0 : 1; i < 4 && mixes; i++)

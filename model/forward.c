@@ -46,12 +46,12 @@ static void attention_norm(struct model *m, int layer, tensor x, tensor delta) {
 void model_fold(const struct model *m, int layer, tensor weight, tensor bias) {
     const struct layer_params *p = params_of(m, layer);
     tensor q = model_param(m, p->alpha_q), k = model_param(m, p->alpha_k), v = model_param(m, p->alpha_v);
-    struct fold_spec spec = {m->config.num_attention_heads, weight.shape[2]};
-    m->k->fold(m->dev, &spec, qkv_by_heads(m, model_param(m, p->qkv)), q, k, v, weight);
-    if (!bias.data)
-        return;
-    spec.columns = bias.shape[2];
-    m->k->fold(m->dev, &spec, qkv_by_heads(m, model_param(m, p->qkv_bias)), q, k, v, bias);
+    const int from[] = {p->qkv, p->qkv_bias};
+    const tensor to[] = {qkv_by_heads(m, weight), qkv_by_heads(m, bias)};
+    for (int i = 0; i < 2 && to[i].data; i++) {
+        struct fold_spec spec = {m->config.num_attention_heads, to[i].shape[2]};
+        m->k->fold(m->dev, &spec, qkv_by_heads(m, model_param(m, from[i])), q, k, v, to[i]);
+    }
 }
 
 static void fold(struct model *m, int layer) {
@@ -64,15 +64,11 @@ static void project_qkv(struct model *m, int layer) {
     const struct layer_params *p = params_of(m, layer);
     struct layer_buffers *b = &m->layers[layer];
     int64_t C = m->config.hidden_size, rows = 3 * m->config.num_attention_heads * m->config.head_dim;
-    if (!m->specs[layer].folded) {
-        linear(m, b->y_attn, C, p->qkv, p->qkv_bias, rows, b->qkv);
-        return;
-    }
     fold(m, layer);
-    tensor weight = tensor_of(b->folded_weight.data, b->folded_weight.dtype, rows, C, 0, 0, 0);
-    tensor bias = b->folded_bias.data ? tensor_of(b->folded_bias.data, b->folded_bias.dtype, rows, 0, 0, 0, 0)
-                                      : tensor_none();
-    linear_of(m, b->y_attn, C, weight, bias, rows, b->qkv);
+    if (m->specs[layer].folded)
+        linear_of(m, b->y_attn, C, b->folded_weight, b->folded_bias, rows, b->qkv);
+    else
+        linear(m, b->y_attn, C, p->qkv, p->qkv_bias, rows, b->qkv);
 }
 
 /* q~, k~, v~ from qkv (paper: steps 2-4). */

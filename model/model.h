@@ -48,7 +48,7 @@ struct memory_plan {
 struct layer_buffers {
     tensor x_attn; /* [N,C] the residual stream on entry */
     tensor y_attn; /* [N,C] its norm */
-    /* [3,H,d*C] and [3,H,d] the weight and bias of qkv with their heads mixed, in folded layers */
+    /* [3*H*d,C] and [3*H*d] the weight and bias of qkv with their heads mixed, in folded layers */
     tensor folded_weight, folded_bias;
     tensor qkv;      /* [B,T,3,H,d] */
     tensor q, k, v;  /* [B,S,H,d] attention's inputs; slices of qkv where nothing is mixed or rotated */

@@ -84,12 +84,16 @@ static int write_file(const struct attention_spec *a, const struct host_vectors 
         {.name = "text_ends", .dtype = ST_I64, .ndim = 1, .shape = {T}},
         {.name = "text", .dtype = ST_U8, .ndim = 1, .shape = {text_bytes}}};
     struct safetensors_writer *w = safetensors_create(path, entries, 4, e);
-    if (!w || append_weights(w, a, v, e) != 0 ||
+    if (!w)
+        return -1; /* a file that cannot be written is left as it is */
+    if (append_weights(w, a, v, e) != 0 ||
         safetensors_append(w, tokens, (size_t)T * sizeof *tokens, e) != 0 ||
         safetensors_append(w, texts->ends, (size_t)T * sizeof *texts->ends, e) != 0 ||
-        safetensors_append(w, texts->bytes, (size_t)text_bytes, e) != 0)
+        safetensors_append(w, texts->bytes, (size_t)text_bytes, e) != 0 || safetensors_finish(w, e) != 0) {
+        unlink(path);
         return -1;
-    return safetensors_finish(w, e);
+    }
+    return 0;
 }
 
 int attention_weights_write(struct model *m, const int32_t *tokens, int layer,
@@ -97,8 +101,8 @@ int attention_weights_write(struct model *m, const int32_t *tokens, int layer,
     struct host_vectors v = {0};
     model_forward_attention(m, (struct batch){.tokens = tokens, .targets = tokens}, layer);
     int status = download_vectors(m, layer, &v, e);
-    if (status == 0 && (status = write_file(&m->specs[layer].attention, &v, tokens, texts, path, e)) != 0)
-        unlink(path);
+    if (status == 0)
+        status = write_file(&m->specs[layer].attention, &v, tokens, texts, path, e);
     free(v.memory);
     return status;
 }

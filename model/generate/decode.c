@@ -56,9 +56,10 @@ static void assign_buffers(struct decoder *d, size_t norm_saved) {
         d->cache_k[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), H, dim, 0));
         d->cache_v[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), H, dim, 0));
         bool folded = d->m->specs[layer].folded;
-        d->folded_weight[layer] = folded ? assign(d, tensor_of(NULL, t, 3, H, dim * C, 0, 0)) : tensor_none();
+        d->folded_weight[layer] =
+            folded ? assign(d, tensor_of(NULL, t, 3 * H * dim, C, 0, 0, 0)) : tensor_none();
         d->folded_bias[layer] =
-            folded && c->bias ? assign(d, tensor_of(NULL, t, 3, H, dim, 0, 0)) : tensor_none();
+            folded && c->bias ? assign(d, tensor_of(NULL, t, 3 * H * dim, 0, 0, 0, 0)) : tensor_none();
     }
 }
 
@@ -217,12 +218,10 @@ static void project_qkv(struct decoder *d, int layer, int64_t n) {
     const struct model_config *c = &d->m->config;
     const struct layer_params *p = &d->m->params.layers[layer];
     int64_t C = c->hidden_size, rows = 3 * c->num_attention_heads * c->head_dim;
-    tensor weight = d->folded_weight[layer], bias = d->folded_bias[layer];
-    if (!d->m->specs[layer].folded)
-        linear(d, n, d->y, C, p->qkv, p->qkv_bias, rows, d->qkv);
+    if (d->m->specs[layer].folded)
+        linear_of(d, n, d->y, C, d->folded_weight[layer], d->folded_bias[layer], rows, d->qkv);
     else
-        linear_of(d, n, d->y, C, with_shape(weight, rows, C, 0, 0, 0),
-                  bias.data ? with_shape(bias, rows, 0, 0, 0, 0) : bias, rows, d->qkv);
+        linear(d, n, d->y, C, p->qkv, p->qkv_bias, rows, d->qkv);
 }
 
 /* x += delta; y = norm(x).  delta may be absent. */

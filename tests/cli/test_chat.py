@@ -29,6 +29,8 @@ from unittest import mock
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from tests.lib.folder_case import FolderCase
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
 sys.path.insert(0, str(ROOT / "data"))
@@ -69,18 +71,7 @@ def read(path, dtype):
 
 
 @unittest.skipUnless(HAS_PACKAGES, "needs jinja2 and tokenizers")
-class Case(unittest.TestCase):
-    def setUp(self):
-        self.folder = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.folder)
-        self.out = self.folder / "out"
-
-    def write(self, name, content):
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8", newline="")
-        return path
-
+class Case(FolderCase):
     def rows(self, rows, name="rows.jsonl"):
         return self.write(name, "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 

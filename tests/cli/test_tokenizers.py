@@ -27,6 +27,8 @@ from unittest import mock
 
 import numpy as np
 
+from tests.lib.folder_case import FolderCase
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
 sys.path.insert(0, str(ROOT / "data"))
@@ -58,18 +60,7 @@ def byte_vocabulary(extra=(), added=(), **members):
 
 
 @unittest.skipUnless(HAS_LIBRARY, "needs the tokenizers package")
-class Case(unittest.TestCase):
-    def setUp(self):
-        self.folder = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.folder)
-        self.out = self.folder / "out"
-
-    def write(self, name, content):
-        path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
-        return path
-
+class Case(FolderCase):
     def prepare(self, *arguments, out=None, fails=False):
         stderr = io.StringIO()
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(stderr), \

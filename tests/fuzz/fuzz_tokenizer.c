@@ -215,10 +215,10 @@ static void check_prompt(const char *text, size_t size) {
 /* The tokens' text as it is written, up to `stop` if that is given. */
 static char *written(const struct tokenizer *t, const int32_t *ids, int64_t count, const char *stop,
                      size_t *size) {
-    char *text = NULL, held[MOST_STOP + 1];
+    char *text = NULL;
     FILE *out = open_memstream(&text, size);
     CHECK(out);
-    struct text_writer w = {.tokenizer = t, .out = out, .stop = stop, .held = held};
+    struct text_writer w = {.tokenizer = t, .out = out, .stop = stop};
     for (int64_t i = 0; i < count && text_emit(&w, ids[i]); i++)
         ;
     text_finish(&w);

@@ -200,26 +200,31 @@ static void cpm3_worked_example(void **state) {
             }
 }
 
+/* Two layers of one type. */
+static struct model_config facts_config(enum layer_type type, enum position_embedding positions) {
+    return (struct model_config){.vocab_size = 13,
+                                 .hidden_size = 16,
+                                 .num_hidden_layers = 2,
+                                 .num_attention_heads = 4,
+                                 .head_dim = 4,
+                                 .intermediate_size = 24,
+                                 .max_position_embeddings = 12,
+                                 .position_embedding = positions,
+                                 .rope_theta = 100,
+                                 .norm_eps = 1e-5,
+                                 .tie_word_embeddings = true,
+                                 .causal = true,
+                                 .layer_types = {type, type},
+                                 .local_window = 5,
+                                 .num_pseudo_heads = 3,
+                                 .iha_window = 15,
+                                 .iha_rope = IHA_ROPE_TOKEN};
+}
+
 /* The loss of a model whose layers are all of one type. An IHA model starts with alpha = identity and
  * collapse = last; its other weights are those of the MHA model. */
 static double model_loss(enum layer_type type, enum position_embedding positions) {
-    struct model_config c = {.vocab_size = 13,
-                             .hidden_size = 16,
-                             .num_hidden_layers = 2,
-                             .num_attention_heads = 4,
-                             .head_dim = 4,
-                             .intermediate_size = 24,
-                             .max_position_embeddings = 12,
-                             .position_embedding = positions,
-                             .rope_theta = 100,
-                             .norm_eps = 1e-5,
-                             .tie_word_embeddings = true,
-                             .causal = true,
-                             .layer_types = {type, type},
-                             .local_window = 5,
-                             .num_pseudo_heads = 3,
-                             .iha_window = 15,
-                             .iha_rope = IHA_ROPE_TOKEN};
+    struct model_config c = facts_config(type, positions);
     struct model m;
     struct error e = {0};
     int32_t tokens[12], targets[12];
@@ -252,22 +257,10 @@ static void an_iha_model_with_identity_mixing_equals_its_mha_model(void **state)
 /* The loss of a model of one folded layer, and of the IHA layer with P = 1 that applies the same alphas to the heads of
  * each token and collapses by the identity, before and after `steps` optimizer steps. */
 static double mixed_loss(enum layer_type type, bool bias, int steps) {
-    struct model_config c = {.vocab_size = 13,
-                             .hidden_size = 16,
-                             .num_hidden_layers = 1,
-                             .num_attention_heads = 4,
-                             .head_dim = 4,
-                             .intermediate_size = 24,
-                             .max_position_embeddings = 12,
-                             .position_embedding = POSITION_ROPE,
-                             .rope_theta = 100,
-                             .norm_eps = 1e-5,
-                             .bias = bias,
-                             .tie_word_embeddings = true,
-                             .causal = true,
-                             .layer_types = {type},
-                             .num_pseudo_heads = 1,
-                             .init_alpha = ALPHA_NOISE};
+    struct model_config c = facts_config(type, POSITION_ROPE);
+    c.num_hidden_layers = c.num_pseudo_heads = 1;
+    c.bias = bias;
+    c.init_alpha = ALPHA_NOISE;
     struct model m;
     struct error e = {0};
     int32_t tokens[12], targets[12];
