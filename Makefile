@@ -3,6 +3,7 @@
 #   make                 build ./train_iha, with CUDA where a toolkit is found (kernels/cuda/cuda.mk)
 #   make deps            install what is missing: distribution packages, and .venv
 #   make quickstart      from real text to a trained model in a few minutes; TEXT=FILE.txt for your own
+#   make reproduce       the paper's experiments: data, training, figures, a table; QUICK=1 ONLY=binary,lm SEEDS=2 JOBS=1
 #   make check           the inner loop: the C tests of units, and of CUDA kernels on an emulated GPU; ONLY=cuda: one group
 #   make test            every test; SANITIZE=1 runs them under ASan and UBSan
 #   make test-hf         checkpoints in PyTorch and Transformers, which it installs in .venv-hf (2.2 GB)
@@ -87,7 +88,7 @@ include kernels/cuda/cuda.mk
 include tests/cuda/emulator.mk
 include tests/gpu/gpu.mk
 
-.PHONY: all help deps check test test-hf test-distro bench quickstart docs golden clean format
+.PHONY: all help deps check test test-hf test-distro bench quickstart reproduce docs golden clean format
 .SECONDARY:
 
 all: $(BINARY)
@@ -109,11 +110,15 @@ quickstart: deps
 	@$(MAKE) --no-print-directory
 	@scripts/quickstart.sh "$(TEXT)"
 
-# The groups of tests/run.sh whose C tests do not start train_iha.
-ONLY ?= unit cuda
+reproduce: deps
+	@$(MAKE) --no-print-directory
+	@.venv/bin/python scripts/reproduce/main.py $(ONLY:%=--only=%) $(SEEDS:%=--seeds=%) $(JOBS:%=--jobs=%) \
+	    $(if $(filter-out 0,$(QUICK)),--quick)
+
+# By default the groups of tests/run.sh whose C tests do not start train_iha.
 check: deps
 	@$(MAKE) --no-print-directory -j2 check-built
-	@PYTHON=no tests/run.sh $(BUILD) $(BINARY) $(ONLY)
+	@PYTHON=no tests/run.sh $(BUILD) $(BINARY) $(or $(ONLY),unit cuda)
 
 test: deps
 	@$(MAKE) --no-print-directory -j2 $(BINARY) tests-built fuzz-built

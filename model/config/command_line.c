@@ -114,8 +114,8 @@ static const struct command_row COMMANDS[] = {
          "from published hardware figures, not measured.\n"
          "--gpu: default h200. --link: nvlink, one node of up to 8 GPUs; ib400, nodes of 8 GPUs joined by\n"
          "400 Gb/s per GPU; default nvlink up to 8 GPUs, ib400 above.\n"
-         "  train_iha info configs/iha_paper_2.4b.ini\n"
-         "  train_iha info configs/iha_paper_2.4b.ini --gpus 128 --gpu h200 --link ib400\n"},
+         "  train_iha info configs/paper/2.4b_iha.ini\n"
+         "  train_iha info configs/paper/2.4b_iha.ini --gpus 128 --gpu h200 --link ib400\n"},
     [COMMAND_CHECK] =
         {"check",
          "GLOB",

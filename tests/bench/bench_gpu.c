@@ -391,7 +391,7 @@ static void bench_paper_steps(struct bench *b, struct table *table) {
         char *const keys[] = {runs[i].pseudo, runs[i].recompute, "train.batch_tokens=8192",
                               "system.zero_stage=0"};
         memset(&t, 0, sizeof t);
-        read_config(&t.config, "configs/iha_paper_2.4b.ini", 4, keys);
+        read_config(&t.config, "configs/paper/2.4b_iha.ini", 4, keys);
         if (fits(b, &t.config))
             step_row(b, table, &t, runs[i].name);
         else

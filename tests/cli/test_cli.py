@@ -72,7 +72,7 @@ class Families(Case):
         self.assertFalse([name for name in tensors if name.endswith(".bias")])
 
     def test_iha_of_the_paper(self):
-        tensors = self.family("iha_paper_2.4b.ini", "train.min_lr=1e-3", "model.hidden_size=40", "model.head_dim=8",
+        tensors = self.family("paper/2.4b_iha.ini", "train.min_lr=1e-3", "model.hidden_size=40", "model.head_dim=8",
                               "model.num_hidden_layers=6", "model.num_attention_heads=5", "model.intermediate_size=64",
                               wide=True, layer_types=["iha_local"] * 4 + ["mha_global", "iha_local"],
                               norm="rmsnorm", position_embedding="rope", iha_mask="flat", iha_rope="virtual",
@@ -999,7 +999,7 @@ class Info(Case):
             text = self.run_cli("info", path).stdout.decode()
             for word in ("Parameters", "Memory", "FLOPs per token", "Layer schedule", "embeddings", "activations"):
                 self.assertIn(word, text)
-            if path.name == "iha_paper_2.4b.ini":
+            if path.name == "2.4b_iha.ini":
                 count = int(re.search(r"Parameters: .*\((\d+)\)", text)[1])
                 self.assertEqual(round(count / 1e8), 24)
         self.assertEqual(list(self.tmp.glob("runs")), [])
@@ -1032,7 +1032,7 @@ class Info(Case):
 
     def test_plan_of_the_paper(self):
         """The 2.4B model on 128 GPUs: numbers that must be consistent."""
-        path = ROOT / "configs" / "iha_paper_2.4b.ini"
+        path = ROOT / "configs" / "paper" / "2.4b_iha.ini"
         text = self.plan(path, "--gpus", "128", "--gpu", "h200", "--link", "ib400")
         self.assertIn("128 x h200", text)
         self.assertIn("not measured", text)

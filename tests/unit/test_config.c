@@ -248,7 +248,7 @@ static void test_committed_configs(void **state) {
     } cases[] = {{"configs/gpt2_124m.ini", 12, 768, 50257, 256},
                  {"configs/iha_gpt2_124m.ini", 12, 768, 50257, 256},
                  {"configs/llama_1b.ini", 16, 2048, 128256, 1024},
-                 {"configs/iha_paper_2.4b.ini", 26, 2560, 128256, 2048},
+                 {"configs/paper/2.4b_iha.ini", 26, 2560, 128256, 2048},
                  {"configs/bytes_small.ini", 5, 256, 257, 128}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
         for (int ranks = 1; ranks <= 8; ranks *= 2) {
@@ -261,7 +261,7 @@ static void test_committed_configs(void **state) {
             assert_int_equal(config.model.vocab_size, cases[i].vocab);
             assert_int_equal(config.model.iha_window, cases[i].window);
         }
-    assert_int_equal(config_load(&config, "configs/iha_paper_2.4b.ini", 0, NULL, 128, &error), 0);
+    assert_int_equal(config_load(&config, "configs/paper/2.4b_iha.ini", 0, NULL, 128, &error), 0);
     assert_int_equal(config.model.layer_types[25], LAYER_IHA_LOCAL);
 }
 

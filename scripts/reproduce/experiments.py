@@ -1,0 +1,111 @@
+"""What `make reproduce` trains: the paper's synthetic tasks, its comparison of language models, and retrieval.
+
+An experiment is a configuration, variants of it that differ in attention alone, and a budget. Facts of the paper and
+what it leaves open: docs/reproduction/discussion.md.
+"""
+
+from dataclasses import dataclass, field
+
+MHA = ("model.layer_pattern=mha_global",)
+FOLDED = ("model.layer_pattern=folded_global",)
+TALKING = ("model.layer_pattern=talking_global",)
+DIFF = ("model.layer_pattern=diff_global",)
+SIMPLICIAL = ("model.layer_pattern=simplicial_global",)
+
+
+def iha(pseudo_heads, pattern="iha_global"):
+    return (f"model.layer_pattern={pattern}", f"model.num_pseudo_heads={pseudo_heads}")
+
+
+@dataclass(frozen=True)
+class Variant:
+    label: str
+    overrides: tuple
+    seeds: int = 0  # 0: as many as the experiment
+
+
+@dataclass(frozen=True)
+class Experiment:
+    name: str
+    title: str
+    config: str
+    data: str  # folder of the shards
+    make_data: tuple  # command that makes them, after the Python of .venv
+    variants: dict
+    figure: str  # what is compared: val_accuracy, val_exact or val_loss
+    seeds: int
+    overrides: tuple = ()  # for all variants
+    quick: tuple = ()  # overrides of QUICK=1, which trains one seed
+    not_quick: tuple = ()  # variants that QUICK=1 leaves out
+    flops_of: str = ""  # the others get as many FLOPs, and also as much time, as this variant
+    learning_rates: tuple = ()  # of the sweep that chooses each variant's; none: that of the configuration
+    test: str = ""  # shards evaluated in the end, besides those of the validation
+    paper: dict = field(default_factory=dict)  # what the paper reports, by variant
+    length: int = 0  # of multi-key retrieval, in tokens
+
+
+def composition(name, order, variants, paper):
+    folder = f"data/{name}"
+    return Experiment(
+        name=name, title=f"{name.capitalize()} composition of boolean matrices", config=f"configs/synthetic/{name}.ini",
+        data=folder, make_data=("data/tasks.py", name, "--out", folder), variants=variants, figure="val_accuracy",
+        seeds=3, overrides=("train.epochs=30",), quick=("train.epochs=none", "train.steps=400", "run.eval_every=100",
+                                                        "run.eval_batches=40"),
+        not_quick=("simplicial", "iha_p8"), test=f"{folder}/test_*.bin", paper=paper)
+
+
+BINARY = composition("binary", 2, {
+    "mha": Variant("MHA", MHA),
+    "folded": Variant("folded P = 1", FOLDED),
+    "talking": Variant("Talking Heads", TALKING),
+    "diff": Variant("Diff", DIFF),
+    "iha_p2": Variant("IHA P = 2", iha(2)),
+    "iha_p4": Variant("IHA P = 4", iha(4)),
+    "iha_p8": Variant("IHA P = 8", iha(8), seeds=1),
+    "simplicial": Variant("2-simplicial", SIMPLICIAL, seeds=1),
+}, {"iha_p8": "best; up to 4.7 points above the strongest baseline", "simplicial": "the strongest baseline"})
+
+TERNARY = composition("ternary", 3, {
+    "mha": Variant("MHA", MHA, seeds=1),
+    "simplicial": Variant("2-simplicial", SIMPLICIAL, seeds=1),
+    "iha_p2": Variant("IHA P = 2", iha(2), seeds=1),
+    "iha_p4": Variant("IHA P = 4", iha(4), seeds=1),
+}, {"simplicial": "the strongest baseline"})
+
+LANGUAGE = Experiment(
+    name="lm", title="Language models of one size", config="configs/paper/family_4m.ini", data="data/bible",
+    make_data=("data/prepare.py", "--tokenizer", "bytes", "--document-separator", "blank-lines", "--out", "data/bible",
+               "data/corpus/bible.txt"),
+    variants={
+        "global": Variant("Global", MHA),
+        "global_local": Variant("Global+Local", ("model.layer_pattern=mha_local*4 mha_global", "model.local_window=16")),
+        "talking": Variant("Talking Heads", TALKING),
+        "diff": Variant("Diff", DIFF),
+        "folded": Variant("folded P = 1", FOLDED),
+        "iha_p2": Variant("IHA P = 2", iha(2, "iha_local*4 mha_global")),
+        "iha_p4": Variant("IHA P = 4", iha(4, "iha_local*4 mha_global")),
+    },
+    figure="val_loss", seeds=4, overrides=("train.steps=1500",), quick=("train.steps=150", "run.eval_every=50"),
+    flops_of="global", learning_rates=(1.5e-3, 3e-3, 6e-3))
+
+
+def multikey(length):
+    folder = f"data/multikey_{length}"
+    return Experiment(
+        name=f"multikey_{length}", title=f"Multi-key retrieval, {length} tokens", config="configs/synthetic/multikey.ini",
+        data=folder, make_data=("data/tasks.py", "multikey", "--length", str(length), "--out", folder),
+        variants={
+            "mha": Variant("MHA", MHA),
+            "folded": Variant("folded P = 1", FOLDED),
+            "iha_p2": Variant("IHA P = 2", iha(2, "iha_global*3 mha_global")),
+        },
+        figure="val_exact", seeds=1,
+        overrides=(f"train.seq_len={length}", f"train.micro_batch={8192 // length}", "train.epochs=10"),
+        quick=("train.epochs=none", "train.steps=60", "train.warmup_steps=10", "run.eval_every=20", "run.eval_batches=8"),
+        test=f"{folder}/test_*.bin", length=length,
+        paper={"iha_p2": "27, 32 and 112 % above Global at 4k, 8k and 16k tokens"})
+
+
+EXPERIMENTS = {each.name: each for each in
+               (BINARY, TERNARY, LANGUAGE, multikey(256), multikey(512), multikey(1024))}
+GROUPS = {"multikey": ("multikey_256", "multikey_512", "multikey_1024")}

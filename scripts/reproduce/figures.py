@@ -1,0 +1,181 @@
+"""The figures of `make reproduce`, each with its data as CSV."""
+
+import csv
+import json
+import statistics
+from pathlib import Path
+
+from runs import curve
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart
+COLOURS = ["#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#8a8a8a"]
+NAMES = {"val_accuracy": "accuracy", "val_exact": "share of values found", "val_loss": "validation loss (nats per byte)"}
+
+
+def setup():
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"font.size": 10, "axes.grid": True, "grid.color": "#e4e4e4", "axes.axisbelow": True,
+                         "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none"})
+    return plt
+
+
+def finished(plan, budget):
+    """{variant: [(run, result), ...]} of what is there, variants without a result left out."""
+    found = {}
+    for name in plan.names:
+        for seed in range(1, plan.seeds[name] + 1):
+            run = plan.compared(name, seed, budget)
+            result = run and run.result()
+            if result:
+                found.setdefault(name, []).append((run, result))
+    return found
+
+
+def final(result, figure):
+    """The figure of a run that is compared: on the test set where there is one, of the last evaluation otherwise."""
+    return result["test"][figure] if figure in result.get("test", {}) else result["final"][figure]
+
+
+def spread(values):
+    """Mean and standard deviation of a sample; None for one value."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def tokens_of_epoch(plan):
+    description = json.loads((Path(plan.experiment.data) / "dataset.json").read_text())
+    shards = description["shards"]
+    return sum(shard["tokens"] for name, shard in shards.items() if name.startswith("train_"))
+
+
+def colour(plan, name):
+    return COLOURS[list(plan.experiment.variants).index(name) % len(COLOURS)]
+
+
+def write_csv(path, header, rows):
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows([[f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows])
+
+
+def save(plt, figure, out, name):
+    figure.savefig(out / f"{name}.png", dpi=120)
+    plt.close(figure)
+    return f"{name}.png"
+
+
+def curves(plt, plan, budget, axis, out):
+    """A line for each seed, a strong one for their mean where all have the same steps. axis: (name, label, function of
+    variant, step, tokens and result)."""
+    name, label, position = axis
+    experiment, rows = plan.experiment, []
+    figure, axes = plt.subplots(figsize=(7.2, 4.3), layout="constrained")
+    for variant, runs in finished(plan, budget).items():
+        series = []
+        for run, result in runs:
+            points = [(position(variant, step, tokens, result), values[experiment.figure])
+                      for step, tokens, values in curve(run) if values.get(experiment.figure) is not None]
+            rows += [[variant, run.seed, x, y] for x, y in points]
+            series.append(points)
+            axes.plot(*zip(*points), color=colour(plan, variant), linewidth=0.7, alpha=0.35 if len(runs) > 1 else 1)
+        length = min(map(len, series))
+        mean = [(statistics.mean(s[i][0] for s in series), statistics.mean(s[i][1] for s in series)) for i in range(length)]
+        axes.plot(*zip(*mean), color=colour(plan, variant), linewidth=2,
+                  label=f"{experiment.variants[variant].label} ({len(runs)} seed{'s' if len(runs) > 1 else ''})")
+    if not rows:
+        plt.close(figure)
+        return None
+    axes.set_xlabel(label)
+    axes.set_ylabel(("" if experiment.figure == "val_loss" else "validation ") + NAMES[experiment.figure])
+    if experiment.figure == "val_loss":
+        late = sorted(row[3] for row in rows)
+        axes.set_ylim(late[0] - 0.02, late[int(0.8 * (len(late) - 1))] + 0.05)
+    axes.legend(frameon=False, fontsize=9)
+    axes.set_title(experiment.title, loc="left", fontweight="bold")
+    stem = f"{experiment.name}_{budget}_{name}" if experiment.flops_of else f"{experiment.name}_curves"
+    write_csv(out / f"{stem}.csv", ["variant", "seed", name, experiment.figure], rows)
+    return save(plt, figure, out, stem)
+
+
+def bars(plt, plans, out):
+    """Final test accuracy of the compositions, with a point for each seed."""
+    panels = [(plan, finished(plan, "plain")) for plan in plans]
+    panels = [(plan, found) for plan, found in panels if found]
+    if not panels:
+        return None
+    rows = []
+    figure, all_axes = plt.subplots(1, len(panels), figsize=(1 + 4.2 * len(panels), 4), layout="constrained", squeeze=False)
+    for axes, (plan, found) in zip(all_axes[0], panels):
+        low = 1.0
+        for i, (variant, runs) in enumerate(found.items()):
+            values = [final(result, plan.experiment.figure) for _, result in runs]
+            rows += [[plan.experiment.name, variant, run.seed, value] for (run, _), value in zip(runs, values)]
+            axes.bar(i, statistics.mean(values), color=colour(plan, variant), alpha=0.75)
+            axes.plot([i] * len(values), values, "o", color="black", markersize=3)
+            low = min([low, *values])
+        axes.set_xticks(range(len(found)), [plan.experiment.variants[v].label for v in found], rotation=40, ha="right")
+        axes.set_ylim(max(0, low - 0.05), 1)
+        axes.set_ylabel("test accuracy (axis does not begin at 0)")
+        axes.set_title(plan.experiment.title, loc="left", fontsize=10, fontweight="bold")
+    write_csv(out / "final_accuracy.csv", ["task", "variant", "seed", "test_accuracy"], rows)
+    return save(plt, figure, out, "final_accuracy")
+
+
+def retrieval(plt, plans, out):
+    """Share of values found, by length."""
+    rows = []
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for variant in plans[0].names:
+        points = []
+        for plan in plans:
+            for run, result in finished(plan, "plain").get(variant, []):
+                points.append((plan.experiment.length, final(result, plan.experiment.figure)))
+                rows.append([variant, run.seed, *points[-1]])
+        if points:
+            lengths = sorted({length for length, _ in points})
+            axes.plot(lengths, [statistics.mean(y for x, y in points if x == length) for length in lengths], "o-",
+                      color=colour(plans[0], variant), label=plans[0].experiment.variants[variant].label)
+    if not rows:
+        plt.close(figure)
+        return None
+    axes.set_xscale("log", base=2)
+    axes.set_xticks([plan.experiment.length for plan in plans], [str(plan.experiment.length) for plan in plans])
+    axes.set_xlabel("length (tokens)")
+    axes.set_ylabel("share of values found, test set")
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(frameon=False)
+    axes.set_title("Multi-key retrieval", loc="left", fontweight="bold")
+    write_csv(out / "retrieval.csv", ["variant", "seed", "length", "share_found"], rows)
+    return save(plt, figure, out, "retrieval")
+
+
+def draw(plans, out):
+    """[(file, what it shows)] of the figures that there is data for."""
+    plt = setup()
+    out.mkdir(parents=True, exist_ok=True)
+    drawn = []
+
+    def add(picture, text):
+        if picture:
+            drawn.append((picture, text))
+
+    compositions = [plan for plan in plans if plan.experiment.figure == "val_accuracy"]
+    add(bars(plt, compositions, out), "final accuracy on the test set (the paper's Fig. 3)")
+    for plan in compositions:
+        epoch = tokens_of_epoch(plan)
+        axis = ("epochs", "epochs", lambda variant, step, tokens, result: tokens / epoch)
+        add(curves(plt, plan, "plain", axis, out), "accuracy by epoch (the paper's Figs. 4 and 5)")
+    for plan in (plan for plan in plans if plan.experiment.flops_of):
+        for name, label, position in (
+                ("tokens", "training tokens", lambda variant, step, tokens, result: tokens),
+                ("flops", "training FLOPs, as executed", lambda variant, step, tokens, result: tokens * plan.flops[variant]),
+                ("seconds", "seconds of training", lambda variant, step, tokens, result:
+                    result["seconds"] * step / result["steps"])):
+            add(curves(plt, plan, "flops", (name, label, position), out), f"loss by {name}, budgets of equal FLOPs")
+        add(curves(plt, plan, "time", ("seconds", "seconds of training", lambda variant, step, tokens, result:
+            result["seconds"] * step / result["steps"]), out), "loss by time, budgets of equal time")
+    keys = [plan for plan in plans if plan.experiment.length]
+    add(retrieval(plt, keys, out) if keys else None, "multi-key retrieval by length")
+    return drawn

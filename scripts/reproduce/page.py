@@ -1,0 +1,71 @@
+"""docs/reproduction/results.md: a table of what the paper says and what came out, and the figures."""
+
+from figures import NAMES, draw, final, finished, spread
+
+HEAD = """\
+# Results
+
+Written by `{command}`; do not edit. What the experiments are, what the paper leaves open, and what these results do
+and do not show: [discussion]({discussion}).
+
+"""
+
+
+def number(value, figure):
+    return f"{value:.4f}" if figure == "val_loss" else f"{100 * value:.2f} %"
+
+
+def table(plan, budget):
+    """Lines of Markdown: a row for each variant that has results."""
+    figure, lines = plan.experiment.figure, []
+    for variant, runs in finished(plan, budget).items():
+        mean, deviation = spread([final(result, figure) for _, result in runs])
+        steps = sorted({result["steps"] for _, result in runs})
+        lines.append(" | ".join([
+            f"| {plan.experiment.variants[variant].label}", plan.experiment.paper.get(variant, "–"), number(mean, figure),
+            number(deviation, figure).replace(" %", " points") if deviation is not None else "–", str(len(runs)),
+            f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}",
+            f"{sum(result['seconds'] for _, result in runs) / 3600:.2f} |"]))
+    return lines
+
+
+def section(plan):
+    lines = []
+    for budget in plan.budgets():
+        rows = table(plan, budget)
+        if not rows:
+            continue
+        kind = {"plain": "", "flops": ", at equal FLOPs", "time": ", at equal time"}[budget]
+        where = "test set" if plan.experiment.test else "last evaluation"
+        lines += [f"## {plan.experiment.title}{kind}", "",
+                  f"| variant | the paper says | {NAMES[plan.experiment.figure]}, {where} | standard deviation | seeds | steps | hours |",
+                  "|---|---|---|---|---|---|---|", *rows, ""]
+        run, result = next(iter(finished(plan, budget).values()))[0]
+        if plan.experiment.learning_rates and not plan.quick:
+            rates = ", ".join(f"{plan.experiment.variants[name].label} {plan.learning_rate(name):g}" for name in plan.names
+                              if plan.learning_rate(name))
+            lines += [f"Learning rates, the best of {', '.join(f'{rate:g}' for rate in plan.experiment.learning_rates)} "
+                      f"after a third of the steps: {rates}.", ""]
+        commits = sorted({each["commit"] for runs in finished(plan, budget).values() for _, each in runs})
+        lines += [f"First of these runs: `{result['command']}`", "",
+                  f"Commit {', '.join(commits)}; {result['machine']}.", ""]
+    return lines
+
+
+def write_page(plans, options):
+    """Draw and write; returns the file."""
+    out = options.docs / "quick" if options.quick else options.docs
+    pictures = draw(plans, out)
+    command = "make reproduce" + (" QUICK=1" if options.quick else "")
+    lines = [HEAD.format(command=command, discussion="../discussion.md" if options.quick else "discussion.md")]
+    if options.quick:
+        lines.append("This is the quick form: budgets so small that the tasks run end to end and little is learnt.\n")
+    for plan in plans:
+        lines += section(plan)
+    if pictures:
+        lines.append("## Figures\n")
+    for picture, text in pictures:
+        lines += [f"![{text}]({picture})", "", f"*{text[0].upper()}{text[1:]}; data: [{picture[:-4]}.csv]({picture[:-4]}.csv)*", ""]
+    path = out / "results.md"
+    path.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+    return path

@@ -1,0 +1,325 @@
+"""Trains what an experiment consists of: several runs at once, resumed after a kill, each result kept when it is there."""
+
+import collections
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
+from user_error import UserError  # noqa: E402
+
+BINARY = os.environ.get("TRAIN_IHA", "./train_iha")
+SWEEP_SEED = 1000  # of learning-rate sweeps: none of the seeds that are compared
+SWEEP_SHARE = 1 / 3  # of the steps of a run that is compared
+
+
+@dataclass(frozen=True)
+class Run:
+    experiment: object
+    variant: str
+    seed: int
+    budget: str  # plain, flops, time; sweep
+    overrides: tuple  # of the command, without run.dir
+    folder: Path
+
+    def command(self, threads):
+        return [BINARY, "train", self.experiment.config, *self.overrides, f"run.dir={self.folder}",
+                f"system.threads={threads}"]
+
+    def result(self):
+        """What finish() recorded, or None while the run has not ended."""
+        try:
+            return json.loads((self.folder / "result.json").read_text())
+        except FileNotFoundError:
+            return None
+
+
+class Plan:
+    """The runs of one experiment. next_runs() gives those that can be named with the results that are there: a sweep
+    comes before what uses its learning rate, the first budget before the one matched in time."""
+
+    def __init__(self, experiment, options):
+        self.experiment, self.quick = experiment, options.quick
+        self.folder = options.out / ("quick" if options.quick else "full") / experiment.name
+        self.names = [name for name in experiment.variants if not (options.quick and name in experiment.not_quick)]
+        self.seeds = {}
+        for name in self.names:
+            most = experiment.variants[name].seeds or experiment.seeds
+            self.seeds[name] = options.seeds or (1 if options.quick else most)
+        self.common = (*experiment.overrides, *(experiment.quick if options.quick else ()))
+        self.flops = {name: flops_per_token(experiment.config, self.overrides(name)) for name in self.names}
+
+    def overrides(self, name, *more):
+        """The last value given for a key is the one that counts."""
+        keys = {}
+        for item in (*self.common, *self.experiment.variants[name].overrides, *more):
+            key, value = item.split("=", 1)
+            keys[key] = value
+        return tuple(f"{key}={value}" for key, value in keys.items())
+
+    def run(self, name, seed, budget, *more):
+        rate = next((item.split("=")[1] for item in more if item.startswith("train.lr=")), "")
+        parts = [name, budget] + ([f"lr{rate}"] if budget == "sweep" else []) + [f"seed{seed}"]
+        return Run(self.experiment, name, seed, budget, self.overrides(name, f"train.seed={seed}", *more),
+                   self.folder.joinpath(*parts))
+
+    def steps(self):
+        return int(next(item.split("=")[1] for item in reversed(self.common) if item.startswith("train.steps=")))
+
+    def sweep(self, name):
+        if self.quick or not self.experiment.learning_rates:
+            return []
+        steps = max(1, round(self.steps() * SWEEP_SHARE))
+        return [self.run(name, SWEEP_SEED, "sweep", f"train.lr={rate:g}", f"train.steps={steps}")
+                for rate in self.experiment.learning_rates]
+
+    def learning_rate(self, name):
+        """The best of the sweep; None while it is not known."""
+        results = [run.result() for run in self.sweep(name)]
+        if not all(results):
+            return None
+        rated = [(result["final"]["val_loss"], rate) for result, rate in zip(results, self.experiment.learning_rates)]
+        return min(rated)[1] if rated else False
+
+    def budgets(self):
+        if not self.experiment.flops_of:
+            return ["plain"]
+        return ["flops"] if self.quick else ["flops", "time"]
+
+    def compared(self, name, seed, budget):
+        """The run of a variant, seed and budget; None while what it depends on is not there."""
+        rate = self.learning_rate(name)
+        if rate is None:
+            return None
+        more = [f"train.lr={rate:g}"] if rate else []
+        if budget == "flops":
+            reference = self.experiment.flops_of
+            more.append(f"train.steps={max(1, round(self.steps() * self.flops[reference] / self.flops[name]))}")
+        elif budget == "time":
+            seconds = {each: self.seconds_per_step(each) for each in (name, self.experiment.flops_of)}
+            if not all(seconds.values()):
+                return None
+            if name == self.experiment.flops_of:
+                return self.compared(name, seed, "flops")
+            more.append(f"train.steps={max(1, round(self.steps() * seconds[self.experiment.flops_of] / seconds[name]))}")
+        return self.run(name, seed, budget, *more)
+
+    def seconds_per_step(self, name):
+        runs = [self.compared(name, seed, "flops") for seed in range(1, self.seeds[name] + 1)]
+        results = [run and run.result() for run in runs]
+        return statistics.median(r["seconds"] / r["steps"] for r in results) if all(results) else None
+
+    def all_runs(self):
+        """(runs that can be named now, number of those that cannot yet). One seed of every variant comes before the
+        second of any, so that what there is after a while is a comparison."""
+        runs, unknown = [run for name in self.names for run in self.sweep(name)], 0
+        for budget in self.budgets():
+            for seed in range(1, max(self.seeds.values()) + 1):
+                for name in self.names:
+                    if seed > self.seeds[name]:
+                        continue
+                    run = self.compared(name, seed, budget)
+                    unknown += run is None
+                    runs += [run] if run and run not in runs else []
+        return runs, unknown
+
+
+def flops_per_token(config, overrides):
+    """As `train_iha info` counts them for the first sequence length, forward and backward."""
+    done = subprocess.run([BINARY, "info", config, *overrides], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError((done.stderr.strip().splitlines() or [f"{BINARY} info {config} failed"])[-1])
+    value, unit = re.search(r"^FLOPs per token .*: ([0-9.]+)([kMBT]?)$", done.stdout, re.M).groups()
+    return float(value) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[unit]
+
+
+def read_lines(path):
+    try:
+        text = path.read_text(errors="replace")
+    except FileNotFoundError:
+        return []
+    lines = []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:  # the line that is being written
+            continue
+    return lines
+
+
+def curve(run):
+    """[(step, tokens, {val figures})] of a run's evaluations; of two of a step the later."""
+    tokens, points = {}, {}
+    for line in read_lines(run.folder / "metrics.jsonl"):
+        if "val_loss" in line:
+            points[line["step"]] = {key: value for key, value in line.items() if key.startswith("val_")}
+        elif "tokens" in line:
+            tokens[line["step"]] = line["tokens"]
+    return [(step, tokens.get(step, 0), points[step]) for step in sorted(points)]
+
+
+def commit():
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def machine(gpus):
+    if gpus:
+        return gpus[0]
+    name = "unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            name = line.split(":", 1)[1].strip()
+            break
+    return f"{name}, {len(os.sched_getaffinity(0))} processors"
+
+
+def gpus():
+    """Names of the GPUs, [] without any."""
+    try:
+        done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True)
+    except OSError:
+        return []
+    return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
+
+
+def evaluate(run, shards, threads):
+    """{figure: value} of the best checkpoint on other shards."""
+    best = run.folder / "best" if (run.folder / "best").exists() else run.folder
+    done = subprocess.run([BINARY, "eval", str(best), f"data.val={shards}", f"system.threads={threads}"],
+                          capture_output=True, text=True)
+    if done.returncode != 0:
+        raise OSError(0, (done.stderr.strip().splitlines() or ["failed"])[-1], str(best))
+    return {key: float(value) for key, value in
+            (line.split()[:2] for line in done.stdout.splitlines() if line.startswith("val_"))}
+
+
+def finish(run, threads, cards):
+    """Record a run that has ended, atomically."""
+    points = curve(run)
+    newest = max(run.folder.glob("step_*/trainer.json"))
+    trainer = json.loads(newest.read_text())
+    figure = run.experiment.figure
+    pick = min if figure == "val_loss" else max
+    result = {"steps": trainer["step"], "tokens": trainer["tokens"], "seconds": trainer["seconds"],
+              "final": points[-1][2] if points else {},
+              "best": pick((p[2] for p in points), key=lambda p: p.get(figure, math.nan)) if points else {},
+              "command": shlex.join(run.command(threads)), "commit": commit(), "machine": machine(cards)}
+    if run.experiment.test and run.budget != "sweep":
+        result["test"] = evaluate(run, run.experiment.test, threads)
+    partial = run.folder / "result.json.tmp"
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    os.replace(partial, run.folder / "result.json")
+
+
+class Scheduler:
+    """Starts runs, as many at once as there are slots; a slot is a GPU, or a share of the processors."""
+
+    def __init__(self, plans, options):
+        self.plans, self.cards = plans, gpus()
+        cores = len(os.sched_getaffinity(0))
+        self.slots = options.jobs or len(self.cards) or cores
+        self.threads = max(1, cores // self.slots)
+        self.free = collections.deque(range(self.slots))
+        self.running = {}  # process -> (run, slot, start, log file)
+        self.failed, self.times = [], []
+        self.terminal = sys.stderr.isatty()
+
+    def start(self, run, slot):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        log = open(run.folder / "log.txt", "ab")
+        environment = dict(os.environ)
+        if self.cards:
+            environment["CUDA_VISIBLE_DEVICES"] = str(slot % len(self.cards))
+        process = subprocess.Popen(run.command(self.threads), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                                   env=environment, start_new_session=True)
+        self.running[process] = (run, slot, time.monotonic(), log)
+
+    def reap(self, interrupted):
+        for process in [each for each in self.running if each.poll() is not None]:
+            run, slot, start, log = self.running.pop(process)
+            log.close()
+            self.free.append(slot)
+            last = ((run.folder / "log.txt").read_text(errors="replace").strip().splitlines() or [""])[-1]
+            if process.returncode == 0 and last.startswith("done:"):
+                finish(run, self.threads, self.cards)
+                self.times.append(time.monotonic() - start)
+                self.say(f"{describe(run)}: {summary(run)}")
+            elif not interrupted:
+                self.failed.append(run)
+                self.say(f"{describe(run)}: failed, exit code {process.returncode}: {last} ({run.folder}/log.txt)")
+
+    def say(self, text):
+        print(("\r\033[K" if self.terminal else "") + text, file=sys.stderr, flush=True)
+
+    def status(self, waiting, unknown):
+        if not self.terminal:
+            return
+        left = waiting + unknown + len(self.running)
+        eta = ""
+        if self.times:
+            seconds = statistics.mean(self.times) * left / self.slots
+            eta = f", about {int(seconds // 3600)}:{int(seconds % 3600 // 60):02d} h left"
+        now = "; ".join(f"{describe(run)} {progress(run)}" for run, *_ in self.running.values())
+        width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
+        print(f"\r\033[K{f'{left} runs to go{eta}: {now}'[:width]}", end="", file=sys.stderr, flush=True)
+
+    def run(self):
+        """Until nothing is left to run. On a signal the runs save and end; the same command continues."""
+        try:
+            while True:
+                self.reap(False)
+                busy = [run for run, *_ in self.running.values()]
+                named = [plan.all_runs() for plan in self.plans]
+                waiting = [run for runs, _ in named for run in runs
+                           if run not in busy and run not in self.failed and run.result() is None]
+                unknown = sum(count for _, count in named)
+                while waiting and self.free:
+                    self.start(waiting.pop(0), self.free.popleft())
+                if not self.running:
+                    break
+                self.status(len(waiting), unknown)
+                self.wait()
+        except KeyboardInterrupt:
+            self.say("stopping: runs save their checkpoints; the same command continues them")
+            for process in self.running:
+                process.terminate()
+            for process in list(self.running):
+                process.wait()
+            self.reap(True)
+            raise
+        return self.failed
+
+    def wait(self):
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline and all(process.poll() is None for process in self.running):
+            time.sleep(0.05)
+
+
+def describe(run):
+    rate = next((item for item in run.overrides if item.startswith("train.lr=")), "") if run.budget == "sweep" else ""
+    kind = {"plain": "", "flops": " at equal FLOPs", "time": " at equal time", "sweep": f" sweep {rate[6:]}"}[run.budget]
+    return f"{run.experiment.name} {run.variant}{kind} seed {run.seed}"
+
+
+def progress(run):
+    log = run.folder / "log.txt"
+    steps = re.findall(rb"step (\d+/\d+)", log.read_bytes()[-2000:]) if log.exists() else []
+    return steps[-1].decode() if steps else "starting"
+
+
+def summary(run):
+    result = run.result()
+    figure = run.experiment.figure
+    text = f"{figure} {result['best'].get(figure, math.nan):.4f}"
+    if figure in result.get("test", {}):
+        text += f", on the test set {result['test'][figure]:.4f}"
+    return f"{text}; {result['steps']} steps in {result['seconds']:.0f} s"

@@ -1,0 +1,135 @@
+"""`make reproduce`: its runs, resumed after a kill, its learning-rate sweep, its budgets, and what it writes."""
+
+import csv
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import unittest
+
+from tests.lib.folder_case import FolderCase
+from tests.lib.runs import BINARY, ENVIRONMENT, ROOT, TIMEOUT, documents, lines_of, losses, tiny, write_shard
+
+MAIN = ROOT / "scripts" / "reproduce" / "main.py"
+EXPERIMENTS = """
+import sys
+sys.path.insert(0, {scripts!r})
+import experiments as e
+
+EXPERIMENTS = {{"lm": e.Experiment(
+    name="lm", title="Small models", config={config!r}, data={data!r}, make_data=(), figure="val_loss", seeds=2,
+    variants={{"global": e.Variant("Global", e.MHA), "iha_p2": e.Variant("IHA P = 2", e.iha(2), seeds=1)}},
+    overrides=("train.steps={steps}", "run.eval_every=3"), flops_of="global", learning_rates=(1e-5, 1e-2),
+    paper={{"iha_p2": "better"}})}}
+"""
+
+
+class Reproduce(FolderCase):
+    def setUp(self):
+        super().setUp()
+        data = self.folder / "shards"
+        data.mkdir()
+        write_shard(data / "train_0.bin", documents(400, seed=1))
+        write_shard(data / "val_0.bin", documents(40, seed=2))
+        self.config = self.write("tiny.ini", tiny(data))
+        self.data = data
+        self.runs, self.docs = self.folder / "runs", self.folder / "docs"
+
+    def command(self, steps, *arguments):
+        file = self.write("own.py", EXPERIMENTS.format(scripts=str(MAIN.parent), config=str(self.config),
+                                                       data=str(self.data), steps=steps))
+        return [sys.executable, str(MAIN), "--experiments", str(file), "--out", str(self.runs), "--docs",
+                str(self.docs), *arguments]
+
+    def reproduce(self, steps, *arguments, code=0):
+        done = subprocess.run(self.command(steps, *arguments), env={**ENVIRONMENT, "TRAIN_IHA": BINARY}, text=True,
+                              capture_output=True, timeout=TIMEOUT)
+        self.assertEqual(done.returncode, code, done.stderr)
+        return done
+
+    def results(self):
+        return {str(path.parent.relative_to(self.runs / "full" / "lm")): json.loads(path.read_text())
+                for path in self.runs.rglob("result.json")}
+
+    def test_whole(self):
+        done = self.reproduce(9)
+        results = self.results()
+        sweeps = [f"{variant}/sweep/lr{rate}/seed1000" for variant in ("global", "iha_p2") for rate in ("1e-05", "0.01")]
+        compared = ["global/flops/seed1", "global/flops/seed2", "iha_p2/flops/seed1", "iha_p2/time/seed1"]
+        self.assertEqual(sorted(results), sorted(sweeps + compared))
+
+        def flops(pattern):
+            text = subprocess.run([BINARY, "info", self.config, f"model.layer_pattern={pattern}"], capture_output=True,
+                                  text=True, check=True).stdout
+            return float(re.search(r"^FLOPs per token .*: ([\d.]+)k$", text, re.M)[1])
+
+        self.assertEqual(results["global/flops/seed1"]["steps"], 9)
+        self.assertEqual(results["iha_p2/flops/seed1"]["steps"], round(9 * flops("mha_global") / flops("iha_global")))
+        self.assertTrue(all(results[name]["steps"] == 3 for name in sweeps))
+        # a rate of 1e-5 learns nothing in three steps, so the other is the best
+        for name in compared:
+            self.assertIn("train.lr=0.01", results[name]["command"])
+        page = (self.docs / "results.md").read_text()
+        table = re.findall(r"^\| (Global|IHA P = 2) \| (\S+) \| ([\d.]+) \| (\S+) \| (\d)", page, re.M)
+        mean = sum(results[f"global/flops/seed{seed}"]["final"]["val_loss"] for seed in (1, 2)) / 2
+        self.assertEqual([row[:2] + row[4:] for row in table[:2]], [("Global", "–", "2"), ("IHA P = 2", "better", "1")])
+        self.assertEqual(table[0][2], f"{mean:.4f}")
+        self.assertEqual(table[1][3], "–")
+        for name in re.findall(r"\((\w+\.(?:png|csv))\)", page):
+            self.assertTrue((self.docs / name).exists(), name)
+        with open(self.docs / "lm_flops_tokens.csv") as file:
+            rows = list(csv.DictReader(file))
+        lines = lines_of(self.runs / "full" / "lm" / "global" / "flops" / "seed2" / "metrics.jsonl")
+        self.assertEqual([float(row["val_loss"]) for row in rows if (row["variant"], row["seed"]) == ("global", "2")],
+                         [float(f"{line['val_loss']:.6g}") for line in lines if "val_loss" in line])
+        # all is there: nothing is trained again
+        before = {path: path.stat().st_mtime_ns for path in self.runs.rglob("metrics.jsonl")}
+        self.reproduce(9)
+        self.assertEqual({path: path.stat().st_mtime_ns for path in self.runs.rglob("metrics.jsonl")}, before)
+        self.assertIn("lm global at equal FLOPs seed 2: val_loss", done.stderr)
+
+    def test_interrupted(self):
+        """Stopped and started again, a run ends with the losses of one that was not."""
+        steps, only = 400, ["--seeds", "1", "--jobs", "1", "--quick"]
+        folder = self.runs / "quick" / "lm" / "global" / "flops" / "seed1"
+        metrics = folder / "metrics.jsonl"
+        with subprocess.Popen(self.command(steps, *only), env={**ENVIRONMENT, "TRAIN_IHA": BINARY},
+                              stderr=subprocess.PIPE, text=True) as process:
+            deadline = time.monotonic() + TIMEOUT
+            while not (metrics.exists() and metrics.read_text().count("\n") > 20) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            self.assertEqual(process.wait(TIMEOUT), 130)
+            self.assertIn("the same command continues them", process.stderr.read())
+        self.assertEqual(list(self.runs.rglob("result.json")), [])
+        stopped_at = int(next(folder.glob("step_*")).name[5:])
+        self.assertTrue(10 <= stopped_at < steps, stopped_at)
+        self.reproduce(steps, *only)
+        result = json.loads((folder / "result.json").read_text())
+        self.assertEqual(result["steps"], steps)
+        alone = shlex.split(result["command"].replace(str(folder), str(self.folder / "alone")))
+        subprocess.run(alone, env=ENVIRONMENT, capture_output=True, check=True, timeout=TIMEOUT)
+        self.assertEqual(losses(folder).tolist(), losses(self.folder / "alone").tolist())
+
+    def test_bad_input(self):
+        for arguments, words in ((["--only", "lm,nothing"], "there is no experiment 'nothing'"),
+                                 (["--seeds", "-1"], "must be 1 or more"),
+                                 (["--experiments", str(self.folder / "none.py")], "none.py")):
+            done = self.reproduce(9, *arguments, code=2)
+            self.assertIn(words, done.stderr)
+            self.assertEqual(len(done.stderr.splitlines()), 1)
+        self.config.write_text(self.config.read_text().replace("hidden_size = 16", "hidden_size = x"))
+        self.assertIn("hidden_size", self.reproduce(9, code=2).stderr)
+
+    def test_failing_run(self):
+        """A run that fails is named, and the others go on."""
+        (self.data / "val_0.bin").unlink()
+        done = self.reproduce(9, "--quick", "--jobs", "1", code=1)
+        self.assertEqual(len(re.findall(r"failed, exit code 2: .*val_\*\.bin", done.stderr)), 2)
+
+
+if __name__ == "__main__":
+    unittest.main()
