@@ -24,6 +24,7 @@
 
 #include "kernels/comm.h"
 #include "kernels/error.h"
+#include "kernels/rope.h"
 #include "kernels/step.h"
 #include "kernels/tensor.h"
 #include "kernels/trace.h"

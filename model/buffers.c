@@ -208,7 +208,7 @@ static void assign_layer(struct model *m, struct layout *l, int layer) {
     if (s->folded)
         b->folded_weight =
             slot_tensor(m, l, layer, SLOT_FOLDED_WEIGHT, tensor_of(NULL, t, 3 * H * d, C, 0, 0, 0));
-    if (s->folded && c->bias)
+    if (s->folded && config_qkv_bias(c))
         b->folded_bias =
             slot_tensor(m, l, layer, SLOT_FOLDED_BIAS, tensor_of(NULL, t, 3 * H * d, 0, 0, 0, 0));
     b->qkv = slot_tensor(m, l, layer, SLOT_QKV, tensor_of(NULL, t, B, T, 3, H, d));
@@ -253,7 +253,7 @@ static void assign_gradients(struct model *m, struct layout *l) {
     tensor weight = tensor_of(NULL, m->dtypes.gradient, 3 * H * d, c->hidden_size, 0, 0, 0);
     g->dfolded_weight = folded ? allocate_tensor(l, weight) : tensor_none();
     tensor bias = tensor_of(NULL, m->dtypes.gradient, 3 * H * d, 0, 0, 0, 0);
-    g->dfolded_bias = folded && c->bias ? allocate_tensor(l, bias) : tensor_none();
+    g->dfolded_bias = folded && config_qkv_bias(c) ? allocate_tensor(l, bias) : tensor_none();
     void **pseudo[] = {&g->d_o_pseudo, &g->dq, &g->dk, &g->dv};
     for (int i = iha ? 0 : 1; i < 4 && mixes; i++)
         *pseudo[i] = allocate(l, pseudo_bytes);

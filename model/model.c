@@ -198,6 +198,15 @@ static int check_libraries(struct model *m, struct error *e) {
     return status;
 }
 
+struct rope_spec model_rope(const struct model_config *c) {
+    return (struct rope_spec){.theta = c->rope_theta,
+                              .llama3 = c->rope_scaling == ROPE_SCALING_LLAMA3,
+                              .factor = c->rope_factor,
+                              .low_factor = c->rope_low_freq_factor,
+                              .high_factor = c->rope_high_freq_factor,
+                              .original = (double)c->rope_original_positions};
+}
+
 int model_create(struct model *m, const struct model_config *config, const struct kernels *k,
                  struct device *dev, const struct model_options *options, struct error *e) {
     struct comm *comm = options->comm ? options->comm : comm_single();
@@ -212,8 +221,9 @@ int model_create(struct model *m, const struct model_config *config, const struc
         model_free(m);
         return -1;
     }
+    struct rope_spec rope = model_rope(config);
     if (m->rope.data)
-        k->rope_table(dev, m->rope, config->rope_theta);
+        k->rope_table(dev, &rope, m->rope);
     return 0;
 }
 

@@ -158,6 +158,9 @@ static inline tensor flat_range(void *buffer, enum dtype dtype, int64_t offset, 
     return tensor_of((char *)buffer + (size_t)offset * dtype_bytes(dtype), dtype, count, 0, 0, 0, 0);
 }
 
+/* RoPE of a model with position_embedding = rope. */
+struct rope_spec model_rope(const struct model_config *config);
+
 /* Views of one parameter, and of its unsharded gradient; absent for index -1. */
 tensor model_param(const struct model *m, int index);
 tensor model_gradient(const struct model *m, int index);

@@ -74,7 +74,7 @@ static void add_layer(struct builder *b, const struct model_config *m, int layer
     l->attn_norm = add(b, "attn_norm.weight", C, 0, 0, PARAM_VECTOR, INIT_ONES);
     l->attn_norm_bias = add_bias(b, norm_bias, "attn_norm.bias", C);
     l->qkv = add(b, "attn.qkv.weight", 3 * width, C, 0, PARAM_MATRIX, INIT_NORMAL);
-    l->qkv_bias = add_bias(b, m->bias, "attn.qkv.bias", 3 * width);
+    l->qkv_bias = add_bias(b, config_qkv_bias(m), "attn.qkv.bias", 3 * width);
     l->alpha_q = add_alpha(b, m, layer, "attn.alpha_q");
     l->alpha_k = add_alpha(b, m, layer, "attn.alpha_k");
     l->alpha_v = add_alpha(b, m, layer, "attn.alpha_v");

@@ -51,14 +51,14 @@ static void read_alphas(const struct qkv_mix_spec *s, tensor q, tensor k, tensor
     *scratch += converts() ? alpha_reals(s) : 0;
 }
 
-void CPU(rope_table)(struct device *dev, tensor table, double theta) {
+void CPU(rope_table)(struct device *dev, const struct rope_spec *s, tensor table) {
     (void)dev;
     int64_t half = table.shape[2];
     real *out = table.data;
 #pragma omp parallel for
     for (int64_t position = 0; position < table.shape[0]; position++)
         for (int64_t i = 0; i < half; i++) {
-            double angle = (double)position * pow(theta, -(double)i / (double)half);
+            double angle = (double)position * rope_frequency(s, i, half);
             out[position * 2 * half + i] = (real)cos(angle);
             out[position * 2 * half + half + i] = (real)sin(angle);
         }

@@ -9,7 +9,7 @@
 /* table F32 [positions, 2, d/2]: cosines, then sines; fp32 whatever the precision of what is rotated.
  * Computed on the host in double: the angles of late positions are large, so that rounding them to fp32 would
  * rotate noticeably wrong. */
-void cuda_rope_table(struct device *dev, tensor table, double theta) {
+void cuda_rope_table(struct device *dev, const struct rope_spec *s, tensor table) {
     int64_t positions = table.shape[0], half = table.shape[2];
     check_shape("rope_table", "table", table, DTYPE_F32, positions, 2, half);
     float *values = (float *)malloc((size_t)tensor_count(table) * sizeof *values);
@@ -17,7 +17,7 @@ void cuda_rope_table(struct device *dev, tensor table, double theta) {
         abort();
     for (int64_t position = 0; position < positions; position++)
         for (int64_t i = 0; i < half; i++) {
-            double angle = (double)position * pow(theta, -(double)i / (double)half);
+            double angle = (double)position * rope_frequency(s, i, half);
             values[position * 2 * half + i] = (float)cos(angle);
             values[position * 2 * half + half + i] = (float)sin(angle);
         }

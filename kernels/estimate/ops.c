@@ -340,7 +340,7 @@ void estimate_step_decide(struct device *dev, struct step_state *state, double t
 /* ---- the rest of the table ---- */
 
 /* Not counted: it is computed once, before the first step. */
-void estimate_rope_table(struct device *dev, tensor table, double theta) {}
+void estimate_rope_table(struct device *dev, const struct rope_spec *s, tensor table) {}
 
 void estimate_zero(struct device *dev, void *data, size_t bytes) {
     count_pass(dev, ESTIMATE_ELEMENTWISE, (double)bytes);

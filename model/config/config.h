@@ -14,6 +14,7 @@
 enum { MAX_LAYERS = 1024, MAX_TEXT = 1024 };
 
 enum position_embedding { POSITION_ROPE, POSITION_LEARNED, POSITION_NONE };
+enum rope_scaling { ROPE_SCALING_NONE, ROPE_SCALING_LLAMA3 };
 enum norm { NORM_RMSNORM, NORM_LAYERNORM };
 enum activation { ACTIVATION_GELU_TANH, ACTIVATION_RELU2, ACTIVATION_SWIGLU };
 enum layer_type {
@@ -55,10 +56,14 @@ struct model_config {
     int64_t max_position_embeddings; /* tokens */
     enum position_embedding position_embedding;
     double rope_theta;
+    enum rope_scaling rope_scaling;
+    double rope_factor, rope_low_freq_factor, rope_high_freq_factor;
+    int64_t rope_original_positions; /* tokens */
     enum norm norm;
     double norm_eps;
     enum activation activation;
     bool bias;
+    bool qkv_bias; /* of qkv alone; see config_qkv_bias() */
     bool tie_word_embeddings;
     bool causal;
     enum layer_type layer_types[MAX_LAYERS]; /* layer_pattern, repeated over the layers */
@@ -155,6 +160,11 @@ int config_override(struct config *c, int count, char *const *overrides, struct 
 /* Muon's rate as a factor on lr. */
 static inline double config_muon_lr_scale(const struct config *c) {
     return c->train.lr > 0 ? c->train.muon_lr / c->train.lr : 1;
+}
+
+/* Whether qkv has a bias. */
+static inline bool config_qkv_bias(const struct model_config *m) {
+    return m->bias || m->qkv_bias;
 }
 
 /* Every key at its default; required ones zero or empty. */

@@ -58,9 +58,23 @@ static int finish_head_dim(struct draft *d) {
     return 0;
 }
 
+static int check_rope_scaling(const struct draft *d) {
+    const struct model_config *m = &d->config->model;
+    if (m->rope_scaling == ROPE_SCALING_NONE)
+        return 0;
+    if (m->position_embedding != POSITION_ROPE)
+        return fail_at(d, model_row("rope_scaling"),
+                       "rope_scaling = llama3 needs position_embedding = rope; leave one of them out");
+    if (m->rope_high_freq_factor > m->rope_low_freq_factor)
+        return 0;
+    return fail_at(d, model_row("rope_high_freq_factor"),
+                   "rope_high_freq_factor = %g is not above rope_low_freq_factor = %g; make it larger",
+                   m->rope_high_freq_factor, m->rope_low_freq_factor);
+}
+
 int finish_model(struct draft *d, int64_t seq_len) {
     struct model_config *m = &d->config->model;
-    if (finish_head_dim(d) || finish_layers(d))
+    if (finish_head_dim(d) || finish_layers(d) || check_rope_scaling(d))
         return -1;
     if (!m->intermediate_size)
         m->intermediate_size = 4 * m->hidden_size;

@@ -168,7 +168,8 @@ static bool any_iha(const struct model_config *m) {
 enum meaning { MISFIT, CHANGE, NOTHING };
 
 /* What a key means that has another value. */
-static enum meaning meaning_of(const char *name, const struct model_config *then) {
+static enum meaning meaning_of(const char *name, const struct model_config *then,
+                               const struct model_config *now) {
     static const char *const per_layer[] = {"layer_pattern", "local_window", "iha_window", "iha_mask",
                                             "iha_rope"};
     for (size_t i = 0; i < sizeof per_layer / sizeof *per_layer; i++)
@@ -180,8 +181,12 @@ static enum meaning meaning_of(const char *name, const struct model_config *then
         return any_iha(then) ? MISFIT : NOTHING;
     if (!strcmp(name, "max_position_embeddings"))
         return then->position_embedding == POSITION_LEARNED ? MISFIT : NOTHING;
-    if (!strcmp(name, "rope_theta"))
+    if (!strcmp(name, "rope_theta") || !strcmp(name, "rope_scaling"))
         return then->position_embedding == POSITION_ROPE ? CHANGE : NOTHING;
+    if (!strncmp(name, "rope_", 5)) /* of rope_scaling */
+        return then->rope_scaling && now->rope_scaling ? CHANGE : NOTHING;
+    if (!strcmp(name, "qkv_bias"))
+        return config_qkv_bias(then) != config_qkv_bias(now) ? MISFIT : NOTHING;
     return !strcmp(name, "norm_eps") || !strcmp(name, "causal") ? CHANGE : MISFIT;
 }
 
@@ -197,7 +202,7 @@ static void compare_keys(const struct model_config *then, const struct model_con
     for (int i = 0; i < config_row_count; i++) {
         const struct config_row *row = &config_rows[i];
         char was[MAX_TEXT], is[MAX_TEXT], text[160];
-        enum meaning meaning = strcmp(row->section, "model") ? NOTHING : meaning_of(row->name, then);
+        enum meaning meaning = strcmp(row->section, "model") ? NOTHING : meaning_of(row->name, then, now);
         if (meaning == NOTHING)
             continue;
         value_text(&configs[0], row, was);

@@ -58,8 +58,9 @@ static void assign_buffers(struct decoder *d, size_t norm_saved) {
         bool folded = d->m->specs[layer].folded;
         d->folded_weight[layer] =
             folded ? assign(d, tensor_of(NULL, t, 3 * H * dim, C, 0, 0, 0)) : tensor_none();
-        d->folded_bias[layer] =
-            folded && c->bias ? assign(d, tensor_of(NULL, t, 3 * H * dim, 0, 0, 0, 0)) : tensor_none();
+        d->folded_bias[layer] = folded && config_qkv_bias(c)
+                                    ? assign(d, tensor_of(NULL, t, 3 * H * dim, 0, 0, 0, 0))
+                                    : tensor_none();
     }
 }
 
@@ -174,8 +175,9 @@ int decoder_create(struct decoder *d, struct model *m, int64_t capacity, int64_t
         goto failed;
     if (check_libraries(d, e) != 0)
         goto failed;
+    struct rope_spec rope = model_rope(&m->config);
     if (d->rope.data)
-        m->k->rope_table(m->dev, d->rope, m->config.rope_theta);
+        m->k->rope_table(m->dev, &rope, d->rope);
     return 0;
 failed:
     decoder_free(d);

@@ -29,8 +29,13 @@ static void print_model(FILE *out, const struct model_config *m) {
             (long long)m->num_hidden_layers, (long long)m->hidden_size, (long long)m->num_attention_heads,
             (long long)m->head_dim, (long long)m->intermediate_size, activations[m->activation],
             (long long)m->vocab_size, m->tie_word_embeddings ? ", tied embeddings" : "");
-    fprintf(out, "       %s%s, positions: %s, %s\n", norms[m->norm], m->bias ? " with bias" : "",
-            positions[m->position_embedding], m->causal ? "causal" : "not causal");
+    fprintf(out, "       %s%s, positions: %s, %s\n", norms[m->norm],
+            m->bias       ? " with bias"
+            : m->qkv_bias ? ", bias of qkv"
+                          : "",
+            m->rope_scaling == ROPE_SCALING_LLAMA3 ? "rope scaled as in Llama 3"
+                                                   : positions[m->position_embedding],
+            m->causal ? "causal" : "not causal");
     fprintf(out, "       IHA: %lld pseudo-heads, %s mask, rope at the %s position, %s collapse\n\n",
             (long long)m->num_pseudo_heads, m->iha_mask == MASK_FLAT ? "flat" : "token",
             m->iha_rope == IHA_ROPE_VIRTUAL ? "virtual" : "token",

@@ -27,7 +27,7 @@ static inline tensor case_operand(const struct bench_case *w, const struct op_op
     if (x->type != TYPE_IDS) {
         tensor t = bench_noise(w->b, type, s[0], s[1], s[2], s[3], s[4]);
         if (x->type == TYPE_ROPE)
-            w->b->k->rope_table(dev, t, 10000);
+            w->b->k->rope_table(dev, &(const struct rope_spec){.theta = 10000}, t);
         return t;
     }
     tensor t = tensor_of(NULL, type, s[0], s[1], s[2], s[3], s[4]);

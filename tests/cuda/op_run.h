@@ -68,7 +68,7 @@ static inline void run_draw(struct op_run *r) {
             if (run_gap(r, i) > 0)
                 r->x[i].on[b->which].shape[1] -= run_gap(r, i);
             if (r->info[i].type == TYPE_ROPE)
-                b->k->rope_table(b->dev, on(r->x[i], b), 100);
+                b->k->rope_table(b->dev, &(const struct rope_spec){.theta = 100}, on(r->x[i], b));
         }
     }
 }

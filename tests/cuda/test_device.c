@@ -158,8 +158,12 @@ static void rope_table(void **state) {
         struct backends *k = backends((enum device_precision)precision);
         struct operand table = output(k, DTYPE_F32, 200, 2, 24, 0, 0);
         EACH(k, b)
-        b->k->rope_table(b->dev, on(table, b), 10000);
+        b->k->rope_table(b->dev, &(const struct rope_spec){.theta = 10000}, on(table, b));
         expect_close("rope_table", "table", k, table);
+        const struct rope_spec scaled = {10000, true, 8, 1, 4, 64};
+        EACH(k, b)
+        b->k->rope_table(b->dev, &scaled, on(table, b));
+        expect_close("rope_table", "scaled", k, table);
         done(k);
     }
 }

@@ -20,7 +20,8 @@ from iha_reference import CONFIG_KEYS, LAYER_TYPES, cross_entropy, expected_shap
 CHOICES = {
     "model_type": ("iha",), "position_embedding": ("rope", "learned", "none"), "norm": ("rmsnorm", "layernorm"),
     "activation": ("gelu_tanh", "relu2", "swiglu"), "iha_mask": ("flat", "token"), "iha_rope": ("virtual", "token"),
-    "iha_collapse": ("full", "per_head"), "bias": (True, False), "tie_word_embeddings": (True, False),
+    "iha_collapse": ("full", "per_head"), "rope_scaling": ("none", "llama3"), "bias": (True, False),
+    "qkv_bias": (True, False), "tie_word_embeddings": (True, False),
     "causal": (True, False)}
 
 
@@ -38,7 +39,7 @@ def config_problems(config):
         elif key == "layer_types":
             good = isinstance(value, list) and all(kind in LAYER_TYPES for kind in value) \
                 and len(value) == config["num_hidden_layers"]
-        elif key in ("rope_theta", "norm_eps"):
+        elif key in ("rope_theta", "norm_eps", "rope_factor", "rope_low_freq_factor", "rope_high_freq_factor"):
             good = type(value) in (int, float) and value > 0
         else:
             good = type(value) is int and value > 0

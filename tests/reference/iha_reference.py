@@ -19,8 +19,9 @@ LAYER_TYPES = ("mha_global", "mha_local", "iha_global", "iha_local", "folded_glo
 # Every [model] key as config.json has it: layer_types for layer_pattern, no init_*.
 CONFIG_KEYS = (
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-    "intermediate_size", "max_position_embeddings", "position_embedding", "rope_theta", "norm", "norm_eps",
-    "activation", "bias", "tie_word_embeddings", "causal", "layer_types", "local_window", "num_pseudo_heads",
+    "intermediate_size", "max_position_embeddings", "position_embedding", "rope_theta", "rope_scaling", "rope_factor",
+    "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_positions", "norm", "norm_eps",
+    "activation", "bias", "qkv_bias", "tie_word_embeddings", "causal", "layer_types", "local_window", "num_pseudo_heads",
     "iha_window", "iha_mask", "iha_rope", "iha_collapse")
 
 
@@ -46,7 +47,7 @@ def expected_shapes(config):
     for n, kind in enumerate(config["layer_types"]):
         layer = f"layers.{n}."
         norm(layer + "attn_norm")
-        linear(layer + "attn.qkv", 3 * H * d, C, config["bias"])
+        linear(layer + "attn.qkv", 3 * H * d, C, config["bias"] or config.get("qkv_bias", False))
         if kind.startswith("iha"):
             for which in "qkv":
                 shapes[f"{layer}attn.alpha_{which}"] = (P, H, H)
@@ -109,10 +110,18 @@ def positions(T, segments, restart):
     return np.arange(T) - segments if segments is not None and restart else np.arange(T)
 
 
-def rope(xp, x, position, theta):
-    """Rotate the pair (i, i + d/2) of x [B,S,H,d] by position[s] * theta^(-2i/d); position [S] or [B,S]."""
+def rope(xp, config, x, position):
+    """Rotate the pair (i, i + d/2) of x [B,S,H,d] by position[s] * theta^(-2i/d); position [S] or [B,S].
+
+    rope_scaling = llama3 (Llama 3.1): frequencies of more than high_freq_factor periods in the original positions stay,
+    those of fewer than low_freq_factor are divided by the factor, and between them the two are blended."""
     d = x.shape[-1]
-    frequency = theta ** (-2.0 * xp.arange(d // 2, dtype=x.dtype) / d)
+    frequency = config["rope_theta"] ** (-2.0 * xp.arange(d // 2, dtype=x.dtype) / d)
+    if config.get("rope_scaling", "none") == "llama3":
+        low, high = config["rope_low_freq_factor"], config["rope_high_freq_factor"]
+        periods = config["rope_original_positions"] * frequency / (2 * math.pi)
+        share = xp.clip((periods - low) / (high - low), 0.0, 1.0)
+        frequency = (1.0 - share) * frequency / config["rope_factor"] + share * frequency
     angle = xp.asarray(position, dtype=x.dtype)[..., None] * frequency             # [S, d/2] or [B, S, d/2]
     cos, sin = xp.cos(angle)[..., None, :], xp.sin(angle)[..., None, :]
     a, b = x[..., :d // 2], x[..., d // 2:]
@@ -156,7 +165,7 @@ def attention(xp, config, kind, params, name, x, segments=None, restart=True):
         position = np.repeat(positions(T, segments, restart), P, axis=-1)
         if iha and config["iha_rope"] == "virtual":
             position = position * P + np.arange(T * P) % P
-        q, k = rope(xp, q, position, config["rope_theta"]), rope(xp, k, position, config["rope_theta"])
+        q, k = rope(xp, config, q, position), rope(xp, config, k, position)
     o = attend(xp, q, k, v, visible(config, kind, T, P, segments))                 # 5.
     if iha:
         # 6. full: o[b,t,h,:] = sum_p sum_g R[h,p,g] o~[b,t,p,g,:]; per head: sum_p R[h,p] o~[b,t,p,h,:]

@@ -40,7 +40,9 @@ def case(C, H, d, F, V, B, T, layers, **options):
     config = dict(
         model_type="iha", vocab_size=V, hidden_size=C, num_hidden_layers=len(layers.split()), num_attention_heads=H,
         head_dim=d, intermediate_size=F, max_position_embeddings=T, position_embedding="rope", rope_theta=10000.0,
-        norm="rmsnorm", norm_eps=1e-5, activation="gelu_tanh", bias=False, tie_word_embeddings=True, causal=True,
+        rope_scaling="none", rope_factor=8.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0,
+        rope_original_positions=8192, norm="rmsnorm", norm_eps=1e-5, activation="gelu_tanh", bias=False,
+        qkv_bias=False, tie_word_embeddings=True, causal=True,
         layer_types=layers.split(), local_window=512, num_pseudo_heads=2, iha_window=None, iha_mask="flat",
         iha_rope="virtual", iha_collapse="full")
     ignored, lengths = options.pop("ignored", False), options.pop("segments", None)
@@ -103,6 +105,9 @@ CASES = {
     "iha_mixed": case(40, 2, 8, 24, 37, 3, 15, "mha_local iha_global mha_global iha_local iha_global",
                       num_pseudo_heads=3, iha_window=11, local_window=3, norm="layernorm", bias=True,
                       activation="swiglu", tie_word_embeddings=False, ignored=True),
+    # scaled RoPE, whose frequencies are kept, blended twice, and divided; a bias of qkv alone, as Qwen2 has
+    "rope_llama3": case(20, 2, 8, 24, 31, 2, 19, "mha_global iha_local", rope_theta=100.0, rope_scaling="llama3",
+                        rope_original_positions=64, iha_window=9, qkv_bias=True),
     # heads mixed in the weight of qkv: with RoPE and without, bias, windows, segments
     "folded_rope": case(16, 4, 4, 24, 31, 2, 11, "folded_global folded_local", local_window=4),
     "folded_bias": case(20, 3, 8, 24, 33, 3, 9, "folded_local mha_global folded_global", local_window=5, bias=True,

@@ -419,6 +419,9 @@ static void test_values_refused(void **state) {
         {"model.norm_eps=0", "out of range; norm_eps takes a number from 1e-30 to 1"},
         {"model.bias=yes", "not true or false; bias takes only these two values"},
         {"model.causal=1", "not true or false"},
+        {"model.qkv_bias=1", "not true or false"},
+        {"model.rope_scaling=yarn", "unknown value 'yarn'; rope_scaling takes none or llama3"},
+        {"model.rope_factor=0.5", "out of range"},
         {"model.norm=rms", "unknown value 'rms'; norm takes rmsnorm or layernorm"},
         {"model.norm=RMSNorm", "did you mean 'rmsnorm'?"},
         {"model.activation=swigul",
@@ -459,6 +462,11 @@ static void test_relations(void **state) {
     loads(small, "model.num_attention_heads=5", "model.head_dim=12", NULL);
     refused("override 'model.head_dim=7': head_dim = 7 is odd", small, "model.head_dim=7", NULL);
     loads(small, "model.head_dim=7", "model.position_embedding=learned", NULL);
+    refused("override 'model.rope_scaling=llama3': rope_scaling = llama3 needs position_embedding = rope",
+            small, "model.rope_scaling=llama3", "model.position_embedding=learned", NULL);
+    refused("override 'model.rope_high_freq_factor=1': rope_high_freq_factor = 1 is not above", small,
+            "model.rope_scaling=llama3", "model.rope_high_freq_factor=1", NULL);
+    loads(small, "model.rope_high_freq_factor=1", NULL); /* of no scaling */
     refused(":5: head_dim = hidden_size / num_attention_heads = 262144: out of range", small,
             "model.hidden_size=1048576", NULL);
     refused("override 'model.causal=false': layer 0 is iha_local, and local layers need causal = true", small,
@@ -481,7 +489,8 @@ static void test_relations(void **state) {
     assert_int_equal(config.train.total_steps, 100);
     loads(small, "train.steps=none", "train.epochs=2.5", "train.warmup_steps=101", NULL);
     assert_true(config.train.epochs == 2.5 && config.train.steps == 0 && config.train.total_steps == 0);
-    refused(": missing required key: train.steps (or train.epochs, train.tokens_per_param)", small, "train.steps=none", NULL);
+    refused(": missing required key: train.steps (or train.epochs, train.tokens_per_param)", small,
+            "train.steps=none", NULL);
     refused("override 'train.epochs=2': train.steps = 100 and train.epochs = 2 are both given", small,
             "train.epochs=2", NULL);
     refused("override 'train.patience=3': patience = 3 counts evaluations, and there are none", small,
@@ -770,7 +779,7 @@ static void test_help(void **state) {
     struct visited v = {0};
     loads(small, NULL);
     config_visit(&config, collect, &v);
-    assert_int_equal(v.count, 80); /* every key */
+    assert_int_equal(v.count, 86); /* every key */
     for (int i = 0; i < v.count; i++) {
         char word[80];
         char *name = strchr(v.text[i], '.') + 1;

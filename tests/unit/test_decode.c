@@ -20,11 +20,15 @@ static struct model_config base_config(void) {
         .intermediate_size = 40,
         .max_position_embeddings = LENGTH,
         .rope_theta = 100,
+        .rope_factor = 4,
+        .rope_low_freq_factor = 1,
+        .rope_high_freq_factor = 4,
+        .rope_original_positions = 30,
         .norm_eps = 1e-5,
         .tie_word_embeddings = true,
         .causal = true,
-        .layer_types = {LAYER_MHA_LOCAL, LAYER_IHA_LOCAL, LAYER_IHA_GLOBAL, LAYER_MHA_GLOBAL, LAYER_FOLDED_GLOBAL,
-                        LAYER_FOLDED_LOCAL},
+        .layer_types = {LAYER_MHA_LOCAL, LAYER_IHA_LOCAL, LAYER_IHA_GLOBAL, LAYER_MHA_GLOBAL,
+                        LAYER_FOLDED_GLOBAL, LAYER_FOLDED_LOCAL},
         .local_window = 5,
         .num_pseudo_heads = 2,
         .iha_window = 6,
@@ -155,6 +159,8 @@ static void logits_equal_the_full_pass(void **state) {
                 c.activation = (enum activation)(turn % 3);
                 c.norm = turn / 2 % 2 ? NORM_LAYERNORM : NORM_RMSNORM;
                 c.bias = turn / 3 % 2;
+                c.qkv_bias = turn / 4 % 2;
+                c.rope_scaling = i == 1 ? ROPE_SCALING_LLAMA3 : ROPE_SCALING_NONE;
                 c.tie_word_embeddings = turn / 5 % 2;
                 check_config(&c);
             }

@@ -34,7 +34,7 @@ static void run_layer(const struct layer *l, double *qkv, double *out) {
     tensor rope = d(table, S, 2, D / 2, 0, 0), tq = d(q, 1, S, H, D, 0), tk = d(key, 1, S, H, D, 0);
     tensor tv = d(v, 1, S, H, D, 0), to = d(o, 1, S, H, D, 0);
     k->set_workspace(dev, workspace, sizeof workspace);
-    k->rope_table(dev, rope, 100);
+    k->rope_table(dev, &(const struct rope_spec){.theta = 100}, rope);
     k->qkv_mix(dev, &mix, d(qkv, 1, T, 3, H, D), d(copy.alpha_q, P, H, H, 0, 0),
                d(copy.alpha_k, P, H, H, 0, 0), d(copy.alpha_v, P, H, H, 0, 0), rope, tensor_none(), 0, tq, tk,
                tv);

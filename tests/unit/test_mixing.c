@@ -80,7 +80,8 @@ static void mix(const struct mixing *x, int64_t n, int64_t count) {
 
 static void mixing_open(struct mixing *x) {
     *x = (struct mixing){.qkv = noise(TOKENS * 3 * ROW, 1), .table = room(TOKENS * DIM)};
-    K->rope_table(fixture_device(), f32(x->table, TOKENS, 2, DIM / 2, 0, 0), 100);
+    K->rope_table(fixture_device(), &(const struct rope_spec){.theta = 100},
+                  f32(x->table, TOKENS, 2, DIM / 2, 0, 0));
     for (int w = 0; w < 3; w++) {
         x->alpha[w] = noise(WEIGHTS, 2 + (uint64_t)w);
         x->dalpha[w] = room(WEIGHTS);

@@ -80,6 +80,9 @@ CASE(recompute_full, 2, 5, RECOMPUTE_FULL, c.bias = true; c.norm = NORM_LAYERNOR
 CASE(four_types, 1, 6, RECOMPUTE_LIGHT, c.num_hidden_layers = 4; c.layer_types[0] = LAYER_MHA_LOCAL;
      c.layer_types[1] = LAYER_IHA_GLOBAL; c.layer_types[2] = LAYER_MHA_GLOBAL;
      c.layer_types[3] = LAYER_IHA_LOCAL)
+CASE(qkv_bias, 2, 5, RECOMPUTE_NONE, c.qkv_bias = true; c.layer_types[1] = LAYER_FOLDED_GLOBAL;
+     c.rope_scaling = ROPE_SCALING_LLAMA3; c.rope_factor = 4; c.rope_low_freq_factor = 1;
+     c.rope_high_freq_factor = 4; c.rope_original_positions = 30)
 CASE(folded_rope, 2, 5, RECOMPUTE_NONE, c.layer_types[0] = LAYER_FOLDED_LOCAL;
      c.layer_types[1] = LAYER_FOLDED_GLOBAL)
 CASE(folded_bias, 2, 5, RECOMPUTE_NONE, c.layer_types[0] = LAYER_FOLDED_GLOBAL; c.bias = true;
@@ -111,6 +114,7 @@ int main(void) {
         cmocka_unit_test(recompute_light),
         cmocka_unit_test(recompute_full),
         cmocka_unit_test(four_types),
+        cmocka_unit_test(qkv_bias),
         cmocka_unit_test(folded_rope),
         cmocka_unit_test(folded_bias),
         cmocka_unit_test(folded_light),

@@ -31,7 +31,7 @@ static tensor filled(const struct op_case *c, const struct op_operand *x) {
             ((double *)t.data)[i] =
                 given ? x->offset + (x->scale > 0 ? x->scale : 1) * fixture_noise(&SEED) : (double)NAN;
     if (x->type == TYPE_ROPE)
-        K->rope_table(fixture_device(), t, 100);
+        K->rope_table(fixture_device(), &(const struct rope_spec){.theta = 100}, t);
     return t;
 }
 

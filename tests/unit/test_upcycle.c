@@ -174,10 +174,18 @@ static void iha_and_mha_stay(void **state) {
     EACH(all, "model.layer_pattern=mha_global");
     EACH(theta, "model.layer_pattern=mha_global", "model.rope_theta=100");
     EACH(eps, "model.layer_pattern=mha_global", "model.norm_eps=0.01");
+    EACH(scaled, "model.layer_pattern=mha_global", "model.rope_scaling=llama3",
+         "model.rope_original_positions=12");
+    EACH(far, "model.layer_pattern=mha_global", "model.rope_original_positions=12");
+    EACH(factor, "model.layer_pattern=mha_global", "model.rope_scaling=llama3",
+         "model.rope_original_positions=12", "model.rope_factor=3");
     check(small_count, small, large_count, large);
     check(large_count, large, all_count, all);
     check(all_count, all, theta_count, theta);
     check(all_count, all, eps_count, eps);
+    check(all_count, all, scaled_count, scaled);
+    check(all_count, all, far_count, far);
+    check(scaled_count, scaled, factor_count, factor);
 }
 
 static void check_misfit(const char *then_key, const char *now_key, const char *expected) {
@@ -200,6 +208,7 @@ static void misfits_are_named(void **state) {
     check_misfit(same, "model.num_pseudo_heads=3", "model.num_pseudo_heads");
     check_misfit(same, "model.iha_collapse=per_head", "model.iha_collapse");
     check_misfit(same, "model.num_hidden_layers=2", "model.num_hidden_layers is 2 and was 1");
+    check_misfit(same, "model.qkv_bias=true", "model.qkv_bias is true and was false");
     check_misfit("model.position_embedding=learned", "model.position_embedding=none",
                  "model.position_embedding");
     struct model_comparison c;

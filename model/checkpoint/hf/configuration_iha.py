@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 LAYER_TYPES = ("mha_global", "mha_local", "iha_global", "iha_local", "folded_global", "folded_local")
 CHOICES = {
     "position_embedding": ("rope", "learned", "none"),
+    "rope_scaling": ("none", "llama3"),
     "norm": ("rmsnorm", "layernorm"),
     "activation": ("gelu_tanh", "relu2", "swiglu"),
     "iha_mask": ("flat", "token"),
@@ -35,10 +36,16 @@ class IhaConfig(PreTrainedConfig):
         max_position_embeddings=1024,
         position_embedding="rope",
         rope_theta=10000.0,
+        rope_scaling="none",
+        rope_factor=8.0,
+        rope_low_freq_factor=1.0,
+        rope_high_freq_factor=4.0,
+        rope_original_positions=8192,
         norm="rmsnorm",
         norm_eps=1e-5,
         activation="gelu_tanh",
         bias=False,
+        qkv_bias=False,
         tie_word_embeddings=True,
         causal=True,
         layer_types=None,
@@ -63,10 +70,16 @@ class IhaConfig(PreTrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.position_embedding = position_embedding
         self.rope_theta = rope_theta
+        self.rope_scaling = rope_scaling
+        self.rope_factor = rope_factor
+        self.rope_low_freq_factor = rope_low_freq_factor
+        self.rope_high_freq_factor = rope_high_freq_factor
+        self.rope_original_positions = rope_original_positions
         self.norm = norm
         self.norm_eps = norm_eps
         self.activation = activation
         self.bias = bias
+        self.qkv_bias = qkv_bias
         self.tie_word_embeddings = tie_word_embeddings
         self.causal = causal
         self.local_window = local_window

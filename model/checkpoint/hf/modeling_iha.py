@@ -9,6 +9,7 @@ so its lengths are tokens, and every cache of Transformers works, static ones an
 """
 
 import dataclasses
+import math
 
 import torch
 from torch import nn
@@ -66,6 +67,18 @@ class IhaMLP(nn.Module):
         return self.down(h)
 
 
+def rope_frequencies(config, device, dtype):
+    """[d/2] radians a token. llama3: low ones are divided by a factor, as in Llama 3.1."""
+    power = torch.arange(config.head_dim // 2, device=device, dtype=dtype) * (-2 / config.head_dim)
+    frequency = config.rope_theta**power
+    if config.rope_scaling == "none":
+        return frequency
+    low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
+    periods = config.rope_original_positions * frequency / (2 * math.pi)
+    share = ((periods - low) / (high - low)).clamp(0, 1)
+    return (1 - share) * frequency / config.rope_factor + share * frequency
+
+
 def rope_tables(config, kind, positions, dtype):
     """cos, sin [B or 1, 1, S, d/2] of the virtual tokens of tokens at `positions` [B or 1, T]; None without RoPE."""
     if config.position_embedding != "rope":
@@ -76,8 +89,7 @@ def rope_tables(config, kind, positions, dtype):
     positions = positions.to(wide)[..., None].expand(-1, -1, pseudo)
     if config.iha_rope == "virtual":
         positions = positions * pseudo + torch.arange(pseudo, device=device, dtype=wide)
-    power = torch.arange(config.head_dim // 2, device=device, dtype=wide) * (-2 / config.head_dim)
-    angle = positions.flatten(1)[:, None, :, None] * config.rope_theta**power
+    angle = positions.flatten(1)[:, None, :, None] * rope_frequencies(config, device, wide)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
@@ -104,7 +116,7 @@ class IhaAttention(nn.Module):
         self.pseudo = config.pseudo_heads(self.kind)
         self.is_causal = config.causal
         H, d, P = config.num_attention_heads, config.head_dim, self.pseudo
-        self.qkv = nn.Linear(config.hidden_size, 3 * H * d, bias=config.bias)
+        self.qkv = nn.Linear(config.hidden_size, 3 * H * d, bias=config.bias or config.qkv_bias)
         if self.kind.startswith("folded"):
             self.alpha_q = nn.Parameter(torch.empty(H, H))
             self.alpha_k = nn.Parameter(torch.empty(H, H))
