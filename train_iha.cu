@@ -48,6 +48,7 @@
 #include "model/train/schedule.h"
 #include "model/train/signals.h"
 #include "model/train/skips.h"
+#include "model/train/start_record.h"
 #include "model/train/validation.h"
 
 enum { DEFAULT_TIMEOUT = 300 }; /* seconds to wait for a rank before the configuration has been read */
@@ -553,9 +554,12 @@ static bool ended_by_patience(const struct run *r) {
 }
 
 static void print_end(struct run *r, int stop) {
+    struct error e;
     if (!is_rank0(r))
         return;
     status_break(r->metrics);
+    if (start_record_end(&r->config, r->trainer.step, &e) != 0)
+        fprintf(stderr, "warning: %s\n", e.text);
     banner_print_end(&r->config, &r->trainer, stop);
     loader_print_sources(r->train, stderr);
     loader_print_packing(r->train, stderr);
@@ -834,13 +838,14 @@ static void print_warnings(const struct run *r) {
 }
 
 /* What only a run with steps left needs. */
-static int prepare_loop(struct run *r, struct error *e) {
+static int prepare_loop(struct run *r, const struct command_line *line, struct error *e) {
     const char *dir = r->config.run.dir;
     if (check_profile(r, r->trainer.step, e) != 0 ||
         (is_rank0(r) && run_dir_check_space(dir, r->model.params.num_params, e) != 0) ||
         open_sampler(r, e) != 0)
         return -1;
-    if (is_rank0(r) && !(r->metrics = metrics_open(dir, r->trainer.step, e)))
+    if (is_rank0(r) && (!(r->metrics = metrics_open(dir, r->trainer.step, e)) ||
+                        start_record_write(&r->config, &r->model, &r->flops, line, r->trainer.step, e) != 0))
         return -1;
     return start_reading(r, e) == 0 ? read_step(r, e) : -1;
 }
@@ -863,7 +868,7 @@ static int train(struct run *r, const struct command_line *line, struct error *e
             banner_print_finished(&r->config, &r->trainer);
         return 0;
     }
-    if (comm_agree(r->comm, prepare_loop(r, e), e) != 0)
+    if (comm_agree(r->comm, prepare_loop(r, line, e), e) != 0)
         return -1;
     bool async_saving = saver_reserve(r->saver, &r->model, host_memory_left(r));
     if (is_rank0(r)) {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Prepare a text, train a model on it (about three minutes), evaluate it on held-out text next to gzip, print a
-# sample, and draw the loss curve.
+# sample, and write a page about the run.
 #
 #   scripts/quickstart.sh           the King James Bible, from the distribution's packages
 #   scripts/quickstart.sh FILE.txt  any text of a megabyte or more
@@ -54,16 +54,18 @@ echo "== 4. A sample"
 ./train_iha generate "$run" --tokens 600 --temperature 0.6
 
 echo
-echo "== 5. The loss curve"
+echo "== 5. The loss curve, and a page about the run"
 $python scripts/plot_loss.py "$run" --bytes --out "$run/curve.png"
+$python scripts/report.py "$run" --out "$run/report.html"
 cat <<END
 
-Everything is in $run/: curve.png, metrics.jsonl, and the checkpoint (model.safetensors, config.json).
+Open $run/report.html in a browser: curves, samples, time, memory.
+Everything is in $run/: report.html, curve.png, metrics.jsonl, and the checkpoint (model.safetensors, config.json).
 Next:
   ./train_iha generate $run --prompt 'And the' --temperature 0.6
   ./train_iha info $run
   # the same with plain attention, and both curves:
   ./train_iha train configs/quickstart.ini data.train="$data/train_*.bin" data.val="$data/val_*.bin" \\
       run.dir=${run}_mha model.layer_pattern=mha_global
-  $python scripts/plot_loss.py $run ${run}_mha --bytes --out runs/both.png
+  $python scripts/report.py $run ${run}_mha --out runs/both.html
 END
