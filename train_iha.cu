@@ -49,6 +49,7 @@
 #include "model/train/signals.h"
 #include "model/train/skips.h"
 #include "model/train/start_record.h"
+#include "model/train/status.h"
 #include "model/train/validation.h"
 
 enum { DEFAULT_TIMEOUT = 300 }; /* seconds to wait for a rank before the configuration has been read */
@@ -77,6 +78,7 @@ struct run {
     char *chat_json;         /* its text, for checkpoints */
     struct decoder decoder;
     struct metrics *metrics; /* on rank 0 */
+    struct status status;
     struct trainer_state trainer;
     struct saver *saver;
     int steps_in_flight;                 /* begun, and their state not collected yet */
@@ -275,7 +277,7 @@ static int read_step(struct run *r, struct error *e) {
         r->attention_flops = flops_segments(&c->model, c->train.seq_len, r->batch.segments,
                                             passes_per_step(r) * c->train.micro_batch);
     if (is_rank0(r) && loader_epoch_began(r->train)) {
-        status_break(r->metrics);
+        status_break(&r->status);
         loader_print_epochs(r->train, stderr, r->trainer.step + 1);
     }
     return 0;
@@ -331,6 +333,19 @@ static double step_flops(const struct run *r, int64_t step) {
     return per_token * (double)r->config.train.batch_tokens + r->step_attention_flops[step % STEPS_KNOWN];
 }
 
+static bool evaluates(const struct run *r) {
+    return r->val && r->config.run.eval_every > 0;
+}
+
+/* Steps from the end of `step` to the next evaluation, that of the last step included; -1: none. */
+static int64_t until_evaluation(const struct run *r, int64_t step) {
+    if (!evaluates(r))
+        return -1;
+    int64_t every = r->config.run.eval_every, left = r->config.train.total_steps - step;
+    int64_t next = (every - step % every) % every;
+    return next < left ? next : left;
+}
+
 /* Collect the state of the oldest step in flight, record it in metrics.jsonl, and fail after too many skipped
  * steps in a row. Every rank has the same state; rank 0 writes. */
 static int record_step(struct run *r, struct error *e) {
@@ -357,10 +372,11 @@ static int record_step(struct run *r, struct error *e) {
         .seconds = seconds,
         .tokens_per_second = rate,
         .mfu = peak > 0 ? step_flops(r, state.step) / seconds / peak : 0,
-        .skipped = state.skip != STEP_APPLIED && state.skip != STEP_EMPTY};
+        .skipped = state.skip != STEP_APPLIED && state.skip != STEP_EMPTY,
+        .until_evaluation = until_evaluation(r, state.step + 1)};
     int status = is_rank0(r) ? metrics_step(r->metrics, &record, e) : 0;
     if (is_rank0(r) && is_due(c->run.log_every, record.step))
-        status_step(r->metrics, &record);
+        status_step(&r->status, &record);
     /* skips_fail is collective: a rank whose write failed calls it too. */
     return state.history.skips_run > c->train.max_skips
                ? skips_fail(&r->model, &state, c->train.skip_zscore, e)
@@ -394,7 +410,7 @@ static int evaluate(struct run *r, struct step_actions *actions, struct error *e
         actions->ends = actions->saves = true;
     if (!is_rank0(r))
         return 0;
-    status_break(r->metrics);
+    status_break(&r->status);
     fprintf(stderr, "step %lld: val_loss %.4f over %lld tokens", (long long)trainer->step, v.loss,
             (long long)v.targets);
     if (v.labelled)
@@ -423,7 +439,7 @@ static int print_sample(struct run *r, struct error *e) {
     if (!file)
         return fail_run(e, "%s: cannot write: %s; %s", path, strerror(errno), files_advice(errno));
     struct text_writer w = {.tokenizer = r->tokenizer, .out = stdout, .copy = file, .ends = &r->ends};
-    status_break(r->metrics);
+    status_break(&r->status);
     printf("---- sample at step %lld\n", (long long)r->trainer.step);
     fprintf(file, "---- step %lld\n", (long long)r->trainer.step);
     int status = generate(&r->decoder, &start, 1, r->decoder.capacity - 1, &sampling, text_emit, &w, e);
@@ -460,11 +476,11 @@ static struct step_actions actions_after_step(const struct run *r, bool stop) {
     const struct run_config *c = &r->config.run;
     int64_t step = r->trainer.step;
     bool last = step == r->config.train.total_steps, ends = last || stop;
-    return (struct step_actions){
-        .ends = ends,
-        .evaluates = r->val && c->eval_every > 0 && (last || is_due(c->eval_every, step)),
-        .samples = is_due(c->sample_every, step),
-        .saves = ends || (is_due(c->save_every, step) && r->trainer.history.skips_run == 0)};
+    return (struct step_actions){.ends = ends,
+                                 .evaluates = evaluates(r) && (last || is_due(c->eval_every, step)),
+                                 .samples = is_due(c->sample_every, step),
+                                 .saves = ends ||
+                                          (is_due(c->save_every, step) && r->trainer.history.skips_run == 0)};
 }
 
 /* The checkpoint comes last: a run that is resumed from it repeats nothing of this step. */
@@ -511,7 +527,7 @@ static void end_profile(struct run *r) {
     struct trace *t = steps > 0 ? r->k->trace_end(r->dev) : NULL;
     struct error e;
     if (is_rank0(r))
-        status_break(r->metrics);
+        status_break(&r->status);
     if (is_rank0(r) && !t)
         fprintf(stderr, steps > 0 ? "warning: --profile: out of memory for the trace\n"
                                   : "--profile: the run stops before the first traced step; no table\n");
@@ -557,7 +573,7 @@ static void print_end(struct run *r, int stop) {
     struct error e;
     if (!is_rank0(r))
         return;
-    status_break(r->metrics);
+    status_break(&r->status);
     if (start_record_end(&r->config, r->trainer.step, &e) != 0)
         fprintf(stderr, "warning: %s\n", e.text);
     banner_print_end(&r->config, &r->trainer, stop);
@@ -1341,8 +1357,7 @@ int main(int argc, char **argv) {
     if (status == 0 && (fflush(stdout) != 0 || ferror(stdout)))
         status =
             fail_run(&e, "cannot write to the standard output: %s; %s", strerror(errno), files_advice(errno));
-    if (status != 0 && r.metrics)
-        status_break(r.metrics);
+    status_break(&r.status);
     if (status != 0 && should_print(&r, &e))
         print_error(&e);
     else if (status != 0 && !r.comm)

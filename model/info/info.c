@@ -25,18 +25,19 @@ static void print_model(FILE *out, const struct model_config *m) {
     const char *norms[] = {[NORM_RMSNORM] = "rmsnorm", [NORM_LAYERNORM] = "layernorm"};
     const char *activations[] = {
         [ACTIVATION_GELU_TANH] = "gelu_tanh", [ACTIVATION_RELU2] = "relu2", [ACTIVATION_SWIGLU] = "swiglu"};
-    fprintf(out, "Model: %lld layers, hidden %lld, %lld heads x %lld, MLP %lld (%s), vocabulary %lld%s\n",
+    fprintf(out,
+            "Model: %lld layers, hidden %lld, %lld heads x %lld, MLP %lld (%s)\n       vocabulary %lld%s, ",
             (long long)m->num_hidden_layers, (long long)m->hidden_size, (long long)m->num_attention_heads,
             (long long)m->head_dim, (long long)m->intermediate_size, activations[m->activation],
             (long long)m->vocab_size, m->tie_word_embeddings ? ", tied embeddings" : "");
-    fprintf(out, "       %s%s, positions: %s, %s\n", norms[m->norm],
+    fprintf(out, "%s%s\n       positions: %s, %s\n", norms[m->norm],
             m->bias       ? " with bias"
             : m->qkv_bias ? ", bias of qkv"
                           : "",
             m->rope_scaling == ROPE_SCALING_LLAMA3 ? "rope scaled as in Llama 3"
                                                    : positions[m->position_embedding],
             m->causal ? "causal" : "not causal");
-    fprintf(out, "       IHA: %lld pseudo-heads, %s mask, rope at the %s position, %s collapse\n\n",
+    fprintf(out, "       IHA: %lld pseudo-heads, %s mask, %s rope, %s collapse\n\n",
             (long long)m->num_pseudo_heads, m->iha_mask == MASK_FLAT ? "flat" : "token",
             m->iha_rope == IHA_ROPE_VIRTUAL ? "virtual" : "token",
             m->iha_collapse == COLLAPSE_FULL ? "full" : "per-head");
@@ -66,8 +67,7 @@ static void print_parameters(FILE *out, const struct params *p) {
 static void print_schedule(FILE *out, const struct model_config *m, int64_t seq_len) {
     double full = (double)seq_len * (double)seq_len, causal = m->causal ? (full + (double)seq_len) / 2 : full;
     double executed = 0, charged = 0;
-    fprintf(out, "Layer schedule at %lld tokens (cost of attention, next to an MHA layer over all tokens):\n",
-            (long long)seq_len);
+    fprintf(out, "Layer schedule at %lld tokens, with the cost of attention:\n", (long long)seq_len);
     fprintf(out, "  %-8s %-17s %10s %10s %10s\n", "layers", "type", "window", "executed", "charged");
     for (int first = 0; first < m->num_hidden_layers;) {
         enum layer_type type = m->layer_types[first];
@@ -89,11 +89,9 @@ static void print_schedule(FILE *out, const struct model_config *m, int64_t seq_
     }
     double L = (double)m->num_hidden_layers;
     fprintf(out, "  %-8s %-17s %10s %10.3f %10.3f\n", "mean", "", "", executed / L, charged / L);
-    fprintf(
-        out,
-        "  executed: visible pairs over those of a causal MHA layer; charged: as the paper counts, the "
-        "whole\n"
-        "  window of every query, over T^2. In IHA layers, windows are in virtual tokens (P per token).\n\n");
+    fprintf(out, "  executed: visible pairs over those of a causal MHA layer; charged: as the\n"
+                 "  paper counts, the whole window of every query, over T^2. Windows of IHA layers\n"
+                 "  are in virtual tokens (P per token).\n\n");
 }
 
 static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len, bool segments) {
@@ -101,16 +99,15 @@ static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len
     double total = f.matmul + f.attention + f.mixing;
     char text[32];
     fprintf(out, "FLOPs per token (forward + backward): %s\n", human(total, text));
-    fprintf(out, "  %-12s %10s  %5.1f%%   6 x weights of qkv, out, MLP and the vocabulary projection\n",
-            "matmul", human(f.matmul, text), 100 * f.matmul / total);
-    fprintf(out, "  %-12s %10s  %5.1f%%   12 x H x d x visible pairs per token, summed over layers\n",
-            "attention", human(f.attention, text), 100 * f.attention / total);
+    fprintf(out, "  %-12s %10s  %5.1f%%   6 x weights of matrices, with the vocabulary\n", "matmul",
+            human(f.matmul, text), 100 * f.matmul / total);
+    fprintf(out, "  %-12s %10s  %5.1f%%   12 x H x d x visible pairs, over layers\n", "attention",
+            human(f.attention, text), 100 * f.attention / total);
     fprintf(out, "  %-12s %10s  %5.1f%%   6 x d x P x (3 H^2 + %s) per IHA layer\n", "mixing",
             human(f.mixing, text), 100 * f.mixing / total, m->iha_collapse == COLLAPSE_FULL ? "H^2" : "H");
     if (segments)
-        fprintf(out, "  attention is that of a sequence without segments; MFU counts the pairs that each "
-                     "step's segments "
-                     "leave visible\n");
+        fprintf(out, "  attention is that of a sequence without segments; MFU counts the pairs that\n"
+                     "  each step's segments leave visible\n");
     fputc('\n', out);
 }
 
@@ -122,7 +119,7 @@ void info_print_memory(FILE *out, const struct config *c, enum dtype compute, co
         size_t bytes;
     } rows[] = {{"parameters", p->parameters},   {"gradients", p->gradients}, {"optimizer", p->optimizer},
                 {"activations", p->activations}, {"workspace", p->workspace}, {"messages", p->messages}};
-    fprintf(out, "Memory for training in %s, micro_batch %lld x %lld tokens, recompute %s: %s\n",
+    fprintf(out, "Memory for training in %s, %lld x %lld tokens a pass, recompute %s: %s\n",
             compute == DTYPE_BF16 ? "bf16" : "fp32", (long long)c->train.micro_batch,
             (long long)c->train.seq_len, recompute_names[c->system.recompute], human_bytes(total, text));
     size_t count = sizeof rows / sizeof *rows - (p->messages == 0);

@@ -51,13 +51,12 @@ static void print_header(FILE *out, const struct config *c, const struct info_op
     if (nodes == 1 && o->link->network > 0)
         fprintf(out, "  --link %s ignored: up to %d GPUs are one node, joined by NVLink\n", o->link->name,
                 NODE_GPUS);
-    fprintf(
-        out,
-        "  calculated from peak rates and published figures (kernels/estimate/hardware.c), not measured: an "
-        "upper\n  bound of the speed\n");
+    fprintf(out, "  calculated from peak rates and published figures, not measured: an upper bound\n"
+                 "  of the speed (kernels/estimate/hardware.c)\n");
     fprintf(out,
-            "  bf16, zero_stage %lld, recompute %s; a step of %lld tokens is %lld pass%s of %lld x %lld on "
-            "each GPU\n\n",
+            "  bf16, zero_stage %lld, recompute %s\n  a step of %lld tokens is %lld pass%s of %lld x %lld on "
+            "each "
+            "GPU\n\n",
             (long long)c->system.zero_stage, recompute_names[c->system.recompute],
             (long long)c->train.batch_tokens, (long long)p->passes, p->passes == 1 ? "" : "es",
             (long long)c->train.micro_batch, (long long)c->train.seq_len);
@@ -73,15 +72,15 @@ static void print_speed(FILE *out, const struct config *c, const struct info_opt
             o->gpu->peak / 1e12);
     bool long_run = run > 2 * 86400;
     if (c->train.total_steps > 0)
-        fprintf(out, "  %-12s %10.1f %s for %lld steps: %.0f GPU-hours, without evaluation and saving\n",
-                "run", run / (long_run ? 86400 : 3600), long_run ? "days" : "hours",
-                (long long)c->train.total_steps, run / 3600 * o->gpus);
+        fprintf(out, "  %-12s %10.1f %s for %lld steps: %.0f GPU-hours, steps alone\n", "run",
+                run / (long_run ? 86400 : 3600), long_run ? "days" : "hours", (long long)c->train.total_steps,
+                run / 3600 * o->gpus);
     fprintf(out, "\n");
 }
 
 static void print_share(FILE *out, const char *name, double seconds, double step, const char *what) {
-    fprintf(out, "  %-36s %10.2f ms  %5.1f%%%s%s\n", name, 1e3 * seconds, 100 * seconds / step,
-            *what ? "   " : "", what);
+    fprintf(out, "  %-27s %9.2f ms %5.1f%%%s%s\n", name, 1e3 * seconds, 100 * seconds / step,
+            *what ? "  " : "", what);
 }
 
 static void print_time(FILE *out, const struct run_estimate *p) {
@@ -89,7 +88,7 @@ static void print_time(FILE *out, const struct run_estimate *p) {
         "matrix products", "attention", "mixing and collapse", "classifier", "norm, activation, embedding",
         "optimizer"};
     static const char *const waits[MESSAGES] = {"waiting for reduce-scatter", "waiting for all-gather",
-                                                "waiting for the gradient norm"};
+                                                "waiting for gradient norm"};
     fprintf(out, "Time of a step:\n");
     for (int i = 0; i < ESTIMATE_PARTS; i++) {
         char rates[64];
@@ -102,7 +101,7 @@ static void print_time(FILE *out, const struct run_estimate *p) {
     }
     for (int i = 0; i < MESSAGES && p->step.messages[MESSAGE_REDUCE_SCATTER] > 0; i++) {
         char hidden[96];
-        snprintf(hidden, sizeof hidden, "of %.2f ms on the links, %lld x %.2f MB", 1e3 * p->step.moving[i],
+        snprintf(hidden, sizeof hidden, "of %.2f ms, %lld x %.2f MB", 1e3 * p->step.moving[i],
                  (long long)p->step.messages[i],
                  p->step.message_bytes[i] / (double)p->step.messages[i] / 1e6);
         print_share(out, waits[i], p->step.exposed[i], p->step.now, p->step.messages[i] > 0 ? hidden : "");
@@ -136,7 +135,7 @@ static int print_last_resort(FILE *out, const struct config *c, const struct con
     if (fit > 0) {
         int64_t pass = changed->train.micro_batch * changed->train.seq_len * more.ranks;
         int64_t batch = changed->train.batch_tokens;
-        fprintf(out, "; or --gpus %d", more.ranks);
+        fprintf(out, "; or\n    --gpus %d", more.ranks);
         print_changes(out, c, changed);
         if (batch % pass != 0)
             fprintf(out, " train.batch_tokens=%lld", (long long)((batch / pass + 1) * pass));
@@ -153,11 +152,11 @@ static int print_fit(FILE *out, const struct config *c, const struct info_option
     struct config changed;
     bool found = false;
     if (need <= usable) {
-        fprintf(out, "  fits: %.1f of %.0f GB on each GPU, %.0f GB reserved for CUDA and NCCL\n", need / 1e9,
+        fprintf(out, "  fits: %.1f of %.0f GB per GPU, %.0f GB of them for CUDA and NCCL\n", need / 1e9,
                 o->gpu->memory / 1e9, o->gpu->reserved / 1e9);
         return 0;
     }
-    fprintf(out, "  DOES NOT FIT: %.1f of %.0f GB on each GPU, %.0f GB reserved for CUDA and NCCL; try\n",
+    fprintf(out, "  DOES NOT FIT: %.1f of %.0f GB per GPU, %.0f GB of them for CUDA and NCCL; try\n",
             need / 1e9, o->gpu->memory / 1e9, o->gpu->reserved / 1e9);
     /* The last attempt makes all changes together: only if no single one is enough. */
     for (int attempt = 0; attempt < FIT_ATTEMPTS && !(found && attempt == FIT_ATTEMPTS - 1); attempt++) {

@@ -6,11 +6,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
-#include "kernels/clock.h"
 #include "model/config/config.h"
 #include "model/checkpoint/files.h"
 #include "model/model.h"
@@ -18,9 +15,6 @@
 struct metrics {
     FILE *file;
     char path[MAX_TEXT + 32];
-    bool terminal, line_open;
-    double seconds_per_step; /* smoothed */
-    double last_shown;
 };
 
 /* Keep the complete lines of steps up to `step`; drop a last line that a kill cut off. Returns the new length. */
@@ -88,7 +82,6 @@ struct metrics *metrics_open(const char *run_dir, int64_t step, struct error *e)
     char samples[MAX_TEXT + 32];
     snprintf(samples, sizeof samples, "%s/samples.txt", run_dir);
     snprintf(m->path, sizeof m->path, "%s/metrics.jsonl", run_dir);
-    m->terminal = isatty(STDERR_FILENO);
     if (drop_later(m->path, keep_lines, step, e) != 0 || drop_later(samples, keep_samples, step, e) != 0) {
         free(m);
         return NULL;
@@ -105,7 +98,6 @@ struct metrics *metrics_open(const char *run_dir, int64_t step, struct error *e)
 void metrics_close(struct metrics *m) {
     if (!m)
         return;
-    status_break(m);
     fclose(m->file);
     free(m);
 }
@@ -177,60 +169,4 @@ int metrics_eval(struct metrics *m, int64_t step, const struct evaluation *v, st
 int metrics_sync(struct metrics *m, struct error *e) {
     int err = files_sync_stream(m->file);
     return err ? fail_run(e, "%s: cannot write: %s; %s", m->path, strerror(err), files_advice(err)) : 0;
-}
-
-static void format_rate(double rate, char out[32]) {
-    if (rate < 1e4)
-        snprintf(out, 32, "%.0f tok/s", rate);
-    else
-        snprintf(out, 32, rate < 1e6 ? "%.1fk tok/s" : "%.2fM tok/s", rate / (rate < 1e6 ? 1e3 : 1e6));
-}
-
-enum { BAR = 20 }; /* cells of the progress bar at most */
-
-static int terminal_columns(void) {
-    struct winsize size;
-    return ioctl(STDERR_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 40 ? size.ws_col : 80;
-}
-
-void status_step(struct metrics *m, const struct step_record *r) {
-    double smooth = 0.05, t = clock_seconds();
-    m->seconds_per_step =
-        m->seconds_per_step == 0 ? r->seconds : (1 - smooth) * m->seconds_per_step + smooth * r->seconds;
-    double interval = m->terminal ? 0.1 : 10;
-    if (r->step < r->steps && m->last_shown > 0 && t - m->last_shown < interval)
-        return;
-    m->last_shown = t;
-    char left[32], rate[32], mfu[32] = "", loss[32] = "none", bar[3 * BAR + 1] = "", head[128], tail[192];
-    clock_format_duration(m->seconds_per_step * (double)(r->steps - r->step), left);
-    format_rate(r->tokens_per_second, rate);
-    if (r->mfu > 0)
-        snprintf(mfu, sizeof mfu, "  mfu %.1f%%", 100 * r->mfu);
-    if (r->targets > 0)
-        snprintf(loss, sizeof loss, "%.4f", r->loss);
-    snprintf(head, sizeof head, "step %" PRId64 "/%" PRId64 " ", r->step, r->steps);
-    snprintf(tail, sizeof tail, "%3d%%  loss %s  lr %.2e  norm %.2f  %s%s  %s left%s",
-             (int)(100 * r->step / r->steps), loss, r->lr, r->grad_norm, rate, mfu, left,
-             r->skipped       ? "  SKIPPED"
-             : r->targets > 0 ? ""
-                              : "  NO TARGETS");
-    if (!m->terminal) {
-        fprintf(stderr, "%s%s\n", head, tail);
-        return;
-    }
-    /* Fit into one line: shorten the bar first, then cut the numbers. */
-    int columns_left = terminal_columns() - 2 - (int)strlen(head) - (int)strlen(tail),
-        cells = columns_left < BAR ? columns_left : BAR;
-    for (int i = 0; i < cells; i++)
-        strcat(bar, i < (int)(cells * r->step / r->steps) ? "━" : "─");
-    fprintf(stderr, "\r\033[K%s%s%s%.*s", head, bar, cells > 0 ? " " : "",
-            columns_left < 0 ? (int)strlen(tail) + columns_left : (int)strlen(tail), tail);
-    m->line_open = m->terminal;
-    fflush(stderr);
-}
-
-void status_break(struct metrics *m) {
-    if (m->line_open)
-        fputc('\n', stderr);
-    m->line_open = false;
 }

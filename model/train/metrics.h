@@ -1,4 +1,4 @@
-/* metrics.jsonl, one line for each step and each evaluation, and the status line on the terminal. */
+/* metrics.jsonl, one line for each step and each evaluation. */
 #ifndef IHA_MODEL_TRAIN_METRICS_H
 #define IHA_MODEL_TRAIN_METRICS_H
 
@@ -20,6 +20,7 @@ struct step_record {
     double tokens_per_second;
     double mfu; /* 0: unknown device, not printed */
     bool skipped;
+    int64_t until_evaluation; /* steps; -1: no evaluation comes. Not in metrics.jsonl */
 };
 
 struct metrics;
@@ -34,10 +35,5 @@ int metrics_eval(struct metrics *m, int64_t step, const struct evaluation *v, st
 
 /* Return once all lines are on the disk. Called before a checkpoint of the same step is saved. */
 int metrics_sync(struct metrics *m, struct error *e);
-
-/* To stderr: on a terminal one line, rewritten in place; elsewhere a new line every 10 seconds. */
-void status_step(struct metrics *m, const struct step_record *r);
-/* End the status line before printing something else. */
-void status_break(struct metrics *m);
 
 #endif

@@ -999,7 +999,10 @@ class Info(Case):
             text = self.run_cli("info", path).stdout.decode()
             for word in ("Parameters", "Memory", "FLOPs per token", "Layer schedule", "embeddings", "activations"):
                 self.assertIn(word, text)
+            self.assertLessEqual(max(map(len, text.splitlines())), 80, path)
             if path.name == "2.4b_iha.ini":
+                text += self.run_cli("info", path, "--gpus", 8).stdout.decode()
+                self.assertLessEqual(max(map(len, text.splitlines())), 80)
                 count = int(re.search(r"Parameters: .*\((\d+)\)", text)[1])
                 self.assertEqual(round(count / 1e8), 24)
         self.assertEqual(list(self.tmp.glob("runs")), [])
@@ -1062,7 +1065,7 @@ class Info(Case):
         self.assertIn("8 x a100", several)
         self.assertIn("1 pass of 4 x 32", several)
         self.assertIn("waiting for all-gather", several)
-        self.assertIn("GB on each GPU", several)
+        self.assertIn("GB per GPU", several)
         self.assertNotIn("ignored", several)
         self.assertEqual(self.plan("--gpus", "8", "--gpu", "a100", "--link", "nvlink", self.config, *batch), several)
         self.assertIn("--link ib400 ignored", self.plan(self.config, *batch, "--link", "ib400", "--gpus", "8"))
@@ -1082,7 +1085,7 @@ class Info(Case):
             large = [f"model.hidden_size={hidden}", "model.num_hidden_layers=40", "model.num_attention_heads=64",
                      f"model.intermediate_size={4 * hidden}", "train.micro_batch=1", "train.batch_tokens=32", *self.gpu]
             text = self.plan(self.config, *large, "--gpus", "1")
-            advice = re.search(r"DOES NOT FIT.*\n    a smaller model, or a shorter train.seq_len(?:; or (.*?) +\(.*)?\n",
+            advice = re.search(r"DOES NOT FIT.*\n    a smaller model, or a shorter train.seq_len(?:; or\n    (.*?) +\(.*)?\n",
                                text)
             self.assertTrue(advice, text)
             self.assertEqual(bool(advice[1]), helps, text)

@@ -142,10 +142,11 @@ class Limits(Running):
         saving = ["run.save_every=5", "train.schedule=constant"]
         reference = self.train(*saving)
         weights = (step_dir(reference, 20) / "model.safetensors").stat().st_size
-        # metrics.jsonl is the first file that grows to this size.
-        run_dir = self.new_dir()
-        lines = self.limited("train", self.config, f"run.dir={run_dir}", size=1000)
-        self.one_line(lines, run_dir / "metrics.jsonl", "File too large", "ulimit -f")
+        # starts.jsonl is the first file that grows to the one size, metrics.jsonl to the other.
+        for name, size, steps in (("starts.jsonl", 1000, 20), ("metrics.jsonl", 6000, 60)):
+            run_dir = self.new_dir()
+            lines = self.limited("train", self.config, f"run.dir={run_dir}", f"train.steps={steps}", size=size)
+            self.one_line(lines, run_dir / name, "File too large", "ulimit -f")
         # A later checkpoint does not fit.
         run_dir = self.train(*saving, "train.steps=5")
         lines = self.limited("train", self.config, f"run.dir={run_dir}", *saving, size=weights // 2)
