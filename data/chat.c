@@ -24,12 +24,17 @@ static const char *const piece_names[PIECE_COUNT] = {"before_system", "after_sys
                                                      "after_answer"};
 enum { FORMAT_VERSION = 1 };
 
+/* Which white space around a content goes. */
+struct stripping {
+    bool left, right;
+};
+
 struct chat {
     cJSON *root;                      /* the file, which the pieces point into */
     const cJSON *pieces[PIECE_COUNT]; /* arrays of texts and ids; of the system's: NULL where it knows none */
-    bool strip_system, strip_user;    /* contents lose the white space around them */
-    bool drop[256];                   /* bytes that contents lose */
-    char *path;                       /* for messages */
+    struct stripping system, first, after_system, user; /* of the first turn, and of one behind a system's */
+    bool drop[256];                                     /* bytes that contents lose */
+    char *path;                                         /* for messages */
     int32_t end;
 };
 
@@ -69,6 +74,21 @@ static int load_drop(struct chat *c, struct error *e) {
     return 0;
 }
 
+/* false, true, "left" or "right". */
+static int load_stripping(struct chat *c, const char *name, struct stripping missing, struct stripping *out,
+                          struct error *e) {
+    const cJSON *item = json_member(c->root, name);
+    const char *text = cJSON_IsString(item) ? item->valuestring : "";
+    *out = missing;
+    if (!item)
+        return 0;
+    *out = (struct stripping){cJSON_IsTrue(item) || strcmp(text, "left") == 0,
+                              cJSON_IsTrue(item) || strcmp(text, "right") == 0};
+    if (out->left || out->right || cJSON_IsFalse(item))
+        return 0;
+    return fail_user(e, "%s: \"%s\" must be true, false, \"left\" or \"right\"", c->path, name);
+}
+
 static int load(struct chat *c, int64_t vocab_size, struct error *e) {
     const char *sha256;
     if (!cJSON_IsObject(c->root) || !is_id(json_member(c->root, "format_version"), FORMAT_VERSION + 1) ||
@@ -88,8 +108,10 @@ static int load(struct chat *c, int64_t vocab_size, struct error *e) {
         return fail_user(e, "%s: \"answer_end\" must end with the id that ends an answer", c->path);
     c->end = (int32_t)end->valuedouble;
     if (json_text(c->root, "tokenizer_sha256", &sha256, c->path, e) != 0 ||
-        json_bool(c->root, "strip_system", false, &c->strip_system, c->path, e) != 0 ||
-        json_bool(c->root, "strip_user", false, &c->strip_user, c->path, e) != 0)
+        load_stripping(c, "strip_system", (struct stripping){0}, &c->system, e) != 0 ||
+        load_stripping(c, "strip_user", (struct stripping){0}, &c->user, e) != 0 ||
+        load_stripping(c, "strip_first", c->user, &c->first, e) != 0 ||
+        load_stripping(c, "strip_after_system", c->user, &c->after_system, e) != 0)
         return -1;
     return load_drop(c, e);
 }
@@ -144,7 +166,8 @@ int chat_check_tokenizer(const struct chat *c, const char *text, size_t bytes, s
 
 /* "template", a file's name, may differ. */
 static bool same_pieces(const struct chat *a, const struct chat *b) {
-    const char *const others[] = {"drop", "strip_system", "strip_user", "tokenizer_sha256"};
+    const char *const others[] = {"drop",        "strip_system",       "strip_user",
+                                  "strip_first", "strip_after_system", "tokenizer_sha256"};
     for (int i = 0; i < PIECE_COUNT; i++)
         if (!a->pieces[i] != !b->pieces[i] ||
             (a->pieces[i] && !cJSON_Compare(a->pieces[i], b->pieces[i], true)))
@@ -215,6 +238,8 @@ struct composing {
     int32_t *ids;
     int64_t count;
     struct text pending;
+    enum text_place place; /* of the pending text */
+    bool strips;           /* the id before it takes the spaces behind it */
     struct error *e;
 };
 
@@ -228,14 +253,31 @@ static int push_ids(struct composing *x, const int32_t *ids, int64_t count) {
     return 0;
 }
 
-static int encode_pending(struct composing *x) {
+/* next_strips: the id that comes takes the spaces before it. */
+static int encode_pending(struct composing *x, bool next_strips) {
     int32_t *ids = NULL;
-    if (x->pending.length == 0)
-        return 0;
-    int64_t count = tokenizer_encode_plain(x->tokenizer, x->pending.bytes, x->pending.length, &ids, x->e);
-    int rc = count < 0 ? -1 : push_ids(x, ids, count);
-    free(ids);
+    size_t begin = 0, end = x->pending.length;
+    int rc = 0;
+    if (x->strips)
+        begin = spaces_after(x->pending.bytes, end);
+    if (next_strips)
+        end = start_of_spaces_before(x->pending.bytes, begin, end);
     x->pending.length = 0;
+    if (begin < end) {
+        int64_t count =
+            tokenizer_encode_plain(x->tokenizer, x->pending.bytes + begin, end - begin, x->place, &ids, x->e);
+        rc = count < 0 ? -1 : push_ids(x, ids, count);
+    }
+    free(ids);
+    return rc;
+}
+
+static int add_id(struct composing *x, int32_t id) {
+    bool before, after;
+    tokenizer_strips(x->tokenizer, id, &before, &after);
+    int rc = encode_pending(x, before) == 0 ? push_ids(x, &id, 1) : -1;
+    x->strips = after;
+    x->place = TEXT_FOLLOWS;
     return rc;
 }
 
@@ -246,8 +288,7 @@ static int add_text(struct composing *x, const char *text, size_t length) {
 static int add_item(struct composing *x, const cJSON *item) {
     if (cJSON_IsString(item))
         return add_text(x, item->valuestring, strlen(item->valuestring));
-    int32_t id = (int32_t)item->valuedouble;
-    return encode_pending(x) == 0 ? push_ids(x, &id, 1) : -1;
+    return add_id(x, (int32_t)item->valuedouble);
 }
 
 static int add_piece(struct composing *x, enum piece piece) {
@@ -262,13 +303,13 @@ static bool is_stripped(uint32_t code) {
     return is_space(code) || (code >= 0x1c && code <= 0x1f);
 }
 
-static void strip(const char **text, size_t *length) {
+static void strip(struct stripping strips, const char **text, size_t *length) {
     int used;
-    while (*length > 0 && is_stripped(utf8_next(*text, *length, &used))) {
+    while (strips.left && *length > 0 && is_stripped(utf8_next(*text, *length, &used))) {
         *text += used;
         *length -= (size_t)used;
     }
-    while (*length > 0) {
+    while (strips.right && *length > 0) {
         size_t last = step_back(*text, *length);
         if (!is_stripped(utf8_next(*text + last, *length - last, &used)) || last + (size_t)used != *length)
             return;
@@ -276,7 +317,7 @@ static void strip(const char **text, size_t *length) {
     }
 }
 
-static int add_content(struct composing *x, const char *text, size_t length, bool strips) {
+static int add_content(struct composing *x, const char *text, size_t length, struct stripping strips) {
     struct text kept = {0};
     int rc = 0;
     for (size_t i = 0; i < length && rc == 0; i++)
@@ -284,8 +325,8 @@ static int add_content(struct composing *x, const char *text, size_t length, boo
             rc = fail_run(x->e, "out of memory for a message");
     const char *content = kept.bytes;
     size_t left = kept.length;
-    if (strips && left > 0)
-        strip(&content, &left);
+    if (left > 0)
+        strip(strips, &content, &left);
     if (rc == 0 && left > 0)
         rc = add_text(x, content, left);
     free(kept.bytes);
@@ -299,35 +340,40 @@ static int add_beginning(struct composing *x, const struct chat_turn *turn) {
         return fail_user(x->e, "%s: the chat template knows no system message; leave --system out",
                          x->chat->path);
     if (add_piece(x, BEFORE_SYSTEM) != 0 ||
-        add_content(x, turn->system, strlen(turn->system), x->chat->strip_system) != 0)
+        add_content(x, turn->system, strlen(turn->system), x->chat->system) != 0)
         return -1;
     return add_piece(x, AFTER_SYSTEM);
 }
 
 static int add_turn(struct composing *x, const struct chat_turn *turn) {
     int rc = 0;
+    bool first = turn->before == CHAT_BEGINS;
     switch (turn->before) {
     case CHAT_BEGINS:
         rc = add_beginning(x, turn);
         break;
     case CHAT_ANSWER_ENDED:
-        rc = push_ids(x, &x->chat->end, 1);
+        rc = add_id(x, x->chat->end);
         break;
     case CHAT_ANSWER_CUT:
+        x->place = TEXT_CONTINUES;
         rc = add_piece(x, ANSWER_END);
         break;
     }
-    if (rc == 0 && turn->before != CHAT_BEGINS)
+    if (rc == 0 && !first)
         rc = add_piece(x, AFTER_ANSWER);
     if (rc == 0)
-        rc = add_content(x, turn->text, turn->length, x->chat->strip_user);
+        rc = add_content(x, turn->text, turn->length,
+                         !first         ? x->chat->user
+                         : turn->system ? x->chat->after_system
+                                        : x->chat->first);
     return rc == 0 ? add_piece(x, AFTER_USER) : -1;
 }
 
 /* Encode what is pending, and pass the ids on, or free everything. */
 static int64_t finish(struct composing *x, int status, int32_t **ids) {
     if (status == 0)
-        status = encode_pending(x);
+        status = encode_pending(x, false);
     free(x->pending.bytes);
     *ids = status == 0 ? x->ids : NULL;
     if (status == 0)
@@ -340,15 +386,4 @@ int64_t chat_encode_turn(const struct chat *c, const struct tokenizer *t, const 
                          int32_t **ids, struct error *e) {
     struct composing x = {.chat = c, .tokenizer = t, .e = e};
     return finish(&x, add_turn(&x, turn), ids);
-}
-
-int64_t chat_encode_answer(const struct chat *c, const struct tokenizer *t, const char *text, size_t length,
-                           int32_t **ids, struct error *e) {
-    struct composing x = {.chat = c, .tokenizer = t, .e = e};
-    int status = add_piece(&x, ANSWER_BEGIN);
-    if (status == 0)
-        status = add_content(&x, text, length, false);
-    if (status == 0)
-        status = add_piece(&x, ANSWER_END);
-    return finish(&x, status, ids);
 }

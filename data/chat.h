@@ -6,7 +6,8 @@
  *     answer answer_end                           generation stops at its last id
  *     after_answer content after_user             the next turn
  *
- * Texts side by side are encoded together; special tokens written out in a content stay text. */
+ * Texts side by side are encoded together, as prepare.py does it (data/chat_tokens.py); special tokens written out in a
+ * content stay text. */
 #ifndef IHA_DATA_CHAT_H
 #define IHA_DATA_CHAT_H
 
@@ -52,9 +53,5 @@ struct chat_turn {
  * turn. A malloc'd array in *ids and its length, or -1. */
 int64_t chat_encode_turn(const struct chat *c, const struct tokenizer *t, const struct chat_turn *turn,
                          int32_t **ids, struct error *e);
-
-/* A known answer, its end included: what training sees of it. */
-int64_t chat_encode_answer(const struct chat *c, const struct tokenizer *t, const char *text, size_t length,
-                           int32_t **ids, struct error *e);
 
 #endif

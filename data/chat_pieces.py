@@ -77,24 +77,43 @@ class Renderer:
             raise NoPieces(f"it fails to render a plain conversation: {error}") from None
 
 
-def strips(render, before, messages, content):
-    """Does the template strip a content? messages: of a content. before: what precedes it."""
-    plain, spaced = f"{content}", f" \n{content}\n "
-    kept = cut(render.prompt(messages(plain)), plain)
-    if cut(render.prompt(messages(spaced)), plain) == kept:
-        return True
-    if cut(render.prompt(messages(spaced)), spaced) == kept:
-        return False
+def strips(render, messages, content):
+    """Which white space around a content the template strips: False, True, "left" or "right". messages: of a content."""
+    before, after = cut(render.prompt(messages(content)), content)
+
+    left, right = " \n", "\n "
+    found = cut(render.prompt(messages(left + content + right)), content)
+    for how, front, back in ((False, left, right), (True, "", ""), ("left", "", right), ("right", left, "")):
+        if found == (join(before + [front]), join([back] + after)):
+            return how
     raise NoPieces("it changes the white space around the content of a message")
 
 
-def find_pieces(template, marks):
-    """The members of chat.json that the template decides."""
-    render = Renderer(template, marks)
+def stripped(content, how):
+    """The content without the white space that is taken: see strips()."""
+    content = content.lstrip() if how in (True, "left") else content
+    return content.rstrip() if how in (True, "right") else content
+
+
+def with_system(render, pieces):
+    """The pieces that a system message at the start adds to these."""
+    before, rest = cut(render.prompt([system(SYSTEM), user(FIRST)]), SYSTEM)
+    between, after = cut(rest, FIRST)
+    if after != pieces["after_user"]:
+        raise NoPieces("what follows the first question differs once there is a system message")
+    return {"before_system": before, "after_system": between,
+            "strip_system": strips(render, lambda text: [system(text), user(FIRST)], SYSTEM),
+            "strip_after_system": strips(render, lambda text: [system(SYSTEM), user(text)], FIRST)}
+
+
+def find_pieces(render):
+    """The members of chat.json that the template decides, without those of a system message."""
     before_user, after_user = cut(render.prompt([user(FIRST)]), FIRST)
     parts = render.parts([user(FIRST), assistant(ANSWER), user(SECOND), assistant(ANSWER)])
     if len(parts) != 5 or [counts for _, counts in parts] != [False, True, False, True, False]:
         raise NoPieces("its answers do not stand apart")
+    if parts[1] != parts[3]:
+        raise NoPieces("it renders an answer differently once others follow")
     begin, end = cut(parts[1][0], ANSWER)
     if not end or isinstance(end[-1], str):
         raise NoPieces("no special token ends its answers, so that generation would not know where to stop")
@@ -103,16 +122,11 @@ def find_pieces(template, marks):
     after_answer, again = cut(parts[2][0], SECOND)
     if again != after_user:
         raise NoPieces("what follows the first question differs from what follows the next one")
-    pieces = {"before_system": None, "after_system": None, "before_user": before_user, "after_user": after_user,
-              "answer_begin": begin, "answer_end": end, "after_answer": after_answer, "strip_system": False,
-              "strip_user": strips(render, before_user, lambda text: [user(text)], FIRST)}
-    try:
-        before, rest = cut(render.prompt([system(SYSTEM), user(FIRST)]), SYSTEM)
-        pieces["before_system"], (pieces["after_system"], _) = before, cut(rest, FIRST)
-        pieces["strip_system"] = strips(render, before, lambda text: [system(text), user(FIRST)], SYSTEM)
-    except NoPieces:
-        pieces["before_system"] = pieces["after_system"] = None  # a template may know no system message
-    return pieces
+    begun = [user(FIRST), assistant(ANSWER)]
+    return {"before_system": None, "after_system": None, "before_user": before_user, "after_user": after_user,
+            "answer_begin": begin, "answer_end": end, "after_answer": after_answer, "strip_system": False,
+            "strip_after_system": False, "strip_first": strips(render, lambda text: [user(text)], FIRST),
+            "strip_user": strips(render, lambda text: [*begun, user(text)], SECOND)}
 
 
 def compose(pieces, messages, dropped=""):
@@ -122,11 +136,11 @@ def compose(pieces, messages, dropped=""):
     for message in messages:
         content = clean(message["content"])
         if message["role"] == "system":
-            pending = pieces["before_system"] + [content.strip() if pieces["strip_system"] else content]
-            pending += pieces["after_system"]
+            pending = pieces["before_system"] + [stripped(content, pieces["strip_system"])] + pieces["after_system"]
         elif message["role"] == "user":
             before = pending if pending is not None else pieces["before_user"] if not parts else pieces["after_answer"]
-            content = content.strip() if pieces["strip_user"] else content
+            which = "strip_after_system" if pending is not None else "strip_user" if parts else "strip_first"
+            content = stripped(content, pieces[which])
             parts.append((join(before + [content] + pieces["after_user"]), False))
             pending = None
         else:
@@ -148,12 +162,10 @@ def samples(pieces):
             yield [system(content), user(content), assistant("a")]
 
 
-def chat_pieces(template, marks, dropped, encode_parts):
-    """The pieces, checked: encode_parts makes ids of [(items, counts)]."""
-    pieces = find_pieces(template, marks)
+def check(render, pieces, dropped, encode_parts):
+    """encode_parts makes ids of [(items, counts)]."""
     if any("\0" in item for piece in pieces.values() if isinstance(piece, list) for item in piece if isinstance(item, str)):
         raise NoPieces("it writes a character 0")
-    render = Renderer(template, marks)
     for messages in samples(pieces):
         wanted = render.parts(messages)
         made = compose(pieces, messages, dropped)
@@ -161,4 +173,16 @@ def chat_pieces(template, marks, dropped, encode_parts):
         if encode_parts(wanted[:-1]) != encode_parts(made):
             raise NoPieces("it renders a message differently depending on the other messages or on its text, for example "
                            f"{messages[0]['content']!r}")
-    return pieces
+
+
+def chat_pieces(template, marks, dropped, encode_parts):
+    """(the pieces, checked, why there are none for a system message or "")."""
+    render = Renderer(template, marks)
+    pieces = find_pieces(render)
+    check(render, pieces, dropped, encode_parts)
+    try:
+        whole = pieces | with_system(render, pieces)
+        check(render, whole, dropped, encode_parts)
+        return whole, ""
+    except NoPieces as error:
+        return pieces, str(error)

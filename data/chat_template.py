@@ -5,6 +5,7 @@ ids; in a message's content they stay text. To tell the two apart, content is ma
 """
 
 import datetime
+import functools
 import json
 import os
 import re
@@ -103,9 +104,20 @@ class Template:
     def render(self, messages, prompt=False, **others):
         """The text; with `prompt` up to where an answer begins."""
         try:
-            return self.compiled.render(messages=messages, add_generation_prompt=prompt, **(self.names | others))
+            given = {"tools": None, "documents": None} | self.names | others
+            return self.compiled.render(messages=messages, add_generation_prompt=prompt, **given)
         except Exception as error:  # templates raise what they like
             raise TemplateFailed(str(error) or type(error).__name__) from None
+
+
+    @functools.cached_property
+    def ignores_prompt(self):
+        """Is the text the same with and without `prompt`? Then what follows the last turn may be the next one's beginning."""
+        messages = [{"role": "user", "content": "a"}]
+        try:
+            return self.render(messages) == self.render(messages, prompt=True)
+        except TemplateFailed:
+            return False
 
 
 def without_tags(text):
@@ -183,29 +195,67 @@ def common_length(a, b):
     return len(os.path.commonprefix([a, b]))
 
 
+def content_end(template, mark, text, messages, i, others, begin):
+    """Where the content of message i ends in the text, which is found by changing it."""
+    changed = messages[:i] + [messages[i] | {"content": next(other for other in MARKS if other != mark)}] + messages[i + 1:]
+    try:
+        other = without_tags(template.render(changed, **others))
+    except TemplateFailed:
+        return begin
+    return max(begin, len(text) - common_length(text[::-1], other[::-1]))
+
+
+def marker_behind(marks, mark, text, content):
+    """The special token behind a content, only white space between them, or None."""
+    found = next(marks.find(text, mark, content), None)
+    return found if found and not text[content:found.start()].strip() else None
+
+
+def is_marker(template, marks, mark, text, messages, others, content, found):
+    """Does that special token stand behind the last turn too once others follow?"""
+    others_follow = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        longer = without_tags(template.render(messages + others_follow, **others))
+    except TemplateFailed:
+        return True
+    then = marker_behind(marks, mark, longer, content) if longer.startswith(text[:content]) else None
+    return then is None or then[0] == found[0]
+
+
 def answer_span(template, marks, mark, text, messages, i, others):
     """The range of assistant turn i, its end marker included: from where the template has the model begin, to the last
-    special token of the turn."""
+    special token of the turn; or, where the template renders the turn otherwise once others follow, to the special token
+    behind its content."""
     begin = without_tags(template.render(messages[:i], prompt=True, **others))
     if not text.startswith(begin):
         raise TemplateFailed(f"it renders what precedes message {i + 1} in another way once that is there, so where the "
-                             "answer begins is not known")
-    ended = text if i + 1 == len(messages) else without_tags(template.render(messages[:i + 1], **others))
-    common = common_length(ended, text)
-    ends = [found.end() for found in marks.find(text[:common], mark, len(begin))]
+                             "answer begins is not known; a template can say it by {% generation %}")
+    content = content_end(template, mark, text, messages, i, others, len(begin))
+    ends = []
+    if not template.ignores_prompt or messages[i].get("tool_calls"):
+        # Of the last turn, what ends the whole is left out: there generation does not go on.
+        ended = without_tags(template.render(messages[:i + 1], prompt=i + 1 == len(messages), **others))
+        ends = [found.end() for found in marks.find(text[:common_length(ended, text)], mark, content)]
+    if not ends:
+        found = marker_behind(marks, mark, text, content)
+        if found and i + 1 == len(messages) and template.ignores_prompt:
+            found = found if is_marker(template, marks, mark, text, messages, others, content, found) else None
+        ends = [found.end()] if found else []
     if not ends:
         raise TemplateFailed(f"no special token follows message {i + 1}, an answer, so that its end could not be learned")
     return len(begin), ends[-1]
 
 
 def extended(marks, mark, text, spans):
-    """{% generation %} may leave out the end marker; what counts includes it."""
+    """What counts ends with the end marker, which {% generation %} may leave out, or close after a line's end."""
     result = []
     for begin, end in spans:
-        found = next(marks.find(text, mark, end), None)
         inside = list(marks.find(text[:end], mark, begin))
-        closed = inside and inside[-1].end() == end
-        result.append((begin, found.end() if found and not closed and not text[end:found.start()].strip() else end))
+        if inside and not text[inside[-1].end():end].strip():
+            result.append((begin, inside[-1].end()))
+            continue
+        found = next(marks.find(text, mark, end), None)
+        result.append((begin, found.end() if found and not text[end:found.start()].strip() else end))
     return result
 
 

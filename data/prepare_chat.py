@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from chat_pieces import NoPieces, chat_pieces
-from chat_template import BUILT_IN, BYTE_SPECIALS, NEEDED, Marks, Template, TemplateFailed, rendered_parts
+from chat_pieces import CONTENTS, NoPieces, assistant, chat_pieces, system, user
+from chat_tokens import PartsEncoder, check_library_agrees, special_tokens
+from chat_template import BUILT_IN, BYTE_SPECIALS, NEEDED, Marks, Template, TemplateFailed, rendered_parts, without_tags
 from prepare_inputs import json_layout
 from prepare_output import LabelledWriter, Progress, file_range
 from prepare_readers import BATCH, json_rows, jsonl_rows
@@ -52,10 +53,12 @@ def tokenizer_config(tokenizer):
 
 
 def special_names(config):
-    """{"bos_token": "<s>", ...} of a tokenizer_config.json."""
+    """{"bos_token": "<s>", ..., "additional_special_tokens": [...]} of a tokenizer_config.json."""
     names = {name: config[name]["content"] if isinstance(config[name], dict) and "content" in config[name] else config[name]
              for name in NAMES if config.get(name)}
-    return {name: text for name, text in names.items() if isinstance(text, str)}
+    names = {name: text for name, text in names.items() if isinstance(text, str)}
+    others = config.get("additional_special_tokens")
+    return names | ({"additional_special_tokens": others} if isinstance(others, list) else {})
 
 
 def brought_template(tokenizer, config):
@@ -113,12 +116,10 @@ def added_tokens(tokenizer, names):
 
 
 def special_ids(tokenizer):
-    """{name: id} of what a template's text may contain as special tokens, and the names of those that take spaces."""
+    """{name: id} of what a template's text may contain as special tokens."""
     if tokenizer.json is None:
-        return dict(BYTE_SPECIALS), []
-    added = tokenizer.tokenizer.get_added_tokens_decoder()
-    strips = [token.content for token in added.values() if token.special and (token.lstrip or token.rstrip)]
-    return {token.content: id for id, token in added.items() if token.special and token.content}, strips
+        return dict(BYTE_SPECIALS)
+    return {token.content: id for id, token in special_tokens(tokenizer).items()}
 
 
 class Malformed(Exception):
@@ -153,22 +154,15 @@ class ChatEncoder:
 
     @functools.cached_property
     def marks(self):
-        return Marks(special_ids(self.tokenizer)[0], self.dropped)
+        return Marks(special_ids(self.tokenizer), self.dropped)
+
+    @functools.cached_property
+    def encode_parts(self):
+        """[(items, counts)] to (ids, whether each counts)."""
+        return PartsEncoder(self.tokenizer)
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name != "marks"}
-
-    def encode_parts(self, parts):
-        """[(items, counts)] to (ids, whether each counts)."""
-        texts = [item for items, _ in parts for item in items if isinstance(item, str)]
-        encoded = iter(self.tokenizer.encode(texts))
-        ids, counted = [], []
-        for items, counts in parts:
-            for item in items:
-                more = [item] if isinstance(item, int) else next(encoded)
-                ids.extend(int(id) for id in more)
-                counted.extend([counts] * len(more))
-        return ids, counted
+        return {name: value for name, value in self.__dict__.items() if name not in ("marks", "encode_parts")}
 
     def render(self, row):
         """The parts of a row, or (kind of failure, why)."""
@@ -246,12 +240,21 @@ class ChatPreparation(Preparation):
         super().__init__(options, tokenizer)
         longest = min(options.seq_len or options.shard_tokens, options.shard_tokens)
         self.encoder = ChatEncoder(tokenizer, self.template, self.separator, self.dtype, longest)
-        self.check_tokenizer()
-        self.pieces, self.no_pieces = None, ""
+        check_library_agrees(tokenizer, self.encoder.marks, list(self.plain_texts()))
+        self.pieces, self.no_pieces, self.no_system = None, "", ""
         try:
-            self.pieces = chat_pieces(self.template, self.encoder.marks, self.encoder.dropped, self.encoder.encode_parts)
+            self.pieces, self.no_system = chat_pieces(self.template, self.encoder.marks, self.encoder.dropped, self.encoder.encode_parts)
         except NoPieces as error:
             self.no_pieces = str(error)
+
+    def plain_texts(self):
+        """A few conversations without special tokens in them, as far as the template renders them."""
+        talks = [[user(content), assistant("An answer."), user("a"), assistant("b")] for content in CONTENTS if "<" not in content]
+        for messages in [*talks, [system("Be brief."), user("a")], [user("a"), assistant("b")]]:
+            try:
+                yield without_tags(self.template.render(messages))
+            except TemplateFailed:
+                pass
 
     def choose_separator(self, options, tokenizer, names):
         """A token that the template does not write: segments end after each one."""
@@ -259,37 +262,16 @@ class ChatPreparation(Preparation):
             return options.separator
         if tokenizer.json is None:
             return tokenizer.end_of_text
-        ids, _ = special_ids(tokenizer)
+        ids = special_ids(tokenizer)
         vocab = tokenizer.tokenizer.get_vocab(with_added_tokens=True)
         wanted = [tokenizer.end_of_text, *(ids.get(name) for name in END_OF_TEXT),
                   *(vocab.get(names.get(name)) for name in ("pad_token", "unk_token")), *ids.values()]
-        marks = Marks(ids)
-        used = set()
-        for messages in ([("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")], [("system", "s"), ("user", "a")]):
-            try:
-                text = self.template.render([{"role": role, "content": content} for role, content in messages])
-                used |= {ids[found[0]] for found in marks.find(text, None)}
-            except TemplateFailed:
-                pass
+        used = {ids[found[0]] for text in self.plain_texts() for found in Marks(ids).find(text, None)}
         free = next((id for id in wanted if id is not None and id not in used), None)
         if free is None:
             raise UserError("--chat: every special token of this tokenizer stands inside conversations; say which id is to "
                             "end them: --separator ID")
         return free
-
-    def check_tokenizer(self):
-        """Text beside special tokens must be encoded on its own as it is within the whole."""
-        tokenizer = self.tokenizer
-        if tokenizer.json is None:
-            return
-        _, strips = special_ids(tokenizer)
-        written = [name for name in strips if name in self.template.source]
-        if written:
-            raise UserError(f"--chat: the special token {written[0]} of this tokenizer takes spaces beside it, which is not "
-                            "supported")
-        if tokenizer.adds_space:
-            raise UserError("--chat: this tokenizer puts a space in front of a text, and what it makes of text beside special "
-                            "tokens is not supported")
 
     # ---- reading
 
@@ -385,6 +367,8 @@ class ChatPreparation(Preparation):
             print(f"{'new tokens':<16}{', '.join(self.added)}: {self.tokenizer.vocab_size - len(self.added)} and on")
         print(f"{'template':<16}{self.template.name}" + ("" if self.pieces else
               f"; no chat.json, so `generate --chat` cannot use it: {self.no_pieces}"))
+        if self.no_system:
+            print(f"{'':<16}`generate --chat` cannot use its system message: {self.no_system}")
         print(f"{'files':<16}{folder}/: " + ", ".join(file_range(split, len(writers[split].counts)) for split in splits)
               + f" ({np.dtype(self.dtype).name}) with .labels, dataset.json" + (", chat.json" if self.pieces else "")
               + (", tokenizer.json" if self.tokenizer.json_path else ""))

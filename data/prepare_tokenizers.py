@@ -101,6 +101,9 @@ class Bytes:
         return [np.frombuffer(text if isinstance(text, bytes) else text.encode(errors="replace"), dtype=np.uint8)
                 for text in texts]
 
+    def encode_at(self, requests):
+        return self.encode([text for text, _ in requests])
+
 
 class Tiktoken:
     """A tiktoken.Encoding. Special tokens written out in a text stay ordinary text."""
@@ -146,6 +149,16 @@ def without_prefix(data):
     return adds, data if adds or changed else None
 
 
+def behind_a_token(data):
+    """This tokenizer.json for a text that follows a special token: a space that only the whole text gets in front is not
+    put there."""
+    data = json.loads(json.dumps(data))
+    for step in members(data.get("pre_tokenizer"), "pretokenizers"):
+        if step["type"] == "Metaspace" and step.get("prepend_scheme") == "first":
+            step["prepend_scheme"] = "never"
+    return data
+
+
 def prefixes_parts(data):
     """Is a space put in front of every part of a text, where it has parts: between added tokens, or cut out by a step
     before? Then all of it depends on where it begins."""
@@ -179,6 +192,8 @@ class HuggingFace:
             self.tokenizer = self.open(data)
             self.adds_space, continuation = without_prefix(data)
             self.continuation = self.open(continuation) if continuation else self.tokenizer
+            behind = behind_a_token(data)
+            self.behind = self.open(behind) if behind != data else self.tokenizer
         except ImportError:
             raise
         except Exception as error:  # the library raises plain Exception
@@ -212,11 +227,29 @@ class HuggingFace:
             else:
                 later.append((i, text))
         for tokenizer, pieces in ((self.tokenizer, first), (self.continuation, later)):
-            tokenizer.encode_special_tokens = True  # not kept by pickle, so set here
-            encoded = tokenizer.encode_batch_fast([text for _, text in pieces], add_special_tokens=False)
-            for (i, _), row in zip(pieces, encoded):
-                rows[i] = row.ids
+            self.encode_pieces(tokenizer, pieces, rows)
         return rows
+
+    @staticmethod
+    def encode_pieces(tokenizer, pieces, rows):
+        """rows[i] of each (i, text)."""
+        tokenizer.encode_special_tokens = True  # not kept by pickle, so set here
+        encoded = tokenizer.encode_batch_fast([text for _, text in pieces], add_special_tokens=False)
+        for (i, _), row in zip(pieces, encoded):
+            rows[i] = row.ids
+
+    def encode_at(self, requests):
+        """Of each (text, place): the whole text's beginning, behind a special token, or the continuation of a text
+        (chat_tokens.py)."""
+        rows = [None] * len(requests)
+        for tokenizer, place in ((self.tokenizer, "begins"), (self.behind, "follows"), (self.continuation, "continues")):
+            self.encode_pieces(tokenizer, [(i, text) for i, (text, at) in enumerate(requests) if at == place], rows)
+        return rows
+
+    def encode_whole(self, text):
+        """With special tokens where the text spells them."""
+        self.tokenizer.encode_special_tokens = False
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def greedy_parts(ranks, token):

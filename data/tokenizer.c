@@ -164,10 +164,13 @@ static int encode_with_file(struct encoding *x, const char *text, size_t length)
     return rc;
 }
 
-static int64_t encode(const struct tokenizer *t, const char *text, size_t length, bool plain, int32_t **ids,
-                      struct error *e) {
-    struct encoding x = {
-        .t = t, .e = e, .plain = plain, .capacity = (int64_t)(t->bytes ? length : length / 3) + 16};
+static int64_t encode(const struct tokenizer *t, const char *text, size_t length, bool plain,
+                      enum text_place place, int32_t **ids, struct error *e) {
+    struct encoding x = {.t = t,
+                         .e = e,
+                         .plain = plain,
+                         .place = place,
+                         .capacity = (int64_t)(t->bytes ? length : length / 3) + 16};
     *ids = NULL;
     x.ids = malloc((size_t)x.capacity * sizeof *x.ids);
     if (!x.ids)
@@ -182,10 +185,20 @@ static int64_t encode(const struct tokenizer *t, const char *text, size_t length
 
 int64_t tokenizer_encode(const struct tokenizer *t, const char *text, size_t length, int32_t **ids,
                          struct error *e) {
-    return encode(t, text, length, false, ids, e);
+    return encode(t, text, length, false, TEXT_BEGINS, ids, e);
 }
 
-int64_t tokenizer_encode_plain(const struct tokenizer *t, const char *text, size_t length, int32_t **ids,
-                               struct error *e) {
-    return encode(t, text, length, true, ids, e);
+int64_t tokenizer_encode_plain(const struct tokenizer *t, const char *text, size_t length,
+                               enum text_place place, int32_t **ids, struct error *e) {
+    return encode(t, text, length, true, place, ids, e);
+}
+
+void tokenizer_strips(const struct tokenizer *t, int32_t id, bool *before, bool *after) {
+    *before = *after = false;
+    for (int k = 0; k < 2; k++)
+        for (uint32_t i = 0; i < t->added[k].count; i++)
+            if (t->added[k].tokens[i].id == id && t->added[k].tokens[i].special) {
+                *before = t->added[k].tokens[i].lstrip;
+                *after = t->added[k].tokens[i].rstrip;
+            }
 }

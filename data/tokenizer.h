@@ -46,10 +46,20 @@ const struct end_ids *tokenizer_end_ids(const struct tokenizer *t);
 int64_t tokenizer_encode(const struct tokenizer *t, const char *text, size_t length, int32_t **ids,
                          struct error *e);
 
+/* What stands before a text that is tokenized apart from it. */
+enum text_place {
+    TEXT_BEGINS,    /* nothing: tokenizers may put a space in front of it */
+    TEXT_FOLLOWS,   /* a special token: some put a space in front here too */
+    TEXT_CONTINUES, /* text that it goes on from: none puts a space in front */
+};
+
 /* The same, but special tokens written out in the text are ordinary text, as with the library's
  * encode_special_tokens = True: for what a user or a data set says, as data/prepare.py encodes it. */
-int64_t tokenizer_encode_plain(const struct tokenizer *t, const char *text, size_t length, int32_t **ids,
-                               struct error *e);
+int64_t tokenizer_encode_plain(const struct tokenizer *t, const char *text, size_t length,
+                               enum text_place place, int32_t **ids, struct error *e);
+
+/* Does a special token take the spaces before or after it? Of another id both are false. */
+void tokenizer_strips(const struct tokenizer *t, int32_t id, bool *before, bool *after);
 
 /* The bytes of one token after another, NUL-terminated beside *length; "" for ids without text (the byte
  * tokenizer's 256 and ids beyond the vocabulary). Owned by the tokenizer. */

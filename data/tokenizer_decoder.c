@@ -328,7 +328,7 @@ static int replace_matches(const struct decoder_steps *d, const struct decoder_s
     bool moved;
     with_step.steps[0] =
         (struct normal_step){.kind = NORMAL_REPLACE, .regex = step->regex, .content = step->content};
-    if (normalize_text(&with_step, in->bytes, in->length, &replaced, &moved, e))
+    if (normalize_text(&with_step, in->bytes, in->length, false, &replaced, &moved, e))
         return ERROR_SET;
     int rc = text_append(out, replaced.bytes, replaced.length);
     free(replaced.bytes);

@@ -224,9 +224,10 @@ int tokenizer_load_json(struct tokenizer *t, const char *path, int64_t vocab_siz
 int normalizer_load(struct tokenizer *t, const struct cJSON *node, const char *path, struct error *e);
 void normalizer_free(struct tokenizer *t);
 
-/* The text after every step, to be freed by the caller; *moved when its start is not the text's. */
-int normalize_text(const struct tokenizer *t, const char *bytes, size_t length, struct text *out, bool *moved,
-                   struct error *e);
+/* The text after every step, to be freed by the caller; *moved when its start is not the text's. continues: nothing is
+ * put in front of it, and no spaces there are stripped. */
+int normalize_text(const struct tokenizer *t, const char *bytes, size_t length, bool continues,
+                   struct text *out, bool *moved, struct error *e);
 
 /* tokenizer_pretokenizer.c: reads the "pre_tokenizer" (which may be NULL) into t->stages. */
 /* How Metaspace puts a space in front: read from a pre-tokenizer or a decoder. */
@@ -296,6 +297,7 @@ struct encoding {
     pcre2_match_context *limits;
     const char *start; /* where a slice's bytes are that start the text; NULL: it is done with */
     bool plain;        /* special tokens written out in the text are ordinary text */
+    enum text_place place;
     struct bpe_scratch {
         struct symbol *symbols;
         uint64_t *heap;

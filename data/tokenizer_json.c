@@ -230,7 +230,7 @@ static int added_text(const struct loader *l, const cJSON *item, bool *normalize
         json_bool(item, "normalized", !special, normalized, l->path, l->e))
         return -1;
     if (*normalized && l->t->step_count && !l->t->refusal[0]) {
-        if (normalize_text(l->t, text, strlen(text), out, &moved, l->e))
+        if (normalize_text(l->t, text, strlen(text), false, out, &moved, l->e))
             return -1;
     } else if (text_append(out, text, strlen(text))) {
         return out_of_memory(l);

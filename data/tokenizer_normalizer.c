@@ -188,15 +188,16 @@ static int replace_regex(const struct tokenizer *t, const struct normal_step *st
 
 /* ---- one step after the other ---- */
 
-static int strip(const struct normal_step *step, const struct text *in, struct text *out, bool *moved) {
-    size_t start = step->left ? spaces_after(in->bytes, in->length) : 0;
+static int strip(const struct normal_step *step, const struct text *in, bool continues, struct text *out,
+                 bool *moved) {
+    size_t start = step->left && !continues ? spaces_after(in->bytes, in->length) : 0;
     size_t end = step->right ? start_of_spaces_before(in->bytes, start, in->length) : in->length;
     *moved |= start > 0;
     return text_append(out, in->bytes + start, end - start);
 }
 
 static int run_step(const struct tokenizer *t, const struct normal_step *step, const struct text *in,
-                    struct text *out, bool *moved, struct error *e) {
+                    bool continues, struct text *out, bool *moved, struct error *e) {
     int rc = 0;
     switch (step->kind) {
     case NORMAL_FORM:
@@ -206,7 +207,7 @@ static int run_step(const struct tokenizer *t, const struct normal_step *step, c
         rc = append_lower(out, in->bytes, in->length);
         break;
     case NORMAL_PREPEND:
-        rc = (in->length && text_append(out, step->content, strlen(step->content))) ||
+        rc = (in->length && !continues && text_append(out, step->content, strlen(step->content))) ||
              text_append(out, in->bytes, in->length);
         break;
     case NORMAL_REPLACE:
@@ -215,21 +216,21 @@ static int run_step(const struct tokenizer *t, const struct normal_step *step, c
         rc = replace_string(step, in, out, moved);
         break;
     case NORMAL_STRIP:
-        rc = strip(step, in, out, moved);
+        rc = strip(step, in, continues, out, moved);
         break;
     }
     return rc ? fail_run(e, "out of memory for %zu bytes of text", in->length) : 0;
 }
 
-int normalize_text(const struct tokenizer *t, const char *bytes, size_t length, struct text *out, bool *moved,
-                   struct error *e) {
+int normalize_text(const struct tokenizer *t, const char *bytes, size_t length, bool continues,
+                   struct text *out, bool *moved, struct error *e) {
     struct text in = {.bytes = (char *)bytes, .length = length};
     *moved = false;
     *out = (struct text){0};
     for (int i = 0; i < t->step_count; i++) {
         *out = (struct text){0};
         int rc = text_append(out, "", 0) ? fail_run(e, "out of memory for %zu bytes of text", in.length)
-                                         : run_step(t, &t->steps[i], &in, out, moved, e);
+                                         : run_step(t, &t->steps[i], &in, continues, out, moved, e);
         if (i > 0)
             free(in.bytes);
         if (rc) {

@@ -100,7 +100,7 @@ static int normalize_rest(struct encoding *x, struct slice text) {
     bool moved;
     if (x->t->step_count == 0)
         return split_at_added(x, 1, text);
-    if (normalize_text(x->t, text.bytes, text.length, &normal, &moved, x->e))
+    if (normalize_text(x->t, text.bytes, text.length, x->place == TEXT_CONTINUES, &normal, &moved, x->e))
         return -1;
     int rc = continue_with(x, &normal, at_start(x, text) && !moved, split_at_added, 1);
     free(normal.bytes);
@@ -143,14 +143,14 @@ static int split_at_added(struct encoding *x, int k, struct slice text) {
 }
 
 int encode_text(struct encoding *x, struct slice text) {
-    x->start = text.bytes;
+    x->start = x->place == TEXT_BEGINS ? text.bytes : NULL;
     return split_at_added(x, 0, text);
 }
 
 /* ---- the pre-tokenizer at work ---- */
 
 static int prepend_space(struct encoding *x, int k, struct slice text) {
-    if (text.bytes[0] == ' ')
+    if (text.bytes[0] == ' ' || x->place == TEXT_CONTINUES)
         return run_stage(x, k + 1, text);
     char *copy = malloc(2 * (text.length + 1));
     if (!copy)
@@ -182,11 +182,10 @@ static int cut_at_replacements(struct encoding *x, int k, struct slice text) {
     return run_stage(x, k + 1, cut(text, start, text.length));
 }
 
-static int write_metaspace(const struct stage *stage, struct slice text, bool starts, struct text *out) {
+static int write_metaspace(const struct stage *stage, struct slice text, bool prepends, struct text *out) {
     size_t length = strlen(stage->replacement);
     bool starts_with_one = text.bytes[0] == ' ' ||
                            (text.length >= length && memcmp(text.bytes, stage->replacement, length) == 0);
-    bool prepends = stage->prepend == PREPEND_ALWAYS || (stage->prepend == PREPEND_FIRST && starts);
     if (prepends && !starts_with_one && text_append(out, stage->replacement, length))
         return -1;
     for (size_t i = 0, done = 0; i <= text.length; i++) {
@@ -201,8 +200,12 @@ static int write_metaspace(const struct stage *stage, struct slice text, bool st
 }
 
 static int run_metaspace(struct encoding *x, int k, struct slice text) {
+    const struct stage *stage = &x->t->stages[k];
+    bool prepends = stage->prepend == PREPEND_FIRST
+                        ? at_start(x, text)
+                        : stage->prepend == PREPEND_ALWAYS && x->place != TEXT_CONTINUES;
     struct text out = {0};
-    int rc = write_metaspace(&x->t->stages[k], text, at_start(x, text), &out)
+    int rc = write_metaspace(stage, text, prepends, &out)
                  ? fail_run(x->e, "out of memory for %zu bytes of text", text.length)
                  : continue_with(x, &out, at_start(x, text), cut_at_replacements, k);
     free(out.bytes);

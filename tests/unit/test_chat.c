@@ -33,48 +33,53 @@ static void write_node(const char *path, const cJSON *node) {
 
 /* ---- ids ---- */
 
-static void expect_ids(const char *name, int row, const cJSON **wanted, const int32_t *ids, int64_t count) {
+/* first: the end of the answer before, which is fed with the turn; -1: none. */
+static void expect_ids(const char *name, int row, int32_t first, const cJSON *wanted, const int32_t *ids,
+                       int64_t count) {
     assert_true(count >= 0);
-    for (int64_t i = 0; i < count; i++, *wanted = (*wanted)->next)
-        if (!*wanted || (*wanted)->valueint != ids[i])
-            fail_msg("%s, conversation %d: id %d where %d is expected", name, row, ids[i],
-                     *wanted ? (*wanted)->valueint : -1);
+    if (first >= 0) {
+        assert_true(count > 0);
+        assert_int_equal(ids[0], first);
+    }
+    for (int64_t i = first >= 0; i < count; i++, wanted = wanted->next)
+        if (!wanted || wanted->valueint != ids[i])
+            fail_msg("%s, conversation %d: id %d at %lld where %d is expected", name, row, ids[i],
+                     (long long)i, wanted ? wanted->valueint : -1);
+    if (wanted)
+        fail_msg("%s, conversation %d: id %d is missing at the end of a turn", name, row, wanted->valueint);
 }
 
 static const char *text_of(const cJSON *message, const char *member) {
     return cJSON_GetObjectItem(message, member)->valuestring;
 }
 
-/* The turns and answers one after the other; each answer's last id is fed with the next turn. */
+/* "ids" holds those of each turn, and of the answers between. */
 static void check_conversation(const char *name, int row, const struct chat *c, const struct tokenizer *t,
                                const cJSON *conversation) {
     const cJSON *wanted = cJSON_GetObjectItem(conversation, "ids")->child;
-    const char *system = NULL;
     struct chat_turn turn = {.before = CHAT_BEGINS};
     struct error e = {0};
-    int32_t *ids;
     for (const cJSON *m = cJSON_GetObjectItem(conversation, "messages")->child; m; m = m->next) {
         const char *role = text_of(m, "role"), *text = text_of(m, "content");
+        int32_t *ids;
         if (strcmp(role, "system") == 0) {
-            system = text;
-            continue;
+            turn.system = text;
+        } else if (strcmp(role, "user") == 0) {
+            bool begins = turn.before == CHAT_BEGINS;
+            turn.text = text;
+            turn.length = strlen(text);
+            int64_t count = chat_encode_turn(c, t, &turn, &ids, &e);
+            expect_ids(name, row, begins ? -1 : chat_end(c), wanted->child, ids, count);
+            free(ids);
+            turn = (struct chat_turn){.before = CHAT_ANSWER_ENDED};
+            wanted = wanted->next;
+        } else { /* the model writes it; its end is the next turn's to feed */
+            assert_int_equal(cJSON_GetArrayItem(wanted, cJSON_GetArraySize(wanted) - 1)->valueint,
+                             chat_end(c));
+            wanted = wanted->next;
         }
-        bool user = strcmp(role, "user") == 0;
-        turn.system = system;
-        turn.text = text;
-        turn.length = strlen(text);
-        int64_t count = user ? chat_encode_turn(c, t, &turn, &ids, &e)
-                             : chat_encode_answer(c, t, text, strlen(text), &ids, &e);
-        if (!user) {
-            assert_int_equal(ids[count - 1], chat_end(c));
-            count--;
-            turn.before = CHAT_ANSWER_ENDED;
-            system = NULL;
-        }
-        expect_ids(name, row, &wanted, ids, count);
-        free(ids);
     }
-    assert_true(wanted && !wanted->next && wanted->valueint == chat_end(c));
+    assert_null(wanted);
 }
 
 static void test_ids(void **state) {
@@ -100,7 +105,7 @@ static void test_ids(void **state) {
         chat_close(c);
         tokenizer_close(t);
     }
-    assert_int_equal(checked, 6 * 24);
+    assert_int_equal(checked, 14 * 24);
     cJSON_Delete(root);
     free(text);
 }
@@ -129,7 +134,8 @@ static void test_refused(void **state) {
         {CHAT(", \"before_system\": [[]], \"after_system\": [1]"), "texts and token ids"},
         {CHAT(", \"drop\": [256]"), "\"drop\" must be"},
         {CHAT(", \"drop\": 1"), "\"drop\" must be"},
-        {CHAT(", \"strip_user\": 1"), "must be true or false"},
+        {CHAT(", \"strip_user\": 1"), "must be true, false, \"left\""},
+        {CHAT(", \"strip_system\": \"both\""), "must be true, false, \"left\""},
         {CHAT(", \"tokenizer_sha256\": 1"), "must be text"},
         {CHAT(", \"answer_end\": [3]"), "stands twice"},
         {"{\"format_version\": 1, \"before_user\": [], \"after_user\": [], \"answer_begin\": [], "
