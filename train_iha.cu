@@ -712,7 +712,7 @@ static int find_chat(struct run *r, struct error *e) {
          chat_check_tokenizer(r->chat, r->tokenizer_text, r->tokenizer_bytes, e) != 0))
         return -1;
     /* Generation stops there; samples of the training go on, since they begin with a user's turn. */
-    if (r->chat)
+    if (r->chat && !chat_refusal(r->chat))
         end_ids_add(&ends, chat_end(r->chat));
     r->chat_json = r->chat ? chat_json(r->chat) : NULL;
     r->generation_config = ends.count ? end_ids_json(&ends) : NULL;
@@ -1122,6 +1122,9 @@ static int open_chat(struct run *r, const char *dir, struct error *e) {
             dir);
     if (!(r->chat = chat_open(path, r->config.model.vocab_size, e)))
         return -1;
+    if (chat_refusal(r->chat))
+        return fail_user(e, "%s: --chat cannot use this model's chat template: %s; give --prompt", path,
+                         chat_refusal(r->chat));
     if (!r->tokenizer)
         return fail_user(e,
                          "%s: --chat needs a tokenizer, and the checkpoint has none; name one: "

@@ -35,6 +35,7 @@ struct chat {
     struct stripping system, first, after_system, user; /* of the first turn, and of one behind a system's */
     bool drop[256];                                     /* bytes that contents lose */
     char *path;                                         /* for messages */
+    const char *refusal;                                /* why there are no pieces; NULL: there are */
     int32_t end;
 };
 
@@ -96,6 +97,11 @@ static int load(struct chat *c, int64_t vocab_size, struct error *e) {
         return fail_user(
             e, "%s: not a chat.json of this version of the program; prepare the conversations again",
             c->path);
+    if (json_text(c->root, "tokenizer_sha256", &sha256, c->path, e) != 0 ||
+        json_text(c->root, "refused", &c->refusal, c->path, e) != 0)
+        return -1;
+    if (c->refusal)
+        return 0;
     for (int i = 0; i < PIECE_COUNT; i++)
         if (load_piece(c, (enum piece)i, vocab_size, e) != 0)
             return -1;
@@ -107,8 +113,7 @@ static int load(struct chat *c, int64_t vocab_size, struct error *e) {
     if (!cJSON_IsNumber(end))
         return fail_user(e, "%s: \"answer_end\" must end with the id that ends an answer", c->path);
     c->end = (int32_t)end->valuedouble;
-    if (json_text(c->root, "tokenizer_sha256", &sha256, c->path, e) != 0 ||
-        load_stripping(c, "strip_system", (struct stripping){0}, &c->system, e) != 0 ||
+    if (load_stripping(c, "strip_system", (struct stripping){0}, &c->system, e) != 0 ||
         load_stripping(c, "strip_user", (struct stripping){0}, &c->user, e) != 0 ||
         load_stripping(c, "strip_first", c->user, &c->first, e) != 0 ||
         load_stripping(c, "strip_after_system", c->user, &c->after_system, e) != 0)
@@ -136,6 +141,10 @@ void chat_close(struct chat *c) {
     cJSON_Delete(c->root);
     free(c->path);
     free(c);
+}
+
+const char *chat_refusal(const struct chat *c) {
+    return c->refusal;
 }
 
 char *chat_json(const struct chat *c) {

@@ -31,6 +31,10 @@ int chat_of_shards(const char *const *globs, int count, int64_t vocab_size, stru
 /* EXIT_USER: the pieces were made with another tokenizer than this one. text: the content of its file, NULL for bytes. */
 int chat_check_tokenizer(const struct chat *c, const char *text, size_t bytes, struct error *e);
 
+/* Why `generate --chat` cannot use this template, as prepare.py has found; NULL: it can. Where it cannot there is nothing
+ * to encode turns with, and no end. */
+const char *chat_refusal(const struct chat *c);
+
 char *chat_json(const struct chat *c);        /* the file's content, malloc'd; NULL: no memory */
 bool chat_knows_system(const struct chat *c); /* may a conversation begin with a system message? */
 int32_t chat_end(const struct chat *c);       /* the id that ends an answer */

@@ -214,13 +214,12 @@ def prepare(arguments):
 
 
 def write_chat(run, folder):
-    """chat.json (see chat_pieces.py), of conversations whose template can be expressed so."""
+    """chat.json: see chat_pieces.py."""
     path = run.tokenizer.json_path
-    text = run.chat_json(hashlib.sha256(run.tokenizer.json.encode()).hexdigest() if path else None)
-    if text is not None:
-        partial = folder / "chat.json.tmp"
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(partial, folder / "chat.json")
+    partial = folder / "chat.json.tmp"
+    partial.write_text(run.chat_json(hashlib.sha256(run.tokenizer.json.encode()).hexdigest() if path else None),
+                       encoding="utf-8", newline="\n")
+    os.replace(partial, folder / "chat.json")
 
 
 def write(run, folder):

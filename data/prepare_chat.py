@@ -344,10 +344,9 @@ class ChatPreparation(Preparation):
     # ---- what goes beside the shards, and onto the terminal
 
     def chat_json(self, sha256):
-        """The text of chat.json, or None."""
-        if self.pieces is None:
-            return None
-        return chat_json(self.template.name, sha256, self.encoder.dropped, self.pieces)
+        """The text of chat.json."""
+        pieces = {"refused": one_line(self.no_pieces)} if self.pieces is None else self.pieces
+        return chat_json(self.template.name, sha256, self.encoder.dropped, pieces)
 
     def report(self, writers):
         folder = self.options.out
@@ -366,11 +365,11 @@ class ChatPreparation(Preparation):
         if self.added:
             print(f"{'new tokens':<16}{', '.join(self.added)}: {self.tokenizer.vocab_size - len(self.added)} and on")
         print(f"{'template':<16}{self.template.name}" + ("" if self.pieces else
-              f"; no chat.json, so `generate --chat` cannot use it: {self.no_pieces}"))
+              f"; `generate --chat` cannot use it: {self.no_pieces}"))
         if self.no_system:
             print(f"{'':<16}`generate --chat` cannot use its system message: {self.no_system}")
         print(f"{'files':<16}{folder}/: " + ", ".join(file_range(split, len(writers[split].counts)) for split in splits)
-              + f" ({np.dtype(self.dtype).name}) with .labels, dataset.json" + (", chat.json" if self.pieces else "")
+              + f" ({np.dtype(self.dtype).name}) with .labels, dataset.json, chat.json"
               + (", tokenizer.json" if self.tokenizer.json_path else ""))
         self.print_configuration(splits)
         print("segments = documents\npacking = fit")

@@ -162,12 +162,17 @@ def without_deep_values(text):
     return "".join(kept)
 
 
+def whole_number(text):
+    """Python's int() refuses those of many thousand digits."""
+    return int(text) if len(text) < 1000 else float(text)
+
+
 def parse_line_of_json(text):
     """A line's value; numbers may be of any length, brackets nested however deep."""
     try:
-        return json.loads(text, parse_int=float)
+        return json.loads(text, parse_int=whole_number)
     except RecursionError:
-        return json.loads(without_deep_values(text), parse_int=float)
+        return json.loads(without_deep_values(text), parse_int=whole_number)
 
 
 def jsonl_rows(stream, source):
@@ -197,7 +202,7 @@ class JsonScanner:
     blanks = re.compile(r"[ \t\r\n]*")
 
     def __init__(self, stream, name):
-        self.stream, self.name, self.decode_value = stream, name, json.JSONDecoder(parse_int=float).raw_decode
+        self.stream, self.name, self.decode_value = stream, name, json.JSONDecoder(parse_int=whole_number).raw_decode
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.at, self.line, self.bytes_read, self.done = "", 0, 1, 0, False
 
@@ -242,7 +247,7 @@ class JsonScanner:
             if depth <= 0:
                 kept = without_deep_values(self.text[self.at:token.end()])
                 try:
-                    return json.loads(kept, parse_int=float), token.end()
+                    return json.loads(kept, parse_int=whole_number), token.end()
                 except json.JSONDecodeError as error:  # its position is one in `kept`
                     raise ValueError(error.msg) from None
         if self.done:

@@ -457,6 +457,8 @@ class Talk(Case):
         refused("token ids below the model's vocab_size, 257", plain, "--chat")
         (plain / "chat.json").unlink()
         refused("it has no chat.json", plain, "--chat")
+        self.write("plain/chat.json", {"format_version": 1, "tokenizer_sha256": None, "refused": "its answers rhyme"})
+        refused("--chat cannot use this model's chat template: its answers rhyme; give --prompt", plain, "--chat")
         # beside shards
         other = self.folder / "other"
         shutil.copytree(self.run_dir.parent / "out", other)

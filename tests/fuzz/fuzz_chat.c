@@ -40,8 +40,9 @@ static void check_copy(const struct chat *c, const struct tokenizer *t, const ch
     char *json = chat_json(c);
     CHECK(json);
     struct chat *copy = chat_open(fuzz_file(1, json, strlen(json)), VOCAB_SIZE, &e);
-    CHECK(copy && chat_end(copy) == chat_end(c) && chat_knows_system(copy) == chat_knows_system(c));
-    for (int i = 0; i < TURNS; i++) {
+    CHECK(copy && !chat_refusal(copy) == !chat_refusal(c));
+    CHECK(chat_end(copy) == chat_end(c) && chat_knows_system(copy) == chat_knows_system(c));
+    for (int i = 0; i < TURNS && !chat_refusal(c); i++) {
         struct encoded a = encode(c, t, i, text, length, system),
                        b = encode(copy, t, i, text, length, system);
         CHECK(a.count == b.count &&

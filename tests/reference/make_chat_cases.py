@@ -159,7 +159,9 @@ def case(name, template, tokenizer, names={}):
         ids, counts = encoder.encode_parts(parts[:-1])
         groups = [[id for id, _ in group] for _, group in itertools.groupby(zip(ids, counts), key=lambda pair: pair[1])]
         rows.append({"messages": messages, "ids": groups})
-    return {"name": name, "tokenizer": tokenizer, "chat": json.loads(chat), "conversations": rows}
+    end = [ids for item in pieces["answer_end"]
+           for ids in ([item] if isinstance(item, int) else map(int, opened.encode_at([(item, "continues")])[0]))]
+    return {"name": name, "tokenizer": tokenizer, "chat": json.loads(chat), "answer_end": end, "conversations": rows}
 
 
 def cases():

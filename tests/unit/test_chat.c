@@ -33,51 +33,63 @@ static void write_node(const char *path, const cJSON *node) {
 
 /* ---- ids ---- */
 
-/* first: the end of the answer before, which is fed with the turn; -1: none. */
-static void expect_ids(const char *name, int row, int32_t first, const cJSON *wanted, const int32_t *ids,
+/* wanted: what two lists hold, one after the other; the first may be missing. */
+static void expect_ids(const char *name, int row, const cJSON *end, const cJSON *wanted, const int32_t *ids,
                        int64_t count) {
     assert_true(count >= 0);
-    if (first >= 0) {
-        assert_true(count > 0);
-        assert_int_equal(ids[0], first);
-    }
-    for (int64_t i = first >= 0; i < count; i++, wanted = wanted->next)
-        if (!wanted || wanted->valueint != ids[i])
+    for (int64_t i = 0; i < count; i++) {
+        const cJSON **next = end ? &end : &wanted;
+        if (!*next || (*next)->valueint != ids[i])
             fail_msg("%s, conversation %d: id %d at %lld where %d is expected", name, row, ids[i],
-                     (long long)i, wanted ? wanted->valueint : -1);
-    if (wanted)
-        fail_msg("%s, conversation %d: id %d is missing at the end of a turn", name, row, wanted->valueint);
+                     (long long)i, *next ? (*next)->valueint : -1);
+        *next = (*next)->next;
+    }
+    if (end || wanted)
+        fail_msg("%s, conversation %d: ids are missing at the end of a turn", name, row);
+}
+
+static void check_turn(const char *name, int row, const struct chat *c, const struct tokenizer *t,
+                       const struct chat_turn *turn, const cJSON *end, const cJSON *wanted) {
+    struct error e = {0};
+    int32_t *ids;
+    int64_t count = chat_encode_turn(c, t, turn, &ids, &e);
+    expect_ids(name, row, end, wanted, ids, count);
+    free(ids);
 }
 
 static const char *text_of(const cJSON *message, const char *member) {
     return cJSON_GetObjectItem(message, member)->valuestring;
 }
 
-/* "ids" holds those of each turn, and of the answers between. */
+/* "ids" holds those of each turn, and of the answers between. end: what ends an answer, behind its content. */
 static void check_conversation(const char *name, int row, const struct chat *c, const struct tokenizer *t,
-                               const cJSON *conversation) {
-    const cJSON *wanted = cJSON_GetObjectItem(conversation, "ids")->child;
+                               const cJSON *end, const cJSON *conversation) {
+    const cJSON *wanted = cJSON_GetObjectItem(conversation, "ids")->child, *last = end;
     struct chat_turn turn = {.before = CHAT_BEGINS};
-    struct error e = {0};
+    while (last->next)
+        last = last->next;
+    assert_int_equal(last->valueint, chat_end(c));
     for (const cJSON *m = cJSON_GetObjectItem(conversation, "messages")->child; m; m = m->next) {
         const char *role = text_of(m, "role"), *text = text_of(m, "content");
-        int32_t *ids;
         if (strcmp(role, "system") == 0) {
             turn.system = text;
-        } else if (strcmp(role, "user") == 0) {
+            continue;
+        }
+        if (strcmp(role, "user") == 0) {
             bool begins = turn.before == CHAT_BEGINS;
             turn.text = text;
             turn.length = strlen(text);
-            int64_t count = chat_encode_turn(c, t, &turn, &ids, &e);
-            expect_ids(name, row, begins ? -1 : chat_end(c), wanted->child, ids, count);
-            free(ids);
+            check_turn(name, row, c, t, &turn, begins ? NULL : last, wanted->child);
+            if (!begins) {
+                turn.before = CHAT_ANSWER_CUT;
+                check_turn(name, row, c, t, &turn, end, wanted->child);
+            }
             turn = (struct chat_turn){.before = CHAT_ANSWER_ENDED};
-            wanted = wanted->next;
         } else { /* the model writes it; its end is the next turn's to feed */
             assert_int_equal(cJSON_GetArrayItem(wanted, cJSON_GetArraySize(wanted) - 1)->valueint,
                              chat_end(c));
-            wanted = wanted->next;
         }
+        wanted = wanted->next;
     }
     assert_null(wanted);
 }
@@ -101,7 +113,8 @@ static void test_ids(void **state) {
             fail_msg("%s", e.text);
         int row = 0;
         for (const cJSON *v = cJSON_GetObjectItem(item, "conversations")->child; v; v = v->next, checked++)
-            check_conversation(text_of(item, "name"), row++, c, t, v);
+            check_conversation(text_of(item, "name"), row++, c, t,
+                               cJSON_GetObjectItem(item, "answer_end")->child, v);
         chat_close(c);
         tokenizer_close(t);
     }
