@@ -9,7 +9,7 @@ import random
 import unittest
 import unittest.mock
 
-from tests.cli.test_chat import HAS_PACKAGES, Case, reference_template
+from tests.lib.chat_case import HAS_PACKAGES, Case, reference_template
 
 if HAS_PACKAGES:
     import tokenizers
