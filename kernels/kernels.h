@@ -80,6 +80,12 @@ struct fold_spec {
     int64_t heads, columns;
 };
 
+/* rows: tokens; pairs: of heads. */
+struct diff_combine_spec {
+    int64_t rows, pairs, head_dim /* d: values have 2d */;
+    double lambda_init, eps;
+};
+
 enum act_type { ACT_GELU_TANH, ACT_RELU2, ACT_SWIGLU };
 struct act_spec {
     enum act_type type;
@@ -102,6 +108,7 @@ enum op_kind {
     OP_ATTENTION,
     OP_COLLAPSE,
     OP_FOLD,
+    OP_DIFF_COMBINE,
     OP_ACT,
     OP_CLASSIFIER,
     OP_DECODE, /* attention_decode; attention.length is the n of one pass */
@@ -118,6 +125,7 @@ struct op_spec {
         struct attention_spec attention;
         struct collapse_spec collapse;
         struct fold_spec fold;
+        struct diff_combine_spec diff_combine;
         struct act_spec act;
         struct classifier_spec classifier;
         struct orthogonalize_spec orthogonalize;

@@ -74,6 +74,26 @@ static void qkv_backward(struct model *m, int layer, bool accumulate) {
     fold_backward(m, layer, accumulate);
 }
 
+/* dq, dk, dv from grad.d_o. */
+static void attend_backward(struct model *m, int layer, tensor dq, tensor dk, tensor dv, bool accumulate) {
+    const struct layer_specs *s = &m->specs[layer];
+    struct layer_buffers *b = &m->layers[layer];
+    struct gradient_buffers *g = &m->grad;
+    if (s->diff) {
+        differential_backward(m, layer, dq, dk, dv, accumulate);
+        return;
+    }
+    tensor d_o = g->d_o;
+    if (s->iha) {
+        int collapse = m->params.layers[layer].collapse;
+        d_o = with_data(b->o_pseudo, g->d_o_pseudo);
+        m->k->collapse_backward(m->dev, &s->collapse, g->d_o, b->o_pseudo, model_param(m, collapse), d_o,
+                                model_gradient(m, collapse), accumulate);
+    }
+    m->k->attention_backward(m->dev, &s->attention, b->q, b->k, b->v, m->segments, b->o_pseudo, d_o,
+                             b->attention_saved, dq, dk, dv);
+}
+
 /* On entry grad.dx is the gradient of x_mlp; on return, of x_attn. Where nothing is mixed, dq, dk and dv are
  * slices of dqkv. */
 static void attention_backward(struct model *m, int layer, bool accumulate) {
@@ -85,17 +105,10 @@ static void attention_backward(struct model *m, int layer, bool accumulate) {
     struct gradient_buffers *g = &m->grad;
     int64_t C = c->hidden_size, width = c->num_attention_heads * c->head_dim;
     linear_backward(m, g->dx, b->o, width, p->out, p->out_bias, C, g->d_o, false, accumulate);
-    tensor d_o = g->d_o;
-    if (s->iha) {
-        d_o = with_data(b->o_pseudo, g->d_o_pseudo);
-        k->collapse_backward(m->dev, &s->collapse, g->d_o, b->o_pseudo, model_param(m, p->collapse), d_o,
-                             model_gradient(m, p->collapse), accumulate);
-    }
     tensor dq = s->mixes ? with_data(b->q, g->dq) : tensor_select(g->dqkv, 2, 0);
     tensor dk = s->mixes ? with_data(b->k, g->dk) : tensor_select(g->dqkv, 2, 1);
     tensor dv = s->mixes ? with_data(b->v, g->dv) : tensor_select(g->dqkv, 2, 2);
-    k->attention_backward(m->dev, &s->attention, b->q, b->k, b->v, m->segments, b->o_pseudo, d_o,
-                          b->attention_saved, dq, dk, dv);
+    attend_backward(m, layer, dq, dk, dv, accumulate);
     if (s->mixes)
         k->qkv_mix_backward(m->dev, &s->qkv_mix, dq, dk, dv, b->qkv, model_param(m, p->alpha_q),
                             model_param(m, p->alpha_k), model_param(m, p->alpha_v), m->rope, m->positions,

@@ -65,7 +65,7 @@ static bool is_kept(const struct model *m, const struct layer_specs *s, enum slo
     case SLOT_V:
         return false;
     case SLOT_O:
-        return !s->iha;
+        return !s->iha && !s->diff;
     default:
         return true;
     }
@@ -116,8 +116,13 @@ static struct layer_specs specs_for_layer(const struct model *m, int layer) {
     int64_t P = iha ? c->num_pseudo_heads : 1, B = m->shape.batch, T = m->shape.tokens;
     int64_t H = c->num_attention_heads, d = c->head_dim;
     int64_t window = !layer_is_local(type) ? 0 : iha ? c->iha_window : c->local_window;
+    struct attention_spec pair_attention = {
+        B, T, H / 2, d, 1, c->causal, false, window, 1 / sqrt((double)d), m->shape.segments};
     return (struct layer_specs){
         .iha = iha,
+        .diff = layer_is_diff(type),
+        .pair_attention = pair_attention,
+        .diff_combine = {B * T, H / 2, d, 0.8 - 0.6 * exp(-0.3 * layer), c->norm_eps},
         .folded = layer_is_folded(type),
         .mixes = iha || rope,
         .qkv_mix = {B, T, H, d, P, iha, rope, c->iha_rope == IHA_ROPE_VIRTUAL},
@@ -146,10 +151,14 @@ static int plan_layer(struct model *m, int layer, struct error *e) {
     int64_t width = c->num_attention_heads * c->head_dim;
     *s = specs_for_layer(m, layer);
     struct op_spec ops[] = {
-        {.kind = OP_ATTENTION, .attention = s->attention}, {.kind = OP_LINEAR, .linear = {N, C, 3 * width}},
-        {.kind = OP_LINEAR, .linear = {N, width, C}},      {.kind = OP_LINEAR, .linear = {N, C, F}},
-        {.kind = OP_LINEAR, .linear = {N, F, C}},          {.kind = OP_ACT, .act = m->act_spec},
-        {.kind = OP_QKV_MIX, .qkv_mix = s->qkv_mix},       {.kind = OP_COLLAPSE, .collapse = s->collapse},
+        {.kind = OP_ATTENTION, .attention = *planned_attention(s)},
+        {.kind = OP_LINEAR, .linear = {N, C, 3 * width}},
+        {.kind = OP_LINEAR, .linear = {N, width, C}},
+        {.kind = OP_LINEAR, .linear = {N, C, F}},
+        {.kind = OP_LINEAR, .linear = {N, F, C}},
+        {.kind = OP_ACT, .act = m->act_spec},
+        {.kind = OP_QKV_MIX, .qkv_mix = s->qkv_mix},
+        {.kind = OP_COLLAPSE, .collapse = s->collapse},
     };
     /* qkv_mix and collapse, the last two, only where the layer runs them. */
     int count = (int)(sizeof ops / sizeof *ops) - (s->iha ? 0 : s->mixes ? 1 : 2);
@@ -157,7 +166,8 @@ static int plan_layer(struct model *m, int layer, struct error *e) {
         if (plan(m, ops[i], i == 0 ? &s->attention_saved_bytes : NULL, e) != 0)
             return -1;
     struct op_spec fold = {.kind = OP_FOLD, .fold = {c->num_attention_heads, c->head_dim * C}};
-    return s->folded ? plan(m, fold, NULL, e) : 0;
+    struct op_spec combine = {.kind = OP_DIFF_COMBINE, .diff_combine = s->diff_combine};
+    return s->folded ? plan(m, fold, NULL, e) : s->diff ? plan(m, combine, NULL, e) : 0;
 }
 
 static int plan_muon(struct model *m, struct error *e) {
@@ -199,9 +209,11 @@ static void assign_layer(struct model *m, struct layout *l, int layer) {
     int64_t H = c->num_attention_heads, d = c->head_dim, S = s->attention.length;
     tensor hidden = tensor_of(NULL, t, N, C, 0, 0, 0), wide = tensor_of(NULL, t, N, F, 0, 0, 0);
     tensor pseudo = tensor_of(NULL, t, B, S, H, d, 0);
+    tensor one = tensor_of(NULL, t, B, T, H, d, 0), pairs = tensor_of(NULL, t, B, T, 2, H, d);
     b->attn_norm_saved = allocate(l, m->norm_saved_bytes);
     b->mlp_norm_saved = allocate(l, m->norm_saved_bytes);
-    b->attention_saved = allocate_slot(m, l, layer, SLOT_ATTENTION_SAVED, s->attention_saved_bytes);
+    b->attention_saved =
+        allocate_slot(m, l, layer, SLOT_ATTENTION_SAVED, s->attention_saved_bytes * (s->diff ? 2 : 1));
     b->x_attn = slot_tensor(m, l, layer, SLOT_X_ATTN, hidden);
     b->y_attn = slot_tensor(m, l, layer, SLOT_Y_ATTN, hidden);
     b->folded_weight = b->folded_bias = tensor_none();
@@ -215,8 +227,8 @@ static void assign_layer(struct model *m, struct layout *l, int layer) {
     b->q = s->mixes ? slot_tensor(m, l, layer, SLOT_Q, pseudo) : tensor_select(b->qkv, 2, 0);
     b->k = s->mixes ? slot_tensor(m, l, layer, SLOT_K, pseudo) : tensor_select(b->qkv, 2, 1);
     b->v = s->mixes ? slot_tensor(m, l, layer, SLOT_V, pseudo) : tensor_select(b->qkv, 2, 2);
-    b->o_pseudo = slot_tensor(m, l, layer, SLOT_O_PSEUDO, pseudo);
-    b->o = s->iha ? slot_tensor(m, l, layer, SLOT_O, tensor_of(NULL, t, B, T, H, d, 0)) : b->o_pseudo;
+    b->o_pseudo = slot_tensor(m, l, layer, SLOT_O_PSEUDO, s->diff ? pairs : pseudo);
+    b->o = s->iha || s->diff ? slot_tensor(m, l, layer, SLOT_O, one) : b->o_pseudo;
     b->x_mlp = slot_tensor(m, l, layer, SLOT_X_MLP, hidden);
     b->y_mlp = slot_tensor(m, l, layer, SLOT_Y_MLP, hidden);
     b->up = slot_tensor(m, l, layer, SLOT_UP, wide);
@@ -239,23 +251,27 @@ static void assign_gradients(struct model *m, struct layout *l) {
     g->dgate = c->activation == ACTIVATION_SWIGLU ? allocate_tensor(l, wide) : tensor_none();
     size_t mlp_end = l->offset;
     l->offset = shared;
-    int64_t S = T; /* the largest of any layer */
-    bool mixes = false, iha = false, folded = false;
+    int64_t S = T;                                                   /* the largest of any layer */
+    bool mixes = false, apart = false, folded = false, diff = false; /* apart: o is not o_pseudo */
     for (int layer = 0; layer < c->num_hidden_layers; layer++) {
         S = m->specs[layer].attention.length > S ? m->specs[layer].attention.length : S;
         mixes |= m->specs[layer].mixes;
-        iha |= m->specs[layer].iha;
+        apart |= m->specs[layer].iha || m->specs[layer].diff;
+        diff |= m->specs[layer].diff;
         folded |= m->specs[layer].folded;
     }
-    size_t pseudo_bytes = (size_t)(B * S * H * d) * dtype_bytes(t);
+    size_t pseudo_bytes = (size_t)(B * S * H * d) * dtype_bytes(t),
+           pair_bytes = (size_t)(B * T * 2 * H * d) * dtype_bytes(t);
     g->d_o = allocate_tensor(l, tensor_of(NULL, t, B, T, H, d, 0));
     g->dqkv = allocate_tensor(l, tensor_of(NULL, t, B, T, 3, H, d));
     tensor weight = tensor_of(NULL, m->dtypes.gradient, 3 * H * d, c->hidden_size, 0, 0, 0);
     g->dfolded_weight = folded ? allocate_tensor(l, weight) : tensor_none();
     tensor bias = tensor_of(NULL, m->dtypes.gradient, 3 * H * d, 0, 0, 0, 0);
     g->dfolded_bias = folded && config_qkv_bias(c) ? allocate_tensor(l, bias) : tensor_none();
-    void **pseudo[] = {&g->d_o_pseudo, &g->dq, &g->dk, &g->dv};
-    for (int i = iha ? 0 : 1; i < 4 && mixes; i++)
+    g->dqkv_other = diff ? allocate_tensor(l, g->dqkv) : tensor_none();
+    g->d_o_pseudo = apart ? allocate(l, diff && pair_bytes > pseudo_bytes ? pair_bytes : pseudo_bytes) : NULL;
+    void **pseudo[] = {&g->dq, &g->dk, &g->dv};
+    for (int i = 0; i < 3 && mixes; i++)
         *pseudo[i] = allocate(l, pseudo_bytes);
     if (l->offset < mlp_end)
         l->offset = mlp_end;

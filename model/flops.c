@@ -26,6 +26,11 @@ double attention_pairs_in_paper(const struct model_config *m, enum layer_type ty
     return layer_is_local(type) && window < S ? S * window : S * S;
 }
 
+double attention_cost(const struct model_config *m, enum layer_type type) {
+    (void)m;
+    return layer_is_diff(type) ? 1.5 : 1;
+}
+
 /* Forward and backward. */
 static double attention_flops(const struct model_config *m, double pairs) {
     return 12 * (double)m->num_attention_heads * (double)m->head_dim * pairs;
@@ -42,7 +47,7 @@ struct flops flops_per_token(const struct model_config *m, int64_t seq_len) {
         if (pairs[type] == 0)
             pairs[type] = attention_pairs(m, type, seq_len);
         f.matmul += 6 * (4 * C * H * d + mlp);
-        f.attention += attention_flops(m, pairs[type]) / (double)seq_len;
+        f.attention += attention_flops(m, attention_cost(m, type) * pairs[type]) / (double)seq_len;
         if (layer_is_iha(type))
             f.mixing += 6 * d * P * H * (3 * H + (m->iha_collapse == COLLAPSE_FULL ? H : 1));
     }
@@ -60,8 +65,8 @@ double flops_segments(const struct model_config *m, int64_t seq_len, const int32
             continue; /* not the last token of its segment */
         for (int type = 0; type < LAYER_TYPES; type++)
             if (layers[type] > 0)
-                pairs +=
-                    (double)layers[type] * attention_pairs(m, (enum layer_type)type, t + 1 - segments[n]);
+                pairs += (double)layers[type] * attention_cost(m, (enum layer_type)type) *
+                         attention_pairs(m, (enum layer_type)type, t + 1 - segments[n]);
     }
     return attention_flops(m, pairs);
 }

@@ -7,6 +7,7 @@
 /* FLOPs of training on one token, forward and backward (backward costs twice the forward):
  *   matmul     6 * weights of qkv, out, up, gate, down in every layer, and of the vocabulary projection
  *   attention  12 * H * d * visible (virtual query, virtual key) pairs per token
+ *              times attention_cost()
  *   mixing     6 * d * P * H * (3 H + H) per IHA layer: alphas, and a full collapse (per head: 3 H + 1) */
 struct flops {
     double matmul, attention, mixing;
@@ -14,10 +15,15 @@ struct flops {
 struct flops flops_per_token(const struct model_config *m, int64_t seq_len);
 
 /* FLOPs of training's attention, forward and backward, on one batch whose attention stays inside segments: as
- * above, 12 * H * d * visible pairs, in all layers. segments: [batch, seq_len] the index in its sequence of
+ * above, in all layers. segments: [batch, seq_len] the index in its sequence of
  * the first token of each token's segment (struct batch in model.h). Costs little: a segment's pairs are a
  * formula of its length. */
 double flops_segments(const struct model_config *m, int64_t seq_len, const int32_t *segments, int64_t batch);
+
+/* What attention over a pair costs, next to 12 * H * d: 1.5 in differential layers, whose values are twice as wide and
+ * are weighted by both maps (the program computes their scores once for each half of the values, as counted here
+ * once). */
+double attention_cost(const struct model_config *m, enum layer_type type);
 
 /* Visible (query, key) pairs of one sequence in a layer: as the mask has them; and as the paper counts them,
  * where every query sees its whole window, or the whole sequence. */

@@ -81,10 +81,21 @@ static void mix_heads(struct model *m, int layer) {
                       b->k, b->v);
 }
 
-/* o from the pseudo-heads' outputs (paper: step 6). */
+static void attend(struct model *m, int layer) {
+    struct layer_buffers *b = &m->layers[layer];
+    if (m->specs[layer].diff)
+        differential_attention(m, layer);
+    else
+        m->k->attention(m->dev, &m->specs[layer].attention, b->q, b->k, b->v, m->segments, b->o_pseudo,
+                        b->attention_saved);
+}
+
+/* o from the pseudo-heads' outputs (paper: step 6), or from those of the pairs of a differential layer. */
 static void collapse(struct model *m, int layer) {
     struct layer_buffers *b = &m->layers[layer];
-    if (m->specs[layer].iha)
+    if (m->specs[layer].diff)
+        differential_combine(m, layer);
+    else if (m->specs[layer].iha)
         m->k->collapse(m->dev, &m->specs[layer].collapse, b->o_pseudo,
                        model_param(m, params_of(m, layer)->collapse), b->o);
 }
@@ -96,8 +107,7 @@ static void attention_half(struct model *m, int layer) {
     int64_t C = m->config.hidden_size, width = m->config.num_attention_heads * m->config.head_dim;
     project_qkv(m, layer);
     mix_heads(m, layer);
-    m->k->attention(m->dev, &m->specs[layer].attention, b->q, b->k, b->v, m->segments, b->o_pseudo,
-                    b->attention_saved);
+    attend(m, layer);
     collapse(m, layer);
     linear(m, b->o, width, p->out, p->out_bias, C, m->delta);
 }

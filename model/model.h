@@ -50,12 +50,13 @@ struct layer_buffers {
     tensor y_attn; /* [N,C] its norm */
     /* [3*H*d,C] and [3*H*d] the weight and bias of qkv with their heads mixed, in folded layers */
     tensor folded_weight, folded_bias;
-    tensor qkv;      /* [B,T,3,H,d] */
-    tensor q, k, v;  /* [B,S,H,d] attention's inputs; slices of qkv where nothing is mixed or rotated */
-    tensor o_pseudo; /* [B,S,H,d] attention's output */
-    tensor o;        /* [B,T,H,d] collapsed; in MHA layers o_pseudo itself */
-    tensor x_mlp;    /* [N,C] the residual stream between attention and MLP */
-    tensor y_mlp;    /* [N,C] its norm */
+    tensor qkv;     /* [B,T,3,H,d] */
+    tensor q, k, v; /* [B,S,H,d] attention's inputs; slices of qkv where nothing is mixed or rotated */
+    tensor
+        o_pseudo; /* [B,S,H,d] attention's output; in differential layers [B,T,2,H,d], see differential.c */
+    tensor o;     /* [B,T,H,d] collapsed; in MHA layers o_pseudo itself */
+    tensor x_mlp; /* [N,C] the residual stream between attention and MLP */
+    tensor y_mlp; /* [N,C] its norm */
     tensor up, gate; /* [N,F] */
     tensor act;      /* [N,F] */
     void *attn_norm_saved, *mlp_norm_saved, *attention_saved;
@@ -66,11 +67,19 @@ struct layer_specs {
     struct qkv_mix_spec qkv_mix;
     struct attention_spec attention;
     struct collapse_spec collapse;
-    bool iha;    /* heads are mixed, and collapse runs */
-    bool folded; /* heads are mixed in the weight of qkv */
-    bool mixes;  /* qkv_mix runs: IHA, or MHA with RoPE */
+    struct attention_spec pair_attention;  /* differential layers: of every other head */
+    struct diff_combine_spec diff_combine; /* and what follows */
+    bool iha;                              /* heads are mixed, and collapse runs */
+    bool diff;                             /* differential */
+    bool folded;                           /* heads are mixed in the weight of qkv */
+    bool mixes;                            /* qkv_mix runs: IHA, or MHA with RoPE */
     size_t attention_saved_bytes;
 };
+
+/* The attention that the layer's calls are planned for. */
+static inline const struct attention_spec *planned_attention(const struct layer_specs *s) {
+    return s->diff ? &s->pair_attention : &s->attention;
+}
 
 /* Gradients of activations; one set for all layers, since backward works on one layer at a time. */
 struct gradient_buffers {
@@ -79,6 +88,7 @@ struct gradient_buffers {
     tensor d_o, dqkv;                    /* [B,T,H,d], [B,T,3,H,d] */
     tensor dfolded_weight, dfolded_bias; /* of a folded layer; the type of gradients of parameters */
     void *d_o_pseudo, *dq, *dk, *dv;     /* [B,S,H,d], S that of the layer */
+    tensor dqkv_other;                   /* [B,T,3,H,d] of a differential layer's second half of the values */
 };
 
 /* Euclidean norms by part of the model; negative where it has none. Gradients are of the mean loss, before clipping. */
@@ -193,6 +203,17 @@ static inline tensor qkv_by_heads(const struct model *m, tensor t) {
 
 /* Of a folded layer: the weight and bias of qkv with their heads mixed. bias is absent where the model has none. */
 void model_fold(const struct model *m, int layer, tensor weight, tensor bias);
+
+/* Attention of a differential layer (differential.c), and the two attentions made one: o from o_pseudo. Backward:
+ * dq, dk and dv [B,T,H,d] from grad.d_o; accumulate: gradients of parameters are added to. */
+void differential_attention(struct model *m, int layer);
+void differential_combine(struct model *m, int layer);
+void differential_backward(struct model *m, int layer, tensor dq, tensor dk, tensor dv, bool accumulate);
+/* The same for any number of tokens: pairs [B,T,2,H,d], o [B,T,H,d]. */
+void differential_combine_of(const struct model *m, int layer, const struct diff_combine_spec *spec,
+                             tensor pairs, tensor o);
+/* Heads first, first + 2, ... of t [B,S,H,d]. */
+tensor every_other_head(tensor t, int first);
 
 /* Parts of a pass, for forward.c, backward.c and parallel.c. model_await: wait for a collective, if it is
  * pending. model_await_unit: wait until the parameters of one unit are gathered. model_forward ends with

@@ -65,6 +65,17 @@ static int add_alpha(struct builder *b, const struct model_config *m, int layer,
                : -1;
 }
 
+/* Of a differential layer. */
+static void add_diff(struct builder *b, const struct model_config *m, int layer, struct layer_params *l) {
+    static const char *const names[] = {"attn.lambda_q1", "attn.lambda_k1", "attn.lambda_q2",
+                                        "attn.lambda_k2"};
+    bool diff = layer_is_diff(m->layer_types[layer]);
+    for (int i = 0; i < 4; i++)
+        l->lambda[i] = diff ? add(b, names[i], m->head_dim, 0, 0, PARAM_MIX, INIT_LAMBDA) : -1;
+    l->diff_norm =
+        diff ? add(b, "attn.diff_norm.weight", 2 * m->head_dim, 0, 0, PARAM_VECTOR, INIT_ONES) : -1;
+}
+
 static void add_layer(struct builder *b, const struct model_config *m, int layer, struct layer_params *l) {
     int64_t C = m->hidden_size, F = m->intermediate_size, H = m->num_attention_heads, P = m->num_pseudo_heads;
     int64_t width = H * m->head_dim;
@@ -79,6 +90,7 @@ static void add_layer(struct builder *b, const struct model_config *m, int layer
     l->alpha_k = add_alpha(b, m, layer, "attn.alpha_k");
     l->alpha_v = add_alpha(b, m, layer, "attn.alpha_v");
     l->collapse = iha ? add(b, "attn.collapse", H, P, full ? H : 0, PARAM_MIX, INIT_COLLAPSE) : -1;
+    add_diff(b, m, layer, l);
     l->out = add(b, "attn.out.weight", C, width, 0, PARAM_MATRIX, INIT_NORMAL_OUTPUT);
     l->out_bias = add_bias(b, m->bias, "attn.out.bias", C);
     l->mlp_norm = add(b, "mlp_norm.weight", C, 0, 0, PARAM_VECTOR, INIT_ONES);
@@ -194,6 +206,8 @@ void params_initial(const struct param *t, const struct model_config *m, uint64_
         scale = 0.02 / sqrt(2.0 * (double)m->num_hidden_layers);
     else if (t->init == INIT_ALPHA && m->init_alpha == ALPHA_NOISE)
         scale = 0.02;
+    else if (t->init == INIT_LAMBDA)
+        scale = 0.1;
     if (scale == 0)
         memset(values, 0, (size_t)t->count * sizeof *values);
     else {

@@ -11,7 +11,7 @@
 enum param_class {
     PARAM_MATRIX, /* weight decay */
     PARAM_VECTOR, /* norms and biases: no weight decay */
-    PARAM_MIX,    /* alpha and collapse: no weight decay, and the learning rate is times mix_lr_scale */
+    PARAM_MIX,    /* alpha, collapse, lambda: no weight decay, and the learning rate is times mix_lr_scale */
 };
 
 /* The parts of a model that are counted and measured apart. Biases are with their matrix. */
@@ -23,6 +23,7 @@ enum param_init {
     INIT_ONES,
     INIT_ZEROS,
     INIT_ALPHA,    /* the identity for each pseudo-head, optionally with noise */
+    INIT_LAMBDA,   /* normal(0, 0.1) */
     INIT_COLLAPSE, /* selects the last pseudo-head, or averages them */
 };
 
@@ -41,6 +42,8 @@ struct param {
 /* Indices into params.list; -1 where the model has no such tensor. */
 struct layer_params {
     int attn_norm, attn_norm_bias, qkv, qkv_bias, alpha_q, alpha_k, alpha_v, collapse, out, out_bias;
+    int lambda[4]; /* q1, k1, q2, k2 of a differential layer */
+    int diff_norm;
     int mlp_norm, mlp_norm_bias, up, up_bias, gate, down, down_bias;
 };
 

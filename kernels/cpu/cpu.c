@@ -48,6 +48,9 @@ static int cpu_plan(struct device *dev, const struct op_spec *spec, struct op_co
     case OP_FOLD:
         *cost = CPU(fold_plan)(dev, &spec->fold);
         break;
+    case OP_DIFF_COMBINE:
+        *cost = CPU(diff_combine_plan)(dev, &spec->diff_combine);
+        break;
     case OP_CLASSIFIER:
         return CPU(classifier_plan)(dev, &spec->classifier, cost, e);
     case OP_LINEAR:

@@ -133,6 +133,7 @@ struct op_cost CPU(attention_plan)(const struct device *dev, const struct attent
 struct op_cost CPU(decode_plan)(const struct device *dev, const struct attention_spec *s);
 struct op_cost CPU(collapse_plan)(const struct device *dev, const struct collapse_spec *s);
 struct op_cost CPU(fold_plan)(const struct device *dev, const struct fold_spec *s);
+struct op_cost CPU(diff_combine_plan)(const struct device *dev, const struct diff_combine_spec *s);
 int CPU(linear_plan)(struct device *dev, const struct linear_spec *s, struct op_cost *cost, struct error *e);
 int CPU(classifier_plan)(struct device *dev, const struct classifier_spec *s, struct op_cost *cost,
                          struct error *e);

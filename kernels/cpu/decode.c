@@ -29,8 +29,10 @@ static void attend_query(const struct attention_spec *s, const elem *q, tensor c
     memset(o, 0, (size_t)d * sizeof(real));
     for (int64_t key = begin; key < end; key++) {
         int64_t slot = key % capacity;
-        const elem *k = (elem *)cache_k.data + b * cache_k.stride[0] + slot * cache_k.stride[1] + h * d;
-        const elem *v = (elem *)cache_v.data + b * cache_v.stride[0] + slot * cache_v.stride[1] + h * d;
+        const elem *k =
+            (elem *)cache_k.data + b * cache_k.stride[0] + slot * cache_k.stride[1] + h * cache_k.stride[2];
+        const elem *v =
+            (elem *)cache_v.data + b * cache_v.stride[0] + slot * cache_v.stride[1] + h * cache_v.stride[2];
         real score = (real)s->scale * dot(q, k, d);
         if (score > max) {
             real factor = (real)exp((double)(max - score));
@@ -53,9 +55,11 @@ static void append_to_cache(const struct attention_spec *s, tensor x, tensor cac
     int64_t capacity = cache.shape[1];
     for (int64_t b = 0; b < s->batch; b++)
         for (int64_t i = 0; i < s->length; i++)
-            memcpy((elem *)cache.data + b * cache.stride[0] + (first + i) % capacity * cache.stride[1],
-                   (elem *)x.data + b * x.stride[0] + i * x.stride[1],
-                   (size_t)(s->heads * s->head_dim) * sizeof(elem));
+            for (int64_t h = 0; h < s->heads; h++)
+                memcpy((elem *)cache.data + b * cache.stride[0] + (first + i) % capacity * cache.stride[1] +
+                           h * cache.stride[2],
+                       (elem *)x.data + b * x.stride[0] + i * x.stride[1] + h * x.stride[2],
+                       (size_t)s->head_dim * sizeof(elem));
 }
 
 void CPU(attention_decode)(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,

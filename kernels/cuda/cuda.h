@@ -160,6 +160,8 @@ void attention_plans_free(struct attention_plans *);
 const char *cuda_attention_backend(struct device *, const struct attention_spec *, size_t *deterministic);
 int cuda_orthogonalize_plan(struct device *, const struct orthogonalize_spec *, struct op_cost *,
                             struct error *);
+int cuda_diff_combine_plan(struct device *, const struct diff_combine_spec *, struct op_cost *,
+                           struct error *);
 int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
 
 /* C[m,n] = op(A) op(B) (+ C) (+ bias [n]), row-major; transposed operands are stored as [k,m] and [n,k]. A

@@ -282,6 +282,24 @@ void estimate_fold_backward(struct device *dev, const struct fold_spec *s, tenso
                  elements * (4 + element_bytes(dev)) + gradient_bytes(elements, accumulate));
 }
 
+/* It is read or written once each: o [N,2,pairs,2d] and an array of half the size. */
+void estimate_diff_combine(struct device *dev, const struct diff_combine_spec *s, tensor o, tensor lambda_q1,
+                           tensor lambda_k1, tensor lambda_q2, tensor lambda_k2, tensor w, tensor out) {
+    count_pass(dev, ESTIMATE_ELEMENTWISE, 3 * heads_bytes(dev, s->rows, 2 * s->pairs, s->head_dim));
+}
+
+void estimate_diff_combine_backward(struct device *dev, const struct diff_combine_spec *s, tensor dout,
+                                    tensor o, tensor lambda_q1, tensor lambda_k1, tensor lambda_q2,
+                                    tensor lambda_k2, tensor w, tensor d_o, tensor dlambda_q1,
+                                    tensor dlambda_k1, tensor dlambda_q2, tensor dlambda_k2, tensor dw,
+                                    bool accumulate) {
+    count_pass(dev, ESTIMATE_ELEMENTWISE, 5 * heads_bytes(dev, s->rows, 2 * s->pairs, s->head_dim));
+}
+
+void estimate_add(struct device *dev, tensor x, tensor y) {
+    count_pass(dev, ESTIMATE_ELEMENTWISE, 3 * (double)tensor_count(x) * element_bytes(dev));
+}
+
 /* ---- optimizer and step state ---- */
 
 void estimate_sumsq(struct device *dev, tensor g, struct step_state *state) {

@@ -18,6 +18,8 @@ const char *const config_layer_type_names[] = {[LAYER_MHA_GLOBAL] = "mha_global"
                                                [LAYER_IHA_LOCAL] = "iha_local",
                                                [LAYER_FOLDED_GLOBAL] = "folded_global",
                                                [LAYER_FOLDED_LOCAL] = "folded_local",
+                                               [LAYER_DIFF_GLOBAL] = "diff_global",
+                                               [LAYER_DIFF_LOCAL] = "diff_local",
                                                NULL};
 const char *const recompute_names[] = {
     [RECOMPUTE_NONE] = "none", [RECOMPUTE_LIGHT] = "light", [RECOMPUTE_FULL] = "full", NULL};
@@ -86,11 +88,11 @@ const struct config_row config_rows[] = {
      .name = "layer_pattern",
      .kind = KIND_PATTERN,
      .initial = "iha_local*4 mha_global",
-     .help =
-         "layer types, repeated up to num_hidden_layers:\n"
-         "mha_global|mha_local|iha_global|iha_local|folded_global|\nfolded_local, each with an optional *N"},
+     .help = "layer types, repeated up to num_hidden_layers:\n"
+             "mha_global|mha_local|iha_global|iha_local|folded_global|\nfolded_local|diff_global|diff_local, "
+             "each with an optional *N"},
     {MODEL(local_window), INTEGER(1, TWO(40)), .initial = "512",
-     .help = "keys per query in mha_local and folded_local layers,\nitself included"},
+     .help = "keys per query in local layers other than iha_local,\nitself included"},
     {MODEL(num_pseudo_heads), INTEGER(1, 4096), .initial = "2", .help = "pseudo-heads per head (P)"},
     {MODEL(iha_window), INTEGER(1, TWO(40)), .zero = "auto", .initial = "auto",
      .help =
@@ -142,7 +144,7 @@ const struct config_row config_rows[] = {
      .help = "AdamW's decay rate of the second moment"},
     {TRAIN(eps), REAL(1e-30, 1), .initial = "1e-8", .help = "added to AdamW's denominator"},
     {TRAIN(grad_clip), REAL(0, 1e9), .initial = "1.0", .help = "largest gradient norm; 0: no clipping"},
-    {TRAIN(mix_lr_scale), REAL(0, 1e6), .initial = "1", .help = "factor on lr for alpha and collapse"},
+    {TRAIN(mix_lr_scale), REAL(0, 1e6), .initial = "1", .help = "factor on lr for alpha, collapse, lambda"},
     {TRAIN(seed), INTEGER(0, TWO(53)), .initial = "1",
      .help = "random seed of initialisation and data order"},
     {TRAIN(init_from), .kind = KIND_TEXT, .zero = "none", .initial = "none",

@@ -24,6 +24,8 @@ enum layer_type {
     LAYER_IHA_LOCAL,
     LAYER_FOLDED_GLOBAL, /* heads mixed with P = 1 and no collapse, in the weight of qkv */
     LAYER_FOLDED_LOCAL,
+    LAYER_DIFF_GLOBAL, /* differential: two attentions of half as many heads, subtracted */
+    LAYER_DIFF_LOCAL,
     LAYER_TYPES
 };
 enum iha_mask { MASK_FLAT, MASK_TOKEN };
@@ -215,10 +217,13 @@ static inline bool layer_is_iha(enum layer_type t) {
     return t == LAYER_IHA_GLOBAL || t == LAYER_IHA_LOCAL;
 }
 static inline bool layer_is_local(enum layer_type t) {
-    return t == LAYER_MHA_LOCAL || t == LAYER_IHA_LOCAL || t == LAYER_FOLDED_LOCAL;
+    return t == LAYER_MHA_LOCAL || t == LAYER_IHA_LOCAL || t == LAYER_FOLDED_LOCAL || t == LAYER_DIFF_LOCAL;
 }
 static inline bool layer_is_folded(enum layer_type t) {
     return t == LAYER_FOLDED_GLOBAL || t == LAYER_FOLDED_LOCAL;
+}
+static inline bool layer_is_diff(enum layer_type t) {
+    return t == LAYER_DIFF_GLOBAL || t == LAYER_DIFF_LOCAL;
 }
 
 /* The known name nearest to `word` by edit distance, or NULL when none is near enough to be meant. Names

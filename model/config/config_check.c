@@ -34,6 +34,19 @@ static int finish_layers(struct draft *d) {
     return 0;
 }
 
+/* What layer types ask of the other keys. */
+static int check_layers(const struct draft *d) {
+    const struct model_config *m = &d->config->model;
+    for (int64_t layer = 0; layer < m->num_hidden_layers; layer++)
+        if (layer_is_diff(m->layer_types[layer]) && m->num_attention_heads % 2)
+            return fail_at(d, model_row("num_attention_heads"),
+                           "layer %" PRId64
+                           " is %s, whose heads are in pairs, and num_attention_heads = %" PRId64
+                           " is odd; make it even",
+                           layer, layer_type_name(m->layer_types[layer]), m->num_attention_heads);
+    return 0;
+}
+
 static int finish_head_dim(struct draft *d) {
     struct model_config *m = &d->config->model;
     if (!m->head_dim) {
@@ -74,7 +87,7 @@ static int check_rope_scaling(const struct draft *d) {
 
 int finish_model(struct draft *d, int64_t seq_len) {
     struct model_config *m = &d->config->model;
-    if (finish_head_dim(d) || finish_layers(d) || check_rope_scaling(d))
+    if (finish_head_dim(d) || finish_layers(d) || check_layers(d) || check_rope_scaling(d))
         return -1;
     if (!m->intermediate_size)
         m->intermediate_size = 4 * m->hidden_size;

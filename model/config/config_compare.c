@@ -137,7 +137,10 @@ static void compare_iha(struct pair *p, int layer) {
 
 static void compare_layer(struct pair *p, int layer) {
     enum layer_type then = p->then->layer_types[layer], now = p->now->layer_types[layer];
-    if ((layer_is_iha(then) && !layer_is_iha(now)) || (layer_is_folded(then) && !layer_is_folded(now)))
+    if (layer_is_diff(then) != layer_is_diff(now))
+        add_reason(&p->misfits, layer, "it is %s and was %s, which has other parameters",
+                   layer_type_name(now), layer_type_name(then));
+    else if ((layer_is_iha(then) && !layer_is_iha(now)) || (layer_is_folded(then) && !layer_is_folded(now)))
         add_reason(&p->misfits, layer, "it is %s and was %s, whose %s would be lost", layer_type_name(now),
                    layer_type_name(then), layer_is_iha(then) ? "alpha and collapse" : "alpha");
     else if (layer_is_iha(then))

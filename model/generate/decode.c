@@ -5,6 +5,14 @@
 
 #include "model/buffers.h"
 
+/* Attentions of a token whose outputs are kept apart, at most. */
+static int64_t max_outputs(const struct model *m) {
+    for (int layer = 0; layer < m->config.num_hidden_layers; layer++)
+        if (m->specs[layer].diff)
+            return 2;
+    return 1;
+}
+
 /* The largest P of any layer. */
 static int64_t max_pseudo(const struct model *m) {
     int64_t P = 1;
@@ -40,12 +48,14 @@ static void assign_buffers(struct decoder *d, size_t norm_saved) {
     d->rope = c->position_embedding == POSITION_ROPE
                   ? assign(d, tensor_of(NULL, d->m->dtypes.master, d->capacity * P, 2, dim / 2, 0, 0))
                   : tensor_none();
-    tensor *hiddens[] = {&d->x, &d->y, &d->delta}, *pseudos[] = {&d->q, &d->k, &d->v, &d->o_pseudo};
+    tensor *hiddens[] = {&d->x, &d->y, &d->delta}, *pseudos[] = {&d->q, &d->k, &d->v};
     tensor *wides[] = {&d->up, &d->gate, &d->act};
     for (size_t i = 0; i < 3; i++)
         *hiddens[i] = assign(d, hidden);
-    for (size_t i = 0; i < 4; i++)
+    for (size_t i = 0; i < 3; i++)
         *pseudos[i] = assign(d, pseudo);
+    int64_t outputs = P > max_outputs(d->m) ? P : max_outputs(d->m);
+    d->o_pseudo = assign(d, tensor_of(NULL, t, 1, n * outputs, H, dim, 0));
     for (size_t i = 0; i < 3; i++)
         *wides[i] = assign(d, wide);
     d->qkv = assign(d, tensor_of(NULL, t, 1, n, 3, H, dim));
@@ -93,7 +103,9 @@ static struct layer_specs specs_for(const struct model *m, int layer, int64_t n)
     s.qkv_mix.batch = s.attention.batch = s.collapse.batch = 1;
     s.qkv_mix.tokens = s.collapse.tokens = n;
     s.attention.length = n * s.qkv_mix.pseudo;
-    s.attention.segmented = false; /* what is generated is one segment */
+    s.pair_attention.batch = 1;
+    s.pair_attention.length = s.diff_combine.rows = n;
+    s.attention.segmented = s.pair_attention.segmented = false; /* what is generated is one segment */
     return s;
 }
 
@@ -106,7 +118,7 @@ static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) 
                             {.kind = OP_LINEAR, .linear = {n, C, F}},
                             {.kind = OP_LINEAR, .linear = {n, F, C}},
                             {.kind = OP_ACT, .act = act_of(d, n)},
-                            {.kind = OP_DECODE, .attention = s.attention},
+                            {.kind = OP_DECODE, .attention = *planned_attention(&s)},
                             {.kind = OP_QKV_MIX, .qkv_mix = s.qkv_mix},
                             {.kind = OP_COLLAPSE, .collapse = s.collapse}};
     /* qkv_mix and collapse, the last two, only where the layer runs them. */
@@ -115,7 +127,8 @@ static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) 
         if (plan_op(d, ops[i], NULL, e) != 0)
             return -1;
     struct op_spec fold = {.kind = OP_FOLD, .fold = {c->num_attention_heads, c->head_dim * C}};
-    return s.folded ? plan_op(d, fold, NULL, e) : 0;
+    struct op_spec combine = {.kind = OP_DIFF_COMBINE, .diff_combine = s.diff_combine};
+    return s.folded ? plan_op(d, fold, NULL, e) : s.diff ? plan_op(d, combine, NULL, e) : 0;
 }
 
 /* Plan every operation of a pass over n tokens. *saved: the bytes that a norm saves. */
@@ -238,6 +251,23 @@ static void norm(struct decoder *d, int64_t n, tensor delta, int weight, int bia
                         d->norm_saved);
 }
 
+/* As differential_attention() and differential_combine(), with the caches. Calls that share keys or values append the
+ * same to the caches. */
+static void attend_differential(struct decoder *d, int layer, int64_t n, tensor q, tensor k, tensor v,
+                                tensor o) {
+    struct model *m = d->m;
+    struct layer_specs s = specs_for(m, layer, n);
+    tensor pairs = with_shape(d->o_pseudo, 1, n, 2, m->config.num_attention_heads, m->config.head_dim);
+    for (int map = 0; map < 2; map++)
+        for (int half = 0; half < 2; half++)
+            m->k->attention_decode(m->dev, &s.pair_attention, every_other_head(q, map),
+                                   every_other_head(k, map), every_other_head(v, half),
+                                   every_other_head(d->cache_k[layer], map),
+                                   every_other_head(d->cache_v[layer], half), d->position,
+                                   every_other_head(tensor_select(pairs, 2, map), half));
+    differential_combine_of(m, layer, &s.diff_combine, pairs, o);
+}
+
 /* o [n,H,d] from qkv [n,3,H,d] and the caches, to which the n tokens' keys and values are appended. */
 static void attention(struct decoder *d, int layer, int64_t n) {
     struct model *m = d->m;
@@ -255,6 +285,10 @@ static void attention(struct decoder *d, int layer, int64_t n) {
         q = tensor_select(qkv, 2, 0);
         key = tensor_select(qkv, 2, 1);
         v = tensor_select(qkv, 2, 2);
+    }
+    if (s.diff) {
+        attend_differential(d, layer, n, q, key, v, o);
+        return;
     }
     if (!s.iha)
         o_pseudo = o;

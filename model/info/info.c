@@ -46,7 +46,7 @@ static void print_model(FILE *out, const struct model_config *m) {
 static void print_parameters(FILE *out, const struct params *p) {
     static const char *const names[] = {[PART_EMBEDDINGS] = "embeddings",
                                         [PART_ATTENTION] = "attention projections",
-                                        [PART_MIX] = "alpha and collapse (IHA)",
+                                        [PART_MIX] = "alpha, collapse, lambda",
                                         [PART_MLP] = "MLP",
                                         [PART_NORMS] = "norms",
                                         [PART_HEAD] = "lm_head"};
@@ -74,8 +74,8 @@ static void print_schedule(FILE *out, const struct model_config *m, int64_t seq_
         int last = first;
         while (last + 1 < m->num_hidden_layers && m->layer_types[last + 1] == type)
             last++;
-        double pairs = attention_pairs(m, type, seq_len),
-               charged_pairs = attention_pairs_in_paper(m, type, seq_len);
+        double cost = attention_cost(m, type), pairs = cost * attention_pairs(m, type, seq_len),
+               charged_pairs = cost * attention_pairs_in_paper(m, type, seq_len);
         char range[32], window[48] = "-";
         snprintf(range, sizeof range, first == last ? "%d" : "%d-%d", first, last);
         if (layer_is_local(type))
@@ -212,7 +212,7 @@ void info_print_determinism(FILE *out, const struct model *m) {
         size_t bytes;
         if (printed[type])
             continue;
-        const char *backend = m->k->attention_backend(m->dev, &m->specs[layer].attention, &bytes);
+        const char *backend = m->k->attention_backend(m->dev, planned_attention(&m->specs[layer]), &bytes);
         fprintf(out, "%s of %s layers by %s", separator, layer_type_name(type), backend);
         if (bytes > 0)
             fprintf(out, " with %.1f MB", (double)bytes / 1e6);

@@ -46,6 +46,7 @@ struct op_case {
 #define ATTENTION_CASE(...) .spec = {.kind = OP_ATTENTION, .attention = {__VA_ARGS__}}
 #define COLLAPSE_CASE(...) .spec = {.kind = OP_COLLAPSE, .collapse = {__VA_ARGS__}}
 #define FOLD_CASE(...) .spec = {.kind = OP_FOLD, .fold = {__VA_ARGS__}}
+#define DIFF_CASE(...) .spec = {.kind = OP_DIFF_COMBINE, .diff_combine = {__VA_ARGS__}}
 #define ACT_CASE(...) .spec = {.kind = OP_ACT, .act = {__VA_ARGS__}}
 #define CLASSIFIER_CASE(...) .spec = {.kind = OP_CLASSIFIER, .classifier = {__VA_ARGS__}}
 
@@ -191,6 +192,12 @@ static const struct op_case OP_CASES[] = {
     {GRADIENT | COMPARE, FOLD_CASE(1, 5)},
     {COMPARE, FOLD_CASE(2, 1024 + 40), .vary = ACCUMULATE}, /* more columns than a thread or block takes */
     {COMPARE, FOLD_CASE(17, 24), ACCUMULATE},
+
+    /* ---- diff_combine: rows, pairs, head_dim, lambda_init, eps ---- */
+    {GRADIENT | COMPARE, DIFF_CASE(3, 2, 5, 0.2, 1e-3), .vary = ACCUMULATE},
+    {GRADIENT | COMPARE, DIFF_CASE(1, 1, 1, 0.7, 1e-2)},
+    {COMPARE, DIFF_CASE(70, 3, 40, 0.5, 1e-5), .vary = ACCUMULATE}, /* more pairs than warps at once */
+    {COMPARE, DIFF_CASE(5, 2, 128, 0.8, 1e-5)},
 
     /* ---- attention: batch, S, heads, head_dim, pseudo, causal, token_mask, window, scale (0: d^-1/2),
      * segmented ---- */

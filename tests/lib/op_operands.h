@@ -168,6 +168,25 @@ static inline void fold_operands(const struct op_case *c, struct op_operand *x) 
     }
 }
 
+/* The lambdas as small as they begin, w about 1. */
+static inline void diff_combine_operands(const struct op_case *c, struct op_operand *x) {
+    static const char *const names[] = {"lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2", "w"};
+    static const char *const gradients[] = {"dlambda_q1", "dlambda_k1", "dlambda_q2", "dlambda_k2", "dw"};
+    const struct diff_combine_spec *s = &c->spec.diff_combine;
+    x[0] = (struct op_operand){"o", BOTH_READ, SHAPE(s->rows, 2, s->pairs, 2 * s->head_dim)};
+    x[6] = (struct op_operand){"out", FORWARD_WRITES, SHAPE(s->rows, s->pairs, 2 * s->head_dim)};
+    x[7] = (struct op_operand){"dout", BACKWARD_READS, SHAPE(s->rows, s->pairs, 2 * s->head_dim),
+                               .gradient_of_output = 7};
+    x[8] = (struct op_operand){"do", BACKWARD_WRITES, SHAPE(s->rows, 2, s->pairs, 2 * s->head_dim),
+                               .gradient_of = {1}};
+    for (int i = 0; i < 5; i++) {
+        x[1 + i] = (struct op_operand){names[i], BOTH_READ, SHAPE(i < 4 ? s->head_dim : 2 * s->head_dim),
+                                       .scale = 0.5, .offset = i < 4 ? 0 : 1};
+        x[9 + i] = (struct op_operand){gradients[i], parameter_gradient(c), TYPE_GRADIENT,
+                                       SHAPE(i < 4 ? s->head_dim : 2 * s->head_dim), .gradient_of = {2 + i}};
+    }
+}
+
 /* Inputs large enough to reach the nonlinear parts of the activations. */
 static inline void act_operands(const struct op_case *c, struct op_operand *x) {
     const int64_t N = c->spec.act.rows, F = c->spec.act.hidden;
@@ -209,6 +228,7 @@ static inline void op_operands(const struct op_case *c, struct op_operand x[OP_O
                                                       [OP_ATTENTION] = attention_operands,
                                                       [OP_COLLAPSE] = collapse_operands,
                                                       [OP_FOLD] = fold_operands,
+                                                      [OP_DIFF_COMBINE] = diff_combine_operands,
                                                       [OP_ACT] = act_operands,
                                                       [OP_CLASSIFIER] = classifier_operands};
     for (int i = 0; i < OP_OPERANDS; i++)
@@ -275,6 +295,8 @@ static inline void op_forward(const struct kernels *k, struct device *dev, const
         return k->collapse(dev, &s.collapse, t[0], t[1], t[2]);
     case OP_FOLD:
         return k->fold(dev, &s.fold, t[0], t[1], t[2], t[3], t[4]);
+    case OP_DIFF_COMBINE:
+        return k->diff_combine(dev, &s.diff_combine, t[0], t[1], t[2], t[3], t[4], t[5], t[6]);
     case OP_ACT:
         return k->mlp_act(dev, &s.act, t[0], t[1], t[2]);
     default:
@@ -306,6 +328,9 @@ static inline void op_backward(const struct kernels *k, struct device *dev, cons
         return k->collapse_backward(dev, &s.collapse, t[3], t[0], t[1], t[4], t[5], add);
     case OP_FOLD:
         return k->fold_backward(dev, &s.fold, t[5], t[0], t[1], t[2], t[3], t[6], t[7], t[8], t[9], add, add);
+    case OP_DIFF_COMBINE:
+        return k->diff_combine_backward(dev, &s.diff_combine, t[7], t[0], t[1], t[2], t[3], t[4], t[5], t[8],
+                                        t[9], t[10], t[11], t[12], t[13], add);
     case OP_ACT:
         return k->mlp_act_backward(dev, &s.act, t[3], t[0], t[1], t[4], t[5]);
     default:
@@ -319,8 +344,10 @@ static inline void op_backward(const struct kernels *k, struct device *dev, cons
 enum { OP_TEXT = 256 };
 
 static inline const char *op_name(const struct op_case *c) {
-    static const char *const names[] = {"embed",    "residual_norm", "linear", "qkv_mix",   "attention",
-                                        "collapse", "fold",          NULL,     "classifier"};
+    static const char *const names[] = {
+        [OP_EMBED] = "embed",     [OP_NORM] = "residual_norm",        [OP_LINEAR] = "linear",
+        [OP_QKV_MIX] = "qkv_mix", [OP_ATTENTION] = "attention",       [OP_COLLAPSE] = "collapse",
+        [OP_FOLD] = "fold",       [OP_DIFF_COMBINE] = "diff_combine", [OP_CLASSIFIER] = "classifier"};
     static const char *const acts[] = {"gelu_tanh", "relu2", "swiglu"};
     return c->spec.kind == OP_ACT ? acts[c->spec.act.type] : names[c->spec.kind];
 }
@@ -363,6 +390,10 @@ static inline const char *op_sizes(const struct op_case *c, char text[OP_TEXT]) 
         break;
     case OP_FOLD:
         snprintf(text, OP_TEXT, "H=%d, %d columns", (int)s->fold.heads, (int)s->fold.columns);
+        break;
+    case OP_DIFF_COMBINE:
+        snprintf(text, OP_TEXT, "%d rows, %d pairs of heads, d=%d", (int)s->diff_combine.rows,
+                 (int)s->diff_combine.pairs, (int)s->diff_combine.head_dim);
         break;
     case OP_ACT:
         snprintf(text, OP_TEXT, "%d rows of %d", (int)s->act.rows, (int)s->act.hidden);

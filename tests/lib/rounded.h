@@ -52,6 +52,9 @@ static inline void round_views(const tensor *views, int count) {
 #define BF16_collapse_backward d_o
 #define BF16_fold folded
 #define BF16_fold_backward NOTHING
+#define BF16_diff_combine out
+#define BF16_diff_combine_backward d_o
+#define BF16_add x
 #define BF16_mlp_act out
 #define BF16_mlp_act_backward du, dgate
 #define BF16_classifier dh

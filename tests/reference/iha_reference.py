@@ -14,7 +14,8 @@ import math
 
 import numpy as np
 
-LAYER_TYPES = ("mha_global", "mha_local", "iha_global", "iha_local", "folded_global", "folded_local")
+LAYER_TYPES = ("mha_global", "mha_local", "iha_global", "iha_local", "folded_global", "folded_local",
+               "diff_global", "diff_local")
 
 # Every [model] key as config.json has it: layer_types for layer_pattern, no init_*.
 CONFIG_KEYS = (
@@ -55,6 +56,10 @@ def expected_shapes(config):
         if kind.startswith("folded"):
             for which in "qkv":
                 shapes[f"{layer}attn.alpha_{which}"] = (H, H)
+        if kind.startswith("diff"):
+            for which in ("q1", "k1", "q2", "k2"):
+                shapes[f"{layer}attn.lambda_{which}"] = (d,)
+            shapes[layer + "attn.diff_norm.weight"] = (2 * d,)
         linear(layer + "attn.out", C, H * d, config["bias"])
         norm(layer + "mlp_norm")
         linear(layer + "mlp.up", F, C, config["bias"])
@@ -140,6 +145,22 @@ def attend(xp, q, k, v, see):
     return xp.einsum("bhsz,bzhd->bshd", softmax(xp, xp.where(see, scores, -math.inf)), v)
 
 
+def attend_differential(xp, config, layer, params, name, q, k, v, see):
+    """Ye et al. 2024: pair i is heads 2i and 2i + 1 of q and k, and one head of 2d of v; one map less lambda the other."""
+    B, T, H, d = q.shape
+    values = v.reshape(B, T, H // 2, 2 * d)
+    maps = []
+    for head in range(2):
+        scores = xp.einsum("bshd,bzhd->bhsz", q[:, :, head::2], k[:, :, head::2]) / math.sqrt(d)
+        maps.append(softmax(xp, xp.where(see[..., None, :, :], scores, -math.inf)))
+    initial = 0.8 - 0.6 * math.exp(-0.3 * layer)
+    q1, k1, q2, k2 = (params[f"{name}.lambda_{which}"] for which in ("q1", "k1", "q2", "k2"))
+    factor = xp.exp(xp.sum(q1 * k1)) - xp.exp(xp.sum(q2 * k2)) + initial
+    o = xp.einsum("bhsz,bzhd->bshd", maps[0] - factor * maps[1], values)
+    o = o / xp.sqrt(xp.mean(o * o, axis=-1, keepdims=True) + config["norm_eps"])
+    return ((1.0 - initial) * o * params[name + ".diff_norm.weight"]).reshape(B, T, H, d)
+
+
 def attention(xp, config, kind, params, name, x, segments=None, restart=True):
     """Steps 1 to 7 for x [B,T,C]; an MHA layer is steps 1, 4, 5, 7 with P = 1; a folded one also mixes heads, step 2."""
     B, T, _ = x.shape
@@ -166,7 +187,11 @@ def attention(xp, config, kind, params, name, x, segments=None, restart=True):
         if iha and config["iha_rope"] == "virtual":
             position = position * P + np.arange(T * P) % P
         q, k = rope(xp, config, q, position), rope(xp, config, k, position)
-    o = attend(xp, q, k, v, visible(config, kind, T, P, segments))                 # 5.
+    see = visible(config, kind, T, P, segments)
+    if kind.startswith("diff"):
+        o = attend_differential(xp, config, int(name.split(".")[1]), params, name, q, k, v, see)
+    else:
+        o = attend(xp, q, k, v, see)                                               # 5.
     if iha:
         # 6. full: o[b,t,h,:] = sum_p sum_g R[h,p,g] o~[b,t,p,g,:]; per head: sum_p R[h,p] o~[b,t,p,h,:]
         o = o.reshape(B, T, P, H, d)

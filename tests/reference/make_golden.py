@@ -114,6 +114,13 @@ CASES = {
                         norm="layernorm", position_embedding="learned", ignored=True),
     "folded_segments": case(16, 2, 8, 24, 31, 2, 12, "folded_global iha_local", bias=True, causal=True,
                             segments=((5, 7), (3, 3, 6)), activation="swiglu"),
+    # differential layers: one pair of heads and several, RoPE and without, bias, windows, segments, not causal
+    "diff_rope": case(16, 4, 6, 24, 31, 2, 11, "diff_global diff_local", local_window=4, rope_theta=100.0),
+    "diff_bias": case(20, 6, 4, 24, 33, 3, 9, "diff_local mha_global diff_global", local_window=5, bias=True,
+                      norm="layernorm", position_embedding="learned", ignored=True),
+    "diff_segments": case(16, 2, 8, 24, 31, 2, 12, "diff_global iha_local", norm_eps=1e-2,
+                          segments=((5, 7), (3, 3, 6)), activation="swiglu"),
+    "diff_bidirectional": case(16, 4, 4, 32, 30, 2, 10, "diff_global", causal=False, position_embedding="none"),
     # segments: of one token, of the whole sequence; every kind of position, restarted or not; labels that do not count
     "segments_mha_learned": case(24, 3, 8, 40, 37, 2, 13, "mha_global mha_local", position_embedding="learned",
                                  local_window=4, norm="layernorm", bias=True, segments=((5, 1, 7), (13,))),
@@ -148,6 +155,8 @@ def random_params(config, rng):
             x = 1.0 + 0.3 * x
         elif "alpha" in name:
             x /= np.sqrt(H)
+        elif "lambda" in name:
+            x *= 0.5 / np.sqrt(shape[0])
         elif "collapse" in name:
             x /= np.sqrt(P * H if len(shape) == 3 else P)
         elif "embed" in name:
@@ -177,7 +186,7 @@ def relabel(config, tensors, order):
     Exact in real numbers; in float32 every sum is taken in another order.
     """
     H, d = config["num_attention_heads"], config["head_dim"]
-    axes = {"embed": "VC", "pos_embed": "TC", "lm_head": "VC", "qkv": "QC", "out": "CO", "up": "FC", "gate": "FC",
+    axes = {"lambda_q1": "d", "lambda_k1": "d", "lambda_q2": "d", "lambda_k2": "d", "diff_norm": "d", "embed": "VC", "pos_embed": "TC", "lm_head": "VC", "qkv": "QC", "out": "CO", "up": "FC", "gate": "FC",
             "down": "CF", "alpha_q": "PHH", "alpha_k": "PHH", "alpha_v": "PHH",
             "collapse": "HPH" if config["iha_collapse"] == "full" else "HP"}
     rows = np.arange(3 * H * d).reshape(3, H, d)
@@ -210,6 +219,8 @@ def make(name):
                  "H": np.arange(config["num_attention_heads"])}
         if run > 0:
             order = {label: rng.permutation(old) for label, old in order.items()}
+            if any(kind.startswith("diff") for kind in config["layer_types"]):   # pairs of heads stay pairs
+                order["H"] = (2 * rng.permutation(len(order["H"]) // 2)[:, None] + np.arange(2)).ravel()
         exact = {"loss": loss, "logits": z} | {"grad." + p: g for p, g in relabel(config, grads, order).items()}
         loss32, z32, grads32 = plain(relabel(config, params, order))
         got = {"loss": loss32, "logits": z32} | {"grad." + p: g for p, g in grads32.items()}

@@ -163,6 +163,8 @@ static void mha_segments_are_as_alone(void **state) {
             check_config(&c, restart);
             c = two_layers(LAYER_FOLDED_GLOBAL, positions);
             check_config(&c, restart);
+            c = two_layers(LAYER_DIFF_GLOBAL, positions);
+            check_config(&c, restart);
             c = two_layers(LAYER_MHA_LOCAL, positions);
             for (c.local_window = 1; c.local_window <= 5; c.local_window += 2)
                 check_config(&c, restart);

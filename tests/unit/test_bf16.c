@@ -247,6 +247,7 @@ int main(void) {
         EVERY_CASE("qkv_mix", OP_QKV_MIX, DEVICE_BF16, check),
         EVERY_CASE("collapse", OP_COLLAPSE, DEVICE_BF16, check),
         EVERY_CASE("fold", OP_FOLD, DEVICE_BF16, check),
+        EVERY_CASE("diff_combine", OP_DIFF_COMBINE, DEVICE_BF16, check),
         EVERY_CASE("mlp_act", OP_ACT, DEVICE_BF16, check),
         EVERY_CASE("classifier", OP_CLASSIFIER, DEVICE_BF16, check_classifier),
         cmocka_unit_test(attention),

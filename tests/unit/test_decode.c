@@ -130,6 +130,22 @@ static void check_config(const struct model_config *config) {
     free(all);
 }
 
+/* Pairs of heads, which the other models here cannot have. */
+static void differential_layers(void **state) {
+    (void)state;
+    struct model_config c = base_config();
+    c.num_attention_heads = 4;
+    c.head_dim = 6;
+    c.layer_types[0] = LAYER_DIFF_LOCAL;
+    c.layer_types[1] = LAYER_DIFF_GLOBAL;
+    for (int position = POSITION_ROPE; position <= POSITION_NONE; position++) {
+        c.position_embedding = (enum position_embedding)position;
+        c.num_hidden_layers =
+            position == POSITION_ROPE ? LAYERS : 2; /* beside layers of other types, and alone */
+        check_config(&c);
+    }
+}
+
 static const struct {
     enum position_embedding position;
     enum iha_rope rope;
@@ -506,6 +522,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_conversation),
         cmocka_unit_test(logits_equal_the_full_pass),
+        cmocka_unit_test(differential_layers),
         cmocka_unit_test(decoding_does_not_change_the_model),
         cmocka_unit_test(greedy_equals_recomputing_the_prefix),
         cmocka_unit_test(sampling_is_a_function_of_the_seed),

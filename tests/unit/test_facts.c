@@ -309,6 +309,64 @@ static void a_folded_model_with_the_identity_equals_its_mha_model(void **state) 
                      model_loss(LAYER_FOLDED_LOCAL, POSITION_ROPE)) < EXACT);
 }
 
+/* out [wide]: attention of query s over keys [0, s], of one head whose vectors are `step` apart. */
+static void plain_attention(const double *q, const double *k, const double *v, int64_t step, int64_t s,
+                            int64_t d, int64_t wide, double *out) {
+    double weights[12], sum = 0;
+    for (int64_t key = 0; key <= s; key++) {
+        double score = 0;
+        for (int64_t c = 0; c < d; c++)
+            score += q[s * step + c] * k[key * step + c];
+        sum += weights[key] = exp(score / sqrt((double)d));
+    }
+    for (int64_t c = 0; c < wide; c++) {
+        out[c] = 0;
+        for (int64_t key = 0; key <= s; key++)
+            out[c] += weights[key] / sum * v[key * step + c];
+    }
+}
+
+/* With lambda = 0 the first map alone is left, before the norm: attention of H/2 heads with q, k of d and v of 2d. */
+static void a_differential_layer_without_lambda_equals_attention_of_half_the_heads(void **state) {
+    (void)state;
+    enum { T = 12, H = 4, D = 4 };
+    struct model_config c = facts_config(LAYER_DIFF_GLOBAL, POSITION_NONE);
+    struct model m;
+    struct error e = {0};
+    int32_t tokens[T], targets[T];
+    fixture_tokens(tokens, T, 13, 1);
+    fixture_tokens(targets, T, 13, 2);
+    fixture_model(&m, &c, (struct pass_shape){1, T, RECOMPUTE_NONE, true, false, false, false});
+    assert_int_equal(model_initialize(&m, 5, &e), 0);
+    const struct layer_params *p = &m.params.layers[0];
+    const double initial = 0.8 - 0.6;
+    for (int i = 0; i < 4; i++) /* exp(0) - exp(d x) + initial = 0 */
+        for (int64_t j = 0; j < D; j++)
+            ((double *)model_param(&m, p->lambda[i]).data)[j] = i < 2 ? 0 : i == 2 ? log(1 + initial) / D : 1;
+    double *qkv_weight = model_param(&m, p->qkv).data, *w = model_param(&m, p->diff_norm).data;
+    for (int64_t j = 0; j < m.params.list[p->qkv].count; j++)
+        qkv_weight[j] *= 20;
+    for (int64_t j = 0; j < 2 * D; j++)
+        w[j] = 1 + 0.1 * (double)j;
+    fixture_loss(&m, tokens, targets, 1.0 / T);
+    const double *qkv = m.layers[0].qkv.data, *o = m.layers[0].o.data;
+    for (int64_t s = 0; s < T; s++)
+        for (int64_t pair = 0; pair < H / 2; pair++) {
+            double want[2 * D], squares = 0;
+            plain_attention(qkv + 2 * pair * D, qkv + (H + 2 * pair) * D, qkv + (2 * H + 2 * pair) * D,
+                            3 * H * D, s, D, 2 * D, want);
+            for (int64_t i = 0; i < 2 * D; i++)
+                squares += want[i] * want[i];
+            for (int64_t i = 0; i < 2 * D; i++) {
+                double normed = (1 - initial) * w[i] * want[i] / sqrt(squares / (2 * D) + c.norm_eps);
+                double before = ((double *)m.layers[0].o_pseudo.data)[(s * 2 * H + 2 * pair) * D + i];
+                assert_true(fabs(before - want[i]) < EXACT);
+                assert_true(fabs(o[(s * H + 2 * pair) * D + i] - normed) < EXACT);
+            }
+        }
+    model_free(&m);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(with_the_flat_mask_only_collapse_last_equals_mha),
@@ -320,6 +378,7 @@ int main(void) {
         cmocka_unit_test(an_iha_model_with_identity_mixing_equals_its_mha_model),
         cmocka_unit_test(a_folded_layer_equals_mixing_the_heads_of_each_token),
         cmocka_unit_test(a_folded_model_with_the_identity_equals_its_mha_model),
+        cmocka_unit_test(a_differential_layer_without_lambda_equals_attention_of_half_the_heads),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

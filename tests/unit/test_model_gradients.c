@@ -90,6 +90,13 @@ CASE(folded_bias, 2, 5, RECOMPUTE_NONE, c.layer_types[0] = LAYER_FOLDED_GLOBAL; 
 CASE(folded_light, 1, 6, RECOMPUTE_LIGHT, c.layer_types[1] = LAYER_FOLDED_GLOBAL; c.bias = true)
 CASE(folded_full, 1, 6, RECOMPUTE_FULL, c.layer_types[0] = LAYER_FOLDED_GLOBAL;
      c.layer_types[1] = LAYER_FOLDED_LOCAL; c.bias = true)
+CASE(diff_rope, 2, 5, RECOMPUTE_NONE, c.layer_types[0] = LAYER_DIFF_LOCAL;
+     c.layer_types[1] = LAYER_DIFF_GLOBAL)
+CASE(diff_bias, 2, 4, RECOMPUTE_NONE, c.layer_types[1] = LAYER_DIFF_GLOBAL; c.num_attention_heads = 4;
+     c.head_dim = 3; c.bias = true; c.position_embedding = POSITION_LEARNED)
+CASE(diff_light, 1, 6, RECOMPUTE_LIGHT, c.layer_types[1] = LAYER_DIFF_GLOBAL)
+CASE(diff_full, 1, 6, RECOMPUTE_FULL, c.layer_types[0] = LAYER_DIFF_LOCAL;
+     c.layer_types[1] = LAYER_DIFF_GLOBAL; c.position_embedding = POSITION_NONE)
 
 int main(void) {
     const struct CMUnitTest tests[] = {
@@ -119,6 +126,10 @@ int main(void) {
         cmocka_unit_test(folded_bias),
         cmocka_unit_test(folded_light),
         cmocka_unit_test(folded_full),
+        cmocka_unit_test(diff_rope),
+        cmocka_unit_test(diff_bias),
+        cmocka_unit_test(diff_light),
+        cmocka_unit_test(diff_full),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

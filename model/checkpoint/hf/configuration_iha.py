@@ -6,7 +6,9 @@ their meaning: docs/configuration.md.
 
 from transformers import PreTrainedConfig
 
-LAYER_TYPES = ("mha_global", "mha_local", "iha_global", "iha_local", "folded_global", "folded_local")
+LAYER_TYPES = (
+    "mha_global", "mha_local", "iha_global", "iha_local", "folded_global", "folded_local", "diff_global", "diff_local",
+)
 CHOICES = {
     "position_embedding": ("rope", "learned", "none"),
     "rope_scaling": ("none", "llama3"),
@@ -116,6 +118,8 @@ class IhaConfig(PreTrainedConfig):
             raise ValueError(
                 f"layer_types names {len(self.iha_layer_types)} layers, num_hidden_layers is {self.num_hidden_layers}"
             )
+        if self.num_attention_heads % 2 and any(kind.startswith("diff") for kind in self.iha_layer_types):
+            raise ValueError(f"num_attention_heads = {self.num_attention_heads} is odd; differential layers have pairs")
         if not self.causal and any(kind.endswith("_local") for kind in self.iha_layer_types):
             raise ValueError("local layers need causal = true")
 

@@ -9,6 +9,7 @@ so its lengths are tokens, and every cache of Transformers works, static ones an
 """
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -126,6 +127,11 @@ class IhaAttention(nn.Module):
             self.alpha_k = nn.Parameter(torch.empty(P, H, H))
             self.alpha_v = nn.Parameter(torch.empty(P, H, H))
             self.collapse = nn.Parameter(torch.empty((H, P, H) if config.iha_collapse == "full" else (H, P)))
+        elif self.kind.startswith("diff"):
+            self.lambda_q1, self.lambda_k1 = nn.Parameter(torch.empty(d)), nn.Parameter(torch.empty(d))
+            self.lambda_q2, self.lambda_k2 = nn.Parameter(torch.empty(d)), nn.Parameter(torch.empty(d))
+            self.lambda_init = 0.8 - 0.6 * math.exp(-0.3 * layer_idx)
+            self.diff_norm = IhaRMSNorm(2 * d, config.norm_eps)
         self.out = nn.Linear(H * d, config.hidden_size, bias=config.bias)
         self.out.adds_to_stream = True
 
@@ -144,6 +150,18 @@ class IhaAttention(nn.Module):
         key, value = cache.update(key.reshape(tokens), value.reshape(tokens), self.layer_idx)
         return key.reshape(B, H, -1, d), value.reshape(B, H, -1, d)
 
+    def attend_differential(self, attend, query, key, value, mask, **kwargs):
+        """Heads 2i and 2i + 1 attend to the same values, of 2d; [B,T,H/2,2d] is the one's less lambda times the other's,
+        normalized. The weights are those of all heads, [B,H,T,T]."""
+        values = torch.cat((value[:, 0::2], value[:, 1::2]), dim=-1)
+        maps = [attend(self, query[:, i::2], key[:, i::2], values, mask, **kwargs) for i in range(2)]
+        weights = None
+        if maps[0][1] is not None:
+            weights = torch.stack([of_map for _, of_map in maps], dim=2).flatten(1, 2)
+        first, second = torch.dot(self.lambda_q1, self.lambda_k1), torch.dot(self.lambda_q2, self.lambda_k2)
+        factor = torch.exp(first) - torch.exp(second) + self.lambda_init
+        return (1 - self.lambda_init) * self.diff_norm(maps[0][0] - factor * maps[1][0]), weights
+
     def forward(self, x, rope, mask, cache=None, **kwargs):
         B, T, _ = x.shape
         H, d = self.config.num_attention_heads, self.config.head_dim
@@ -157,8 +175,11 @@ class IhaAttention(nn.Module):
         if cache is not None:
             key, value = self.update_cache(cache, key, value)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        if self.kind.startswith("diff"):
+            attend = functools.partial(self.attend_differential, attend)
+        else:
+            attend = functools.partial(attend, self)
         o, weights = attend(
-            self,
             query,
             key,
             value,
@@ -251,6 +272,9 @@ class IhaPreTrainedModel(PreTrainedModel):
             last = (torch.arange(P) == P - 1).float().expand(H, P)
             full = last[:, :, None] * torch.eye(H)[:, None, :]
             init.copy_(module.collapse, full if module.collapse.ndim == 3 else last)
+        elif isinstance(module, IhaAttention) and module.kind.startswith("diff"):
+            for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
+                init.normal_(vector, std=0.1)
         elif isinstance(module, (nn.Linear, nn.Embedding)):
             halves = 2 * self.config.num_hidden_layers if getattr(module, "adds_to_stream", False) else 1
             init.normal_(module.weight, std=0.02 / halves**0.5)
