@@ -119,6 +119,23 @@ static void gradients_bf16(void **state) {
     check_gradients(DEVICE_BF16, other_config());
 }
 
+/* Differential layers: pairs of heads, seen through views. */
+static struct model_config differential_config(void) {
+    struct model_config c = plain_config();
+    c.num_hidden_layers = 2;
+    c.num_attention_heads = 4;
+    c.layer_types[0] = LAYER_DIFF_LOCAL;
+    c.layer_types[1] = LAYER_DIFF_GLOBAL;
+    return c;
+}
+
+static void gradients_of_differential_layers(void **state) {
+    (void)state;
+    emulator_seed(6);
+    check_gradients(DEVICE_FP32, differential_config());
+    check_gradients(DEVICE_BF16, differential_config());
+}
+
 /* A step of training; returns the parameters. */
 static float *train(enum device_precision precision, struct model_config config, enum recompute recompute,
                     int steps, int64_t *count, double *losses) {
@@ -293,6 +310,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(gradients_fp32),
         cmocka_unit_test(gradients_bf16),
+        cmocka_unit_test(gradients_of_differential_layers),
         cmocka_unit_test(bits_fp32),
         cmocka_unit_test(bits_bf16),
         cmocka_unit_test(gradients_of_segments),
