@@ -90,7 +90,7 @@ const struct config_row config_rows[] = {
      .initial = "iha_local*4 mha_global",
      .help = "layer types, repeated up to num_hidden_layers:\n"
              "mha_global|mha_local|iha_global|iha_local|folded_global|\nfolded_local|diff_global|diff_local, "
-             "each with an optional *N"},
+             "each with\nan optional *N"},
     {MODEL(local_window), INTEGER(1, TWO(40)), .initial = "512",
      .help = "keys per query in local layers other than iha_local,\nitself included"},
     {MODEL(num_pseudo_heads), INTEGER(1, 4096), .initial = "2", .help = "pseudo-heads per head (P)"},
