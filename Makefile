@@ -8,10 +8,11 @@
 #   make test            every test; SANITIZE=1 runs them under ASan and UBSan
 #   make test-hf         checkpoints in PyTorch and Transformers, which it installs in .venv-hf (2.2 GB)
 #   make test-distro     every test in another Debian release, SUITE=trixie, in build/distro; needs root and debootstrap
+#   make test-aarch64    the unit tests and a training run, cross-compiled and under qemu; needs Debian's compiler
 #   make faults          every fault and kill; make test takes a sample of them
 #   make leaks           every command under LeakSanitizer, AddressSanitizer and Valgrind
 #   make tsan            every command under ThreadSanitizer
-#   make bench           measure, and print a table
+#   make bench           measure, and print a table; TORCH=PYTHON: PyTorch's training steps too, in turn with ours
 #   make fuzz            feed the file readers hostile files; FUZZ_SECONDS=600 for each target, FUZZ_ONLY=shards
 #   make check-gpu       every operation and whole models on the GPU, against the CPU; full results in build/check-gpu.txt
 #   make bench-gpu       measure on the GPU
@@ -25,6 +26,7 @@
 .DEFAULT_GOAL = all
 
 CC ?= cc
+OBJCOPY ?= objcopy
 # The machine that runs is the machine that builds; ARCH=x86-64-v3 makes a binary for others.
 ARCH ?= native
 SANITIZE ?= 0
@@ -36,9 +38,12 @@ NVCC_ERRORS = $(if $(filter 1,$(WERROR)),-Werror all-warnings)
 WARNINGS = -Wall -Wextra $(ERRORS) -Wno-format-truncation
 COMMON = -std=gnu17 -g -march=$(ARCH) -fopenmp -I. $(WARNINGS)
 # GCC's own choice on AVX-512 machines is 256-bit vectors; the kernels are written for the full width.
-ifeq ($(shell uname -m),x86_64)
+TARGET := $(shell $(CC) -dumpmachine)
+ifneq ($(filter x86_64%,$(TARGET)),)
 VECTORS = -mprefer-vector-width=512
 endif
+# Any processor of the last ten years.
+PORTABLE_ARCH = $(if $(filter x86_64%,$(TARGET)),x86-64-v3,armv8-a)
 ifeq ($(SANITIZE),1)
 BUILD = build/sanitize
 CFLAGS = $(COMMON) -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined
@@ -88,7 +93,7 @@ include kernels/cuda/cuda.mk
 include tests/cuda/emulator.mk
 include tests/gpu/gpu.mk
 
-.PHONY: all help deps check test test-hf test-distro bench quickstart reproduce docs golden clean format
+.PHONY: all help deps check test test-hf test-distro test-aarch64 bench quickstart reproduce docs golden clean format
 .SECONDARY:
 
 all: $(BINARY)
@@ -133,6 +138,9 @@ test-hf: deps
 test-distro:
 	@tests/distro/run.sh $(SUITE)
 
+test-aarch64: deps
+	@tests/aarch64/run.sh
+
 .PHONY: check-built tests-built
 check-built: $(filter $(BUILD)/tests/unit/%,$(C_TESTS) $(DOUBLE_TESTS)) $(filter $(BUILD)/tests/cuda/%,$(EMULATOR_BUILT))
 tests-built: $(C_TESTS) $(DOUBLE_TESTS) $(EMULATOR_BUILT)
@@ -141,7 +149,7 @@ include tests/fuzz/fuzz.mk
 
 bench: deps
 	@$(MAKE) --no-print-directory $(BENCH)
-	@$(BENCH)
+	@$(BENCH) $(if $(TORCH),--torch $(TORCH))
 
 # The text up to the marker is written by hand, the tables after it are not.
 docs: $(BINARY)
@@ -186,7 +194,7 @@ $(BUILD)/model/checkpoint/transformers.o build/fuzz/model/checkpoint/transformer
 $(CPU_DOUBLE): $(DOUBLE_OBJECTS)
 	@mkdir -p $(@D)
 	@$(LD) -r $^ -o $@
-	@objcopy --redefine-sym kernels_cpu=kernels_cpu_double --keep-global-symbol=kernels_cpu_double $@
+	@$(OBJCOPY) --redefine-sym kernels_cpu=kernels_cpu_double --keep-global-symbol=kernels_cpu_double $@
 
 BENCH = $(BUILD)/tests/bench/bench
 $(BUILD)/tests/unit/test_bf16: $(CPU_DOUBLE)

@@ -20,8 +20,10 @@ static void read_processor_name(char *out, size_t bytes) {
     char line[256];
     while (fgets(line, sizeof line, f)) {
         char *colon = strchr(line, ':');
-        if (strncmp(line, "model name", 10) == 0 && colon) {
-            snprintf(out, bytes, "%.*s", (int)strcspn(colon + 2, "\n"), colon + 2);
+        bool name = strncmp(line, "model name", 10) == 0, part = strncmp(line, "CPU part", 8) == 0;
+        if (colon && (name || part)) { /* Arm has a number alone: 0xd4f is a Neoverse V2 */
+            snprintf(out, bytes, "%s%.*s", part ? "Arm, part " : "", (int)strcspn(colon + 2, "\n"),
+                     colon + 2);
             break;
         }
     }

@@ -23,10 +23,11 @@ CUDA_WARNINGS = -Wall -Wextra $(ERRORS) -Wno-missing-field-initializers
 
 # ---- what is installed ----
 
+CUDA_TARGET := $(if $(filter aarch64%,$(TARGET)),sbsa,x86_64)
 CUDA_FOLDERS := $(wildcard $(NVIDIA_WHEELS:%=%/*)) $(CUDA_HOME)
-CUDA_LIB_DIRS := $(foreach dir,$(CUDA_FOLDERS),$(dir)/lib64 $(dir)/lib) $(CUDA_HOME)/targets/x86_64-linux/lib \
+CUDA_LIB_DIRS := $(foreach dir,$(CUDA_FOLDERS),$(dir)/lib64 $(dir)/lib) $(CUDA_HOME)/targets/$(CUDA_TARGET)-linux/lib \
     /usr/lib/$(shell $(CC) -print-multiarch 2>/dev/null) /usr/local/lib /usr/lib64
-CUDA_INCLUDE_DIRS := $(CUDA_FOLDERS:%=%/include) $(CUDA_HOME)/targets/x86_64-linux/include
+CUDA_INCLUDE_DIRS := $(CUDA_FOLDERS:%=%/include) $(CUDA_HOME)/targets/$(CUDA_TARGET)-linux/include
 
 # The path of lib$(1).so, or of a version of it (wheels have no other), in the first folder that has one.
 cuda_lib = $(firstword $(wildcard $(foreach dir,$(CUDA_LIB_DIRS),$(dir)/lib$(1).so $(dir)/lib$(1).so.[0-9]*)))

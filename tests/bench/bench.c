@@ -6,6 +6,7 @@
 #include "tests/bench/bench_measure.h"
 #include "tests/bench/bench_models.h"
 #include "tests/bench/bench_ops.h"
+#include "tests/bench/bench_steps.h"
 #include "tests/bench/bench_table.h"
 
 /* The ceilings by themselves; every other item adds to their samples. */
@@ -32,6 +33,7 @@ static const struct item ITEMS[] = {
     {"mixing", bench_mixing, "qkv_mix and collapse at five sizes"},
     {"divide", bench_divide, "operations on one thread and on all"},
     {"quickstart", bench_quickstart, "an optimizer step of the quickstart model"},
+    {"steps", bench_steps, "optimizer steps in fp32 and bf16, next to PyTorch's with --torch"},
     {"memory", bench_memory, "peak memory of training, and what the memory plan says"},
 };
 enum { ITEM_COUNT = sizeof ITEMS / sizeof *ITEMS };
@@ -39,12 +41,14 @@ enum { ITEM_COUNT = sizeof ITEMS / sizeof *ITEMS };
 struct options {
     const char *only; /* NULL: all */
     const char *quickstart;
+    const char *torch; /* a Python with PyTorch; NULL: without */
     int repeats;
 };
 
 static void print_help(void) {
-    printf("bench [--only NAME] [--repeats N] [--quickstart CONFIG] [--help]\n\n"
-           "Measure, and print a Markdown table. Times are medians over N repeats (5).\n\n");
+    printf("bench [--only NAME] [--repeats N] [--quickstart CONFIG] [--torch PYTHON] [--help]\n\n"
+           "Measure, and print a Markdown table. Times are medians over N repeats (5). PYTHON has PyTorch,\n"
+           "whose optimizer steps are measured in turn with ours.\n\n");
     for (int i = 0; i < ITEM_COUNT; i++)
         printf("  %-12s %s\n", ITEMS[i].name, ITEMS[i].help);
 }
@@ -77,7 +81,7 @@ static int parse_repeats(struct options *o, const char *value, struct error *e) 
 
 /* Fill *o from the command line. *help: --help was given. */
 static int parse(struct options *o, bool *help, int argc, char **argv, struct error *e) {
-    static const char *const known[] = {"--only", "--repeats", "--quickstart", "--help", NULL};
+    static const char *const known[] = {"--only", "--repeats", "--quickstart", "--torch", "--help", NULL};
     *o = (struct options){.quickstart = "configs/quickstart.ini", .repeats = 5};
     for (int i = 1; i < argc; i++) {
         const char *option = argv[i], *value = argv[i + 1];
@@ -86,8 +90,8 @@ static int parse(struct options *o, bool *help, int argc, char **argv, struct er
             which++;
         if (!known[which])
             return fail_word(e, "unknown option", option, known);
-        *help = *help || which == 3;
-        if (which == 3)
+        *help = *help || which == 4;
+        if (which == 4)
             continue;
         if (!value)
             return fail_user(e, "%s needs a value; see bench --help", option);
@@ -95,6 +99,8 @@ static int parse(struct options *o, bool *help, int argc, char **argv, struct er
             return -1;
         if (which == 2)
             o->quickstart = value;
+        if (which == 3)
+            o->torch = value;
         i++;
     }
     return 0;
@@ -108,7 +114,7 @@ static bool wanted(const struct options *o, const struct item *item) {
 static void check_quickstart(const struct options *o) {
     static struct config c;
     for (int i = 0; i < ITEM_COUNT; i++)
-        if (wanted(o, &ITEMS[i]) && ITEMS[i].run == bench_quickstart)
+        if (wanted(o, &ITEMS[i]) && (ITEMS[i].run == bench_quickstart || ITEMS[i].run == bench_steps))
             read_config(&c, o->quickstart, 0, NULL);
 }
 
@@ -178,6 +184,10 @@ int main(int argc, char **argv) {
     for (int i = 0; i < ITEM_COUNT; i++) /* forks, so it comes before any thread */
         if (wanted(&o, &ITEMS[i]) && ITEMS[i].run == bench_memory)
             bench_memory(&b, &memory);
+    static struct torch torch;
+    b.torch = &torch;
+    if (o.torch)
+        torch_start(&torch, o.torch, o.quickstart);
     struct device_options options = {.precision = DEVICE_FP32};
     b.dev = b.k->open(&options, &e);
     if (!b.dev)

@@ -32,6 +32,7 @@ struct bench {
     struct device *dev;
     int repeats;
     const char *quickstart; /* path of its configuration */
+    struct torch *torch;    /* bench_steps.h */
     tensor x, w, y;         /* [SGEMM_SIZE, SGEMM_SIZE] */
     char *copy_from, *copy_to;
     struct samples sgemm, copy; /* over the whole run */

@@ -84,17 +84,15 @@ static inline void training_step(void *context) {
         "model.activation=gelu_tanh", "model.bias=true", "model.tie_word_embeddings=true",                   \
         "model.layer_pattern=mha_global", "model.max_position_embeddings=1024", UNUSED_KEYS
 
+/* 124M, on few tokens. */
+#define GPT2_STEP_KEYS                                                                                       \
+    GPT2_KEYS, "model.hidden_size=768", "model.num_hidden_layers=12", "model.num_attention_heads=12",        \
+        "train.seq_len=64", "train.micro_batch=4", "train.batch_tokens=256", "system.recompute=none"
+
 /* A step of GPT-2 124M on few tokens. Its floor: the step's matrix products at the rate of sgemm, and the
  * optimizer's memory (28 bytes a parameter: p, g, m, v read and p, m, v written) at the rate of a copy. */
 static inline void bench_gpt2(struct bench *b, struct table *table) {
-    static char *const keys[] = {GPT2_KEYS,
-                                 "model.hidden_size=768",
-                                 "model.num_hidden_layers=12",
-                                 "model.num_attention_heads=12",
-                                 "train.seq_len=64",
-                                 "train.micro_batch=4",
-                                 "train.batch_tokens=256",
-                                 "system.recompute=none"};
+    static char *const keys[] = {GPT2_STEP_KEYS};
     static struct training t;
     read_config(&t.config, NULL, sizeof keys / sizeof *keys, keys);
     training_open(&t, b->k, b->dev);

@@ -16,8 +16,8 @@ faults: deps
 	@$(MAKE) --no-print-directory $(QUICK) $(INJECT)
 	@FAULTS=all TRAIN_IHA=$(QUICK) .venv/bin/python -m unittest -v tests.faults.test_faults tests.faults.test_ranks_anomalies
 
-# Valgrind does not support AVX-512, so its binary is built without it.
-WATCHED = -std=gnu17 -g -O1 -march=x86-64-v3 -fopenmp -I. $(MPI_FLAGS) $(WARNINGS)
+# Valgrind supports neither AVX-512 nor SVE, so its binary is built without it.
+WATCHED = -std=gnu17 -g -O1 -march=$(PORTABLE_ARCH) -fopenmp -I. $(MPI_FLAGS) $(WARNINGS)
 leaks: deps
 	@command -v valgrind >/dev/null || { echo "make: valgrind is not installed: apt-get install valgrind" >&2; exit 2; }
 	@$(MAKE) --no-print-directory $(LEAKS)

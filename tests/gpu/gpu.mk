@@ -59,9 +59,9 @@ bench-gpu: gpu-found deps
 	@$(MAKE) --no-print-directory $(BUILD)/gpu/bench_gpu
 	@$(BUILD)/gpu/bench_gpu
 
-# For a machine with a GPU that cannot build: without MPI, which has many shared libraries, and for any x86-64 of the
-# last ten years.
+# For a machine with a GPU that cannot build: without MPI, which has many shared libraries, and for any processor of
+# the last ten years.
 gpu-pack:
 	@$(MAKE) --no-print-directory BUILD=build/pack BINARY=build/pack/train_iha MPI_CFLAGS= MPI_LIBS= \
-	    ARCH=$(if $(filter command,$(firstword $(origin ARCH))),$(ARCH),x86-64-v3) build/pack/train_iha gpu-programs
+	    ARCH=$(if $(filter command,$(firstword $(origin ARCH))),$(ARCH),$(PORTABLE_ARCH)) build/pack/train_iha gpu-programs
 	@scripts/pack_gpu.sh build/pack build/gpu-pack.tar.xz
