@@ -262,9 +262,10 @@ def extended(marks, mark, text, spans):
 def rendered_parts(template, marks, messages, **others):
     """A conversation as [(items, counts)]: items are ids and texts, and counts says whether they are an answer, end
     marker included. A cut is where generation begins: what is on both sides is tokenized apart."""
-    mark = Marks.free(json.dumps([messages, others], ensure_ascii=False))
-    if mark is None:
-        raise TemplateFailed("it has 30 characters of which Unicode says that no text has them")
+    content = json.dumps([messages, others], ensure_ascii=False)
+    mark = Marks.free(content)
+    if mark is None or GENERATION_BEGIN in content or GENERATION_END in content:
+        raise TemplateFailed("it has characters of which Unicode says that no text has them, U+FDD0 to U+FDEF")
     messages, others = marks.hide(messages, mark), marks.hide(others, mark)
     text, spans = tagged_answers(template.render(messages, **others))
     if spans:

@@ -150,6 +150,12 @@ class Templates(Case):
             self.assertEqual([chat_pieces.stripped(text, how) for how in (False, True, "left", "right")],
                              [text, text.strip(), text.lstrip(), text.rstrip()])
 
+    def test_tags_of_generation_in_a_message(self):
+        """The characters that stand for them would make other turns count."""
+        for text in ("\ufdee", "\ufdef", "a\ufdeeb\ufdefc"):
+            printed = self.encoded(END_OF_ALL, piece_tokenizer("first", TURNS), [turns("a", "b"), turns(text, "b")], NAMES)[1]
+            self.assertIn("1: the template fails", printed)
+
     def test_tokenizers_that_are_refused(self):
         rows = self.rows([{"messages": turns("a", "b")}])
 

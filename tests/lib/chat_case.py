@@ -47,6 +47,8 @@ def read(path, dtype):
 
 @unittest.skipUnless(HAS_PACKAGES, "needs jinja2 and tokenizers")
 class Case(FolderCase):
+    read = staticmethod(read)
+
     def rows(self, rows, name="rows.jsonl"):
         return self.write(name, "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
 
@@ -56,15 +58,20 @@ class Case(FolderCase):
         self.write("tokenizer/tokenizer_config.json", config | ({"chat_template": template} if template else {}))
         return path
 
-    def prepare(self, *arguments, code=0, chat=True):
-        """(stdout, stderr)"""
+    def run_prepare(self, *arguments, chat=True):
+        """(exit code, stdout, stderr)"""
         out, err = io.StringIO(), io.StringIO()
         arguments = (["--chat"] if chat else []) + ["--out", str(self.out), *map(str, arguments)]
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
                 mock.patch.object(sys, "argv", ["prepare.py", *arguments]):
-            returned = prepare.main()
-        self.assertEqual(returned, code, err.getvalue())
-        return out.getvalue(), err.getvalue()
+            code = prepare.main()
+        return code, out.getvalue(), err.getvalue()
+
+    def prepare(self, *arguments, code=0, chat=True):
+        """(stdout, stderr)"""
+        returned, out, err = self.run_prepare(*arguments, chat=chat)
+        self.assertEqual(returned, code, err)
+        return out, err
 
     def refused(self, text, *arguments, **options):
         err = self.prepare("--val-fraction", 0, *arguments, code=2, **options)[1]
