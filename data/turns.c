@@ -8,6 +8,8 @@
 #include <sys/select.h>
 #include <unistd.h>
 
+#include "kernels/at_start.h"
+
 enum { MAX_TURN = 1 << 24, STEP = 1 << 16 }; /* bytes */
 
 static void ignore(int number) {
@@ -16,13 +18,14 @@ static void ignore(int number) {
 
 void turns_open(struct turns *t) {
     sigset_t interrupt;
-    struct sigaction action = {.sa_handler = ignore}, before;
+    struct sigaction action = {.sa_handler = ignore};
     *t = (struct turns){.terminal = isatty(STDIN_FILENO) && isatty(STDOUT_FILENO)};
     sigemptyset(&interrupt);
     sigaddset(&interrupt, SIGINT);
     pthread_sigmask(SIG_BLOCK, &interrupt, NULL);
     /* A handler, so that waiting ends; where the signal was ignored at start it stays ignored. */
-    if (sigaction(SIGINT, NULL, &before) == 0 && before.sa_handler != SIG_IGN)
+    at_start_keep_ignored();
+    if (!at_start_ignored(SIGINT))
         sigaction(SIGINT, &action, NULL);
 }
 

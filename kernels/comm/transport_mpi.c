@@ -7,6 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "kernels/at_start.h"
 #include "kernels/clock.h"
 #include "kernels/comm.h"
 #include "kernels/comm/transport.h"
@@ -185,6 +186,7 @@ struct transport *transport_mpi_open(double timeout, struct error *e) {
         free(m);
         return NULL;
     }
+    at_start_keep_ignored(); /* UCX gives SIGHUP a handler */
     /* No MPI_Finalize on failure: it would wait for ranks that wait for this one. mpirun ends the others when
      * a process exits without it. */
     if (query_ranks(&m->base, e) != 0) {

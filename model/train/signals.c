@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#include "kernels/at_start.h"
 #include "kernels/clock.h"
 #include "kernels/limits.h"
 
@@ -19,11 +20,10 @@ static sigset_t stop_signals; /* set once by signals_watch */
 static void choose_signals(void) {
     static const int numbers[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM, SIGXCPU};
     sigemptyset(&stop_signals);
-    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
-        struct sigaction action;
-        if (sigaction(numbers[i], NULL, &action) == 0 && action.sa_handler != SIG_IGN)
+    at_start_keep_ignored();
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        if (!at_start_ignored(numbers[i]))
             sigaddset(&stop_signals, numbers[i]);
-    }
 }
 
 /* timeout(1) and schedulers send one signal twice, to the process and to its group: the second within this time is

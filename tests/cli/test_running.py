@@ -37,7 +37,7 @@ class Running(Case):
     def reach(self, process, run_dir, step):
         metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + TIMEOUT
         while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= step):
-            self.assertIsNone(process.poll(), "the run ended early")
+            self.assertIsNone(process.poll(), "the run ended early" + process.stderr.read().decode() if process.poll() is not None else "")
             self.assertLess(time.monotonic(), deadline)
             time.sleep(0.005)
 
