@@ -37,7 +37,8 @@ class Running(Case):
     def reach(self, process, run_dir, step):
         metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + TIMEOUT
         while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= step):
-            self.assertIsNone(process.poll(), "the run ended early" + process.stderr.read().decode() if process.poll() is not None else "")
+            if process.poll() is not None:
+                self.fail(f"the run ended early: {process.stderr.read().decode()}")
             self.assertLess(time.monotonic(), deadline)
             time.sleep(0.005)
 

@@ -251,18 +251,20 @@ class Ranks(Case):
         # mpirun starts a Python process, which runs the rank as its child and reports the child's peak memory.
         measure = ("import resource, subprocess, sys; status = subprocess.run(sys.argv[1:]).returncode; "
                    "print('peak', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, flush=True); sys.exit(status)")
-        # Memory of the loaded libraries alone; those of CUDA take 200 MB.
-        p = subprocess.run(["python3", "-c", measure, BINARY, "--version"], capture_output=True, text=True, env=MPI)
-        loaded = int(re.search(r"peak (\d+)", p.stdout)[1]) / 1e3 * 1.024
-        for stage in (0, 1, 2):
-            run = self.tmp / f"memory_{stage}"
+
+        def peaks(run, *overrides):
             p = subprocess.run([*MPIRUN, "-np", "2", "python3", "-c", measure, BINARY, "train", self.config,
-                                f"run.dir={run}", *COMMON, *large, f"system.zero_stage={stage}"],
+                                f"run.dir={self.tmp / run}", *COMMON, *overrides],
                                capture_output=True, text=True, env=MPI, cwd=self.tmp, timeout=TIMEOUT)
             self.assertEqual(p.returncode, 0, p.stderr)
-            for peak in map(int, re.findall(r"peak (\d+)", p.stdout)):
-                self.assertLess(peak / 1e3 * 1.024, 1.1 * estimated[stage] + loaded + 40, f"stage {stage}")
-                self.assertGreater(peak / 1e3 * 1.024, 0.8 * estimated[stage] + loaded / 2, f"stage {stage}")
+            return [int(peak) / 1e3 * 1.024 for peak in re.findall(r"peak (\d+)", p.stdout)]
+
+        # Memory of the libraries, once they have been used: that of a tiny run.
+        libraries = max(peaks("memory_tiny", "train.steps=2", "run.save_every=0", "run.eval_every=0"))
+        for stage in (0, 1, 2):
+            for peak in peaks(f"memory_{stage}", *large, f"system.zero_stage={stage}"):
+                self.assertLess(peak, 1.1 * estimated[stage] + libraries + 20, f"stage {stage}")
+                self.assertGreater(peak, 0.8 * estimated[stage] + libraries / 2, f"stage {stage}")
 
 
 if __name__ == "__main__":
