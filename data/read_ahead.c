@@ -4,6 +4,8 @@
 #include <stdbool.h>
 #include <stdlib.h>
 
+#include "kernels/limits.h"
+
 struct read_ahead {
     pthread_t thread;
     pthread_mutex_t mutex;
@@ -54,8 +56,9 @@ struct read_ahead *read_ahead_start(int slots, int64_t steps, read_step_function
     *r = (struct read_ahead){.read = read, .context = context, .slots = slots, .steps = steps};
     pthread_mutex_init(&r->mutex, NULL);
     pthread_cond_init(&r->changed, NULL);
-    if (pthread_create(&r->thread, NULL, read_steps, r) != 0) {
-        fail_run(e, "cannot start the thread that reads data ahead");
+    int status = pthread_create(&r->thread, NULL, read_steps, r);
+    if (status != 0) {
+        limits_fail_thread(e, "the thread that reads data ahead", status);
         free(r);
         return NULL;
     }

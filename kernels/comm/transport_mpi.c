@@ -10,6 +10,7 @@
 #include "kernels/at_start.h"
 #include "kernels/clock.h"
 #include "kernels/comm.h"
+#include "kernels/comm/mpi_shared_memory.h"
 #include "kernels/comm/transport.h"
 
 _Static_assert(MPI_MAX_PROCESSOR_NAME <= TRANSPORT_HOST_BYTES, "host names fit");
@@ -137,6 +138,7 @@ static void mpi_close(struct transport *t) {
         _exit(EXIT_RUN);
     }
     alarm(0);
+    mpi_shared_memory_close();
     mpi_release(t);
 }
 
@@ -180,6 +182,7 @@ struct transport *transport_mpi_open(double timeout, struct error *e) {
     }
     m->base.ops = &ops;
     m->base.timeout = timeout;
+    mpi_shared_memory_open();
     set_alarm(&m->base, launcher_rank(), "MPI_Init");
     if (MPI_Init_thread(NULL, NULL, MPI_THREAD_FUNNELED, &provided) != MPI_SUCCESS) {
         fail_run(e, "rank %d: MPI_Init failed; see what MPI printed", launcher_rank());

@@ -14,8 +14,10 @@ import shutil
 import subprocess
 import tempfile
 import unittest
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -25,13 +27,16 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BINARY = str(Path(os.environ.get("TRAIN_IHA", ROOT / "train_iha")).resolve())
 PROCESSORS = sorted(os.sched_getaffinity(0))
 CGROUP = Path("/sys/fs/cgroup")
+SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # these files need not survive a power cut
+# One step, whose gradient the validation loss shows.
+SHORT = ("model.num_hidden_layers=1", "train.steps=1", "run.eval_every=1", "run.eval_batches=1")
 CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_"))} | {"GOMP_SPINCOUNT": "100"}
 
 
 class Threads(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
-        cls.dir = Path(tempfile.mkdtemp(prefix="iha-threads-"))
+        cls.dir = Path(tempfile.mkdtemp(dir=SCRATCH, prefix="iha-threads-"))
         cls.addClassCleanup(shutil.rmtree, cls.dir)
         rng = np.random.default_rng(7)
         for name in ("train_0", "val_0"):
@@ -41,12 +46,14 @@ class Threads(unittest.TestCase):
                            run="eval_every = 2").replace("hidden_size = 16", "hidden_size = 64")
         cls.config = cls.dir / "threads.ini"
         cls.config.write_text(text)
-        cls.losses = {n: cls.run_ok(f"system.threads={n}")[1] for n in (1, 2) if n <= len(PROCESSORS)}
+        cls.losses, cls.short_losses = ({n: cls.run_ok(f"system.threads={n}", *more)[1] for n in (1, 2)
+                                         if n <= len(PROCESSORS)} for more in ((), SHORT))
 
     @classmethod
-    def run_once(cls, *overrides, env=(), before=None):
+    def run_once(cls, *overrides, env=(), before=None, through=()):
+        """Exit code, losses, number of threads, standard error. `through`: a command that starts the run."""
         run_dir = tempfile.mkdtemp(dir=cls.dir)
-        done = subprocess.run([BINARY, "train", cls.config, f"run.dir={run_dir}", *overrides], text=True,
+        done = subprocess.run([*through, BINARY, "train", cls.config, f"run.dir={run_dir}", *overrides], text=True,
                               capture_output=True, env=CLEAN | dict(env), preexec_fn=before, timeout=120)
         lines = []
         if done.returncode == 0:
@@ -66,29 +73,59 @@ class Threads(unittest.TestCase):
     def check(self, *overrides, env=(), before=None, code=None, threads=None):
         """The losses of the threads it says it has, or exit code 2 with one line of ours."""
         with self.subTest(overrides=overrides, env=env):
-            got, losses, had, text = self.run_once(*overrides, env=env, before=before)
-            self.assertIn(got, (0, 2) if code is None else (code,), text)
-            if got == 0:
-                self.assertEqual(losses, self.losses[had], text)
-                if threads:
-                    self.assertEqual(had, threads, text)
-            else:
-                self.assertEqual(len([line for line in text.splitlines() if line.startswith("train_iha: ")]), 1, text)
-                self.assertLessEqual(len(text.splitlines()), 3, text)  # and what OpenMP says by itself
-            return text
+            return self.judge(self.run_once(*overrides, env=env, before=before), self.losses, code, threads)
+
+    def judge(self, outcome, expected, code=None, threads=None):
+        got, losses, had, text = outcome
+        self.assertIn(got, (0, 2) if code is None else (code,), text)
+        if got == 0:
+            self.assertEqual(losses, expected[had], text)
+            if threads:
+                self.assertEqual(had, threads, text)
+        else:
+            self.assertEqual(len([line for line in text.splitlines() if line.startswith("train_iha: ")]), 1, text)
+            self.assertLessEqual(len(text.splitlines()), 3, text)  # and what OpenMP says by itself
+        return text
 
     def test_every_combination(self):
         settings = {"OMP_DYNAMIC": (None, "true"), "OMP_THREAD_LIMIT": (None, "1", "2"),
                     "OMP_MAX_ACTIVE_LEVELS": (None, "0", "3"), "OMP_NESTED": (None, "true"),
                     "OMP_NUM_THREADS": (None, "1", "2", "1,2", "2,1", "20000")}
-        masks, asked = (None, PROCESSORS[:1], PROCESSORS[-1:]), (None, 1, 2)
-        every = list(itertools.product(*settings.values(), masks, asked))
-        if os.environ.get("FAULTS") != "all":
-            every = random.Random(5).sample(every, 40)
-        for *values, mask, threads in every:
-            env = {k: v for k, v in zip(settings, values) if v is not None}
-            before = (lambda mask=mask: os.sched_setaffinity(0, mask)) if mask else None
-            self.check(*([f"system.threads={threads}"] if threads else []), env=env, before=before)
+        masks, asked, workers = (None, PROCESSORS[0], PROCESSORS[-1]), (None, 1, 2), 4 * len(PROCESSORS)
+        with ExitStack() as stack:
+            free, quotas = SimpleQueue(), (None, 0.5, 1.6)
+            try:  # control groups of its own for each of those side by side
+                groups = [{q: stack.enter_context(self.group(q, w)) for q in quotas[1:]} for w in range(workers)]
+            except OSError:
+                groups, quotas = [{}] * workers, (None,)
+            for g in groups:
+                free.put(g)
+            every = list(itertools.product(*settings.values(), masks, quotas, asked))
+            if os.environ.get("FAULTS") != "all":
+                every = random.Random(5).sample(every, 40)
+
+            def run(case):
+                *values, mask, quota, threads = case
+                env = {k: v for k, v in zip(settings, values) if v is not None}
+                group, through = free.get(), []
+                if quota:
+                    through += ["sh", "-c", 'echo $$ >"$0"/cgroup.procs && exec "$@"', group[quota]]
+                if mask is not None:
+                    through += ["taskset", "-c", str(mask)]
+                try:
+                    return self.run_once(*SHORT, *([f"system.threads={threads}"] if threads else []), env=env,
+                                         through=through)
+                finally:
+                    free.put(group)
+
+            with ThreadPoolExecutor(workers) as pool:
+                outcomes = list(pool.map(run, every))
+        for case, outcome in zip(every, outcomes):
+            with self.subTest(case=case):
+                self.judge(outcome, self.short_losses)
+        codes = [outcome[0] for outcome in outcomes]
+        self.assertGreater(codes.count(0), len(codes) // 3)
+        self.assertGreater(codes.count(2), 0)
 
     def test_smaller_teams(self):
         # What gave wrong losses: a team smaller than the number of threads that the library splits its work by.
@@ -152,31 +189,31 @@ class Threads(unittest.TestCase):
                 break
         self.assertEqual(codes, {0, 2})
 
+    @staticmethod
     @contextmanager
-    def quota(self, processors):
-        """A control group with so many processors' time; skipped where this process may not make one."""
-        name = f"iha-test-{os.getpid()}"
+    def group(processors, number=0):
+        """A control group with so many processors' time, as a folder; OSError where this process may not make one."""
+        name = f"iha-test-{os.getpid()}-{processors}-{number}"
+        if (CGROUP / "cpu" / "cpu.cfs_quota_us").exists():
+            group, file, value = CGROUP / "cpu" / name, "cpu.cfs_quota_us", int(processors * 100000)
+        else:
+            group, file, value = CGROUP / name, "cpu.max", f"{int(processors * 100000)} 100000"
+        group.mkdir()
         try:
-            if (CGROUP / "cpu" / "cpu.cfs_quota_us").exists():
-                group, files = CGROUP / "cpu" / name, {"cpu.cfs_quota_us": int(processors * 100000)}
-            else:
-                group, files = CGROUP / name, {"cpu.max": f"{int(processors * 100000)} 100000"}
-            group.mkdir()
-        except OSError as e:
-            self.skipTest(f"no control group can be made here: {e}")
-        try:
-            for file, value in files.items():
-                (group / file).write_text(str(value))
-            yield lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
-        except OSError as e:
-            self.skipTest(f"no CPU quota can be set here: {e}")
+            (group / file).write_text(str(value))
+            yield group
         finally:
             group.rmdir()
 
     @unittest.skipIf(len(PROCESSORS) < 2, "needs two processors")
     def test_quota(self):
         for quota, threads in ((0.5, 1), (1, 1), (1.2, 1), (1.6, 2), (2, 2)):
-            with self.quota(quota) as enter:
+            with ExitStack() as stack:
+                try:
+                    group = stack.enter_context(self.group(quota))
+                except OSError as e:
+                    self.skipTest(f"no control group with a CPU quota can be made here: {e}")
+                enter = lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
                 text = self.check(before=enter, code=0, threads=threads)
                 self.assertEqual("CPU quota" in text, quota < len(PROCESSORS), text)
                 self.check("system.threads=2", before=enter, code=0, threads=2)

@@ -40,7 +40,9 @@ MEMORY = ("alloc", "library", "map", "thread")
 
 
 def environment(scratch, mark):
-    """Open MPI's temporary files, which it leaves when killed, are in the scratch folder."""
+    """Open MPI's temporary files, which it leaves when killed, are in the scratch folder, in one for each job."""
+    scratch = scratch / f"mpi-{mark}"
+    scratch.mkdir()
     return {**ENVIRONMENT, **AS_ROOT, MARK: mark,
             "OMPI_MCA_orte_tmpdir_base": str(scratch), "OMPI_MCA_btl_vader_backing_directory": str(scratch),
             "PRTE_MCA_prte_tmpdir_base": str(scratch), "OMPI_MCA_btl_sm_backing_directory": str(scratch),  # Open MPI 5

@@ -125,6 +125,22 @@ class Case(RanksCase):
         self.assert_same_end(run_dir, straight.run_dir, last + 2)
 
 
+class SharedMemory(Case):
+    @unittest.skipUnless(os.access("/dev/shm", os.W_OK), "needs /dev/shm")
+    def test_every_rank_has_a_folder_of_its_own(self):
+        """Files that Open MPI names by itself can be those of another job. What killed runs leave, the next removes."""
+        run = self.mpirun(2, *ENDLESS).reach(3)
+        maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in run.ranks())
+        folders = [Path(path) for path in set(re.findall(r"/dev/shm/train_iha_mpi\.\w+", maps))]
+        self.assertEqual(len(folders), 2, maps)
+        self.assertFalse(re.search(r"/dev/shm/(sm|vader)_segment", maps), maps)
+        code, _ = self.mpirun(2, "train.steps=3").wait()
+        self.assertEqual((code, [f.exists() for f in folders]), (0, [True] * 2))  # it is in use
+        run.kill()
+        code, text = self.mpirun(2, "train.steps=3").wait()
+        self.assertEqual((code, [f.exists() for f in folders]), (0, [False] * 2), text)
+
+
 class Peers(Case):
     def test_killed_rank_ends_the_run(self):
         run = self.launch(3, *ENDLESS, "run.save_every=3").reach(8)

@@ -263,7 +263,7 @@ class Ranks(Case):
         libraries = max(peaks("memory_tiny", "train.steps=2", "run.save_every=0", "run.eval_every=0"))
         for stage in (0, 1, 2):
             for peak in peaks(f"memory_{stage}", *large, f"system.zero_stage={stage}"):
-                self.assertLess(peak, 1.1 * estimated[stage] + libraries + 20, f"stage {stage}")
+                self.assertLess(peak, 1.1 * estimated[stage] + libraries + 40, f"stage {stage}")
                 self.assertGreater(peak, 0.8 * estimated[stage] + libraries / 2, f"stage {stage}")
 
 

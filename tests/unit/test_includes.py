@@ -16,7 +16,8 @@ GUARD = re.compile(r"^#ifndef (\w+)\n#define (\w+)", re.MULTILINE)
 IMPORT = re.compile(r"^[ \t]*(?:from|import)[ \t].*\btest_\w+.*", re.MULTILINE)
 DEVICE_LIBRARIES = re.compile(r"(cuda|cublas|cudnn|nccl|mpi|omp\.|oneapi/|dnnl|cblas|openblas|nvtx)", re.IGNORECASE)
 # What data/ may use of kernels/; the ranks share the checking of data.
-GENERAL = {"kernels/error.h", "kernels/hash.h", "kernels/clock.h", "kernels/comm.h", "kernels/tensor.h"}
+GENERAL = {"kernels/at_start.h", "kernels/error.h", "kernels/hash.h", "kernels/clock.h", "kernels/comm.h",
+           "kernels/limits.h", "kernels/tensor.h"}
 ESTIMATE = {"kernels/estimate/estimate.h", "kernels/estimate/hardware.h"}  # what model/info/ may use of it
 
 
