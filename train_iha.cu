@@ -15,6 +15,7 @@
 
 #include "data/chat.h"
 #include "data/check.h"
+#include "data/choices.h"
 #include "data/dataset.h"
 #include "data/loader.h"
 #include "data/text.h"
@@ -38,6 +39,7 @@
 #include "model/info/info_estimate.h"
 #include "model/model.h"
 #include "model/train/banner.h"
+#include "model/train/choice_scores.h"
 #include "model/train/evaluation.h"
 #include "model/train/init_from.h"
 #include "model/train/metrics.h"
@@ -87,7 +89,10 @@ struct run {
     int64_t profile_from;                /* the first of them */
     int lock;                            /* descriptor of run.dir/lock */
     struct validation_buffers evaluated; /* of an evaluation */
-    struct flops flops;                  /* per token; with segments without attention */
+    double val_bytes_per_token;          /* 0: not known */
+    struct choice_set tasks[MAX_CHOICE_SETS];
+    int task_count;
+    struct flops flops;     /* per token; with segments without attention */
     double attention_flops; /* with segments: of the sequences that read_step has read, on this rank */
     double step_attention_flops[STEPS_KNOWN]; /* and on all ranks, of step n at [n % STEPS_KNOWN] */
     struct part_norms norms[STEPS_KNOWN];     /* likewise, of the steps that log_norms_every is due at */
@@ -109,6 +114,7 @@ static void release(struct run *r) {
     model_free(&r->model);
     loader_close(r->train);
     loader_close(r->val);
+    choices_close(r->tasks, r->task_count);
     tokenizer_close(r->tokenizer);
     free(r->tokenizer_text);
     free(r->saved_tokenizer);
@@ -259,7 +265,65 @@ static int run_validation(struct run *r, struct evaluation *v, struct error *e) 
     struct validation_data data;
     if (comm_agree(r->comm, validation_data(r, &data, e), e) != 0)
         return -1;
-    return validate(&r->model, &data, &r->evaluated, v, e);
+    int status = validate(&r->model, &data, &r->evaluated, v, e);
+    v->bytes_per_token = data.labelled ? 0 : r->val_bytes_per_token;
+    return status;
+}
+
+/* ---- choices ---- */
+
+/* Open eval.tasks, on every rank. */
+static int open_tasks(struct run *r, struct error *e) {
+    const struct config *c = &r->config;
+    if (!c->eval.tasks[0])
+        return 0;
+    if (!c->model.causal)
+        return fail_user(e,
+                         "eval.tasks needs a model that predicts the next token, and model.causal is false");
+    r->task_count = choices_open(c->eval.tasks, c->model.vocab_size, c->train.seq_len, r->tasks, e);
+    if (r->task_count >= 0)
+        return 0;
+    r->task_count = 0;
+    return -1;
+}
+
+_Static_assert((int)MAX_ENDINGS == (int)MAX_CHOICE_ENDINGS, "data/ and model/ do not know each other");
+
+static void read_choice(const void *set, int64_t i, struct choice *choice) {
+    struct choice_item item;
+    choices_get(set, i, &item);
+    *choice = (struct choice){.label = item.label,
+                              .endings = item.endings,
+                              .context = item.context,
+                              .context_length = item.context_length};
+    memcpy(choice->ids, item.ids, sizeof choice->ids);
+    memcpy(choice->lengths, item.lengths, sizeof choice->lengths);
+    memcpy(choice->characters, item.characters, sizeof choice->characters);
+}
+
+/* Score all tasks, and print a table on rank 0; in a run (step >= 0) also write them to metrics.jsonl. All ranks call
+ * it, and fail together. */
+static int run_tasks(struct run *r, FILE *out, int64_t step, struct error *e) {
+    struct choice_data data[MAX_CHOICE_SETS];
+    struct choice_scores scores[MAX_CHOICE_SETS];
+    int64_t most = r->config.eval.task_items;
+    for (int i = 0; i < r->task_count; i++) {
+        const struct choice_set *set = &r->tasks[i];
+        data[i] = (struct choice_data){.name = set->name,
+                                       .items = most > 0 && most < set->items ? most : set->items,
+                                       .start = set->start,
+                                       .source = set,
+                                       .read = read_choice};
+        if (score_choices(&r->model, &data[i], &scores[i], e) != 0)
+            return -1;
+    }
+    if (!is_rank0(r) || r->task_count == 0)
+        return 0;
+    choice_scores_print(out, step, data, scores, r->task_count);
+    for (int i = 0; i < r->task_count && step >= 0; i++)
+        if (metrics_choices(r->metrics, step, &data[i], &scores[i], e) != 0)
+            return -1;
+    return 0;
 }
 
 /* ---- train: one step ---- */
@@ -334,7 +398,7 @@ static double step_flops(const struct run *r, int64_t step) {
 }
 
 static bool evaluates(const struct run *r) {
-    return r->val && r->config.run.eval_every > 0;
+    return (r->val || r->task_count > 0) && r->config.run.eval_every > 0;
 }
 
 /* Steps from the end of `step` to the next evaluation, that of the last step included; -1: none. */
@@ -398,8 +462,8 @@ struct step_actions {
     bool ends, evaluates, samples, saves;
 };
 
-/* A new best may have to be saved, and the patience that is over ends the run: added to *actions. */
-static int evaluate(struct run *r, struct step_actions *actions, struct error *e) {
+/* Evaluate on data.val. A new best may have to be saved, and the patience that is over ends the run: added to *actions. */
+static int evaluate_loss(struct run *r, struct step_actions *actions, struct error *e) {
     struct trainer_state *trainer = &r->trainer;
     int64_t patience = r->config.train.patience;
     struct evaluation v;
@@ -416,8 +480,18 @@ static int evaluate(struct run *r, struct step_actions *actions, struct error *e
     if (v.labelled)
         fprintf(stderr, ", accuracy %.4f, exact %.4f of %lld segments", evaluation_accuracy(&v),
                 evaluation_exact(&v), (long long)v.segments);
+    if (v.bytes_per_token > 0)
+        fprintf(stderr, ", %.4f bits per byte", evaluation_bits_per_byte(&v));
     fputc('\n', stderr);
     return metrics_eval(r->metrics, trainer->step, &v, e);
+}
+
+static int evaluate(struct run *r, struct step_actions *actions, struct error *e) {
+    if (r->val && comm_agree(r->comm, evaluate_loss(r, actions, e), e) != 0)
+        return -1;
+    if (is_rank0(r))
+        status_break(&r->status);
+    return run_tasks(r, stderr, r->trainer.step, e);
 }
 
 enum { SAMPLE_TOKENS = 256 };
@@ -666,12 +740,14 @@ static struct loader *open_loader(const struct run *r, const char *data, struct 
  * records it. */
 static int find_documents(struct run *r, struct error *e) {
     struct data_config *d = &r->config.data;
-    const char *globs[2 * MAX_SOURCES];
+    const char *globs[2 * MAX_SOURCES + 1];
     int count = 0;
     int64_t separator = d->separator;
     struct loader *const loaders[] = {r->train, r->val};
     for (int i = 0; i < 2; i++)
         count += loaders[i] ? loader_globs(loaders[i], globs + count) : 0;
+    if (r->task_count > 0)
+        globs[count++] = r->config.eval.tasks;
     if (dataset_end_ids(globs, count, r->tokenizer, r->tokenizer_text, r->tokenizer_bytes,
                         r->config.model.vocab_size, &separator, &r->ends, e) != 0)
         return -1;
@@ -746,7 +822,10 @@ static int open_data(struct run *r, struct error *e) {
         if (!r->val)
             return -1;
         loader_fingerprint(r->val, r->trainer.val_fingerprint);
+        r->val_bytes_per_token = dataset_bytes_per_token(c->data.val);
     }
+    if (open_tasks(r, e) != 0)
+        return -1;
     if (open_tokenizer(r, c->data.tokenizer, e) != 0 || find_documents(r, e) != 0 ||
         (r->val && check_labels(r, e) != 0) || describe_tokenizer(r, e) != 0)
         return -1;
@@ -849,6 +928,8 @@ static void print_warnings(const struct run *r) {
                 "tokenizer_config.json beside "
                 "data.tokenizer names id %d as eos_token; generation stops at %d\n",
                 separator, eos_token, separator);
+    if (r->task_count > 0 && !evaluates(r))
+        fprintf(stderr, "warning: eval.tasks has no effect without run.eval_every\n");
     if (t->resize_vocab && !t->init_from[0])
         fprintf(stderr, "warning: train.resize_vocab = true has no effect without train.init_from\n");
 }
@@ -923,11 +1004,18 @@ static int find_tokenizer(struct run *r, const char *dir, struct error *e) {
 
 /* ---- eval ---- */
 
+static bool is_given(const struct command_line *line, const char *key) {
+    size_t length = strlen(key);
+    for (int i = 0; i < line->override_count; i++)
+        if (strncmp(line->overrides[i], key, length) == 0 && line->overrides[i][length] == '=')
+            return true;
+    return false;
+}
+
 /* After an error about data.val: add where the path comes from, if the command line does not give it. */
 static void name_recorded_data(const char *dir, const struct command_line *line, struct error *e) {
-    for (int i = 0; i < line->override_count; i++)
-        if (strncmp(line->overrides[i], "data.val=", strlen("data.val=")) == 0)
-            return;
+    if (is_given(line, "data.val"))
+        return;
     size_t used = strlen(e->text);
     snprintf(e->text + used, sizeof e->text - used,
              " (%s recorded this path; data.val=GLOB gives another one)", dir);
@@ -937,9 +1025,13 @@ static int load_eval_config(struct run *r, const char *dir, const struct command
                             struct error *e) {
     if (read_checkpoint(r, dir, line, e) != 0)
         return -1;
-    const struct config *c = &r->config;
-    if (!c->data.val[0] || strcmp(c->data.val, "none") == 0)
-        return fail_user(e, "eval needs data: add data.val=GLOB");
+    struct config *c = &r->config;
+    if (!is_given(line, "eval.tasks"))
+        c->eval.tasks[0] = '\0';
+    else if (!is_given(line, "data.val"))
+        c->data.val[0] = '\0';
+    if ((!c->data.val[0] || strcmp(c->data.val, "none") == 0) && !c->eval.tasks[0])
+        return fail_user(e, "eval needs data: add data.val=GLOB or eval.tasks=GLOB");
     if (c->system.precision == PRECISION_AUTO)
         r->config.system.precision = PRECISION_FP32; /* eval's default, on GPUs as well */
     comm_set_timeout(r->comm, c->system.peer_timeout);
@@ -955,12 +1047,31 @@ static int find_separator(struct run *r, const char *dir, struct error *e) {
     return needed ? find_documents(r, e) : 0;
 }
 
+/* Whether the choices are of the checkpoint's tokenizer. */
+static int check_tasks(struct run *r, const char *dir, struct error *e) {
+    const char *glob = r->config.eval.tasks;
+    struct end_ids ends;
+    int64_t separator = -1;
+    if (r->task_count == 0)
+        return 0;
+    if (!r->tokenizer && find_tokenizer(r, dir, e) != 0)
+        return -1;
+    return dataset_end_ids(&glob, 1, r->tokenizer, r->tokenizer_text, r->tokenizer_bytes,
+                           r->config.model.vocab_size, &separator, &ends, e);
+}
+
 static int open_eval_data(struct run *r, const char *dir, const struct command_line *line, struct error *e) {
-    r->val = open_loader(r, r->config.data.val, e);
+    const char *val = r->config.data.val;
+    if (open_tasks(r, e) != 0 || check_tasks(r, dir, e) != 0)
+        return -1;
+    if (!val[0])
+        return 0;
+    r->val = open_loader(r, val, e);
     if (!r->val)
         name_recorded_data(dir, line, e);
     if (!r->val || find_separator(r, dir, e) != 0)
         return -1;
+    r->val_bytes_per_token = dataset_bytes_per_token(val);
     return is_rank0(r) ? check_validation(r, e) : 0;
 }
 
@@ -976,6 +1087,10 @@ static int eval_command(struct run *r, const struct command_line *line, struct e
         return -1;
     banner_print_ignored(&r->config, r->comm->ranks);
     struct evaluation v;
+    if (run_tasks(r, stdout, -1, e) != 0)
+        return -1;
+    if (!r->val)
+        return 0;
     if (run_validation(r, &v, e) != 0)
         return -1;
     if (!isfinite(v.loss))
@@ -986,6 +1101,8 @@ static int eval_command(struct run *r, const struct command_line *line, struct e
     if (is_rank0(r) && v.labelled)
         printf("val_accuracy %.7f %lld\nval_exact %.7f %lld\n", evaluation_accuracy(&v), (long long)v.targets,
                evaluation_exact(&v), (long long)v.segments);
+    if (is_rank0(r) && v.bytes_per_token > 0)
+        printf("bits_per_byte %.7f\n", evaluation_bits_per_byte(&v));
     if (is_rank0(r))
         printf("val_loss %.7f %lld\n", v.loss, (long long)v.targets);
     return 0;

@@ -110,3 +110,44 @@ int dataset_end_ids(const char *const *globs, int count, const struct tokenizer 
         end_ids_add(ends, tokenizer_end_ids(tokenizer)->ids[i]);
     return rc;
 }
+
+static double size_of(const cJSON *shard, const char *name) {
+    const cJSON *item = json_member(shard, name);
+    return cJSON_IsNumber(item) && item->valuedouble > 0 ? item->valuedouble : 0;
+}
+
+double dataset_bytes_per_token(const char *shards) {
+    double bytes = 0, tokens = 0;
+    bool known = true;
+    cJSON *root = NULL; /* of `folder` */
+    char *folder = NULL;
+    glob_t found;
+    if (glob(shards, 0, NULL, &found) != 0)
+        return 0;
+    for (size_t i = 0; i < found.gl_pathc && known; i++) {
+        const char *path = found.gl_pathv[i], *slash = strrchr(path, '/');
+        size_t length = slash ? (size_t)(slash + 1 - path) : 0, size = length + sizeof "dataset.json";
+        char *name = malloc(size);
+        if (!name)
+            break;
+        snprintf(name, size, "%.*sdataset.json", (int)length, path);
+        if (!folder || strcmp(folder, name) != 0) {
+            struct error ignored;
+            cJSON_Delete(root);
+            root = json_read(name, "", &ignored);
+            free(folder);
+            folder = name;
+        } else {
+            free(name);
+        }
+        const cJSON *shard = root ? json_member(json_member(root, "shards"), path + length) : NULL;
+        known = size_of(shard, "tokens") > 0;
+        bytes += size_of(shard, "bytes");
+        tokens += size_of(shard, "tokens");
+    }
+    known = known && folder;
+    globfree(&found);
+    cJSON_Delete(root);
+    free(folder);
+    return known && tokens > 0 ? bytes / tokens : 0;
+}

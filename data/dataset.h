@@ -17,4 +17,8 @@ int dataset_end_ids(const char *const *globs, int count, const struct tokenizer 
                     size_t bytes, int64_t vocab_size, int64_t *separator, struct end_ids *ends,
                     struct error *e);
 
+/* Bytes of text per token in the shards of a glob, as the dataset.json beside them count both; 0 where one is not in
+ * them. */
+double dataset_bytes_per_token(const char *shards);
+
 #endif

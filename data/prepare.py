@@ -8,7 +8,8 @@ tokenizer and seed give the same files, whatever the number of workers. Nothing 
 before everything is written.
 
 With --chat it reads conversations instead, as JSON lines with "messages" (each a "role" and a "content"), or "prompt" and
-"completion"; renders them by a chat template, and writes labels beside the shards, so that only answers count.
+"completion"; renders them by a chat template, and writes labels beside the shards, so that only answers count. With --choices it reads a context, several endings and the index of the right one (HellaSwag's
+form), and writes a NAME.choices file for eval.tasks.
 
 How it flows: readers yield (text, ends_document) pieces -> documents get their split -> batches of about a
 megabyte -> workers return token arrays -> one writer per split.
@@ -30,6 +31,7 @@ except ImportError:
 
 from chat_template import BUILT_IN
 from prepare_chat import ChatPreparation, LabelledWriter
+from prepare_choices import ChoicesPreparation
 from prepare_inputs import Input, format_by_name
 from prepare_output import Writer, locked, remove_temporary
 from prepare_readers import separator_regex
@@ -48,6 +50,7 @@ examples:
   data/prepare.py --tokenizer my/tokenizer.json --out data/books books/*.txt.gz
   data/prepare.py --tokenizer bytes --document-separator '<|endoftext|>' --out data/stories stories.txt
   data/prepare.py --tokenizer my/tokenizer.json --chat --seq-len 1024 --out data/talks talks.jsonl.gz
+  data/prepare.py --tokenizer gpt2 --choices --out data/choices hellaswag.jsonl
   curl -s https://host/web.jsonl.zst | data/prepare.py --tokenizer gpt2 --out data/web -
 """
 
@@ -93,6 +96,9 @@ def parse(arguments):
              '"completion". Only the turns of "assistant" count, end marker included')
     add("--chat-template", metavar=f"{'|'.join(BUILT_IN)}|FILE",
         help="with --chat: a built-in template, or a Jinja file (default: the one that the tokenizer brings; bytes: bytes)")
+    add("--choices", action="store_true",
+        help='JSON lines are {"context": TEXT, "endings": [TEXT, ...], "label": INDEX}; each input becomes a file for '
+             "eval.tasks")
     add("--seq-len", type=int, metavar="N", help="with --chat: leave out conversations of more tokens (default: none)")
     add("--val-fraction", type=float, default=0.05, metavar="X",
         help="share of the documents for validation, chosen by a hash of seed and index; of a single whole "
@@ -146,6 +152,8 @@ def check(options):
                         "configuration can hold")
     if os.path.exists(options.out) and not os.path.isdir(options.out):
         raise UserError(f"--out {options.out}: is no folder")
+    if options.choices and (options.chat or options.field != "text" or options.document_separator is not None):
+        raise UserError("--choices cannot be combined with --chat, --field or --document-separator")
     if not options.chat and (options.chat_template is not None or options.seq_len is not None):
         raise UserError(f"{'--chat-template' if options.chat_template is not None else '--seq-len'} belongs to --chat")
     if options.chat and (options.field != "text" or options.document_separator is not None):
@@ -207,10 +215,31 @@ def check_no_shards(options):
 def prepare(arguments):
     options = parse(arguments)
     tokenizer = load_tokenizer(options.tokenizer, options.pattern)
-    run = (ChatPreparation if options.chat else Preparation)(options, tokenizer)
+    kind = ChatPreparation if options.chat else ChoicesPreparation if options.choices else Preparation
+    run = kind(options, tokenizer)
     with locked(options.out):
+        if options.choices:
+            return run, write_choices(run, options)
         check_no_shards(options)  # another run may just have ended
         return run, write(run, options.out)
+
+
+def write_choices(run, options):
+    """The files of choices, with the dataset.json that says which tokenizer made them. They have a folder of their own."""
+    folder = options.out
+    if existing_shards(folder):
+        raise UserError(f"{folder}: holds shards, and choices need a folder of their own; give another --out")
+    taken = [path.name for path in folder.glob("*.choices")]
+    if taken and not options.overwrite:
+        raise UserError(f"{folder}: already holds {sorted(taken)[0]}; give another --out, or --overwrite")
+    for name in taken:
+        (folder / name).unlink()
+    run.write(folder)
+    with naming(folder / "tokenizer.json"):
+        write_tokenizer(run.tokenizer, folder)
+    with naming(folder / "dataset.json"):
+        write_dataset(run, folder, {})
+    return {}
 
 
 def write_chat(run, folder):

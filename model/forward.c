@@ -217,6 +217,46 @@ void model_evaluate(struct model *m, struct batch batch, double scale, int32_t *
         m->k->download(m->dev, m->correct, correct, DTYPE_I32);
 }
 
+/* Sequence b's rows of h begin where products may read them: backends expect what an allocation is aligned to. */
+static bool rows_are_aligned(const struct model *m) {
+    size_t bytes = (size_t)(m->shape.tokens * m->config.hidden_size) * dtype_bytes(m->dtypes.compute);
+    return bytes % 256 == 0;
+}
+
+static tensor rows_of(tensor t, int64_t first, int64_t count, int64_t columns) {
+    return tensor_of((char *)t.data + (size_t)(first * columns) * dtype_bytes(t.dtype), t.dtype, count,
+                     columns > 1 ? columns : 0, 0, 0, 0);
+}
+
+/* The targets of sequence b of a batch. */
+static void upload_targets(struct model *m, int64_t b, const int32_t *targets) {
+    m->k->upload(m->dev, rows_of(m->targets, b * m->shape.tokens, m->shape.tokens, 1), targets, DTYPE_I32);
+}
+
+void model_score(struct model *m, struct batch batch, const int32_t *ignored, int64_t rows, double *nats) {
+    int64_t T = m->shape.tokens, C = m->config.hidden_size;
+    bool alone = rows_are_aligned(m); /* or else all rows, of which only those of one sequence count */
+    struct step_state state;
+    model_upload(m, batch);
+    model_forward(m);
+    for (int64_t b = 0; b < m->shape.batch && !alone; b++)
+        upload_targets(m, b, ignored);
+    for (int64_t b = 0; b < rows; b++) {
+        struct classifier_spec spec = {alone ? T : m->norm_spec.rows, C, m->config.vocab_size};
+        if (!alone)
+            upload_targets(m, b, batch.targets + b * T);
+        m->k->step_begin(m->dev, m->state, 0, 0);
+        m->k->classifier(m->dev, &spec, alone ? rows_of(m->h, b * T, T, C) : m->h,
+                         model_param(m, m->params.lm_head),
+                         alone ? rows_of(m->targets, b * T, T, 1) : m->targets, 1, m->state, tensor_none(),
+                         tensor_none(), tensor_none(), false);
+        m->k->step_read(m->dev, m->state, &state);
+        if (!alone)
+            upload_targets(m, b, ignored);
+        nats[b] = state.loss;
+    }
+}
+
 /* ---- recompute ---- */
 
 static void recompute_attention_norm(struct model *m, int layer) {

@@ -87,6 +87,7 @@ struct pass_shape pass_shape_of(const struct config *c, bool training) {
                                .tokens = c->train.seq_len,
                                .recompute = c->system.recompute,
                                .training = training,
+                               .scores = c->eval.tasks[0] != 0,
                                .segments = c->data.segments == SEGMENTS_DOCUMENTS,
                                .restart_positions = c->data.segment_positions == POSITIONS_RESTART,
                                .muon = training && c->train.optimizer == OPTIMIZER_MUON};

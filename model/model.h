@@ -22,6 +22,7 @@ struct pass_shape {
     bool training;          /* false: no gradients, no optimizer state, one layer's activations */
     bool segments;          /* batches bring segments, which attention does not cross */
     bool restart_positions; /* positions begin at 0 in each segment */
+    bool scores;            /* model_score is called */
     bool muon;              /* training: hidden matrices are Muon's, the rest AdamW's (muon.h) */
 };
 
@@ -187,6 +188,10 @@ void model_forward_backward(struct model *m, struct batch batch, double scale, b
 /* Forward and loss only: state.loss += scale * sum of nats, state.targets += the targets that count.
  * correct: host, [B,T], 1 where the target has the largest logit, otherwise 0; NULL: not wanted. */
 void model_evaluate(struct model *m, struct batch batch, double scale, int32_t *correct);
+
+/* nats[b] of the first `rows` sequences: the sum over their targets that count of -log p(target). nats: host. Changes
+ * loss, targets and sumsq of the step state. ignored: host, [T], all -1. Needs shape.scores. */
+void model_score(struct model *m, struct batch batch, const int32_t *ignored, int64_t rows, double *nats);
 
 /* Forward up to the attention of one layer, whose buffers then hold its queries, keys and values. */
 void model_forward_attention(struct model *m, struct batch batch, int layer);

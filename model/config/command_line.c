@@ -50,10 +50,11 @@ static const struct command_row COMMANDS[] = {
     [COMMAND_EVAL] =
         {"eval",
          "CHECKPOINT",
-         "data.val=GLOB [section.key=value ...]",
+         "data.val=GLOB | eval.tasks=GLOB [section.key=value ...]",
          {{0}},
          "Compute the mean loss of a checkpoint on token shards. Last line on stdout: val_loss <nats> "
          "<tokens>.\n"
+         "With eval.tasks, score choices; without data.val= beside it, these alone.\n"
          "CHECKPOINT is a step_... directory, or a run directory, whose newest checkpoint is used.\n"
          "  train_iha eval runs/try data.val='data/bible/val_*.bin'\n"},
     [COMMAND_GENERATE] =

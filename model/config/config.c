@@ -25,7 +25,7 @@ const char *const recompute_names[] = {
     [RECOMPUTE_NONE] = "none", [RECOMPUTE_LIGHT] = "light", [RECOMPUTE_FULL] = "full", NULL};
 const char *const best_by_names[] = {
     [BEST_BY_LOSS] = "loss", [BEST_BY_ACCURACY] = "accuracy", [BEST_BY_EXACT] = "exact", NULL};
-const char *const config_sections[] = {"model", "train", "system", "data", "run", NULL};
+const char *const config_sections[] = {"model", "train", "system", "data", "eval", "run", NULL};
 
 /* The upper limits are far beyond any real model, and low enough that no product of sizes (parameters,
  * bytes, tokens of a whole run) overflows an int64; see also check_widths in config_check.c. */
@@ -39,6 +39,7 @@ const char *const config_sections[] = {"model", "train", "system", "data", "run"
 #define TRAIN(field) .section = "train", .name = #field, .offset = AT(train.field)
 #define SYSTEM(field) .section = "system", .name = #field, .offset = AT(system.field), .may_change = true
 #define DATA(field) .section = "data", .name = #field, .offset = AT(data.field)
+#define EVAL(field) .section = "eval", .name = #field, .offset = AT(eval.field), .may_change = true
 #define RUN(field) .section = "run", .name = #field, .offset = AT(run.field), .may_change = true
 
 const struct config_row config_rows[] = {
@@ -202,6 +203,11 @@ const struct config_row config_rows[] = {
      .help = "a document ends or begins with its separator"},
     {DATA(segment_positions), ENUM([POSITIONS_RESTART] = "restart", [POSITIONS_CONTINUE] = "continue"),
      .initial = "restart", .help = "positions in each segment"},
+
+    {EVAL(tasks), .kind = KIND_TEXT, .zero = "none", .initial = "none",
+     .help = "glob of choices, which data/prepare.py --choices\nmakes, for each evaluation"},
+    {EVAL(task_items), INTEGER(0, TWO(30)), .initial = "0",
+     .help = "items of each file that are scored; 0: all"},
 
     {RUN(dir), .kind = KIND_TEXT, .help = "where checkpoints and metrics go"},
     {RUN(eval_every), INTEGER(0, TWO(30)), .initial = "0", .help = "steps between evaluations; 0: never"},

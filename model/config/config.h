@@ -130,6 +130,11 @@ struct data_config {
     enum segment_positions segment_positions;
 };
 
+struct eval_config {
+    char tasks[MAX_TEXT]; /* a glob of choices; empty: none */
+    int64_t task_items;   /* of each that are scored at most; 0: all */
+};
+
 struct run_config {
     char dir[MAX_TEXT];
     int64_t eval_every, eval_batches, save_every, keep, sample_every, log_every, log_norms_every;
@@ -142,6 +147,7 @@ struct config {
     struct train_config train;
     struct system_config system;
     struct data_config data;
+    struct eval_config eval;
     struct run_config run;
 };
 

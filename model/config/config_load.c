@@ -45,7 +45,7 @@ static int fail_section(const struct draft *d, const char *where, const char *na
     char quote[MAX_QUOTE], hint[96];
     did_you_mean(name, config_sections, hint);
     return fail_user(d->error, "%s: unknown section '%s'%s", where, quotable(name, quote),
-                     *hint ? hint : "; the sections are model, train, system, data and run");
+                     *hint ? hint : "; the sections are model, train, system, data, eval and run");
 }
 
 /* ---- the file ---- */

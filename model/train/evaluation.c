@@ -25,6 +25,10 @@ double evaluation_exact(const struct evaluation *v) {
     return (double)v->exact / (double)v->segments;
 }
 
+double evaluation_bits_per_byte(const struct evaluation *v) {
+    return v->loss / log(2) / v->bytes_per_token;
+}
+
 double evaluation_figure(const struct evaluation *v, enum best_by best_by) {
     switch (best_by) {
     case BEST_BY_ACCURACY:

@@ -6,10 +6,11 @@
 #include "model/checkpoint/trainer_state.h"
 
 struct evaluation {
-    double loss;     /* mean in nats over the targets */
-    int64_t targets; /* that count: those >= 0 */
-    bool labelled;   /* the data has labels: the counts below are filled */
-    int64_t correct; /* targets that have the largest logit */
+    double loss;            /* mean in nats over the targets */
+    int64_t targets;        /* that count: those >= 0 */
+    double bytes_per_token; /* of text, in the data's shards; 0: not known */
+    bool labelled;          /* the data has labels: the counts below are filled */
+    int64_t correct;        /* targets that have the largest logit */
     int64_t segments,
         exact; /* segments in which a target counts, and those of them whose targets are all correct */
 };
@@ -21,6 +22,9 @@ void evaluation_count(struct evaluation *v, int64_t B, int64_t T, const int32_t 
 
 double evaluation_accuracy(const struct evaluation *v);
 double evaluation_exact(const struct evaluation *v);
+
+/* Nats a token as bits a byte. */
+double evaluation_bits_per_byte(const struct evaluation *v);
 
 /* The figure that best_by names. */
 double evaluation_figure(const struct evaluation *v, enum best_by best_by);

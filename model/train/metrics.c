@@ -11,6 +11,7 @@
 #include "model/config/config.h"
 #include "model/checkpoint/files.h"
 #include "model/model.h"
+#include "model/train/choice_scores.h"
 
 struct metrics {
     FILE *file;
@@ -158,10 +159,23 @@ int metrics_step(struct metrics *m, const struct step_record *r, struct error *e
 int metrics_eval(struct metrics *m, int64_t step, const struct evaluation *v, struct error *e) {
     fprintf(m->file, "{\"step\": %" PRId64, step);
     put_number(m->file, "val_loss", v->loss, "%.9g");
+    if (v->bytes_per_token > 0)
+        put_number(m->file, "val_bits_per_byte", evaluation_bits_per_byte(v), "%.9g");
     if (v->labelled) {
         put_number(m->file, "val_accuracy", evaluation_accuracy(v), "%.9g");
         put_number(m->file, "val_exact", evaluation_exact(v), "%.9g");
     }
+    fputs("}\n", m->file);
+    return finish_line(m, e);
+}
+
+int metrics_choices(struct metrics *m, int64_t step, const struct choice_data *data,
+                    const struct choice_scores *v, struct error *e) {
+    fprintf(m->file, "{\"step\": %" PRId64 ", \"task\": \"%s\", \"items\": %" PRId64, step, data->name,
+            v->items);
+    put_number(m->file, "chance", v->chance, "%.9g");
+    put_number(m->file, "accuracy", (double)v->correct / (double)v->items, "%.9g");
+    put_number(m->file, "accuracy_norm", (double)v->correct_norm / (double)v->items, "%.9g");
     fputs("}\n", m->file);
     return finish_line(m, e);
 }

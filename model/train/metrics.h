@@ -31,7 +31,13 @@ struct metrics *metrics_open(const char *run_dir, int64_t step, struct error *e)
 void metrics_close(struct metrics *m);
 
 int metrics_step(struct metrics *m, const struct step_record *r, struct error *e);
+struct choice_data;
+struct choice_scores;
+
 int metrics_eval(struct metrics *m, int64_t step, const struct evaluation *v, struct error *e);
+
+int metrics_choices(struct metrics *m, int64_t step, const struct choice_data *data,
+                    const struct choice_scores *v, struct error *e);
 
 /* Return once all lines are on the disk. Called before a checkpoint of the same step is saved. */
 int metrics_sync(struct metrics *m, struct error *e);
