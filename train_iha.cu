@@ -199,6 +199,7 @@ static int build_model(struct run *r, bool training, struct error *e) {
                                     .weight_decay = t->weight_decay,
                                     .mix_lr_scale = t->mix_lr_scale,
                                     .muon_lr_scale = config_muon_lr_scale(&r->config),
+                                    .scores = r->task_count > 0,
                                     .comm = r->device_comm,
                                     .zero_stage = (int)r->config.system.zero_stage,
                                     .reduce_dtype = r->config.system.reduce_dtype == REDUCE_BF16 ? DTYPE_BF16

@@ -193,7 +193,7 @@ static int plan_all(struct model *m, struct error *e) {
         plan(m, classifier, NULL, e) != 0)
         return -1;
     struct op_spec scored = {.kind = OP_CLASSIFIER, .classifier = {m->shape.tokens, C, c->vocab_size}};
-    if (m->shape.scores && plan(m, scored, NULL, e) != 0)
+    if (m->scores && plan(m, scored, NULL, e) != 0)
         return -1;
     for (int layer = 0; layer < c->num_hidden_layers; layer++)
         if (plan_layer(m, layer, e) != 0)

@@ -61,6 +61,7 @@ static int create_host_side(struct model *m, const struct model_config *config, 
                             struct device *dev, const struct model_options *o, int rank, int ranks,
                             struct error *e) {
     *m = (struct model){.config = *config, .k = k, .dev = dev, .dtypes = k->dtypes(dev), .shape = o->shape};
+    m->scores = o->scores;
     m->comm = o->comm ? o->comm : comm_single();
     m->reduce_dtype = o->reduce_dtype == DTYPE_BF16 ? DTYPE_BF16 : m->dtypes.gradient;
     if (params_create(&m->params, config, ranks, e) != 0 ||
@@ -87,7 +88,6 @@ struct pass_shape pass_shape_of(const struct config *c, bool training) {
                                .tokens = c->train.seq_len,
                                .recompute = c->system.recompute,
                                .training = training,
-                               .scores = c->eval.tasks[0] != 0,
                                .segments = c->data.segments == SEGMENTS_DOCUMENTS,
                                .restart_positions = c->data.segment_positions == POSITIONS_RESTART,
                                .muon = training && c->train.optimizer == OPTIMIZER_MUON};

@@ -22,7 +22,6 @@ struct pass_shape {
     bool training;          /* false: no gradients, no optimizer state, one layer's activations */
     bool segments;          /* batches bring segments, which attention does not cross */
     bool restart_positions; /* positions begin at 0 in each segment */
-    bool scores;            /* model_score is called */
     bool muon;              /* training: hidden matrices are Muon's, the rest AdamW's (muon.h) */
 };
 
@@ -124,6 +123,7 @@ struct model {
 
     /* the planned pass */
     struct pass_shape shape;
+    bool scores; /* model_score is planned too */
     void *activations, *workspace;
     size_t workspace_bytes, norm_saved_bytes;
     struct norm_spec norm_spec;
@@ -150,6 +150,7 @@ struct model_options {
     int zero_stage;
     enum dtype reduce_dtype; /* gradients are sent between ranks in this type; see reserve in comm.h */
     double muon_lr_scale;    /* factor on the learning rate of Muon's matrices */
+    bool scores;             /* model_score will be called */
 };
 
 /* Allocate parameters (zero) and, for training, gradients and optimizer state; plan and allocate the buffers
@@ -190,7 +191,7 @@ void model_forward_backward(struct model *m, struct batch batch, double scale, b
 void model_evaluate(struct model *m, struct batch batch, double scale, int32_t *correct);
 
 /* nats[b] of the first `rows` sequences: the sum over their targets that count of -log p(target). nats: host. Changes
- * loss, targets and sumsq of the step state. ignored: host, [T], all -1. Needs shape.scores. */
+ * loss, targets and sumsq of the step state. ignored: host, [T], all -1. Needs model_options.scores. */
 void model_score(struct model *m, struct batch batch, const int32_t *ignored, int64_t rows, double *nats);
 
 /* Forward up to the attention of one layer, whose buffers then hold its queries, keys and values. */

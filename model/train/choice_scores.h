@@ -34,7 +34,7 @@ struct choice_scores {
 /* The log-likelihood of an ending is the sum over its tokens of log p(token | start, context, tokens before). Of equal
  * ones the first counts. A context that does not fit into the model's T tokens loses its beginning. Items are distributed
  * over the ranks of m->comm, and the figures do not depend on how many there are. The device's step state is as before
- * afterwards. The model was planned with pass_shape.scores. All ranks call it, and fail together. */
+ * afterwards. The model was created with model_options.scores. All ranks call it, and fail together. */
 int score_choices(struct model *m, const struct choice_data *data, struct choice_scores *scores,
                   struct error *e);
 
