@@ -24,7 +24,7 @@ struct scratch {
     real *k, *v;              /* [TILE, d]; space for [TILE, d'], d' is d padded to whole vectors */
     real *p;                  /* [TILE of keys][TILE] */
     real *reference, *sum;    /* [G][TILE] */
-    real *top, *part;         /* [TILE] of a strip: the largest score, the sum */
+    real *part;               /* [TILE] the sum of a strip */
     real_bits *begins, *ends; /* [G][TILE] the keys that each query sees */
 };
 
@@ -32,8 +32,8 @@ static size_t layout_scratch(const struct attention_spec *s, int64_t group, char
     int64_t d = s->head_dim, rows = group * TILE;
     struct part parts[] = {{&w->qt, rows * d}, {&w->ot, rows * d},   {&w->k, TILE * round_up(d, VL)},
                            {&w->v, TILE * d},  {&w->p, TILE * TILE}, {&w->reference, rows},
-                           {&w->sum, rows},    {&w->top, TILE},      {&w->part, TILE},
-                           {&w->begins, rows}, {&w->ends, rows}};
+                           {&w->sum, rows},    {&w->part, TILE},     {&w->begins, rows},
+                           {&w->ends, rows}};
     return lay_out(parts, sizeof parts / sizeof *parts, base);
 }
 
@@ -67,35 +67,32 @@ static struct query_tile query_tile_of(const struct attention_spec *s, const str
                                .ends = w->ends + i * TILE};
 }
 
-/* What a query has seen may exceed its reference so far before the reference rises: 2^RISE times any sum is
- * well within the range of numbers, and the precision is the same. */
-static const real RISE = 40;
+/* The sum of a strip may be so large, 2^40, before the query's reference rises: a sum of them is well within the range of
+ * numbers, and the precision is the same. */
+static const real LARGEST_SUM = (real)(1ll << 40);
 
-/* Where a strip's scores exceed their reference by more than RISE, make the largest the reference, and rescale
- * the sums of what came before. Whether there were any. */
-static bool raise_references(const struct query_tile *t, int64_t d, const real *top, int64_t begin,
+/* Where a strip's sum exceeds that, make the largest score the reference, and rescale the sums of what came before.
+ * Whether there were any. */
+static bool raise_references(const struct query_tile *t, const struct forward_scores *f, int64_t begin,
                              int64_t end) {
     bool any = false;
     for (int64_t j = begin; j < end; j += VL) {
-        vreal base = vload(t->reference + j), highest = vload(top + j);
-        vbits rises = highest > base + RISE;
+        vbits rises = vload(f->sum + j) > LARGEST_SUM;
         if (!vany(rises))
             continue;
-        vreal higher = vselect(rises, highest, base), factor = vexp2(base - higher);
-        vstore(t->reference + j, higher);
+        vreal rise = vselect(rises, largest_scores(f, j), vsplat(0)), factor = vexp2(-rise);
+        vstore(t->reference + j, vload(t->reference + j) + rise);
         vstore(t->sum + j, vload(t->sum + j) * factor);
-        for (int64_t c = 0; c < d; c++)
+        for (int64_t c = 0; c < f->d; c++)
             vstore(t->ot + c * TILE + j, vload(t->ot + c * TILE + j) * factor);
         any = true;
     }
     return any;
 }
 
-static void clear_part(const struct scratch *w, const struct query_tile *t, int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; j += VL) {
-        vstore(w->top + j, vload(t->reference + j));
+static void clear_part(const struct scratch *w, int64_t begin, int64_t end) {
+    for (int64_t j = begin; j < end; j += VL)
         vstore(w->part + j, vsplat(0));
-    }
 }
 
 /* `keys` keys from k0, which are the packed tile's from row i on, with columns [begin, end) of a tile of
@@ -112,13 +109,12 @@ static void forward_strip(const struct scratch *w, const struct query_tile *t, i
                                .begins = t->begins,
                                .ends = t->ends,
                                .p = w->p,
-                               .top = w->top,
                                .sum = w->part,
                                .ahead = ahead};
-    clear_part(w, t, begin, end);
+    clear_part(w, begin, end);
     forward_scores(&f, begin, end, masked);
-    if (raise_references(t, d, w->top, begin, end)) {
-        clear_part(w, t, begin, end);
+    if (raise_references(t, &f, begin, end)) {
+        clear_part(w, begin, end);
         forward_scores(&f, begin, end, masked);
     }
     for (int64_t j = begin; j < end; j += VL)

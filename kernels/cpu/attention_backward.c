@@ -3,7 +3,10 @@
  * A unit of work is a group of tiles of keys, which meets every tile of queries that sees it. Vectors run along
  * the keys: scores are Q K^T, and dK and dV are summed transposed, as Q^T dS and dO^T P. dQ = dS K gets a part
  * from every group of keys. A group adds its part to the tensor when the groups before it have: the order of
- * the sum is that of the keys, whichever thread is faster, so the bits do not depend on the schedule. */
+ * the sum is that of the keys, whichever thread is faster, so the bits do not depend on the schedule.
+ *
+ * Queries are met from the last to the first. Under a causal mask the next group's queries begin later, so that it
+ * reaches those it shares with this group when they are done here; in the other order it would wait. */
 #include <sched.h>
 
 #include "kernels/cpu/attention_scores.h"
@@ -59,6 +62,7 @@ struct meeting {
     const struct head *x;
     int64_t group, first_tile, count; /* of keys: the tiles of a group, and the unit's tiles */
     bool alone;                       /* the head has one unit, which computes deltas itself */
+    int64_t first_query;              /* of those that see the unit's keys */
     int64_t q0, rows;
     bool masks_known; /* begins and ends are filled */
     int64_t *packed;  /* the unit's tiles of keys that are packed: the first ones */
@@ -162,13 +166,13 @@ static int64_t meet_queries(struct meeting t) {
     const struct attention_spec *s = t.mask->spec;
     const struct scratch *w = t.w;
     const struct head *x = t.x;
-    int64_t d = s->head_dim, D = round_up(d, VL), next = t.q0 + t.rows, begin, end;
+    int64_t d = s->head_dim, D = round_up(d, VL), begin, end;
     tiles_of_queries(t.mask, t.q0, t.rows, &begin, &end);
     int64_t from = max64(begin / TILE - t.first_tile, 0),
             to = min64((end + TILE - 1) / TILE - t.first_tile, t.count);
     if (from >= to)
         return 0;
-    t.ahead = (struct rows_ahead){{x->q, x->d_o, x->dq}, 3, d, next, min64(next + TILE, s->length),
+    t.ahead = (struct rows_ahead){{x->q, x->d_o, x->dq}, 3, d, max64(t.q0 - TILE, t.first_query), t.q0,
                                   1 + 6 / (to - from)};
     pack_rows(x->q, t.q0, t.rows, d, d, (real)s->scale * LOG2E, w->q);
     pack_rows(x->d_o, t.q0, t.rows, d, d, 1, w->d_o);
@@ -202,7 +206,7 @@ static int64_t backward_unit(const struct attention_mask *m, const struct scratc
     int64_t d = s->head_dim, count = min64(u->group, u->tiles - first), visited = 0, packed = 0, begin, end;
     int64_t k0 = first * TILE, keys = min64(count * TILE, s->length - k0);
     tiles_of_keys(m, k0, keys, &begin, &end);
-    for (int64_t q0 = begin; q0 < end; q0 += TILE)
+    for (int64_t q0 = (end - 1) / TILE * TILE; q0 >= begin; q0 -= TILE)
         visited += meet_queries((struct meeting){.mask = m,
                                                  .w = w,
                                                  .x = x,
@@ -210,6 +214,7 @@ static int64_t backward_unit(const struct attention_mask *m, const struct scratc
                                                  .first_tile = first,
                                                  .count = count,
                                                  .alone = u->per_head == 1,
+                                                 .first_query = begin,
                                                  .q0 = q0,
                                                  .rows = min64(TILE, s->length - q0),
                                                  .packed = &packed});

@@ -7,14 +7,9 @@
 #include "kernels/cpu/attention_pack.h"
 #include "kernels/cpu/tile.h"
 
-/* acc = A B for mr rows of A [., d] and nv vectors of B [d, TILE]. */
+/* acc += A B for mr rows of A [., d] and nv vectors of B [d, TILE]. */
 ALWAYS_INLINE void score_block(const int mr, const int nv, int64_t d, const real *a, const real *b,
                                vreal acc[16][4]) {
-    UNROLL
-    for (int i = 0; i < mr; i++)
-        UNROLL
-    for (int j = 0; j < nv; j++)
-        acc[i][j] = vsplat(0);
     for (int64_t l = 0; l < d; l++) {
         vreal bv[4];
         UNROLL
@@ -30,6 +25,25 @@ ALWAYS_INLINE void score_block(const int mr, const int nv, int64_t d, const real
     }
 }
 
+ALWAYS_INLINE void start_zero(const int mr, const int nv, vreal acc[16][4]) {
+    UNROLL
+    for (int i = 0; i < mr; i++)
+        UNROLL
+    for (int j = 0; j < nv; j++)
+        acc[i][j] = vsplat(0);
+}
+
+/* Products that begin at -x[i] are less x[i] at no cost. */
+ALWAYS_INLINE void start_rows(const int mr, const int nv, const real *x, vreal acc[16][4]) {
+    UNROLL
+    for (int i = 0; i < mr; i++) {
+        vreal start = vsplat(-x[i]);
+        UNROLL
+        for (int j = 0; j < nv; j++)
+            acc[i][j] = start;
+    }
+}
+
 /* Forward: scores of `keys` keys from key `key`, k [keys, d], with columns of a tile of queries. */
 struct forward_scores {
     int64_t d, keys;
@@ -37,35 +51,61 @@ struct forward_scores {
     const real *k, *qt, *reference; /* [d, TILE], [TILE] */
     const real_bits *begins, *ends; /* [TILE] the keys that each query sees */
     real *p;                        /* [keys, TILE] becomes exp2(score - reference), 0 where masked */
-    real *top, *sum;                /* [TILE] the largest score and the sum of p are joined in */
+    real *sum;                      /* [TILE] the sum of p is added */
     struct rows_ahead *ahead;
 };
+
+/* Vectors of scores less their references, of keys from row i0 on. Sums that began at -reference would save the
+ * subtraction, and be as imprecise as if scores were as large as references. */
+ALWAYS_INLINE void forward_products(const int mr, const int nv, const bool masked,
+                                    const struct forward_scores *f, int64_t i0, int64_t column,
+                                    vreal acc[16][4]) {
+    start_zero(mr, nv, acc);
+    score_block(mr, nv, f->d, f->k + i0 * f->d, f->qt + column, acc);
+    UNROLL
+    for (int j = 0; j < nv; j++) {
+        int64_t c = column + j * VL;
+        vreal base = vload(f->reference + c);
+        vbits begin = (vbits)vload((const real *)(f->begins + c)),
+              end = (vbits)vload((const real *)(f->ends + c));
+        UNROLL
+        for (int i = 0; i < mr; i++) {
+            real_bits key = f->key + (real_bits)(i0 + i);
+            acc[i][j] -= base;
+            if (masked)
+                acc[i][j] = vselect((key >= begin) & (key < end), acc[i][j], vsplat(-INFINITY));
+        }
+    }
+}
 
 ALWAYS_INLINE void forward_block(const int mr, const int nv, const bool masked,
                                  const struct forward_scores *f, int64_t i0, int64_t column) {
     vreal acc[16][4];
     prefetch_next(f->ahead);
-    score_block(mr, nv, f->d, f->k + i0 * f->d, f->qt + column, acc);
+    forward_products(mr, nv, masked, f, i0, column, acc);
     UNROLL
     for (int j = 0; j < nv; j++) {
         int64_t c = column + j * VL;
-        vreal base = vload(f->reference + c), top = vload(f->top + c), sum = vload(f->sum + c);
-        vbits begin = (vbits)vload((const real *)(f->begins + c)),
-              end = (vbits)vload((const real *)(f->ends + c));
+        vreal sum = vload(f->sum + c);
         UNROLL
         for (int i = 0; i < mr; i++) {
-            vreal score = acc[i][j];
-            real_bits key = f->key + (real_bits)(i0 + i);
-            if (masked)
-                score = vselect((key >= begin) & (key < end), score, vsplat(-INFINITY));
-            vreal e = vexp2(score - base);
+            vreal e = vexp2(acc[i][j]);
             vstore(f->p + (i0 + i) * TILE + c, e);
-            top = vmax(top, score);
             sum += e;
         }
-        vstore(f->top + c, top);
         vstore(f->sum + c, sum);
     }
+}
+
+/* The largest score of each of VL columns less its reference, or 0 if that is larger. Rarely needed. */
+static __attribute__((noinline, unused)) vreal largest_scores(const struct forward_scores *f,
+                                                              int64_t column) {
+    vreal acc[16][4], top = {0};
+    for (int64_t i = 0; i < f->keys; i++) {
+        forward_products(1, 1, true, f, i, column, acc);
+        top = vmax(top, acc[0][0]);
+    }
+    return top;
 }
 
 ALWAYS_INLINE void forward_panel(const int mr, const int nv, const bool masked,
@@ -119,6 +159,7 @@ ALWAYS_INLINE void backward_block(const int mr, const int nv, const bool masked,
     for (int l = 0; l < VL; l++)
         lane[l] = l;
     prefetch_next(w->ahead);
+    start_zero(mr, nv, acc);
     score_block(mr, nv, w->d, w->q + i0 * w->d, w->kt + column, acc);
     UNROLL
     for (int i = 0; i < mr; i++) {
@@ -133,14 +174,13 @@ ALWAYS_INLINE void backward_block(const int mr, const int nv, const bool masked,
             vstore(p + i * TILE + j * VL, e);
         }
     }
+    start_rows(mr, nv, w->delta + i0, acc);
     score_block(mr, nv, w->d, w->d_o + i0 * w->d, w->vt + column, acc);
     UNROLL
-    for (int i = 0; i < mr; i++) {
-        vreal delta = vsplat(w->delta[i0 + i]);
+    for (int i = 0; i < mr; i++)
         UNROLL
-        for (int j = 0; j < nv; j++)
-            vstore(ds + i * TILE + j * VL, vload(p + i * TILE + j * VL) * (acc[i][j] - delta));
-    }
+    for (int j = 0; j < nv; j++)
+        vstore(ds + i * TILE + j * VL, vload(p + i * TILE + j * VL) * acc[i][j]);
 }
 
 ALWAYS_INLINE void backward_panel(const int mr, const int nv, const bool masked,

@@ -347,22 +347,38 @@ static inline vreal vexp_series(vreal r) {
     return p * r + 1.0f;
 }
 
-/* 2^x for x <= 127; 0 below -126.5 (so that a masked -inf is exactly 0), NaN stays NaN. The polynomial is the
- * best of degree 5 for 2^f in [-1/2, 1/2] that is 1 at 0: relative error below 1.7e-7, as evaluated. The low
- * bits of `shifted` are n + 127, which is the exponent of 2^n, and 0 for n = -127. */
-static inline vreal vexp2(vreal x) {
-    const float shift = EXP_SHIFT + 127;
-    vreal y = vmax(vsplat(-127.0f), x);
-    vreal shifted = y + shift;
-    vreal f = y - (shifted - shift);
+/* The best polynomial of degree 5 for 2^f in [-1/2, 1/2] that is 1 at 0: relative error below 1.7e-7, as evaluated. */
+static inline vreal vexp2_series(vreal f) {
     vreal p = vsplat(0.00132647272f);
     p = p * f + 0.00967151281f;
     p = p * f + 0.0555073374f;
     p = p * f + 0.240222421f;
     p = p * f + 0.693146978f;
-    p = p * f + 1.0f;
-    return p * (vreal)((vbits)shifted << 23);
+    return p * f + 1.0f;
 }
+
+#ifdef __AVX512DQ__
+
+/* 2^x; a masked -inf gives exactly 0, NaN stays NaN. Two instructions do what takes seven otherwise: reduce subtracts the
+ * nearest integer (of an infinity: all), and scalef multiplies by a power of two, over the whole range. */
+static inline vreal vexp2(vreal x) {
+    __m512 f = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return (vreal)_mm512_scalef_ps((__m512)vexp2_series((vreal)f), (__m512)(x - (vreal)f));
+}
+
+#else
+
+/* The same, but 0 below -126.5 and 2^127 above 127. The low bits of `shifted` are n + 127, which is the exponent of
+ * 2^n, and 0 for n = -127. */
+static inline vreal vexp2(vreal x) {
+    const float shift = EXP_SHIFT + 127;
+    vreal y = vmax(vsplat(-127.0f), x);
+    y = vselect(y > 127.0f, vsplat(127.0f), y);
+    vreal shifted = y + shift;
+    return vexp2_series(y - (shifted - shift)) * (vreal)((vbits)shifted << 23);
+}
+
+#endif
 
 /* e^x, reduced in two parts (Cody and Waite) so that large arguments keep their precision. */
 static inline vreal vexp(vreal x) {
