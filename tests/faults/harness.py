@@ -159,7 +159,7 @@ class Scenario:
     def describe(run_dir):
         """All files of a run, without what differs between runs."""
         left = {k: x for k, x in tree(run_dir).items() if not k.endswith("trainer.json")}
-        left["lock"] = None  # a process id
+        left["lock"] = left["starts.jsonl"] = None  # a process id; times
         left["metrics.jsonl"] = metrics(run_dir)
         left.update({f"{p.name}/trainer.json": checkpoint(p).get("trainer.json") for p in checkpoints(run_dir).values()})
         return left

@@ -372,6 +372,16 @@ class Errors(Case):
             for setting in ("oob_tcp_keepalive_time=10", "plm_ssh_agent=ssh -4", "prte_if_include=eth1"):
                 self.assertIn(f"PRTE_MCA_{setting}\n", done.stdout)
 
+    def test_launcher_ends_an_mpirun_that_does_not(self):
+        mpirun = self.tmp / "mpirun_hangs"
+        mpirun.write_text("#!/bin/sh\n\"$RANK\" 1 &\nexec sleep 100\n")
+        mpirun.chmod(0o755)
+        rank = self.tmp / "train_iha_ends"
+        shutil.copy(shutil.which("sleep"), rank)
+        done = self.launcher("-n", 2, "train", self.config, code=1, MPIRUN=str(mpirun), RANK=str(rank), TRAIN_IHA=str(rank))
+        self.assertIn("have ended and mpirun does not: killing mpirun", done.stderr)
+        self.assertIn("resumes from the last checkpoint", done.stderr)
+
     def test_run_dir_with_spaces(self):
         run_dir = self.new_dir("a run")
         self.launcher("-n", 2, "train", self.config, f"run.dir={run_dir}", "train.steps=2", "data.val=none", code=0)
