@@ -351,6 +351,37 @@ static void a_slow_disk_is_hidden(void **state) {
     read_ahead_stop(r);
 }
 
+/* The steps that a loader holds at once, as their places in memory show. */
+static int count_places(int64_t micro_batch, int steps) {
+    static const int32_t *places[64];
+    struct error e = {0};
+    struct loader *l = open_loader(&KINDS[0]);
+    const struct loader_share share = {0, 1, micro_batch, 1};
+    const struct loader_position start = {0};
+    struct loader_step step;
+    int count = 0;
+    assert_int_equal(loader_start(l, &share, steps, 0, &start, &e), 0);
+    for (int n = 0; n < steps; n++) {
+        assert_int_equal(loader_next(l, &step, &e), 0);
+        int i = 0;
+        while (i < count && places[i] != step.tokens)
+            i++;
+        places[i] = step.tokens;
+        count += i == count;
+    }
+    loader_close(l);
+    return count;
+}
+
+static void a_loader_reads_many_steps_ahead(void **state) {
+    (void)state;
+    write_data();
+    assert_int_equal(count_places(4, 50), 32);
+    assert_int_equal(count_places(4, 5), 5);
+    assert_int_equal(count_places((64 << 20) / (10 * 3 * T * (int64_t)sizeof(int32_t)), 15), 10); /* 64 MB */
+    assert_int_equal(count_places((64 << 20) / (3 * T * (int64_t)sizeof(int32_t)) + 1, 3), 2);
+}
+
 static void a_step_fails_when_it_is_wanted(void **state) {
     (void)state;
     struct disk d = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, .allowed = 64, .failing = 4};
@@ -396,6 +427,7 @@ int main(void) {
         cmocka_unit_test(reads_in_file_order),
         cmocka_unit_test(fingerprints_cover_sources_and_weights),
         cmocka_unit_test(a_slow_disk_is_hidden),
+        cmocka_unit_test(a_loader_reads_many_steps_ahead),
         cmocka_unit_test(a_step_fails_when_it_is_wanted),
         cmocka_unit_test(reads_no_more_steps_than_asked),
     };
