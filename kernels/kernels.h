@@ -13,7 +13,7 @@
  *    inputs unless the comment allows it.
  *  - A wrong shape is a bug in the caller: the operation prints the tensor and aborts.
  *
- * Letters: B batch, T tokens, N = B*T rows, C hidden, H heads, d head dim, P pseudo-heads, S = T*P virtual
+ * Letters: B batch, T tokens, N = B*T rows, C hidden, H heads, G heads of keys and values, d head dim, P pseudo-heads, S = T*P virtual
  * tokens, V vocabulary, F hidden of the MLP. A tensor whose `data` is NULL is absent. */
 #ifndef IHA_KERNELS_KERNELS_H
 #define IHA_KERNELS_KERNELS_H
@@ -50,6 +50,12 @@ struct linear_spec {
     int64_t rows, in, out;
 };
 
+/* rows [H+2G,d] of q, k and v. */
+struct qk_norm_spec {
+    int64_t rows, heads, kv_heads, head_dim;
+    double eps;
+};
+
 /* P = 1 without alphas is plain RoPE; without `rope` too, the operation is a copy (callers pass slices of the
  * packed qkv to attention instead). */
 struct qkv_mix_spec {
@@ -57,6 +63,7 @@ struct qkv_mix_spec {
     bool mixed;        /* alphas are given */
     bool rope;         /* rotate q and k ... */
     bool rope_virtual; /* ... at position t*P + p; otherwise at the token's own, t */
+    int64_t kv_heads;  /* of k and v, which are mixed among themselves; 0: as many as of q */
 };
 
 /* Virtual query s sees virtual key s' iff (not causal, or s' <= s, or with token_mask s'/P <= s/P) and
@@ -67,6 +74,8 @@ struct attention_spec {
     int64_t window; /* 0: none */
     double scale;
     bool segmented; /* attention stays inside segments, which each call brings */
+    int64_t
+        kv_heads; /* of k and v, a divisor of heads: query head h attends to h / (heads / kv_heads); 0: heads */
 };
 
 struct collapse_spec {
@@ -109,6 +118,7 @@ enum op_kind {
     OP_COLLAPSE,
     OP_FOLD,
     OP_DIFF_COMBINE,
+    OP_QK_NORM,
     OP_ACT,
     OP_CLASSIFIER,
     OP_DECODE, /* attention_decode; attention.length is the n of one pass */
@@ -126,6 +136,7 @@ struct op_spec {
         struct collapse_spec collapse;
         struct fold_spec fold;
         struct diff_combine_spec diff_combine;
+        struct qk_norm_spec qk_norm;
         struct act_spec act;
         struct classifier_spec classifier;
         struct orthogonalize_spec orthogonalize;
@@ -271,6 +282,32 @@ const struct kernels *kernels_traced(const struct kernels *k);
 
 /* The number of usable GPUs: 0 without a driver. */
 int cuda_devices(void);
+
+static inline int64_t attention_kv_heads(const struct attention_spec *s) {
+    return s->kv_heads ? s->kv_heads : s->heads;
+}
+
+/* Query heads of a head of k and v. */
+static inline int64_t attention_group(const struct attention_spec *s) {
+    return s->heads / attention_kv_heads(s);
+}
+
+static inline int64_t mix_kv_heads(const struct qkv_mix_spec *s) {
+    return s->kv_heads ? s->kv_heads : s->heads;
+}
+
+/* qkv as [B,T,H+2G,d]. */
+static inline tensor mix_rows(const struct qkv_mix_spec *s, tensor qkv) {
+    bool by_three = qkv.ndim == 5 && tensor_contiguous(qkv) && qkv.shape[2] == 3 && qkv.shape[3] == s->heads;
+    return by_three
+               ? tensor_of(qkv.data, qkv.dtype, qkv.shape[0], qkv.shape[1], 3 * s->heads, qkv.shape[4], 0)
+               : qkv;
+}
+
+/* Heads of a row of qkv: those of q, k and v. */
+static inline int64_t mix_row_heads(const struct qkv_mix_spec *s) {
+    return s->heads + 2 * mix_kv_heads(s);
+}
 
 /* The keys [*begin, *end) that virtual query s sees among `length`, wherever segments end. Never empty. */
 static inline void attention_keys(const struct attention_spec *a, int64_t s, int64_t length, int64_t *begin,

@@ -67,6 +67,13 @@ static inline tensor tensor_select(tensor t, int dim, int64_t index) {
     return t;
 }
 
+/* `count` entries of the dimension `dim`, from `begin`. */
+static inline tensor tensor_part(tensor t, int dim, int64_t begin, int64_t count) {
+    t.data = t.data ? (char *)t.data + (size_t)(begin * t.stride[dim]) * dtype_bytes(t.dtype) : NULL;
+    t.shape[dim] = count;
+    return t;
+}
+
 /* `count` entries of the first dimension, from `begin`. */
 static inline tensor tensor_rows(tensor t, int64_t begin, int64_t count) {
     t.data = (char *)t.data + (size_t)(begin * t.stride[0]) * dtype_bytes(t.dtype);

@@ -64,7 +64,12 @@ static void qkv_backward(struct model *m, int layer, bool accumulate) {
     const struct layer_params *p = &m->params.layers[layer];
     struct layer_buffers *b = &m->layers[layer];
     struct gradient_buffers *g = &m->grad;
-    int64_t C = m->config.hidden_size, rows = 3 * m->config.num_attention_heads * m->config.head_dim;
+    int64_t C = m->config.hidden_size, rows = config_qkv_rows(&m->config);
+    tensor dqkv = qkv_rows(g->dqkv);
+    if (m->specs[layer].normed)
+        m->k->qk_norm_backward(m->dev, &m->specs[layer].qk_norm, dqkv, qkv_rows(b->qkv_raw),
+                               model_param(m, p->q_norm), model_param(m, p->k_norm), dqkv,
+                               model_gradient(m, p->q_norm), model_gradient(m, p->k_norm), accumulate);
     if (!m->specs[layer].folded) {
         linear_backward(m, g->dqkv, b->y_attn, C, p->qkv, p->qkv_bias, rows, g->dy, false, accumulate);
         return;
@@ -105,9 +110,9 @@ static void attention_backward(struct model *m, int layer, bool accumulate) {
     struct gradient_buffers *g = &m->grad;
     int64_t C = c->hidden_size, width = c->num_attention_heads * c->head_dim;
     linear_backward(m, g->dx, b->o, width, p->out, p->out_bias, C, g->d_o, false, accumulate);
-    tensor dq = s->mixes ? with_data(b->q, g->dq) : tensor_select(g->dqkv, 2, 0);
-    tensor dk = s->mixes ? with_data(b->k, g->dk) : tensor_select(g->dqkv, 2, 1);
-    tensor dv = s->mixes ? with_data(b->v, g->dv) : tensor_select(g->dqkv, 2, 2);
+    tensor dq = s->mixes ? with_data(b->q, g->dq) : qkv_part(c, g->dqkv, 0);
+    tensor dk = s->mixes ? with_data(b->k, g->dk) : qkv_part(c, g->dqkv, 1);
+    tensor dv = s->mixes ? with_data(b->v, g->dv) : qkv_part(c, g->dqkv, 2);
     attend_backward(m, layer, dq, dk, dv, accumulate);
     if (s->mixes)
         k->qkv_mix_backward(m->dev, &s->qkv_mix, dq, dk, dv, b->qkv, model_param(m, p->alpha_q),

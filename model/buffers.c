@@ -12,6 +12,7 @@ enum slot {
     SLOT_Y_ATTN,
     SLOT_FOLDED_WEIGHT,
     SLOT_FOLDED_BIAS,
+    SLOT_QKV_RAW,
     SLOT_QKV,
     SLOT_Q,
     SLOT_K,
@@ -64,6 +65,8 @@ static bool is_kept(const struct model *m, const struct layer_specs *s, enum slo
     case SLOT_K:
     case SLOT_V:
         return false;
+    case SLOT_QKV:
+        return !s->normed;
     case SLOT_O:
         return !s->iha && !s->diff;
     default:
@@ -114,10 +117,10 @@ static struct layer_specs specs_for_layer(const struct model *m, int layer) {
     enum layer_type type = c->layer_types[layer];
     bool iha = layer_is_iha(type), rope = c->position_embedding == POSITION_ROPE;
     int64_t P = iha ? c->num_pseudo_heads : 1, B = m->shape.batch, T = m->shape.tokens;
-    int64_t H = c->num_attention_heads, d = c->head_dim;
+    int64_t H = c->num_attention_heads, G = config_kv_heads(c), d = c->head_dim;
     int64_t window = !layer_is_local(type) ? 0 : iha ? c->iha_window : c->local_window;
     struct attention_spec pair_attention = {
-        B, T, H / 2, d, 1, c->causal, false, window, 1 / sqrt((double)d), m->shape.segments};
+        B, T, H / 2, d, 1, c->causal, false, window, 1 / sqrt((double)d), m->shape.segments, 0};
     return (struct layer_specs){
         .iha = iha,
         .diff = layer_is_diff(type),
@@ -125,10 +128,12 @@ static struct layer_specs specs_for_layer(const struct model *m, int layer) {
         .diff_combine = {B * T, H / 2, d, 0.8 - 0.6 * exp(-0.3 * layer), c->norm_eps},
         .folded = layer_is_folded(type),
         .mixes = iha || rope,
-        .qkv_mix = {B, T, H, d, P, iha, rope, c->iha_rope == IHA_ROPE_VIRTUAL},
+        .qkv_mix = {B, T, H, d, P, iha, rope, c->iha_rope == IHA_ROPE_VIRTUAL, G},
         .attention = {B, T * P, H, d, P, c->causal, c->iha_mask == MASK_TOKEN, window, 1 / sqrt((double)d),
-                      m->shape.segments},
+                      m->shape.segments, G},
         .collapse = {B, T, H, d, P, c->iha_collapse == COLLAPSE_PER_HEAD},
+        .qk_norm = {B * T, H, G, d, c->norm_eps},
+        .normed = c->qk_norm != QK_NORM_NONE,
     };
 }
 
@@ -152,7 +157,7 @@ static int plan_layer(struct model *m, int layer, struct error *e) {
     *s = specs_for_layer(m, layer);
     struct op_spec ops[] = {
         {.kind = OP_ATTENTION, .attention = *planned_attention(s)},
-        {.kind = OP_LINEAR, .linear = {N, C, 3 * width}},
+        {.kind = OP_LINEAR, .linear = {N, C, config_qkv_rows(c)}},
         {.kind = OP_LINEAR, .linear = {N, width, C}},
         {.kind = OP_LINEAR, .linear = {N, C, F}},
         {.kind = OP_LINEAR, .linear = {N, F, C}},
@@ -167,6 +172,9 @@ static int plan_layer(struct model *m, int layer, struct error *e) {
             return -1;
     struct op_spec fold = {.kind = OP_FOLD, .fold = {c->num_attention_heads, c->head_dim * C}};
     struct op_spec combine = {.kind = OP_DIFF_COMBINE, .diff_combine = s->diff_combine};
+    struct op_spec qk_norm = {.kind = OP_QK_NORM, .qk_norm = s->qk_norm};
+    if (s->normed && plan(m, qk_norm, NULL, e) != 0)
+        return -1;
     return s->folded ? plan(m, fold, NULL, e) : s->diff ? plan(m, combine, NULL, e) : 0;
 }
 
@@ -209,9 +217,9 @@ static void assign_layer(struct model *m, struct layout *l, int layer) {
     const struct layer_specs *s = &m->specs[layer];
     enum dtype t = m->dtypes.compute;
     int64_t B = m->shape.batch, T = m->shape.tokens, N = B * T, C = c->hidden_size, F = c->intermediate_size;
-    int64_t H = c->num_attention_heads, d = c->head_dim, S = s->attention.length;
+    int64_t H = c->num_attention_heads, G = config_kv_heads(c), d = c->head_dim, S = s->attention.length;
     tensor hidden = tensor_of(NULL, t, N, C, 0, 0, 0), wide = tensor_of(NULL, t, N, F, 0, 0, 0);
-    tensor pseudo = tensor_of(NULL, t, B, S, H, d, 0);
+    tensor pseudo = tensor_of(NULL, t, B, S, H, d, 0), pseudo_kv = tensor_of(NULL, t, B, S, G, d, 0);
     tensor one = tensor_of(NULL, t, B, T, H, d, 0), pairs = tensor_of(NULL, t, B, T, 2, H, d);
     b->attn_norm_saved = allocate(l, m->norm_saved_bytes);
     b->mlp_norm_saved = allocate(l, m->norm_saved_bytes);
@@ -226,10 +234,12 @@ static void assign_layer(struct model *m, struct layout *l, int layer) {
     if (s->folded && config_qkv_bias(c))
         b->folded_bias =
             slot_tensor(m, l, layer, SLOT_FOLDED_BIAS, tensor_of(NULL, t, 3 * H * d, 0, 0, 0, 0));
-    b->qkv = slot_tensor(m, l, layer, SLOT_QKV, tensor_of(NULL, t, B, T, 3, H, d));
-    b->q = s->mixes ? slot_tensor(m, l, layer, SLOT_Q, pseudo) : tensor_select(b->qkv, 2, 0);
-    b->k = s->mixes ? slot_tensor(m, l, layer, SLOT_K, pseudo) : tensor_select(b->qkv, 2, 1);
-    b->v = s->mixes ? slot_tensor(m, l, layer, SLOT_V, pseudo) : tensor_select(b->qkv, 2, 2);
+    tensor rows = tensor_of(NULL, t, B, T, H + 2 * G, d, 0);
+    b->qkv = slot_tensor(m, l, layer, SLOT_QKV, rows);
+    b->qkv_raw = s->normed ? slot_tensor(m, l, layer, SLOT_QKV_RAW, rows) : b->qkv;
+    b->q = s->mixes ? slot_tensor(m, l, layer, SLOT_Q, pseudo) : qkv_part(c, b->qkv, 0);
+    b->k = s->mixes ? slot_tensor(m, l, layer, SLOT_K, pseudo_kv) : qkv_part(c, b->qkv, 1);
+    b->v = s->mixes ? slot_tensor(m, l, layer, SLOT_V, pseudo_kv) : qkv_part(c, b->qkv, 2);
     b->o_pseudo = slot_tensor(m, l, layer, SLOT_O_PSEUDO, s->diff ? pairs : pseudo);
     b->o = s->iha || s->diff ? slot_tensor(m, l, layer, SLOT_O, one) : b->o_pseudo;
     b->x_mlp = slot_tensor(m, l, layer, SLOT_X_MLP, hidden);
@@ -263,10 +273,11 @@ static void assign_gradients(struct model *m, struct layout *l) {
         diff |= m->specs[layer].diff;
         folded |= m->specs[layer].folded;
     }
-    size_t pseudo_bytes = (size_t)(B * S * H * d) * dtype_bytes(t),
+    int64_t G = config_kv_heads(c);
+    size_t head_bytes = (size_t)(B * S * d) * dtype_bytes(t), pseudo_bytes = head_bytes * (size_t)H,
            pair_bytes = (size_t)(B * T * 2 * H * d) * dtype_bytes(t);
     g->d_o = allocate_tensor(l, tensor_of(NULL, t, B, T, H, d, 0));
-    g->dqkv = allocate_tensor(l, tensor_of(NULL, t, B, T, 3, H, d));
+    g->dqkv = allocate_tensor(l, tensor_of(NULL, t, B, T, H + 2 * G, d, 0));
     tensor weight = tensor_of(NULL, m->dtypes.gradient, 3 * H * d, c->hidden_size, 0, 0, 0);
     g->dfolded_weight = folded ? allocate_tensor(l, weight) : tensor_none();
     tensor bias = tensor_of(NULL, m->dtypes.gradient, 3 * H * d, 0, 0, 0, 0);
@@ -275,7 +286,7 @@ static void assign_gradients(struct model *m, struct layout *l) {
     g->d_o_pseudo = apart ? allocate(l, diff && pair_bytes > pseudo_bytes ? pair_bytes : pseudo_bytes) : NULL;
     void **pseudo[] = {&g->dq, &g->dk, &g->dv};
     for (int i = 0; i < 3 && mixes; i++)
-        *pseudo[i] = allocate(l, pseudo_bytes);
+        *pseudo[i] = allocate(l, head_bytes * (size_t)(i == 0 ? H : G));
     if (l->offset < mlp_end)
         l->offset = mlp_end;
 }

@@ -70,7 +70,7 @@ void differential_backward(struct model *m, int layer, tensor dq, tensor dk, ten
         model_gradient(m, p->lambda[3]), model_gradient(m, p->diff_norm), accumulate);
     tensor gradients[2][3] = {{dq, dk, dv}};
     for (int part = 0; part < 3; part++)
-        gradients[1][part] = tensor_select(g->dqkv_other, 2, part);
+        gradients[1][part] = qkv_part(&m->config, g->dqkv_other, part);
     for (int map = 0; map < 2; map++)
         for (int half = 0; half < 2; half++)
             m->k->attention_backward(m->dev, &s->pair_attention, every_other_head(b->q, map),

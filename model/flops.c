@@ -38,7 +38,7 @@ static double attention_flops(const struct model_config *m, double pairs) {
 
 struct flops flops_per_token(const struct model_config *m, int64_t seq_len) {
     double C = (double)m->hidden_size, F = (double)m->intermediate_size, H = (double)m->num_attention_heads;
-    double d = (double)m->head_dim, P = (double)m->num_pseudo_heads;
+    double d = (double)m->head_dim, P = (double)m->num_pseudo_heads, G = (double)config_kv_heads(m);
     double mlp = (m->activation == ACTIVATION_SWIGLU ? 3 : 2) * C * F;
     struct flops f = {.matmul = 6 * (double)m->vocab_size * C};
     double pairs[LAYER_TYPES] = {0}; /* by layer type, once computed */
@@ -46,10 +46,10 @@ struct flops flops_per_token(const struct model_config *m, int64_t seq_len) {
         enum layer_type type = m->layer_types[i];
         if (pairs[type] == 0)
             pairs[type] = attention_pairs(m, type, seq_len);
-        f.matmul += 6 * (4 * C * H * d + mlp);
+        f.matmul += 6 * (2 * C * (H + G) * d + mlp);
         f.attention += attention_flops(m, attention_cost(m, type) * pairs[type]) / (double)seq_len;
         if (layer_is_iha(type))
-            f.mixing += 6 * d * P * H * (3 * H + (m->iha_collapse == COLLAPSE_FULL ? H : 1));
+            f.mixing += 6 * d * P * (H * H + 2 * G * G + H * (m->iha_collapse == COLLAPSE_FULL ? H : 1));
     }
     return f;
 }

@@ -59,16 +59,24 @@ static void fold(struct model *m, int layer) {
         model_fold(m, layer, m->layers[layer].folded_weight, m->layers[layer].folded_bias);
 }
 
-/* [B,T,3,H,d] from y_attn (paper: step 1). */
+/* [B,T,H+2G,d] from y_attn (paper: step 1), before qk_norm. */
 static void project_qkv(struct model *m, int layer) {
     const struct layer_params *p = params_of(m, layer);
     struct layer_buffers *b = &m->layers[layer];
-    int64_t C = m->config.hidden_size, rows = 3 * m->config.num_attention_heads * m->config.head_dim;
+    int64_t C = m->config.hidden_size, rows = config_qkv_rows(&m->config);
     fold(m, layer);
     if (m->specs[layer].folded)
-        linear_of(m, b->y_attn, C, b->folded_weight, b->folded_bias, rows, b->qkv);
+        linear_of(m, b->y_attn, C, b->folded_weight, b->folded_bias, rows, b->qkv_raw);
     else
-        linear(m, b->y_attn, C, p->qkv, p->qkv_bias, rows, b->qkv);
+        linear(m, b->y_attn, C, p->qkv, p->qkv_bias, rows, b->qkv_raw);
+}
+
+static void norm_heads(struct model *m, int layer) {
+    const struct layer_params *p = params_of(m, layer);
+    struct layer_buffers *b = &m->layers[layer];
+    if (m->specs[layer].normed)
+        m->k->qk_norm(m->dev, &m->specs[layer].qk_norm, qkv_rows(b->qkv_raw), model_param(m, p->q_norm),
+                      model_param(m, p->k_norm), qkv_rows(b->qkv));
 }
 
 /* q~, k~, v~ from qkv (paper: steps 2-4). */
@@ -106,6 +114,7 @@ static void attention_half(struct model *m, int layer) {
     struct layer_buffers *b = &m->layers[layer];
     int64_t C = m->config.hidden_size, width = m->config.num_attention_heads * m->config.head_dim;
     project_qkv(m, layer);
+    norm_heads(m, layer);
     mix_heads(m, layer);
     attend(m, layer);
     collapse(m, layer);
@@ -281,6 +290,7 @@ void layer_recompute(struct model *m, int layer) {
     case RECOMPUTE_LIGHT:
         recompute_attention_norm(m, layer);
         fold(m, layer);
+        norm_heads(m, layer);
         mix_heads(m, layer);
         collapse(m, layer);
         recompute_mlp_norm(m, layer);

@@ -50,8 +50,10 @@ struct layer_buffers {
     tensor y_attn; /* [N,C] its norm */
     /* [3*H*d,C] and [3*H*d] the weight and bias of qkv with their heads mixed, in folded layers */
     tensor folded_weight, folded_bias;
-    tensor qkv;     /* [B,T,3,H,d] */
-    tensor q, k, v; /* [B,S,H,d] attention's inputs; slices of qkv where nothing is mixed or rotated */
+    tensor qkv_raw; /* [B,T,H+2G,d] before qk_norm; without one qkv itself */
+    tensor qkv;     /* [B,T,H+2G,d] */
+    tensor q, k,
+        v; /* [B,S,H,d], [B,S,G,d] attention's inputs; slices of qkv if nothing is mixed or rotated */
     tensor
         o_pseudo; /* [B,S,H,d] attention's output; in differential layers [B,T,2,H,d], see differential.c */
     tensor o;     /* [B,T,H,d] collapsed; in MHA layers o_pseudo itself */
@@ -69,10 +71,12 @@ struct layer_specs {
     struct collapse_spec collapse;
     struct attention_spec pair_attention;  /* differential layers: of every other head */
     struct diff_combine_spec diff_combine; /* and what follows */
-    bool iha;                              /* heads are mixed, and collapse runs */
-    bool diff;                             /* differential */
-    bool folded;                           /* heads are mixed in the weight of qkv */
-    bool mixes;                            /* qkv_mix runs: IHA, or MHA with RoPE */
+    struct qk_norm_spec qk_norm;
+    bool normed; /* qk_norm runs */
+    bool iha;    /* heads are mixed, and collapse runs */
+    bool diff;   /* differential */
+    bool folded; /* heads are mixed in the weight of qkv */
+    bool mixes;  /* qkv_mix runs: IHA, or MHA with RoPE */
     size_t attention_saved_bytes;
 };
 
@@ -85,10 +89,10 @@ static inline const struct attention_spec *planned_attention(const struct layer_
 struct gradient_buffers {
     tensor dx, dy;                       /* [N,C] of the residual stream, and of a norm's output */
     tensor dact, dgate;                  /* [N,F]; dact becomes the gradient of up, in place */
-    tensor d_o, dqkv;                    /* [B,T,H,d], [B,T,3,H,d] */
+    tensor d_o, dqkv;                    /* [B,T,H,d], [B,T,H+2G,d] */
     tensor dfolded_weight, dfolded_bias; /* of a folded layer; the type of gradients of parameters */
-    void *d_o_pseudo, *dq, *dk, *dv;     /* [B,S,H,d], S that of the layer */
-    tensor dqkv_other;                   /* [B,T,3,H,d] of a differential layer's second half of the values */
+    void *d_o_pseudo, *dq, *dk, *dv;     /* [B,S,H,d] or [B,S,G,d], S that of the layer */
+    tensor dqkv_other;                   /* [B,T,3H,d] of a differential layer's second half of the values */
 };
 
 /* Euclidean norms by part of the model; negative where it has none. Gradients are of the mean loss, before clipping. */
@@ -205,6 +209,17 @@ void model_await_params(struct model *m);
 static inline tensor qkv_by_heads(const struct model *m, tensor t) {
     int64_t H = m->config.num_attention_heads;
     return t.data ? tensor_of(t.data, t.dtype, 3, H, tensor_count(t) / (3 * H), 0, 0) : t;
+}
+
+/* qkv as qk_norm takes it: [N,H+2G,d]. */
+static inline tensor qkv_rows(tensor qkv) {
+    return tensor_of(qkv.data, qkv.dtype, qkv.shape[0] * qkv.shape[1], qkv.shape[2], qkv.shape[3], 0, 0);
+}
+
+/* q, k or v (0, 1, 2) of qkv [B,T,H+2G,d]. */
+static inline tensor qkv_part(const struct model_config *c, tensor qkv, int which) {
+    int64_t H = c->num_attention_heads, G = config_kv_heads(c);
+    return tensor_part(qkv, 2, which == 0 ? 0 : H + (which - 1) * G, which == 0 ? H : G);
 }
 
 /* Of a folded layer: the weight and bias of qkv with their heads mixed. bias is absent where the model has none. */

@@ -55,9 +55,9 @@ static int add_bias(struct builder *b, bool present, const char *name, int64_t s
     return present ? add(b, name, size, 0, 0, PARAM_VECTOR, INIT_ZEROS) : -1;
 }
 
-/* [P,H,H] of an IHA layer, [H,H] of a folded one. */
-static int add_alpha(struct builder *b, const struct model_config *m, int layer, const char *name) {
-    int64_t H = m->num_attention_heads;
+/* [P,H,H] of an IHA layer, [H,H] of a folded one, for H heads. */
+static int add_alpha(struct builder *b, const struct model_config *m, int layer, const char *name,
+                     int64_t H) {
     if (layer_is_folded(m->layer_types[layer]))
         return add(b, name, H, H, 0, PARAM_MIX, INIT_ALPHA);
     return layer_is_iha(m->layer_types[layer])
@@ -84,11 +84,14 @@ static void add_layer(struct builder *b, const struct model_config *m, int layer
     b->layer = layer;
     l->attn_norm = add(b, "attn_norm.weight", C, 0, 0, PARAM_VECTOR, INIT_ONES);
     l->attn_norm_bias = add_bias(b, norm_bias, "attn_norm.bias", C);
-    l->qkv = add(b, "attn.qkv.weight", 3 * width, C, 0, PARAM_MATRIX, INIT_NORMAL);
-    l->qkv_bias = add_bias(b, config_qkv_bias(m), "attn.qkv.bias", 3 * width);
-    l->alpha_q = add_alpha(b, m, layer, "attn.alpha_q");
-    l->alpha_k = add_alpha(b, m, layer, "attn.alpha_k");
-    l->alpha_v = add_alpha(b, m, layer, "attn.alpha_v");
+    l->qkv = add(b, "attn.qkv.weight", config_qkv_rows(m), C, 0, PARAM_MATRIX, INIT_NORMAL);
+    l->qkv_bias = add_bias(b, config_qkv_bias(m), "attn.qkv.bias", config_qkv_rows(m));
+    bool qk_norm = m->qk_norm != QK_NORM_NONE;
+    l->q_norm = qk_norm ? add(b, "attn.q_norm.weight", m->head_dim, 0, 0, PARAM_VECTOR, INIT_ONES) : -1;
+    l->k_norm = qk_norm ? add(b, "attn.k_norm.weight", m->head_dim, 0, 0, PARAM_VECTOR, INIT_ONES) : -1;
+    l->alpha_q = add_alpha(b, m, layer, "attn.alpha_q", H);
+    l->alpha_k = add_alpha(b, m, layer, "attn.alpha_k", config_kv_heads(m));
+    l->alpha_v = add_alpha(b, m, layer, "attn.alpha_v", config_kv_heads(m));
     l->collapse = iha ? add(b, "attn.collapse", H, P, full ? H : 0, PARAM_MIX, INIT_COLLAPSE) : -1;
     add_diff(b, m, layer, l);
     l->out = add(b, "attn.out.weight", C, width, 0, PARAM_MATRIX, INIT_NORMAL_OUTPUT);

@@ -39,9 +39,9 @@ static size_t layout_scratch(const struct attention_spec *s, int64_t group, char
 
 struct op_cost CPU(attention_plan)(const struct device *dev, const struct attention_spec *s) {
     struct scratch unused;
-    struct units u = units_of(dev, s);
+    struct units u = units_of(dev, s, s->heads), v = units_of(dev, s, attention_kv_heads(s));
     size_t shared, forward = layout_scratch(s, u.group, NULL, &unused),
-                   backward = CPU(attention_backward_scratch)(s, &u, &shared);
+                   backward = CPU(attention_backward_scratch)(s, &v, &shared);
     return (struct op_cost){.saved = (size_t)(s->batch * s->heads * s->length) * sizeof(real),
                             .workspace =
                                 shared + (size_t)dev->threads * (forward > backward ? forward : backward)};
@@ -201,10 +201,10 @@ static int64_t forward_unit(const struct attention_mask *m, const struct scratch
 
 void CPU(check_attention)(const char *op, const struct attention_spec *s, tensor q, tensor k, tensor v,
                           tensor segments, tensor o) {
-    int64_t B = s->batch, S = s->length, H = s->heads, d = s->head_dim;
+    int64_t B = s->batch, S = s->length, H = s->heads, G = attention_kv_heads(s), d = s->head_dim;
     check_elem(op, "q", q, B, S, H, d, 0);
-    check_elem(op, "k", k, B, S, H, d, 0);
-    check_elem(op, "v", v, B, S, H, d, 0);
+    check_elem(op, "k", k, B, S, G, d, 0);
+    check_elem(op, "v", v, B, S, G, d, 0);
     check_elem(op, "o", o, B, S, H, d, 0);
     if (s->segmented)
         check_shape(op, "segments", segments, DTYPE_I32, 2, B, S / s->pseudo, 0, 0);
@@ -216,7 +216,8 @@ void CPU(attention)(struct device *dev, const struct attention_spec *s, tensor q
     CPU(check_attention)("attention", s, q, k, v, segments, o);
     char *base = cpu_workspace(dev, CPU(attention_plan)(dev, s).workspace, "attention");
     struct scratch unused;
-    struct units u = units_of(dev, s);
+    struct units u = units_of(dev, s, s->heads);
+    int64_t group = attention_group(s);
     size_t each = layout_scratch(s, u.group, NULL, &unused);
     int64_t next = 0;
 #pragma omp parallel num_threads(dev->threads)
@@ -230,8 +231,8 @@ void CPU(attention)(struct device *dev, const struct attention_spec *s, tensor q
             int64_t tile = (u.per_head - 1 - unit / u.heads) * u.group;
             struct attention_mask m = mask_of_sequence(s, segments, b);
             struct head x = {.q = head_of(q, b, h),
-                             .k = head_of(k, b, h),
-                             .v = head_of(v, b, h),
+                             .k = head_of(k, b, h / group),
+                             .v = head_of(v, b, h / group),
                              .o = head_of(o, b, h),
                              .lse = (real *)saved + bh * s->length};
             visited += forward_unit(&m, &w, &x, tile * TILE, min64(u.group, u.tiles - tile));

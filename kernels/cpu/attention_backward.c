@@ -1,6 +1,7 @@
 /* Fused attention, backward. Scores are computed again from the saved log-sum-exp.
  *
- * A unit of work is a group of tiles of keys, which meets every tile of queries that sees it. Vectors run along
+ * A unit of work is a group of tiles of keys, which meets every tile of queries that sees it, of one query head
+ * after another where several attend to these keys. Vectors run along
  * the keys: scores are Q K^T, and dK and dV are summed transposed, as Q^T dS and dO^T P. dQ = dS K gets a part
  * from every group of keys. A group adds its part to the tensor when the groups before it have: the order of
  * the sum is that of the keys, whichever thread is faster, so the bits do not depend on the schedule.
@@ -32,14 +33,15 @@ static size_t layout_scratch(const struct attention_spec *s, int64_t group, char
     return lay_out(parts, sizeof parts / sizeof *parts, base);
 }
 
-/* What threads share: the counters `turns`; for each query <dO, O>, which is what the softmax's backward
- * subtracts from the gradients of its scores; and sums of dq [heads, S, d] where the tensor's elements would round
+/* What threads share, for each query head: the counters `turns`; for each query <dO, O>, which is what the softmax's backward
+ * subtracts from the gradients of its scores; and sums of dq [S, d] where the tensor's elements would round
  * every part that is added (otherwise NULL). */
 static size_t layout_shared(const struct attention_spec *s, const struct units *u, char *base,
                             int32_t **turns, real **deltas, real **sums) {
-    int64_t tiles = u->heads * u->tiles, counters = round_up(tiles * (int64_t)sizeof(int32_t), 64);
+    int64_t heads = s->batch * s->heads, tiles = heads * u->tiles,
+            counters = round_up(tiles * (int64_t)sizeof(int32_t), 64);
     bool beside = sizeof(elem) < sizeof(real) && u->per_head > 1;
-    int64_t count = tiles * TILE + (beside ? u->heads * s->length * s->head_dim : 0);
+    int64_t count = tiles * TILE + (beside ? heads * s->length * s->head_dim : 0);
     *turns = (int32_t *)base;
     *deltas = base ? (real *)(base + counters) : NULL;
     *sums = base && beside ? *deltas + tiles * TILE : NULL;
@@ -199,12 +201,18 @@ static void unpack_keys(const struct scratch *w, const real *x, real factor, int
     unpack_rows(w->dq, rows, d, D, 1, false, out, row);
 }
 
-/* The unit of the tiles of keys from `first` on. Returns the tiles of scores computed. */
-static int64_t backward_unit(const struct attention_mask *m, const struct scratch *w, const struct head *x,
-                             const struct units *u, int64_t first) {
+/* Keys from k0 on of the unit's `count` tiles. */
+static int64_t unit_keys(const struct attention_spec *s, int64_t k0, int64_t count) {
+    return min64(count * TILE, s->length - k0);
+}
+
+/* The unit of the tiles of keys from `first` on, with the queries of one head. Returns the tiles of scores
+ * computed. */
+static int64_t meet_head(const struct attention_mask *m, const struct scratch *w, const struct head *x,
+                         const struct units *u, int64_t first, int64_t *packed) {
     const struct attention_spec *s = m->spec;
-    int64_t d = s->head_dim, count = min64(u->group, u->tiles - first), visited = 0, packed = 0, begin, end;
-    int64_t k0 = first * TILE, keys = min64(count * TILE, s->length - k0);
+    int64_t count = min64(u->group, u->tiles - first), visited = 0, begin, end;
+    int64_t k0 = first * TILE, keys = unit_keys(s, k0, count);
     tiles_of_keys(m, k0, keys, &begin, &end);
     for (int64_t q0 = (end - 1) / TILE * TILE; q0 >= begin; q0 -= TILE)
         visited += meet_queries((struct meeting){.mask = m,
@@ -217,14 +225,21 @@ static int64_t backward_unit(const struct attention_mask *m, const struct scratc
                                                  .first_query = begin,
                                                  .q0 = q0,
                                                  .rows = min64(TILE, s->length - q0),
-                                                 .packed = &packed});
+                                                 .packed = packed});
+    return visited;
+}
+
+/* The gradients of the unit's keys and values. */
+static void finish_unit(const struct attention_spec *s, const struct scratch *w, const struct head *x,
+                        const struct units *u, int64_t first) {
+    int64_t d = s->head_dim, count = min64(u->group, u->tiles - first);
+    int64_t k0 = first * TILE, keys = unit_keys(s, k0, count);
     for (int64_t j = 0; j < count; j++) {
         int64_t rows = min64(TILE, keys - j * TILE), at = j * d * TILE;
         /* q is scaled by scale * log2 e, and dk by scale alone */
         unpack_keys(w, w->dkt + at, LN2, rows, d, x->dk, k0 + j * TILE);
         unpack_keys(w, w->dvt + at, 1, rows, d, x->dv, k0 + j * TILE);
     }
-    return visited;
 }
 
 void CPU(attention_backward)(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
@@ -234,12 +249,13 @@ void CPU(attention_backward)(struct device *dev, const struct attention_spec *s,
     CPU(check_attention)("attention_backward", s, q, k, v, segments, o);
     CPU(check_attention)("attention_backward (gradients)", s, dq, dk, dv, segments, d_o);
     char *base = cpu_workspace(dev, CPU(attention_plan)(dev, s).workspace, "attention_backward");
-    struct units u = units_of(dev, s);
+    struct units u = units_of(dev, s, attention_kv_heads(s));
+    int64_t heads = s->batch * s->heads, G = attention_kv_heads(s), group = attention_group(s);
     size_t shared, each = CPU(attention_backward_scratch)(s, &u, &shared);
     int32_t *turns;
     real *deltas, *sums;
     layout_shared(s, &u, base, &turns, &deltas, &sums);
-    memset(turns, 0, (size_t)(u.heads * u.tiles) * sizeof *turns);
+    memset(turns, 0, (size_t)(heads * u.tiles) * sizeof *turns);
     int64_t next = 0;
 #pragma omp parallel num_threads(dev->threads)
     {
@@ -247,29 +263,33 @@ void CPU(attention_backward)(struct device *dev, const struct attention_spec *s,
         int64_t visited = 0;
         layout_scratch(s, u.group, base + shared + (size_t)omp_get_thread_num() * each, &w);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < (u.per_head > 1 ? u.heads * u.tiles : 0); i++) {
+        for (int64_t i = 0; i < (u.per_head > 1 ? heads * u.tiles : 0); i++) {
             int64_t bh = i / u.tiles, q0 = i % u.tiles * TILE, b = bh / s->heads, h = bh % s->heads;
             row_dots(head_of(d_o, b, h), head_of(o, b, h), q0, min64(TILE, s->length - q0), s->head_dim, 1,
                      deltas + i * TILE);
         }
         for (int64_t unit = take_unit(&next); unit < u.count; unit = take_unit(&next)) {
             /* under a causal mask the first keys are the most work: they come first */
-            int64_t bh = unit % u.heads, b = bh / s->heads, h = bh % s->heads;
-            int64_t tile = unit / u.heads * u.group;
+            int64_t b = unit % u.heads / G, g = unit % u.heads % G, tile = unit / u.heads * u.group,
+                    packed = 0;
             struct attention_mask m = mask_of_sequence(s, segments, b);
-            struct head x = {.q = head_of(q, b, h),
-                             .k = head_of(k, b, h),
-                             .v = head_of(v, b, h),
-                             .o = head_of(o, b, h),
-                             .d_o = head_of(d_o, b, h),
-                             .dq = head_of(dq, b, h),
-                             .dk = head_of(dk, b, h),
-                             .dv = head_of(dv, b, h),
-                             .lse = (real *)saved + bh * s->length,
-                             .deltas = deltas + bh * u.tiles * TILE,
-                             .dq_sums = sums ? sums + bh * s->length * s->head_dim : NULL,
-                             .turns = turns + bh * u.tiles};
-            visited += backward_unit(&m, &w, &x, &u, tile);
+            struct head x = {.k = head_of(k, b, g),
+                             .v = head_of(v, b, g),
+                             .dk = head_of(dk, b, g),
+                             .dv = head_of(dv, b, g)};
+            for (int64_t h = g * group; h < (g + 1) * group; h++) {
+                int64_t bh = b * s->heads + h;
+                x.q = head_of(q, b, h);
+                x.o = head_of(o, b, h);
+                x.d_o = head_of(d_o, b, h);
+                x.dq = head_of(dq, b, h);
+                x.lse = (real *)saved + bh * s->length;
+                x.deltas = deltas + bh * u.tiles * TILE;
+                x.dq_sums = sums ? sums + bh * s->length * s->head_dim : NULL;
+                x.turns = turns + bh * u.tiles;
+                visited += meet_head(&m, &w, &x, &u, tile, &packed);
+            }
+            finish_unit(s, &w, &x, &u, tile);
         }
 #pragma omp atomic
         CPU(attention_tiles_visited) += visited;

@@ -15,10 +15,10 @@ struct units {
     int64_t per_head, count;
 };
 
-/* The tiles of a group share the packing of what they meet, so groups are large, but fit into half of the L2
+/* heads: of q in forward, of k and v in backward. The tiles of a group share the packing of what they meet, so groups are large, but fit into half of the L2
  * cache; and there are enough units to give every thread about the same work. */
-static inline struct units units_of(const struct device *dev, const struct attention_spec *s) {
-    struct units u = {.heads = s->batch * s->heads,
+static inline struct units units_of(const struct device *dev, const struct attention_spec *s, int64_t heads) {
+    struct units u = {.heads = s->batch * heads,
                       .tiles = (s->length + TILE - 1) / TILE,
                       .group = s->head_dim <= 64 ? 8 : 4};
     while (u.group > 1 && u.heads * ((u.tiles + u.group - 1) / u.group) < 8 * (int64_t)dev->threads)

@@ -45,6 +45,9 @@ static int cpu_plan(struct device *dev, const struct op_spec *spec, struct op_co
     case OP_COLLAPSE:
         *cost = CPU(collapse_plan)(dev, &spec->collapse);
         break;
+    case OP_QK_NORM:
+        *cost = CPU(qk_norm_plan)(dev, &spec->qk_norm);
+        break;
     case OP_FOLD:
         *cost = CPU(fold_plan)(dev, &spec->fold);
         break;

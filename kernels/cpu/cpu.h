@@ -128,6 +128,7 @@ extern int64_t CPU(attention_tiles_visited);
 
 /* The memory of each operation, for plan(). */
 struct op_cost CPU(norm_plan)(const struct device *dev, const struct norm_spec *s);
+struct op_cost CPU(qk_norm_plan)(const struct device *dev, const struct qk_norm_spec *s);
 struct op_cost CPU(qkv_mix_plan)(const struct device *dev, const struct qkv_mix_spec *s);
 struct op_cost CPU(attention_plan)(const struct device *dev, const struct attention_spec *s);
 struct op_cost CPU(decode_plan)(const struct device *dev, const struct attention_spec *s);

@@ -55,7 +55,7 @@ static void append_to_cache(const struct attention_spec *s, tensor x, tensor cac
     int64_t capacity = cache.shape[1];
     for (int64_t b = 0; b < s->batch; b++)
         for (int64_t i = 0; i < s->length; i++)
-            for (int64_t h = 0; h < s->heads; h++)
+            for (int64_t h = 0; h < attention_kv_heads(s); h++)
                 memcpy((elem *)cache.data + b * cache.stride[0] + (first + i) % capacity * cache.stride[1] +
                            h * cache.stride[2],
                        (elem *)x.data + b * x.stride[0] + i * x.stride[1] + h * x.stride[2],
@@ -67,7 +67,7 @@ void CPU(attention_decode)(struct device *dev, const struct attention_spec *s, t
     int64_t B = s->batch, n = s->length, H = s->heads, d = s->head_dim;
     check_elem("attention_decode", "q", q, B, n, H, d, 0);
     check_elem("attention_decode", "o", o, B, n, H, d, 0);
-    check_elem("attention_decode", "cache", cache_k, B, cache_k.shape[1], H, d, 0);
+    check_elem("attention_decode", "cache", cache_k, B, cache_k.shape[1], attention_kv_heads(s), d, 0);
     real *scratch = cpu_workspace(dev, CPU(decode_plan)(dev, s).workspace, "attention_decode");
     append_to_cache(s, k, cache_k, first);
     append_to_cache(s, v, cache_v, first);
@@ -79,7 +79,7 @@ void CPU(attention_decode)(struct device *dev, const struct attention_spec *s, t
             elem *to = (elem *)o.data + b * o.stride[0] + i * o.stride[1] + h * o.stride[2];
             real *sums = elems_buffer(to, scratch + omp_get_thread_num() * thread_reals(s));
             attend_query(s, (elem *)q.data + b * q.stride[0] + i * q.stride[1] + h * q.stride[2], cache_k,
-                         cache_v, b, h, begin, end, sums);
+                         cache_v, b, h / attention_group(s), begin, end, sums);
             write_elems(to, d, sums);
         }
 }

@@ -7,9 +7,24 @@
 #include "kernels/cpu/head_mix.h"
 #include "kernels/cpu/rope.h"
 
+/* Heads of q, k or v (w = 0, 1, 2), which come in this order. */
+static int64_t heads_of(const struct qkv_mix_spec *s, int w) {
+    return w == 0 ? s->heads : mix_kv_heads(s);
+}
+
+/* The head of a row of qkv at which q, k or v begins. */
+static int64_t first_head(const struct qkv_mix_spec *s, int w) {
+    return w == 0 ? 0 : s->heads + (w - 1) * mix_kv_heads(s);
+}
+
 /* Pseudo-heads in all: rows of one token after mixing. */
-static int64_t rows_out(const struct qkv_mix_spec *s) {
-    return s->pseudo * s->heads;
+static int64_t rows_out(const struct qkv_mix_spec *s, int w) {
+    return s->pseudo * heads_of(s, w);
+}
+
+/* The most of any of the three. */
+static int64_t most_heads(const struct qkv_mix_spec *s) {
+    return s->heads > mix_kv_heads(s) ? s->heads : mix_kv_heads(s);
 }
 
 /* Whether elements have to be converted. */
@@ -19,21 +34,27 @@ static bool converts(void) {
 
 /* Reals of the three alphas, or of their partial gradients. */
 static int64_t alpha_reals(const struct qkv_mix_spec *s) {
-    return s->mixed ? round_up(3 * rows_out(s) * s->heads, 16) : 0;
+    return s->mixed ? round_up(3 * s->pseudo * most_heads(s) * most_heads(s), 16) : 0;
+}
+
+/* Reals from one alpha, or its partial gradient, to the next. */
+static int64_t alpha_stride(const struct qkv_mix_spec *s) {
+    return s->pseudo * most_heads(s) * most_heads(s);
 }
 
 /* Reals of a block of `rows` rows a token, in whole cache lines. */
 static int64_t block_reals(const struct device *dev, const struct qkv_mix_spec *s, int64_t rows) {
-    return round_up(mix_tokens(dev, s->batch * s->tokens, s->heads, s->head_dim) * rows * s->head_dim, 16);
+    return round_up(mix_tokens(dev, s->batch * s->tokens, most_heads(s), s->head_dim) * rows * s->head_dim,
+                    16);
 }
 
 /* Scratch of one thread in backward: partial sums of the three dalphas, and a block of gradients rotated
  * back. Where elements have to be converted, also a block of gradients of the results, of inputs, and of their
  * gradients. Whole cache lines, so that threads do not write to the same one. */
 static int64_t thread_reals(const struct device *dev, const struct qkv_mix_spec *s) {
-    int64_t I = rows_out(s);
+    int64_t H = most_heads(s), I = s->pseudo * H;
     return alpha_reals(s) + block_reals(dev, s, I) +
-           (converts() ? block_reals(dev, s, I) + 2 * block_reals(dev, s, s->heads) : 0);
+           (converts() ? block_reals(dev, s, I) + 2 * block_reals(dev, s, H) : 0);
 }
 
 struct op_cost CPU(qkv_mix_plan)(const struct device *dev, const struct qkv_mix_spec *s) {
@@ -45,9 +66,10 @@ struct op_cost CPU(qkv_mix_plan)(const struct device *dev, const struct qkv_mix_
 static void read_alphas(const struct qkv_mix_spec *s, tensor q, tensor k, tensor v, real **scratch,
                         const real *alpha[3]) {
     const elem *from[3] = {q.data, k.data, v.data};
-    int64_t matrix = rows_out(s) * s->heads;
     for (int w = 0; w < 3; w++)
-        alpha[w] = s->mixed ? read_elems(from[w], matrix, *scratch + w * matrix) : NULL;
+        alpha[w] = s->mixed
+                       ? read_elems(from[w], rows_out(s, w) * heads_of(s, w), *scratch + w * alpha_stride(s))
+                       : NULL;
     *scratch += converts() ? alpha_reals(s) : 0;
 }
 
@@ -64,12 +86,12 @@ void CPU(rope_table)(struct device *dev, const struct rope_spec *s, tensor table
         }
 }
 
-/* Rotate the H rows of pseudo-head p of the token at position `token`; sign -1 rotates back. */
-static void rotate_heads(const struct qkv_mix_spec *s, const real *x, tensor table, int64_t token, int64_t p,
-                         real sign, bool stream, real *out) {
+/* Rotate the `heads` rows of pseudo-head p of the token at position `token`; sign -1 rotates back. */
+static void rotate_heads(const struct qkv_mix_spec *s, int64_t heads, const real *x, tensor table,
+                         int64_t token, int64_t p, real sign, bool stream, real *out) {
     int64_t d = s->head_dim, position = s->rope_virtual ? token * s->pseudo + p : token;
     const real *row = (real *)table.data + position * d;
-    for (int64_t h = 0; h < s->heads; h++)
+    for (int64_t h = 0; h < heads; h++)
         rope_rotate(x + h * d, row, d, sign, stream, out + h * d);
 }
 
@@ -80,12 +102,12 @@ static int64_t position_of(const struct qkv_mix_spec *s, const int32_t *position
 
 static void check_mix(const char *op, const struct qkv_mix_spec *s, tensor qkv, tensor positions, tensor q,
                       tensor k, tensor v) {
-    int64_t B = s->batch, S = s->tokens * s->pseudo, H = s->heads, d = s->head_dim;
-    check_elem(op, "qkv", qkv, B, s->tokens, 3, H, d);
+    int64_t B = s->batch, S = s->tokens * s->pseudo, d = s->head_dim;
+    check_elem(op, "qkv", mix_rows(s, qkv), B, s->tokens, mix_row_heads(s), d, 0);
     const char *names[3] = {"q", "k", "v"};
     tensor outs[3] = {q, k, v};
     for (int i = 0; i < 3; i++) {
-        check_elem(op, names[i], outs[i], B, S, H, d, 0);
+        check_elem(op, names[i], outs[i], B, S, heads_of(s, i), d, 0);
         check_contiguous(op, names[i], outs[i]);
     }
     check_contiguous(op, "qkv", qkv);
@@ -94,15 +116,15 @@ static void check_mix(const char *op, const struct qkv_mix_spec *s, tensor qkv, 
 }
 
 /* One token of q, k or v. A pseudo-head's rows are rotated while they are in the L1 cache. mixed: scratch [H,d]. */
-static void mix_token(const struct qkv_mix_spec *s, const real *in, const real *alpha, bool rotated,
-                      tensor table, int64_t position, bool stream, real *mixed, real *out) {
-    int64_t H = s->heads, P = s->pseudo, d = s->head_dim, bytes = H * d * (int64_t)sizeof(real);
-    const char *next = (const char *)(in + 3 * H * d);
+static void mix_token(const struct qkv_mix_spec *s, int64_t H, const real *in, const real *alpha,
+                      bool rotated, tensor table, int64_t position, bool stream, real *mixed, real *out) {
+    int64_t P = s->pseudo, d = s->head_dim, bytes = H * d * (int64_t)sizeof(real);
+    const char *next = (const char *)(in + mix_row_heads(s) * d);
     struct mix_memory memory = {.at = {next, next}};
     if (!s->mixed && !rotated) {
         memcpy(out, in, (size_t)bytes);
     } else if (!s->mixed) {
-        rotate_heads(s, in, table, position, 0, 1, stream, out);
+        rotate_heads(s, H, in, table, position, 0, 1, stream, out);
     } else if (!rotated) {
         memory.stream = stream;
         memory.write = stream ? NULL : out + H * d;
@@ -115,7 +137,7 @@ static void mix_token(const struct qkv_mix_spec *s, const real *in, const real *
             memory.at[0] = next + bytes / P * p;
             memory.bytes[0] = bytes / P;
             head_mix(H, H, d, alpha + p * H * H, H, 1, in, NULL, mixed, &memory);
-            rotate_heads(s, mixed, table, position, p, 1, stream, to);
+            rotate_heads(s, H, mixed, table, position, p, 1, stream, to);
         }
     }
 }
@@ -124,26 +146,27 @@ void CPU(qkv_mix)(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, 
                   tensor alpha_k, tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q,
                   tensor k, tensor v) {
     check_mix("qkv_mix", s, qkv, positions, q, k, v);
-    int64_t H = s->heads, d = s->head_dim, I = rows_out(s), N = s->batch * s->tokens;
+    int64_t d = s->head_dim, N = s->batch * s->tokens, row = mix_row_heads(s), I = s->pseudo * row;
     elem *out[3] = {q.data, k.data, v.data};
-    bool stream = !converts() && mix_streams(q.data, 3 * N * I * d, d) &&
-                  mix_streams(k.data, 3 * N * I * d, d) && mix_streams(v.data, 3 * N * I * d, d);
+    bool stream = !converts() && mix_streams(q.data, N * I * d, d) && mix_streams(k.data, N * I * d, d) &&
+                  mix_streams(v.data, N * I * d, d);
     int64_t stride = thread_reals(dev, s);
     const real *alpha[3];
     real *scratch = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix");
     read_alphas(s, alpha_q, alpha_k, alpha_v, &scratch, alpha);
 #pragma omp parallel num_threads(dev->threads)
     {
-        real *mixed = scratch + omp_get_thread_num() * stride, *converted = mixed + block_reals(dev, s, I);
+        real *mixed = scratch + omp_get_thread_num() * stride,
+             *converted = mixed + block_reals(dev, s, s->pseudo * most_heads(s));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++)
             for (int w = 0; w < 3; w++) {
-                elem *to = out[w] + n * I * d;
+                int64_t H = heads_of(s, w), count = rows_out(s, w) * d;
+                elem *from = (elem *)qkv.data + (n * row + first_head(s, w)) * d, *to = out[w] + n * count;
                 real *result = elems_buffer(to, converted + H * d);
-                mix_token(s, read_elems((elem *)qkv.data + (n * 3 + w) * H * d, H * d, converted), alpha[w],
-                          s->rope && w < 2, table, position_of(s, positions.data, first, n), stream, mixed,
-                          result);
-                write_elems(to, I * d, result);
+                mix_token(s, H, read_elems(from, H * d, converted), alpha[w], s->rope && w < 2, table,
+                          position_of(s, positions.data, first, n), stream, mixed, result);
+                write_elems(to, count, result);
             }
         vstream_end();
     }
@@ -152,11 +175,11 @@ void CPU(qkv_mix)(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, 
 /* `count` tokens from n of one of q, k, v: rotate the gradient back, then both gradients of the mixing. next: the
  * gradients of the block after this one, which are brought into the cache, half of them by each product. in_stride:
  * between tokens of in and din. */
-static void mix_backward_block(const struct qkv_mix_spec *s, int64_t n, int64_t count, const real *dout,
-                               const real *next, const real *in, const real *alpha, bool rotated,
-                               tensor table, const int32_t *positions, bool stream, real *unrotated,
-                               int64_t in_stride, real *din, real *dalpha) {
-    int64_t H = s->heads, d = s->head_dim, I = rows_out(s);
+static void mix_backward_block(const struct qkv_mix_spec *s, int64_t H, int64_t n, int64_t count,
+                               const real *dout, const real *next, const real *in, const real *alpha,
+                               bool rotated, tensor table, const int32_t *positions, bool stream,
+                               real *unrotated, int64_t in_stride, real *din, real *dalpha) {
+    int64_t d = s->head_dim, I = s->pseudo * H;
     int64_t bytes = I * d * (int64_t)sizeof(real), half = bytes / 2;
     for (int64_t t = 0; t < count; t++) {
         const real *from = dout + t * I * d;
@@ -169,8 +192,8 @@ static void mix_backward_block(const struct qkv_mix_spec *s, int64_t n, int64_t 
         if (rotated) {
             from = unrotated + t * I * d;
             for (int64_t p = 0; p < s->pseudo; p++)
-                rotate_heads(s, dout + (t * I + p * H) * d, table, position_of(s, positions, 0, n + t), p, -1,
-                             false, unrotated + (t * I + p * H) * d);
+                rotate_heads(s, H, dout + (t * I + p * H) * d, table, position_of(s, positions, 0, n + t), p,
+                             -1, false, unrotated + (t * I + p * H) * d);
         }
         if (s->mixed)
             head_mix(H, I, d, alpha, 1, H, from, NULL, to, &memory);
@@ -183,16 +206,16 @@ static void mix_backward_block(const struct qkv_mix_spec *s, int64_t n, int64_t 
 }
 
 /* The same where elements have to be converted, into `converted`. */
-static void mix_backward_converted(const struct device *dev, const struct qkv_mix_spec *s, int64_t n,
-                                   int64_t count, const elem *dout, const elem *in, const real *alpha,
-                                   bool rotated, tensor table, const int32_t *positions, real *unrotated,
-                                   real *converted, elem *din, real *dalpha) {
-    int64_t H = s->heads, d = s->head_dim, I = rows_out(s), stride = 3 * H * d;
+static void mix_backward_converted(const struct device *dev, const struct qkv_mix_spec *s, int64_t H,
+                                   int64_t n, int64_t count, const elem *dout, const elem *in,
+                                   const real *alpha, bool rotated, tensor table, const int32_t *positions,
+                                   real *unrotated, real *converted, elem *din, real *dalpha) {
+    int64_t d = s->head_dim, I = s->pseudo * H, stride = mix_row_heads(s) * d;
     real *x = converted + block_reals(dev, s, I), *dx = x + block_reals(dev, s, H);
     const real *g = read_elems(dout, count * I * d, converted);
     for (int64_t t = 0; t < count; t++)
         read_elems(in + t * stride, H * d, x + t * H * d);
-    mix_backward_block(s, n, count, g, g, x, alpha, rotated, table, positions, false, unrotated, H * d, dx,
+    mix_backward_block(s, H, n, count, g, g, x, alpha, rotated, table, positions, false, unrotated, H * d, dx,
                        dalpha);
     for (int64_t t = 0; t < count; t++)
         write_elems(din + t * stride, H * d, dx + t * H * d);
@@ -203,40 +226,44 @@ void CPU(qkv_mix_backward)(struct device *dev, const struct qkv_mix_spec *s, ten
                            tensor positions, tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
                            bool accumulate) {
     check_mix("qkv_mix_backward", s, qkv, positions, dq, dk, dv);
-    int64_t H = s->heads, d = s->head_dim, I = rows_out(s), matrix = I * H, N = s->batch * s->tokens;
-    int64_t stride = thread_reals(dev, s), block = mix_tokens(dev, N, H, d);
+    int64_t d = s->head_dim, N = s->batch * s->tokens, row = mix_row_heads(s), matrix = alpha_stride(s);
+    int64_t stride = thread_reals(dev, s), block = mix_tokens(dev, N, most_heads(s), d);
     real *scratch = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix_backward");
-    bool stream = !converts() && mix_streams(dqkv.data, 3 * N * H * d, d);
+    bool stream = !converts() && mix_streams(dqkv.data, N * row * d, d);
     const real *alpha[3];
     const elem *dout[3] = {dq.data, dk.data, dv.data};
     read_alphas(s, alpha_q, alpha_k, alpha_v, &scratch, alpha);
 #pragma omp parallel num_threads(dev->threads)
     {
         real *dalpha = scratch + omp_get_thread_num() * stride;
-        real *unrotated = dalpha + alpha_reals(s), *converted = unrotated + block_reals(dev, s, I);
+        real *unrotated = dalpha + alpha_reals(s),
+             *converted = unrotated + block_reals(dev, s, s->pseudo * most_heads(s));
         if (s->mixed)
             memset(dalpha, 0, (size_t)(3 * matrix) * sizeof(real));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += block)
             for (int w = 0; w < 3; w++) {
-                int64_t count = min64(block, N - n), at = (n * 3 + w) * H * d;
-                const elem *g = dout[w] + n * I * d;
-                const elem *next = w < 2 ? dout[w + 1] + n * I * d : dout[0] + (n + block) * I * d;
+                int64_t count = min64(block, N - n), at = (n * row + first_head(s, w)) * d,
+                        H = heads_of(s, w);
+                int64_t ahead = w < 2 ? n : n + block;
+                const elem *g = dout[w] + n * rows_out(s, w) * d;
+                const elem *next = dout[(w + 1) % 3] + ahead * rows_out(s, (w + 1) % 3) * d;
                 if (converts())
-                    mix_backward_converted(dev, s, n, count, g, (elem *)qkv.data + at, alpha[w],
+                    mix_backward_converted(dev, s, H, n, count, g, (elem *)qkv.data + at, alpha[w],
                                            s->rope && w < 2, table, positions.data, unrotated, converted,
                                            (elem *)dqkv.data + at, dalpha + w * matrix);
                 else
-                    mix_backward_block(s, n, count, (const real *)g, (const real *)next,
+                    mix_backward_block(s, H, n, count, (const real *)g, (const real *)next,
                                        (real *)qkv.data + at, alpha[w], s->rope && w < 2, table,
-                                       positions.data, stream, unrotated, 3 * H * d, (real *)dqkv.data + at,
+                                       positions.data, stream, unrotated, row * d, (real *)dqkv.data + at,
                                        dalpha + w * matrix);
             }
         vstream_end();
     }
     if (!s->mixed)
         return;
-    sum_partials(scratch, dev->threads, stride, matrix, dalpha_q.data, accumulate);
-    sum_partials(scratch + matrix, dev->threads, stride, matrix, dalpha_k.data, accumulate);
-    sum_partials(scratch + 2 * matrix, dev->threads, stride, matrix, dalpha_v.data, accumulate);
+    real *dalphas[3] = {dalpha_q.data, dalpha_k.data, dalpha_v.data};
+    for (int w = 0; w < 3; w++)
+        sum_partials(scratch + w * matrix, dev->threads, stride, rows_out(s, w) * heads_of(s, w), dalphas[w],
+                     accumulate);
 }

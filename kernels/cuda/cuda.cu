@@ -244,6 +244,8 @@ static int plan(struct device *dev, const struct op_spec *spec, struct op_cost *
         return cuda_orthogonalize_plan(dev, &spec->orthogonalize, cost, e);
     case OP_DIFF_COMBINE:
         return cuda_diff_combine_plan(dev, &spec->diff_combine, cost, e);
+    case OP_QK_NORM:
+        return cuda_qk_norm_plan(dev, &spec->qk_norm, cost, e);
     case OP_FOLD:
     case OP_ACT:
         break;

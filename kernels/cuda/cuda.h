@@ -153,6 +153,7 @@ int cuda_embed_plan(struct device *, const struct embed_spec *, struct op_cost *
 int cuda_norm_plan(struct device *, const struct norm_spec *, struct op_cost *, struct error *);
 int cuda_linear_plan(struct device *, const struct linear_spec *, struct op_cost *, struct error *);
 int cuda_classifier_plan(struct device *, const struct classifier_spec *, struct op_cost *, struct error *);
+int cuda_qk_norm_plan(struct device *, const struct qk_norm_spec *, struct op_cost *, struct error *);
 int cuda_qkv_mix_plan(struct device *, const struct qkv_mix_spec *, struct op_cost *, struct error *);
 int cuda_collapse_plan(struct device *, const struct collapse_spec *, struct op_cost *, struct error *);
 int cuda_attention_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);

@@ -15,7 +15,7 @@ enum { EACH = 8 /* elements of a row that a lane holds: 16 bytes of bf16, the wi
 
 template <typename T> struct decode_args {
     struct band band; /* length: all keys so far, those of this pass included */
-    int d, first, capacity;
+    int d, group /* query heads of a head of k and v */, first, capacity;
     bool aligned;
     float scale; /* times log2 e */
     struct rows<const T> q, k, v;
@@ -35,7 +35,7 @@ static __device__ __forceinline__ void load_part(const T *row, int column, int d
         x[i] = column + i < d ? to_float(row[column + i]) : 0;
 }
 
-/* cache[b,(first + i) mod capacity,h,:] = x[b,i,h,:] for k and v; a warp a row. Grid: (n H / WARPS, 2 for k
+/* cache[b,(first + i) mod capacity,h,:] = x[b,i,h,:] for k and v; a warp a row. Grid: (n G / WARPS, 2 for k
  * and v, B). */
 template <typename T>
 static __global__ void __launch_bounds__(THREADS) append_to_cache(struct decode_args<T> a, int n, int heads) {
@@ -90,7 +90,7 @@ static __global__ void __launch_bounds__(THREADS) attend_to_cache(struct decode_
     const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     const int column = lane % LANES * EACH, group = lane / LANES;
     const interval keys = keys_of<false>(a.band, a.first + i);
-    const T *cache_k = a.cache_k.of(b, h), *cache_v = a.cache_v.of(b, h);
+    const T *cache_k = a.cache_k.of(b, h / a.group), *cache_v = a.cache_v.of(b, h / a.group);
     float q[EACH];
     load_part(a.q.of(b, h) + i * a.q.row, column, a.d, a.aligned, q);
     softmax_state p = {-INFINITY, 0, {}};
@@ -173,22 +173,25 @@ int cuda_decode_plan(struct device *dev, const struct attention_spec *s, struct 
 void cuda_attention_decode(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                            tensor cache_k, tensor cache_v, int64_t first, tensor o) {
     int64_t B = s->batch, n = s->length, H = s->heads, d = s->head_dim, capacity = cache_k.shape[1];
-    for (const tensor &t : {q, k, v, o})
-        check_shape("attention_decode", "q, k, v or o", t, cuda_compute(dev), B, n, H, d);
+    int64_t G = attention_kv_heads(s);
+    for (const tensor &t : {q, o})
+        check_shape("attention_decode", "q or o", t, cuda_compute(dev), B, n, H, d);
+    for (const tensor &t : {k, v})
+        check_shape("attention_decode", "k or v", t, cuda_compute(dev), B, n, G, d);
     for (const tensor &t : {cache_k, cache_v})
-        check_shape("attention_decode", "cache", t, cuda_compute(dev), B, capacity, H, d);
+        check_shape("attention_decode", "cache", t, cuda_compute(dev), B, capacity, G, d);
     struct attention_spec all = *s;
     all.length = first + n;
     by_dtype(q.dtype, [&](auto number) {
         using T = decltype(number);
         struct decode_args<T> a = {
-            band_of(&all, tensor_none()), (int)d, (int)first, (int)capacity,
+            band_of(&all, tensor_none()), (int)d, (int)(H / G), (int)first, (int)capacity,
                 rows_aligned({q, k, v, o, cache_k, cache_v}),
                 (float)(s->scale * 1.4426950408889634), rows_of<const T>(q), rows_of<const T>(k),
                 rows_of<const T>(v), rows_of<T>(cache_k), rows_of<T>(cache_v), rows_of<T>(o)
         };
-        launch<append_to_cache<T>>(dev, dim3((unsigned)ceil_div(n * H, WARPS), 2, (unsigned)B), THREADS, 0, a,
-                                   (int)n, (int)H);
+        launch<append_to_cache<T>>(dev, dim3((unsigned)ceil_div(n * G, WARPS), 2, (unsigned)B), THREADS, 0, a,
+                                   (int)n, (int)G);
         dim3 grid((unsigned)n, (unsigned)H, (unsigned)B);
         if (d <= 32)
             launch<attend_to_cache<T, 4>>(dev, grid, THREADS, 0, a);

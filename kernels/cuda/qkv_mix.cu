@@ -20,11 +20,13 @@ struct mix_job {
     bf16 *out[3];
     struct rope_rows rope;
     struct head_rows o;
-    int count, d; /* tokens */
-    int chunks;   /* of a block */
+    int count, d;   /* tokens */
+    int64_t stride; /* of a row of qkv, which is at its first tensor */
+    int tensors, rotated;
+    int chunks; /* of a block */
 };
 
-/* Grid: (blocks that share the tokens, 3 tensors, parts of the chunks). A warp takes a group of columns of
+/* Grid: (blocks that share the tokens, tensors, parts of the chunks). A warp takes a group of columns of
  * one token, loads its heads across, and computes and stores one tile of 16 pseudo-heads after another. Only
  * alpha is in shared memory, so warps do not wait for each other; 16 warps on an SM hide the latency of
  * loads. Shared memory: for each tile of alpha 16 rows of 16 KT + 8 elements. */
@@ -41,10 +43,10 @@ static __global__ void __launch_bounds__(32 * MIX_WARPS, KT == 4 ? 1 : 2) mix_ti
                      o, begin * o.tiles, (end - begin) * o.tiles);
     __syncthreads();
     bf16 *out = w == 0 ? job.out[0] : w == 1 ? job.out[1] : job.out[2];
-    bool rotate = job.rope.table && w < 2;
+    bool rotate = job.rope.table && w < job.rotated;
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, step = rope_step(job.rope, d);
     for (int n = blockIdx.x * MIX_WARPS + warp_number(); n < job.count; n += gridDim.x * MIX_WARPS) {
-        const bf16 *in = job.qkv + ((int64_t)n * 3 + w) * o.heads * d + g % 2 * half;
+        const bf16 *in = job.qkv + n * job.stride + w * o.heads * d + g % 2 * half;
         bf16 *out_token = out + (int64_t)n * o.pseudo * o.heads * d;
         const float *angles = rotate ? rope_token(job.rope, n, o.pseudo, d) : NULL;
         for (int group = 0; group < half; group += GROUP) {
@@ -99,9 +101,9 @@ template <int KT> static void launch_mix_tiles(struct device *dev, struct mix_jo
     job.chunks = chunks_at_once(dev, job.o, row_bytes);
     int parts = (int)ceil_div(job.o.chunks, job.chunks);
     int64_t blocks = ceil_div(job.count, MIX_WARPS);
-    int64_t most = ceil_div((int64_t)dev->sm_count * MIX_BLOCKS_PER_SM, 3 * parts);
-    launch<mix_tiles<KT>>(dev, dim3((unsigned)(blocks < most ? blocks : most), 3, parts), 32 * MIX_WARPS,
-                          job.chunks * job.o.tiles * 16 * row_bytes, job);
+    int64_t most = ceil_div((int64_t)dev->sm_count * MIX_BLOCKS_PER_SM, job.tensors * parts);
+    launch<mix_tiles<KT>>(dev, dim3((unsigned)(blocks < most ? blocks : most), job.tensors, parts),
+                          32 * MIX_WARPS, job.chunks * job.o.tiles * 16 * row_bytes, job);
 }
 
 /* ---- operations ---- */
@@ -117,13 +119,14 @@ int cuda_qkv_mix_plan(struct device *dev, const struct qkv_mix_spec *s, struct o
 struct rope_rows check_qkv_mix(const struct device *dev, const char *op, const struct qkv_mix_spec *s,
                                tensor qkv, tensor q, tensor k, tensor v, tensor aq, tensor ak, tensor av,
                                tensor table, tensor positions, int64_t first) {
-    int64_t B = s->batch, H = s->heads, P = s->pseudo, d = s->head_dim;
+    int64_t B = s->batch, P = s->pseudo, d = s->head_dim;
     enum dtype type = cuda_compute(dev);
     const tensor outs[3] = {q, k, v}, alphas[3] = {aq, ak, av};
     const char *names[3] = {"q", "k", "v"}, *alpha_names[3] = {"alpha_q", "alpha_k", "alpha_v"};
-    check_shape(op, "qkv", qkv, type, B, s->tokens, 3, H, d);
+    check_shape(op, "qkv", mix_rows(s, qkv), type, B, s->tokens, mix_row_heads(s), d);
     check_contiguous(op, "qkv", qkv);
     for (int i = 0; i < 3; i++) {
+        int64_t H = i == 0 ? s->heads : mix_kv_heads(s);
         check_shape(op, names[i], outs[i], type, B, s->tokens * (s->mixed ? P : 1), H, d);
         check_contiguous(op, names[i], outs[i]);
         if (s->mixed) {
@@ -147,6 +150,42 @@ struct rope_rows check_qkv_mix(const struct device *dev, const char *op, const s
     return rope;
 }
 
+static void mix_part_forward(struct device *dev, const struct qkv_mix_spec *s, struct mix_part part,
+                             struct rope_rows rope, tensor qkv, const tensor alpha[3], const tensor out[3]) {
+    struct head_rows o = pseudo_order(BY_PSEUDO_HEAD, part.heads, s->pseudo);
+    int64_t H = part.heads, d = s->head_dim, n = qkv_mix_tokens(s), stride = mix_row_heads(s) * d;
+    if (tensor_core_shape(qkv.dtype, H, d) &&
+        aligned16({qkv.data, out[0].data, out[1].data, out[2].data, rope.table})) {
+        struct mix_job job = {};
+        job.qkv = (const bf16 *)qkv.data + part.offset;
+        for (int w = 0; w < part.tensors; w++) {
+            job.alpha[w] = (const bf16 *)alpha[part.first + w].data;
+            job.out[w] = (bf16 *)out[part.first + w].data;
+        }
+        job.rope = rope;
+        job.o = o;
+        job.count = (int)n;
+        job.d = (int)d;
+        job.stride = stride;
+        job.tensors = part.tensors;
+        job.rotated = part.rotated;
+        by_head_tiles(H, [&](auto kt) { launch_mix_tiles<decltype(kt)::value>(dev, job); });
+        return;
+    }
+    by_dtype(qkv.dtype, [&](auto number) {
+        using T = decltype(number);
+        for (int w = 0; w < part.tensors; w++) {
+            struct rope_rows angles = rope;
+            if (w >= part.rotated)
+                angles.table = NULL;
+            launch<plain_expand<T>>(dev, plain_blocks(dev, ceil_div(n * s->pseudo * H * d, PLAIN_THREADS)),
+                                    PLAIN_THREADS, 0, (const T *)qkv.data + part.offset + w * H * d, stride,
+                                    (const T *)alpha[part.first + w].data, o, angles,
+                                    (T *)out[part.first + w].data, n, (int)d);
+        }
+    });
+}
+
 void cuda_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q,
                   tensor alpha_k, tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q,
                   tensor k, tensor v) {
@@ -156,31 +195,8 @@ void cuda_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, 
         rope_rotate(dev, s, rope, qkv, q, k, v, false);
         return;
     }
-    struct head_rows o = pseudo_order(BY_PSEUDO_HEAD, s->heads, s->pseudo);
-    int64_t H = s->heads, d = s->head_dim, n = qkv_mix_tokens(s);
-    if (tensor_core_shape(qkv.dtype, H, d) && aligned16({qkv.data, q.data, k.data, v.data, rope.table})) {
-        struct mix_job job = {
-            (const bf16 *)qkv.data,
-            {(const bf16 *)alpha_q.data, (const bf16 *)alpha_k.data, (const bf16 *)alpha_v.data},
-            {(bf16 *)q.data, (bf16 *)k.data, (bf16 *)v.data},
-            rope,
-            o,
-            (int)n,
-            (int)d,
-            0};
-        by_head_tiles(H, [&](auto kt) { launch_mix_tiles<decltype(kt)::value>(dev, job); });
-        return;
-    }
-    by_dtype(qkv.dtype, [&](auto number) {
-        using T = decltype(number);
-        const tensor alpha[3] = {alpha_q, alpha_k, alpha_v}, out[3] = {q, k, v};
-        for (int w = 0; w < 3; w++) {
-            struct rope_rows angles = rope;
-            if (w == 2)
-                angles.table = NULL;
-            launch<plain_expand<T>>(dev, plain_blocks(dev, ceil_div(n * s->pseudo * H * d, PLAIN_THREADS)),
-                                    PLAIN_THREADS, 0, (const T *)qkv.data + w * H * d, 3 * H * d,
-                                    (const T *)alpha[w].data, o, angles, (T *)out[w].data, n, (int)d);
-        }
-    });
+    const tensor alpha[3] = {alpha_q, alpha_k, alpha_v}, out[3] = {q, k, v};
+    struct mix_part parts[2];
+    for (int i = 0, count = mix_parts(s, parts); i < count; i++)
+        mix_part_forward(dev, s, parts[i], rope, qkv, alpha, out);
 }

@@ -5,10 +5,12 @@
 struct mix_backward_job {
     const bf16 *dout[3], *qkv, *alpha[3];
     bf16 *dqkv;
-    float *partial; /* [blocks][3][team_warps][SUMS] */
+    float *partial; /* [blocks][tensors][team_warps][SUMS] */
     struct rope_rows rope;
     struct head_rows o;
     int count, d;
+    int64_t stride; /* of a row of qkv and dqkv, which are at their first tensor */
+    int tensors, rotated;
     int team_warps, teams;
 };
 
@@ -29,7 +31,7 @@ template <int KT> static size_t mix_backward_shared(const struct head_rows &o, i
     return (size_t)o.tiles * o.chunks * 16 * row + (rows + sums > last ? rows + sums : last);
 }
 
-/* Grid: (blocks, 3 tensors). A warp of a team has up to TILES tiles of pseudo-heads. It loads their rows of a
+/* Grid: (blocks, tensors). A warp of a team has up to TILES tiles of pseudo-heads. It loads their rows of a
  * group of columns along, rotates them back, stages them in shared memory, and adds their outer product with
  * q's heads; then it contracts the staged rows with alpha. The next rows are loaded as soon as there are
  * registers for them. If a team is a single warp, the result is dq; otherwise the warps' parts of dq are
@@ -58,7 +60,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
 
     source += member * TILES * 16 + g;
     const bf16 *dout = w == 0 ? job.dout[0] : w == 1 ? job.dout[1] : job.dout[2];
-    bool rotate = job.rope.table && w < 2;
+    bool rotate = job.rope.table && w < job.rotated;
     auto load_rows = [&](along_rows &x, int n, int group, int k) {
         const bf16 *big = dout + (int64_t)n * o.pseudo * H * d + group + t * 8;
         bool padding = AHEAD > 1 && k >= tiles;
@@ -78,7 +80,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
            job.count) { /* the same number of iterations in all warps, since there are barriers inside */
         int n = first + team, column = group + t * 8, this_group = group;
         bool present = n < job.count && column < half;
-        int64_t heads_offset = ((int64_t)n * 3 + w) * H * d + column;
+        int64_t heads_offset = n * job.stride + w * H * d + column;
         uint32_t heads_along[NT][4][2];
         load_heads_along(heads_along, job.qkv + heads_offset, H, d, present);
         const float *angles = rotate && present ? rope_token(job.rope, n, o.pseudo, d) + column : NULL;
@@ -179,15 +181,15 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
         __syncwarp(); /* all lanes have read the staged rows */
     }
     store_outer(outer_sum, (float *)rows,
-                job.partial + ((int64_t)blockIdx.x * 3 + w) * job.team_warps * size::SUMS, job.teams,
+                job.partial + ((int64_t)blockIdx.x * gridDim.y + w) * job.team_warps * size::SUMS, job.teams,
                 job.team_warps);
 }
 
 /* Choose the grid. False: this shape needs more registers or shared memory than the device has. */
 template <int KT>
-static bool mix_backward_grid(const struct device *dev, const struct head_rows &o, int64_t count,
+static bool mix_backward_grid(const struct device *dev, const struct head_rows &o, int64_t count, int tensors,
                               struct outer_grid *grid) {
-    return outer_grid<KT>(dev, o, count, 3, grid) &&
+    return outer_grid<KT>(dev, o, count, tensors, grid) &&
            mix_backward_shared<KT>(o, grid->team_warps, grid->teams) <= dev->shared_limit;
 }
 
@@ -195,31 +197,99 @@ template <int KT>
 static void launch_mix_backward(struct device *dev, struct mix_backward_job job, struct outer_grid grid,
                                 struct head_gradients to, bool accumulate) {
     typedef outer_size<KT> size;
-    job.partial =
-        (float *)cuda_workspace(dev, grid.blocks * 3 * grid.elements * sizeof(float), "qkv_mix_backward");
+    job.partial = (float *)cuda_workspace(dev, grid.blocks * job.tensors * grid.elements * sizeof(float),
+                                          "qkv_mix_backward");
     job.team_warps = grid.team_warps;
     job.teams = grid.teams;
-    launch<mix_backward_tiles<KT>>(dev, dim3(grid.blocks, 3), grid.threads(),
+    launch<mix_backward_tiles<KT>>(dev, dim3(grid.blocks, job.tensors), grid.threads(),
                                    mix_backward_shared<KT>(job.o, grid.team_warps, grid.teams), job);
-    launch<sum_outer<size::TILES, size::HEAD_TILES>>(dev, dim3((unsigned)(grid.elements / 32), 3),
+    launch<sum_outer<size::TILES, size::HEAD_TILES>>(dev, dim3((unsigned)(grid.elements / 32), job.tensors),
                                                      32 * SUM_SLICES, 0, job.partial, grid.blocks,
                                                      (int)grid.elements, job.o, to, accumulate);
 }
 
 /* ---- the operation ---- */
 
-size_t qkv_mix_backward_workspace(const struct device *dev, const struct qkv_mix_spec *s) {
-    struct head_rows o = pseudo_order(BY_PSEUDO_HEAD, s->heads, s->pseudo);
+static size_t part_workspace(const struct device *dev, const struct qkv_mix_spec *s, struct mix_part part) {
+    struct head_rows o = pseudo_order(BY_PSEUDO_HEAD, part.heads, s->pseudo);
     int64_t n = qkv_mix_tokens(s);
-    size_t bytes = plain_workspace(dev, o, n, 3);
-    if (tensor_core_shape(cuda_compute(dev), s->heads, s->head_dim))
-        by_head_tiles(s->heads, [&](auto kt) {
+    size_t bytes = plain_workspace(dev, o, n, part.tensors);
+    if (tensor_core_shape(cuda_compute(dev), part.heads, s->head_dim))
+        by_head_tiles(part.heads, [&](auto kt) {
             struct outer_grid grid;
-            if (mix_backward_grid<decltype(kt)::value>(dev, o, n, &grid) &&
-                grid.blocks * 3 * grid.elements * sizeof(float) > bytes)
-                bytes = grid.blocks * 3 * grid.elements * sizeof(float);
+            if (mix_backward_grid<decltype(kt)::value>(dev, o, n, part.tensors, &grid) &&
+                grid.blocks * part.tensors * grid.elements * sizeof(float) > bytes)
+                bytes = grid.blocks * part.tensors * grid.elements * sizeof(float);
         });
     return bytes;
+}
+
+size_t qkv_mix_backward_workspace(const struct device *dev, const struct qkv_mix_spec *s) {
+    struct mix_part parts[2];
+    size_t bytes = 0;
+    for (int i = 0, count = mix_parts(s, parts); i < count; i++) {
+        size_t one = part_workspace(dev, s, parts[i]);
+        bytes = one > bytes ? one : bytes;
+    }
+    return bytes;
+}
+
+/* What backward reads and writes. */
+struct mix_gradients {
+    tensor dout[3], alpha[3], dalpha[3], qkv, dqkv;
+    bool accumulate;
+};
+
+static void mix_part_backward(struct device *dev, const struct qkv_mix_spec *s, struct mix_part part,
+                              struct rope_rows rope, const struct mix_gradients &x) {
+    int64_t H = part.heads, d = s->head_dim, n = qkv_mix_tokens(s), stride = mix_row_heads(s) * d;
+    struct head_rows o = pseudo_order(BY_PSEUDO_HEAD, H, s->pseudo);
+    struct head_gradients to = {};
+    for (int w = 0; w < part.tensors; w++)
+        to.dm[w] = (float *)x.dalpha[part.first + w].data;
+    bool done = false;
+    if (tensor_core_shape(x.qkv.dtype, H, d) &&
+        aligned16({x.qkv.data, x.dqkv.data, x.dout[0].data, x.dout[1].data, x.dout[2].data, rope.table})) {
+        struct mix_backward_job job = {};
+        for (int w = 0; w < part.tensors; w++) {
+            job.dout[w] = (const bf16 *)x.dout[part.first + w].data;
+            job.alpha[w] = (const bf16 *)x.alpha[part.first + w].data;
+        }
+        job.qkv = (const bf16 *)x.qkv.data + part.offset;
+        job.dqkv = (bf16 *)x.dqkv.data + part.offset;
+        job.rope = rope;
+        job.o = o;
+        job.count = (int)n;
+        job.d = (int)d;
+        job.stride = stride;
+        job.tensors = part.tensors;
+        job.rotated = part.rotated;
+        by_head_tiles(H, [&](auto kt) {
+            constexpr int KT = decltype(kt)::value;
+            struct outer_grid grid;
+            if ((done = mix_backward_grid<KT>(dev, o, n, part.tensors, &grid)))
+                launch_mix_backward<KT>(dev, job, grid, to, x.accumulate);
+        });
+    }
+    if (done)
+        return;
+    by_dtype(x.qkv.dtype, [&](auto number) {
+        using T = decltype(number);
+        struct plain_backward_job<T> job = {};
+        for (int w = 0; w < part.tensors; w++) {
+            struct rope_rows angles = rope;
+            int64_t at = part.offset + w * H * d;
+            if (w >= part.rotated)
+                angles.table = NULL;
+            job.of[w] = {(const T *)x.dout[part.first + w].data, (const T *)x.qkv.data + at,
+                         (const T *)x.alpha[part.first + w].data, (T *)x.dqkv.data + at, angles};
+        }
+        job.o = o;
+        job.count = n;
+        job.stride = stride;
+        job.d = (int)d;
+        launch_plain_backward(dev, job, part.tensors, to, x.accumulate, "qkv_mix_backward");
+    });
 }
 
 void cuda_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk, tensor dv,
@@ -233,56 +303,17 @@ void cuda_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, ten
         rope_rotate(dev, s, rope, dqkv, dq, dk, dv, true);
         return;
     }
-    int64_t H = s->heads, d = s->head_dim, n = qkv_mix_tokens(s);
-    check_shape(op, "qkv", qkv, cuda_compute(dev), s->batch, s->tokens, 3, H, d);
+    check_shape(op, "qkv", mix_rows(s, qkv), cuda_compute(dev), s->batch, s->tokens, mix_row_heads(s),
+                s->head_dim);
     check_contiguous(op, "qkv", qkv);
-    const tensor alpha[3] = {alpha_q, alpha_k, alpha_v}, dout[3] = {dq, dk, dv};
-    const tensor dalpha[3] = {dalpha_q, dalpha_k, dalpha_v};
-    struct head_gradients to;
+    const struct mix_gradients x = {
+        {dq, dk, dv}, {alpha_q, alpha_k, alpha_v}, {dalpha_q, dalpha_k, dalpha_v}, qkv, dqkv, accumulate};
     for (int w = 0; w < 3; w++) {
-        check_shape(op, "dalpha", dalpha[w], DTYPE_F32, s->pseudo, H, H);
-        check_contiguous(op, "dalpha", dalpha[w]);
-        to.dm[w] = (float *)dalpha[w].data;
+        int64_t H = w == 0 ? s->heads : mix_kv_heads(s);
+        check_shape(op, "dalpha", x.dalpha[w], DTYPE_F32, s->pseudo, H, H);
+        check_contiguous(op, "dalpha", x.dalpha[w]);
     }
-    struct head_rows o = pseudo_order(BY_PSEUDO_HEAD, H, s->pseudo);
-    bool done = false;
-    if (tensor_core_shape(qkv.dtype, H, d) &&
-        aligned16({qkv.data, dqkv.data, dq.data, dk.data, dv.data, rope.table})) {
-        struct mix_backward_job job = {
-            {(const bf16 *)dq.data, (const bf16 *)dk.data, (const bf16 *)dv.data},
-            (const bf16 *)qkv.data,
-            {(const bf16 *)alpha_q.data, (const bf16 *)alpha_k.data, (const bf16 *)alpha_v.data},
-            (bf16 *)dqkv.data,
-            NULL,
-            rope,
-            o,
-            (int)n,
-            (int)d,
-            0,
-            0};
-        by_head_tiles(H, [&](auto kt) {
-            constexpr int KT = decltype(kt)::value;
-            struct outer_grid grid;
-            if ((done = mix_backward_grid<KT>(dev, o, n, &grid)))
-                launch_mix_backward<KT>(dev, job, grid, to, accumulate);
-        });
-    }
-    if (done)
-        return;
-    by_dtype(qkv.dtype, [&](auto number) {
-        using T = decltype(number);
-        struct plain_backward_job<T> job = {};
-        for (int w = 0; w < 3; w++) {
-            struct rope_rows angles = rope;
-            if (w == 2)
-                angles.table = NULL;
-            job.of[w] = {(const T *)dout[w].data, (const T *)qkv.data + w * H * d, (const T *)alpha[w].data,
-                         (T *)dqkv.data + w * H * d, angles};
-        }
-        job.o = o;
-        job.count = n;
-        job.stride = 3 * H * d;
-        job.d = (int)d;
-        launch_plain_backward(dev, job, 3, to, accumulate, op);
-    });
+    struct mix_part parts[2];
+    for (int i = 0, count = mix_parts(s, parts); i < count; i++)
+        mix_part_backward(dev, s, parts[i], rope, x);
 }

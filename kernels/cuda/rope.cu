@@ -30,27 +30,30 @@ void cuda_rope_table(struct device *dev, const struct rope_spec *s, tensor table
 enum { ROTATE_THREADS = 256 };
 
 template <typename T> struct rotate_job {
-    T *qkv;    /* [N,3,H,d] */
-    T *out[3]; /* [N,H,d] */
+    T *qkv;    /* [N,H+2G,d] */
+    T *out[3]; /* [N,H,d] or [N,G,d] */
     struct rope_rows rope;
     int64_t count;
-    int heads, d;
+    int heads, kv_heads, d;
 };
 
 /* out = rotate(qkv), or BACK: qkv = rotate back(out). A thread has V columns of the first half of a head and
- * the columns of the second half that they are rotated with. Bytes moved: 6 N H d elements. */
+ * the columns of the second half that they are rotated with. Bytes moved: 2 N (H + 2 G) d elements. */
 template <typename T, int V, bool BACK>
 static __global__ void __launch_bounds__(ROTATE_THREADS) rotate_heads(struct rotate_job<T> job) {
     int d = job.d, half = (d + 1) / 2, vectors = (half + V - 1) / V;
     int64_t e = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (e >= job.count * 3 * job.heads * vectors)
+    const int row = job.heads + 2 * job.kv_heads;
+    if (e >= job.count * row * vectors)
         return;
-    int c = (int)(e % vectors) * V, h = (int)(e / vectors % job.heads);
-    int64_t n = e / vectors / job.heads / 3;
-    int w = (int)(e / vectors / job.heads % 3);
+    int c = (int)(e % vectors) * V, at = (int)(e / vectors % row);
+    int64_t n = e / vectors / row;
+    int w = at < job.heads ? 0 : at < job.heads + job.kv_heads ? 1 : 2;
+    int heads = w == 0 ? job.heads : job.kv_heads;
+    int h = w == 0 ? at : (at - job.heads) % job.kv_heads;
     bool has_partner = V > 1 || c + half < d;
-    T *packed = job.qkv + ((n * 3 + w) * job.heads + h) * d + c;
-    T *separate = (w == 0 ? job.out[0] : w == 1 ? job.out[1] : job.out[2]) + (n * job.heads + h) * d + c;
+    T *packed = job.qkv + (n * row + at) * d + c;
+    T *separate = (w == 0 ? job.out[0] : w == 1 ? job.out[1] : job.out[2]) + (n * heads + h) * d + c;
     const T *from = BACK ? separate : packed;
     T *to = BACK ? packed : separate;
     float x[V], y[V] = {}, cosine[V], sine[V];
@@ -86,8 +89,9 @@ void rope_rotate(struct device *dev, const struct qkv_mix_spec *s, struct rope_r
         job.rope = rope;
         job.count = s->batch * s->tokens;
         job.heads = (int)s->heads;
+        job.kv_heads = (int)mix_kv_heads(s);
         job.d = (int)s->head_dim;
-        int64_t half = (s->head_dim + 1) / 2, heads = job.count * 3 * s->heads;
+        int64_t half = (s->head_dim + 1) / 2, heads = job.count * mix_row_heads(s);
         int64_t blocks = ceil_div(heads * half, ROTATE_THREADS);
         int64_t vector_blocks = ceil_div(heads * half / V, ROTATE_THREADS);
         bool wide = s->head_dim % (2 * V) == 0 && aligned16({qkv.data, q.data, k.data, v.data, rope.table});

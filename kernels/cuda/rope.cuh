@@ -25,8 +25,8 @@ static __device__ __forceinline__ int rope_step(const struct rope_rows &rope, in
     return rope.by_pseudo ? d : 0;
 }
 
-/* out = rotate(qkv), or with `back` qkv = rotate back(out), for q and k; v is copied. qkv [N,3,H,d], out
- * [N,H,d] each: P = 1 without alphas. */
+/* out = rotate(qkv), or with `back` qkv = rotate back(out), for q and k; v is copied. qkv [N,H+2G,d], out
+ * [N,H,d], [N,G,d]: P = 1 without alphas. */
 void rope_rotate(struct device *, const struct qkv_mix_spec *, struct rope_rows, tensor qkv, tensor q,
                  tensor k, tensor v, bool back);
 

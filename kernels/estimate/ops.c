@@ -198,16 +198,21 @@ static double pair_flops(struct device *dev, const struct attention_spec *s) {
     return 2 * (double)(s->batch * s->heads * s->head_dim) * visible_pairs(dev, s);
 }
 
-/* Elements of one of q, k, v, o. */
+/* Elements of q or o. */
 static double attention_values(const struct attention_spec *s) {
     return (double)(s->batch * s->length * s->heads * s->head_dim);
+}
+
+/* Elements of q, k, v and o together. */
+static double all_values(const struct attention_spec *s) {
+    return 2 * (double)(s->batch * s->length * (s->heads + attention_kv_heads(s)) * s->head_dim);
 }
 
 void estimate_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                         tensor segments, tensor o, void *saved) {
     double flops = 2 * pair_flops(dev, s);
     count_kernel(dev, ESTIMATE_ATTENTION, flops, flops, rate_for(dev, s).forward,
-                 4 * attention_values(s) * element_bytes(dev), dev->options.gpu->copy);
+                 all_values(s) * element_bytes(dev), dev->options.gpu->copy);
 }
 
 /* Five products: the scores again, and the gradients of v, of the weights, of q and of k. */
@@ -216,15 +221,30 @@ void estimate_attention_backward(struct device *dev, const struct attention_spec
                                  tensor dq, tensor dk, tensor dv) {
     double one = pair_flops(dev, s);
     count_kernel(dev, ESTIMATE_ATTENTION, 4 * one, 5 * one, rate_for(dev, s).backward,
-                 8 * attention_values(s) * element_bytes(dev), dev->options.gpu->copy);
+                 2 * all_values(s) * element_bytes(dev), dev->options.gpu->copy);
+}
+
+static void count_qk_norm(struct device *dev, const struct qk_norm_spec *s, double tensors) {
+    double elements = (double)(s->rows * (s->heads + 2 * s->kv_heads) * s->head_dim);
+    count_pass(dev, ESTIMATE_ELEMENTWISE, tensors * elements * element_bytes(dev));
+}
+
+void estimate_qk_norm(struct device *dev, const struct qk_norm_spec *s, tensor x, tensor w_q, tensor w_k,
+                      tensor y) {
+    count_qk_norm(dev, s, 2);
+}
+
+void estimate_qk_norm_backward(struct device *dev, const struct qk_norm_spec *s, tensor dy, tensor x,
+                               tensor w_q, tensor w_k, tensor dx, tensor dw_q, tensor dw_k, bool accumulate) {
+    count_qk_norm(dev, s, 3);
 }
 
 /* ---- mixing ---- */
 
-/* q, k and v are mixed alike. */
 static double mix_flops(const struct qkv_mix_spec *s) {
-    double H = (double)s->heads;
-    return s->mixed ? 3 * 2 * (double)(s->batch * s->tokens) * (double)s->pseudo * H * H * (double)s->head_dim
+    double H = (double)s->heads, G = (double)mix_kv_heads(s);
+    return s->mixed ? 2 * (double)(s->batch * s->tokens) * (double)s->pseudo * (H * H + 2 * G * G) *
+                          (double)s->head_dim
                     : 0;
 }
 
@@ -236,8 +256,8 @@ static double heads_bytes(const struct device *dev, int64_t tokens, int64_t head
 void estimate_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q,
                       tensor alpha_k, tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q,
                       tensor k, tensor v) {
-    double one = heads_bytes(dev, s->batch * s->tokens, s->heads, s->head_dim);
-    count_mixing(dev, mix_flops(s), one * 3 * (1 + (double)s->pseudo));
+    double all = heads_bytes(dev, s->batch * s->tokens, mix_row_heads(s), s->head_dim);
+    count_mixing(dev, mix_flops(s), all * (1 + (double)s->pseudo));
 }
 
 /* dq, dk, dv; qkv again where alphas have gradients; dqkv. */
@@ -245,8 +265,8 @@ void estimate_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s,
                                tensor dv, tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v,
                                tensor table, tensor positions, tensor dqkv, tensor dalpha_q, tensor dalpha_k,
                                tensor dalpha_v, bool accumulate) {
-    double one = heads_bytes(dev, s->batch * s->tokens, s->heads, s->head_dim);
-    count_mixing(dev, 2 * mix_flops(s), one * 3 * ((s->mixed ? 2 : 1) + (double)s->pseudo));
+    double all = heads_bytes(dev, s->batch * s->tokens, mix_row_heads(s), s->head_dim);
+    count_mixing(dev, 2 * mix_flops(s), all * ((s->mixed ? 2 : 1) + (double)s->pseudo));
 }
 
 static double collapse_flops(const struct collapse_spec *s) {

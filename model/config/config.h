@@ -28,6 +28,7 @@ enum layer_type {
     LAYER_DIFF_LOCAL,
     LAYER_TYPES
 };
+enum qk_norm { QK_NORM_NONE, QK_NORM_RMSNORM };
 enum iha_mask { MASK_FLAT, MASK_TOKEN };
 enum iha_rope { IHA_ROPE_VIRTUAL, IHA_ROPE_TOKEN };
 enum iha_collapse { COLLAPSE_FULL, COLLAPSE_PER_HEAD };
@@ -53,6 +54,7 @@ struct model_config {
     int64_t hidden_size;             /* C */
     int64_t num_hidden_layers;       /* L */
     int64_t num_attention_heads;     /* H */
+    int64_t num_key_value_heads;     /* G; 0: as num_attention_heads. See config_kv_heads() */
     int64_t head_dim;                /* d */
     int64_t intermediate_size;       /* F */
     int64_t max_position_embeddings; /* tokens */
@@ -63,6 +65,7 @@ struct model_config {
     int64_t rope_original_positions; /* tokens */
     enum norm norm;
     double norm_eps;
+    enum qk_norm qk_norm;
     enum activation activation;
     bool bias;
     bool qkv_bias; /* of qkv alone; see config_qkv_bias() */
@@ -168,6 +171,16 @@ int config_override(struct config *c, int count, char *const *overrides, struct 
 /* Muon's rate as a factor on lr. */
 static inline double config_muon_lr_scale(const struct config *c) {
     return c->train.lr > 0 ? c->train.muon_lr / c->train.lr : 1;
+}
+
+/* Heads of keys and values. */
+static inline int64_t config_kv_heads(const struct model_config *m) {
+    return m->num_key_value_heads ? m->num_key_value_heads : m->num_attention_heads;
+}
+
+/* Rows of qkv's weight: q [H*d], k [G*d], v [G*d]. */
+static inline int64_t config_qkv_rows(const struct model_config *m) {
+    return (m->num_attention_heads + 2 * config_kv_heads(m)) * m->head_dim;
 }
 
 /* Whether qkv has a bias. */

@@ -71,6 +71,29 @@ static int finish_head_dim(struct draft *d) {
     return 0;
 }
 
+/* Folded layers mix the heads of the weight that projects q, k and v, as many of each. */
+static int finish_heads(const struct draft *d) {
+    struct model_config *m = &d->config->model;
+    if (!m->num_key_value_heads)
+        m->num_key_value_heads = m->num_attention_heads;
+    if (m->num_attention_heads % m->num_key_value_heads)
+        return fail_at(d, model_row("num_key_value_heads"),
+                       "num_key_value_heads = %" PRId64 " does not divide num_attention_heads = %" PRId64,
+                       m->num_key_value_heads, m->num_attention_heads);
+    for (int64_t layer = 0; layer < m->num_hidden_layers; layer++) {
+        enum layer_type type = m->layer_types[layer];
+        bool grouped = type == LAYER_MHA_GLOBAL || type == LAYER_MHA_LOCAL || layer_is_iha(type);
+        if (!grouped && m->num_key_value_heads != m->num_attention_heads)
+            return fail_at(d, model_row("num_key_value_heads"),
+                           "layer %" PRId64 " is %s, which needs num_key_value_heads = num_attention_heads",
+                           layer, layer_type_name(type));
+        if (layer_is_folded(type) && m->qk_norm != QK_NORM_NONE)
+            return fail_at(d, model_row("qk_norm"), "layer %" PRId64 " is %s, which needs qk_norm = none",
+                           layer, layer_type_name(type));
+    }
+    return 0;
+}
+
 static int check_rope_scaling(const struct draft *d) {
     const struct model_config *m = &d->config->model;
     if (m->rope_scaling == ROPE_SCALING_NONE)
@@ -87,7 +110,7 @@ static int check_rope_scaling(const struct draft *d) {
 
 int finish_model(struct draft *d, int64_t seq_len) {
     struct model_config *m = &d->config->model;
-    if (finish_head_dim(d) || finish_layers(d) || check_layers(d) || check_rope_scaling(d))
+    if (finish_head_dim(d) || finish_layers(d) || check_layers(d) || finish_heads(d) || check_rope_scaling(d))
         return -1;
     if (!m->intermediate_size)
         m->intermediate_size = 4 * m->hidden_size;

@@ -6,24 +6,26 @@
 
 #include "model/checkpoint/safetensors.h"
 
-/* A layer's queries and keys on the host: vector s of head h is at values[s * step + h * d]. */
+/* A layer's queries and keys on the host: vector s of head h is at q[s * step + h * d], and k likewise. */
 struct host_vectors {
     float *memory, *q, *k;
-    int64_t step; /* floats from one virtual token to the next */
+    int64_t q_step, k_step; /* floats from one virtual token to the next */
 };
 
 /* Where nothing is mixed or rotated, queries and keys are slices of qkv. */
 static int download_vectors(struct model *m, int layer, struct host_vectors *v, struct error *e) {
     const struct layer_buffers *b = &m->layers[layer];
     const struct attention_spec *a = &m->specs[layer].attention;
-    int64_t width = a->heads * a->head_dim, count = a->length * width;
+    int64_t q_width = a->heads * a->head_dim, k_width = attention_kv_heads(a) * a->head_dim;
+    int64_t row = config_qkv_rows(&m->config);
     bool mixes = m->specs[layer].mixes;
-    v->memory = malloc((size_t)((mixes ? 2 : 3) * count) * sizeof(float));
+    v->memory = malloc((size_t)(a->length * row) * sizeof(float));
     if (!v->memory)
         return fail_run(e, "out of memory for the queries and keys of a layer");
-    v->step = mixes ? width : 3 * width;
+    v->q_step = mixes ? q_width : row;
+    v->k_step = mixes ? k_width : row;
     v->q = v->memory;
-    v->k = v->memory + (mixes ? count : width);
+    v->k = v->memory + (mixes ? a->length * q_width : q_width);
     if (mixes) {
         m->k->download(m->dev, b->q, v->q, DTYPE_F32);
         m->k->download(m->dev, b->k, v->k, DTYPE_F32);
@@ -46,7 +48,8 @@ static void weigh_keys(const struct attention_spec *a, const struct host_vectors
     double max = -INFINITY, sum = 0;
     attention_keys(a, s, a->length, &begin, &end);
     for (int64_t key = begin; key < end; key++) {
-        scores[key] = a->scale * dot(v->q + s * v->step + head * d, v->k + key * v->step + head * d, d);
+        scores[key] = a->scale * dot(v->q + s * v->q_step + head * d,
+                                     v->k + key * v->k_step + head / attention_group(a) * d, d);
         max = scores[key] > max ? scores[key] : max;
     }
     for (int64_t key = begin; key < end; key++)

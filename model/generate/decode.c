@@ -39,11 +39,13 @@ static void assign_buffers(struct decoder *d, size_t norm_saved) {
     const struct model_config *c = &d->m->config;
     enum dtype t = d->m->dtypes.compute;
     int64_t n = d->chunk, C = c->hidden_size, H = c->num_attention_heads, dim = c->head_dim;
+    int64_t G = config_kv_heads(c);
     int64_t P = max_pseudo(d->m);
     d->bytes = 0;
     tensor hidden = tensor_of(NULL, t, n, C, 0, 0, 0),
            wide = tensor_of(NULL, t, n, c->intermediate_size, 0, 0, 0);
-    tensor pseudo = tensor_of(NULL, t, 1, n * P, H, dim, 0);
+    tensor pseudo = tensor_of(NULL, t, 1, n * P, H, dim, 0),
+           pseudo_kv = tensor_of(NULL, t, 1, n * P, G, dim, 0);
     d->tokens = assign(d, tensor_of(NULL, DTYPE_I32, 1, n, 0, 0, 0));
     d->rope = c->position_embedding == POSITION_ROPE
                   ? assign(d, tensor_of(NULL, d->m->dtypes.master, d->capacity * P, 2, dim / 2, 0, 0))
@@ -53,18 +55,18 @@ static void assign_buffers(struct decoder *d, size_t norm_saved) {
     for (size_t i = 0; i < 3; i++)
         *hiddens[i] = assign(d, hidden);
     for (size_t i = 0; i < 3; i++)
-        *pseudos[i] = assign(d, pseudo);
+        *pseudos[i] = assign(d, i == 0 ? pseudo : pseudo_kv);
     int64_t outputs = P > max_outputs(d->m) ? P : max_outputs(d->m);
     d->o_pseudo = assign(d, tensor_of(NULL, t, 1, n * outputs, H, dim, 0));
     for (size_t i = 0; i < 3; i++)
         *wides[i] = assign(d, wide);
-    d->qkv = assign(d, tensor_of(NULL, t, 1, n, 3, H, dim));
+    d->qkv = assign(d, tensor_of(NULL, t, 1, n, H + 2 * G, dim, 0));
     d->o = assign(d, tensor_of(NULL, t, 1, n, H, dim, 0));
     d->logits = assign(d, tensor_of(NULL, t, 1, c->vocab_size, 0, 0, 0));
     d->norm_saved = assign(d, tensor_of(NULL, DTYPE_I32, (int64_t)(norm_saved + 3) / 4, 0, 0, 0, 0)).data;
     for (int layer = 0; layer < c->num_hidden_layers; layer++) {
-        d->cache_k[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), H, dim, 0));
-        d->cache_v[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), H, dim, 0));
+        d->cache_k[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), G, dim, 0));
+        d->cache_v[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), G, dim, 0));
         bool folded = d->m->specs[layer].folded;
         d->folded_weight[layer] =
             folded ? assign(d, tensor_of(NULL, t, 3 * H * dim, C, 0, 0, 0)) : tensor_none();
@@ -103,6 +105,7 @@ static struct layer_specs specs_for(const struct model *m, int layer, int64_t n)
     s.qkv_mix.batch = s.attention.batch = s.collapse.batch = 1;
     s.qkv_mix.tokens = s.collapse.tokens = n;
     s.attention.length = n * s.qkv_mix.pseudo;
+    s.qk_norm.rows = n;
     s.pair_attention.batch = 1;
     s.pair_attention.length = s.diff_combine.rows = n;
     s.attention.segmented = s.pair_attention.segmented = false; /* what is generated is one segment */
@@ -113,7 +116,7 @@ static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) 
     const struct model_config *c = &d->m->config;
     struct layer_specs s = specs_for(d->m, layer, n);
     int64_t C = c->hidden_size, F = c->intermediate_size, width = c->num_attention_heads * c->head_dim;
-    struct op_spec ops[] = {{.kind = OP_LINEAR, .linear = {n, C, 3 * width}},
+    struct op_spec ops[] = {{.kind = OP_LINEAR, .linear = {n, C, config_qkv_rows(c)}},
                             {.kind = OP_LINEAR, .linear = {n, width, C}},
                             {.kind = OP_LINEAR, .linear = {n, C, F}},
                             {.kind = OP_LINEAR, .linear = {n, F, C}},
@@ -128,6 +131,9 @@ static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) 
             return -1;
     struct op_spec fold = {.kind = OP_FOLD, .fold = {c->num_attention_heads, c->head_dim * C}};
     struct op_spec combine = {.kind = OP_DIFF_COMBINE, .diff_combine = s.diff_combine};
+    struct op_spec qk_norm = {.kind = OP_QK_NORM, .qk_norm = s.qk_norm};
+    if (s.normed && plan_op(d, qk_norm, NULL, e) != 0)
+        return -1;
     return s.folded ? plan_op(d, fold, NULL, e) : s.diff ? plan_op(d, combine, NULL, e) : 0;
 }
 
@@ -232,7 +238,7 @@ static void linear(struct decoder *d, int64_t n, tensor x, int64_t in, int weigh
 static void project_qkv(struct decoder *d, int layer, int64_t n) {
     const struct model_config *c = &d->m->config;
     const struct layer_params *p = &d->m->params.layers[layer];
-    int64_t C = c->hidden_size, rows = 3 * c->num_attention_heads * c->head_dim;
+    int64_t C = c->hidden_size, rows = config_qkv_rows(c);
     if (d->m->specs[layer].folded)
         linear_of(d, n, d->y, C, d->folded_weight[layer], d->folded_bias[layer], rows, d->qkv);
     else
@@ -274,17 +280,20 @@ static void attention(struct decoder *d, int layer, int64_t n) {
     const struct kernels *k = m->k;
     const struct layer_params *p = &m->params.layers[layer];
     struct layer_specs s = specs_for(m, layer, n);
-    int64_t H = s.qkv_mix.heads, dim = s.qkv_mix.head_dim, P = s.qkv_mix.pseudo;
-    tensor qkv = with_shape(d->qkv, 1, n, 3, H, dim), o = with_shape(d->o, 1, n, H, dim, 0);
-    tensor q = with_shape(d->q, 1, n * P, H, dim, 0), key = with_shape(d->k, 1, n * P, H, dim, 0);
-    tensor v = with_shape(d->v, 1, n * P, H, dim, 0), o_pseudo = with_shape(d->o_pseudo, 1, n * P, H, dim, 0);
+    int64_t H = s.qkv_mix.heads, G = mix_kv_heads(&s.qkv_mix), dim = s.qkv_mix.head_dim, P = s.qkv_mix.pseudo;
+    tensor qkv = with_shape(d->qkv, 1, n, H + 2 * G, dim, 0), o = with_shape(d->o, 1, n, H, dim, 0);
+    tensor q = with_shape(d->q, 1, n * P, H, dim, 0), key = with_shape(d->k, 1, n * P, G, dim, 0);
+    tensor v = with_shape(d->v, 1, n * P, G, dim, 0), o_pseudo = with_shape(d->o_pseudo, 1, n * P, H, dim, 0);
+    if (s.normed)
+        k->qk_norm(m->dev, &s.qk_norm, qkv_rows(qkv), model_param(m, p->q_norm), model_param(m, p->k_norm),
+                   qkv_rows(qkv));
     if (s.mixes)
         k->qkv_mix(m->dev, &s.qkv_mix, qkv, model_param(m, p->alpha_q), model_param(m, p->alpha_k),
                    model_param(m, p->alpha_v), d->rope, tensor_none(), d->position, q, key, v);
     else {
-        q = tensor_select(qkv, 2, 0);
-        key = tensor_select(qkv, 2, 1);
-        v = tensor_select(qkv, 2, 2);
+        q = qkv_part(&m->config, qkv, 0);
+        key = qkv_part(&m->config, qkv, 1);
+        v = qkv_part(&m->config, qkv, 2);
     }
     if (s.diff) {
         attend_differential(d, layer, n, q, key, v, o);

@@ -25,10 +25,13 @@ static void print_model(FILE *out, const struct model_config *m) {
     const char *norms[] = {[NORM_RMSNORM] = "rmsnorm", [NORM_LAYERNORM] = "layernorm"};
     const char *activations[] = {
         [ACTIVATION_GELU_TANH] = "gelu_tanh", [ACTIVATION_RELU2] = "relu2", [ACTIVATION_SWIGLU] = "swiglu"};
+    char kv_heads[32] = "";
+    if (config_kv_heads(m) != m->num_attention_heads)
+        snprintf(kv_heads, sizeof kv_heads, " (%lld of k, v)", (long long)config_kv_heads(m));
     fprintf(out,
-            "Model: %lld layers, hidden %lld, %lld heads x %lld, MLP %lld (%s)\n       vocabulary %lld%s, ",
+            "Model: %lld layers, hidden %lld, %lld heads x %lld%s, MLP %lld (%s)\n       vocabulary %lld%s, ",
             (long long)m->num_hidden_layers, (long long)m->hidden_size, (long long)m->num_attention_heads,
-            (long long)m->head_dim, (long long)m->intermediate_size, activations[m->activation],
+            (long long)m->head_dim, kv_heads, (long long)m->intermediate_size, activations[m->activation],
             (long long)m->vocab_size, m->tie_word_embeddings ? ", tied embeddings" : "");
     fprintf(out, "%s%s\n       positions: %s, %s\n", norms[m->norm],
             m->bias       ? " with bias"
@@ -37,6 +40,8 @@ static void print_model(FILE *out, const struct model_config *m) {
             m->rope_scaling == ROPE_SCALING_LLAMA3 ? "rope scaled as in Llama 3"
                                                    : positions[m->position_embedding],
             m->causal ? "causal" : "not causal");
+    if (m->qk_norm == QK_NORM_RMSNORM)
+        fprintf(out, "       queries and keys normalised by head\n");
     fprintf(out, "       IHA: %lld pseudo-heads, %s mask, %s rope, %s collapse\n\n",
             (long long)m->num_pseudo_heads, m->iha_mask == MASK_FLAT ? "flat" : "token",
             m->iha_rope == IHA_ROPE_VIRTUAL ? "virtual" : "token",

@@ -181,7 +181,8 @@ static struct attention_spec spec_of(const struct attention_cudnn_shape *s, bool
                                   .pseudo = 1,
                                   .causal = s->causal,
                                   .window = s->window,
-                                  .scale = s->scale};
+                                  .scale = s->scale,
+                                  .kv_heads = s->kv_heads};
     if (fault.kind == WINDOW)
         spec.window++;
     if (fault.kind == NOT_CAUSAL)
@@ -210,13 +211,23 @@ int attention_cudnn_plan(struct attention_cudnn *a, const struct attention_cudnn
     return 0;
 }
 
-static tensor view(const void *data, const struct attention_cudnn_shape *s,
-                   struct attention_cudnn_strides t) {
-    tensor x = tensor_of((void *)data, DTYPE_BF16, s->batch, s->length, s->heads, s->head_dim, 0);
+static tensor view_of(const void *data, const struct attention_cudnn_shape *s, int64_t heads,
+                      struct attention_cudnn_strides t) {
+    tensor x = tensor_of((void *)data, DTYPE_BF16, s->batch, s->length, heads, s->head_dim, 0);
     x.stride[0] = t.batch;
     x.stride[1] = t.token;
     x.stride[2] = t.head;
     return x;
+}
+
+static tensor view(const void *data, const struct attention_cudnn_shape *s,
+                   struct attention_cudnn_strides t) {
+    return view_of(data, s, s->heads, t);
+}
+
+static tensor view_kv(const void *data, const struct attention_cudnn_shape *s,
+                      struct attention_cudnn_strides t) {
+    return view_of(data, s, s->kv_heads, t);
 }
 
 static void break_row(struct attention_cudnn *a, tensor x, int what) {
@@ -246,7 +257,7 @@ int attention_cudnn_forward(struct attention_cudnn *a, const struct attention_cu
     cudnn_calls++;
     plan_own(a, spec);
     assert_int_equal(cudaStreamSynchronize(a->stream), cudaSuccess);
-    kernels_cuda()->attention(a->own, &spec, view(q, s, l->q), view(k, s, l->k), view(v, s, l->v),
+    kernels_cuda()->attention(a->own, &spec, view(q, s, l->q), view_kv(k, s, l->k), view_kv(v, s, l->v),
                               tensor_none(), view(o, s, l->o), statistics);
     break_row(a, view(o, s, l->o), O);
     finish(a, view(o, s, l->o));
@@ -261,12 +272,13 @@ int attention_cudnn_backward(struct attention_cudnn *a, const struct attention_c
     struct attention_spec spec = spec_of(s, true);
     plan_own(a, spec);
     assert_int_equal(cudaStreamSynchronize(a->stream), cudaSuccess);
-    kernels_cuda()->attention_backward(a->own, &spec, view(q, s, l->q), view(k, s, l->k), view(v, s, l->v),
-                                       tensor_none(), view(o, s, l->o), view(d_o, s, l->d_o), statistics,
-                                       view(dq, s, l->dq), view(dk, s, l->dk), view(dv, s, l->dv));
+    kernels_cuda()->attention_backward(a->own, &spec, view(q, s, l->q), view_kv(k, s, l->k),
+                                       view_kv(v, s, l->v), tensor_none(), view(o, s, l->o),
+                                       view(d_o, s, l->d_o), statistics, view(dq, s, l->dq),
+                                       view_kv(dk, s, l->dk), view_kv(dv, s, l->dv));
     break_row(a, view(dq, s, l->dq), DQ);
-    break_row(a, view(dk, s, l->dk), DK);
-    break_row(a, view(dv, s, l->dv), DV);
+    break_row(a, view_kv(dk, s, l->dk), DK);
+    break_row(a, view_kv(dv, s, l->dv), DV);
     finish(a, view(dq, s, l->dq));
     return 0;
 }
@@ -292,9 +304,10 @@ static int check_attention(struct attention_spec spec, struct error *e) {
 
 /* batch, length, heads, head_dim, pseudo, causal, token_mask, window, scale, segmented */
 static const struct attention_spec ATTENTIONS[] = {
-    {2, 150, 3, 16, 1, true, false, 0, 0.25, false}, {1, 400, 1, 8, 2, true, false, 0, 0.35, false},
-    {1, 380, 2, 24, 2, true, false, 40, 0.2, false}, {2, 130, 2, 16, 1, false, false, 0, 0.25, false},
-    {1, 100, 1, 16, 2, true, false, 1, 0.25, false},
+    {2, 150, 3, 16, 1, true, false, 0, 0.25, false, 0}, {1, 400, 1, 8, 2, true, false, 0, 0.35, false, 0},
+    {1, 380, 2, 24, 2, true, false, 40, 0.2, false, 0}, {2, 130, 2, 16, 1, false, false, 0, 0.25, false, 0},
+    {1, 100, 1, 16, 2, true, false, 1, 0.25, false, 0}, {2, 140, 4, 16, 1, true, false, 0, 0.25, false, 2},
+    {1, 90, 3, 8, 2, true, false, 30, 0.3, false, 1},
 };
 
 static void right_attention_passes(void **state) {

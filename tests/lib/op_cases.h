@@ -47,6 +47,7 @@ struct op_case {
 #define COLLAPSE_CASE(...) .spec = {.kind = OP_COLLAPSE, .collapse = {__VA_ARGS__}}
 #define FOLD_CASE(...) .spec = {.kind = OP_FOLD, .fold = {__VA_ARGS__}}
 #define DIFF_CASE(...) .spec = {.kind = OP_DIFF_COMBINE, .diff_combine = {__VA_ARGS__}}
+#define QK_NORM_CASE(...) .spec = {.kind = OP_QK_NORM, .qk_norm = {__VA_ARGS__}}
 #define ACT_CASE(...) .spec = {.kind = OP_ACT, .act = {__VA_ARGS__}}
 #define CLASSIFIER_CASE(...) .spec = {.kind = OP_CLASSIFIER, .classifier = {__VA_ARGS__}}
 
@@ -122,7 +123,13 @@ static const struct op_case OP_CASES[] = {
     {GRADIENT | COMPARE, MIX_CASE(1, 20, 5, 10, 3, true, true, false),
      .vary = GIVEN_POSITIONS}, /* more than a CPU block of tokens */
     {GRADIENT | COMPARE, MIX_CASE(2, 3, 2, 8, 4, true, false, true), .vary = ACCUMULATE | GIVEN_POSITIONS},
-    {COMPARE, MIX_CASE(1, 3, 2, 7, 2, true, false, true)},                          /* an odd d */
+    {COMPARE, MIX_CASE(1, 3, 2, 7, 2, true, false, true)}, /* an odd d */
+    {GRADIENT | COMPARE, MIX_CASE(2, 3, 4, 6, 3, true, true, true, 2),
+     .vary = ACCUMULATE}, /* fewer heads of k, v */
+    {GRADIENT | COMPARE, MIX_CASE(2, 3, 4, 6, 1, false, true, true, 1), .vary = GIVEN_POSITIONS},
+    {COMPARE, MIX_CASE(2, 11, 12, 32, 2, true, true, true, 4), ACCUMULATE, .first = 2},
+    {COMPARE, MIX_CASE(1, 9, 32, 16, 2, true, true, false, 2)}, /* other tiles for q than for k and v */
+    {COMPARE, MIX_CASE(1, 5, 6, 16, 1, false, true, true, 3), .first = 2},
     {COMPARE, MIX_CASE(1, 4, 4, 16, 1, true, true, true), .first = 3},              /* smallest tile */
     {COMPARE, MIX_CASE(2, 11, 3, 32, 5, true, true, true), ACCUMULATE, .first = 7}, /* two chunks of P */
     {COMPARE, MIX_CASE(1, 37, 12, 64, 2, true, true, true)},                        /* GPT-2 */
@@ -188,6 +195,13 @@ static const struct op_case OP_CASES[] = {
     MIX_AND_COLLAPSE(BENCH_GPU, 4096, 20, 20, 128),
 
     /* ---- fold: heads, columns ---- */
+    /* ---- qk_norm: rows, heads, kv_heads, head_dim, eps ---- */
+    {GRADIENT | COMPARE, QK_NORM_CASE(5, 4, 2, 6, 1e-3), .vary = ACCUMULATE},
+    {COMPARE, QK_NORM_CASE(1, 1, 1, 1, 1e-5)},
+    {COMPARE, QK_NORM_CASE(301, 3, 1, 40, 1e-5),
+     ACCUMULATE}, /* more heads than the blocks of backward take at once */
+    {COMPARE, QK_NORM_CASE(9, 2, 2, 256, 1e-5)},
+
     {GRADIENT | COMPARE, FOLD_CASE(3, 7), .vary = ACCUMULATE},
     {GRADIENT | COMPARE, FOLD_CASE(1, 5)},
     {COMPARE, FOLD_CASE(2, 1024 + 40), .vary = ACCUMULATE}, /* more columns than a thread or block takes */
@@ -219,6 +233,12 @@ static const struct op_case OP_CASES[] = {
     {GRADIENT, ATTENTION_CASE(1, 70, 1, 3, 1, true, false, 0, 0.7, true), .segments = {64, 6}},
     {GRADIENT, ATTENTION_CASE(1, 70, 1, 3, 2, false, false, 0, 0.7, true), .segments = {20, 15}},
     /* Short sequences of small heads, where what surrounds the products weighs most. */
+    /* fewer heads of k and v: one and two groups, masks, windows, more tiles than one */
+    {GRADIENT | COMPARE, ATTENTION_CASE(2, 9, 4, 6, 1, true, false, 0, 0, false, 2)},
+    {GRADIENT | COMPARE, ATTENTION_CASE(1, 10, 3, 5, 2, true, true, 7, 0, true, 1), .segments = {3, 2}},
+    {COMPARE, ATTENTION_CASE(1, 200, 4, 16, 2, true, false, 90, 0, false, 2)},
+    {COMPARE, ATTENTION_CASE(2, 130, 6, 8, 1, false, false, 0, 0, false, 2)},
+    {COMPARE, ATTENTION_CASE(1, 150, 3, 24, 3, true, true, 0, 0, true, 1), .segments = {17, 30, 3}},
     {BENCH_CPU, ATTENTION_CASE(32, 66 * 8, 8, 16, 8, false, false, 0, 0)},
     /* Whole and windowed, the smallest and the usual head. */
     {BENCH_CPU, ATTENTION_CASE(1, 2 * 1024, 8, 64, 2, true, false, 0, 0)},

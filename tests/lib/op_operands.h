@@ -6,6 +6,7 @@
 
 #include <math.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "tests/lib/op_cases.h"
 
@@ -99,12 +100,13 @@ static inline void qkv_mix_operands(const struct op_case *c, struct op_operand *
                                             {"dq", "dk", "dv"},
                                             {"dalpha_q", "dalpha_k", "dalpha_v"}};
     const struct qkv_mix_spec *s = &c->spec.qkv_mix;
-    const int64_t B = s->batch, H = s->heads, d = s->head_dim, P = s->pseudo, S = s->tokens * P;
-    x[0] = (struct op_operand){"qkv", BOTH_READ, SHAPE(B, s->tokens, 3, H, d)};
+    const int64_t B = s->batch, d = s->head_dim, P = s->pseudo, S = s->tokens * P, row = mix_row_heads(s);
+    x[0] = (struct op_operand){"qkv", BOTH_READ, SHAPE(B, s->tokens, row, d)};
     x[4] = (struct op_operand){PRESENT(s->rope, "table"), BOTH_READ, TYPE_ROPE,
                                SHAPE((c->first + s->tokens) * P, 2, d / 2)};
-    x[11] = (struct op_operand){"dqkv", BACKWARD_WRITES, SHAPE(B, s->tokens, 3, H, d), .gradient_of = {1}};
+    x[11] = (struct op_operand){"dqkv", BACKWARD_WRITES, SHAPE(B, s->tokens, row, d), .gradient_of = {1}};
     for (int i = 0; i < 3; i++) {
+        const int64_t H = i == 0 ? s->heads : mix_kv_heads(s);
         x[1 + i] = (struct op_operand){PRESENT(s->mixed, names[0][i]), BOTH_READ, SHAPE(P, H, H)};
         x[5 + i] = (struct op_operand){names[1][i], FORWARD_WRITES, SHAPE(B, S, H, d)};
         x[8 + i] =
@@ -127,8 +129,14 @@ static inline void attention_operands(const struct op_case *c, struct op_operand
         BACKWARD_READS, BACKWARD_WRITES, BACKWARD_WRITES, BACKWARD_WRITES};
     const struct attention_spec *s = &c->spec.attention;
     for (int i = 0; i < 8; i++)
-        x[i] = (struct op_operand){names[i], touched[i], SHAPE(s->batch, s->length, s->heads, s->head_dim),
-                                   .gradient_of_output = i == 4 ? 4 : 0, .gradient_of = {i > 4 ? i - 4 : 0}};
+        x[i] = (struct op_operand){
+            names[i], touched[i],
+            SHAPE(s->batch, s->length,
+                  names[i][strlen(names[i]) - 1] == 'k' || names[i][strlen(names[i]) - 1] == 'v'
+                      ? attention_kv_heads(s)
+                      : s->heads,
+                  s->head_dim),
+            .gradient_of_output = i == 4 ? 4 : 0, .gradient_of = {i > 4 ? i - 4 : 0}};
     x[8] = (struct op_operand){PRESENT(s->segmented, "segments"),
                                BOTH_READ,
                                TYPE_IDS,
@@ -187,6 +195,20 @@ static inline void diff_combine_operands(const struct op_case *c, struct op_oper
     }
 }
 
+static inline void qk_norm_operands(const struct op_case *c, struct op_operand *x) {
+    const struct qk_norm_spec *s = &c->spec.qk_norm;
+    const int64_t N = s->rows, heads = s->heads + 2 * s->kv_heads, d = s->head_dim;
+    unsigned dparam = parameter_gradient(c);
+    x[0] = (struct op_operand){"x", BOTH_READ, SHAPE(N, heads, d)};
+    x[1] = (struct op_operand){"w_q", BOTH_READ, SHAPE(d), .scale = 0.5, .offset = 1};
+    x[2] = (struct op_operand){"w_k", BOTH_READ, SHAPE(d), .scale = 0.5, .offset = 1};
+    x[3] = (struct op_operand){"y", FORWARD_WRITES, SHAPE(N, heads, d)};
+    x[4] = (struct op_operand){"dy", BACKWARD_READS, SHAPE(N, heads, d), .gradient_of_output = 4};
+    x[5] = (struct op_operand){"dx", BACKWARD_WRITES, SHAPE(N, heads, d), .gradient_of = {1}};
+    x[6] = (struct op_operand){"dw_q", dparam, TYPE_GRADIENT, SHAPE(d), .gradient_of = {2}};
+    x[7] = (struct op_operand){"dw_k", dparam, TYPE_GRADIENT, SHAPE(d), .gradient_of = {3}};
+}
+
 /* Inputs large enough to reach the nonlinear parts of the activations. */
 static inline void act_operands(const struct op_case *c, struct op_operand *x) {
     const int64_t N = c->spec.act.rows, F = c->spec.act.hidden;
@@ -229,6 +251,7 @@ static inline void op_operands(const struct op_case *c, struct op_operand x[OP_O
                                                       [OP_COLLAPSE] = collapse_operands,
                                                       [OP_FOLD] = fold_operands,
                                                       [OP_DIFF_COMBINE] = diff_combine_operands,
+                                                      [OP_QK_NORM] = qk_norm_operands,
                                                       [OP_ACT] = act_operands,
                                                       [OP_CLASSIFIER] = classifier_operands};
     for (int i = 0; i < OP_OPERANDS; i++)
@@ -293,6 +316,8 @@ static inline void op_forward(const struct kernels *k, struct device *dev, const
         return k->attention(dev, &s.attention, t[0], t[1], t[2], t[8], t[3], saved);
     case OP_COLLAPSE:
         return k->collapse(dev, &s.collapse, t[0], t[1], t[2]);
+    case OP_QK_NORM:
+        return k->qk_norm(dev, &s.qk_norm, t[0], t[1], t[2], t[3]);
     case OP_FOLD:
         return k->fold(dev, &s.fold, t[0], t[1], t[2], t[3], t[4]);
     case OP_DIFF_COMBINE:
@@ -326,6 +351,8 @@ static inline void op_backward(const struct kernels *k, struct device *dev, cons
                                      t[7]);
     case OP_COLLAPSE:
         return k->collapse_backward(dev, &s.collapse, t[3], t[0], t[1], t[4], t[5], add);
+    case OP_QK_NORM:
+        return k->qk_norm_backward(dev, &s.qk_norm, t[4], t[0], t[1], t[2], t[5], t[6], t[7], add);
     case OP_FOLD:
         return k->fold_backward(dev, &s.fold, t[5], t[0], t[1], t[2], t[3], t[6], t[7], t[8], t[9], add, add);
     case OP_DIFF_COMBINE:
@@ -387,6 +414,10 @@ static inline const char *op_sizes(const struct op_case *c, char text[OP_TEXT]) 
         snprintf(text, OP_TEXT, "H=%d, P=%d, d=%d, %d tokens%s", (int)s->collapse.heads,
                  (int)s->collapse.pseudo, (int)s->collapse.head_dim,
                  (int)(s->collapse.batch * s->collapse.tokens), s->collapse.per_head ? ", per head" : "");
+        break;
+    case OP_QK_NORM:
+        snprintf(text, OP_TEXT, "%d rows, H=%d, G=%d, d=%d", (int)s->qk_norm.rows, (int)s->qk_norm.heads,
+                 (int)s->qk_norm.kv_heads, (int)s->qk_norm.head_dim);
         break;
     case OP_FOLD:
         snprintf(text, OP_TEXT, "H=%d, %d columns", (int)s->fold.heads, (int)s->fold.columns);

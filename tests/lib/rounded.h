@@ -44,6 +44,8 @@ static inline void round_views(const tensor *views, int count) {
 #define BF16_residual_norm_backward dx
 #define BF16_linear y
 #define BF16_linear_backward dx
+#define BF16_qk_norm y
+#define BF16_qk_norm_backward dx
 #define BF16_qkv_mix q, k, v
 #define BF16_qkv_mix_backward dqkv
 #define BF16_attention o

@@ -19,17 +19,23 @@ LAYER_TYPES = ("mha_global", "mha_local", "iha_global", "iha_local", "folded_glo
 
 # Every [model] key as config.json has it: layer_types for layer_pattern, no init_*.
 CONFIG_KEYS = (
-    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim",
-    "intermediate_size", "max_position_embeddings", "position_embedding", "rope_theta", "rope_scaling", "rope_factor",
-    "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_positions", "norm", "norm_eps",
+    "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "intermediate_size", "max_position_embeddings", "position_embedding", "rope_theta", "rope_scaling", "rope_factor",
+    "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_positions", "norm", "norm_eps", "qk_norm",
     "activation", "bias", "qkv_bias", "tie_word_embeddings", "causal", "layer_types", "local_window", "num_pseudo_heads",
     "iha_window", "iha_mask", "iha_rope", "iha_collapse")
+
+
+def kv_heads(config):
+    """G, the heads of keys and values; each serves H/G consecutive heads of queries."""
+    return config.get("num_key_value_heads", config["num_attention_heads"])
 
 
 def expected_shapes(config):
     """{tensor name: shape} of exactly the tensors a model of this configuration has."""
     C, V, F = config["hidden_size"], config["vocab_size"], config["intermediate_size"]
     H, d, P = config["num_attention_heads"], config["head_dim"], config["num_pseudo_heads"]
+    G = kv_heads(config)
     shapes = {}
 
     def norm(name):
@@ -48,10 +54,13 @@ def expected_shapes(config):
     for n, kind in enumerate(config["layer_types"]):
         layer = f"layers.{n}."
         norm(layer + "attn_norm")
-        linear(layer + "attn.qkv", 3 * H * d, C, config["bias"] or config.get("qkv_bias", False))
+        linear(layer + "attn.qkv", (H + 2 * G) * d, C, config["bias"] or config.get("qkv_bias", False))
+        if config.get("qk_norm", "none") != "none":
+            for which in "qk":
+                shapes[f"{layer}attn.{which}_norm.weight"] = (d,)
         if kind.startswith("iha"):
             for which in "qkv":
-                shapes[f"{layer}attn.alpha_{which}"] = (P, H, H)
+                shapes[f"{layer}attn.alpha_{which}"] = (P, H, H) if which == "q" else (P, G, G)
             shapes[layer + "attn.collapse"] = (H, P, H) if config["iha_collapse"] == "full" else (H, P)
         if kind.startswith("folded"):
             for which in "qkv":
@@ -85,11 +94,15 @@ def linear(xp, params, name, x):
     return y + params[name + ".bias"] if name + ".bias" in params else y
 
 
+def rms_norm(xp, config, x, weight):
+    return x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + config["norm_eps"]) * weight
+
+
 def normalize(xp, config, params, name, x):
     """RMSNorm, or LayerNorm with the biased variance; eps inside the root."""
     if config["norm"] == "layernorm":
         x = x - xp.mean(x, axis=-1, keepdims=True)
-    y = x / xp.sqrt(xp.mean(x * x, axis=-1, keepdims=True) + config["norm_eps"]) * params[name + ".weight"]
+    y = rms_norm(xp, config, x, params[name + ".weight"])
     return y + params[name + ".bias"] if name + ".bias" in params else y
 
 
@@ -139,7 +152,8 @@ def softmax(xp, scores):
 
 
 def attend(xp, q, k, v, see):
-    """Step 5: scaled dot-product attention, q, k, v [B,S,H,d], see [S,S] or [B,S,S]."""
+    """Step 5: scaled dot-product attention, q [B,S,H,d], k, v [B,S,G,d], see [S,S] or [B,S,S]."""
+    k, v = (xp.repeat(y, q.shape[2] // y.shape[2], axis=2) for y in (k, v))
     see = see[..., None, :, :]
     scores = xp.einsum("bshd,bzhd->bhsz", q, k) * (1.0 / math.sqrt(q.shape[-1]))
     return xp.einsum("bhsz,bzhd->bshd", softmax(xp, xp.where(see, scores, -math.inf)), v)
@@ -162,21 +176,23 @@ def attend_differential(xp, config, layer, params, name, q, k, v, see):
 
 
 def attention(xp, config, kind, params, name, x, segments=None, restart=True):
-    """Steps 1 to 7 for x [B,T,C]; an MHA layer is steps 1, 4, 5, 7 with P = 1; a folded one also mixes heads, step 2."""
+    """Steps 1 to 7 for x [B,T,C], with qk_norm RMSNorm of each head of q and k between steps 1 and 2; an MHA layer is steps 1, 4, 5, 7 with P = 1; a folded one also mixes heads, step 2."""
     B, T, _ = x.shape
-    H, d = config["num_attention_heads"], config["head_dim"]
+    H, G, d = config["num_attention_heads"], kv_heads(config), config["head_dim"]
     iha = kind.startswith("iha")
     P = config["num_pseudo_heads"] if iha else 1
 
-    # 1. q, k, v [B,T,H,d]: rows of W_qkv are q, then k, then v, each head-major
-    qkv = linear(xp, params, name + ".qkv", x).reshape(B, T, 3, H, d)
-    q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+    # 1. q [B,T,H,d], k, v [B,T,G,d]: rows of W_qkv are q, then k, then v, each head-major
+    qkv = linear(xp, params, name + ".qkv", x).reshape(B, T, H + 2 * G, d)
+    q, k, v = qkv[:, :, :H], qkv[:, :, H:H + G], qkv[:, :, H + G:]
+    if config.get("qk_norm", "none") != "none":
+        q, k = (rms_norm(xp, config, y, params[f"{name}.{which}_norm.weight"]) for which, y in (("q", q), ("k", k)))
     if iha:
-        # 2. q~[b,t,p,h,:] = sum_m alpha_q[p,h,m] q[b,t,m,:], and so for k, v
+        # 2. q~[b,t,p,h,:] = sum_m alpha_q[p,h,m] q[b,t,m,:], and so for k, v, among their own heads
         q, k, v = (xp.einsum("phm,btmd->btphd", params[f"{name}.alpha_{which}"], y)
                    for which, y in (("q", q), ("k", k), ("v", v)))
         # 3. virtual token s = t*P + p
-        q, k, v = (y.reshape(B, T * P, H, d) for y in (q, k, v))
+        q, k, v = (y.reshape(B, T * P, -1, d) for y in (q, k, v))
     if kind.startswith("folded"):
         # 2. with P = 1, applied to the heads here, where the C code applies it to the weight
         q, k, v = (xp.einsum("hm,btmd->bthd", params[f"{name}.alpha_{which}"], y)

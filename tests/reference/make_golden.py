@@ -39,9 +39,9 @@ def case(C, H, d, F, V, B, T, layers, **options):
     """
     config = dict(
         model_type="iha", vocab_size=V, hidden_size=C, num_hidden_layers=len(layers.split()), num_attention_heads=H,
-        head_dim=d, intermediate_size=F, max_position_embeddings=T, position_embedding="rope", rope_theta=10000.0,
+        num_key_value_heads=options.pop("num_key_value_heads", H), head_dim=d, intermediate_size=F, max_position_embeddings=T, position_embedding="rope", rope_theta=10000.0,
         rope_scaling="none", rope_factor=8.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0,
-        rope_original_positions=8192, norm="rmsnorm", norm_eps=1e-5, activation="gelu_tanh", bias=False,
+        rope_original_positions=8192, norm="rmsnorm", norm_eps=1e-5, qk_norm="none", activation="gelu_tanh", bias=False,
         qkv_bias=False, tie_word_embeddings=True, causal=True,
         layer_types=layers.split(), local_window=512, num_pseudo_heads=2, iha_window=None, iha_mask="flat",
         iha_rope="virtual", iha_collapse="full")
@@ -105,6 +105,14 @@ CASES = {
     "iha_mixed": case(40, 2, 8, 24, 37, 3, 15, "mha_local iha_global mha_global iha_local iha_global",
                       num_pseudo_heads=3, iha_window=11, local_window=3, norm="layernorm", bias=True,
                       activation="swiglu", tie_word_embeddings=False, ignored=True),
+    # grouped-query attention: heads of keys and values for two and for all heads of queries, mixed among themselves
+    "gqa": case(20, 4, 6, 24, 31, 2, 11, "mha_global iha_local mha_local iha_global", num_key_value_heads=2,
+                num_pseudo_heads=3, iha_window=10, local_window=4, qkv_bias=True),
+    "gqa_one": case(16, 3, 8, 24, 33, 3, 9, "iha_global mha_local", num_key_value_heads=1, iha_mask="token",
+                    iha_rope="token", iha_collapse="per_head", position_embedding="learned", norm="layernorm", bias=True,
+                    local_window=4, activation="swiglu", segments=((9,), (4, 5), (1, 2, 6))),
+    "qk_norm": case(20, 4, 6, 24, 31, 2, 11, "mha_global iha_local iha_global", num_key_value_heads=2, qk_norm="rmsnorm",
+                    norm_eps=1e-2, iha_window=7, iha_mask="token", tie_word_embeddings=False),
     # scaled RoPE, whose frequencies are kept, blended twice, and divided; a bias of qkv alone, as Qwen2 has
     "rope_llama3": case(20, 2, 8, 24, 31, 2, 19, "mha_global iha_local", rope_theta=100.0, rope_scaling="llama3",
                         rope_original_positions=64, iha_window=9, qkv_bias=True),
@@ -154,7 +162,7 @@ def random_params(config, rng):
         elif "norm" in name:
             x = 1.0 + 0.3 * x
         elif "alpha" in name:
-            x /= np.sqrt(H)
+            x /= np.sqrt(shape[-1])
         elif "lambda" in name:
             x *= 0.5 / np.sqrt(shape[0])
         elif "collapse" in name:
@@ -181,16 +189,18 @@ def random_tokens(case, rng):
 
 
 def relabel(config, tensors, order):
-    """The same model with channels, FFN units and heads numbered in another order {"C", "F", "H": permutation}.
+    """The same model with channels, FFN units and heads numbered in another order {"C", "F", "H", "G": permutation}.
 
     Exact in real numbers; in float32 every sum is taken in another order.
     """
-    H, d = config["num_attention_heads"], config["head_dim"]
-    axes = {"lambda_q1": "d", "lambda_k1": "d", "lambda_q2": "d", "lambda_k2": "d", "diff_norm": "d", "embed": "VC", "pos_embed": "TC", "lm_head": "VC", "qkv": "QC", "out": "CO", "up": "FC", "gate": "FC",
-            "down": "CF", "alpha_q": "PHH", "alpha_k": "PHH", "alpha_v": "PHH",
+    H, G, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
+    axes = {"lambda_q1": "d", "lambda_k1": "d", "lambda_q2": "d", "lambda_k2": "d", "diff_norm": "d", "q_norm": "d",
+            "k_norm": "d", "embed": "VC", "pos_embed": "TC", "lm_head": "VC", "qkv": "QC", "out": "CO", "up": "FC",
+            "gate": "FC", "down": "CF", "alpha_q": "PHH", "alpha_k": "PGG", "alpha_v": "PGG",
             "collapse": "HPH" if config["iha_collapse"] == "full" else "HP"}
-    rows = np.arange(3 * H * d).reshape(3, H, d)
-    order = order | {"Q": rows[:, order["H"]].ravel(), "O": rows[0, order["H"]].ravel()}
+    rows = np.arange((H + 2 * G) * d).reshape(H + 2 * G, d)
+    heads = np.concatenate([order["H"], H + order["G"], H + G + order["G"]])
+    order = order | {"Q": rows[heads].ravel(), "O": rows[order["H"]].ravel()}
     out = {}
     for name, x in tensors.items():
         parts = name.split(".")
@@ -216,11 +226,15 @@ def make(name):
     plain32 = {}
     for run in range(LABELLINGS):
         order = {"C": np.arange(config["hidden_size"]), "F": np.arange(config["intermediate_size"]),
-                 "H": np.arange(config["num_attention_heads"])}
+                 "G": np.arange(config["num_key_value_heads"])}
         if run > 0:
             order = {label: rng.permutation(old) for label, old in order.items()}
             if any(kind.startswith("diff") for kind in config["layer_types"]):   # pairs of heads stay pairs
-                order["H"] = (2 * rng.permutation(len(order["H"]) // 2)[:, None] + np.arange(2)).ravel()
+                order["G"] = (2 * rng.permutation(len(order["G"]) // 2)[:, None] + np.arange(2)).ravel()
+        order["H"] = order["G"]
+        group = config["num_attention_heads"] // config["num_key_value_heads"]
+        if group > 1:   # heads of queries stay with theirs of keys
+            order["H"] = np.concatenate([g * group + (rng.permutation(group) if run else np.arange(group)) for g in order["G"]])
         exact = {"loss": loss, "logits": z} | {"grad." + p: g for p, g in relabel(config, grads, order).items()}
         loss32, z32, grads32 = plain(relabel(config, params, order))
         got = {"loss": loss32, "logits": z32} | {"grad." + p: g for p, g in grads32.items()}

@@ -65,7 +65,7 @@ static void decode(void **state) {
     (void)state;
     enum { B = 2, N = 3, H = 2, D = 20, WINDOW = 5, CAPACITY = WINDOW + N };
     struct backends *k = backends(DEVICE_BF16);
-    struct attention_spec s = {B, N, H, D, 1, true, false, WINDOW, 0.3, false};
+    struct attention_spec s = {B, N, H, D, 1, true, false, WINDOW, 0.3, false, 0};
     struct operand cache_k = input(k, DTYPE_BF16, B, CAPACITY, H, D, 0),
                    cache_v = input(k, DTYPE_BF16, B, CAPACITY, H, D, 0);
     plan(k, (struct op_spec){.kind = OP_DECODE, .attention = s});
@@ -248,6 +248,7 @@ int main(void) {
         EVERY_CASE("collapse", OP_COLLAPSE, DEVICE_BF16, check),
         EVERY_CASE("fold", OP_FOLD, DEVICE_BF16, check),
         EVERY_CASE("diff_combine", OP_DIFF_COMBINE, DEVICE_BF16, check),
+        EVERY_CASE("qk_norm", OP_QK_NORM, DEVICE_BF16, check),
         EVERY_CASE("mlp_act", OP_ACT, DEVICE_BF16, check),
         EVERY_CASE("classifier", OP_CLASSIFIER, DEVICE_BF16, check_classifier),
         cmocka_unit_test(attention),

@@ -467,6 +467,17 @@ static void test_relations(void **state) {
     refused("override 'model.rope_high_freq_factor=1': rope_high_freq_factor = 1 is not above", small,
             "model.rope_scaling=llama3", "model.rope_high_freq_factor=1", NULL);
     loads(small, "model.rope_high_freq_factor=1", NULL); /* of no scaling */
+    refused("override 'model.num_key_value_heads=3': num_key_value_heads = 3 does not divide "
+            "num_attention_heads = 4",
+            small, "model.num_key_value_heads=3", NULL);
+    loads(small, "model.num_key_value_heads=2", NULL);
+    assert_int_equal(config.model.num_key_value_heads, 2);
+    loads(small, NULL);
+    assert_int_equal(config.model.num_key_value_heads, 4);
+    refused("layer 1 is folded_global, which needs num_key_value_heads = num_attention_heads", small,
+            "model.num_key_value_heads=2", "model.layer_pattern=mha_global folded_global", NULL);
+    refused("layer 0 is folded_local, which needs qk_norm = none", small, "model.qk_norm=rmsnorm",
+            "model.layer_pattern=folded_local", NULL);
     refused(":5: head_dim = hidden_size / num_attention_heads = 262144: out of range", small,
             "model.hidden_size=1048576", NULL);
     refused("override 'model.causal=false': layer 0 is iha_local, and local layers need causal = true", small,

@@ -176,6 +176,11 @@ static void logits_equal_the_full_pass(void **state) {
                 c.norm = turn / 2 % 2 ? NORM_LAYERNORM : NORM_RMSNORM;
                 c.bias = turn / 3 % 2;
                 c.qkv_bias = turn / 4 % 2;
+                if (turn % 4 == 3) { /* not of folded layers */
+                    c.num_hidden_layers = 4;
+                    c.num_key_value_heads = turn % 8 == 3 ? 1 : 3;
+                    c.qk_norm = turn % 8 == 3 ? QK_NORM_NONE : QK_NORM_RMSNORM;
+                }
                 c.rope_scaling = i == 1 ? ROPE_SCALING_LLAMA3 : ROPE_SCALING_NONE;
                 c.tie_word_embeddings = turn / 5 % 2;
                 check_config(&c);

@@ -187,7 +187,7 @@ static void attention_goes_at_the_rate_of_who_serves_it(void **state) {
     g.builtin = (struct attention_rate){10, 5};
     g.window = 0.5;
     double product = 2 * 128 * (128 * 129 / 2);
-    struct attention_spec s = {1, 128, 1, 128, 1, true, false, 0, 1, false}, t = s;
+    struct attention_spec s = {1, 128, 1, 128, 1, true, false, 0, 1, false, 0}, t = s;
     expect_near("wide", attention_seconds(&g, s, false), 2 * product / 1000);
     expect_near("wide, backward", attention_seconds(&g, s, true), 5 * product / 500);
     t.head_dim = 64;
@@ -218,7 +218,7 @@ static void attention_goes_at_the_rate_of_who_serves_it(void **state) {
 static void mixing_moves_what_it_reads_and_writes(void **state) {
     struct gpu_spec g = fast_gpu();
     struct estimate_options o = {0};
-    struct qkv_mix_spec s = {1, 10, 4, 8, 3, true, true, true};
+    struct qkv_mix_spec s = {1, 10, 4, 8, 3, true, true, true, 0};
     struct collapse_spec r = {1, 10, 4, 8, 3, false};
     const double one = 10 * 4 * 8 * 2; /* bytes of one of q, k, v */
     tensor t = tensor_none();

@@ -80,6 +80,15 @@ CASE(recompute_full, 2, 5, RECOMPUTE_FULL, c.bias = true; c.norm = NORM_LAYERNOR
 CASE(four_types, 1, 6, RECOMPUTE_LIGHT, c.num_hidden_layers = 4; c.layer_types[0] = LAYER_MHA_LOCAL;
      c.layer_types[1] = LAYER_IHA_GLOBAL; c.layer_types[2] = LAYER_MHA_GLOBAL;
      c.layer_types[3] = LAYER_IHA_LOCAL)
+CASE(gqa, 2, 5, RECOMPUTE_NONE, c.num_attention_heads = 4; c.num_key_value_heads = 2;
+     c.layer_types[1] = LAYER_MHA_LOCAL)
+CASE(gqa_one_light, 1, 6, RECOMPUTE_LIGHT, c.num_attention_heads = 3; c.num_key_value_heads = 1;
+     c.layer_types[1] = LAYER_IHA_GLOBAL; c.position_embedding = POSITION_LEARNED; c.bias = true)
+CASE(qk_norm, 2, 5, RECOMPUTE_NONE, c.qk_norm = QK_NORM_RMSNORM; c.layer_types[1] = LAYER_MHA_LOCAL)
+CASE(qk_norm_gqa_light, 1, 6, RECOMPUTE_LIGHT, c.qk_norm = QK_NORM_RMSNORM; c.num_attention_heads = 4;
+     c.num_key_value_heads = 2; c.position_embedding = POSITION_NONE)
+CASE(qk_norm_gqa_full, 1, 6, RECOMPUTE_FULL, c.qk_norm = QK_NORM_RMSNORM; c.num_attention_heads = 4;
+     c.num_key_value_heads = 1; c.qkv_bias = true)
 CASE(qkv_bias, 2, 5, RECOMPUTE_NONE, c.qkv_bias = true; c.layer_types[1] = LAYER_FOLDED_GLOBAL;
      c.rope_scaling = ROPE_SCALING_LLAMA3; c.rope_factor = 4; c.rope_low_freq_factor = 1;
      c.rope_high_freq_factor = 4; c.rope_original_positions = 30)
@@ -122,6 +131,11 @@ int main(void) {
         cmocka_unit_test(recompute_full),
         cmocka_unit_test(four_types),
         cmocka_unit_test(qkv_bias),
+        cmocka_unit_test(gqa),
+        cmocka_unit_test(gqa_one_light),
+        cmocka_unit_test(qk_norm),
+        cmocka_unit_test(qk_norm_gqa_light),
+        cmocka_unit_test(qk_norm_gqa_full),
         cmocka_unit_test(folded_rope),
         cmocka_unit_test(folded_bias),
         cmocka_unit_test(folded_light),

@@ -121,8 +121,9 @@ static void gradients(void **state) {
 }
 
 int main(void) {
-    static enum op_kind kinds[] = {OP_EMBED,    OP_NORM, OP_LINEAR,     OP_QKV_MIX, OP_ATTENTION,
-                                   OP_COLLAPSE, OP_ACT,  OP_CLASSIFIER, OP_FOLD,    OP_DIFF_COMBINE};
+    static enum op_kind kinds[] = {OP_EMBED,     OP_NORM,         OP_LINEAR, OP_QKV_MIX,
+                                   OP_ATTENTION, OP_COLLAPSE,     OP_ACT,    OP_CLASSIFIER,
+                                   OP_FOLD,      OP_DIFF_COMBINE, OP_QK_NORM};
     K = kernels_cpu();
     const struct CMUnitTest tests[] = {
         {"embed", gradients, NULL, NULL, &kinds[0]},     {"residual_norm", gradients, NULL, NULL, &kinds[1]},
@@ -130,6 +131,7 @@ int main(void) {
         {"attention", gradients, NULL, NULL, &kinds[4]}, {"collapse", gradients, NULL, NULL, &kinds[5]},
         {"mlp_act", gradients, NULL, NULL, &kinds[6]},   {"classifier", gradients, NULL, NULL, &kinds[7]},
         {"fold", gradients, NULL, NULL, &kinds[8]},      {"diff_combine", gradients, NULL, NULL, &kinds[9]},
+        {"qk_norm", gradients, NULL, NULL, &kinds[10]},
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

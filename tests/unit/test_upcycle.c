@@ -208,6 +208,8 @@ static void misfits_are_named(void **state) {
     check_misfit(same, "model.num_pseudo_heads=3", "model.num_pseudo_heads");
     check_misfit(same, "model.iha_collapse=per_head", "model.iha_collapse");
     check_misfit(same, "model.num_hidden_layers=2", "model.num_hidden_layers is 2 and was 1");
+    check_misfit(same, "model.num_key_value_heads=1", "model.num_key_value_heads is 1 and was");
+    check_misfit(same, "model.qk_norm=rmsnorm", "model.qk_norm is rmsnorm and was none");
     check_misfit(same, "model.qkv_bias=true", "model.qkv_bias is true and was false");
     check_misfit("model.position_embedding=learned", "model.position_embedding=none",
                  "model.position_embedding");

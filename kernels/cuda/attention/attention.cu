@@ -36,7 +36,7 @@ static bool same_spec(const struct attention_spec *a, const struct attention_spe
     return a->batch == b->batch && a->length == b->length && a->heads == b->heads &&
            a->head_dim == b->head_dim && a->pseudo == b->pseudo && a->causal == b->causal &&
            a->token_mask == b->token_mask && a->window == b->window && a->scale == b->scale &&
-           a->segmented == b->segmented;
+           a->segmented == b->segmented && attention_kv_heads(a) == attention_kv_heads(b);
 }
 
 void attention_plans_free(struct attention_plans *p) {
@@ -57,19 +57,22 @@ void attention_plans_free(struct attention_plans *p) {
 /* A window that covers the whole sequence is passed as none. `pseudo` only matters to token masks, which
  * cuDNN never gets (see excluded()). */
 static struct attention_cudnn_shape cudnn_shape(const struct device *dev, const struct attention_spec *s) {
-    return {s->batch,  s->length,          s->heads, s->head_dim, s->window < s->length ? s->window : 0,
-            s->causal, dev->deterministic, s->scale};
+    return {
+        s->batch,  s->length,          s->heads, s->head_dim,          s->window < s->length ? s->window : 0,
+        s->causal, dev->deterministic, s->scale, attention_kv_heads(s)};
 }
 
 static struct attention_cudnn_strides strides_of(tensor t) {
     return {t.stride[0], t.stride[1], t.stride[2]};
 }
 
-/* The layouts that the model uses: separate tensors, or q, k, v and their gradients packed as [B,S,3,H,d]. */
+/* The layouts that the model uses: separate tensors, or q, k, v and their gradients packed as [B,S,H+2G,d]. */
 static struct attention_cudnn_layout model_layout(const struct attention_spec *s, bool packed) {
-    int64_t d = s->head_dim, row = s->heads * d, wide = packed ? 3 * row : row;
-    struct attention_cudnn_strides o = {s->length * row, row, d}, q = {s->length * wide, wide, d};
-    return {q, q, q, o, o, q, q, q};
+    int64_t d = s->head_dim, row = s->heads * d, kv_row = attention_kv_heads(s) * d, wide = row + 2 * kv_row;
+    int64_t q_row = packed ? wide : row, k_row = packed ? wide : kv_row;
+    struct attention_cudnn_strides o = {s->length * row, row, d}, q = {s->length * q_row, q_row, d},
+                                   k = {s->length * k_row, k_row, d};
+    return {q, k, k, o, o, q, k, k};
 }
 
 /* On Hopper, cuDNN 9.19 to 9.30 was reported to give NaN in dq when S mod 128 is 64 and a query's log-sum-exp
@@ -251,8 +254,11 @@ void cuda_attention(struct device *dev, const struct attention_spec *s, tensor q
     check_segments("attention", s, segments);
     if (!uses_cudnn(dev, s, "attention"))
         return attention_builtin(dev, s, q, k, v, segments, o, saved);
-    for (const tensor &t : {q, k, v, o})
-        check_shape("attention", "q, k, v or o", t, DTYPE_BF16, s->batch, s->length, s->heads, s->head_dim);
+    for (const tensor &t : {q, o})
+        check_shape("attention", "q or o", t, DTYPE_BF16, s->batch, s->length, s->heads, s->head_dim);
+    for (const tensor &t : {k, v})
+        check_shape("attention", "k or v", t, DTYPE_BF16, s->batch, s->length, attention_kv_heads(s),
+                    s->head_dim);
     char why[ATTENTION_CUDNN_REASON];
     struct attention_cudnn_shape shape = cudnn_shape(dev, s);
     struct attention_cudnn_layout layout = {strides_of(q), strides_of(k), strides_of(v), strides_of(o)};
@@ -268,9 +274,12 @@ void cuda_attention_backward(struct device *dev, const struct attention_spec *s,
     check_segments("attention_backward", s, segments);
     if (!uses_cudnn(dev, s, "attention_backward"))
         return attention_builtin_backward(dev, s, q, k, v, segments, o, d_o, saved, dq, dk, dv);
-    for (const tensor &t : {q, k, v, o, d_o, dq, dk, dv})
-        check_shape("attention_backward", "q, k, v, o or a gradient", t, DTYPE_BF16, s->batch, s->length,
-                    s->heads, s->head_dim);
+    for (const tensor &t : {q, o, d_o, dq})
+        check_shape("attention_backward", "q, o or a gradient", t, DTYPE_BF16, s->batch, s->length, s->heads,
+                    s->head_dim);
+    for (const tensor &t : {k, v, dk, dv})
+        check_shape("attention_backward", "k, v or a gradient", t, DTYPE_BF16, s->batch, s->length,
+                    attention_kv_heads(s), s->head_dim);
     char why[ATTENTION_CUDNN_REASON];
     struct attention_cudnn_shape shape = cudnn_shape(dev, s);
     struct attention_cudnn_layout layout = {strides_of(q),   strides_of(k),  strides_of(v),  strides_of(o),

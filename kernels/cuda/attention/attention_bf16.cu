@@ -33,6 +33,7 @@ template <int D> struct forward_shape {
 struct forward_args {
     struct band band;
     int d;
+    int group; /* query heads of a head of k and v */
     bool aligned;
     float scale; /* times log2 e */
     struct rows<const bf16> q, k, v;
@@ -89,7 +90,7 @@ static __global__ void __launch_bounds__(THREADS, forward_shape<D>::BLOCKS)
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length;
     const int q0 = (int)(gridDim.x - 1 - blockIdx.x) * shape::QUERIES;
     const int first = q0 + warp_of() * shape::WARP_QUERIES; /* the warp's first query */
-    const bf16 *k = a.k.of(b, h), *v = a.v.of(b, h);
+    const bf16 *k = a.k.of(b, h / a.group), *v = a.v.of(b, h / a.group);
     select_sequence<SEGMENTED>(a.band, b);
     bf16 *warp_q = tile_q + warp_of() * shape::WARP_QUERIES * LD;
     const interval keys = visibility_of<keys_of<SEGMENTED>>(a.band, q0, shape::QUERIES).any;
@@ -174,13 +175,16 @@ int attention_builtin_plan(struct device *dev, const struct attention_spec *s, s
 
 void attention_builtin(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                        tensor segments, tensor o, void *saved) {
-    for (const tensor &t : {q, k, v, o})
-        check_shape("attention", "q, k, v or o", t, cuda_compute(dev), s->batch, s->length, s->heads,
+    for (const tensor &t : {q, o})
+        check_shape("attention", "q or o", t, cuda_compute(dev), s->batch, s->length, s->heads, s->head_dim);
+    for (const tensor &t : {k, v})
+        check_shape("attention", "k or v", t, cuda_compute(dev), s->batch, s->length, attention_kv_heads(s),
                     s->head_dim);
     if (q.dtype == DTYPE_F32)
         return attention_fp32(dev, s, q, k, v, segments, o, (float *)saved);
     struct forward_args a = {band_of(s, segments),
                              (int)s->head_dim,
+                             (int)attention_group(s),
                              rows_aligned({q, k, v, o}),
                              (float)(s->scale * 1.4426950408889634),
                              rows_of<const bf16>(q),

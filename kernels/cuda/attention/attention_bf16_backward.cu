@@ -36,6 +36,7 @@ template <int D> struct backward_shape {
 struct backward_args {
     struct band band;
     int d;
+    int group; /* query heads of a head of k and v */
     bool aligned;
     float scale, scale_log2e;
     struct rows<const bf16> q, k, v, d_o;
@@ -82,7 +83,7 @@ static __device__ __forceinline__ void load_statistics(bf16 *tile, const backwar
     cp_async<4>(statistics<D>(tile, row) + which, valid ? from + head + first + row : from, valid);
 }
 
-/* dK and dV. Grid: (tiles of keys * D / OUT, H, B); where d is too large for the registers, several blocks
+/* dK and dV. Grid: (tiles of keys * D / OUT, G, B). The query heads of a head of keys follow one another. Where d is too large for the registers, several blocks
  * compute the same P and dS for different columns of the outputs. */
 template <int D, bool SEGMENTED>
 static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
@@ -94,9 +95,9 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
     const int k0 = (int)blockIdx.x / (D / OUT) * shape::ROWS, out0 = (int)blockIdx.x % (D / OUT) * OUT;
     const int first = k0 + warp_of() * shape::WARP_ROWS; /* the warp's first key */
     select_sequence<SEGMENTED>(a.band, b);
-    const streamed_tiles<D> in = {a.q.of(b, h), a.d_o.of(b, h), a.q.row, a.d_o.row,
-                                  tile_v + shape::ROWS * LD};
-    const int64_t head = ((int64_t)b * gridDim.y + h) * length; /* where its statistics begin */
+    streamed_tiles<D> in = {a.q.of(b, h * a.group), a.d_o.of(b, h * a.group), a.q.row, a.d_o.row,
+                            tile_v + shape::ROWS * LD};
+    int64_t head = ((int64_t)b * gridDim.y + h) * a.group * length; /* where its statistics begin */
     bf16 *warp_k = tile_k + warp_of() * shape::WARP_ROWS * LD;
     bf16 *warp_v = tile_v + warp_of() * shape::WARP_ROWS * LD;
     const interval queries = visibility_of<queries_of<SEGMENTED>>(a.band, k0, shape::ROWS).any;
@@ -105,19 +106,28 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
     float dk[M][OUT / 8][4], dv[M][OUT / 8][4];
     clear(dk);
     clear(dv);
-    int q0 = queries.begin / COLUMNS * COLUMNS;
+    const int q_first = queries.begin / COLUMNS * COLUMNS;
+    int q0 = q_first, heads_left = a.group;
     load_tile<shape::ROWS, D, THREADS>(tile_k, a.k.of(b, h), a.k.row, k0, length, a.d, a.aligned);
     load_tile<shape::ROWS, D, THREADS>(tile_v, a.v.of(b, h), a.v.row, k0, length, a.d, a.aligned);
     in.load(a, 0, q0);
     load_statistics<D>(in.tile_x(0), a, head, q0);
     cp_async_commit();
-    for (int iteration = 0; q0 < queries.end; iteration++, q0 += COLUMNS) {
+    for (int iteration = 0, next; heads_left > 0; iteration++, q0 = next) {
         count_tile();
         cp_async_wait<0>();
         __syncthreads(); /* this iteration's tiles have arrived, and all warps are done with the last ones */
-        if (q0 + COLUMNS < queries.end) {
-            in.load(a, iteration + 1, q0 + COLUMNS);
-            load_statistics<D>(in.tile_x(iteration + 1), a, head, q0 + COLUMNS);
+        next = q0 + COLUMNS;
+        if (next >= queries.end) { /* the next query head */
+            next = q_first;
+            heads_left--;
+            in.x += a.q.head;
+            in.y += a.d_o.head;
+            head += length;
+        }
+        if (heads_left > 0) {
+            in.load(a, iteration + 1, next);
+            load_statistics<D>(in.tile_x(iteration + 1), a, head, next);
         }
         cp_async_commit();
         if (!overlaps(warp_queries.any, q0, COLUMNS))
@@ -179,7 +189,8 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
     const int q0 = (int)(gridDim.x - 1 - blockIdx.x) * shape::ROWS;
     const int first = q0 + warp_of() * shape::WARP_ROWS; /* the warp's first query */
     select_sequence<SEGMENTED>(a.band, b);
-    const streamed_tiles<D> in = {a.k.of(b, h), a.v.of(b, h), a.k.row, a.v.row, tile_do + shape::ROWS * LD};
+    const streamed_tiles<D> in = {a.k.of(b, h / a.group), a.v.of(b, h / a.group), a.k.row, a.v.row,
+                                  tile_do + shape::ROWS * LD};
     const int64_t head = ((int64_t)b * gridDim.y + h) * length; /* where its statistics begin */
     bf16 *warp_q = tile_q + warp_of() * shape::WARP_ROWS * LD;
     const bf16 *warp_do = tile_do + warp_of() * shape::WARP_ROWS * LD;
@@ -273,10 +284,10 @@ template <int D>
 static void launch_backward(struct device *dev, const struct attention_spec *s, struct backward_args a) {
     typedef backward_shape<D> shape;
     unsigned tiles = (unsigned)ceil_div(s->length, shape::ROWS), H = (unsigned)s->heads,
-             B = (unsigned)s->batch;
+             G = (unsigned)attention_kv_heads(s), B = (unsigned)s->batch;
     by_segmented(s, [&](auto segmented) {
         constexpr bool SEGMENTED = decltype(segmented)::value;
-        launch<attention_backward_dkdv<D, SEGMENTED>>(dev, dim3(tiles * (D / shape::OUT), H, B), THREADS,
+        launch<attention_backward_dkdv<D, SEGMENTED>>(dev, dim3(tiles * (D / shape::OUT), G, B), THREADS,
                                                       shape::SHARED, a);
         launch<attention_backward_dq<D, SEGMENTED>>(dev, dim3(tiles, H, B), THREADS, shape::SHARED, a);
     });
@@ -285,9 +296,12 @@ static void launch_backward(struct device *dev, const struct attention_spec *s, 
 void attention_builtin_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k,
                                 tensor v, tensor segments, tensor o, tensor d_o, const void *saved, tensor dq,
                                 tensor dk, tensor dv) {
-    for (const tensor &t : {q, k, v, o, d_o, dq, dk, dv})
-        check_shape("attention_backward", "q, k, v, o or a gradient", t, cuda_compute(dev), s->batch,
-                    s->length, s->heads, s->head_dim);
+    for (const tensor &t : {q, o, d_o, dq})
+        check_shape("attention_backward", "q, o or a gradient", t, cuda_compute(dev), s->batch, s->length,
+                    s->heads, s->head_dim);
+    for (const tensor &t : {k, v, dk, dv})
+        check_shape("attention_backward", "k, v or a gradient", t, cuda_compute(dev), s->batch, s->length,
+                    attention_kv_heads(s), s->head_dim);
     struct op_cost cost;
     attention_builtin_plan(dev, s, &cost, NULL);
     float *delta = (float *)cuda_workspace(dev, cost.workspace, "attention_backward");
@@ -304,6 +318,7 @@ void attention_builtin_backward(struct device *dev, const struct attention_spec 
                                        dv);
     struct backward_args a = {band_of(s, segments),
                               d,
+                              (int)attention_group(s),
                               aligned,
                               (float)s->scale,
                               (float)(s->scale * 1.4426950408889634),

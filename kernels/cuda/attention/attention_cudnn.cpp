@@ -23,7 +23,7 @@ namespace fe = cudnn_frontend;
 enum uid : int64_t { Q = 1, K, V, O, STATISTICS, D_O, DQ, DK, DV };
 
 /* A graph's shape, masks and strides, bit for bit: graphs with equal keys are the same. */
-typedef std::array<int64_t, 32> graph_key;
+typedef std::array<int64_t, 40> graph_key;
 
 struct built_graph {
     std::shared_ptr<fe::graph::Graph> graph;
@@ -121,7 +121,7 @@ static graph_key key_of(const struct attention_cudnn_shape *s, const struct atte
     static_assert(sizeof scale == sizeof s->scale, "a double's bits");
     memcpy(&scale, &s->scale, sizeof scale);
     for (int64_t x : {s->batch, s->length, s->heads, s->head_dim, s->window, (int64_t)s->causal,
-                      backward ? (int64_t)1 + s->deterministic : (int64_t)0, scale})
+                      backward ? (int64_t)1 + s->deterministic : (int64_t)0, scale, s->kv_heads})
         key[count++] = x;
     const struct attention_cudnn_strides *all = &l->q;
     for (int i = 0; i < (backward ? 8 : 4); i++)
@@ -132,9 +132,10 @@ static graph_key key_of(const struct attention_cudnn_shape *s, const struct atte
 
 static fe::graph::Tensor_attributes tensor_attributes(int64_t uid, const struct attention_cudnn_shape *s,
                                                       struct attention_cudnn_strides t) {
+    bool of_keys = uid == K || uid == V || uid == DK || uid == DV;
     return fe::graph::Tensor_attributes()
         .set_uid(uid)
-        .set_dim({s->batch, s->heads, s->length, s->head_dim})
+        .set_dim({s->batch, of_keys ? s->kv_heads : s->heads, s->length, s->head_dim})
         .set_stride({t.batch, t.head, t.token, 1})
         .set_data_type(fe::DataType_t::BFLOAT16);
 }

@@ -1,7 +1,7 @@
 /* cuDNN's fused attention behind plain C functions on raw pointers. attention_cudnn.cpp implements them and
  * is the only file that uses cuDNN. Builds without cuDNN leave it out; these weak functions are then NULL.
  *
- * Shapes: q, k, v, o and their gradients are bf16 [B,S,H,d] with any strides but d's, which is 1, each at a
+ * Shapes: q, k, v, o and their gradients are bf16 [B,S,H,d], k and v with kv_heads heads, with any strides but d's, which is 1, each at a
  * multiple of 16 bytes; `statistics` is the log-sum-exp of each query's scores, float [B,H,S]. Forward and
  * backward are two cuDNN graphs, built by the plan and kept until close; running them allocates no device
  * memory. */
@@ -26,6 +26,7 @@ struct attention_cudnn_shape {
     bool causal;        /* query s sees keys up to s */
     bool deterministic; /* backward is bit-identical from run to run */
     double scale;       /* of the scores */
+    int64_t kv_heads;   /* of k and v, a divisor of heads */
 };
 
 /* Strides in elements. */

@@ -26,6 +26,7 @@ template <int D> struct fp32_shape {
 struct fp32_args {
     struct band band;
     int d;
+    int group; /* query heads of a head of k and v */
     bool aligned;
     float scale, scale_log2e;
     struct rows<const float> q, k, v, d_o;
@@ -178,7 +179,7 @@ static __global__ void __launch_bounds__(THREADS) fp32_forward(struct fp32_args 
     constexpr int R = shape::R, TILE = shape::TILE;
     float *tile_q = dynamic_shared<float>(), *tile_k = tile_q + shape::SIZE, *tile_v = tile_k + shape::SIZE;
     float *tile_p = tile_v + shape::SIZE;
-    const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length;
+    const int b = (int)blockIdx.z, h = (int)blockIdx.y, kv = h / a.group, length = a.band.length;
     select_sequence<SEGMENTED>(a.band, b);
     const int q0 = (int)(gridDim.x - 1 - blockIdx.x) * TILE;
     const visibility keys = visibility_of<keys_of<SEGMENTED>>(a.band, q0, TILE);
@@ -191,8 +192,8 @@ static __global__ void __launch_bounds__(THREADS) fp32_forward(struct fp32_args 
         float s[R][R];
         count_tile();
         __syncthreads(); /* all warps are done with the last tiles */
-        load_tile_and_wait<D>(tile_k, a.k.of(b, h), a.k.row, k0, a);
-        load_tile_and_wait<D>(tile_v, a.v.of(b, h), a.v.row, k0, a);
+        load_tile_and_wait<D>(tile_k, a.k.of(b, kv), a.k.row, k0, a);
+        load_tile_and_wait<D>(tile_v, a.v.of(b, kv), a.v.row, k0, a);
         __syncthreads();
         multiply_rows<D>(s, tile_q, tile_k);
         if (!contains(keys.all, k0, TILE))
@@ -233,7 +234,7 @@ static __global__ void __launch_bounds__(THREADS) fp32_forward(struct fp32_args 
     store_rows<D>(acc, inverse, a.o.of(b, h), a.o.row, q0, length, a.d, a.aligned);
 }
 
-/* dK and dV. Grid: (tiles of keys, H, B). Scores are transposed: rows are keys. */
+/* dK and dV. Grid: (tiles of keys, G, B). The query heads of a head of keys follow one another. Scores are transposed: rows are keys. */
 template <int D, bool SEGMENTED>
 static __global__ void __launch_bounds__(THREADS) fp32_backward_dkdv(struct fp32_args a) {
     typedef fp32_shape<D> shape;
@@ -242,19 +243,22 @@ static __global__ void __launch_bounds__(THREADS) fp32_backward_dkdv(struct fp32
     float *tile_do = tile_q + shape::SIZE, *tile_p = tile_do + shape::SIZE;
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length, k0 = (int)blockIdx.x * TILE;
     select_sequence<SEGMENTED>(a.band, b);
-    const int64_t head = ((int64_t)b * gridDim.y + h) * length;
     const visibility queries = visibility_of<queries_of<SEGMENTED>>(a.band, k0, TILE);
     float dk[R][D / 32][4], dv[R][D / 32][4];
     clear(dk);
     clear(dv);
     load_tile_and_wait<D>(tile_k, a.k.of(b, h), a.k.row, k0, a);
     load_tile_and_wait<D>(tile_v, a.v.of(b, h), a.v.row, k0, a);
-    for (int q0 = queries.any.begin / TILE * TILE; q0 < queries.any.end; q0 += TILE) {
+    const int first = queries.any.begin / TILE * TILE;
+    const int tiles = queries.any.end > first ? (queries.any.end - first + TILE - 1) / TILE : 0;
+    for (int i = 0; i < tiles * a.group; i++) {
+        const int q0 = first + i % tiles * TILE, query_head = h * a.group + i / tiles;
+        const int64_t head = ((int64_t)b * gridDim.y * a.group + query_head) * length;
         float p[R][R], ds[R][R];
         count_tile();
         __syncthreads();
-        load_tile_and_wait<D>(tile_q, a.q.of(b, h), a.q.row, q0, a);
-        load_tile_and_wait<D>(tile_do, a.d_o.of(b, h), a.d_o.row, q0, a);
+        load_tile_and_wait<D>(tile_q, a.q.of(b, query_head), a.q.row, q0, a);
+        load_tile_and_wait<D>(tile_do, a.d_o.of(b, query_head), a.d_o.row, q0, a);
         __syncthreads();
         multiply_rows<D>(p, tile_k, tile_q);
         multiply_rows<D>(ds, tile_v, tile_do);
@@ -290,7 +294,7 @@ static __global__ void __launch_bounds__(THREADS) fp32_backward_dq(struct fp32_a
     constexpr int R = shape::R, TILE = shape::TILE;
     float *tile_q = dynamic_shared<float>(), *tile_do = tile_q + shape::SIZE;
     float *tile_k = tile_do + shape::SIZE, *tile_v = tile_k + shape::SIZE, *tile_p = tile_v + shape::SIZE;
-    const int b = (int)blockIdx.z, h = (int)blockIdx.y, length = a.band.length;
+    const int b = (int)blockIdx.z, h = (int)blockIdx.y, kv = h / a.group, length = a.band.length;
     select_sequence<SEGMENTED>(a.band, b);
     const int q0 = (int)(gridDim.x - 1 - blockIdx.x) * TILE;
     const int64_t head = ((int64_t)b * gridDim.y + h) * length;
@@ -310,8 +314,8 @@ static __global__ void __launch_bounds__(THREADS) fp32_backward_dq(struct fp32_a
         float p[R][R], ds[R][R];
         count_tile();
         __syncthreads();
-        load_tile_and_wait<D>(tile_k, a.k.of(b, h), a.k.row, k0, a);
-        load_tile_and_wait<D>(tile_v, a.v.of(b, h), a.v.row, k0, a);
+        load_tile_and_wait<D>(tile_k, a.k.of(b, kv), a.k.row, k0, a);
+        load_tile_and_wait<D>(tile_v, a.v.of(b, kv), a.v.row, k0, a);
         __syncthreads();
         multiply_rows<D>(p, tile_q, tile_k);
         multiply_rows<D>(ds, tile_do, tile_v);
@@ -344,6 +348,7 @@ static struct fp32_args args_of(const struct attention_spec *s, tensor q, tensor
     struct fp32_args a = {};
     a.band = band_of(s, segments);
     a.d = (int)s->head_dim;
+    a.group = (int)attention_group(s);
     a.scale = (float)s->scale;
     a.scale_log2e = (float)(s->scale * 1.4426950408889634);
     a.q = rows_of<const float>(q);
@@ -352,8 +357,8 @@ static struct fp32_args args_of(const struct attention_spec *s, tensor q, tensor
     return a;
 }
 
-template <int D> static dim3 grid_of(const struct attention_spec *s) {
-    return dim3((unsigned)ceil_div(s->length, fp32_shape<D>::TILE), (unsigned)s->heads, (unsigned)s->batch);
+template <int D> static dim3 grid_of(const struct attention_spec *s, int64_t heads) {
+    return dim3((unsigned)ceil_div(s->length, fp32_shape<D>::TILE), (unsigned)heads, (unsigned)s->batch);
 }
 
 void attention_fp32(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
@@ -365,7 +370,7 @@ void attention_fp32(struct device *dev, const struct attention_spec *s, tensor q
     by_dim(a.d, [&](auto dim) {
         constexpr int D = decltype(dim)::value;
         by_segmented(s, [&](auto segmented) {
-            launch<fp32_forward<D, decltype(segmented)::value>>(dev, grid_of<D>(s), THREADS,
+            launch<fp32_forward<D, decltype(segmented)::value>>(dev, grid_of<D>(s, s->heads), THREADS,
                                                                 fp32_shape<D>::FORWARD, a);
         });
     });
@@ -386,8 +391,10 @@ void attention_fp32_backward(struct device *dev, const struct attention_spec *s,
         constexpr int D = decltype(dim)::value;
         by_segmented(s, [&](auto segmented) {
             constexpr bool SEGMENTED = decltype(segmented)::value;
-            launch<fp32_backward_dkdv<D, SEGMENTED>>(dev, grid_of<D>(s), THREADS, fp32_shape<D>::BACKWARD, a);
-            launch<fp32_backward_dq<D, SEGMENTED>>(dev, grid_of<D>(s), THREADS, fp32_shape<D>::BACKWARD, a);
+            launch<fp32_backward_dkdv<D, SEGMENTED>>(dev, grid_of<D>(s, attention_kv_heads(s)), THREADS,
+                                                     fp32_shape<D>::BACKWARD, a);
+            launch<fp32_backward_dq<D, SEGMENTED>>(dev, grid_of<D>(s, s->heads), THREADS,
+                                                   fp32_shape<D>::BACKWARD, a);
         });
     });
 }

@@ -2,7 +2,7 @@
  *
  * The planned forward and backward run at their full shape, because cuDNN's graphs are built for one shape
  * and building another takes about a second. All their results are searched for parts that were not written.
- * The first COMPARED_HEADS heads of the first sequence are compared with the built-in kernels: of a causal
+ * The first COMPARED_HEADS heads of the first sequence (those of one head of keys, where several share one) are compared with the built-in kernels: of a causal
  * mask the first tokens only, enough to cross the window's edge and several tiles. To cut the gradients off
  * there too, d_o is zero from there on, and in all other sequences.
  *
@@ -132,24 +132,33 @@ static char *take(struct attention_check *c, int64_t bytes) {
 /* q, k, v or their gradients: one buffer, of packed rows or of three tensors one after another. */
 static void place_three(struct attention_check *c, tensor *three, bool packed) {
     const struct attention_spec *s = c->spec;
-    int64_t count = s->batch * s->length * s->heads * s->head_dim;
-    if (packed) {
-        tensor all =
-            tensor_of(take(c, 3 * count * 2), DTYPE_BF16, s->batch, s->length, 3, s->heads, s->head_dim);
-        for (int i = 0; i < 3; i++)
-            three[i] = tensor_select(all, 2, i);
-    } else {
-        for (int i = 0; i < 3; i++)
+    int64_t H = s->heads, G = attention_kv_heads(s), each = s->batch * s->length * s->head_dim * 2;
+    const int64_t heads[3] = {H, G, G}, first[3] = {0, H, H + G};
+    char *rows = packed ? take(c, each * (H + 2 * G)) : NULL;
+    for (int i = 0; i < 3; i++)
+        if (packed)
             three[i] =
-                tensor_of(take(c, count * 2), DTYPE_BF16, s->batch, s->length, s->heads, s->head_dim, 0);
-    }
+                tensor_part(tensor_of(rows, DTYPE_BF16, s->batch, s->length, H + 2 * G, s->head_dim, 0), 2,
+                            first[i], heads[i]);
+        else
+            three[i] = tensor_of(take(c, each * heads[i]), DTYPE_BF16, s->batch, s->length, heads[i],
+                                 s->head_dim, 0);
+}
+
+static bool of_keys(int what) {
+    return what == K || what == V || what == DK || what == DV;
+}
+
+/* The compared heads of a tensor. */
+static int64_t part_heads(const struct attention_spec *part, int what) {
+    return of_keys(what) ? attention_kv_heads(part) : part->heads;
 }
 
 /* The compared part of a [B,S,H,d] tensor. */
-static tensor part_of(tensor t, const struct attention_spec *part) {
+static tensor part_of(tensor t, const struct attention_spec *part, int what) {
     t.shape[0] = 1;
     t.shape[1] = part->length;
-    t.shape[2] = part->heads;
+    t.shape[2] = part_heads(part, what);
     return t;
 }
 
@@ -171,14 +180,13 @@ static bool place(struct attention_check *c, size_t op_workspace, bool packed) {
     c->saved[0] = take(c, s->batch * s->heads * s->length * (int64_t)sizeof(float));
     c->saved[1] = take(c, statistics);
     c->saved[2] = take(c, statistics);
-    int64_t compared = c->part.length * c->part.heads * s->head_dim;
     for (int i = 0; i < TENSORS; i++) {
+        int64_t heads = part_heads(&c->part, i), compared = c->part.length * heads * s->head_dim;
         bool input = i != O && i < DQ;
-        c->plain[i] = input ? part_of(c->library[i], &c->part)
-                            : tensor_of(take(c, compared * 2), DTYPE_BF16, 1, c->part.length, c->part.heads,
-                                        s->head_dim, 0);
-        c->exact[i] =
-            tensor_of(take(c, compared * 4), DTYPE_F32, 1, c->part.length, c->part.heads, s->head_dim, 0);
+        c->plain[i] =
+            input ? part_of(c->library[i], &c->part, i)
+                  : tensor_of(take(c, compared * 2), DTYPE_BF16, 1, c->part.length, heads, s->head_dim, 0);
+        c->exact[i] = tensor_of(take(c, compared * 4), DTYPE_F32, 1, c->part.length, heads, s->head_dim, 0);
     }
     return c->used <= c->dev->workspace_bytes;
 }
@@ -189,28 +197,34 @@ static struct attention_spec compared_part(const struct attention_spec *s) {
     struct attention_spec part = *s;
     int64_t window = s->window > 0 && s->window < s->length ? s->window : 0;
     part.batch = 1;
-    part.heads = min64(s->heads, COMPARED_HEADS);
+    part.heads = attention_group(s) > 1 ? attention_group(s) : min64(s->heads, COMPARED_HEADS);
+    part.kv_heads = attention_group(s) > 1 ? 1 : part.heads;
     part.length = s->causal ? min64(s->length, window + COMPARED_TILES) : s->length;
     return part;
 }
 
 static void fill(struct attention_check *c, bool packed) {
     struct device *dev = c->dev;
-    int64_t count = tensor_count(c->library[O]), row = c->spec->heads * c->spec->head_dim;
+    int64_t row = c->spec->heads * c->spec->head_dim;
+    /* Elements from a tensor's beginning to its end, or of packed ones to the last one's. */
+    auto elements = [&](int i) {
+        bool together = packed && i != O && i != D_O;
+        return together ? c->spec->batch * c->spec->length * c->library[i].stride[1]
+                        : tensor_count(c->library[i]);
+    };
     auto noise = [&](void *x, int64_t n, int64_t noisy, uint32_t seed) {
         launch<fill_noise>(dev, check_blocks(dev, n), CHECK_THREADS, 0, (bf16 *)x, n, noisy, seed);
     };
     if (packed)
-        noise(c->library[Q].data, 3 * count, 3 * count, 1);
+        noise(c->library[Q].data, elements(Q), elements(Q), 1);
     else
         for (int i : {Q, K, V})
-            noise(c->library[i].data, count, count, 1 + (uint32_t)i);
-    noise(c->library[D_O].data, count, c->part.length * row, 9);
+            noise(c->library[i].data, elements(i), elements(i), 1 + (uint32_t)i);
+    noise(c->library[D_O].data, elements(D_O), c->part.length * row, 9);
     for (int i : {O, DQ, DK, DV}) /* packed gradients: from each one's place to the end of its rows */
         if (i == O || !packed || i == DQ)
-            cuda_check(cudaMemsetAsync(c->library[i].data, 0xff,
-                                       (size_t)(i != O && packed ? 3 * count : count) * sizeof(bf16),
-                                       dev->stream));
+            cuda_check(
+                cudaMemsetAsync(c->library[i].data, 0xff, (size_t)elements(i) * sizeof(bf16), dev->stream));
 }
 
 static int fail_attention(struct attention_check *c, int what, int64_t sequence, int64_t token, int64_t head,
@@ -239,7 +253,7 @@ static int check_written(struct attention_check *c, int what, struct error *e) {
     wrong_index *found = (wrong_index *)dev->scratch, index;
     tensor t = c->library[what];
     const struct attention_spec *s = c->spec;
-    int64_t row = s->heads * s->head_dim;
+    int64_t heads = t.shape[2], row = heads * s->head_dim;
     cuda_check(cudaMemsetAsync(found, 0xff, sizeof *found, dev->stream));
     launch<find_nan<bf16>>(dev, check_blocks(dev, tensor_count(t)), CHECK_THREADS, 0, (const bf16 *)t.data,
                            s->batch * s->length, row, t.stride[1], found);
@@ -273,7 +287,7 @@ static struct deviations measured(struct attention_check *c, int what, struct co
 /* The compared part is as close to fp32 as the built-in kernels are. */
 static int compare(struct attention_check *c, int what, struct error *e) {
     struct device *dev = c->dev;
-    struct compared_size size = {c->part.length, c->part.heads, c->part.head_dim};
+    struct compared_size size = {c->part.length, part_heads(&c->part, what), c->part.head_dim};
     struct deviations d = measured(c, what, size);
     double norm = sqrt(d.values);
     if (sqrt(d.library) <= FACTOR * sqrt(d.plain) + ROUNDINGS * norm &&
@@ -311,10 +325,11 @@ int check_attention(struct device *dev, const struct attention_spec *spec, size_
                                y[DV]);
     struct device fp32 = *dev; /* the same queue and memory */
     fp32.precision = DEVICE_FP32;
-    struct compared_size size = {c.part.length, c.part.heads, c.part.head_dim};
-    for (int i : {Q, K, V, D_O})
+    for (int i : {Q, K, V, D_O}) {
+        struct compared_size size = {c.part.length, part_heads(&c.part, i), c.part.head_dim};
         launch<copy_to_fp32>(dev, check_blocks(dev, size.count()), CHECK_THREADS, 0, rows_of(y[i]), size,
                              (float *)z[i].data);
+    }
     attention_builtin(&fp32, &c.part, z[Q], z[K], z[V], none, z[O], c.saved[2]);
     attention_builtin_backward(&fp32, &c.part, z[Q], z[K], z[V], none, z[O], z[D_O], c.saved[2], z[DQ], z[DK],
                                z[DV]);

@@ -12,6 +12,7 @@ LAYER_TYPES = (
 CHOICES = {
     "position_embedding": ("rope", "learned", "none"),
     "rope_scaling": ("none", "llama3"),
+    "qk_norm": ("none", "rmsnorm"),
     "norm": ("rmsnorm", "layernorm"),
     "activation": ("gelu_tanh", "relu2", "swiglu"),
     "iha_mask": ("flat", "token"),
@@ -33,6 +34,7 @@ class IhaConfig(PreTrainedConfig):
         hidden_size=256,
         num_hidden_layers=5,
         num_attention_heads=4,
+        num_key_value_heads=None,
         head_dim=None,
         intermediate_size=None,
         max_position_embeddings=1024,
@@ -45,6 +47,7 @@ class IhaConfig(PreTrainedConfig):
         rope_original_positions=8192,
         norm="rmsnorm",
         norm_eps=1e-5,
+        qk_norm="none",
         activation="gelu_tanh",
         bias=False,
         qkv_bias=False,
@@ -67,6 +70,7 @@ class IhaConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads or num_attention_heads
         self.head_dim = head_dim or hidden_size // num_attention_heads
         self.intermediate_size = intermediate_size or 4 * hidden_size
         self.max_position_embeddings = max_position_embeddings
@@ -79,6 +83,7 @@ class IhaConfig(PreTrainedConfig):
         self.rope_original_positions = rope_original_positions
         self.norm = norm
         self.norm_eps = norm_eps
+        self.qk_norm = qk_norm
         self.activation = activation
         self.bias = bias
         self.qkv_bias = qkv_bias
@@ -120,6 +125,8 @@ class IhaConfig(PreTrainedConfig):
             )
         if self.num_attention_heads % 2 and any(kind.startswith("diff") for kind in self.iha_layer_types):
             raise ValueError(f"num_attention_heads = {self.num_attention_heads} is odd; differential layers have pairs")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_key_value_heads must divide num_attention_heads")
         if not self.causal and any(kind.endswith("_local") for kind in self.iha_layer_types):
             raise ValueError("local layers need causal = true")
 

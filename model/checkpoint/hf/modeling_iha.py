@@ -3,7 +3,7 @@
 train_iha writes this file into every checkpoint; with trust_remote_code=True, AutoModelForCausalLM computes with it what
 train_iha computes. Tensors have the names and shapes of model.safetensors.
 
-B batch, T tokens, C hidden_size, H heads, d head_dim, P pseudo-heads, S = T*P virtual tokens. An MHA layer is an IHA layer
+B batch, T tokens, C hidden_size, H heads, G of keys and values, d head_dim, P pseudo-heads, S = T*P virtual tokens. An MHA layer is an IHA layer
 with P = 1 and without mixing. A cache holds a token's P virtual tokens side by side, as one token of P*d numbers a head:
 so its lengths are tokens, and every cache of Transformers works, static ones and those of sliding windows included.
 """
@@ -102,6 +102,8 @@ def rotate(x, tables):
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    if key.shape[1] != query.shape[1]:
+        key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, float("-inf"))
@@ -116,16 +118,20 @@ class IhaAttention(nn.Module):
         self.kind = config.iha_layer_types[layer_idx]
         self.pseudo = config.pseudo_heads(self.kind)
         self.is_causal = config.causal
-        H, d, P = config.num_attention_heads, config.head_dim, self.pseudo
-        self.qkv = nn.Linear(config.hidden_size, 3 * H * d, bias=config.bias or config.qkv_bias)
+        H, G, d, P = config.num_attention_heads, config.num_key_value_heads, config.head_dim, self.pseudo
+        self.num_key_value_groups = H // G
+        self.qkv = nn.Linear(config.hidden_size, (H + 2 * G) * d, bias=config.bias or config.qkv_bias)
+        if config.qk_norm == "rmsnorm":
+            self.q_norm = IhaRMSNorm(d, config.norm_eps)
+            self.k_norm = IhaRMSNorm(d, config.norm_eps)
         if self.kind.startswith("folded"):
             self.alpha_q = nn.Parameter(torch.empty(H, H))
             self.alpha_k = nn.Parameter(torch.empty(H, H))
             self.alpha_v = nn.Parameter(torch.empty(H, H))
         elif self.kind.startswith("iha"):
             self.alpha_q = nn.Parameter(torch.empty(P, H, H))
-            self.alpha_k = nn.Parameter(torch.empty(P, H, H))
-            self.alpha_v = nn.Parameter(torch.empty(P, H, H))
+            self.alpha_k = nn.Parameter(torch.empty(P, G, G))
+            self.alpha_v = nn.Parameter(torch.empty(P, G, G))
             self.collapse = nn.Parameter(torch.empty((H, P, H) if config.iha_collapse == "full" else (H, P)))
         elif self.kind.startswith("diff"):
             self.lambda_q1, self.lambda_k1 = nn.Parameter(torch.empty(d)), nn.Parameter(torch.empty(d))
@@ -164,9 +170,11 @@ class IhaAttention(nn.Module):
 
     def forward(self, x, rope, mask, cache=None, **kwargs):
         B, T, _ = x.shape
-        H, d = self.config.num_attention_heads, self.config.head_dim
+        H, G, d = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         iha = self.kind.startswith("iha")
-        query, key, value = self.qkv(x).view(B, T, 3, H, d).unbind(2)
+        query, key, value = self.qkv(x).view(B, T, H + 2 * G, d).split([H, G, G], 2)
+        if self.config.qk_norm == "rmsnorm":
+            query, key = self.q_norm(query), self.k_norm(key)
         query = self.pseudo_heads(query, getattr(self, "alpha_q", None))
         key = self.pseudo_heads(key, getattr(self, "alpha_k", None))
         value = self.pseudo_heads(value, getattr(self, "alpha_v", None))
@@ -268,7 +276,7 @@ class IhaPreTrainedModel(PreTrainedModel):
         elif isinstance(module, IhaAttention) and module.kind.startswith("iha"):
             P, H = module.pseudo, self.config.num_attention_heads
             for alpha in (module.alpha_q, module.alpha_k, module.alpha_v):
-                init.copy_(alpha, torch.eye(H).expand(P, H, H))
+                init.copy_(alpha, torch.eye(alpha.shape[-1]).expand_as(alpha))
             last = (torch.arange(P) == P - 1).float().expand(H, P)
             full = last[:, :, None] * torch.eye(H)[:, None, :]
             init.copy_(module.collapse, full if module.collapse.ndim == 3 else last)
