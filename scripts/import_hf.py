@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Make a checkpoint of a model of Hugging Face Transformers (GPT-2, Llama, Mistral), or of llm.c's GPT-2 (a .bin file).
+"""Make a checkpoint of a model of Hugging Face Transformers (GPT-2, Llama, Mistral, Qwen2, Qwen3), or of llm.c's GPT-2 (a
+.bin file).
 
 The checkpoint computes the same function, in fp32. What it cannot represent is refused by name. Nothing is written unless
 all of it can be.
@@ -138,7 +139,9 @@ class Config:
 
 def model_config(**keys):
     """A checkpoint's config.json; keys that nothing reads in a model of MHA layers have their defaults."""
-    return dict(model_type="iha") | keys | dict(causal=True, num_pseudo_heads=2, iha_window=2, iha_mask="flat",
+    defaults = dict(num_key_value_heads=keys["num_attention_heads"], qk_norm="none", qkv_bias=False, rope_scaling="none",
+                    rope_factor=8.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0, rope_original_positions=8192)
+    return dict(model_type="iha") | defaults | keys | dict(causal=True, num_pseudo_heads=2, iha_window=2, iha_mask="flat",
                                                 iha_rope="virtual", iha_collapse="full") | dict(
         architectures=["IhaForCausalLM"], dtype="float32",
         auto_map={"AutoConfig": "configuration_iha.IhaConfig", "AutoModelForCausalLM": "modeling_iha.IhaForCausalLM"})
@@ -181,7 +184,7 @@ def gpt2_tensors(t, m):
         yield "lm_head.weight", t.take("lm_head.weight", V, C)
 
 
-def rope_theta(c):
+def rope_keys(c):
     """Of configurations of Transformers 4 (rope_theta, rope_scaling) and 5 (rope_parameters)."""
     found = {"rope_theta": c.values.get("rope_theta")}
     for name in ("rope_scaling", "rope_parameters"):
@@ -190,17 +193,36 @@ def rope_theta(c):
             raise UserError(f"{c.where}: {name} is not an object")
         found |= {key: value for key, value in more.items() if value is not None}
     kind = found.get("rope_type", found.get("type", "default"))
-    if kind != "default":
-        raise UserError(f"{c.where}: RoPE scaled by {json.dumps(kind)} is not supported")
-    return Config(found, c.where).get("rope_theta", float, 10000.0)
+    if kind not in ("default", "llama3"):
+        raise UserError(f"{c.where}: RoPE scaled by {json.dumps(kind)} is not supported; llama3 is")
+    found = Config(found, c.where)
+    found.refuse_unless("partial_rotary_factor", [1, 1.0], 1)
+    keys = dict(rope_theta=found.get("rope_theta", float, 10000.0))
+    if kind == "llama3":
+        keys |= dict(rope_scaling="llama3", rope_factor=found.get("factor", float),
+                     rope_low_freq_factor=found.get("low_freq_factor", float),
+                     rope_high_freq_factor=found.get("high_freq_factor", float),
+                     rope_original_positions=found.get("original_max_position_embeddings", int))
+        if not 0 < keys["rope_low_freq_factor"] < keys["rope_high_freq_factor"] or keys["rope_factor"] < 1:
+            raise UserError(f"{c.where}: the factors of RoPE's llama3 scaling do not fit: factor is at least 1, and "
+                            "low_freq_factor below high_freq_factor")
+    return keys
 
 
 def llama_layer_types(c, L):
-    """layer_types and the window. Mistral's sliding_window is 4096 where it is missing, and none where it is null."""
-    mistral = c.values["model_type"] == "mistral"
-    window = c.values.get("sliding_window", 4096) if mistral else None
+    """layer_types and the window. Mistral's sliding_window is 4096 where it is missing, and none where it is null. Qwen's
+    counts with use_sliding_window, for layers from max_window_layers on."""
+    kind = c.values["model_type"]
+    window, first = None, 0
+    if kind == "mistral":
+        window = c.values.get("sliding_window", 4096)
+    elif kind.startswith("qwen") and c.get("use_sliding_window", bool, False):
+        window, first = c.values.get("sliding_window", 4096), c.values.get("max_window_layers", 28)
+        if type(first) is not int or first < 0:
+            raise UserError(f"{c.where}: max_window_layers is {json.dumps(first)}; it must be a whole number")
     names = {"full_attention": "mha_global", "sliding_attention": "mha_local"}
-    types = c.values.get("layer_types") or ["sliding_attention" if window else "full_attention"] * L
+    usual = ["sliding_attention" if window and layer >= first else "full_attention" for layer in range(L)]
+    types = c.values.get("layer_types") or usual
     if not isinstance(types, list) or len(types) != L or not all(kind in names for kind in types):
         raise UserError(f"{c.where}: layer_types must name {L} layers, each full_attention or sliding_attention")
     if "sliding_attention" in types:
@@ -209,34 +231,50 @@ def llama_layer_types(c, L):
 
 
 def llama_config(c):
+    kind = c.values["model_type"]
     C, H, L = c.get("hidden_size", int), c.get("num_attention_heads", int), c.get("num_hidden_layers", int)
-    groups = c.get("num_key_value_heads", int, H)
-    if groups != H:
-        raise UserError(f"{c.where}: grouped-query attention (num_key_value_heads = {groups} of {H}) is not supported")
+    usual = {"mistral": 8, "qwen2": 32, "qwen3": 32}.get(kind, H)  # where it is missing; null is H
+    G = c.get("num_key_value_heads", int, H if "num_key_value_heads" in c.values else usual)
+    if H % G:
+        raise UserError(f"{c.where}: num_key_value_heads = {G} does not divide num_attention_heads = {H}")
     c.refuse_unless("hidden_act", ["silu"], "silu")
-    for name in ("attention_bias", "mlp_bias", "use_qk_norm"):
+    for name in ("mlp_bias", "use_qk_norm"):
         c.refuse_unless(name, [False], False)
     c.refuse_unless("partial_rotary_factor", [1, 1.0], 1)
+    # Llama's and Qwen3's flag is of q, k, v and o; Qwen2 has a bias of q, k and v without one.
+    bias = c.get("attention_bias", bool, False) if kind in ("llama", "qwen3") else False
     types, window = llama_layer_types(c, L)
-    d = c.get("head_dim", int, C // H)
+    d = c.get("head_dim", int, 128 if kind == "qwen3" else C // H)
     if d % 2:
         raise UserError(f"{c.where}: heads of odd width {d} cannot be rotated")
     return model_config(
-        vocab_size=c.get("vocab_size", int), hidden_size=C, num_hidden_layers=L, num_attention_heads=H, head_dim=d,
-        intermediate_size=c.get("intermediate_size", int), max_position_embeddings=c.get("max_position_embeddings", int),
-        position_embedding="rope", rope_theta=rope_theta(c), norm="rmsnorm", norm_eps=c.get("rms_norm_eps", float, 1e-6),
-        activation="swiglu", bias=False, tie_word_embeddings=c.get("tie_word_embeddings", bool, False), layer_types=types,
+        vocab_size=c.get("vocab_size", int), hidden_size=C, num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=G,
+        head_dim=d, intermediate_size=c.get("intermediate_size", int),
+        max_position_embeddings=c.get("max_position_embeddings", int), position_embedding="rope", **rope_keys(c), norm="rmsnorm",
+        norm_eps=c.get("rms_norm_eps", float, 1e-6), qk_norm="rmsnorm" if kind == "qwen3" else "none", activation="swiglu",
+        bias=bias, qkv_bias=kind == "qwen2", tie_word_embeddings=c.get("tie_word_embeddings", bool, False), layer_types=types,
         local_window=window)
 
 
 def llama_tensors(t, m):
-    C, F, V, width = m["hidden_size"], m["intermediate_size"], m["vocab_size"], m["num_attention_heads"] * m["head_dim"]
+    C, F, V, d = m["hidden_size"], m["intermediate_size"], m["vocab_size"], m["head_dim"]
+    width = {"q": m["num_attention_heads"] * d, "k": m["num_key_value_heads"] * d, "v": m["num_key_value_heads"] * d}
     yield "embed.weight", t.take("model.embed_tokens.weight", V, C)
     for n in range(m["num_hidden_layers"]):
         ours, theirs = f"layers.{n}.", f"model.layers.{n}."
+        attention = theirs + "self_attn."
         yield ours + "attn_norm.weight", t.take(theirs + "input_layernorm.weight", C)
-        yield ours + "attn.qkv.weight", np.concatenate([t.take(f"{theirs}self_attn.{x}_proj.weight", width, C) for x in "qkv"])
-        yield ours + "attn.out.weight", t.take(theirs + "self_attn.o_proj.weight", C, width)
+        yield ours + "attn.qkv.weight", np.concatenate([t.take(f"{attention}{x}_proj.weight", width[x], C) for x in "qkv"])
+        if m["bias"] or m["qkv_bias"]:
+            yield ours + "attn.qkv.bias", np.concatenate([t.take(f"{attention}{x}_proj.bias", width[x]) for x in "qkv"])
+        if m["qk_norm"] == "rmsnorm":
+            for x in "qk":
+                yield f"{ours}attn.{x}_norm.weight", t.take(f"{attention}{x}_norm.weight", d)
+        yield ours + "attn.out.weight", t.take(attention + "o_proj.weight", C, width["q"])
+        if m["bias"]:  # ours is of the MLP too, where it adds nothing
+            yield ours + "attn.out.bias", t.take(attention + "o_proj.bias", C)
+            yield ours + "mlp.up.bias", np.zeros(F, "f")
+            yield ours + "mlp.down.bias", np.zeros(C, "f")
         yield ours + "mlp_norm.weight", t.take(theirs + "post_attention_layernorm.weight", C)
         yield ours + "mlp.up.weight", t.take(theirs + "mlp.up_proj.weight", F, C)
         yield ours + "mlp.gate.weight", t.take(theirs + "mlp.gate_proj.weight", F, C)
@@ -247,10 +285,9 @@ def llama_tensors(t, m):
 
 
 ARCHITECTURES = {"gpt2": (gpt2_config, gpt2_tensors, (".attn.bias", ".attn.masked_bias", "lm_head.weight")),
-                 "llama": (llama_config, llama_tensors, (".rotary_emb.inv_freq", "lm_head.weight")),
-                 "mistral": (llama_config, llama_tensors, (".rotary_emb.inv_freq", "lm_head.weight"))}
-LACKING = {"qwen2": "a bias of q, k and v alone", "qwen3": "normalised queries and keys",
-           "mixtral": "a mixture of experts", "qwen2_moe": "a mixture of experts", "qwen3_moe": "a mixture of experts"}
+                 **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"),
+                                 (llama_config, llama_tensors, (".rotary_emb.inv_freq", "lm_head.weight")))}
+LACKING = dict.fromkeys(("mixtral", "qwen2_moe", "qwen3_moe"), "a mixture of experts")
 
 
 # ---- llm.c ----

@@ -79,7 +79,7 @@ const struct config_row config_rows[] = {
      .help = "normalisation layers"},
     {MODEL(norm_eps), REAL(1e-30, 1), .initial = "1e-5", .help = "added to the variance in a norm"},
     {MODEL(qk_norm), ENUM([QK_NORM_NONE] = "none", [QK_NORM_RMSNORM] = "rmsnorm"), .initial = "none",
-     .help = "of every head of q and k, before RoPE and mixing"},
+     .help = "of heads of q and k, before mixing and RoPE"},
     {MODEL(activation),
      ENUM([ACTIVATION_GELU_TANH] = "gelu_tanh", [ACTIVATION_RELU2] = "relu2", [ACTIVATION_SWIGLU] = "swiglu"),
      .initial = "gelu_tanh", .help = "swiglu adds a gate matrix"},

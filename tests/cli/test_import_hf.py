@@ -65,6 +65,7 @@ def gpt2_config(c, **more):
 def llama_config(c, **more):
     return dict(model_type="mistral", sliding_window=c["local_window"], rms_norm_eps=c["norm_eps"],
                 layer_types=["sliding_attention", "full_attention"], rope_theta=c["rope_theta"], tie_word_embeddings=False,
+                num_key_value_heads=c["num_attention_heads"],
                 **{key: c[key] for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                                            "intermediate_size", "max_position_embeddings")}) | more
 
@@ -108,6 +109,65 @@ class ImportHf(unittest.TestCase):
         self.write(llama_config(config), as_llama(params))
         self.run_script()
         self.check_same(config, params)
+
+    def check_imported(self, config, tensors, **expected):
+        """Every tensor is where it belongs, train_iha reads the checkpoint, and computes what the reference does."""
+        self.write(config, tensors)
+        self.run_script()
+        read, found = json.loads((self.out / "config.json").read_text()), load_file(self.out / "model.safetensors")
+        self.assertEqual({key: read[key] for key in expected}, expected)
+        for n in range(config["num_hidden_layers"]):
+            attention = f"model.layers.{n}.self_attn."
+            for kind in ("weight", "bias"):
+                parts = [tensors[f"{attention}{x}_proj.{kind}"] for x in "qkv" if f"{attention}{x}_proj.{kind}" in tensors]
+                self.assertEqual(f"layers.{n}.attn.qkv.{kind}" in found, bool(parts))
+                if parts:
+                    self.assertTrue(np.array_equal(found[f"layers.{n}.attn.qkv.{kind}"], np.concatenate(parts)))
+            for x in "qk":
+                if f"{attention}{x}_norm.weight" in tensors:
+                    self.assertTrue(np.array_equal(found[f"layers.{n}.attn.{x}_norm.weight"], tensors[f"{attention}{x}_norm.weight"]))
+            if read["bias"]:
+                self.assertTrue(np.array_equal(found[f"layers.{n}.attn.out.bias"], tensors[attention + "o_proj.bias"]))
+                self.assertFalse(found[f"layers.{n}.mlp.up.bias"].any() or found[f"layers.{n}.mlp.down.bias"].any())
+        ids = np.random.default_rng(5).integers(0, config["vocab_size"], 41)
+        write_shard(self.tmp / "val.bin", ids)
+        out = subprocess.run([BINARY, "eval", self.out, f"data.val={self.tmp}/val.bin", "train.seq_len=20", *CPU],
+                             capture_output=True, text=True, env=ENVIRONMENT, check=True).stdout
+        plain = subprocess.run([sys.executable, ROOT / "tests" / "reference" / "export_check.py", self.out, "--numpy-loss",
+                                self.tmp / "val.bin", "20", "2"], capture_output=True, text=True, check=True).stdout
+        self.assertAlmostEqual(float(out.split()[-2]), float(plain.split()[-2]), delta=1e-6)
+        shutil.rmtree(self.out)
+
+    def test_llama_3_and_qwen(self):
+        C, F, V, H, G, d, L = 24, 40, 31, 4, 2, 8, 2
+        draw = np.random.default_rng(3)
+        common = dict(vocab_size=V, hidden_size=C, num_hidden_layers=L, num_attention_heads=H, num_key_value_heads=G,
+                      head_dim=d, intermediate_size=F, max_position_embeddings=64, rms_norm_eps=1e-5)
+
+        def tensors(**shapes):
+            shapes = {"self_attn.q_proj.weight": (H * d, C), "self_attn.k_proj.weight": (G * d, C),
+                      "self_attn.v_proj.weight": (G * d, C), "self_attn.o_proj.weight": (C, H * d), "mlp.up_proj.weight": (F, C),
+                      "mlp.gate_proj.weight": (F, C), "mlp.down_proj.weight": (C, F), "input_layernorm.weight": (C,),
+                      "post_attention_layernorm.weight": (C,)} | shapes
+            all_shapes = {f"model.layers.{n}.{name}": shape for n in range(L) for name, shape in shapes.items()}
+            all_shapes |= {"model.embed_tokens.weight": (V, C), "model.norm.weight": (C,), "lm_head.weight": (V, C)}
+            return {name: (draw.normal(0, 0.3, shape) + name.endswith("norm.weight")).astype("f") for name, shape in all_shapes.items()}
+
+        qkv = {f"self_attn.{x}_proj.bias": ((H if x == "q" else G) * d,) for x in "qkv"}
+        scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+        scaled = dict(rope_scaling="llama3", rope_theta=1000.0, rope_original_positions=32, num_key_value_heads=G)
+        for config, more, expected in (
+                (dict(model_type="llama", rope_theta=1000, rope_scaling=scaling | {"rope_type": "llama3"}), {}, scaled),
+                (dict(model_type="llama", rope_parameters=scaling | {"rope_type": "llama3", "rope_theta": 1000.0},
+                      attention_bias=True), qkv | {"self_attn.o_proj.bias": (C,)}, scaled | {"bias": True}),
+                (dict(model_type="qwen2"), qkv, dict(qkv_bias=True, bias=False, rope_scaling="none", local_window=512)),
+                (dict(model_type="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1), qkv,
+                 dict(layer_types=["mha_global", "mha_local"], local_window=5)),
+                (dict(model_type="qwen3", use_sliding_window=False, sliding_window=5),
+                 {"self_attn.q_norm.weight": (d,), "self_attn.k_norm.weight": (d,)},
+                 dict(qk_norm="rmsnorm", qkv_bias=False, layer_types=["mha_global"] * 2))):
+            with self.subTest(config):
+                self.check_imported(common | config, tensors(**more), **expected)
 
     def test_train_iha_reads_it(self):
         """Its loss is the golden case's, on the golden case's tokens."""
@@ -195,11 +255,15 @@ class ImportHf(unittest.TestCase):
 
     def test_models_that_do_not_fit(self):
         config, params = golden("mha_llama")
-        wide = {"num_attention_heads": 4, "num_key_value_heads": 2}
-        for more, name in ((wide, "num_key_value_heads"), ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "llama3"),
+        wide = {"num_attention_heads": 4, "num_key_value_heads": 3}
+        for more, name in ((wide, "num_key_value_heads"), ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor"),
                            ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
-                           ({"attention_bias": True}, "attention_bias"), ({"hidden_act": "gelu"}, "hidden_act"),
-                           ({"model_type": "qwen2"}, "bias of q, k and v"), ({"model_type": "mixtral"}, "experts"),
+                           ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
+                           ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4,
+                                              "original_max_position_embeddings": 64}}, "low_freq_factor"),
+                           ({"model_type": "llama", "mlp_bias": True}, "mlp_bias"), ({"hidden_act": "gelu"}, "hidden_act"),
+                           ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": None, "max_window_layers": -1},
+                            "max_window_layers"), ({"model_type": "mixtral"}, "experts"),
                            ({"model_type": "bert"}, "bert"), ({"hidden_size": "20"}, "hidden_size"),
                            ({"layer_types": ["linear_attention"] * 2}, "layer_types"), ({"vocab_size": 0}, "vocab_size"),
                            ({"eos_token_id": 41}, "eos_token_id")):

@@ -1,5 +1,6 @@
 """What tests of Transformers share: golden cases as checkpoint directories, and loading them."""
 
+import copy
 import json
 import shutil
 import tempfile
@@ -64,9 +65,34 @@ def load(path, **options):
     return model.eval()
 
 
-def relative(x, y):
-    """The norm of x - y, by that of y."""
-    return (torch.linalg.vector_norm((x - y).double()) / torch.linalg.vector_norm(y.double())).item()
+def in_float64(model, run):
+    """run(model) with its weights in float64."""
+    with torch.no_grad():
+        return run(copy.deepcopy(model).double())
+
+
+def distance(x, y):
+    """The norm of x - y."""
+    return torch.linalg.vector_norm(x.double() - y.double()).item()
+
+
+def loss_error(logits, exact):
+    """By how much a mean loss of these logits may be off: each is by the logits' error in the mean; and it is printed with
+    seven decimals."""
+    return 3 * distance(logits, exact) / exact.numel()**0.5 + 5e-8
+
+
+class RoundedToBf16(torch.overrides.TorchFunctionMode):
+    """The plain computation in bf16: what these functions return is rounded. Angles of RoPE are not."""
+
+    ROUNDED = (torch.nn.functional.linear, torch.nn.functional.embedding, torch.nn.functional.layer_norm, torch.einsum,
+               torch.nn.functional.scaled_dot_product_attention, torch.Tensor.__add__, torch.Tensor.add, torch.Tensor.__matmul__,
+               torch.Tensor.matmul, torch.cat)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        is_value = isinstance(out, torch.Tensor) and out.is_floating_point() and function in self.ROUNDED
+        return out.bfloat16().to(out.dtype) if is_value else out
 
 
 class Folder(unittest.TestCase):
@@ -80,6 +106,11 @@ class Folder(unittest.TestCase):
     @classmethod
     def tearDownClass(cls):
         cls.temporary.cleanup()
+
+    def check_error(self, found, plain, exact, what=None):
+        """found is at most three times as far from float64 as the plain computation in the same precision."""
+        allowed = 3 * max(distance(plain, exact), 2**-24 * torch.linalg.vector_norm(exact.double()).item())
+        self.assertLessEqual(distance(found, exact), allowed, what)
 
     def new(self):
         return Path(tempfile.mkdtemp(dir=self.tmp)) / "model"

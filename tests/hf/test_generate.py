@@ -3,7 +3,7 @@
 import torch
 from transformers import DynamicCache, StaticCache
 
-from tests.hf.models import NAMES, Folder, config_of, load, relative, write_golden
+from tests.hf.models import NAMES, Folder, config_of, in_float64, load, write_golden
 
 NEW = 14
 CAUSAL = [name for name in NAMES if config_of(name)["causal"] and "segments" not in name]
@@ -15,6 +15,13 @@ def tokens_of(model, *shape):
 
 def generate(model, tokens, **options):
     return model.generate(tokens, max_new_tokens=NEW, do_sample=False, pad_token_id=0, **options)
+
+
+def logits_of(model, tokens):
+    """In float64 and in fp32, without a cache."""
+    def run(m):
+        return m(tokens, use_cache=False).logits
+    return in_float64(model, run), run(model)
 
 
 class Generate(Folder):
@@ -47,21 +54,21 @@ class Generate(Folder):
         """In forward itself, on either side, with positions that it counts from the mask."""
         for model in self.models("sdpa", "eager"):
             tokens = tokens_of(model, 1, 9)
-            expected = model(tokens, use_cache=False).logits
+            exact, plain = logits_of(model, tokens)
             for before, after in ((3, 0), (0, 3)):
                 padding = torch.zeros(1, before, dtype=torch.long), torch.zeros(1, after, dtype=torch.long)
                 mask = torch.cat([padding[0], torch.ones_like(tokens), padding[1]], 1)
                 found = model(torch.cat([padding[0], tokens, padding[1]], 1), attention_mask=mask, use_cache=False).logits
-                self.assertLess(relative(found[:, before:before + 9], expected), 1e-5)
+                self.check_error(found[:, before:before + 9], plain, exact)
                 self.assertTrue(found.isfinite().all())
 
     def test_logits_in_pieces(self):
         for model in self.models("sdpa", "eager"):
             tokens = tokens_of(model, 2, 25)
-            expected = model(tokens, use_cache=False).logits
+            exact, plain = logits_of(model, tokens)
             for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=32)):
                 found = [model(piece, cache=cache, use_cache=True).logits for piece in tokens.split([5, 1, 7, 1, 1, 10], 1)]
-                self.assertLess(relative(torch.cat(found, 1), expected), 1e-5, type(cache).__name__)
+                self.check_error(torch.cat(found, 1), plain, exact, type(cache).__name__)
 
     def test_local_layers_keep_their_window(self):
         model = load(write_golden(self.new(), "model_iha_mixed"))
@@ -78,7 +85,8 @@ class Generate(Folder):
         cache = DynamicCache(config=model.config)
         model(tokens[:, :7], past_key_values=cache, use_cache=True)
         found = model(tokens[:, 7:], past_key_values=cache, use_cache=True).logits
-        self.assertLess(relative(found, model(tokens, use_cache=False).logits[:, 7:]), 1e-5)
+        exact, plain = logits_of(model, tokens)
+        self.check_error(found, plain[:, 7:], exact[:, 7:])
 
     def test_beams_and_sampling(self):
         for model in self.models("sdpa"):
