@@ -152,9 +152,8 @@ void cuda_qk_norm_backward(struct device *dev, const struct qk_norm_spec *s, ten
     for (const tensor &t : {dw_q, dw_k})
         check_shape("qk_norm_backward", "a weight's gradient", t, DTYPE_F32, s->head_dim);
     int64_t blocks = backward_blocks(dev, s);
-    struct op_cost cost;
-    cuda_qk_norm_plan(dev, s, &cost, NULL);
-    float *partial = (float *)cuda_workspace(dev, cost.workspace, "qk_norm_backward");
+    size_t bytes = (size_t)(2 * blocks * s->head_dim) * sizeof(float);
+    float *partial = (float *)cuda_workspace(dev, bytes, "qk_norm_backward");
     by_dtype(x.dtype, [&](auto number) {
         using T = decltype(number);
         launch<qk_backward<T>>(dev, dim3((unsigned)blocks, 3), THREADS, 0, rows_of(s), (const T *)dy.data,

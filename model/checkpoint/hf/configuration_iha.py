@@ -11,7 +11,7 @@ LAYER_TYPES = (
 )
 CHOICES = {
     "position_embedding": ("rope", "learned", "none"),
-    "rope_scaling": ("none", "llama3"),
+    "iha_rope_scaling": ("none", "llama3"),
     "qk_norm": ("none", "rmsnorm"),
     "norm": ("rmsnorm", "layernorm"),
     "activation": ("gelu_tanh", "relu2", "swiglu"),
@@ -76,7 +76,7 @@ class IhaConfig(PreTrainedConfig):
         self.max_position_embeddings = max_position_embeddings
         self.position_embedding = position_embedding
         self.rope_theta = rope_theta
-        self.rope_scaling = rope_scaling
+        self.iha_rope_scaling = rope_scaling  # Transformers gives `rope_scaling` a meaning of its own
         self.rope_factor = rope_factor
         self.rope_low_freq_factor = rope_low_freq_factor
         self.rope_high_freq_factor = rope_high_freq_factor
@@ -115,7 +115,8 @@ class IhaConfig(PreTrainedConfig):
     def _check(self):
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; this file knows {', '.join(choices)}")
+                shown = "rope_scaling" if name == "iha_rope_scaling" else name
+                raise ValueError(f"{shown} is {getattr(self, name)!r}; this file knows {', '.join(choices)}")
         for kind in self.iha_layer_types:
             if kind not in LAYER_TYPES:
                 raise ValueError(f"layer_types names {kind!r}; this file knows {', '.join(LAYER_TYPES)}")
@@ -150,6 +151,8 @@ class IhaConfig(PreTrainedConfig):
         if "iha_layer_types" in output:
             output["layer_types"] = output.pop("iha_layer_types")
             output.pop("sliding_window", None)
+        if "iha_rope_scaling" in output:
+            output["rope_scaling"] = output.pop("iha_rope_scaling")
         return output
 
 

@@ -72,7 +72,7 @@ def rope_frequencies(config, device, dtype):
     """[d/2] radians a token. llama3: low ones are divided by a factor, as in Llama 3.1."""
     power = torch.arange(config.head_dim // 2, device=device, dtype=dtype) * (-2 / config.head_dim)
     frequency = config.rope_theta**power
-    if config.rope_scaling == "none":
+    if config.iha_rope_scaling == "none":
         return frequency
     low, high = config.rope_low_freq_factor, config.rope_high_freq_factor
     periods = config.rope_original_positions * frequency / (2 * math.pi)
