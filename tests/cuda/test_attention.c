@@ -245,20 +245,20 @@ static void every_head_dim(enum device_precision precision) {
     for (size_t i = 0; i < COUNT(dims); i++) {
         bool wide = dims[i] > 128;
         check_case(precision,
-                   (struct attention_case){{1, wide ? 66 : 140, 2, dims[i], 2, true, true, 50, 0, false},
+                   (struct attention_case){{1, wide ? 66 : 140, 2, dims[i], 2, true, true, 50, 0, false, 0},
                                            (enum layout)(i % 3),
                                            2,
                                            NULL});
         check_case(precision,
-                   (struct attention_case){{2, wide ? 66 : 140, 2, dims[i], 2, true, true, 50, 0, true},
+                   (struct attention_case){{2, wide ? 66 : 140, 2, dims[i], 2, true, true, 50, 0, true, 0},
                                            (enum layout)(i % 3),
                                            2,
                                            ATTENTION_SEGMENTS[COUNT(ATTENTION_SEGMENTS) - 1]});
     }
     check_case(precision,
-               (struct attention_case){{2, 200, 3, 64, 4, true, true, 0, 0, false}, PACKED, 2, NULL});
+               (struct attention_case){{2, 200, 3, 64, 4, true, true, 0, 0, false, 0}, PACKED, 2, NULL});
     check_case(precision,
-               (struct attention_case){{1, 130, 1, 128, 1, true, false, 0, 0, false}, PACKED, 2, NULL});
+               (struct attention_case){{1, 130, 1, 128, 1, true, false, 0, 0, false, 0}, PACKED, 2, NULL});
 }
 
 /* Scores of 1e4 and more leave one key with all of the weight, or two that can hardly be told apart. The bf16
@@ -269,9 +269,10 @@ static void large_scores(enum device_precision precision) {
     for (int64_t window = 0; window < 70; window += 33) {
         check_case(precision,
                    (struct attention_case){
-                       {1, 130, 2, 16, 1, true, false, window, 0, false}, PACKED, magnitude / 2, NULL});
-        check_case(precision, (struct attention_case){
-                                  {1, 66, 2, 8, 3, true, true, window, 0, false}, SEPARATE, magnitude, NULL});
+                       {1, 130, 2, 16, 1, true, false, window, 0, false, 0}, PACKED, magnitude / 2, NULL});
+        check_case(precision,
+                   (struct attention_case){
+                       {1, 66, 2, 8, 3, true, true, window, 0, false, 0}, SEPARATE, magnitude, NULL});
     }
 }
 

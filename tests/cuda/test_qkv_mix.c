@@ -10,11 +10,13 @@ static void plain_backward(struct op_run *r) {
     struct backends *k = r->k;
     struct backend *b = &k->each[PLAIN];
     const struct qkv_mix_spec *s = &r->spec.qkv_mix;
-    int64_t H = s->heads, d = s->head_dim, half = d / 2, P = s->pseudo, S = s->tokens * P;
-    struct operand unused = output(k, k->compute, s->batch, s->tokens, 3, H, d), ignored[3], rotated[3];
+    int64_t d = s->head_dim, half = d / 2, P = s->pseudo, S = s->tokens * P;
+    struct operand unused = output(k, k->compute, s->batch, s->tokens, mix_row_heads(s), d, 0), ignored[3],
+                   rotated[3];
     double *angles = values_on(&k->each[EXACT], r->x[TABLE]);
     double *positions = r->info[POSITIONS_OF].name ? values_on(&k->each[EXACT], r->x[POSITIONS_OF]) : NULL;
     for (int w = 0; w < 3; w++) {
+        int64_t H = w == 0 ? s->heads : mix_kv_heads(s);
         ignored[w] = output(k, DTYPE_F32, P, H, H, 0, 0);
         rotated[w] = output(k, k->compute, s->batch, S, H, d, 0);
         double *x = values_on(b, r->x[DOUT + w]);
