@@ -1,12 +1,18 @@
 #!/usr/bin/env python3
-"""Real English text from distribution packages, for training without a download.
+"""English text: from distribution packages, without a download, or token shards from the Hugging Face Hub.
 
     data/corpus.py bible     King James Bible, 4 MB   (Debian: bible-kjv bible-kjv-text)
     data/corpus.py gcide     a dictionary, 29 MB      (Debian: dict-gcide)
 
-Writes data/corpus/NAME.txt: plain ASCII, one paragraph a line, a blank line between documents (a chapter,
+These write data/corpus/NAME.txt: plain ASCII, one paragraph a line, a blank line between documents (a chapter,
 an entry), so that data/prepare.py takes it with `--document-separator blank-lines`. Nothing is installed:
 a missing package is named, with exit code 2.
+
+    .venv/bin/python data/corpus.py fineweb-edu --tokens 10e9           or fineweb, tinystories, tinyshakespeare
+    .venv/bin/python data/corpus.py NAME/ON_THE_HUB --tokens 100M --tokenizer bytes
+
+These download a data set, tokenize it meanwhile, and write shards with N tokens in all to data/NAME, and the lines
+for a configuration. The same command continues a download that was stopped.
 """
 
 import argparse
@@ -133,15 +139,79 @@ def write(documents, path):
     return count
 
 
+HUB_NAMES = ("fineweb", "fineweb-edu", "tinystories", "tinyshakespeare")
+
+
+def token_count(text, fail):
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKMBG]?)|(\d+(?:\.\d+)?e\d{1,2})", text or "")
+    if not match:
+        fail(f"--tokens {text}: a number of tokens, such as 10M or 1.5B" if text else "--tokens N is missing: how many to take")
+    units = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}
+    count = int(float(match[3])) if match[3] else int(float(match[1]) * units[match[2]])
+    if count < 1000:
+        fail(f"--tokens {text}: must be at least 1000")
+    return count
+
+
+def from_hub(options, fail):
+    if options.name not in HUB_NAMES and not re.fullmatch(r"[\w.-]+/[\w.-]+", options.name):
+        import difflib
+        near = difflib.get_close_matches(options.name, [*CORPORA, *HUB_NAMES], 1)
+        known = ", ".join([*CORPORA, *HUB_NAMES])
+        fail(f"{options.name}: " + (f"did you mean {near[0]}?" if near else f"none of {known}; a data set on the Hub is called "
+                                    "OWNER/NAME"))
+    options.tokens = token_count(options.tokens, fail)
+    if not 0 <= options.val_fraction < 1:
+        fail(f"--val-fraction {options.val_fraction}: must be at least 0 and below 1")
+    if not 1 <= options.shard_tokens <= 2_000_000_000:
+        fail(f"--shard-tokens {options.shard_tokens}: must be 1 to 2,000,000,000")
+    options.workers = options.workers or (1 if options.tokenizer == "bytes" else len(os.sched_getaffinity(0)))
+    options.out = options.out or Path(os.path.relpath(Path(__file__).parent / re.sub(r"\W", "_", options.name.split("/")[-1])))
+    try:
+        if options.files:
+            re.compile(options.files)
+        from hub import prepare_from_hub
+        prepare_from_hub(options)
+    except re.error as error:
+        fail(f"--files {options.files}: {error}")
+    except ImportError as error:
+        fail(f"{error.name} is not installed; run: make deps, then .venv/bin/python data/corpus.py ...")
+    except UserError as error:
+        fail(str(error))
+    except OSError as error:
+        print(f"corpus.py: {' '.join(describe(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("corpus.py: stopped; the same command continues the download", file=sys.stderr)
+        return 130
+    return 0
+
+
 def main():
     allow_any_file_name()
     parser = argparse.ArgumentParser(description=__doc__, add_help=False, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", choices=sorted(CORPORA))
-    parser.add_argument("--out", type=Path, help="file to write (default: data/corpus/NAME.txt)")
+    parser.add_argument("name", metavar="NAME", help="one of these, or a data set on the Hub")
+    parser.add_argument("--out", type=Path, help="file to write (default: data/corpus/NAME.txt); of the Hub: folder of "
+                                                 "the shards (default: data/NAME)")
+    hub = parser.add_argument_group("for data sets on the Hub")
+    hub.add_argument("--tokens", metavar="N", help="tokens in all shards together: 1000000, 10M, 1.5B")
+    hub.add_argument("--tokenizer", default="gpt2", metavar="bytes|gpt2|llama3|FILE|FOLDER", help="as in prepare.py (default: gpt2)")
+    hub.add_argument("--field", default="text", metavar="NAME", help="column or field with the text (default: text)")
+    hub.add_argument("--files", metavar="REGEX", help="paths of the files to use")
+    hub.add_argument("--val-fraction", type=float, default=0.005, metavar="X", help="share of the documents for "
+                                                                                    "validation (default: 0.005)")
+    hub.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="tokens in a file (default: 100,000,000)")
+    hub.add_argument("--workers", type=int, metavar="N", help="tokenizing processes (default: one per core)")
+    hub.add_argument("--keep-downloads", action="store_true", help="leave what was downloaded in OUT/downloads")
+    hub.add_argument("--overwrite", action="store_true", help="replace the shards that OUT holds")
     parser.add_argument("--help", action="help", help="show this and stop")
     parser.error = lambda message: sys.exit((print(f"corpus.py: {message}", file=sys.stderr), 2)[1])
     options = parser.parse_args()
+    if options.name not in CORPORA:
+        return from_hub(options, parser.error)
+    if options.tokens is not None:
+        parser.error(f"--tokens is for data sets on the Hub; {options.name} is written whole")
     path = options.out or Path(__file__).parent / "corpus" / f"{options.name}.txt"
     try:
         count = write(CORPORA[options.name](), path)

@@ -8,12 +8,14 @@ set -uo pipefail
 
 usage() {
     cat <<'END'
-scripts/launch.sh [-n RANKS] [--hosts HOST[:RANKS],... | --hostfile FILE] train CONFIG [section.key=value ...]
+scripts/launch.sh [-n RANKS] [--hosts HOST[:RANKS],... | --hostfile FILE] [--watch tensorboard|wandb]
+                  train CONFIG [section.key=value ...]
 
   -n RANKS         number of processes; default: one per GPU of this machine, without GPUs one per NUMA node,
                    with --hosts or --hostfile the sum of their slots
   --hosts LIST     machines reachable by ssh without a password; HOST:4 gets 4 ranks, HOST its share of -n, or 1
   --hostfile FILE  the same as a file for mpirun, one machine per line: HOST slots=4
+  --watch TARGET   run scripts/watch.py beside the training, which sends its metrics there
 
   scripts/launch.sh -n 2 train configs/quickstart.ini
   scripts/launch.sh --hosts node1:2,node2:2 train configs/gpt2_124m.ini run.dir=/shared/runs/gpt2
@@ -33,19 +35,20 @@ refuse() {
     exit 2
 }
 
-ranks='' hosts='' hostfile=''
+ranks='' hosts='' hostfile='' target=''
 while [ $# -gt 0 ]; do
     case $1 in
     --help | -h)
         usage
         exit 0
         ;;
-    -n | --hosts | --hostfile)
+    -n | --hosts | --hostfile | --watch)
         [ $# -ge 2 ] || refuse "$1 needs a value; see scripts/launch.sh --help"
         case $1 in
         -n) ranks=$2 ;;
         --hosts) hosts=$2 ;;
         --hostfile) hostfile=$2 ;;
+        --watch) target=$2 ;;
         esac
         shift 2
         ;;
@@ -69,6 +72,22 @@ command -v "$mpirun" >/dev/null ||
 binary=${TRAIN_IHA:-$(dirname "$(readlink -f "$0")")/../train_iha}
 binary=$(realpath -m -- "$binary")
 [ -x "$binary" ] || refuse "$binary is not there; run make"
+
+# Watching is a process of its own that only reads; it ends once this script has.
+if [ -n "$target" ]; then
+    [ "$1" = train ] || refuse "--watch follows a run: it goes with train, not with $1"
+    scripts=$(dirname "$(readlink -f "$0")")
+    python=$scripts/../.venv/bin/python
+    [ -x "$python" ] || python=python3
+    run_dir=$(sed -n '/^[[:space:]]*\[run\]/,/^[[:space:]]*\[/s/^[[:space:]]*dir[[:space:]]*=[[:space:]]*\(.*[^[:space:]]\)[[:space:]]*$/\1/p' "${2:-}" 2>/dev/null | tail -1)
+    for argument in "$@"; do
+        [[ $argument != run.dir=* ]] || run_dir=${argument#run.dir=}
+    done
+    [ -n "$run_dir" ] || refuse "--watch: neither ${2:-the configuration} nor an override says run.dir"
+    message=$("$python" "$scripts/watch.py" "$run_dir" --to "$target" --check 2>&1) || refuse "--watch: ${message#watch.py: }"
+    setsid "$python" "$scripts/watch.py" "$run_dir" --to "$target" --pid $$ </dev/null >/dev/null &
+    disown
+fi
 
 # The ranks of a machine divide its cores among themselves.
 options=(--bind-to none)
