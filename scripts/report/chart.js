@@ -102,6 +102,7 @@ class Chart {
 
   /* Where all of x lies; on a logarithmic axis, the positive part. */
   extent() {
+    if (this.data.extent) return this.data.extent;
     let low = Infinity, high = -Infinity;
     for (const s of this.data.series)
       for (let i = 0; i < s.x.length; i++) {

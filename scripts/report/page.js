@@ -161,12 +161,18 @@ function zoomAll(view) {
   for (const {chart} of charts) chart.setView(view);
 }
 
+/* The same for all charts, so that they can be compared and zoom together. */
+function extent() {
+  const x = runs.flatMap((run, i) => shown(i) ? axes[state.x].of(run) : []).filter(v => v !== null && (!state.logX || v > 0));
+  return x.length ? x.reduce(([low, high], v) => [Math.min(low, v), Math.max(high, v)], [Infinity, -Infinity]) : undefined;
+}
+
 function refresh() {
-  const axis = axes[state.x];
+  const axis = axes[state.x], whole = extent();
   for (const {definition, card, chart} of charts) {
     const series = definition.series();
     chart.view = state.view;
-    chart.set({series, logX: state.logX, logY: state.logY && !!definition.logs, xFormat: axis.format,
+    chart.set({series, extent: whole, logX: state.logX, logY: state.logY && !!definition.logs, xFormat: axis.format,
                xName: (x, near) => {
                  const at = near[0].series.x[near[0].i];
                  return state.x === "step" ? "step " + plain.format(at) : `${axis.label} ${axis.format(at)}`;
