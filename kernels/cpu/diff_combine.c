@@ -1,13 +1,14 @@
 /* diff_combine: the two attentions of a differential layer's pairs of heads become one, normalized. */
 #include "kernels/cpu/cpu.h"
 
-/* A thread's partial gradients: of w, and of lambda. */
+/* A thread's partial gradients of w. */
 static int64_t thread_reals(const struct diff_combine_spec *s) {
-    return round_up(2 * s->head_dim + 1, 16);
+    return round_up(2 * s->head_dim, 16);
 }
 
 struct op_cost CPU(diff_combine_plan)(const struct device *dev, const struct diff_combine_spec *s) {
-    return (struct op_cost){.workspace = (size_t)dev->threads * (size_t)thread_reals(s) * sizeof(real)};
+    return (struct op_cost){.workspace = (size_t)dev->threads *
+                                         (sizeof(double) + (size_t)thread_reals(s) * sizeof(real))};
 }
 
 /* The exponentials that lambda is made of. */
@@ -71,12 +72,14 @@ void CPU(diff_combine)(struct device *dev, const struct diff_combine_spec *s, te
 }
 
 /* With g = (1 - lambda_init) w dout and xhat = x / norm:  dx = (g - xhat mean(g xhat)) / norm, d_o = dx and
- * -lambda dx; dw += (1 - lambda_init) dout xhat, dlambda -= dx . b. */
+ * -lambda dx; dw += (1 - lambda_init) dout xhat, dlambda -= dx . b: one number out of everything, so that floats would
+ * lose digits. */
 static void pair_backward(const struct diff_combine_spec *s, real lambda, const elem *dout, const elem *a,
-                          const elem *b, const elem *w, elem *da, elem *db, real *dw, real *dlambda) {
+                          const elem *b, const elem *w, elem *da, elem *db, real *dw, double *dlambda) {
     const int64_t n = 2 * s->head_dim;
     const real scale = (real)(1 - s->lambda_init), rstd = inverse_norm(s, a, b, lambda);
-    real sum = 0, along = 0;
+    real sum = 0;
+    double along = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < n; c++) {
         real xhat = (from_elem(a[c]) - lambda * from_elem(b[c])) * rstd, g = scale * from_elem(dout[c]);
@@ -89,7 +92,7 @@ static void pair_backward(const struct diff_combine_spec *s, real lambda, const 
         real xhat = (from_elem(a[c]) - lambda * from_elem(b[c])) * rstd,
              g = scale * from_elem(w[c]) * from_elem(dout[c]);
         real dx = rstd * (g - xhat * mean);
-        along += dx * from_elem(b[c]);
+        along += (double)dx * (double)from_elem(b[c]);
         da[c] = to_elem(dx);
         db[c] = to_elem(-lambda * dx);
     }
@@ -115,23 +118,28 @@ void CPU(diff_combine_backward)(struct device *dev, const struct diff_combine_sp
     check_arrays("diff_combine_backward", s, o, w, dout);
     check_arrays("diff_combine_backward", s, d_o, w, dout);
     check_real("diff_combine_backward", "dw", dw, n, 0, 0, 0, 0);
-    real *partial = cpu_workspace(dev, CPU(diff_combine_plan)(dev, s).workspace, "diff_combine_backward"),
-         dlambda;
+    double *dlambdas = cpu_workspace(dev, CPU(diff_combine_plan)(dev, s).workspace, "diff_combine_backward");
+    double sum = 0;
+    real *partial = (real *)(dlambdas + dev->threads);
 #pragma omp parallel num_threads(dev->threads)
     {
         real *mine = partial + omp_get_thread_num() * stride;
+        double *dlambda = dlambdas + omp_get_thread_num();
         memset(mine, 0, (size_t)stride * sizeof(real));
+        *dlambda = 0;
 #pragma omp for schedule(static)
         for (int64_t pair = 0; pair < s->rows * s->pairs; pair++) {
             int64_t at = pair / s->pairs * 2 * half + pair % s->pairs * n;
             const elem *a = (elem *)o.data + at;
             elem *da = (elem *)d_o.data + at;
             pair_backward(s, l.value, (elem *)dout.data + pair * n, a, a + half, w.data, da, da + half, mine,
-                          mine + n);
+                          dlambda);
         }
     }
     sum_partials(partial, dev->threads, stride, n, dw.data, accumulate);
-    sum_partials(partial + n, dev->threads, stride, 1, &dlambda, false);
+    for (int thread = 0; thread < dev->threads; thread++)
+        sum += dlambdas[thread];
+    const real dlambda = (real)sum;
     lambda_gradient(s, dlambda * l.e1, lambda_k1, dlambda_q1, accumulate);
     lambda_gradient(s, dlambda * l.e1, lambda_q1, dlambda_k1, accumulate);
     lambda_gradient(s, -dlambda * l.e2, lambda_k2, dlambda_q2, accumulate);

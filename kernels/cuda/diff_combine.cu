@@ -62,7 +62,8 @@ static __global__ void __launch_bounds__(THREADS)
     const int n = 2 * d, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int64_t half = (int64_t)pairs * n;
     float *sums = dynamic_shared<float>(), *mine = sums + warp * (n + 1);
-    float e1, e2, dlambda = 0;
+    float e1, e2;
+    double dlambda = 0; /* one number out of everything: floats would lose digits */
     exponentials(vectors, d, e1, e2);
     const float lambda = e1 - e2 + lambda_init, scale = 1 - lambda_init;
     for (int c = lane; c < n + 1; c += 32)
@@ -83,14 +84,14 @@ static __global__ void __launch_bounds__(THREADS)
         for (int c = lane; c < n; c += 32) {
             float xhat = (to_float(a[c]) - lambda * to_float(b[c])) * rstd;
             float dx = rstd * (scale * to_float(w[c]) * to_float(g[c]) - xhat * mean);
-            dlambda -= dx * to_float(b[c]);
+            dlambda -= (double)dx * (double)to_float(b[c]);
             da[c] = from_float<T>(dx);
             db[c] = from_float<T>(-lambda * dx);
         }
     }
     dlambda = warp_sum(dlambda);
     if (lane == 0)
-        mine[n] = dlambda;
+        mine[n] = (float)dlambda;
     __syncthreads();
     for (int c = (int)threadIdx.x; c < n + 1; c += THREADS) {
         float total = sums[c];
