@@ -69,7 +69,7 @@ DATA = $(wildcard data/*.c)
 
 # The operations are built once more in bf16; kernels/cpu/real.h describes the three builds.
 CPU_BF16 = $(addprefix kernels/cpu/,act.c attention.c attention_backward.c check_products.c classifier.c collapse.c cpu.c \
-    decode.c diff_combine.c embed.c fold.c gemm_bf16.c linear.c muon.c norm.c optimizer.c qk_norm.c qkv_mix.c)
+    decode.c diff_combine.c embed.c fold.c gemm_bf16.c linear.c muon.c norm.c optimizer.c qk_norm.c qkv_mix.c simplicial.c talking.c)
 BF16_ALONE = kernels/cpu/gemm_bf16.c
 
 KERNEL_OBJECTS = $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(BF16_ALONE),$(KERNELS))) $(CPU_BF16:%.c=$(BUILD)/bf16/%.o)

@@ -115,6 +115,8 @@ enum op_kind {
     OP_LINEAR,
     OP_QKV_MIX,
     OP_ATTENTION,
+    OP_TALKING,    /* both with `attention` below */
+    OP_SIMPLICIAL,
     OP_COLLAPSE,
     OP_FOLD,
     OP_DIFF_COMBINE,

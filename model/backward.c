@@ -52,11 +52,19 @@ static void fold_backward(struct model *m, int layer, bool accumulate) {
     for (int i = 0; i < 2 && folded[i].data; i++) {
         struct fold_spec spec = {m->config.num_attention_heads, folded[i].shape[2]};
         m->k->fold_backward(m->dev, &spec, folded[i], qkv_by_heads(m, model_param(m, weights[i])),
-                            model_param(m, p->alpha_q), model_param(m, p->alpha_k),
-                            model_param(m, p->alpha_v), qkv_by_heads(m, model_gradient(m, weights[i])),
-                            model_gradient(m, p->alpha_q), model_gradient(m, p->alpha_k),
-                            model_gradient(m, p->alpha_v), accumulate, accumulate || i > 0);
+                            model_alpha(m, layer, p->alpha_q), model_alpha(m, layer, p->alpha_k),
+                            model_alpha(m, layer, p->alpha_v), qkv_by_heads(m, model_gradient(m, weights[i])),
+                            model_alpha_gradient(m, layer, p->alpha_q),
+                            model_alpha_gradient(m, layer, p->alpha_k),
+                            model_alpha_gradient(m, layer, p->alpha_v), accumulate, accumulate || i > 0);
     }
+}
+
+/* The gradient of the layer's qkv. */
+static tensor dqkv_of(const struct model *m, int layer) {
+    tensor like = m->layers[layer].qkv;
+    like.data = m->grad.dqkv.data;
+    return like;
 }
 
 /* dy, and the gradients of qkv's weight and bias, from dqkv. */
@@ -64,8 +72,9 @@ static void qkv_backward(struct model *m, int layer, bool accumulate) {
     const struct layer_params *p = &m->params.layers[layer];
     struct layer_buffers *b = &m->layers[layer];
     struct gradient_buffers *g = &m->grad;
-    int64_t C = m->config.hidden_size, rows = config_qkv_rows(&m->config);
-    tensor dqkv = qkv_rows(g->dqkv);
+    int64_t C = m->config.hidden_size,
+            rows = layer_qkv_heads(&m->config, m->config.layer_types[layer]) * m->config.head_dim;
+    tensor dqkv = qkv_rows(dqkv_of(m, layer));
     if (m->specs[layer].normed)
         m->k->qk_norm_backward(m->dev, &m->specs[layer].qk_norm, dqkv, qkv_rows(b->qkv_raw),
                                model_param(m, p->q_norm), model_param(m, p->k_norm), dqkv,
@@ -88,12 +97,26 @@ static void attend_backward(struct model *m, int layer, tensor dq, tensor dk, te
         differential_backward(m, layer, dq, dk, dv, accumulate);
         return;
     }
+    const struct layer_params *p = &m->params.layers[layer];
+    if (s->talking) {
+        m->k->talking_backward(m->dev, &s->attention, b->q, b->k, b->v, m->segments,
+                               model_param(m, p->talk_logits), model_param(m, p->talk_weights), g->d_o,
+                               b->attention_saved, dq, dk, dv, model_gradient(m, p->talk_logits),
+                               model_gradient(m, p->talk_weights), accumulate);
+        return;
+    }
+    if (s->simplicial) {
+        m->k->simplicial_backward(m->dev, &s->attention, b->q, b->k, b->v, qkv_part(&m->config, b->qkv, 3),
+                                  qkv_part(&m->config, b->qkv, 4), m->segments, b->o_pseudo, g->d_o,
+                                  b->attention_saved, dq, dk, dv, qkv_part(&m->config, dqkv_of(m, layer), 3),
+                                  qkv_part(&m->config, dqkv_of(m, layer), 4));
+        return;
+    }
     tensor d_o = g->d_o;
     if (s->iha) {
-        int collapse = m->params.layers[layer].collapse;
         d_o = with_data(b->o_pseudo, g->d_o_pseudo);
-        m->k->collapse_backward(m->dev, &s->collapse, g->d_o, b->o_pseudo, model_param(m, collapse), d_o,
-                                model_gradient(m, collapse), accumulate);
+        m->k->collapse_backward(m->dev, &s->collapse, g->d_o, b->o_pseudo, model_param(m, p->collapse), d_o,
+                                model_gradient(m, p->collapse), accumulate);
     }
     m->k->attention_backward(m->dev, &s->attention, b->q, b->k, b->v, m->segments, b->o_pseudo, d_o,
                              b->attention_saved, dq, dk, dv);
@@ -110,15 +133,16 @@ static void attention_backward(struct model *m, int layer, bool accumulate) {
     struct gradient_buffers *g = &m->grad;
     int64_t C = c->hidden_size, width = c->num_attention_heads * c->head_dim;
     linear_backward(m, g->dx, b->o, width, p->out, p->out_bias, C, g->d_o, false, accumulate);
-    tensor dq = s->mixes ? with_data(b->q, g->dq) : qkv_part(c, g->dqkv, 0);
-    tensor dk = s->mixes ? with_data(b->k, g->dk) : qkv_part(c, g->dqkv, 1);
-    tensor dv = s->mixes ? with_data(b->v, g->dv) : qkv_part(c, g->dqkv, 2);
+    tensor dq = s->mixes ? with_data(b->q, g->dq) : qkv_part(c, dqkv_of(m, layer), 0);
+    tensor dk = s->mixes ? with_data(b->k, g->dk) : qkv_part(c, dqkv_of(m, layer), 1);
+    tensor dv = s->mixes ? with_data(b->v, g->dv) : qkv_part(c, dqkv_of(m, layer), 2);
     attend_backward(m, layer, dq, dk, dv, accumulate);
     if (s->mixes)
-        k->qkv_mix_backward(m->dev, &s->qkv_mix, dq, dk, dv, b->qkv, model_param(m, p->alpha_q),
-                            model_param(m, p->alpha_k), model_param(m, p->alpha_v), m->rope, m->positions,
-                            g->dqkv, model_gradient(m, p->alpha_q), model_gradient(m, p->alpha_k),
-                            model_gradient(m, p->alpha_v), accumulate);
+        k->qkv_mix_backward(m->dev, &s->qkv_mix, dq, dk, dv, b->qkv, model_alpha(m, layer, p->alpha_q),
+                            model_alpha(m, layer, p->alpha_k), model_alpha(m, layer, p->alpha_v), m->rope,
+                            m->positions, dqkv_of(m, layer), model_alpha_gradient(m, layer, p->alpha_q),
+                            model_alpha_gradient(m, layer, p->alpha_k),
+                            model_alpha_gradient(m, layer, p->alpha_v), accumulate);
     qkv_backward(m, layer, accumulate);
     norm_backward(m, b->x_attn, p->attn_norm, p->attn_norm_bias, b->attn_norm_saved, accumulate);
 }

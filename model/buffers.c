@@ -115,7 +115,8 @@ static enum act_type act_type_of(enum activation activation) {
 static struct layer_specs specs_for_layer(const struct model *m, int layer) {
     const struct model_config *c = &m->config;
     enum layer_type type = c->layer_types[layer];
-    bool iha = layer_is_iha(type), rope = c->position_embedding == POSITION_ROPE;
+    bool iha = layer_is_iha(type),
+         rope = c->position_embedding == POSITION_ROPE && !layer_is_simplicial(type);
     int64_t P = iha ? c->num_pseudo_heads : 1, B = m->shape.batch, T = m->shape.tokens;
     int64_t H = c->num_attention_heads, G = config_kv_heads(c), d = c->head_dim;
     int64_t window = !layer_is_local(type) ? 0 : iha ? c->iha_window : c->local_window;
@@ -124,6 +125,9 @@ static struct layer_specs specs_for_layer(const struct model *m, int layer) {
     return (struct layer_specs){
         .iha = iha,
         .diff = layer_is_diff(type),
+        .talking = layer_is_talking(type),
+        .simplicial = layer_is_simplicial(type),
+        .qkv_heads = layer_qkv_heads(c, type),
         .pair_attention = pair_attention,
         .diff_combine = {B * T, H / 2, d, 0.8 - 0.6 * exp(-0.3 * layer), c->norm_eps},
         .folded = layer_is_folded(type),
@@ -156,8 +160,8 @@ static int plan_layer(struct model *m, int layer, struct error *e) {
     int64_t width = c->num_attention_heads * c->head_dim;
     *s = specs_for_layer(m, layer);
     struct op_spec ops[] = {
-        {.kind = OP_ATTENTION, .attention = *planned_attention(s)},
-        {.kind = OP_LINEAR, .linear = {N, C, config_qkv_rows(c)}},
+        {.kind = attention_kind(s), .attention = *planned_attention(s)},
+        {.kind = OP_LINEAR, .linear = {N, C, s->qkv_heads * c->head_dim}},
         {.kind = OP_LINEAR, .linear = {N, width, C}},
         {.kind = OP_LINEAR, .linear = {N, C, F}},
         {.kind = OP_LINEAR, .linear = {N, F, C}},
@@ -234,7 +238,7 @@ static void assign_layer(struct model *m, struct layout *l, int layer) {
     if (s->folded && config_qkv_bias(c))
         b->folded_bias =
             slot_tensor(m, l, layer, SLOT_FOLDED_BIAS, tensor_of(NULL, t, 3 * H * d, 0, 0, 0, 0));
-    tensor rows = tensor_of(NULL, t, B, T, H + 2 * G, d, 0);
+    tensor rows = tensor_of(NULL, t, B, T, s->qkv_heads, d, 0);
     b->qkv = slot_tensor(m, l, layer, SLOT_QKV, rows);
     b->qkv_raw = s->normed ? slot_tensor(m, l, layer, SLOT_QKV_RAW, rows) : b->qkv;
     b->q = s->mixes ? slot_tensor(m, l, layer, SLOT_Q, pseudo) : qkv_part(c, b->qkv, 0);
@@ -264,7 +268,7 @@ static void assign_gradients(struct model *m, struct layout *l) {
     g->dgate = c->activation == ACTIVATION_SWIGLU ? allocate_tensor(l, wide) : tensor_none();
     size_t mlp_end = l->offset;
     l->offset = shared;
-    int64_t S = T;                                                   /* the largest of any layer */
+    int64_t S = T, heads = 0;                                        /* the largest of any layer */
     bool mixes = false, apart = false, folded = false, diff = false; /* apart: o is not o_pseudo */
     for (int layer = 0; layer < c->num_hidden_layers; layer++) {
         S = m->specs[layer].attention.length > S ? m->specs[layer].attention.length : S;
@@ -272,17 +276,22 @@ static void assign_gradients(struct model *m, struct layout *l) {
         apart |= m->specs[layer].iha || m->specs[layer].diff;
         diff |= m->specs[layer].diff;
         folded |= m->specs[layer].folded;
+        heads = m->specs[layer].qkv_heads > heads ? m->specs[layer].qkv_heads : heads;
     }
     int64_t G = config_kv_heads(c);
     size_t head_bytes = (size_t)(B * S * d) * dtype_bytes(t), pseudo_bytes = head_bytes * (size_t)H,
            pair_bytes = (size_t)(B * T * 2 * H * d) * dtype_bytes(t);
     g->d_o = allocate_tensor(l, tensor_of(NULL, t, B, T, H, d, 0));
-    g->dqkv = allocate_tensor(l, tensor_of(NULL, t, B, T, H + 2 * G, d, 0));
+    g->dqkv = allocate_tensor(l, tensor_of(NULL, t, B, T, heads, d, 0));
     tensor weight = tensor_of(NULL, m->dtypes.gradient, 3 * H * d, c->hidden_size, 0, 0, 0);
     g->dfolded_weight = folded ? allocate_tensor(l, weight) : tensor_none();
     tensor bias = tensor_of(NULL, m->dtypes.gradient, 3 * H * d, 0, 0, 0, 0);
     g->dfolded_bias = folded && config_qkv_bias(c) ? allocate_tensor(l, bias) : tensor_none();
-    g->dqkv_other = diff ? allocate_tensor(l, g->dqkv) : tensor_none();
+    g->dqkv_other = diff ? allocate_tensor(l, tensor_of(NULL, t, B, T, 3, H, d)) : tensor_none();
+    g->dalpha_unused = m->identity_alpha;
+    g->dalpha_unused.dtype = m->dtypes.gradient;
+    if (c->alpha_on != ALPHA_ON_QKV)
+        g->dalpha_unused = allocate_tensor(l, g->dalpha_unused);
     g->d_o_pseudo = apart ? allocate(l, diff && pair_bytes > pseudo_bytes ? pair_bytes : pseudo_bytes) : NULL;
     void **pseudo[] = {&g->dq, &g->dk, &g->dv};
     for (int i = 0; i < 3 && mixes; i++)
@@ -313,6 +322,10 @@ static void assign_all(struct model *m, struct layout *l) {
     m->rope = c->position_embedding == POSITION_ROPE
                   ? allocate_tensor(l, tensor_of(NULL, m->dtypes.master, T * P, 2, d / 2, 0, 0))
                   : tensor_none();
+    m->identity_alpha =
+        c->alpha_on == ALPHA_ON_QKV
+            ? tensor_none()
+            : allocate_tensor(l, tensor_of(NULL, t, P, c->num_attention_heads, c->num_attention_heads, 0, 0));
     m->delta = allocate_tensor(l, hidden);
     m->x_final = allocate_tensor(l, hidden);
     m->h = allocate_tensor(l, hidden);

@@ -8,7 +8,8 @@
  *   matmul     6 * weights of qkv, out, up, gate, down in every layer, and of the vocabulary projection
  *   attention  12 * H * d * visible (virtual query, virtual key) pairs per token
  *              times attention_cost()
- *   mixing     6 * d * P * H * (3 H + H) per IHA layer: alphas, and a full collapse (per head: 3 H + 1) */
+ *   mixing     6 * d * P * H * (3 H + H) per IHA layer: alphas, and a full collapse (per head: 3 H + 1); with alpha_on = qk
+ *              2 H and with v 1 H of alphas */
 struct flops {
     double matmul, attention, mixing;
 };
@@ -22,7 +23,8 @@ double flops_segments(const struct model_config *m, int64_t seq_len, const int32
 
 /* What attention over a pair costs, next to 12 * H * d: 1.5 in differential layers, whose values are twice as wide and
  * are weighted by both maps (the program computes their scores once for each half of the values, as counted here
- * once). */
+ * once), and 1 + H/d in those of talking heads, for their two mixings. In simplicial layers it is 1, for each of the
+ * triples of a query and two keys that attention_pairs() then counts. */
 double attention_cost(const struct model_config *m, enum layer_type type);
 
 /* Visible (query, key) pairs of one sequence in a layer: as the mask has them; and as the paper counts them,

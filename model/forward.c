@@ -45,7 +45,8 @@ static void attention_norm(struct model *m, int layer, tensor x, tensor delta) {
 
 void model_fold(const struct model *m, int layer, tensor weight, tensor bias) {
     const struct layer_params *p = params_of(m, layer);
-    tensor q = model_param(m, p->alpha_q), k = model_param(m, p->alpha_k), v = model_param(m, p->alpha_v);
+    tensor q = model_alpha(m, layer, p->alpha_q), k = model_alpha(m, layer, p->alpha_k),
+           v = model_alpha(m, layer, p->alpha_v);
     const int from[] = {p->qkv, p->qkv_bias};
     const tensor to[] = {qkv_by_heads(m, weight), qkv_by_heads(m, bias)};
     for (int i = 0; i < 2 && to[i].data; i++) {
@@ -63,7 +64,7 @@ static void fold(struct model *m, int layer) {
 static void project_qkv(struct model *m, int layer) {
     const struct layer_params *p = params_of(m, layer);
     struct layer_buffers *b = &m->layers[layer];
-    int64_t C = m->config.hidden_size, rows = config_qkv_rows(&m->config);
+    int64_t C = m->config.hidden_size, rows = m->specs[layer].qkv_heads * m->config.head_dim;
     fold(m, layer);
     if (m->specs[layer].folded)
         linear_of(m, b->y_attn, C, b->folded_weight, b->folded_bias, rows, b->qkv_raw);
@@ -84,15 +85,23 @@ static void mix_heads(struct model *m, int layer) {
     const struct layer_params *p = params_of(m, layer);
     struct layer_buffers *b = &m->layers[layer];
     if (m->specs[layer].mixes)
-        m->k->qkv_mix(m->dev, &m->specs[layer].qkv_mix, b->qkv, model_param(m, p->alpha_q),
-                      model_param(m, p->alpha_k), model_param(m, p->alpha_v), m->rope, m->positions, 0, b->q,
-                      b->k, b->v);
+        m->k->qkv_mix(m->dev, &m->specs[layer].qkv_mix, b->qkv, model_alpha(m, layer, p->alpha_q),
+                      model_alpha(m, layer, p->alpha_k), model_alpha(m, layer, p->alpha_v), m->rope,
+                      m->positions, 0, b->q, b->k, b->v);
 }
 
 static void attend(struct model *m, int layer) {
     struct layer_buffers *b = &m->layers[layer];
     if (m->specs[layer].diff)
         differential_attention(m, layer);
+    else if (m->specs[layer].talking)
+        m->k->talking(m->dev, &m->specs[layer].attention, b->q, b->k, b->v, m->segments,
+                      model_param(m, params_of(m, layer)->talk_logits),
+                      model_param(m, params_of(m, layer)->talk_weights), b->o_pseudo, b->attention_saved);
+    else if (m->specs[layer].simplicial)
+        m->k->simplicial(m->dev, &m->specs[layer].attention, b->q, b->k, b->v,
+                         qkv_part(&m->config, b->qkv, 3), qkv_part(&m->config, b->qkv, 4), m->segments,
+                         b->o_pseudo, b->attention_saved);
     else
         m->k->attention(m->dev, &m->specs[layer].attention, b->q, b->k, b->v, m->segments, b->o_pseudo,
                         b->attention_saved);

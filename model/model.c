@@ -199,6 +199,34 @@ static int check_libraries(struct model *m, struct error *e) {
     return status;
 }
 
+static int upload_identity(struct model *m, struct error *e) {
+    int64_t count = tensor_count(m->identity_alpha), H = m->config.num_attention_heads;
+    float *values = calloc((size_t)count, sizeof *values);
+    if (!values)
+        return fail_run(e, "out of memory for the identity of alphas");
+    for (int64_t i = 0; i < count; i++)
+        values[i] = i / H % H == i % H;
+    m->k->upload(m->dev, m->identity_alpha, values, DTYPE_F32);
+    free(values);
+    return 0;
+}
+
+/* t's matrices of the layer: [P,H,H], in folded layers [H,H]; absent in layers without alphas. */
+static tensor alpha_view(const struct model *m, int layer, tensor t) {
+    int64_t H = m->config.num_attention_heads;
+    if (m->specs[layer].folded)
+        return tensor_of(t.data, t.dtype, H, H, 0, 0, 0);
+    return m->specs[layer].iha ? t : tensor_none();
+}
+
+tensor model_alpha(const struct model *m, int layer, int index) {
+    return index >= 0 ? model_param(m, index) : alpha_view(m, layer, m->identity_alpha);
+}
+
+tensor model_alpha_gradient(const struct model *m, int layer, int index) {
+    return index >= 0 ? model_gradient(m, index) : alpha_view(m, layer, m->grad.dalpha_unused);
+}
+
 struct rope_spec model_rope(const struct model_config *c) {
     return (struct rope_spec){.theta = c->rope_theta,
                               .llama3 = c->rope_scaling == ROPE_SCALING_LLAMA3,
@@ -225,6 +253,10 @@ int model_create(struct model *m, const struct model_config *config, const struc
     struct rope_spec rope = model_rope(config);
     if (m->rope.data)
         k->rope_table(dev, &rope, m->rope);
+    if (m->identity_alpha.data && upload_identity(m, e) != 0) {
+        model_free(m);
+        return -1;
+    }
     return 0;
 }
 

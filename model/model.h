@@ -51,7 +51,7 @@ struct layer_buffers {
     /* [3*H*d,C] and [3*H*d] the weight and bias of qkv with their heads mixed, in folded layers */
     tensor folded_weight, folded_bias;
     tensor qkv_raw; /* [B,T,H+2G,d] before qk_norm; without one qkv itself */
-    tensor qkv;     /* [B,T,H+2G,d] */
+    tensor qkv;     /* [B,T,H+2G,d]; in simplicial layers [B,T,5H,d] */
     tensor q, k,
         v; /* [B,S,H,d], [B,S,G,d] attention's inputs; slices of qkv if nothing is mixed or rotated */
     tensor
@@ -75,12 +75,18 @@ struct layer_specs {
     bool normed; /* qk_norm runs */
     bool iha;    /* heads are mixed, and collapse runs */
     bool diff;   /* differential */
-    bool folded; /* heads are mixed in the weight of qkv */
-    bool mixes;  /* qkv_mix runs: IHA, or MHA with RoPE */
+    bool talking, simplicial;
+    int64_t qkv_heads; /* layer_qkv_heads() */
+    bool folded;       /* heads are mixed in the weight of qkv */
+    bool mixes;        /* qkv_mix runs: IHA, or MHA with RoPE */
     size_t attention_saved_bytes;
 };
 
 /* The attention that the layer's calls are planned for. */
+static inline enum op_kind attention_kind(const struct layer_specs *s) {
+    return s->talking ? OP_TALKING : s->simplicial ? OP_SIMPLICIAL : OP_ATTENTION;
+}
+
 static inline const struct attention_spec *planned_attention(const struct layer_specs *s) {
     return s->diff ? &s->pair_attention : &s->attention;
 }
@@ -89,8 +95,9 @@ static inline const struct attention_spec *planned_attention(const struct layer_
 struct gradient_buffers {
     tensor dx, dy;                       /* [N,C] of the residual stream, and of a norm's output */
     tensor dact, dgate;                  /* [N,F]; dact becomes the gradient of up, in place */
-    tensor d_o, dqkv;                    /* [B,T,H,d], [B,T,H+2G,d] */
+    tensor d_o, dqkv;                    /* [B,T,H,d], as the layer's qkv */
     tensor dfolded_weight, dfolded_bias; /* of a folded layer; the type of gradients of parameters */
+    tensor dalpha_unused;                /* [P,H,H] of alphas that are the identity */
     void *d_o_pseudo, *dq, *dk, *dv;     /* [B,S,H,d] or [B,S,G,d], S that of the layer */
     tensor dqkv_other;                   /* [B,T,3H,d] of a differential layer's second half of the values */
 };
@@ -137,6 +144,7 @@ struct model {
     tensor positions;       /* i32 [B,T]; absent: a token's index in its sequence */
     tensor correct;         /* i32 [B*T] of an evaluation: 1 where the target has the largest logit */
     int32_t *host_segments; /* [3,B,T] segments and positions, to be uploaded */
+    tensor identity_alpha;  /* [P,H,H] in place of alphas that the model lacks (alpha_on) */
     tensor rope;            /* [positions, 2, d/2] */
     tensor delta;           /* [N,C] what the attention or MLP half adds to the residual stream */
     tensor x_final, h;      /* [N,C] the last residual stream, and its norm */
@@ -181,6 +189,10 @@ struct rope_spec model_rope(const struct model_config *config);
 tensor model_param(const struct model *m, int index);
 tensor model_gradient(const struct model *m, int index);
 
+/* The same of an alpha of `layer`; where alpha_on leaves it out, the identity, and a gradient that is not used. */
+tensor model_alpha(const struct model *m, int layer, int index);
+tensor model_alpha_gradient(const struct model *m, int layer, int index);
+
 /* Called when backward has finished the gradients of a unit (params.h), from last to first. */
 typedef void gradients_ready(void *context, int unit);
 
@@ -216,7 +228,7 @@ static inline tensor qkv_rows(tensor qkv) {
     return tensor_of(qkv.data, qkv.dtype, qkv.shape[0] * qkv.shape[1], qkv.shape[2], qkv.shape[3], 0, 0);
 }
 
-/* q, k or v (0, 1, 2) of qkv [B,T,H+2G,d]. */
+/* q, k, v (0, 1, 2) of qkv [B,T,H+2G,d], or k', v' (3, 4) of a simplicial layer's, whose G is H. */
 static inline tensor qkv_part(const struct model_config *c, tensor qkv, int which) {
     int64_t H = c->num_attention_heads, G = config_kv_heads(c);
     return tensor_part(qkv, 2, which == 0 ? 0 : H + (which - 1) * G, which == 0 ? H : G);

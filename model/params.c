@@ -58,6 +58,9 @@ static int add_bias(struct builder *b, bool present, const char *name, int64_t s
 /* [P,H,H] of an IHA layer, [H,H] of a folded one, for H heads. */
 static int add_alpha(struct builder *b, const struct model_config *m, int layer, const char *name,
                      int64_t H) {
+    bool value = strstr(name, "alpha_v") != NULL;
+    if (m->alpha_on == (value ? ALPHA_ON_QK : ALPHA_ON_V))
+        return -1;
     if (layer_is_folded(m->layer_types[layer]))
         return add(b, name, H, H, 0, PARAM_MIX, INIT_ALPHA);
     return layer_is_iha(m->layer_types[layer])
@@ -76,6 +79,14 @@ static void add_diff(struct builder *b, const struct model_config *m, int layer,
         diff ? add(b, "attn.diff_norm.weight", 2 * m->head_dim, 0, 0, PARAM_VECTOR, INIT_ONES) : -1;
 }
 
+/* Of a layer with talking heads, which begin as the identity. */
+static void add_talking(struct builder *b, const struct model_config *m, int layer, struct layer_params *l) {
+    int64_t H = m->num_attention_heads;
+    bool talking = layer_is_talking(m->layer_types[layer]);
+    l->talk_logits = talking ? add(b, "attn.talk_logits", H, H, 0, PARAM_MIX, INIT_ALPHA) : -1;
+    l->talk_weights = talking ? add(b, "attn.talk_weights", H, H, 0, PARAM_MIX, INIT_ALPHA) : -1;
+}
+
 static void add_layer(struct builder *b, const struct model_config *m, int layer, struct layer_params *l) {
     int64_t C = m->hidden_size, F = m->intermediate_size, H = m->num_attention_heads, P = m->num_pseudo_heads;
     int64_t width = H * m->head_dim;
@@ -84,8 +95,10 @@ static void add_layer(struct builder *b, const struct model_config *m, int layer
     b->layer = layer;
     l->attn_norm = add(b, "attn_norm.weight", C, 0, 0, PARAM_VECTOR, INIT_ONES);
     l->attn_norm_bias = add_bias(b, norm_bias, "attn_norm.bias", C);
-    l->qkv = add(b, "attn.qkv.weight", config_qkv_rows(m), C, 0, PARAM_MATRIX, INIT_NORMAL);
-    l->qkv_bias = add_bias(b, config_qkv_bias(m), "attn.qkv.bias", config_qkv_rows(m));
+    l->qkv = add(b, "attn.qkv.weight", layer_qkv_heads(m, m->layer_types[layer]) * m->head_dim, C, 0,
+                 PARAM_MATRIX, INIT_NORMAL);
+    l->qkv_bias = add_bias(b, config_qkv_bias(m), "attn.qkv.bias",
+                           layer_qkv_heads(m, m->layer_types[layer]) * m->head_dim);
     bool qk_norm = m->qk_norm != QK_NORM_NONE;
     l->q_norm = qk_norm ? add(b, "attn.q_norm.weight", m->head_dim, 0, 0, PARAM_VECTOR, INIT_ONES) : -1;
     l->k_norm = qk_norm ? add(b, "attn.k_norm.weight", m->head_dim, 0, 0, PARAM_VECTOR, INIT_ONES) : -1;
@@ -94,6 +107,7 @@ static void add_layer(struct builder *b, const struct model_config *m, int layer
     l->alpha_v = add_alpha(b, m, layer, "attn.alpha_v", config_kv_heads(m));
     l->collapse = iha ? add(b, "attn.collapse", H, P, full ? H : 0, PARAM_MIX, INIT_COLLAPSE) : -1;
     add_diff(b, m, layer, l);
+    add_talking(b, m, layer, l);
     l->out = add(b, "attn.out.weight", C, width, 0, PARAM_MATRIX, INIT_NORMAL_OUTPUT);
     l->out_bias = add_bias(b, m->bias, "attn.out.bias", C);
     l->mlp_norm = add(b, "mlp_norm.weight", C, 0, 0, PARAM_VECTOR, INIT_ONES);

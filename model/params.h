@@ -44,7 +44,7 @@ struct layer_params {
     int attn_norm, attn_norm_bias, qkv, qkv_bias, q_norm, k_norm, alpha_q, alpha_k, alpha_v, collapse, out,
         out_bias;
     int lambda[4]; /* q1, k1, q2, k2 of a differential layer */
-    int diff_norm;
+    int diff_norm, talk_logits, talk_weights;
     int mlp_norm, mlp_norm_bias, up, up_bias, gate, down, down_bias;
 };
 

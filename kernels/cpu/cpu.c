@@ -42,6 +42,12 @@ static int cpu_plan(struct device *dev, const struct op_spec *spec, struct op_co
     case OP_ATTENTION:
         *cost = CPU(attention_plan)(dev, &spec->attention);
         break;
+    case OP_TALKING:
+        *cost = CPU(talking_plan)(dev, &spec->attention);
+        break;
+    case OP_SIMPLICIAL:
+        *cost = CPU(simplicial_plan)(dev, &spec->attention);
+        break;
     case OP_COLLAPSE:
         *cost = CPU(collapse_plan)(dev, &spec->collapse);
         break;

@@ -126,11 +126,20 @@ static inline int64_t columns_per_thread(const struct device *dev, int64_t colum
  * outside the mask's band are skipped. */
 extern int64_t CPU(attention_tiles_visited);
 
+/* Checks of attention's operands, whatever computes it. */
+void CPU(check_attention)(const char *op, const struct attention_spec *s, tensor q, tensor k, tensor v,
+                          tensor segments, tensor o);
+
+/* cache[b, (first + i) mod capacity] = x[b,i] for the spec.length tokens of x; capacity is cache.shape[1]. */
+void CPU(append_to_cache)(const struct attention_spec *s, tensor x, tensor cache, int64_t first);
+
 /* The memory of each operation, for plan(). */
 struct op_cost CPU(norm_plan)(const struct device *dev, const struct norm_spec *s);
 struct op_cost CPU(qk_norm_plan)(const struct device *dev, const struct qk_norm_spec *s);
 struct op_cost CPU(qkv_mix_plan)(const struct device *dev, const struct qkv_mix_spec *s);
 struct op_cost CPU(attention_plan)(const struct device *dev, const struct attention_spec *s);
+struct op_cost CPU(talking_plan)(const struct device *dev, const struct attention_spec *s);
+struct op_cost CPU(simplicial_plan)(const struct device *dev, const struct attention_spec *s);
 struct op_cost CPU(decode_plan)(const struct device *dev, const struct attention_spec *s);
 struct op_cost CPU(collapse_plan)(const struct device *dev, const struct collapse_spec *s);
 struct op_cost CPU(fold_plan)(const struct device *dev, const struct fold_spec *s);

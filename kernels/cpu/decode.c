@@ -51,7 +51,7 @@ static void attend_query(const struct attention_spec *s, const elem *q, tensor c
         o[c] /= total;
 }
 
-static void append_to_cache(const struct attention_spec *s, tensor x, tensor cache, int64_t first) {
+void CPU(append_to_cache)(const struct attention_spec *s, tensor x, tensor cache, int64_t first) {
     int64_t capacity = cache.shape[1];
     for (int64_t b = 0; b < s->batch; b++)
         for (int64_t i = 0; i < s->length; i++)
@@ -69,8 +69,8 @@ void CPU(attention_decode)(struct device *dev, const struct attention_spec *s, t
     check_elem("attention_decode", "o", o, B, n, H, d, 0);
     check_elem("attention_decode", "cache", cache_k, B, cache_k.shape[1], attention_kv_heads(s), d, 0);
     real *scratch = cpu_workspace(dev, CPU(decode_plan)(dev, s).workspace, "attention_decode");
-    append_to_cache(s, k, cache_k, first);
-    append_to_cache(s, v, cache_v, first);
+    CPU(append_to_cache)(s, k, cache_k, first);
+    CPU(append_to_cache)(s, v, cache_v, first);
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(dev->threads)
     for (int64_t bh = 0; bh < B * H; bh++)
         for (int64_t i = 0; i < n; i++) {

@@ -234,6 +234,9 @@ static int plan(struct device *dev, const struct op_spec *spec, struct op_cost *
         return cuda_qkv_mix_plan(dev, &spec->qkv_mix, cost, e);
     case OP_ATTENTION:
         return cuda_attention_plan(dev, &spec->attention, cost, e);
+    case OP_TALKING:
+    case OP_SIMPLICIAL:
+        return cuda_cpu_only_plan(spec->kind, e);
     case OP_COLLAPSE:
         return cuda_collapse_plan(dev, &spec->collapse, cost, e);
     case OP_CLASSIFIER:

@@ -161,6 +161,7 @@ void attention_plans_free(struct attention_plans *);
 const char *cuda_attention_backend(struct device *, const struct attention_spec *, size_t *deterministic);
 int cuda_orthogonalize_plan(struct device *, const struct orthogonalize_spec *, struct op_cost *,
                             struct error *);
+int cuda_cpu_only_plan(enum op_kind, struct error *);
 int cuda_diff_combine_plan(struct device *, const struct diff_combine_spec *, struct op_cost *,
                            struct error *);
 int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);

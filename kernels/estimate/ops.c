@@ -320,6 +320,24 @@ void estimate_add(struct device *dev, tensor x, tensor y) {
     count_pass(dev, ESTIMATE_ELEMENTWISE, 3 * (double)tensor_count(x) * element_bytes(dev));
 }
 
+/* ---- operations without CUDA kernels: estimate_plan refuses them ---- */
+
+void estimate_talking(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
+                      tensor segments, tensor logits, tensor weights, tensor o, void *saved) {}
+
+void estimate_talking_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k,
+                               tensor v, tensor segments, tensor logits, tensor weights, tensor d_o,
+                               const void *saved, tensor dq, tensor dk, tensor dv, tensor dlogits,
+                               tensor dweights, bool accumulate) {}
+
+void estimate_simplicial(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
+                         tensor k2, tensor v2, tensor segments, tensor o, void *saved) {}
+
+void estimate_simplicial_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k,
+                                  tensor v, tensor k2, tensor v2, tensor segments, tensor o, tensor d_o,
+                                  const void *saved, tensor dq, tensor dk, tensor dv, tensor dk2,
+                                  tensor dv2) {}
+
 /* ---- optimizer and step state ---- */
 
 void estimate_sumsq(struct device *dev, tensor g, struct step_state *state) {
@@ -389,6 +407,11 @@ void estimate_zero(struct device *dev, void *data, size_t bytes) {
  * results, an array that grows with the square of the length. */
 int estimate_plan(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e) {
     *cost = (struct op_cost){0, MATMUL_WORKSPACE};
+    if (spec->kind == OP_TALKING || spec->kind == OP_SIMPLICIAL)
+        return fail_user(e,
+                         "model.layer_pattern: %s layers are computed on CPUs only, so that there is nothing to "
+                         "estimate for GPUs; leave out --gpus, or use other layers",
+                         spec->kind == OP_TALKING ? "talking" : "simplicial");
     if (spec->kind == OP_NORM)
         cost->saved = (size_t)spec->norm.rows * 2 * sizeof(float);
     if (spec->kind == OP_ATTENTION) {

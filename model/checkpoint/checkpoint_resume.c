@@ -60,7 +60,8 @@ struct unrecorded_check {
 static void check_unrecorded(void *context, const char *key, const char *value) {
     struct unrecorded_check *u = context;
     char recorded[MAX_TEXT];
-    bool checked = strncmp(key, "data.", 5) == 0 || strncmp(key, "model.", 6) == 0 || strcmp(key, "train.optimizer") == 0;
+    bool checked = strncmp(key, "data.", 5) == 0 || strncmp(key, "model.", 6) == 0 ||
+                   strcmp(key, "train.optimizer") == 0;
     if (u->status != 0 || u->first->found || !checked || is_path(key) || config_may_change_on_resume(key))
         return;
     u->status = checkpoint_setting(u->dir, key, recorded, u->error);

@@ -20,6 +20,10 @@ const char *const config_layer_type_names[] = {[LAYER_MHA_GLOBAL] = "mha_global"
                                                [LAYER_FOLDED_LOCAL] = "folded_local",
                                                [LAYER_DIFF_GLOBAL] = "diff_global",
                                                [LAYER_DIFF_LOCAL] = "diff_local",
+                                               [LAYER_TALKING_GLOBAL] = "talking_global",
+                                               [LAYER_TALKING_LOCAL] = "talking_local",
+                                               [LAYER_SIMPLICIAL_GLOBAL] = "simplicial_global",
+                                               [LAYER_SIMPLICIAL_LOCAL] = "simplicial_local",
                                                NULL};
 const char *const recompute_names[] = {
     [RECOMPUTE_NONE] = "none", [RECOMPUTE_LIGHT] = "light", [RECOMPUTE_FULL] = "full", NULL};
@@ -94,8 +98,7 @@ const struct config_row config_rows[] = {
      .kind = KIND_PATTERN,
      .initial = "iha_local*4 mha_global",
      .help = "layer types, repeated up to num_hidden_layers:\n"
-             "mha_global|mha_local|iha_global|iha_local|folded_global|\nfolded_local|diff_global|diff_local, "
-             "each with\nan optional *N"},
+             "mha, iha, folded, diff, talking, simplicial, each with\n_global or _local and an optional *N"},
     {MODEL(local_window), INTEGER(1, TWO(40)), .initial = "512",
      .help = "keys per query in local layers other than iha_local,\nitself included"},
     {MODEL(num_pseudo_heads), INTEGER(1, 4096), .initial = "2", .help = "pseudo-heads per head (P)"},
@@ -108,6 +111,8 @@ const struct config_row config_rows[] = {
      .help = "position that RoPE rotates by"},
     {MODEL(iha_collapse), ENUM([COLLAPSE_FULL] = "full", [COLLAPSE_PER_HEAD] = "per_head"), .initial = "full",
      .help = "over all heads or within each head"},
+    {MODEL(alpha_on), ENUM([ALPHA_ON_QKV] = "qkv", [ALPHA_ON_QK] = "qk", [ALPHA_ON_V] = "v"),
+     .initial = "qkv", .help = "which of q, k, v are mixed"},
     {MODEL(init_alpha), ENUM([ALPHA_IDENTITY] = "identity", [ALPHA_NOISE] = "noise"), .initial = "identity",
      .help = "initial alpha"},
     {MODEL(init_collapse), ENUM([COLLAPSE_LAST] = "last", [COLLAPSE_MEAN] = "mean"), .initial = "last",
@@ -149,7 +154,8 @@ const struct config_row config_rows[] = {
      .help = "AdamW's decay rate of the second moment"},
     {TRAIN(eps), REAL(1e-30, 1), .initial = "1e-8", .help = "added to AdamW's denominator"},
     {TRAIN(grad_clip), REAL(0, 1e9), .initial = "1.0", .help = "largest gradient norm; 0: no clipping"},
-    {TRAIN(mix_lr_scale), REAL(0, 1e6), .initial = "1", .help = "factor on lr for alpha, collapse, lambda"},
+    {TRAIN(mix_lr_scale), REAL(0, 1e6), .initial = "1",
+     .help = "factor on lr for alpha, collapse, lambda, talk"},
     {TRAIN(seed), INTEGER(0, TWO(53)), .initial = "1",
      .help = "random seed of initialisation and data order"},
     {TRAIN(init_from), .kind = KIND_TEXT, .zero = "none", .initial = "none",

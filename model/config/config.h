@@ -17,6 +17,7 @@ enum position_embedding { POSITION_ROPE, POSITION_LEARNED, POSITION_NONE };
 enum rope_scaling { ROPE_SCALING_NONE, ROPE_SCALING_LLAMA3 };
 enum norm { NORM_RMSNORM, NORM_LAYERNORM };
 enum activation { ACTIVATION_GELU_TANH, ACTIVATION_RELU2, ACTIVATION_SWIGLU };
+/* In pairs: global, local. */
 enum layer_type {
     LAYER_MHA_GLOBAL,
     LAYER_MHA_LOCAL,
@@ -26,9 +27,14 @@ enum layer_type {
     LAYER_FOLDED_LOCAL,
     LAYER_DIFF_GLOBAL, /* differential: two attentions of half as many heads, subtracted */
     LAYER_DIFF_LOCAL,
+    LAYER_TALKING_GLOBAL, /* heads are mixed before the softmax and after it */
+    LAYER_TALKING_LOCAL,
+    LAYER_SIMPLICIAL_GLOBAL, /* attention to pairs of keys */
+    LAYER_SIMPLICIAL_LOCAL,
     LAYER_TYPES
 };
 enum qk_norm { QK_NORM_NONE, QK_NORM_RMSNORM };
+enum alpha_on { ALPHA_ON_QKV, ALPHA_ON_QK, ALPHA_ON_V };
 enum iha_mask { MASK_FLAT, MASK_TOKEN };
 enum iha_rope { IHA_ROPE_VIRTUAL, IHA_ROPE_TOKEN };
 enum iha_collapse { COLLAPSE_FULL, COLLAPSE_PER_HEAD };
@@ -78,6 +84,7 @@ struct model_config {
     enum iha_mask iha_mask;
     enum iha_rope iha_rope;
     enum iha_collapse iha_collapse;
+    enum alpha_on alpha_on;           /* which of q, k and v are mixed */
     enum init_alpha init_alpha;       /* init_* matter when a run is created, and are not part of */
     enum init_collapse init_collapse; /* what a checkpoint's config.json holds */
 };
@@ -236,10 +243,21 @@ static inline bool layer_is_iha(enum layer_type t) {
     return t == LAYER_IHA_GLOBAL || t == LAYER_IHA_LOCAL;
 }
 static inline bool layer_is_local(enum layer_type t) {
-    return t == LAYER_MHA_LOCAL || t == LAYER_IHA_LOCAL || t == LAYER_FOLDED_LOCAL || t == LAYER_DIFF_LOCAL;
+    return t % 2 == LAYER_MHA_LOCAL;
 }
 static inline bool layer_is_folded(enum layer_type t) {
     return t == LAYER_FOLDED_GLOBAL || t == LAYER_FOLDED_LOCAL;
+}
+static inline bool layer_is_talking(enum layer_type t) {
+    return t == LAYER_TALKING_GLOBAL || t == LAYER_TALKING_LOCAL;
+}
+static inline bool layer_is_simplicial(enum layer_type t) {
+    return t == LAYER_SIMPLICIAL_GLOBAL || t == LAYER_SIMPLICIAL_LOCAL;
+}
+/* Heads in qkv: H of q, G of k and of v, and in simplicial layers H of k' and of v'. */
+static inline int64_t layer_qkv_heads(const struct model_config *m, enum layer_type t) {
+    int64_t H = m->num_attention_heads;
+    return H + 2 * config_kv_heads(m) + (layer_is_simplicial(t) ? 2 * H : 0);
 }
 static inline bool layer_is_diff(enum layer_type t) {
     return t == LAYER_DIFF_GLOBAL || t == LAYER_DIFF_LOCAL;

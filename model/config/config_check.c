@@ -80,6 +80,9 @@ static int finish_heads(const struct draft *d) {
         return fail_at(d, model_row("num_key_value_heads"),
                        "num_key_value_heads = %" PRId64 " does not divide num_attention_heads = %" PRId64,
                        m->num_key_value_heads, m->num_attention_heads);
+    if (m->alpha_on != ALPHA_ON_QKV && m->num_key_value_heads != m->num_attention_heads)
+        return fail_at(d, model_row("alpha_on"),
+                       "alpha_on = qk and v need num_key_value_heads = num_attention_heads; make it qkv");
     for (int64_t layer = 0; layer < m->num_hidden_layers; layer++) {
         enum layer_type type = m->layer_types[layer];
         bool grouped = type == LAYER_MHA_GLOBAL || type == LAYER_MHA_LOCAL || layer_is_iha(type);
@@ -87,7 +90,7 @@ static int finish_heads(const struct draft *d) {
             return fail_at(d, model_row("num_key_value_heads"),
                            "layer %" PRId64 " is %s, which needs num_key_value_heads = num_attention_heads",
                            layer, layer_type_name(type));
-        if (layer_is_folded(type) && m->qk_norm != QK_NORM_NONE)
+        if ((layer_is_folded(type) || layer_is_simplicial(type)) && m->qk_norm != QK_NORM_NONE)
             return fail_at(d, model_row("qk_norm"), "layer %" PRId64 " is %s, which needs qk_norm = none",
                            layer, layer_type_name(type));
     }

@@ -137,7 +137,7 @@ static void compare_iha(struct pair *p, int layer) {
 
 static void compare_layer(struct pair *p, int layer) {
     enum layer_type then = p->then->layer_types[layer], now = p->now->layer_types[layer];
-    if (layer_is_diff(then) != layer_is_diff(now))
+    if (then / 2 != now / 2 && (then >= LAYER_DIFF_GLOBAL || now >= LAYER_DIFF_GLOBAL))
         add_reason(&p->misfits, layer, "it is %s and was %s, which has other parameters",
                    layer_type_name(now), layer_type_name(then));
     else if ((layer_is_iha(then) && !layer_is_iha(now)) || (layer_is_folded(then) && !layer_is_folded(now)))
@@ -168,6 +168,14 @@ static bool any_iha(const struct model_config *m) {
     return false;
 }
 
+/* Alphas in any layer. */
+static bool any_mixed(const struct model_config *m) {
+    for (int64_t layer = 0; layer < m->num_hidden_layers; layer++)
+        if (layer_is_folded(m->layer_types[layer]))
+            return true;
+    return any_iha(m);
+}
+
 enum meaning { MISFIT, CHANGE, NOTHING };
 
 /* What a key means that has another value. */
@@ -182,6 +190,8 @@ static enum meaning meaning_of(const char *name, const struct model_config *then
         return NOTHING;
     if (!strcmp(name, "num_pseudo_heads") || !strcmp(name, "iha_collapse"))
         return any_iha(then) ? MISFIT : NOTHING;
+    if (!strcmp(name, "alpha_on"))
+        return any_mixed(then) ? MISFIT : NOTHING;
     if (!strcmp(name, "max_position_embeddings"))
         return then->position_embedding == POSITION_LEARNED ? MISFIT : NOTHING;
     if (!strcmp(name, "rope_theta") || !strcmp(name, "rope_scaling"))

@@ -102,6 +102,12 @@ static int write_file(const struct attention_spec *a, const struct host_vectors 
 int attention_weights_write(struct model *m, const int32_t *tokens, int layer,
                             const struct token_texts *texts, const char *path, struct error *e) {
     struct host_vectors v = {0};
+    if (m->specs[layer].talking || m->specs[layer].simplicial)
+        return fail_user(
+            e,
+            "layer %d is %s, whose weights are not those of one softmax for each head and key; choose "
+            "another layer",
+            layer, layer_type_name(m->config.layer_types[layer]));
     model_forward_attention(m, (struct batch){.tokens = tokens, .targets = tokens}, layer);
     int status = download_vectors(m, layer, &v, e);
     if (status == 0)

@@ -13,6 +13,13 @@ static int64_t max_outputs(const struct model *m) {
     return 1;
 }
 
+static int64_t max_qkv_heads(const struct model *m) {
+    int64_t heads = 0;
+    for (int layer = 0; layer < m->config.num_hidden_layers; layer++)
+        heads = m->specs[layer].qkv_heads > heads ? m->specs[layer].qkv_heads : heads;
+    return heads;
+}
+
 /* The largest P of any layer. */
 static int64_t max_pseudo(const struct model *m) {
     int64_t P = 1;
@@ -60,13 +67,14 @@ static void assign_buffers(struct decoder *d, size_t norm_saved) {
     d->o_pseudo = assign(d, tensor_of(NULL, t, 1, n * outputs, H, dim, 0));
     for (size_t i = 0; i < 3; i++)
         *wides[i] = assign(d, wide);
-    d->qkv = assign(d, tensor_of(NULL, t, 1, n, H + 2 * G, dim, 0));
+    d->qkv = assign(d, tensor_of(NULL, t, 1, n, max_qkv_heads(d->m), dim, 0));
     d->o = assign(d, tensor_of(NULL, t, 1, n, H, dim, 0));
     d->logits = assign(d, tensor_of(NULL, t, 1, c->vocab_size, 0, 0, 0));
     d->norm_saved = assign(d, tensor_of(NULL, DTYPE_I32, (int64_t)(norm_saved + 3) / 4, 0, 0, 0, 0)).data;
     for (int layer = 0; layer < c->num_hidden_layers; layer++) {
-        d->cache_k[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), G, dim, 0));
-        d->cache_v[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), G, dim, 0));
+        int64_t heads = d->m->specs[layer].simplicial ? 2 * H : G; /* k and k', v and v' */
+        d->cache_k[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), heads, dim, 0));
+        d->cache_v[layer] = assign(d, tensor_of(NULL, t, 1, ring_length(d, layer), heads, dim, 0));
         bool folded = d->m->specs[layer].folded;
         d->folded_weight[layer] =
             folded ? assign(d, tensor_of(NULL, t, 3 * H * dim, C, 0, 0, 0)) : tensor_none();
@@ -116,12 +124,17 @@ static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) 
     const struct model_config *c = &d->m->config;
     struct layer_specs s = specs_for(d->m, layer, n);
     int64_t C = c->hidden_size, F = c->intermediate_size, width = c->num_attention_heads * c->head_dim;
-    struct op_spec ops[] = {{.kind = OP_LINEAR, .linear = {n, C, config_qkv_rows(c)}},
+    struct op_spec attend = {.kind = OP_DECODE, .attention = *planned_attention(&s)};
+    if (s.talking || s.simplicial)
+        attend.kind = attention_kind(&s);
+    if (s.simplicial)
+        attend.attention.length = ring_length(d, layer);
+    struct op_spec ops[] = {{.kind = OP_LINEAR, .linear = {n, C, s.qkv_heads * c->head_dim}},
                             {.kind = OP_LINEAR, .linear = {n, width, C}},
                             {.kind = OP_LINEAR, .linear = {n, C, F}},
                             {.kind = OP_LINEAR, .linear = {n, F, C}},
                             {.kind = OP_ACT, .act = act_of(d, n)},
-                            {.kind = OP_DECODE, .attention = *planned_attention(&s)},
+                            attend,
                             {.kind = OP_QKV_MIX, .qkv_mix = s.qkv_mix},
                             {.kind = OP_COLLAPSE, .collapse = s.collapse}};
     /* qkv_mix and collapse, the last two, only where the layer runs them. */
@@ -238,7 +251,7 @@ static void linear(struct decoder *d, int64_t n, tensor x, int64_t in, int weigh
 static void project_qkv(struct decoder *d, int layer, int64_t n) {
     const struct model_config *c = &d->m->config;
     const struct layer_params *p = &d->m->params.layers[layer];
-    int64_t C = c->hidden_size, rows = config_qkv_rows(c);
+    int64_t C = c->hidden_size, rows = d->m->specs[layer].qkv_heads * c->head_dim;
     if (d->m->specs[layer].folded)
         linear_of(d, n, d->y, C, d->folded_weight[layer], d->folded_bias[layer], rows, d->qkv);
     else
@@ -255,6 +268,13 @@ static void norm(struct decoder *d, int64_t n, tensor delta, int weight, int bia
         delta = with_shape(delta, n, C, 0, 0, 0);
     m->k->residual_norm(m->dev, &spec, x, delta, model_param(m, weight), model_param(m, bias), x, y,
                         d->norm_saved);
+}
+
+/* Of the heads of a cache the first or the second half. */
+static tensor half_of_heads(tensor t, int half) {
+    t.shape[2] /= 2;
+    t.data = (char *)t.data + (size_t)(half * t.shape[2] * t.stride[2]) * dtype_bytes(t.dtype);
+    return t;
 }
 
 /* As differential_attention() and differential_combine(), with the caches. Calls that share keys or values append the
@@ -281,15 +301,16 @@ static void attention(struct decoder *d, int layer, int64_t n) {
     const struct layer_params *p = &m->params.layers[layer];
     struct layer_specs s = specs_for(m, layer, n);
     int64_t H = s.qkv_mix.heads, G = mix_kv_heads(&s.qkv_mix), dim = s.qkv_mix.head_dim, P = s.qkv_mix.pseudo;
-    tensor qkv = with_shape(d->qkv, 1, n, H + 2 * G, dim, 0), o = with_shape(d->o, 1, n, H, dim, 0);
+    tensor qkv = with_shape(d->qkv, 1, n, s.qkv_heads, dim, 0), o = with_shape(d->o, 1, n, H, dim, 0);
     tensor q = with_shape(d->q, 1, n * P, H, dim, 0), key = with_shape(d->k, 1, n * P, G, dim, 0);
     tensor v = with_shape(d->v, 1, n * P, G, dim, 0), o_pseudo = with_shape(d->o_pseudo, 1, n * P, H, dim, 0);
     if (s.normed)
         k->qk_norm(m->dev, &s.qk_norm, qkv_rows(qkv), model_param(m, p->q_norm), model_param(m, p->k_norm),
                    qkv_rows(qkv));
     if (s.mixes)
-        k->qkv_mix(m->dev, &s.qkv_mix, qkv, model_param(m, p->alpha_q), model_param(m, p->alpha_k),
-                   model_param(m, p->alpha_v), d->rope, tensor_none(), d->position, q, key, v);
+        k->qkv_mix(m->dev, &s.qkv_mix, qkv, model_alpha(m, layer, p->alpha_q),
+                   model_alpha(m, layer, p->alpha_k), model_alpha(m, layer, p->alpha_v), d->rope,
+                   tensor_none(), d->position, q, key, v);
     else {
         q = qkv_part(&m->config, qkv, 0);
         key = qkv_part(&m->config, qkv, 1);
@@ -297,6 +318,19 @@ static void attention(struct decoder *d, int layer, int64_t n) {
     }
     if (s.diff) {
         attend_differential(d, layer, n, q, key, v, o);
+        return;
+    }
+    if (s.talking) {
+        k->talking_decode(m->dev, &s.attention, q, key, v, model_param(m, p->talk_logits),
+                          model_param(m, p->talk_weights), d->cache_k[layer], d->cache_v[layer], d->position,
+                          o);
+        return;
+    }
+    if (s.simplicial) {
+        k->simplicial_decode(m->dev, &s.attention, q, key, v, qkv_part(&m->config, qkv, 3),
+                             qkv_part(&m->config, qkv, 4), half_of_heads(d->cache_k[layer], 0),
+                             half_of_heads(d->cache_v[layer], 0), half_of_heads(d->cache_k[layer], 1),
+                             half_of_heads(d->cache_v[layer], 1), d->position, o);
         return;
     }
     if (!s.iha)

@@ -51,7 +51,7 @@ static void print_model(FILE *out, const struct model_config *m) {
 static void print_parameters(FILE *out, const struct params *p) {
     static const char *const names[] = {[PART_EMBEDDINGS] = "embeddings",
                                         [PART_ATTENTION] = "attention projections",
-                                        [PART_MIX] = "alpha, collapse, lambda",
+                                        [PART_MIX] = "alpha, collapse, lambda, talk",
                                         [PART_MLP] = "MLP",
                                         [PART_NORMS] = "norms",
                                         [PART_HEAD] = "lm_head"};
@@ -108,8 +108,12 @@ static void print_flops(FILE *out, const struct model_config *m, int64_t seq_len
             human(f.matmul, text), 100 * f.matmul / total);
     fprintf(out, "  %-12s %10s  %5.1f%%   12 x H x d x visible pairs, over layers\n", "attention",
             human(f.attention, text), 100 * f.attention / total);
-    fprintf(out, "  %-12s %10s  %5.1f%%   6 x d x P x (3 H^2 + %s) per IHA layer\n", "mixing",
-            human(f.mixing, text), 100 * f.mixing / total, m->iha_collapse == COLLAPSE_FULL ? "H^2" : "H");
+    fprintf(out, "  %-12s %10s  %5.1f%%   6 x d x P x (%s H^2 + %s) per IHA layer\n", "mixing",
+            human(f.mixing, text), 100 * f.mixing / total,
+            m->alpha_on == ALPHA_ON_QKV  ? "3"
+            : m->alpha_on == ALPHA_ON_QK ? "2"
+                                         : "1",
+            m->iha_collapse == COLLAPSE_FULL ? "H^2" : "H");
     if (segments)
         fprintf(out, "  attention is that of a sequence without segments; MFU counts the pairs that\n"
                      "  each step's segments leave visible\n");

@@ -44,6 +44,8 @@ struct op_case {
 #define LINEAR_CASE(...) .spec = {.kind = OP_LINEAR, .linear = {__VA_ARGS__}}
 #define MIX_CASE(...) .spec = {.kind = OP_QKV_MIX, .qkv_mix = {__VA_ARGS__}}
 #define ATTENTION_CASE(...) .spec = {.kind = OP_ATTENTION, .attention = {__VA_ARGS__}}
+#define TALKING_CASE(...) .spec = {.kind = OP_TALKING, .attention = {__VA_ARGS__}}
+#define SIMPLICIAL_CASE(...) .spec = {.kind = OP_SIMPLICIAL, .attention = {__VA_ARGS__}}
 #define COLLAPSE_CASE(...) .spec = {.kind = OP_COLLAPSE, .collapse = {__VA_ARGS__}}
 #define FOLD_CASE(...) .spec = {.kind = OP_FOLD, .fold = {__VA_ARGS__}}
 #define DIFF_CASE(...) .spec = {.kind = OP_DIFF_COMBINE, .diff_combine = {__VA_ARGS__}}
@@ -258,6 +260,17 @@ static const struct op_case OP_CASES[] = {
     {BENCH_GPU, ATTENTION_CASE(4, 4096, 16, 128, 1, true, false, 0, 0)},
     {BENCH_GPU, ATTENTION_CASE(2, 8192, 20, 128, 1, true, false, 0, 0)},
     {BENCH_GPU, ATTENTION_CASE(1, 32768, 20, 128, 1, true, false, 1024, 0)},
+
+    /* ---- talking and simplicial: as attention ---- */
+    {GRADIENT, TALKING_CASE(2, 7, 3, 4, 1, true, false, 0, 0.7), .vary = ACCUMULATE},
+    {GRADIENT, TALKING_CASE(1, 37, 2, 3, 1, true, false, 9, 0.7)}, /* more than a tile of queries, and of keys */
+    {GRADIENT, TALKING_CASE(1, 35, 2, 3, 1, false, false, 0, 0.7)},
+    {GRADIENT, TALKING_CASE(2, 9, 2, 4, 1, true, false, 4, 0.7, true), .segments = {3, 1}},
+    {GRADIENT, TALKING_CASE(2, 9, 1, 4, 1, false, false, 0, 0.7, true), .segments = {3, 1}},
+    {GRADIENT, SIMPLICIAL_CASE(2, 6, 2, 4, 1, true, false, 0, 0.7)},
+    {GRADIENT, SIMPLICIAL_CASE(1, 21, 1, 3, 1, true, false, 18, 0.7)}, /* more than a group of second keys */
+    {GRADIENT, SIMPLICIAL_CASE(1, 18, 1, 3, 1, false, false, 0, 0.7)},
+    {GRADIENT, SIMPLICIAL_CASE(2, 9, 2, 4, 1, true, false, 3, 0.7, true), .segments = {4, 1}},
 
     /* ---- mlp_act: type, rows, hidden ---- */
     ALL_ACTS(GRADIENT, 4, 21),

@@ -145,6 +145,29 @@ static inline void attention_operands(const struct op_case *c, struct op_operand
                                .id_type = ID_SEGMENT};
 }
 
+static inline void talking_operands(const struct op_case *c, struct op_operand *x) {
+    static const char *const names[] = {"logits", "weights", "dlogits", "dweights"};
+    const int64_t H = c->spec.attention.heads;
+    attention_operands(c, x);
+    for (int i = 0; i < 2; i++) {
+        x[9 + i] = (struct op_operand){names[i], BOTH_READ, SHAPE(H, H)};
+        x[11 + i] = (struct op_operand){names[2 + i], parameter_gradient(c), TYPE_GRADIENT, SHAPE(H, H),
+                                        .gradient_of = {10 + i}};
+    }
+}
+
+static inline void simplicial_operands(const struct op_case *c, struct op_operand *x) {
+    const struct attention_spec *s = &c->spec.attention;
+    attention_operands(c, x);
+    for (int i = 0; i < 2; i++) {
+        x[9 + i] = (struct op_operand){i ? "v2" : "k2", BOTH_READ,
+                                       SHAPE(s->batch, s->length, s->heads, s->head_dim)};
+        x[11 + i] = (struct op_operand){i ? "dv2" : "dk2", BACKWARD_WRITES,
+                                        SHAPE(s->batch, s->length, s->heads, s->head_dim),
+                                        .gradient_of = {10 + i}};
+    }
+}
+
 static inline void collapse_operands(const struct op_case *c, struct op_operand *x) {
     const struct collapse_spec *s = &c->spec.collapse;
     const int64_t B = s->batch, T = s->tokens, H = s->heads, d = s->head_dim, P = s->pseudo;
@@ -248,6 +271,8 @@ static inline void op_operands(const struct op_case *c, struct op_operand x[OP_O
                                                       [OP_LINEAR] = linear_operands,
                                                       [OP_QKV_MIX] = qkv_mix_operands,
                                                       [OP_ATTENTION] = attention_operands,
+                                                      [OP_TALKING] = talking_operands,
+                                                      [OP_SIMPLICIAL] = simplicial_operands,
                                                       [OP_COLLAPSE] = collapse_operands,
                                                       [OP_FOLD] = fold_operands,
                                                       [OP_DIFF_COMBINE] = diff_combine_operands,
@@ -262,7 +287,8 @@ static inline void op_operands(const struct op_case *c, struct op_operand x[OP_O
 /* The spec as it is planned. */
 static inline struct op_spec op_spec_of(const struct op_case *c) {
     struct op_spec spec = c->spec;
-    if (spec.kind == OP_ATTENTION && spec.attention.scale == 0)
+    if ((spec.kind == OP_ATTENTION || spec.kind == OP_TALKING || spec.kind == OP_SIMPLICIAL) &&
+        spec.attention.scale == 0)
         spec.attention.scale = 1 / sqrt((double)spec.attention.head_dim);
     return spec;
 }
@@ -314,6 +340,10 @@ static inline void op_forward(const struct kernels *k, struct device *dev, const
         return k->qkv_mix(dev, &s.qkv_mix, t[0], t[1], t[2], t[3], t[4], t[15], c->first, t[5], t[6], t[7]);
     case OP_ATTENTION:
         return k->attention(dev, &s.attention, t[0], t[1], t[2], t[8], t[3], saved);
+    case OP_TALKING:
+        return k->talking(dev, &s.attention, t[0], t[1], t[2], t[8], t[9], t[10], t[3], saved);
+    case OP_SIMPLICIAL:
+        return k->simplicial(dev, &s.attention, t[0], t[1], t[2], t[9], t[10], t[8], t[3], saved);
     case OP_COLLAPSE:
         return k->collapse(dev, &s.collapse, t[0], t[1], t[2]);
     case OP_QK_NORM:
@@ -349,6 +379,12 @@ static inline void op_backward(const struct kernels *k, struct device *dev, cons
     case OP_ATTENTION:
         return k->attention_backward(dev, &s.attention, t[0], t[1], t[2], t[8], t[3], t[4], saved, t[5], t[6],
                                      t[7]);
+    case OP_TALKING:
+        return k->talking_backward(dev, &s.attention, t[0], t[1], t[2], t[8], t[9], t[10], t[4], saved, t[5], t[6],
+                                   t[7], t[11], t[12], add);
+    case OP_SIMPLICIAL:
+        return k->simplicial_backward(dev, &s.attention, t[0], t[1], t[2], t[9], t[10], t[8], t[3], t[4], saved, t[5],
+                                      t[6], t[7], t[11], t[12]);
     case OP_COLLAPSE:
         return k->collapse_backward(dev, &s.collapse, t[3], t[0], t[1], t[4], t[5], add);
     case OP_QK_NORM:
@@ -373,7 +409,7 @@ enum { OP_TEXT = 256 };
 static inline const char *op_name(const struct op_case *c) {
     static const char *const names[] = {
         [OP_EMBED] = "embed",     [OP_NORM] = "residual_norm",        [OP_LINEAR] = "linear",
-        [OP_QKV_MIX] = "qkv_mix", [OP_ATTENTION] = "attention",       [OP_COLLAPSE] = "collapse",
+        [OP_QKV_MIX] = "qkv_mix", [OP_ATTENTION] = "attention", [OP_TALKING] = "talking", [OP_SIMPLICIAL] = "simplicial",       [OP_COLLAPSE] = "collapse",
         [OP_FOLD] = "fold",       [OP_DIFF_COMBINE] = "diff_combine", [OP_CLASSIFIER] = "classifier"};
     static const char *const acts[] = {"gelu_tanh", "relu2", "swiglu"};
     return c->spec.kind == OP_ACT ? acts[c->spec.act.type] : names[c->spec.kind];
@@ -400,6 +436,8 @@ static inline const char *op_sizes(const struct op_case *c, char text[OP_TEXT]) 
                  (int)s->qkv_mix.head_dim, (int)(s->qkv_mix.batch * s->qkv_mix.tokens));
         break;
     case OP_ATTENTION:
+    case OP_TALKING:
+    case OP_SIMPLICIAL:
         at = snprintf(text, OP_TEXT, "B=%d, S=%d, H=%d, d=%d, P=%d%s%s", (int)s->attention.batch,
                       (int)s->attention.length, (int)s->attention.heads, (int)s->attention.head_dim,
                       (int)s->attention.pseudo, s->attention.causal ? "" : ", not causal",

@@ -56,6 +56,10 @@ static inline void round_views(const tensor *views, int count) {
 #define BF16_fold_backward NOTHING
 #define BF16_diff_combine out
 #define BF16_diff_combine_backward d_o
+#define BF16_talking o
+#define BF16_talking_backward dq, dk, dv
+#define BF16_simplicial o
+#define BF16_simplicial_backward dq, dk, dv, dk2, dv2
 #define BF16_add x
 #define BF16_mlp_act out
 #define BF16_mlp_act_backward du, dgate

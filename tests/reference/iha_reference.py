@@ -15,7 +15,8 @@ import math
 import numpy as np
 
 LAYER_TYPES = ("mha_global", "mha_local", "iha_global", "iha_local", "folded_global", "folded_local",
-               "diff_global", "diff_local")
+               "diff_global", "diff_local", "talking_global", "talking_local",
+               "simplicial_global", "simplicial_local")
 
 # Every [model] key as config.json has it: layer_types for layer_pattern, no init_*.
 CONFIG_KEYS = (
@@ -23,7 +24,7 @@ CONFIG_KEYS = (
     "head_dim", "intermediate_size", "max_position_embeddings", "position_embedding", "rope_theta", "rope_scaling", "rope_factor",
     "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_positions", "norm", "norm_eps", "qk_norm",
     "activation", "bias", "qkv_bias", "tie_word_embeddings", "causal", "layer_types", "local_window", "num_pseudo_heads",
-    "iha_window", "iha_mask", "iha_rope", "iha_collapse")
+    "iha_window", "iha_mask", "iha_rope", "iha_collapse", "alpha_on")
 
 
 def kv_heads(config):
@@ -54,17 +55,20 @@ def expected_shapes(config):
     for n, kind in enumerate(config["layer_types"]):
         layer = f"layers.{n}."
         norm(layer + "attn_norm")
-        linear(layer + "attn.qkv", (H + 2 * G) * d, C, config["bias"] or config.get("qkv_bias", False))
+        extra = 2 * H if kind.startswith("simplicial") else 0
+        linear(layer + "attn.qkv", (H + 2 * G + extra) * d, C, config["bias"] or config.get("qkv_bias", False))
         if config.get("qk_norm", "none") != "none":
             for which in "qk":
                 shapes[f"{layer}attn.{which}_norm.weight"] = (d,)
         if kind.startswith("iha"):
-            for which in "qkv":
+            for which in config.get("alpha_on", "qkv"):
                 shapes[f"{layer}attn.alpha_{which}"] = (P, H, H) if which == "q" else (P, G, G)
             shapes[layer + "attn.collapse"] = (H, P, H) if config["iha_collapse"] == "full" else (H, P)
         if kind.startswith("folded"):
-            for which in "qkv":
+            for which in config.get("alpha_on", "qkv"):
                 shapes[f"{layer}attn.alpha_{which}"] = (H, H)
+        if kind.startswith("talking"):
+            shapes[layer + "attn.talk_logits"] = shapes[layer + "attn.talk_weights"] = (H, H)
         if kind.startswith("diff"):
             for which in ("q1", "k1", "q2", "k2"):
                 shapes[f"{layer}attn.lambda_{which}"] = (d,)
@@ -175,6 +179,24 @@ def attend_differential(xp, config, layer, params, name, q, k, v, see):
     return ((1.0 - initial) * o * params[name + ".diff_norm.weight"]).reshape(B, T, H, d)
 
 
+def attend_talking(xp, params, name, q, k, v, see):
+    """Shazeer et al. 2020: logits of the heads are mixed before mask and softmax, weights after."""
+    scores = xp.einsum("bshd,bzhd->bhsz", q, k) / math.sqrt(q.shape[-1])
+    scores = xp.einsum("hk,bksz->bhsz", params[name + ".talk_logits"], scores)
+    weights = softmax(xp, xp.where(see[..., None, :, :], scores, -math.inf))
+    weights = xp.einsum("hk,bksz->bhsz", params[name + ".talk_weights"], weights)
+    return xp.einsum("bhsz,bzhd->bshd", weights, v)
+
+
+def attend_simplicial(xp, q, k, v, k2, v2, see):
+    """2-simplicial attention, arXiv 2507.02754: one softmax over all pairs of visible keys, in [B,H,S,S,S]."""
+    B, S, H, d = q.shape
+    scores = xp.einsum("bshd,bjhd,bkhd->bhsjk", q, k, k2) / math.sqrt(d)
+    both = (see[..., :, :, None] & see[..., :, None, :])[..., None, :, :, :]
+    weights = softmax(xp, xp.where(both, scores, -math.inf).reshape(B, H, S, S * S)).reshape(B, H, S, S, S)
+    return xp.einsum("bhsjk,bjhd,bkhd->bshd", weights, v, v2)
+
+
 def attention(xp, config, kind, params, name, x, segments=None, restart=True):
     """Steps 1 to 7 for x [B,T,C], with qk_norm RMSNorm of each head of q and k between steps 1 and 2; an MHA layer is steps 1, 4, 5, 7 with P = 1; a folded one also mixes heads, step 2."""
     B, T, _ = x.shape
@@ -182,29 +204,38 @@ def attention(xp, config, kind, params, name, x, segments=None, restart=True):
     iha = kind.startswith("iha")
     P = config["num_pseudo_heads"] if iha else 1
 
+    def alpha(which, shape):
+        """The identity for every p where alpha_on leaves it out."""
+        key = f"{name}.alpha_{which}"
+        return params[key] if key in params else xp.broadcast_to(xp.eye(shape[-1], dtype=x.dtype), shape)
+
     # 1. q [B,T,H,d], k, v [B,T,G,d]: rows of W_qkv are q, then k, then v, each head-major
-    qkv = linear(xp, params, name + ".qkv", x).reshape(B, T, H + 2 * G, d)
-    q, k, v = qkv[:, :, :H], qkv[:, :, H:H + G], qkv[:, :, H + G:]
+    qkv = linear(xp, params, name + ".qkv", x).reshape(B, T, -1, d)
+    q, k, v = qkv[:, :, :H], qkv[:, :, H:H + G], qkv[:, :, H + G:H + 2 * G]
     if config.get("qk_norm", "none") != "none":
         q, k = (rms_norm(xp, config, y, params[f"{name}.{which}_norm.weight"]) for which, y in (("q", q), ("k", k)))
     if iha:
         # 2. q~[b,t,p,h,:] = sum_m alpha_q[p,h,m] q[b,t,m,:], and so for k, v, among their own heads
-        q, k, v = (xp.einsum("phm,btmd->btphd", params[f"{name}.alpha_{which}"], y)
+        q, k, v = (xp.einsum("phm,btmd->btphd", alpha(which, (P, y.shape[2], y.shape[2])), y)
                    for which, y in (("q", q), ("k", k), ("v", v)))
         # 3. virtual token s = t*P + p
         q, k, v = (y.reshape(B, T * P, -1, d) for y in (q, k, v))
     if kind.startswith("folded"):
         # 2. with P = 1, applied to the heads here, where the C code applies it to the weight
-        q, k, v = (xp.einsum("hm,btmd->bthd", params[f"{name}.alpha_{which}"], y)
+        q, k, v = (xp.einsum("hm,btmd->bthd", alpha(which, (H, H)), y)
                    for which, y in (("q", q), ("k", k), ("v", v)))
-    if config["position_embedding"] == "rope":
+    if config["position_embedding"] == "rope" and not kind.startswith("simplicial"):
         # 4. at the virtual position s, or at the token's own, s // P
         position = np.repeat(positions(T, segments, restart), P, axis=-1)
         if iha and config["iha_rope"] == "virtual":
             position = position * P + np.arange(T * P) % P
         q, k = rope(xp, config, q, position), rope(xp, config, k, position)
     see = visible(config, kind, T, P, segments)
-    if kind.startswith("diff"):
+    if kind.startswith("talking"):
+        o = attend_talking(xp, params, name, q, k, v, see)
+    elif kind.startswith("simplicial"):
+        o = attend_simplicial(xp, q, k, v, qkv[:, :, 3 * H:4 * H], qkv[:, :, 4 * H:], see)
+    elif kind.startswith("diff"):
         o = attend_differential(xp, config, int(name.split(".")[1]), params, name, q, k, v, see)
     else:
         o = attend(xp, q, k, v, see)                                               # 5.

@@ -44,7 +44,7 @@ def case(C, H, d, F, V, B, T, layers, **options):
         rope_original_positions=8192, norm="rmsnorm", norm_eps=1e-5, qk_norm="none", activation="gelu_tanh", bias=False,
         qkv_bias=False, tie_word_embeddings=True, causal=True,
         layer_types=layers.split(), local_window=512, num_pseudo_heads=2, iha_window=None, iha_mask="flat",
-        iha_rope="virtual", iha_collapse="full")
+        iha_rope="virtual", iha_collapse="full", alpha_on="qkv")
     ignored, lengths = options.pop("ignored", False), options.pop("segments", None)
     restart = options.pop("restart", True)
     segments = None
@@ -129,6 +129,15 @@ CASES = {
     "diff_segments": case(16, 2, 8, 24, 31, 2, 12, "diff_global iha_local", norm_eps=1e-2,
                           segments=((5, 7), (3, 3, 6)), activation="swiglu"),
     "diff_bidirectional": case(16, 4, 4, 32, 30, 2, 10, "diff_global", causal=False, position_embedding="none"),
+    # heads that talk: RoPE, windows, segments, bias
+    "talking": case(20, 3, 6, 24, 31, 2, 13, "talking_local talking_global", local_window=5, rope_theta=100.0,
+                    segments=((13,), (4, 9))),
+    # pairs of keys: windows, not RoPE, segments, bias
+    "simplicial": case(16, 2, 5, 24, 31, 2, 9, "simplicial_local simplicial_global mha_global", local_window=4,
+                       bias=True, position_embedding="learned", segments=((9,), (3, 6))),
+    # alphas of two of q, k and v, or of one
+    "alpha_on_qk": case(16, 2, 8, 24, 31, 2, 9, "iha_local folded_global", iha_window=7, alpha_on="qk"),
+    "alpha_on_v": case(16, 2, 8, 24, 31, 2, 9, "iha_global folded_global", num_pseudo_heads=3, alpha_on="v"),
     # segments: of one token, of the whole sequence; every kind of position, restarted or not; labels that do not count
     "segments_mha_learned": case(24, 3, 8, 40, 37, 2, 13, "mha_global mha_local", position_embedding="learned",
                                  local_window=4, norm="layernorm", bias=True, segments=((5, 1, 7), (13,))),
@@ -165,6 +174,8 @@ def random_params(config, rng):
             x /= np.sqrt(shape[-1])
         elif "lambda" in name:
             x *= 0.5 / np.sqrt(shape[0])
+        elif "talk" in name:
+            x = 0.5 * np.eye(H) + x / np.sqrt(H)
         elif "collapse" in name:
             x /= np.sqrt(P * H if len(shape) == 3 else P)
         elif "embed" in name:
@@ -194,20 +205,23 @@ def relabel(config, tensors, order):
     Exact in real numbers; in float32 every sum is taken in another order.
     """
     H, G, d = config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]
-    axes = {"lambda_q1": "d", "lambda_k1": "d", "lambda_q2": "d", "lambda_k2": "d", "diff_norm": "d", "q_norm": "d",
+    axes = {"lambda_q1": "d", "lambda_k1": "d", "lambda_q2": "d", "lambda_k2": "d", "diff_norm": "d", "talk_logits": "HH", "talk_weights": "HH", "q_norm": "d",
             "k_norm": "d", "embed": "VC", "pos_embed": "TC", "lm_head": "VC", "qkv": "QC", "out": "CO", "up": "FC",
             "gate": "FC", "down": "CF", "alpha_q": "PHH", "alpha_k": "PGG", "alpha_v": "PGG",
             "collapse": "HPH" if config["iha_collapse"] == "full" else "HP"}
-    rows = np.arange((H + 2 * G) * d).reshape(H + 2 * G, d)
-    heads = np.concatenate([order["H"], H + order["G"], H + G + order["G"]])
-    order = order | {"Q": rows[heads].ravel(), "O": rows[order["H"]].ravel()}
+    rows = np.arange(5 * H * d).reshape(5 * H, d)
+    heads = np.concatenate([order["H"], H + order["G"], H + G + order["G"],
+                            3 * H + order["H"], 4 * H + order["H"]])   # the last two in simplicial layers
+    order = order | {"O": rows[order["H"]].ravel()}
     out = {}
     for name, x in tensors.items():
         parts = name.split(".")
         module = parts[-2] if parts[-1] in ("weight", "bias") else parts[-1]
         labels = "HH" if module.startswith("alpha") and x.ndim == 2 else axes.get(module, "C")
         for axis, label in enumerate(labels[:x.ndim]):                     # a bias has the rows' axis; a norm is [C]
-            if label in order:
+            if label == "Q":                                               # with heads of k', v' or without
+                x = np.take(x, rows[heads[:x.shape[axis] // d]].ravel(), axis=axis)
+            elif label in order:
                 x = np.take(x, order[label], axis=axis)
         out[name] = x
     return out

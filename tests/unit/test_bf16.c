@@ -58,6 +58,8 @@ static void attention(void **state) {
     (void)state;
     uint64_t number = 0;
     assert_true(op_cases_run(OP_ATTENTION, GRADIENT, check_attention_case, &number) > 0);
+    assert_true(op_cases_run(OP_TALKING, GRADIENT, check_attention_case, &number) > 0);
+    assert_true(op_cases_run(OP_SIMPLICIAL, GRADIENT, check_attention_case, &number) > 0);
 }
 
 /* Passes over a ring of keys that wraps. */

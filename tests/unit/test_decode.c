@@ -146,6 +146,18 @@ static void differential_layers(void **state) {
     }
 }
 
+/* Layer types that differ from MHA in attention alone, in one model. */
+static void talking_and_simplicial_layers(void **state) {
+    (void)state;
+    struct model_config c = base_config();
+    c.layer_types[0] = LAYER_TALKING_LOCAL;
+    c.layer_types[1] = LAYER_TALKING_GLOBAL;
+    c.layer_types[2] = LAYER_SIMPLICIAL_LOCAL;
+    c.layer_types[3] = LAYER_SIMPLICIAL_GLOBAL;
+    c.alpha_on = ALPHA_ON_V; /* of the folded layers after these */
+    check_config(&c);
+}
+
 static const struct {
     enum position_embedding position;
     enum iha_rope rope;
@@ -528,6 +540,7 @@ int main(void) {
         cmocka_unit_test(test_conversation),
         cmocka_unit_test(logits_equal_the_full_pass),
         cmocka_unit_test(differential_layers),
+        cmocka_unit_test(talking_and_simplicial_layers),
         cmocka_unit_test(decoding_does_not_change_the_model),
         cmocka_unit_test(greedy_equals_recomputing_the_prefix),
         cmocka_unit_test(sampling_is_a_function_of_the_seed),

@@ -310,6 +310,17 @@ static void a_folded_model_with_the_identity_equals_its_mha_model(void **state) 
                      model_loss(LAYER_FOLDED_LOCAL, POSITION_ROPE)) < EXACT);
 }
 
+static void talking_heads_with_the_identity_equal_mha(void **state) {
+    (void)state;
+    enum position_embedding positions[] = {POSITION_NONE, POSITION_ROPE};
+    for (int i = 0; i < 2; i++) {
+        assert_true(fabs(model_loss(LAYER_MHA_GLOBAL, positions[i]) -
+                         model_loss(LAYER_TALKING_GLOBAL, positions[i])) < EXACT);
+        assert_true(fabs(model_loss(LAYER_MHA_LOCAL, positions[i]) -
+                         model_loss(LAYER_TALKING_LOCAL, positions[i])) < EXACT);
+    }
+}
+
 /* out [wide]: attention of query s over keys [0, s], of one head whose vectors are `step` apart. */
 static void plain_attention(const double *q, const double *k, const double *v, int64_t step, int64_t s,
                             int64_t d, int64_t wide, double *out) {
@@ -370,6 +381,7 @@ static void a_differential_layer_without_lambda_equals_attention_of_half_the_hea
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(talking_heads_with_the_identity_equal_mha),
         cmocka_unit_test(with_the_flat_mask_only_collapse_last_equals_mha),
         cmocka_unit_test(with_the_token_mask_every_collapse_equals_mha),
         cmocka_unit_test(token_rope_equals_mha_and_virtual_rope_does_not),

@@ -106,6 +106,15 @@ CASE(diff_bias, 2, 4, RECOMPUTE_NONE, c.layer_types[1] = LAYER_DIFF_GLOBAL; c.nu
 CASE(diff_light, 1, 6, RECOMPUTE_LIGHT, c.layer_types[1] = LAYER_DIFF_GLOBAL)
 CASE(diff_full, 1, 6, RECOMPUTE_FULL, c.layer_types[0] = LAYER_DIFF_LOCAL;
      c.layer_types[1] = LAYER_DIFF_GLOBAL; c.position_embedding = POSITION_NONE)
+CASE(talking_rope, 2, 5, RECOMPUTE_NONE, c.layer_types[0] = LAYER_TALKING_LOCAL;
+     c.layer_types[1] = LAYER_TALKING_GLOBAL)
+CASE(talking_full, 1, 5, RECOMPUTE_FULL, c.layer_types[0] = LAYER_TALKING_GLOBAL;
+     c.position_embedding = POSITION_NONE)
+CASE(simplicial_bias, 2, 5, RECOMPUTE_NONE, c.layer_types[0] = LAYER_SIMPLICIAL_LOCAL;
+     c.layer_types[1] = LAYER_SIMPLICIAL_GLOBAL; c.bias = true; c.position_embedding = POSITION_LEARNED)
+CASE(simplicial_light, 1, 5, RECOMPUTE_LIGHT, c.layer_types[0] = LAYER_SIMPLICIAL_GLOBAL)
+CASE(alpha_on_qk, 1, 5, RECOMPUTE_NONE, c.alpha_on = ALPHA_ON_QK; c.layer_types[1] = LAYER_FOLDED_GLOBAL)
+CASE(alpha_on_v, 1, 5, RECOMPUTE_LIGHT, c.alpha_on = ALPHA_ON_V; c.layer_types[1] = LAYER_FOLDED_GLOBAL)
 
 int main(void) {
     const struct CMUnitTest tests[] = {
@@ -144,6 +153,12 @@ int main(void) {
         cmocka_unit_test(diff_bias),
         cmocka_unit_test(diff_light),
         cmocka_unit_test(diff_full),
+        cmocka_unit_test(talking_rope),
+        cmocka_unit_test(talking_full),
+        cmocka_unit_test(simplicial_bias),
+        cmocka_unit_test(simplicial_light),
+        cmocka_unit_test(alpha_on_qk),
+        cmocka_unit_test(alpha_on_v),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -121,17 +121,24 @@ static void gradients(void **state) {
 }
 
 int main(void) {
-    static enum op_kind kinds[] = {OP_EMBED,     OP_NORM,         OP_LINEAR, OP_QKV_MIX,
-                                   OP_ATTENTION, OP_COLLAPSE,     OP_ACT,    OP_CLASSIFIER,
-                                   OP_FOLD,      OP_DIFF_COMBINE, OP_QK_NORM};
+    static enum op_kind kinds[] = {OP_EMBED,    OP_NORM,    OP_LINEAR,     OP_QKV_MIX, OP_ATTENTION,
+                                   OP_COLLAPSE, OP_ACT,     OP_CLASSIFIER, OP_FOLD,    OP_DIFF_COMBINE,
+                                   OP_QK_NORM,  OP_TALKING, OP_SIMPLICIAL};
     K = kernels_cpu();
     const struct CMUnitTest tests[] = {
-        {"embed", gradients, NULL, NULL, &kinds[0]},     {"residual_norm", gradients, NULL, NULL, &kinds[1]},
-        {"linear", gradients, NULL, NULL, &kinds[2]},    {"qkv_mix", gradients, NULL, NULL, &kinds[3]},
-        {"attention", gradients, NULL, NULL, &kinds[4]}, {"collapse", gradients, NULL, NULL, &kinds[5]},
-        {"mlp_act", gradients, NULL, NULL, &kinds[6]},   {"classifier", gradients, NULL, NULL, &kinds[7]},
-        {"fold", gradients, NULL, NULL, &kinds[8]},      {"diff_combine", gradients, NULL, NULL, &kinds[9]},
+        {"embed", gradients, NULL, NULL, &kinds[0]},
+        {"residual_norm", gradients, NULL, NULL, &kinds[1]},
+        {"linear", gradients, NULL, NULL, &kinds[2]},
+        {"qkv_mix", gradients, NULL, NULL, &kinds[3]},
+        {"attention", gradients, NULL, NULL, &kinds[4]},
+        {"collapse", gradients, NULL, NULL, &kinds[5]},
+        {"mlp_act", gradients, NULL, NULL, &kinds[6]},
+        {"classifier", gradients, NULL, NULL, &kinds[7]},
+        {"fold", gradients, NULL, NULL, &kinds[8]},
+        {"diff_combine", gradients, NULL, NULL, &kinds[9]},
         {"qk_norm", gradients, NULL, NULL, &kinds[10]},
+        {"talking", gradients, NULL, NULL, &kinds[11]},
+        {"simplicial", gradients, NULL, NULL, &kinds[12]},
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 LAYER_TYPES = (
     "mha_global", "mha_local", "iha_global", "iha_local", "folded_global", "folded_local", "diff_global", "diff_local",
+    "talking_global", "talking_local", "simplicial_global", "simplicial_local",
 )
 CHOICES = {
     "position_embedding": ("rope", "learned", "none"),
@@ -18,6 +19,7 @@ CHOICES = {
     "iha_mask": ("flat", "token"),
     "iha_rope": ("virtual", "token"),
     "iha_collapse": ("full", "per_head"),
+    "alpha_on": ("qkv", "qk", "v"),
 }
 
 
@@ -60,6 +62,7 @@ class IhaConfig(PreTrainedConfig):
         iha_mask="flat",
         iha_rope="virtual",
         iha_collapse="full",
+        alpha_on="qkv",
         use_cache=True,
         bos_token_id=None,
         eos_token_id=None,
@@ -97,6 +100,7 @@ class IhaConfig(PreTrainedConfig):
         self.iha_mask = iha_mask
         self.iha_rope = iha_rope
         self.iha_collapse = iha_collapse
+        self.alpha_on = alpha_on
         self.use_cache = use_cache and causal
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id

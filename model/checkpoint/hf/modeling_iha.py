@@ -120,19 +120,21 @@ class IhaAttention(nn.Module):
         self.is_causal = config.causal
         H, G, d, P = config.num_attention_heads, config.num_key_value_heads, config.head_dim, self.pseudo
         self.num_key_value_groups = H // G
-        self.qkv = nn.Linear(config.hidden_size, (H + 2 * G) * d, bias=config.bias or config.qkv_bias)
+        self.extra = 2 * H if self.kind.startswith("simplicial") else 0  # heads of k' and v'
+        self.qkv = nn.Linear(config.hidden_size, (H + 2 * G + self.extra) * d, bias=config.bias or config.qkv_bias)
         if config.qk_norm == "rmsnorm":
             self.q_norm = IhaRMSNorm(d, config.norm_eps)
             self.k_norm = IhaRMSNorm(d, config.norm_eps)
         if self.kind.startswith("folded"):
-            self.alpha_q = nn.Parameter(torch.empty(H, H))
-            self.alpha_k = nn.Parameter(torch.empty(H, H))
-            self.alpha_v = nn.Parameter(torch.empty(H, H))
+            for which in config.alpha_on:
+                setattr(self, f"alpha_{which}", nn.Parameter(torch.empty(H, H)))
         elif self.kind.startswith("iha"):
-            self.alpha_q = nn.Parameter(torch.empty(P, H, H))
-            self.alpha_k = nn.Parameter(torch.empty(P, G, G))
-            self.alpha_v = nn.Parameter(torch.empty(P, G, G))
+            for which in config.alpha_on:
+                size = H if which == "q" else G
+                setattr(self, f"alpha_{which}", nn.Parameter(torch.empty(P, size, size)))
             self.collapse = nn.Parameter(torch.empty((H, P, H) if config.iha_collapse == "full" else (H, P)))
+        elif self.kind.startswith("talking"):
+            self.talk_logits, self.talk_weights = nn.Parameter(torch.empty(H, H)), nn.Parameter(torch.empty(H, H))
         elif self.kind.startswith("diff"):
             self.lambda_q1, self.lambda_k1 = nn.Parameter(torch.empty(d)), nn.Parameter(torch.empty(d))
             self.lambda_q2, self.lambda_k2 = nn.Parameter(torch.empty(d)), nn.Parameter(torch.empty(d))
@@ -143,18 +145,36 @@ class IhaAttention(nn.Module):
 
     def pseudo_heads(self, x, alpha):
         """[B,T,H,d] -> [B,H,S,d]: sum_m alpha[p,h,m] x[b,t,m], interleaved as virtual token t*P + p."""
-        if alpha is None:
-            return x.transpose(1, 2)
+        if alpha is None:  # the identity for every p, or nothing is mixed
+            return x.transpose(1, 2).repeat_interleave(self.pseudo, dim=2)
         if alpha.ndim == 2:  # of a folded layer, where train_iha applies it to the weight of qkv
             return torch.einsum("hm,btmd->bhtd", alpha, x)
         return torch.einsum("phm,btmd->bhtpd", alpha, x).flatten(2, 3)
 
     def update_cache(self, cache, key, value):
         """What the cache returns, as virtual tokens again."""
-        B, H, S, d = key.shape
+        B, H, S, d = key.shape  # d of a simplicial layer: 2d
         tokens = (B, H, S // self.pseudo, self.pseudo * d)
         key, value = cache.update(key.reshape(tokens), value.reshape(tokens), self.layer_idx)
         return key.reshape(B, H, -1, d), value.reshape(B, H, -1, d)
+
+    def attend_talking(self, query, key, value, mask, scaling=None, **kwargs):
+        """Heads are mixed before mask and softmax, and after."""
+        scores = torch.einsum("hk,bkst->bhst", self.talk_logits, query @ key.transpose(2, 3) * scaling)
+        scores = scores.masked_fill(~mask, float("-inf"))
+        weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+        weights = torch.einsum("hk,bkst->bhst", self.talk_weights, weights)
+        return (weights @ value).transpose(1, 2).contiguous(), weights
+
+    def attend_simplicial(self, query, key, value, mask, scaling=None, **kwargs):
+        """One softmax over the pairs of keys that a query sees; keys are k and k' side by side, values v and v'. The
+        weights are those of each first key, summed over the second."""
+        (first, second), (v, w) = key.chunk(2, dim=-1), value.chunk(2, dim=-1)
+        scores = torch.einsum("bhsd,bhjd,bhkd->bhsjk", query, first, second) * scaling
+        scores = scores.masked_fill(~(mask[..., :, None] & mask[..., None, :]), float("-inf")).flatten(-2)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+        weights = weights.unflatten(-1, (v.shape[2], v.shape[2]))
+        return torch.einsum("bhsjk,bhjd,bhkd->bshd", weights, v, w), weights.sum(-1)
 
     def attend_differential(self, attend, query, key, value, mask, **kwargs):
         """Heads 2i and 2i + 1 attend to the same values, of 2d; [B,T,H/2,2d] is the one's less lambda times the other's,
@@ -172,19 +192,26 @@ class IhaAttention(nn.Module):
         B, T, _ = x.shape
         H, G, d = self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim
         iha = self.kind.startswith("iha")
-        query, key, value = self.qkv(x).view(B, T, H + 2 * G, d).split([H, G, G], 2)
+        query, key, value, others = self.qkv(x).view(B, T, -1, d).split([H, G, G, self.extra], 2)
         if self.config.qk_norm == "rmsnorm":
             query, key = self.q_norm(query), self.k_norm(key)
         query = self.pseudo_heads(query, getattr(self, "alpha_q", None))
         key = self.pseudo_heads(key, getattr(self, "alpha_k", None))
         value = self.pseudo_heads(value, getattr(self, "alpha_v", None))
-        if rope is not None:
+        if self.extra:
+            others = others.transpose(1, 2).chunk(2, dim=1)
+            key, value = (torch.cat(pair, dim=-1) for pair in zip((key, value), others))
+        elif rope is not None:
             query, key = rotate(query, rope), rotate(key, rope)
         if cache is not None:
             key, value = self.update_cache(cache, key, value)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         if self.kind.startswith("diff"):
             attend = functools.partial(self.attend_differential, attend)
+        elif self.kind.startswith("talking"):
+            attend = self.attend_talking
+        elif self.kind.startswith("simplicial"):
+            attend = self.attend_simplicial
         else:
             attend = functools.partial(attend, self)
         o, weights = attend(
@@ -225,7 +252,7 @@ def make_mask(config, kind, queries, keys, attention_mask):
     padding; [B,1,Tq,tokens], whether a token sees another one, bool or added to scores.
     """
     P, window, device = config.pseudo_heads(kind), config.window(kind), queries.device
-    explicit = config._attn_implementation == "eager"
+    explicit = config._attn_implementation == "eager" or kind.startswith(("talking", "simplicial"))
     pseudo = torch.arange(P, device=device)
     query, key = ((tokens[:, None] * P + pseudo).flatten() for tokens in (queries, keys))
     query, key = query[:, None], key[None, :]
@@ -271,15 +298,18 @@ class IhaPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module):
         """As train_iha initialises a model."""
         if isinstance(module, IhaAttention) and module.kind.startswith("folded"):
-            for alpha in (module.alpha_q, module.alpha_k, module.alpha_v):
+            for alpha in (getattr(module, f"alpha_{which}") for which in self.config.alpha_on):
                 init.copy_(alpha, torch.eye(self.config.num_attention_heads))
         elif isinstance(module, IhaAttention) and module.kind.startswith("iha"):
             P, H = module.pseudo, self.config.num_attention_heads
-            for alpha in (module.alpha_q, module.alpha_k, module.alpha_v):
+            for alpha in (getattr(module, f"alpha_{which}") for which in self.config.alpha_on):
                 init.copy_(alpha, torch.eye(alpha.shape[-1]).expand_as(alpha))
             last = (torch.arange(P) == P - 1).float().expand(H, P)
             full = last[:, :, None] * torch.eye(H)[:, None, :]
             init.copy_(module.collapse, full if module.collapse.ndim == 3 else last)
+        elif isinstance(module, IhaAttention) and module.kind.startswith("talking"):
+            for matrix in (module.talk_logits, module.talk_weights):
+                init.copy_(matrix, torch.eye(self.config.num_attention_heads))
         elif isinstance(module, IhaAttention) and module.kind.startswith("diff"):
             for vector in (module.lambda_q1, module.lambda_k1, module.lambda_q2, module.lambda_k2):
                 init.normal_(vector, std=0.1)
