@@ -461,6 +461,8 @@ static void test_relations(void **state) {
     refused(":5: hidden_size = 65 is not a multiple", small, "model.hidden_size=65", NULL);
     loads(small, "model.num_attention_heads=5", "model.head_dim=12", NULL);
     refused("override 'model.head_dim=7': head_dim = 7 is odd", small, "model.head_dim=7", NULL);
+    refused("layer 0 is diff_global, whose heads are in pairs, and num_attention_heads = 3 is odd", small,
+            "model.layer_pattern=diff_global", "model.num_attention_heads=3", "model.head_dim=8", NULL);
     loads(small, "model.head_dim=7", "model.position_embedding=learned", NULL);
     refused("override 'model.rope_scaling=llama3': rope_scaling = llama3 needs position_embedding = rope",
             small, "model.rope_scaling=llama3", "model.position_embedding=learned", NULL);
