@@ -287,7 +287,7 @@ static void assign_gradients(struct model *m, struct layout *l) {
     g->dfolded_weight = folded ? allocate_tensor(l, weight) : tensor_none();
     tensor bias = tensor_of(NULL, m->dtypes.gradient, 3 * H * d, 0, 0, 0, 0);
     g->dfolded_bias = folded && config_qkv_bias(c) ? allocate_tensor(l, bias) : tensor_none();
-    g->dqkv_other = diff ? allocate_tensor(l, tensor_of(NULL, t, B, T, 3, H, d)) : tensor_none();
+    g->dqkv_other = diff ? allocate_tensor(l, tensor_of(NULL, t, B, T, 3 * H, d, 0)) : tensor_none();
     g->dalpha_unused = m->identity_alpha;
     g->dalpha_unused.dtype = m->dtypes.gradient;
     if (c->alpha_on != ALPHA_ON_QKV)
