@@ -33,27 +33,29 @@ struct attention_cudnn *__wrap_attention_cudnn_open(cudaStream_t stream, char wh
 }
 
 /* Every shape of configs/, and corners. Fields: batch, length S, heads, head_dim, pseudo, causal, token_mask,
- * window, scale, segmented. */
+ * window, scale, segmented, heads of keys and values (0: as many as heads). */
 static const struct served {
     const char *of;
     struct attention_spec spec;
 } SHAPES[] = {
-    {"GPT-2 124M", {16, 1024, 12, 64, 1, true, false, 0, 0.125, false}},
-    {"its IHA layers, local", {16, 2048, 12, 64, 2, true, false, 256, 0.125, false}},
-    {"its IHA layers, global", {16, 4096, 12, 64, 4, true, false, 0, 0.125, false}},
-    {"bytes_small, MHA", {8, 512, 4, 64, 1, true, false, 0, 0.125, false}},
-    {"its IHA layers", {8, 1024, 4, 64, 2, true, false, 128, 0.125, false}},
-    {"quickstart, MHA", {8, 256, 4, 64, 1, true, false, 0, 0.125, false}},
-    {"its IHA layers", {8, 512, 4, 64, 2, true, false, 64, 0.125, false}},
-    {"llama 1B", {4, 4096, 32, 64, 1, true, false, 0, 0.125, false}},
-    {"the paper's 2.4B, MHA", {1, 8192, 20, 128, 1, true, false, 0, 0.088, false}},
-    {"the paper's 2.4B, P = 2", {1, 16384, 20, 128, 2, true, false, 2048, 0.088, false}},
-    {"the paper's 2.4B, P = 4", {1, 32768, 20, 128, 4, true, false, 1024, 0.088, false}},
-    {"the paper's 2.4B, P = 20", {1, 163840, 20, 128, 20, true, false, 205, 0.088, false}},
-    {"not causal", {2, 256, 4, 64, 1, false, false, 0, 0.125, false}},
-    {"the smallest head, an odd length", {3, 77, 3, 8, 1, true, false, 0, 0.35, false}},
-    {"the largest head, a window", {1, 1024, 4, 256, 2, true, false, 300, 0.0625, false}},
-    {"a window of the query alone", {2, 100, 2, 24, 2, true, false, 1, 0.2, false}},
+    {"GPT-2 124M", {16, 1024, 12, 64, 1, true, false, 0, 0.125, false, 0}},
+    {"its IHA layers, local", {16, 2048, 12, 64, 2, true, false, 256, 0.125, false, 0}},
+    {"its IHA layers, global", {16, 4096, 12, 64, 4, true, false, 0, 0.125, false, 0}},
+    {"bytes_small, MHA", {8, 512, 4, 64, 1, true, false, 0, 0.125, false, 0}},
+    {"its IHA layers", {8, 1024, 4, 64, 2, true, false, 128, 0.125, false, 0}},
+    {"quickstart, MHA", {8, 256, 4, 64, 1, true, false, 0, 0.125, false, 0}},
+    {"its IHA layers", {8, 512, 4, 64, 2, true, false, 64, 0.125, false, 0}},
+    {"llama 1B", {4, 4096, 32, 64, 1, true, false, 0, 0.125, false, 0}},
+    {"8 heads of keys and values for 32", {4, 4096, 32, 64, 1, true, false, 0, 0.125, false, 8}},
+    {"one for 6, IHA with a window", {2, 1024, 6, 64, 2, true, false, 128, 0.125, false, 1}},
+    {"the paper's 2.4B, MHA", {1, 8192, 20, 128, 1, true, false, 0, 0.088, false, 0}},
+    {"the paper's 2.4B, P = 2", {1, 16384, 20, 128, 2, true, false, 2048, 0.088, false, 0}},
+    {"the paper's 2.4B, P = 4", {1, 32768, 20, 128, 4, true, false, 1024, 0.088, false, 0}},
+    {"the paper's 2.4B, P = 20", {1, 163840, 20, 128, 20, true, false, 205, 0.088, false, 0}},
+    {"not causal", {2, 256, 4, 64, 1, false, false, 0, 0.125, false, 0}},
+    {"the smallest head, an odd length", {3, 77, 3, 8, 1, true, false, 0, 0.35, false, 0}},
+    {"the largest head, a window", {1, 1024, 4, 256, 2, true, false, 300, 0.0625, false, 0}},
+    {"a window of the query alone", {2, 100, 2, 24, 2, true, false, 1, 0.2, false, 0}},
 };
 
 static struct device *device_of(enum device_precision precision, bool deterministic) {
@@ -110,7 +112,8 @@ static void on_hopper(void **state) {
     assert_true(opened > 0);
 }
 
-static const struct served LARGE_HEAD = {"a head of 136", {1, 256, 2, 136, 1, true, false, 0, 0.086, false}};
+static const struct served LARGE_HEAD = {"a head of 136",
+                                         {1, 256, 2, 136, 1, true, false, 0, 0.086, false, 0}};
 
 static void on_ampere(void **state) {
     (void)state;
@@ -129,9 +132,9 @@ static void on_ampere(void **state) {
 static void deterministic(void **state) {
     (void)state;
     static const struct served shapes[] = {
-        {"whole tiles", {1, 1024, 12, 64, 1, true, false, 0, 0.125, false}},
-        {"an odd length", {2, 333, 3, 64, 1, true, false, 0, 0.125, false}},
-        {"a window", {1, 512, 3, 128, 2, true, false, 100, 0.088, false}},
+        {"whole tiles", {1, 1024, 12, 64, 1, true, false, 0, 0.125, false, 0}},
+        {"an odd length", {2, 333, 3, 64, 1, true, false, 0, 0.125, false, 0}},
+        {"a window", {1, 512, 3, 128, 2, true, false, 100, 0.088, false, 0}},
     };
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++)
         serves(&H200, &shapes[i], true);
