@@ -54,6 +54,7 @@ static real inverse_norm(const struct diff_combine_spec *s, const elem *a, const
 
 void CPU(diff_combine)(struct device *dev, const struct diff_combine_spec *s, tensor o, tensor lambda_q1,
                        tensor lambda_k1, tensor lambda_q2, tensor lambda_k2, tensor w, tensor out) {
+    (void)dev; /* in a build without OpenMP */
     const int64_t n = 2 * s->head_dim, half = s->pairs * n;
     const struct lambda l =
         lambda_of("diff_combine", s, (tensor[]){lambda_q1, lambda_k1, lambda_q2, lambda_k2});
@@ -147,6 +148,7 @@ void CPU(diff_combine_backward)(struct device *dev, const struct diff_combine_sp
 }
 
 void CPU(add)(struct device *dev, tensor x, tensor y) {
+    (void)dev; /* in a build without OpenMP */
     const int64_t B = x.shape[0], S = x.shape[1], H = x.shape[2], d = x.shape[3];
     check_elem("add", "x", x, B, S, H, d, 0);
     check_elem("add", "y", y, B, S, H, d, 0);

@@ -40,6 +40,7 @@ static void copy_values(const struct qk_norm_spec *s, const elem *from, elem *to
 
 void CPU(qk_norm)(struct device *dev, const struct qk_norm_spec *s, tensor x, tensor w_q, tensor w_k,
                   tensor y) {
+    (void)dev; /* in a build without OpenMP */
     check_qk_norm("qk_norm", s, x, y, w_q, w_k);
     int64_t d = s->head_dim, row = row_heads(s), normed = s->heads + s->kv_heads;
 #pragma omp parallel for num_threads(dev->threads)
