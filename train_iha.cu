@@ -1043,7 +1043,7 @@ static int load_eval_config(struct run *r, const char *dir, const struct command
 static int find_separator(struct run *r, const char *dir, struct error *e) {
     const struct data_config *d = &r->config.data;
     bool needed = d->segments != SEGMENTS_NONE || d->packing == PACKING_FIT;
-    if (needed && d->separator < 0 && find_tokenizer(r, dir, e) != 0)
+    if (needed && d->separator < 0 && !r->tokenizer && find_tokenizer(r, dir, e) != 0)
         return -1;
     return needed ? find_documents(r, e) : 0;
 }

@@ -13,8 +13,8 @@
  *    inputs unless the comment allows it.
  *  - A wrong shape is a bug in the caller: the operation prints the tensor and aborts.
  *
- * Letters: B batch, T tokens, N = B*T rows, C hidden, H heads, G heads of keys and values, d head dim, P pseudo-heads, S = T*P virtual
- * tokens, V vocabulary, F hidden of the MLP. A tensor whose `data` is NULL is absent. */
+ * Letters: B batch, T tokens, N = B*T rows, C hidden, H heads, G heads of keys and values, d head dim, P
+ * pseudo-heads, S = T*P virtual tokens, V vocabulary, F hidden of the MLP. A tensor whose `data` is NULL is absent. */
 #ifndef IHA_KERNELS_KERNELS_H
 #define IHA_KERNELS_KERNELS_H
 
@@ -74,8 +74,8 @@ struct attention_spec {
     int64_t window; /* 0: none */
     double scale;
     bool segmented; /* attention stays inside segments, which each call brings */
-    int64_t
-        kv_heads; /* of k and v, a divisor of heads: query head h attends to h / (heads / kv_heads); 0: heads */
+    /* Of k and v, a divisor of heads: query head h attends to h / (heads / kv_heads). 0: heads. */
+    int64_t kv_heads;
 };
 
 struct collapse_spec {
@@ -115,7 +115,7 @@ enum op_kind {
     OP_LINEAR,
     OP_QKV_MIX,
     OP_ATTENTION,
-    OP_TALKING,    /* both with `attention` below */
+    OP_TALKING, /* this and the next with `attention` below */
     OP_SIMPLICIAL,
     OP_COLLAPSE,
     OP_FOLD,

@@ -174,6 +174,8 @@ static int plan_layer(struct model *m, int layer, struct error *e) {
     for (int i = 0; i < count; i++)
         if (plan(m, ops[i], i == 0 ? &s->attention_saved_bytes : NULL, e) != 0)
             return -1;
+    /* What a differential layer's second map saves comes after this, aligned as allocations are. */
+    s->attention_saved_bytes = (s->attention_saved_bytes + 255) / 256 * 256;
     struct op_spec fold = {.kind = OP_FOLD, .fold = {c->num_attention_heads, c->head_dim * C}};
     struct op_spec combine = {.kind = OP_DIFF_COMBINE, .diff_combine = s->diff_combine};
     struct op_spec qk_norm = {.kind = OP_QK_NORM, .qk_norm = s->qk_norm};

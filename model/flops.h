@@ -8,17 +8,16 @@
  *   matmul     6 * weights of qkv, out, up, gate, down in every layer, and of the vocabulary projection
  *   attention  12 * H * d * visible (virtual query, virtual key) pairs per token
  *              times attention_cost()
- *   mixing     6 * d * P * H * (3 H + H) per IHA layer: alphas, and a full collapse (per head: 3 H + 1); with alpha_on = qk
- *              2 H and with v 1 H of alphas */
+ *   mixing     6 * d * P * (H^2 + 2 G^2 + H^2) per IHA layer: alphas of q, k and v, as far as alpha_on has them, and
+ *              a full collapse (per head: H in place of the last H^2) */
 struct flops {
     double matmul, attention, mixing;
 };
 struct flops flops_per_token(const struct model_config *m, int64_t seq_len);
 
 /* FLOPs of training's attention, forward and backward, on one batch whose attention stays inside segments: as
- * above, in all layers. segments: [batch, seq_len] the index in its sequence of
- * the first token of each token's segment (struct batch in model.h). Costs little: a segment's pairs are a
- * formula of its length. */
+ * above, in all layers. segments: [batch, seq_len] the index in its sequence of the first token of each token's
+ * segment (struct batch in model.h). Costs little: a segment's pairs are a formula of its length. */
 double flops_segments(const struct model_config *m, int64_t seq_len, const int32_t *segments, int64_t batch);
 
 /* What attention over a pair costs, next to 12 * H * d: 1.5 in differential layers, whose values are twice as wide and

@@ -52,13 +52,13 @@ struct layer_buffers {
     tensor folded_weight, folded_bias;
     tensor qkv_raw; /* [B,T,H+2G,d] before qk_norm; without one qkv itself */
     tensor qkv;     /* [B,T,H+2G,d]; in simplicial layers [B,T,5H,d] */
-    tensor q, k,
-        v; /* [B,S,H,d], [B,S,G,d] attention's inputs; slices of qkv if nothing is mixed or rotated */
-    tensor
-        o_pseudo; /* [B,S,H,d] attention's output; in differential layers [B,T,2,H,d], see differential.c */
-    tensor o;     /* [B,T,H,d] collapsed; in MHA layers o_pseudo itself */
-    tensor x_mlp; /* [N,C] the residual stream between attention and MLP */
-    tensor y_mlp; /* [N,C] its norm */
+    /* [B,S,H,d], of k and v [B,S,G,d]: attention's inputs; slices of qkv if nothing is mixed or rotated */
+    tensor q, k, v;
+    /* [B,S,H,d] attention's output; in differential layers [B,T,2,H,d], see differential.c */
+    tensor o_pseudo;
+    tensor o;        /* [B,T,H,d] collapsed; in MHA layers o_pseudo itself */
+    tensor x_mlp;    /* [N,C] the residual stream between attention and MLP */
+    tensor y_mlp;    /* [N,C] its norm */
     tensor up, gate; /* [N,F] */
     tensor act;      /* [N,F] */
     void *attn_norm_saved, *mlp_norm_saved, *attention_saved;
@@ -207,7 +207,7 @@ void model_forward_backward(struct model *m, struct batch batch, double scale, b
 void model_evaluate(struct model *m, struct batch batch, double scale, int32_t *correct);
 
 /* nats[b] of the first `rows` sequences: the sum over their targets that count of -log p(target). nats: host. Changes
- * loss, targets and sumsq of the step state. ignored: host, [T], all -1. Needs model_options.scores. */
+ * lr, step, loss, targets and sumsq of the step state. ignored: host, [T], all -1. Needs model_options.scores. */
 void model_score(struct model *m, struct batch batch, const int32_t *ignored, int64_t rows, double *nats);
 
 /* Forward up to the attention of one layer, whose buffers then hold its queries, keys and values. */
@@ -260,8 +260,8 @@ void model_backward(struct model *m, double scale, bool accumulate, gradients_re
 void layer_recompute(struct model *m, int layer);
 
 /* Parts of an update, for muon.c: this rank's shard of a bucket's reduced gradients, in place or among the shards of
- * stage 2; a bucket's, and any range's, unsharded gradients; the weights of one of partition.updates; AdamW on one of partition.updates, whose reduced
- * gradients are g. */
+ * stage 2; a bucket's, and any range's, unsharded gradients; the weights of one of partition.updates; AdamW on one of
+ * partition.updates, whose reduced gradients are g. */
 struct update_hyper;
 tensor model_gradient_shard(const struct model *m, int bucket);
 tensor model_gradient_bucket(const struct model *m, int bucket);

@@ -11,7 +11,7 @@
 enum param_class {
     PARAM_MATRIX, /* weight decay */
     PARAM_VECTOR, /* norms and biases: no weight decay */
-    PARAM_MIX,    /* alpha, collapse, lambda: no weight decay, and the learning rate is times mix_lr_scale */
+    PARAM_MIX,    /* alpha, collapse, lambda, talk: no weight decay, and the learning rate is times mix_lr_scale */
 };
 
 /* The parts of a model that are counted and measured apart. Biases are with their matrix. */
@@ -22,7 +22,7 @@ enum param_init {
     INIT_NORMAL_OUTPUT, /* the same over sqrt(2L): projections that write to the residual stream */
     INIT_ONES,
     INIT_ZEROS,
-    INIT_ALPHA,    /* the identity for each pseudo-head, optionally with noise */
+    INIT_ALPHA,    /* the identity (alpha: for each pseudo-head), optionally with noise */
     INIT_LAMBDA,   /* normal(0, 0.1) */
     INIT_COLLAPSE, /* selects the last pseudo-head, or averages them */
 };

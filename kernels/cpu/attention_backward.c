@@ -1,10 +1,10 @@
 /* Fused attention, backward. Scores are computed again from the saved log-sum-exp.
  *
  * A unit of work is a group of tiles of keys, which meets every tile of queries that sees it, of one query head
- * after another where several attend to these keys. Vectors run along
- * the keys: scores are Q K^T, and dK and dV are summed transposed, as Q^T dS and dO^T P. dQ = dS K gets a part
- * from every group of keys. A group adds its part to the tensor when the groups before it have: the order of
- * the sum is that of the keys, whichever thread is faster, so the bits do not depend on the schedule.
+ * after another where several attend to these keys. Vectors run along the keys: scores are Q K^T, and dK and dV
+ * are summed transposed, as Q^T dS and dO^T P. dQ = dS K gets a part from every group of keys. A group adds its
+ * part to the tensor when the groups before it have: the order of the sum is that of the keys, whichever thread is
+ * faster, so the bits do not depend on the schedule.
  *
  * Queries are met from the last to the first. Under a causal mask the next group's queries begin later, so that it
  * reaches those it shares with this group when they are done here; in the other order it would wait. */
@@ -33,9 +33,9 @@ static size_t layout_scratch(const struct attention_spec *s, int64_t group, char
     return lay_out(parts, sizeof parts / sizeof *parts, base);
 }
 
-/* What threads share, for each query head: the counters `turns`; for each query <dO, O>, which is what the softmax's backward
- * subtracts from the gradients of its scores; and sums of dq [S, d] where the tensor's elements would round
- * every part that is added (otherwise NULL). */
+/* What threads share, for each query head: the counters `turns`; for each query <dO, O>, which is what the
+ * softmax's backward subtracts from the gradients of its scores; and sums of dq [S, d] where the tensor's
+ * elements would round every part that is added (otherwise NULL). */
 static size_t layout_shared(const struct attention_spec *s, const struct units *u, char *base,
                             int32_t **turns, real **deltas, real **sums) {
     int64_t heads = s->batch * s->heads, tiles = heads * u->tiles,

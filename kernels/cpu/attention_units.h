@@ -15,8 +15,9 @@ struct units {
     int64_t per_head, count;
 };
 
-/* heads: of q in forward, of k and v in backward. The tiles of a group share the packing of what they meet, so groups are large, but fit into half of the L2
- * cache; and there are enough units to give every thread about the same work. */
+/* heads: of q in forward, of k and v in backward. The tiles of a group share the packing of what they meet, so
+ * groups are large, but fit into half of the L2 cache; and there are enough units to give every thread about the
+ * same work. */
 static inline struct units units_of(const struct device *dev, const struct attention_spec *s, int64_t heads) {
     struct units u = {.heads = s->batch * heads,
                       .tiles = (s->length + TILE - 1) / TILE,

@@ -87,8 +87,8 @@ enum { PAGE = 4096, LARGE = 8 << 20 };
 /* mmap gives zeroed pages, and each is placed in the memory next to the processor that first writes to it.
  * One page in front holds the size, for munmap.
  *
- * Large blocks ask for pages of 2 MiB, which most systems give only to those who ask: of 4 KiB there would be more than
- * the processor's table of addresses holds, and reading memory takes a third longer. */
+ * Large blocks ask for huge pages, of 2 MiB, which most systems give only on request: of 4 KiB pages there are more
+ * than the TLB holds, and reading memory takes a third longer. */
 void *cpu_alloc(struct device *dev, size_t bytes, struct error *e) {
     (void)dev;
     if (bytes == 0)

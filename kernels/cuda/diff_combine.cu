@@ -66,7 +66,7 @@ static __global__ void __launch_bounds__(THREADS)
     double dlambda = 0; /* one number out of everything: floats would lose digits */
     exponentials(vectors, d, e1, e2);
     const float lambda = e1 - e2 + lambda_init, scale = 1 - lambda_init;
-    for (int c = lane; c < n + 1; c += 32)
+    for (int c = lane; c < n; c += 32)
         mine[c] = 0;
     for (int64_t pair = (int64_t)blockIdx.x * WARPS + warp; pair < rows * pairs;
          pair += (int64_t)gridDim.x * WARPS) {

@@ -4,11 +4,11 @@
  *   backward  u = rotate back(dq~[n,p,h,:]);  dq[n,m,:] = sum_{p,h} alpha_q[p,h,m] u[p,h,:];
  *             dalpha_q[p,h,m] (+)= sum_n <u[p,h,:], q[n,m,:]>;  likewise for k and v
  *
- * qkv [N,3,H,d], q~, k~, v~ [N,P,H,d], N = B T tokens; [N,P,H,d] is [B,S,H,d], so interleaving moves nothing.
- * Forward is one launch, the expand of head_mix.cuh; backward is in qkv_mix_backward.cu. Without alphas (P =
- * 1) both only rotate (rope.cu). Each element is read or written once: forward 3 (1 + P) H d elements a
- * token, backward 3 (2 + P) H d; and the table's angles, P d floats a token, which the sequences of a batch
- * and the heads of q and k share. */
+ * qkv [N,H+2G,d], q~ [N,P,H,d], k~, v~ [N,P,G,d], N = B T tokens; [N,P,H,d] is [B,S,H,d], so interleaving moves
+ * nothing. Forward is one launch, the expand of head_mix.cuh (two where G < H); backward is in qkv_mix_backward.cu.
+ * Without alphas (P = 1) both only rotate (rope.cu). Each element is read or written once: forward
+ * (1 + P) (H + 2 G) d elements a token, backward (2 + P) (H + 2 G) d; and the table's angles, P d floats a token,
+ * which the sequences of a batch and the heads of q and k share. */
 #include "kernels/cuda/qkv_mix.cuh"
 
 /* ---- forward ---- */

@@ -86,7 +86,7 @@ static int layer_types_from_json(struct draft *d, const cJSON *list) {
             did_you_mean(item->valuestring, config_layer_type_names, hint);
             return fail_at(d, NULL, "layer_types[%d]: unknown value '%s'%s", d->pattern_count,
                            quotable(item->valuestring, quote),
-                           *hint ? hint : "; mha_global, mha_local, iha_global and iha_local are known");
+                           *hint ? hint : "; docs/configuration.md lists the types at layer_pattern");
         }
         if (d->pattern_count == MAX_LAYERS)
             return fail_at(d, NULL, "layer_types names more than %d layers", MAX_LAYERS);

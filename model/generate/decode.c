@@ -294,7 +294,8 @@ static void attend_differential(struct decoder *d, int layer, int64_t n, tensor 
     differential_combine_of(m, layer, &s.diff_combine, pairs, o);
 }
 
-/* o [n,H,d] from qkv [n,3,H,d] and the caches, to which the n tokens' keys and values are appended. */
+/* o [n,H,d] from qkv [n,H+2G,d] (simplicial layers: [n,5H,d]) and the caches, to which the n tokens' keys and values
+ * are appended. */
 static void attention(struct decoder *d, int layer, int64_t n) {
     struct model *m = d->m;
     const struct kernels *k = m->k;

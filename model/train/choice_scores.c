@@ -93,7 +93,8 @@ static void count(struct choice_scores *v, const struct choice *c, const double 
     v->chance += 1.0 / c->endings;
 }
 
-/* Score every ranks-th item. An item's endings may lie in two batches, so an item counts once a later batch is full. */
+/* Score every ranks-th item, in blocks: an item's endings may lie in two batches, so that items are counted when the whole
+ * block has been scored. */
 static int score_share(struct scorer *s, struct error *e) {
     int64_t ranks = s->m->comm->ranks, items = s->data->items;
     enum { BLOCK = 256 }; /* items whose scores are kept */

@@ -83,8 +83,9 @@ static __device__ __forceinline__ void load_statistics(bf16 *tile, const backwar
     cp_async<4>(statistics<D>(tile, row) + which, valid ? from + head + first + row : from, valid);
 }
 
-/* dK and dV. Grid: (tiles of keys * D / OUT, G, B). The query heads of a head of keys follow one another. Where d is too large for the registers, several blocks
- * compute the same P and dS for different columns of the outputs. */
+/* dK and dV. Grid: (tiles of keys * D / OUT, G, B). A block goes over the query heads of its head of keys one after
+ * the other. Where d is too large for the registers, several blocks compute the same P and dS for different columns
+ * of the outputs. */
 template <int D, bool SEGMENTED>
 static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
     attention_backward_dkdv(struct backward_args a) {

@@ -1,10 +1,10 @@
 /* cuDNN's fused attention behind plain C functions on raw pointers. attention_cudnn.cpp implements them and
  * is the only file that uses cuDNN. Builds without cuDNN leave it out; these weak functions are then NULL.
  *
- * Shapes: q, k, v, o and their gradients are bf16 [B,S,H,d], k and v with kv_heads heads, with any strides but d's, which is 1, each at a
- * multiple of 16 bytes; `statistics` is the log-sum-exp of each query's scores, float [B,H,S]. Forward and
- * backward are two cuDNN graphs, built by the plan and kept until close; running them allocates no device
- * memory. */
+ * Shapes: q, k, v, o and their gradients are bf16 [B,S,H,d], k and v with kv_heads heads, with any strides but d's,
+ * which is 1, each at a multiple of 16 bytes; `statistics` is the log-sum-exp of each query's scores, float [B,H,S].
+ * Forward and backward are two cuDNN graphs, built by the plan and kept until close; running them allocates no
+ * device memory. */
 #ifndef IHA_KERNELS_CUDA_ATTENTION_ATTENTION_CUDNN_H
 #define IHA_KERNELS_CUDA_ATTENTION_ATTENTION_CUDNN_H
 

@@ -234,7 +234,8 @@ static __global__ void __launch_bounds__(THREADS) fp32_forward(struct fp32_args 
     store_rows<D>(acc, inverse, a.o.of(b, h), a.o.row, q0, length, a.d, a.aligned);
 }
 
-/* dK and dV. Grid: (tiles of keys, G, B). The query heads of a head of keys follow one another. Scores are transposed: rows are keys. */
+/* dK and dV. Grid: (tiles of keys, G, B). A block goes over the query heads of its head of keys one after the other.
+ * Scores are transposed: rows are keys. */
 template <int D, bool SEGMENTED>
 static __global__ void __launch_bounds__(THREADS) fp32_backward_dkdv(struct fp32_args a) {
     typedef fp32_shape<D> shape;

@@ -2,9 +2,10 @@
  *
  * The planned forward and backward run at their full shape, because cuDNN's graphs are built for one shape
  * and building another takes about a second. All their results are searched for parts that were not written.
- * The first COMPARED_HEADS heads of the first sequence (those of one head of keys, where several share one) are compared with the built-in kernels: of a causal
- * mask the first tokens only, enough to cross the window's edge and several tiles. To cut the gradients off
- * there too, d_o is zero from there on, and in all other sequences.
+ * The first COMPARED_HEADS heads of the first sequence (where several query heads share a head of keys, those of the
+ * first one) are compared with the built-in kernels: of a causal mask the first tokens only, enough to cross the
+ * window's edge and several tiles. To cut the gradients off there too, d_o is zero from there on, and in all other
+ * sequences.
  *
  * The rule is flash-attention's: against the built-in kernels in fp32 on the same numbers, the library's
  * error may be FACTOR times that of the built-in kernels in bf16, by norm and by the largest element.
