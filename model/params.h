@@ -11,7 +11,7 @@
 enum param_class {
     PARAM_MATRIX, /* weight decay */
     PARAM_VECTOR, /* norms and biases: no weight decay */
-    PARAM_MIX,    /* alpha, collapse, lambda, talk: no weight decay, and the learning rate is times mix_lr_scale */
+    PARAM_MIX,    /* alpha, collapse, lambda, talk: no weight decay, learning rate times mix_lr_scale */
 };
 
 /* The parts of a model that are counted and measured apart. Biases are with their matrix. */
