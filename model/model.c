@@ -34,6 +34,21 @@ static void add_group(struct model *m, struct param_group g) {
         m->groups[m->group_count++] = g;
 }
 
+/* A group for each of a parameter's matrices, as far as their factors differ; g: of the whole parameter. */
+static void add_matrix_groups(struct model *m, int param, struct param_group g) {
+    const struct muon_matrices *all = &m->muon;
+    const int64_t end = g.end;
+    for (int i = 0; i < all->count; i++) {
+        if (all->list[i].param != param)
+            continue;
+        bool last = i + 1 == all->count || all->list[i + 1].param != param;
+        g.begin = all->list[i].offset;
+        g.end = last ? end : all->list[i + 1].offset;
+        g.muon_scale = muon_scale(&all->list[i]);
+        add_group(m, g);
+    }
+}
+
 /* Groups cover the flat buffer: the gap after a tensor is of its group. */
 static int build_groups(struct model *m, const struct model_options *o, struct error *e) {
     m->groups = calloc((size_t)(m->params.count + m->muon.count), sizeof *m->groups);
@@ -49,9 +64,10 @@ static int build_groups(struct model *m, const struct model_options *o, struct e
         };
         if (m->shape.muon && muon_updates(p)) {
             g.lr_scale = (float)o->muon_lr_scale;
-            g.muon_scale = muon_scale(&m->muon, i);
+            add_matrix_groups(m, i, g);
+        } else {
+            add_group(m, g);
         }
-        add_group(m, g);
     }
     return 0;
 }

@@ -34,17 +34,34 @@ static int assign_owners(struct muon_matrices *m, int ranks) {
     return 0;
 }
 
+enum { MOST_PARTS = 5 };
+
+/* How many matrices a parameter is: qkv is q, k and v, in simplicial layers also k' and v'. rows: of each. */
+static int parts_of(const struct params *p, int param, int64_t rows[MOST_PARTS]) {
+    const struct param *t = &p->list[param];
+    if (!muon_updates(t))
+        return 0;
+    rows[0] = t->shape[0];
+    if (param != p->layers[t->layer].qkv)
+        return 1;
+    rows[0] = p->list[p->layers[t->layer].out].shape[1]; /* H d */
+    int parts = t->shape[0] == 5 * rows[0] ? 5 : 3;
+    for (int part = 1; part < parts; part++)
+        rows[part] = (t->shape[0] - rows[0]) / (parts - 1);
+    return parts;
+}
+
 int muon_list(struct muon_matrices *m, const struct params *p, int ranks, struct error *e) {
-    m->list = calloc((size_t)p->count * 3, sizeof *m->list);
+    m->list = calloc((size_t)p->count * MOST_PARTS, sizeof *m->list);
     if (!m->list)
         return fail_run(e, "out of memory listing the matrices of Muon");
     for (int i = 0; i < p->count; i++) {
         const struct param *t = &p->list[i];
-        int parts = muon_updates(t) ? t->layer >= 0 && i == p->layers[t->layer].qkv ? 3 : 1 : 0;
+        int64_t rows[MOST_PARTS] = {0}, offset = t->offset;
+        int parts = parts_of(p, i, rows);
         for (int part = 0; part < parts; part++) {
-            int64_t rows = t->shape[0] / parts;
-            m->list[m->count++] =
-                (struct muon_matrix){i, t->offset + part * rows * t->shape[1], rows, t->shape[1], t->unit, 0};
+            m->list[m->count++] = (struct muon_matrix){i, offset, rows[part], t->shape[1], t->unit, 0};
+            offset += rows[part] * t->shape[1];
         }
     }
     return assign_owners(m, ranks) == 0 ? 0 : fail_run(e, "out of memory listing the matrices of Muon");
@@ -57,12 +74,8 @@ int64_t muon_elements(const struct muon_matrices *m) {
     return elements;
 }
 
-float muon_scale(const struct muon_matrices *m, int param) {
-    for (int i = 0; i < m->count; i++)
-        if (m->list[i].param == param)
-            return (float)(0.2 * sqrt((double)(m->list[i].rows > m->list[i].cols ? m->list[i].rows
-                                                                                 : m->list[i].cols)));
-    return 0;
+float muon_scale(const struct muon_matrix *x) {
+    return (float)(0.2 * sqrt((double)(x->rows > x->cols ? x->rows : x->cols)));
 }
 
 /* ---- the update ---- */

@@ -1,6 +1,6 @@
 /* Muon (Jordan 2024, kellerjordan.github.io/posts/muon), the optimizer of the hidden matrices: the q, k and v parts
- * of attn.qkv.weight, each as a matrix of its own, attn.out, mlp.up, mlp.gate and mlp.down. AdamW updates everything
- * else: embeddings, lm_head, norms, biases, alpha and collapse. With the gradient g and the momentum mu,
+ * of attn.qkv.weight (in simplicial layers also k' and v'), each as a matrix of its own, attn.out, mlp.up, mlp.gate and
+ * mlp.down. AdamW updates everything else: embeddings, lm_head, norms, biases and mixing parameters. With the gradient g and the momentum mu,
  *
  *   m = mu m + g,  o = orthogonalize(g + mu m),  p -= lr (0.2 sqrt(max(rows, cols)) o + weight_decay p)
  *
@@ -41,8 +41,8 @@ int muon_list(struct muon_matrices *m, const struct params *p, int ranks, struct
 /* Parameters of all matrices together. */
 int64_t muon_elements(const struct muon_matrices *m);
 
-/* The factor on a parameter's orthogonalized direction. */
-float muon_scale(const struct muon_matrices *m, int param);
+/* The factor on a matrix's orthogonalized direction. */
+float muon_scale(const struct muon_matrix *x);
 
 /* The update of a model with Muon, after step_decide. Called on every rank. */
 void muon_update_model(struct model *m, const struct update_hyper *h);
