@@ -11,32 +11,34 @@ int cuda_cpu_only_plan(enum op_kind kind, struct error *e) {
                      type, type);
 }
 
-void cuda_talking(struct device *, const struct attention_spec *, tensor, tensor, tensor, tensor, tensor, tensor,
-                  tensor, void *) {
+void cuda_talking(struct device *, const struct attention_spec *, tensor, tensor, tensor, tensor, tensor,
+                  tensor, tensor, void *) {
     abort();
 }
 
-void cuda_talking_backward(struct device *, const struct attention_spec *, tensor, tensor, tensor, tensor, tensor,
-                           tensor, tensor, const void *, tensor, tensor, tensor, tensor, tensor, bool) {
+void cuda_talking_backward(struct device *, const struct attention_spec *, tensor, tensor, tensor, tensor,
+                           tensor, tensor, tensor, const void *, tensor, tensor, tensor, tensor, tensor,
+                           bool) {
     abort();
 }
 
-void cuda_talking_decode(struct device *, const struct attention_spec *, tensor, tensor, tensor, tensor, tensor,
-                         tensor, tensor, int64_t, tensor) {
+void cuda_talking_decode(struct device *, const struct attention_spec *, tensor, tensor, tensor, tensor,
+                         tensor, tensor, tensor, int64_t, tensor) {
     abort();
 }
 
-void cuda_simplicial(struct device *, const struct attention_spec *, tensor, tensor, tensor, tensor, tensor, tensor,
-                     tensor, void *) {
+void cuda_simplicial(struct device *, const struct attention_spec *, tensor, tensor, tensor, tensor, tensor,
+                     tensor, tensor, void *) {
     abort();
 }
 
-void cuda_simplicial_backward(struct device *, const struct attention_spec *, tensor, tensor, tensor, tensor, tensor,
-                              tensor, tensor, tensor, const void *, tensor, tensor, tensor, tensor, tensor) {
+void cuda_simplicial_backward(struct device *, const struct attention_spec *, tensor, tensor, tensor, tensor,
+                              tensor, tensor, tensor, tensor, const void *, tensor, tensor, tensor, tensor,
+                              tensor) {
     abort();
 }
 
-void cuda_simplicial_decode(struct device *, const struct attention_spec *, tensor, tensor, tensor, tensor, tensor,
-                            tensor, tensor, tensor, tensor, int64_t, tensor) {
+void cuda_simplicial_decode(struct device *, const struct attention_spec *, tensor, tensor, tensor, tensor,
+                            tensor, tensor, tensor, tensor, tensor, int64_t, tensor) {
     abort();
 }

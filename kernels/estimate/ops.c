@@ -408,10 +408,11 @@ void estimate_zero(struct device *dev, void *data, size_t bytes) {
 int estimate_plan(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e) {
     *cost = (struct op_cost){0, MATMUL_WORKSPACE};
     if (spec->kind == OP_TALKING || spec->kind == OP_SIMPLICIAL)
-        return fail_user(e,
-                         "model.layer_pattern: %s layers are computed on CPUs only, so that there is nothing to "
-                         "estimate for GPUs; leave out --gpus, or use other layers",
-                         spec->kind == OP_TALKING ? "talking" : "simplicial");
+        return fail_user(
+            e,
+            "model.layer_pattern: %s layers are computed on CPUs only, so that there is nothing to "
+            "estimate for GPUs; leave out --gpus, or use other layers",
+            spec->kind == OP_TALKING ? "talking" : "simplicial");
     if (spec->kind == OP_NORM)
         cost->saved = (size_t)spec->norm.rows * 2 * sizeof(float);
     if (spec->kind == OP_ATTENTION) {
