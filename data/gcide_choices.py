@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Which definition belongs to a word: choices made from a dictionary, and a text to train on that lacks these words.
+"""Which definition belongs to a word: choices made from a dictionary, and a text to train on without these words' entries.
 
     data/gcide_choices.py          (Debian: dict-gcide)
 

@@ -8,8 +8,10 @@ tokenizer and seed give the same files, whatever the number of workers. Nothing 
 before everything is written.
 
 With --chat it reads conversations instead, as JSON lines with "messages" (each a "role" and a "content"), or "prompt" and
-"completion"; renders them by a chat template, and writes labels beside the shards, so that only answers count. With --choices it reads a context, several endings and the index of the right one (HellaSwag's
-form), and writes a NAME.choices file for eval.tasks.
+"completion"; renders them by a chat template, and writes labels beside the shards, so that only answers count.
+
+With --choices it reads a context, several endings and the index of the right one (HellaSwag's form), and writes a
+NAME.choices file for eval.tasks.
 
 How it flows: readers yield (text, ends_document) pieces -> documents get their split -> batches of about a
 megabyte -> workers return token arrays -> one writer per split.

@@ -23,7 +23,7 @@ def text_of(row, names, where):
 
 
 def choice(row, where):
-    """(context, endings, label), each ending with the space that parts it from the context."""
+    """(context, endings, label), each ending with the space between it and the context."""
     if not isinstance(row, dict):
         raise UserError(f'{where}: not an object with "context", "endings" and "label"')
     context = text_of(row, ("context", "ctx"), where)
