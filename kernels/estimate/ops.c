@@ -404,7 +404,8 @@ void estimate_zero(struct device *dev, void *data, size_t bytes) {
 
 /* Saved bytes are those of the CUDA backend. Of workspaces the two largest are counted: the logits, and that
  * of cuDNN's attention backward: a sum of o do for each query, and either dq in fp32 or, for deterministic
- * results, an array that grows with the square of the length. */
+ * results, an array that grows with the square of the length; with fewer heads of keys and values, their gradients
+ * for each query head in bf16. */
 int estimate_plan(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e) {
     *cost = (struct op_cost){0, MATMUL_WORKSPACE};
     if (spec->kind == OP_TALKING || spec->kind == OP_SIMPLICIAL)
@@ -422,6 +423,8 @@ int estimate_plan(struct device *dev, const struct op_spec *spec, struct op_cost
         cost->workspace = cost->saved + 4096 /* alignment */;
         cost->workspace += square ? cudnn_deterministic_bytes(a)
                                   : (size_t)attention_values(a) * 4 * (size_t)dev->options.gpu->cudnn_scratch;
+        if (uses_cudnn(dev, a) && a->kv_heads && a->kv_heads < a->heads)
+            cost->workspace += 2 * (size_t)attention_values(a) * 2;
     }
     if (spec->kind == OP_ORTHOGONALIZE) {
         double n = (double)(spec->orthogonalize.rows * spec->orthogonalize.cols);

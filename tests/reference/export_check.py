@@ -20,8 +20,8 @@ from iha_reference import CONFIG_KEYS, LAYER_TYPES, cross_entropy, expected_shap
 CHOICES = {
     "model_type": ("iha",), "position_embedding": ("rope", "learned", "none"), "norm": ("rmsnorm", "layernorm"),
     "activation": ("gelu_tanh", "relu2", "swiglu"), "iha_mask": ("flat", "token"), "iha_rope": ("virtual", "token"),
-    "iha_collapse": ("full", "per_head"), "rope_scaling": ("none", "llama3"), "qk_norm": ("none", "rmsnorm"), "bias": (True, False),
-    "qkv_bias": (True, False), "tie_word_embeddings": (True, False),
+    "iha_collapse": ("full", "per_head"), "rope_scaling": ("none", "llama3"), "qk_norm": ("none", "rmsnorm"),
+    "alpha_on": ("qkv", "qk", "v"), "bias": (True, False), "qkv_bias": (True, False), "tie_word_embeddings": (True, False),
     "causal": (True, False)}
 
 

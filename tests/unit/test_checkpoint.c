@@ -308,6 +308,7 @@ static const char *const CONFIG_KEYS[] = {
     "iha_mask",
     "iha_rope",
     "iha_collapse",
+    "alpha_on",
     "architectures", /* from here on for Transformers */
     "auto_map",
     "dtype",
