@@ -5,6 +5,7 @@ A file is checked by the hash that the Hub lists (SHA-256, or Git's). A connecti
 a run that is stopped keeps its downloads, and the same command continues. They are removed once the shards are written.
 """
 
+import errno
 import hashlib
 import os
 import queue
@@ -85,7 +86,7 @@ class DataSet:
                                                      local_dir=self.folder))
                 break
             except Exception as error:
-                if attempt == TRIES - 1:
+                if attempt == TRIES - 1 or is_final(error):
                     raise failure(file.path, f"the download fails: {in_short(error)}; the same command continues it") from None
                 time.sleep(float(os.environ.get("CORPUS_RETRY_SECONDS", "1")) * 2 ** attempt)
         lfs = file.lfs
@@ -99,6 +100,13 @@ class DataSet:
             raise failure(file.path, f"its hash is {digest.hexdigest()[:12]}, and the Hub lists {wanted[:12]}; the file was "
                                      "removed; run the same command again")
         return path
+
+
+def is_final(error):
+    """Whether trying again is of no use: refused or not found by the server, or the disk is full."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    refused = status is not None and 400 <= status < 500 and status not in (408, 429)
+    return refused or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 class Ahead:

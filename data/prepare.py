@@ -234,9 +234,10 @@ def write_choices(run, options):
     taken = [path.name for path in folder.glob("*.choices")]
     if taken and not options.overwrite:
         raise UserError(f"{folder}: already holds {sorted(taken)[0]}; give another --out, or --overwrite")
-    for name in taken:
+    remove_temporary(folder)
+    written = run.write(folder)
+    for name in set(taken) - written:  # not before: bad input leaves what there was
         (folder / name).unlink()
-    run.write(folder)
     with naming(folder / "tokenizer.json"):
         write_tokenizer(run.tokenizer, folder)
     with naming(folder / "dataset.json"):

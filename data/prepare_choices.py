@@ -99,7 +99,7 @@ class ChoicesPreparation:
         return np.concatenate([header, *parts]).astype("<i4").tobytes()
 
     def write(self, folder):
-        """All files, under temporary names until the last one is written."""
+        """All files, under temporary names until the last one is written; returns their names."""
         made = []
         try:
             for source in self.inputs:
@@ -110,6 +110,7 @@ class ChoicesPreparation:
                     made[-1][0].write_bytes(content)
             for partial, path in made:
                 os.replace(partial, path)
+            return {path.name for _, path in made}
         finally:
             for partial, _ in made:
                 partial.unlink(missing_ok=True)

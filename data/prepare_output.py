@@ -30,7 +30,7 @@ def locked(folder):
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another prepare.py is writing there; wait for it, or give another "
+            raise UserError(f"{folder}: another program is writing shards there; wait for it, or give another "
                             "--out") from None
         except OSError as error:  # NFS locks no folders
             if error.errno not in (errno.EBADF, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
@@ -48,7 +48,7 @@ def locked(folder):
 def remove_temporary(folder):
     """What this run or an earlier one that was killed left unfinished."""
     for pattern in ("train_[0-9]*.bin.tmp", "val_[0-9]*.bin.tmp", "train_[0-9]*.labels.tmp", "val_[0-9]*.labels.tmp",
-                    "tokenizer.json.tmp", "dataset.json.tmp", "chat.json.tmp"):
+                    "*.choices.tmp", "tokenizer.json.tmp", "dataset.json.tmp", "chat.json.tmp"):
         for path in folder.glob(pattern):
             with contextlib.suppress(OSError):
                 path.unlink()

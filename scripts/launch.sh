@@ -79,10 +79,12 @@ if [ -n "$target" ]; then
     scripts=$(dirname "$(readlink -f "$0")")
     python=$scripts/../.venv/bin/python
     [ -x "$python" ] || python=python3
-    run_dir=$(sed -n '/^[[:space:]]*\[run\]/,/^[[:space:]]*\[/s/^[[:space:]]*dir[[:space:]]*=[[:space:]]*\(.*[^[:space:]]\)[[:space:]]*$/\1/p' "${2:-}" 2>/dev/null | tail -1)
+    run_dir=$(sed -n '/^[[:space:]]*\[run\]/,/^[[:space:]]*\[/s/^[[:space:]]*dir[[:space:]]*=[[:space:]]*\(.*[^[:space:]]\)[[:space:]]*$/\1/p' "${2:-}" 2>/dev/null |
+        tail -1 | sed -E "s/^\"([^\"]*)\".*|^'([^']*)'.*/\1\2/; t; s/[[:space:]]+[#;].*//")
     for argument in "$@"; do
         [[ $argument != run.dir=* ]] || run_dir=${argument#run.dir=}
     done
+    run_dir=${run_dir/#\~\//$HOME/}
     [ -n "$run_dir" ] || refuse "--watch: neither ${2:-the configuration} nor an override says run.dir"
     message=$("$python" "$scripts/watch.py" "$run_dir" --to "$target" --check 2>&1) || refuse "--watch: ${message#watch.py: }"
     setsid "$python" "$scripts/watch.py" "$run_dir" --to "$target" --pid $$ </dev/null >/dev/null &

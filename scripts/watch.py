@@ -108,8 +108,13 @@ class WandB:
 
     def __init__(self, folder, name, config):
         import wandb
-        self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "iha"), name=name, config=config, dir=str(folder),
-                              reinit="create_new", settings=wandb.Settings(silent=True, x_disable_stats=True))
+        try:
+            self.run = wandb.init(project=os.environ.get("WANDB_PROJECT", "iha"), name=name, config=config,
+                                  dir=str(folder), reinit="create_new",
+                                  settings=wandb.Settings(silent=True, x_disable_stats=True))
+        except wandb.Error as error:
+            raise UserError(f"wandb: {' '.join(str(error).split())}; log in with `wandb login`, or set WANDB_MODE=offline") \
+                from None
         self.run.define_metric("*", step_metric="step")
 
     def begin(self, step):

@@ -9,6 +9,7 @@ runs/reproduce/; what is written lies in docs/reproduction/ (with --quick: docs/
 import argparse
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from experiments import EXPERIMENTS, GROUPS  # noqa: E402
 from runs import BINARY, Plan, Scheduler, UserError  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[2]
+
 EXAMPLES = """\
 examples:
-  make reproduce QUICK=1                 every experiment, one seed each, about 20 minutes on two cores
+  make reproduce QUICK=1                 every experiment but the two slowest variants, one seed each
   make reproduce ONLY=binary,lm SEEDS=2
   make reproduce JOBS=1                  one run at a time, on all cores
 """
@@ -39,8 +42,8 @@ def parse(arguments):
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at once; default: GPUs, or processors")
     parser.add_argument("--quick", action="store_true", help="small budgets: everything runs, little is learnt")
     parser.add_argument("--figures", action="store_true", help="only write figures and table of what has been run")
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="FOLDER", help="where runs lie")
-    parser.add_argument("--docs", type=Path, default=Path("docs/reproduction"), metavar="FOLDER",
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/reproduce", metavar="FOLDER", help="where runs lie")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs/reproduction", metavar="FOLDER",
                         help="where figures and table are written")
     parser.add_argument("--experiments", type=Path, metavar="FILE.py",
                         help="other experiments: a file that sets EXPERIMENTS, as scripts/reproduce/experiments.py does")
@@ -82,7 +85,8 @@ def make_data(experiment):
 
 def run(arguments):
     options = parse(arguments)
-    os.chdir(Path(__file__).resolve().parents[2])
+    options.out, options.docs = (path and path.absolute() for path in (options.out, options.docs))
+    os.chdir(ROOT)
     if not Path(BINARY).exists():
         raise UserError(f"{BINARY} is not built; run: make")
     plans = [Plan(experiment, options) for experiment in options.experiments]
@@ -96,7 +100,12 @@ def run(arguments):
     return 1 if failed else 0
 
 
+def interrupt(number, frame):
+    raise KeyboardInterrupt
+
+
 def main():
+    signal.signal(signal.SIGTERM, interrupt)
     try:
         return run(sys.argv[1:])
     except UserError as error:

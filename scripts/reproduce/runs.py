@@ -243,17 +243,17 @@ class Scheduler:
                                    env=environment, start_new_session=True)
         self.running[process] = (run, slot, time.monotonic(), log)
 
-    def reap(self, interrupted):
+    def reap(self):
         for process in [each for each in self.running if each.poll() is not None]:
             run, slot, start, log = self.running.pop(process)
             log.close()
             self.free.append(slot)
             last = ((run.folder / "log.txt").read_text(errors="replace").strip().splitlines() or [""])[-1]
-            if process.returncode == 0 and last.startswith("done:"):
+            if process.returncode == 0 and (last.startswith("done:") or ": already finished" in last):
                 finish(run, self.threads, self.cards)
                 self.times.append(time.monotonic() - start)
                 self.say(f"{describe(run)}: {summary(run)}")
-            elif not interrupted:
+            else:
                 self.failed.append(run)
                 self.say(f"{describe(run)}: failed, exit code {process.returncode}: {last} ({run.folder}/log.txt)")
 
@@ -276,7 +276,7 @@ class Scheduler:
         """Until nothing is left to run. On a signal the runs save and end; the same command continues."""
         try:
             while True:
-                self.reap(False)
+                self.reap()
                 busy = [run for run, *_ in self.running.values()]
                 named = [plan.all_runs() for plan in self.plans]
                 waiting = [run for runs, _ in named for run in runs
@@ -288,13 +288,12 @@ class Scheduler:
                     break
                 self.status(len(waiting), unknown)
                 self.wait()
-        except KeyboardInterrupt:
+        except BaseException:
             self.say("stopping: runs save their checkpoints; the same command continues them")
             for process in self.running:
                 process.terminate()
-            for process in list(self.running):
+            for process in self.running:
                 process.wait()
-            self.reap(True)
             raise
         return self.failed
 

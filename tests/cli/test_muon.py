@@ -24,8 +24,11 @@ def is_hidden(name):
     return re.fullmatch(r"layers\.\d+\.(attn\.(qkv|out)|mlp\.(up|gate|down))\.weight", name) is not None
 
 
-def parts(name, x):
-    return np.split(x, 3) if name.endswith("qkv.weight") else [x]
+def parts(name, x, rows=None):
+    """The matrices of a weight: q, k, v (and k', v') of qkv, of as many rows as given, or of equal ones."""
+    if not name.endswith("qkv.weight"):
+        return [x]
+    return np.split(x, np.cumsum(rows)[:-1] if rows else 3)
 
 
 def orthogonalized(g):
@@ -66,21 +69,31 @@ def weights_in_order(checkpoint):
 
 class Muon(Case):
     def test_steps_follow_the_equations(self):
+        self.check_steps(OTHER, None, 3)
+
+    def test_matrices_of_other_layers(self):
+        """Heads of 12 for 4 heads of q and 1 of k and v; simplicial layers have k and v twice."""
+        heads = ["model.num_attention_heads=4", "model.head_dim=12"]
+        self.check_steps([*OTHER, *heads, "model.num_key_value_heads=1"], (48, 12, 12), 3)
+        self.check_steps([*OTHER, *heads, "model.layer_pattern=simplicial_global"], (48,) * 5, 5)
+
+    def check_steps(self, overrides, rows, count):
         """The gradient is what momentum does not explain; from it NumPy computes the step."""
-        run = self.train(*MUON, *EVERY, *OTHER)
+        run = self.train(*MUON, *EVERY, *overrides)
         checked = 0
         for step in range(1, 6):
             old, new = (weights_in_order(step_dir(run, s)) for s in (step, step + 1))
             m_old, m_new = moments(step_dir(run, step), old)[0], moments(step_dir(run, step + 1), new)[0]
             momentum = 0.85 + (0.95 - 0.85) * min(step / 4, 1)
             for name in filter(is_hidden, old):
-                for w, w_new, m, m1 in zip(*(parts(name, x) for x in (old[name], new[name], m_old[name], m_new[name]))):
+                for w, w_new, m, m1 in zip(*(parts(name, x, rows) for x in
+                                              (old[name], new[name], m_old[name], m_new[name]))):
                     gradient = m1 - momentum * m
                     update = 0.2 * max(w.shape)**0.5 * orthogonalized(gradient + momentum * m1) + 0.1 * w
                     error = np.linalg.norm(w_new - (w - 0.03 * update)) / np.linalg.norm(0.03 * update)
                     self.assertLess(error, 1e-3, name)
                     checked += 1
-        self.assertEqual(checked, 5 * 2 * (3 + 1 + 3))
+        self.assertEqual(checked, 5 * 2 * (count + 1 + 3))
 
     def test_only_hidden_matrices_are_muons(self):
         """Second moments exist for the others; a run of AdamW has the same momentless first step for them."""
