@@ -142,7 +142,7 @@ def model_config(**keys):
     defaults = dict(num_key_value_heads=keys["num_attention_heads"], qk_norm="none", qkv_bias=False, rope_scaling="none",
                     rope_factor=8.0, rope_low_freq_factor=1.0, rope_high_freq_factor=4.0, rope_original_positions=8192)
     return dict(model_type="iha") | defaults | keys | dict(causal=True, num_pseudo_heads=2, iha_window=2, iha_mask="flat",
-                                                iha_rope="virtual", iha_collapse="full") | dict(
+                                                iha_rope="virtual", iha_collapse="full", alpha_on="qkv") | dict(
         architectures=["IhaForCausalLM"], dtype="float32",
         auto_map={"AutoConfig": "configuration_iha.IhaConfig", "AutoModelForCausalLM": "modeling_iha.IhaForCausalLM"})
 
