@@ -149,12 +149,14 @@ stop() {
     fi
 }
 
-# Whether mpirun has ranks among its children.
+# Whether mpirun has ranks among its children. Sets had_ranks for those that have ended, too.
 has_ranks() {
     local pid name=${binary##*/} comm
     for pid in $(cat "/proc/$job/task/"*/children 2>/dev/null); do
+        read -r comm 2>/dev/null <"/proc/$pid/comm" && [ "$comm" = "${name:0:15}" ] || continue
+        had_ranks=1
         # One that has ended, and that mpirun has not waited for, has no program.
-        [ -e "/proc/$pid/exe" ] && read -r comm 2>/dev/null <"/proc/$pid/comm" && [ "$comm" = "${name:0:15}" ] && return 0
+        [ ! -e "/proc/$pid/exe" ] || return 0
     done
     return 1
 }
@@ -169,7 +171,7 @@ watch() {
     exec 3<> <(:) # a read from this times out: a sleep without a process
     while read -rt 1 -u 3 || kill -0 "$job" 2>/dev/null; do
         if has_ranks; then
-            had_ranks=1 idle=0
+            idle=0
         elif [ -n "$had_ranks" ] && [ $((idle += 1)) = $GRACE ]; then
             echo "launch: the ranks on this machine have ended and $silent: killing mpirun" >&2
             kill -KILL "$job" # on SIGTERM it would go on waiting

@@ -67,7 +67,7 @@ static void add_memory(struct object *o, const struct memory_plan *p) {
     o->complete &= memory.complete;
 }
 
-/* Takes the object. */
+/* Takes the object. EXIT_USER: the file cannot be opened, as for metrics.jsonl. */
 static int append(const struct config *c, struct object *o, struct error *e) {
     char path[MAX_TEXT + 32];
     snprintf(path, sizeof path, "%s/starts.jsonl", c->run.dir);
@@ -76,10 +76,15 @@ static int append(const struct config *c, struct object *o, struct error *e) {
     if (!text)
         return fail_run(e, "out of memory writing %s", path);
     FILE *f = fopen(path, "a");
-    int err = f ? 0 : errno;
-    if (f && (fprintf(f, "%s\n", text) < 0 || fflush(f) != 0))
+    if (!f) {
+        fail_user(e, "%s: cannot write: %s; %s", path, strerror(errno), files_advice(errno));
+        free(text);
+        return -1;
+    }
+    int err = 0;
+    if (fprintf(f, "%s\n", text) < 0 || fflush(f) != 0)
         err = errno;
-    if (f && fclose(f) != 0 && !err)
+    if (fclose(f) != 0 && !err)
         err = errno;
     free(text);
     return err ? fail_run(e, "%s: cannot write: %s; %s", path, strerror(err), files_advice(err)) : 0;

@@ -336,7 +336,7 @@ class Errors(Case):
 
     def launcher(self, *args, code, **environment):
         done = subprocess.run([LAUNCH, *map(str, args)], env={**MPI_ENVIRONMENT, **environment}, capture_output=True,
-                              text=True, timeout=LIMIT, stdin=subprocess.DEVNULL, cwd=self.tmp)
+                              text=True, timeout=3 * LIMIT, stdin=subprocess.DEVNULL, cwd=self.tmp)
         self.assertEqual(done.returncode, code, done.stderr)
         return done
 
