@@ -1027,10 +1027,12 @@ static int load_eval_config(struct run *r, const char *dir, const struct command
     if (read_checkpoint(r, dir, line, e) != 0)
         return -1;
     struct config *c = &r->config;
-    if (!is_given(line, "eval.tasks"))
+    if (!is_given(line, "eval.tasks") || strcmp(c->eval.tasks, "none") == 0)
         c->eval.tasks[0] = '\0';
     else if (!is_given(line, "data.val"))
         c->data.val[0] = '\0';
+    if (!is_given(line, "eval.task_items"))
+        c->eval.task_items = 0; /* not the run's, which would score fewer items without a word */
     if ((!c->data.val[0] || strcmp(c->data.val, "none") == 0) && !c->eval.tasks[0])
         return fail_user(e, "eval needs data: add data.val=GLOB or eval.tasks=GLOB");
     if (c->system.precision == PRECISION_AUTO)

@@ -20,13 +20,13 @@ void turns_open(struct turns *t) {
     sigset_t interrupt;
     struct sigaction action = {.sa_handler = ignore};
     *t = (struct turns){.terminal = isatty(STDIN_FILENO) && isatty(STDOUT_FILENO)};
+    at_start_keep_ignored();
+    if (at_start_ignored(SIGINT))
+        return; /* it stays ignored; blocked, it would be kept until turns_interrupted() asks for it */
     sigemptyset(&interrupt);
     sigaddset(&interrupt, SIGINT);
     pthread_sigmask(SIG_BLOCK, &interrupt, NULL);
-    /* A handler, so that waiting ends; where the signal was ignored at start it stays ignored. */
-    at_start_keep_ignored();
-    if (!at_start_ignored(SIGINT))
-        sigaction(SIGINT, &action, NULL);
+    sigaction(SIGINT, &action, NULL); /* a handler, so that waiting ends */
 }
 
 void turns_close(struct turns *t) {

@@ -15,8 +15,8 @@ struct turns {
     bool terminal, at_end, interrupted;
 };
 
-/* Block SIGINT in this thread and those that it starts, so that no handler runs while they compute. Call it before any
- * other thread exists. */
+/* Block SIGINT in this thread and those that it starts, so that no handler runs while they compute, unless it was ignored
+ * at start: then it stays ignored. Call it before any other thread exists. */
 void turns_open(struct turns *t);
 void turns_close(struct turns *t);
 

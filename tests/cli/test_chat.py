@@ -28,6 +28,7 @@ from unittest import mock
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+import tests.lib.signals  # noqa: F401  (for what tests start)
 from tests.lib.chat_case import HAS_PACKAGES, Case, reference_template
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -385,11 +386,11 @@ class Talk(Case):
         self.assertEqual(done.returncode, 2, done.stderr)
         self.assertIn("another chat template than in out/chat.json", done.stderr)
 
-    def on_terminal(self, *options, run_dir=None):
+    def on_terminal(self, *options, run_dir=None, **popen):
         """(process, descriptor of its terminal)"""
         mine, theirs = pty.openpty()
         process = subprocess.Popen([BINARY, "generate", run_dir or self.run_dir, "--chat", "--temperature", "0", FP32, *options],
-                                   stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT)
+                                   stdin=theirs, stdout=theirs, stderr=theirs, env=ENVIRONMENT, **popen)
         os.close(theirs)
         self.addCleanup(lambda: (process.kill(), process.wait(), os.close(mine)))
         return process, mine
@@ -427,6 +428,18 @@ class Talk(Case):
         self.assertIsNone(process.poll())
         process.send_signal(signal.SIGINT)
         self.assertEqual(process.wait(60), 0)
+
+    def test_interrupt_that_was_ignored_at_start(self):
+        """As in a script's background jobs: it ends neither the answer nor the program."""
+        ignored = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+        process, terminal = self.on_terminal("--tokens", "1000000", run_dir=self.long_run, preexec_fn=ignored)
+        self.wait_for(terminal, b"> ")
+        process.send_signal(signal.SIGINT)
+        os.write(terminal, b"zzzz\n")
+        self.wait_for(terminal, b"\0" * 20)
+        process.send_signal(signal.SIGINT)
+        self.assertNotIn(b">", self.wait_for(terminal, b"\0" * 200))
+        self.assertIsNone(process.poll())
 
     def test_interrupt_on_a_pipe(self):
         """It ends the answer and the program."""
