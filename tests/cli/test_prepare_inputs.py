@@ -495,7 +495,7 @@ class Folder(Case):
         self.out.mkdir()
         descriptor = os.open(self.out, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        self.refused(rows, says=[str(self.out), "another prepare.py"])
+        self.refused(rows, says=[str(self.out), "another program"])
         os.close(descriptor)
         self.run_ok(rows)
 
@@ -515,7 +515,7 @@ class Folder(Case):
     def refused_beside(self, rows):
         run = self.run_script("--overwrite", rows)
         self.assertEqual((run.returncode, run.stderr.count(b"\n")), (2, 1), run.stderr)
-        self.assertIn(b"another prepare.py", run.stderr)
+        self.assertIn(b"another program", run.stderr)
 
     def test_killed_run(self):
         for number, code in ((signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGKILL, -9)):
