@@ -298,12 +298,9 @@ static inline int64_t mix_kv_heads(const struct qkv_mix_spec *s) {
     return s->kv_heads ? s->kv_heads : s->heads;
 }
 
-/* qkv as [B,T,H+2G,d]. */
-static inline tensor mix_rows(const struct qkv_mix_spec *s, tensor qkv) {
-    bool by_three = qkv.ndim == 5 && tensor_contiguous(qkv) && qkv.shape[2] == 3 && qkv.shape[3] == s->heads;
-    return by_three
-               ? tensor_of(qkv.data, qkv.dtype, qkv.shape[0], qkv.shape[1], 3 * s->heads, qkv.shape[4], 0)
-               : qkv;
+/* Heads of q, k or v (which: 0, 1, 2), which come in this order in a row of qkv. */
+static inline int64_t mix_heads_of(const struct qkv_mix_spec *s, int which) {
+    return which == 0 ? s->heads : mix_kv_heads(s);
 }
 
 /* Heads of a row of qkv: those of q, k and v. */

@@ -44,25 +44,6 @@ struct head {
     int32_t *turns; /* [tiles] of queries: groups of keys that have added their part of dq */
 };
 
-/* An array of a thread's scratch. */
-struct part {
-    void *where; /* the pointer to set */
-    int64_t count;
-};
-
-/* Sets the pointers to arrays behind `base`, which may be NULL, and returns their bytes. Arrays begin at cache
- * lines; one line between them keeps arrays of a power of two from starting in the same cache set. Each thread
- * has pages of its own. */
-static inline size_t lay_out(const struct part *parts, size_t count, char *base) {
-    size_t offset = 0;
-    for (size_t i = 0; i < count; i++) {
-        void *at = base ? base + offset : NULL;
-        memcpy(parts[i].where, &at, sizeof at);
-        offset += (size_t)round_up(parts[i].count * (int64_t)sizeof(real), 64) + 64;
-    }
-    return (size_t)round_up((int64_t)offset, 4096);
-}
-
 /* The keys [begins[i], ends[i]) that query q0 + i sees, for TILE queries. Those past the last query repeat it,
  * so that both ends grow over the whole tile. */
 static inline void visible_keys(const struct attention_mask *m, int64_t q0, int64_t rows, real_bits *begins,

@@ -111,6 +111,14 @@ static inline void store_rounded(elem *p, real master, uint32_t updates, int64_t
 #endif
 }
 
+static inline real dot_elems(const elem *a, const elem *b, int64_t n) {
+    real sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++)
+        sum += from_elem(a[i]) * from_elem(b[i]);
+    return sum;
+}
+
 /* out[i] (+)= sum over p < parts of partials[p*stride + i]. Adds the threads' partial gradients in a fixed
  * order, so that two runs give the same bits. */
 void sum_partials(const real *partials, int parts, int64_t stride, int64_t n, real *out, bool accumulate);

@@ -12,14 +12,6 @@ struct op_cost CPU(decode_plan)(const struct device *dev, const struct attention
     return (struct op_cost){.workspace = sizeof(elem) < sizeof(real) ? bytes : 0};
 }
 
-static real dot(const elem *a, const elem *b, int64_t n) {
-    real sum = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < n; i++)
-        sum += from_elem(a[i]) * from_elem(b[i]);
-    return sum;
-}
-
 /* Attention of one query over keys [begin, end), of which key s is at index s mod capacity. The softmax is
  * computed online, so that no row of scores is stored. */
 static void attend_query(const struct attention_spec *s, const elem *q, tensor cache_k, tensor cache_v,
@@ -33,7 +25,7 @@ static void attend_query(const struct attention_spec *s, const elem *q, tensor c
             (elem *)cache_k.data + b * cache_k.stride[0] + slot * cache_k.stride[1] + h * cache_k.stride[2];
         const elem *v =
             (elem *)cache_v.data + b * cache_v.stride[0] + slot * cache_v.stride[1] + h * cache_v.stride[2];
-        real score = (real)s->scale * dot(q, k, d);
+        real score = (real)s->scale * dot_elems(q, k, d);
         if (score > max) {
             real factor = (real)exp((double)(max - score));
             max = score;

@@ -16,19 +16,12 @@ struct lambda {
     real e1, e2, value;
 };
 
-static real dot(const elem *a, const elem *b, int64_t n) {
-    real sum = 0;
-    for (int64_t i = 0; i < n; i++)
-        sum += from_elem(a[i]) * from_elem(b[i]);
-    return sum;
-}
-
 static struct lambda lambda_of(const char *op, const struct diff_combine_spec *s, const tensor vectors[4]) {
     int64_t d = s->head_dim;
     for (int i = 0; i < 4; i++)
         check_elem(op, "lambda", vectors[i], d, 0, 0, 0, 0);
-    real e1 = (real)exp((double)dot(vectors[0].data, vectors[1].data, d)),
-         e2 = (real)exp((double)dot(vectors[2].data, vectors[3].data, d));
+    real e1 = (real)exp((double)dot_elems(vectors[0].data, vectors[1].data, d)),
+         e2 = (real)exp((double)dot_elems(vectors[2].data, vectors[3].data, d));
     return (struct lambda){e1, e2, e1 - e2 + (real)s->lambda_init};
 }
 

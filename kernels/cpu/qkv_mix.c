@@ -7,24 +7,14 @@
 #include "kernels/cpu/head_mix.h"
 #include "kernels/cpu/rope.h"
 
-/* Heads of q, k or v (w = 0, 1, 2), which come in this order. */
-static int64_t heads_of(const struct qkv_mix_spec *s, int w) {
-    return w == 0 ? s->heads : mix_kv_heads(s);
-}
-
 /* The head of a row of qkv at which q, k or v begins. */
 static int64_t first_head(const struct qkv_mix_spec *s, int w) {
     return w == 0 ? 0 : s->heads + (w - 1) * mix_kv_heads(s);
 }
 
-/* Pseudo-heads in all: rows of one token after mixing. */
+/* Pseudo-heads in all: rows of one token of q, k or v after mixing. k and v have at most as many as q. */
 static int64_t rows_out(const struct qkv_mix_spec *s, int w) {
-    return s->pseudo * heads_of(s, w);
-}
-
-/* The most of any of the three. */
-static int64_t most_heads(const struct qkv_mix_spec *s) {
-    return s->heads > mix_kv_heads(s) ? s->heads : mix_kv_heads(s);
+    return s->pseudo * mix_heads_of(s, w);
 }
 
 /* Whether elements have to be converted. */
@@ -32,27 +22,26 @@ static bool converts(void) {
     return sizeof(elem) < sizeof(real);
 }
 
-/* Reals of the three alphas, or of their partial gradients. */
-static int64_t alpha_reals(const struct qkv_mix_spec *s) {
-    return s->mixed ? round_up(3 * s->pseudo * most_heads(s) * most_heads(s), 16) : 0;
-}
-
 /* Reals from one alpha, or its partial gradient, to the next. */
 static int64_t alpha_stride(const struct qkv_mix_spec *s) {
-    return s->pseudo * most_heads(s) * most_heads(s);
+    return s->pseudo * s->heads * s->heads;
+}
+
+/* Reals of the three alphas, or of their partial gradients. */
+static int64_t alpha_reals(const struct qkv_mix_spec *s) {
+    return s->mixed ? round_up(3 * alpha_stride(s), 16) : 0;
 }
 
 /* Reals of a block of `rows` rows a token, in whole cache lines. */
 static int64_t block_reals(const struct device *dev, const struct qkv_mix_spec *s, int64_t rows) {
-    return round_up(mix_tokens(dev, s->batch * s->tokens, most_heads(s), s->head_dim) * rows * s->head_dim,
-                    16);
+    return round_up(mix_tokens(dev, s->batch * s->tokens, s->heads, s->head_dim) * rows * s->head_dim, 16);
 }
 
 /* Scratch of one thread in backward: partial sums of the three dalphas, and a block of gradients rotated
  * back. Where elements have to be converted, also a block of gradients of the results, of inputs, and of their
  * gradients. Whole cache lines, so that threads do not write to the same one. */
 static int64_t thread_reals(const struct device *dev, const struct qkv_mix_spec *s) {
-    int64_t H = most_heads(s), I = s->pseudo * H;
+    int64_t H = s->heads, I = rows_out(s, 0);
     return alpha_reals(s) + block_reals(dev, s, I) +
            (converts() ? block_reals(dev, s, I) + 2 * block_reals(dev, s, H) : 0);
 }
@@ -67,9 +56,9 @@ static void read_alphas(const struct qkv_mix_spec *s, tensor q, tensor k, tensor
                         const real *alpha[3]) {
     const elem *from[3] = {q.data, k.data, v.data};
     for (int w = 0; w < 3; w++)
-        alpha[w] = s->mixed
-                       ? read_elems(from[w], rows_out(s, w) * heads_of(s, w), *scratch + w * alpha_stride(s))
-                       : NULL;
+        alpha[w] = s->mixed ? read_elems(from[w], rows_out(s, w) * mix_heads_of(s, w),
+                                         *scratch + w * alpha_stride(s))
+                            : NULL;
     *scratch += converts() ? alpha_reals(s) : 0;
 }
 
@@ -103,11 +92,11 @@ static int64_t position_of(const struct qkv_mix_spec *s, const int32_t *position
 static void check_mix(const char *op, const struct qkv_mix_spec *s, tensor qkv, tensor positions, tensor q,
                       tensor k, tensor v) {
     int64_t B = s->batch, S = s->tokens * s->pseudo, d = s->head_dim;
-    check_elem(op, "qkv", mix_rows(s, qkv), B, s->tokens, mix_row_heads(s), d, 0);
+    check_elem(op, "qkv", qkv, B, s->tokens, mix_row_heads(s), d, 0);
     const char *names[3] = {"q", "k", "v"};
     tensor outs[3] = {q, k, v};
     for (int i = 0; i < 3; i++) {
-        check_elem(op, names[i], outs[i], B, S, heads_of(s, i), d, 0);
+        check_elem(op, names[i], outs[i], B, S, mix_heads_of(s, i), d, 0);
         check_contiguous(op, names[i], outs[i]);
     }
     check_contiguous(op, "qkv", qkv);
@@ -157,11 +146,11 @@ void CPU(qkv_mix)(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, 
 #pragma omp parallel num_threads(dev->threads)
     {
         real *mixed = scratch + omp_get_thread_num() * stride,
-             *converted = mixed + block_reals(dev, s, s->pseudo * most_heads(s));
+             *converted = mixed + block_reals(dev, s, rows_out(s, 0));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++)
             for (int w = 0; w < 3; w++) {
-                int64_t H = heads_of(s, w), count = rows_out(s, w) * d;
+                int64_t H = mix_heads_of(s, w), count = rows_out(s, w) * d;
                 elem *from = (elem *)qkv.data + (n * row + first_head(s, w)) * d, *to = out[w] + n * count;
                 real *result = elems_buffer(to, converted + H * d);
                 mix_token(s, H, read_elems(from, H * d, converted), alpha[w], s->rope && w < 2, table,
@@ -227,7 +216,7 @@ void CPU(qkv_mix_backward)(struct device *dev, const struct qkv_mix_spec *s, ten
                            bool accumulate) {
     check_mix("qkv_mix_backward", s, qkv, positions, dq, dk, dv);
     int64_t d = s->head_dim, N = s->batch * s->tokens, row = mix_row_heads(s), matrix = alpha_stride(s);
-    int64_t stride = thread_reals(dev, s), block = mix_tokens(dev, N, most_heads(s), d);
+    int64_t stride = thread_reals(dev, s), block = mix_tokens(dev, N, s->heads, d);
     real *scratch = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix_backward");
     bool stream = !converts() && mix_streams(dqkv.data, N * row * d, d);
     const real *alpha[3];
@@ -237,14 +226,14 @@ void CPU(qkv_mix_backward)(struct device *dev, const struct qkv_mix_spec *s, ten
     {
         real *dalpha = scratch + omp_get_thread_num() * stride;
         real *unrotated = dalpha + alpha_reals(s),
-             *converted = unrotated + block_reals(dev, s, s->pseudo * most_heads(s));
+             *converted = unrotated + block_reals(dev, s, rows_out(s, 0));
         if (s->mixed)
             memset(dalpha, 0, (size_t)(3 * matrix) * sizeof(real));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += block)
             for (int w = 0; w < 3; w++) {
                 int64_t count = min64(block, N - n), at = (n * row + first_head(s, w)) * d,
-                        H = heads_of(s, w);
+                        H = mix_heads_of(s, w);
                 int64_t ahead = w < 2 ? n : n + block;
                 const elem *g = dout[w] + n * rows_out(s, w) * d;
                 const elem *next = dout[(w + 1) % 3] + ahead * rows_out(s, (w + 1) % 3) * d;
@@ -264,6 +253,6 @@ void CPU(qkv_mix_backward)(struct device *dev, const struct qkv_mix_spec *s, ten
         return;
     real *dalphas[3] = {dalpha_q.data, dalpha_k.data, dalpha_v.data};
     for (int w = 0; w < 3; w++)
-        sum_partials(scratch + w * matrix, dev->threads, stride, rows_out(s, w) * heads_of(s, w), dalphas[w],
-                     accumulate);
+        sum_partials(scratch + w * matrix, dev->threads, stride, rows_out(s, w) * mix_heads_of(s, w),
+                     dalphas[w], accumulate);
 }

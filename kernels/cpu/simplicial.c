@@ -24,21 +24,13 @@ struct scratch {
 
 static size_t layout_scratch(int64_t S, int64_t d, char *base, struct scratch *w) {
     int64_t all = S * d, transposed = d * round_up(S, VL), few = PAIRS * d, wide = PAIRS * round_up(S, VL);
-    struct {
-        void *where;
-        int64_t count;
-    } parts[] = {{&w->k, all},         {&w->kt, transposed}, {&w->v, all},        {&w->vt, transposed},
-                 {&w->k2, all},        {&w->v2, all},        {&w->dk, all},       {&w->dv, all},
-                 {&w->dk2, all},       {&w->dv2, all},       {&w->vectors, few},  {&w->sums, few},
-                 {&w->gradients, few}, {&w->scores, wide},   {&w->dscores, wide}, {&w->q, d},
-                 {&w->o, d},           {&w->d_o, d},         {&w->dq, d}};
-    size_t bytes = 0;
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        void *part = base ? base + bytes : NULL;
-        memcpy(parts[i].where, &part, sizeof part);
-        bytes += (size_t)round_up(parts[i].count, 16) * sizeof(real);
-    }
-    return bytes;
+    struct part parts[] = {
+        {&w->k, all},         {&w->kt, transposed}, {&w->v, all},        {&w->vt, transposed},
+        {&w->k2, all},        {&w->v2, all},        {&w->dk, all},       {&w->dv, all},
+        {&w->dk2, all},       {&w->dv2, all},       {&w->vectors, few},  {&w->sums, few},
+        {&w->gradients, few}, {&w->scores, wide},   {&w->dscores, wide}, {&w->q, d},
+        {&w->o, d},           {&w->d_o, d},         {&w->dq, d}};
+    return lay_out(parts, sizeof parts / sizeof *parts, base);
 }
 
 struct op_cost CPU(simplicial_plan)(const struct device *dev, const struct attention_spec *s) {

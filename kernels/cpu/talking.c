@@ -32,27 +32,17 @@ static int64_t tile_reals(const struct attention_spec *s) {
     return s->heads * KEYS * QUERIES;
 }
 
-/* The parts one after the other; returns their bytes. base may be NULL. */
 static size_t layout_scratch(const struct attention_spec *s, char *base, struct scratch *w) {
     int64_t H = s->heads, rows = H * QUERIES * s->head_dim, keys = H * KEYS * s->head_dim,
             tile = tile_reals(s);
-    struct {
-        void *where;
-        int64_t count;
-    } parts[] = {
+    struct part parts[] = {
         {&w->qt, rows},        {&w->dot, rows},        {&w->q, rows},          {&w->d_o, rows},
         {&w->out, rows},       {&w->k, keys},          {&w->v, keys},          {&w->dk, keys},
         {&w->dv, keys},        {&w->scores, tile},     {&w->w, tile},          {&w->du, tile},
         {&w->dw, tile},        {&w->top, H * QUERIES}, {&w->sum, H * QUERIES}, {&w->row_dot, H * QUERIES},
         {&w->begins, QUERIES}, {&w->ends, QUERIES},    {&w->logits, H * H},    {&w->weights, H * H},
         {&w->dlogits, H * H},  {&w->dweights, H * H}};
-    size_t bytes = 0;
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        void *part = base ? base + bytes : NULL;
-        memcpy(parts[i].where, &part, sizeof part);
-        bytes += (size_t)round_up(parts[i].count, 16) * sizeof(real);
-    }
-    return bytes;
+    return lay_out(parts, sizeof parts / sizeof *parts, base);
 }
 
 static int64_t rows_of(const struct attention_spec *s) {
@@ -227,13 +217,25 @@ static void add_to_softmax(const struct attention_spec *s, const struct scratch 
 
 /* ---- forward ---- */
 
-static void read_keys(const struct attention_spec *s, const struct scratch *w, int64_t b, int64_t k0,
-                      tensor k, tensor v) {
-    int64_t count = min64(KEYS, s->length - k0);
-    read_rows(s, k, b, k0, count, KEYS, 1, w->k);
-    read_rows(s, v, b, k0, count, KEYS, 1, w->v);
+/* The tile of keys from k0 to `end`, key k at index k mod the tensor's length: a sequence's, or a ring buffer's. */
+static void read_tile(const struct attention_spec *s, tensor t, int64_t b, int64_t k0, int64_t end,
+                      real *out) {
+    int64_t d = s->head_dim;
+    for (int64_t h = 0; h < s->heads; h++)
+        for (int64_t j = 0; j < KEYS; j++, out += d) {
+            const elem *from = k0 + j < end ? row_at(t, b, (k0 + j) % t.shape[1], h) : NULL;
+            for (int64_t c = 0; c < d; c++)
+                out[c] = from ? from_elem(from[c]) : 0;
+        }
 }
 
+static void read_keys(const struct attention_spec *s, const struct scratch *w, int64_t b, int64_t k0,
+                      int64_t end, tensor k, tensor v) {
+    read_tile(s, k, b, k0, end, w->k);
+    read_tile(s, v, b, k0, end, w->v);
+}
+
+/* o of a block. saved: see above, or NULL. */
 static void forward_block(const struct attention_spec *s, const struct scratch *w, const struct block *x,
                           tensor q, tensor k, tensor v, tensor o, real *saved) {
     int64_t rows = s->heads * QUERIES;
@@ -243,17 +245,19 @@ static void forward_block(const struct attention_spec *s, const struct scratch *
         w->sum[i] = 0;
     }
     for (int64_t k0 = x->begin; k0 < x->end; k0 += KEYS) {
-        read_keys(s, w, x->b, k0, k, v);
+        read_tile(s, k, x->b, k0, x->end, w->k);
         score_tile(s, w, k0);
         add_to_softmax(s, w);
     }
     for (int64_t i = 0; i < rows; i++)
-        w->sum[i] = w->sum[i] == 0 ? 0 : 1 / w->sum[i]; /* 0: past the end of the sequence */
-    write_statistics(s, x, w->top, saved);
-    write_statistics(s, x, w->sum, saved + rows_of(s));
+        w->sum[i] = w->sum[i] == 0 ? 0 : 1 / w->sum[i]; /* 0: past the last query */
+    if (saved) {
+        write_statistics(s, x, w->top, saved);
+        write_statistics(s, x, w->sum, saved + rows_of(s));
+    }
     memset(w->out, 0, (size_t)(rows * s->head_dim) * sizeof(real));
     for (int64_t k0 = x->begin; k0 < x->end; k0 += KEYS) {
-        read_keys(s, w, x->b, k0, k, v);
+        read_keys(s, w, x->b, k0, x->end, k, v);
         score_tile(s, w, k0);
         weigh_tile(s, w);
         mix_tile(s, w->weights, false, w->w, w->scores);
@@ -337,7 +341,7 @@ static void backward_queries(const struct attention_spec *s, const struct scratc
     read_statistics(s, x, saved + rows_of(s), w->sum);
     memset(w->row_dot, 0, (size_t)rows * sizeof(real));
     for (int64_t k0 = x->begin; k0 < x->end; k0 += KEYS) {
-        read_keys(s, w, x->b, k0, k, v);
+        read_keys(s, w, x->b, k0, x->end, k, v);
         gradient_tile(s, w, k0);
         for (int64_t h = 0; h < s->heads; h++)
             for (int64_t j = 0; j < KEYS; j++)
@@ -349,7 +353,7 @@ static void backward_queries(const struct attention_spec *s, const struct scratc
     write_statistics(s, x, w->row_dot, row_dots);
     memset(w->out, 0, (size_t)(rows * s->head_dim) * sizeof(real));
     for (int64_t k0 = x->begin; k0 < x->end; k0 += KEYS) {
-        read_keys(s, w, x->b, k0, k, v);
+        read_keys(s, w, x->b, k0, x->end, k, v);
         gradient_tile(s, w, k0);
         add_outer(s, w->du, w->w, w->dweights);
         through_softmax(s, w);
@@ -368,7 +372,7 @@ static void backward_keys(const struct attention_mask *m, const struct scratch *
     int64_t count = min64(KEYS, s->length - k0), keys = s->heads * KEYS * s->head_dim;
     memset(w->dk, 0, (size_t)keys * sizeof(real));
     memset(w->dv, 0, (size_t)keys * sizeof(real));
-    read_keys(s, w, b, k0, k, v);
+    read_keys(s, w, b, k0, k0 + count, k, v);
     for (int64_t q0 = 0; q0 < s->length; q0 += QUERIES) {
         struct block x = block_at(m, w, b, q0);
         if (x.end <= k0 || x.begin >= k0 + count)
@@ -435,45 +439,6 @@ void CPU(talking_backward)(struct device *dev, const struct attention_spec *s, t
 
 /* ---- decoding ---- */
 
-/* The tile of a ring buffer's keys from k0: of one query, in the first lane. */
-static void read_ring(const struct attention_spec *s, tensor cache, int64_t b, int64_t k0, int64_t end,
-                      real *out) {
-    int64_t d = s->head_dim;
-    for (int64_t h = 0; h < s->heads; h++)
-        for (int64_t j = 0; j < KEYS; j++, out += d) {
-            const elem *from = k0 + j < end ? row_at(cache, b, (k0 + j) % cache.shape[1], h) : NULL;
-            for (int64_t c = 0; c < d; c++)
-                out[c] = from ? from_elem(from[c]) : 0;
-        }
-}
-
-static void decode_query(const struct attention_spec *s, const struct scratch *w, const struct block *x,
-                         tensor q, tensor cache_k, tensor cache_v, tensor o) {
-    int64_t rows = s->heads * QUERIES;
-    read_queries(s, w, x, q);
-    for (int64_t i = 0; i < rows; i++) {
-        w->top[i] = (real)-1e30;
-        w->sum[i] = 0;
-    }
-    for (int64_t k0 = x->begin; k0 < x->end; k0 += KEYS) {
-        read_ring(s, cache_k, x->b, k0, x->end, w->k);
-        score_tile(s, w, k0);
-        add_to_softmax(s, w);
-    }
-    for (int64_t i = 0; i < rows; i++)
-        w->sum[i] = w->sum[i] == 0 ? 0 : 1 / w->sum[i];
-    memset(w->out, 0, (size_t)(rows * s->head_dim) * sizeof(real));
-    for (int64_t k0 = x->begin; k0 < x->end; k0 += KEYS) {
-        read_ring(s, cache_k, x->b, k0, x->end, w->k);
-        read_ring(s, cache_v, x->b, k0, x->end, w->v);
-        score_tile(s, w, k0);
-        weigh_tile(s, w);
-        mix_tile(s, w->weights, false, w->w, w->scores);
-        add_by_queries(s, w->scores, w->v, w->out);
-    }
-    write_rows(s, o, x->b, x->q0, x->rows, QUERIES, 1, w->out);
-}
-
 /* Queries one by one, each in the first lane of a block: there is one of them, or a chunk of a prompt. */
 void CPU(talking_decode)(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                          tensor logits, tensor weights, tensor cache_k, tensor cache_v, int64_t first,
@@ -499,7 +464,7 @@ void CPU(talking_decode)(struct device *dev, const struct attention_spec *s, ten
             attention_keys(s, first + x.q0, first + s->length, &x.begin, &x.end);
             w.begins[0] = (real_bits)x.begin;
             w.ends[0] = (real_bits)x.end;
-            decode_query(s, &w, &x, q, cache_k, cache_v, o);
+            forward_block(s, &w, &x, q, cache_k, cache_v, o, NULL);
         }
     }
 }

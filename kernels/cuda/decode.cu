@@ -174,10 +174,7 @@ void cuda_attention_decode(struct device *dev, const struct attention_spec *s, t
                            tensor cache_k, tensor cache_v, int64_t first, tensor o) {
     int64_t B = s->batch, n = s->length, H = s->heads, d = s->head_dim, capacity = cache_k.shape[1];
     int64_t G = attention_kv_heads(s);
-    for (const tensor &t : {q, o})
-        check_shape("attention_decode", "q or o", t, cuda_compute(dev), B, n, H, d);
-    for (const tensor &t : {k, v})
-        check_shape("attention_decode", "k or v", t, cuda_compute(dev), B, n, G, d);
+    check_attention_shapes("attention_decode", cuda_compute(dev), s, {q, o}, {k, v});
     for (const tensor &t : {cache_k, cache_v})
         check_shape("attention_decode", "cache", t, cuda_compute(dev), B, capacity, G, d);
     struct attention_spec all = *s;

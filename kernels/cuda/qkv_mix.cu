@@ -123,10 +123,10 @@ struct rope_rows check_qkv_mix(const struct device *dev, const char *op, const s
     enum dtype type = cuda_compute(dev);
     const tensor outs[3] = {q, k, v}, alphas[3] = {aq, ak, av};
     const char *names[3] = {"q", "k", "v"}, *alpha_names[3] = {"alpha_q", "alpha_k", "alpha_v"};
-    check_shape(op, "qkv", mix_rows(s, qkv), type, B, s->tokens, mix_row_heads(s), d);
+    check_shape(op, "qkv", qkv, type, B, s->tokens, mix_row_heads(s), d);
     check_contiguous(op, "qkv", qkv);
     for (int i = 0; i < 3; i++) {
-        int64_t H = i == 0 ? s->heads : mix_kv_heads(s);
+        int64_t H = mix_heads_of(s, i);
         check_shape(op, names[i], outs[i], type, B, s->tokens * (s->mixed ? P : 1), H, d);
         check_contiguous(op, names[i], outs[i]);
         if (s->mixed) {

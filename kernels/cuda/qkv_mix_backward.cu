@@ -303,13 +303,12 @@ void cuda_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s, ten
         rope_rotate(dev, s, rope, dqkv, dq, dk, dv, true);
         return;
     }
-    check_shape(op, "qkv", mix_rows(s, qkv), cuda_compute(dev), s->batch, s->tokens, mix_row_heads(s),
-                s->head_dim);
+    check_shape(op, "qkv", qkv, cuda_compute(dev), s->batch, s->tokens, mix_row_heads(s), s->head_dim);
     check_contiguous(op, "qkv", qkv);
     const struct mix_gradients x = {
         {dq, dk, dv}, {alpha_q, alpha_k, alpha_v}, {dalpha_q, dalpha_k, dalpha_v}, qkv, dqkv, accumulate};
     for (int w = 0; w < 3; w++) {
-        int64_t H = w == 0 ? s->heads : mix_kv_heads(s);
+        int64_t H = mix_heads_of(s, w);
         check_shape(op, "dalpha", x.dalpha[w], DTYPE_F32, s->pseudo, H, H);
         check_contiguous(op, "dalpha", x.dalpha[w]);
     }

@@ -189,6 +189,17 @@ static inline void check_every_case(void **state) {
     assert_true(op_cases_run(all->kind, COMPARE, check_one_case, all) > 0);
 }
 
+/* The whole check of an operation: forward and backward are as close to float64 as the plain computation, and have the
+ * same bits in another order of threads and blocks. */
+static inline void check_case(enum device_precision precision, const struct op_case *c) {
+    struct op_run r;
+    run_open(&r, precision, c);
+    run_both(&r);
+    run_expect_close(&r);
+    run_expect_same(&r);
+    done(r.k);
+}
+
 /* An element of a list of tests. */
 #define EVERY_CASE(NAME, KIND, PRECISION, CHECK)                                                             \
     {                                                                                                        \

@@ -1,19 +1,10 @@
 /* fold of the CUDA backend against the CPU backend, forward and backward. */
 #include "tests/cuda/op_run.h"
 
-static void check(enum device_precision precision, const struct op_case *c) {
-    struct op_run r;
-    run_open(&r, precision, c);
-    run_both(&r);
-    run_expect_close(&r);
-    run_expect_same(&r);
-    done(r.k);
-}
-
 int main(void) {
     const struct CMUnitTest tests[] = {
-        EVERY_CASE("fold_fp32", OP_FOLD, DEVICE_FP32, check),
-        EVERY_CASE("fold_bf16", OP_FOLD, DEVICE_BF16, check),
+        EVERY_CASE("fold_fp32", OP_FOLD, DEVICE_FP32, check_case),
+        EVERY_CASE("fold_bf16", OP_FOLD, DEVICE_BF16, check_case),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

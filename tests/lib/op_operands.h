@@ -106,7 +106,7 @@ static inline void qkv_mix_operands(const struct op_case *c, struct op_operand *
                                SHAPE((c->first + s->tokens) * P, 2, d / 2)};
     x[11] = (struct op_operand){"dqkv", BACKWARD_WRITES, SHAPE(B, s->tokens, row, d), .gradient_of = {1}};
     for (int i = 0; i < 3; i++) {
-        const int64_t H = i == 0 ? s->heads : mix_kv_heads(s);
+        const int64_t H = mix_heads_of(s, i);
         x[1 + i] = (struct op_operand){PRESENT(s->mixed, names[0][i]), BOTH_READ, SHAPE(P, H, H)};
         x[5 + i] = (struct op_operand){names[1][i], FORWARD_WRITES, SHAPE(B, S, H, d)};
         x[8 + i] =
@@ -162,9 +162,9 @@ static inline void simplicial_operands(const struct op_case *c, struct op_operan
     for (int i = 0; i < 2; i++) {
         x[9 + i] = (struct op_operand){i ? "v2" : "k2", BOTH_READ,
                                        SHAPE(s->batch, s->length, s->heads, s->head_dim)};
-        x[11 + i] = (struct op_operand){i ? "dv2" : "dk2", BACKWARD_WRITES,
-                                        SHAPE(s->batch, s->length, s->heads, s->head_dim),
-                                        .gradient_of = {10 + i}};
+        x[11 + i] =
+            (struct op_operand){i ? "dv2" : "dk2", BACKWARD_WRITES,
+                                SHAPE(s->batch, s->length, s->heads, s->head_dim), .gradient_of = {10 + i}};
     }
 }
 
@@ -380,11 +380,11 @@ static inline void op_backward(const struct kernels *k, struct device *dev, cons
         return k->attention_backward(dev, &s.attention, t[0], t[1], t[2], t[8], t[3], t[4], saved, t[5], t[6],
                                      t[7]);
     case OP_TALKING:
-        return k->talking_backward(dev, &s.attention, t[0], t[1], t[2], t[8], t[9], t[10], t[4], saved, t[5], t[6],
-                                   t[7], t[11], t[12], add);
+        return k->talking_backward(dev, &s.attention, t[0], t[1], t[2], t[8], t[9], t[10], t[4], saved, t[5],
+                                   t[6], t[7], t[11], t[12], add);
     case OP_SIMPLICIAL:
-        return k->simplicial_backward(dev, &s.attention, t[0], t[1], t[2], t[9], t[10], t[8], t[3], t[4], saved, t[5],
-                                      t[6], t[7], t[11], t[12]);
+        return k->simplicial_backward(dev, &s.attention, t[0], t[1], t[2], t[9], t[10], t[8], t[3], t[4],
+                                      saved, t[5], t[6], t[7], t[11], t[12]);
     case OP_COLLAPSE:
         return k->collapse_backward(dev, &s.collapse, t[3], t[0], t[1], t[4], t[5], add);
     case OP_QK_NORM:
@@ -407,10 +407,17 @@ static inline void op_backward(const struct kernels *k, struct device *dev, cons
 enum { OP_TEXT = 256 };
 
 static inline const char *op_name(const struct op_case *c) {
-    static const char *const names[] = {
-        [OP_EMBED] = "embed",     [OP_NORM] = "residual_norm",        [OP_LINEAR] = "linear",
-        [OP_QKV_MIX] = "qkv_mix", [OP_ATTENTION] = "attention", [OP_TALKING] = "talking", [OP_SIMPLICIAL] = "simplicial",       [OP_COLLAPSE] = "collapse",
-        [OP_FOLD] = "fold",       [OP_DIFF_COMBINE] = "diff_combine", [OP_CLASSIFIER] = "classifier"};
+    static const char *const names[] = {[OP_EMBED] = "embed",
+                                        [OP_NORM] = "residual_norm",
+                                        [OP_LINEAR] = "linear",
+                                        [OP_QKV_MIX] = "qkv_mix",
+                                        [OP_ATTENTION] = "attention",
+                                        [OP_TALKING] = "talking",
+                                        [OP_SIMPLICIAL] = "simplicial",
+                                        [OP_COLLAPSE] = "collapse",
+                                        [OP_FOLD] = "fold",
+                                        [OP_DIFF_COMBINE] = "diff_combine",
+                                        [OP_CLASSIFIER] = "classifier"};
     static const char *const acts[] = {"gelu_tanh", "relu2", "swiglu"};
     return c->spec.kind == OP_ACT ? acts[c->spec.act.type] : names[c->spec.kind];
 }

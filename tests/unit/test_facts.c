@@ -36,7 +36,7 @@ static void run_layer(const struct layer *l, double *qkv, double *out) {
     tensor tv = d(v, 1, S, H, D, 0), to = d(o, 1, S, H, D, 0);
     k->set_workspace(dev, workspace, sizeof workspace);
     k->rope_table(dev, &(const struct rope_spec){.theta = 100}, rope);
-    k->qkv_mix(dev, &mix, d(qkv, 1, T, 3, H, D), d(copy.alpha_q, P, H, H, 0, 0),
+    k->qkv_mix(dev, &mix, d(qkv, 1, T, 3 * H, D, 0), d(copy.alpha_q, P, H, H, 0, 0),
                d(copy.alpha_k, P, H, H, 0, 0), d(copy.alpha_v, P, H, H, 0, 0), rope, tensor_none(), 0, tq, tk,
                tv);
     k->attention(dev, &attention, tq, tk, tv, tensor_none(), to, saved);

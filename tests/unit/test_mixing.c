@@ -58,8 +58,8 @@ struct mixing {
 static void mix(const struct mixing *x, int64_t n, int64_t count) {
     struct op_spec spec = {.kind = OP_QKV_MIX, .qkv_mix = {1, count, HEADS, DIM, PSEUDO, true, true, false}};
     void *workspace = give_workspace(&spec);
-    tensor qkv = f32(x->qkv + n * 3 * ROW, 1, count, 3, HEADS, DIM), a[3], da[3], out[3];
-    tensor dqkv = f32(x->dqkv + n * 3 * ROW, 1, count, 3, HEADS, DIM);
+    tensor qkv = f32(x->qkv + n * 3 * ROW, 1, count, 3 * HEADS, DIM, 0), a[3], da[3], out[3];
+    tensor dqkv = f32(x->dqkv + n * 3 * ROW, 1, count, 3 * HEADS, DIM, 0);
     tensor table = f32(x->table, TOKENS, 2, DIM / 2, 0, 0);
     int32_t *at = malloc((size_t)count * sizeof *at);
     for (int64_t i = 0; i < count; i++)

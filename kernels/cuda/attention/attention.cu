@@ -254,11 +254,7 @@ void cuda_attention(struct device *dev, const struct attention_spec *s, tensor q
     check_segments("attention", s, segments);
     if (!uses_cudnn(dev, s, "attention"))
         return attention_builtin(dev, s, q, k, v, segments, o, saved);
-    for (const tensor &t : {q, o})
-        check_shape("attention", "q or o", t, DTYPE_BF16, s->batch, s->length, s->heads, s->head_dim);
-    for (const tensor &t : {k, v})
-        check_shape("attention", "k or v", t, DTYPE_BF16, s->batch, s->length, attention_kv_heads(s),
-                    s->head_dim);
+    check_attention_shapes("attention", DTYPE_BF16, s, {q, o}, {k, v});
     char why[ATTENTION_CUDNN_REASON];
     struct attention_cudnn_shape shape = cudnn_shape(dev, s);
     struct attention_cudnn_layout layout = {strides_of(q), strides_of(k), strides_of(v), strides_of(o)};
@@ -274,12 +270,7 @@ void cuda_attention_backward(struct device *dev, const struct attention_spec *s,
     check_segments("attention_backward", s, segments);
     if (!uses_cudnn(dev, s, "attention_backward"))
         return attention_builtin_backward(dev, s, q, k, v, segments, o, d_o, saved, dq, dk, dv);
-    for (const tensor &t : {q, o, d_o, dq})
-        check_shape("attention_backward", "q, o or a gradient", t, DTYPE_BF16, s->batch, s->length, s->heads,
-                    s->head_dim);
-    for (const tensor &t : {k, v, dk, dv})
-        check_shape("attention_backward", "k, v or a gradient", t, DTYPE_BF16, s->batch, s->length,
-                    attention_kv_heads(s), s->head_dim);
+    check_attention_shapes("attention_backward", DTYPE_BF16, s, {q, o, d_o, dq}, {k, v, dk, dv});
     char why[ATTENTION_CUDNN_REASON];
     struct attention_cudnn_shape shape = cudnn_shape(dev, s);
     struct attention_cudnn_layout layout = {strides_of(q),   strides_of(k),  strides_of(v),  strides_of(o),

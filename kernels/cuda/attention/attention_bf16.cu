@@ -175,11 +175,7 @@ int attention_builtin_plan(struct device *dev, const struct attention_spec *s, s
 
 void attention_builtin(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                        tensor segments, tensor o, void *saved) {
-    for (const tensor &t : {q, o})
-        check_shape("attention", "q or o", t, cuda_compute(dev), s->batch, s->length, s->heads, s->head_dim);
-    for (const tensor &t : {k, v})
-        check_shape("attention", "k or v", t, cuda_compute(dev), s->batch, s->length, attention_kv_heads(s),
-                    s->head_dim);
+    check_attention_shapes("attention", cuda_compute(dev), s, {q, o}, {k, v});
     if (q.dtype == DTYPE_F32)
         return attention_fp32(dev, s, q, k, v, segments, o, (float *)saved);
     struct forward_args a = {band_of(s, segments),

@@ -3,7 +3,20 @@
 #ifndef IHA_KERNELS_CUDA_ATTENTION_ATTENTION_BF16_H
 #define IHA_KERNELS_CUDA_ATTENTION_ATTENTION_BF16_H
 
+#include <initializer_list>
+
 #include "kernels/cuda/cuda.h"
+
+/* q, o and their gradients have the spec's heads; k, v and theirs have those of keys and values. */
+static inline void check_attention_shapes(const char *op, enum dtype type, const struct attention_spec *s,
+                                          std::initializer_list<tensor> of_queries,
+                                          std::initializer_list<tensor> of_keys) {
+    for (const tensor &t : of_queries)
+        check_shape(op, "q, o or a gradient", t, type, s->batch, s->length, s->heads, s->head_dim);
+    for (const tensor &t : of_keys)
+        check_shape(op, "k, v or a gradient", t, type, s->batch, s->length, attention_kv_heads(s),
+                    s->head_dim);
+}
 
 /* The largest head_dim there are kernels for. */
 enum { ATTENTION_MAX_DIM = 256 };

@@ -297,12 +297,7 @@ static void launch_backward(struct device *dev, const struct attention_spec *s, 
 void attention_builtin_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k,
                                 tensor v, tensor segments, tensor o, tensor d_o, const void *saved, tensor dq,
                                 tensor dk, tensor dv) {
-    for (const tensor &t : {q, o, d_o, dq})
-        check_shape("attention_backward", "q, o or a gradient", t, cuda_compute(dev), s->batch, s->length,
-                    s->heads, s->head_dim);
-    for (const tensor &t : {k, v, dk, dv})
-        check_shape("attention_backward", "k, v or a gradient", t, cuda_compute(dev), s->batch, s->length,
-                    attention_kv_heads(s), s->head_dim);
+    check_attention_shapes("attention_backward", cuda_compute(dev), s, {q, o, d_o, dq}, {k, v, dk, dv});
     struct op_cost cost;
     attention_builtin_plan(dev, s, &cost, NULL);
     float *delta = (float *)cuda_workspace(dev, cost.workspace, "attention_backward");
