@@ -72,8 +72,7 @@ static void qkv_backward(struct model *m, int layer, bool accumulate) {
     const struct layer_params *p = &m->params.layers[layer];
     struct layer_buffers *b = &m->layers[layer];
     struct gradient_buffers *g = &m->grad;
-    int64_t C = m->config.hidden_size,
-            rows = layer_qkv_heads(&m->config, m->config.layer_types[layer]) * m->config.head_dim;
+    int64_t C = m->config.hidden_size, rows = m->specs[layer].qkv_heads * m->config.head_dim;
     tensor dqkv = qkv_rows(dqkv_of(m, layer));
     if (m->specs[layer].normed)
         m->k->qk_norm_backward(m->dev, &m->specs[layer].qk_norm, dqkv, qkv_rows(b->qkv_raw),

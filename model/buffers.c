@@ -153,35 +153,39 @@ static int plan(struct model *m, struct op_spec spec, size_t *saved, struct erro
     return 0;
 }
 
+int layer_ops(const struct model_config *c, const struct layer_specs *s, struct op_spec ops[MAX_LAYER_OPS]) {
+    int64_t n = s->qk_norm.rows, C = c->hidden_size, F = c->intermediate_size, d = c->head_dim;
+    int count = 0;
+    const int64_t linears[][2] = {{C, s->qkv_heads * d}, {c->num_attention_heads * d, C}, {C, F}, {F, C}};
+    for (int i = 0; i < 4; i++)
+        ops[count++] = (struct op_spec){.kind = OP_LINEAR, .linear = {n, linears[i][0], linears[i][1]}};
+    ops[count++] = (struct op_spec){.kind = OP_ACT, .act = {act_type_of(c->activation), n, F}};
+    if (s->mixes)
+        ops[count++] = (struct op_spec){.kind = OP_QKV_MIX, .qkv_mix = s->qkv_mix};
+    if (s->iha)
+        ops[count++] = (struct op_spec){.kind = OP_COLLAPSE, .collapse = s->collapse};
+    if (s->normed)
+        ops[count++] = (struct op_spec){.kind = OP_QK_NORM, .qk_norm = s->qk_norm};
+    if (s->folded)
+        ops[count++] = (struct op_spec){.kind = OP_FOLD, .fold = {c->num_attention_heads, d * C}};
+    if (s->diff)
+        ops[count++] = (struct op_spec){.kind = OP_DIFF_COMBINE, .diff_combine = s->diff_combine};
+    return count;
+}
+
 static int plan_layer(struct model *m, int layer, struct error *e) {
-    const struct model_config *c = &m->config;
     struct layer_specs *s = &m->specs[layer];
-    int64_t N = m->shape.batch * m->shape.tokens, C = c->hidden_size, F = c->intermediate_size;
-    int64_t width = c->num_attention_heads * c->head_dim;
     *s = specs_for_layer(m, layer);
-    struct op_spec ops[] = {
-        {.kind = attention_kind(s), .attention = *planned_attention(s)},
-        {.kind = OP_LINEAR, .linear = {N, C, s->qkv_heads * c->head_dim}},
-        {.kind = OP_LINEAR, .linear = {N, width, C}},
-        {.kind = OP_LINEAR, .linear = {N, C, F}},
-        {.kind = OP_LINEAR, .linear = {N, F, C}},
-        {.kind = OP_ACT, .act = m->act_spec},
-        {.kind = OP_QKV_MIX, .qkv_mix = s->qkv_mix},
-        {.kind = OP_COLLAPSE, .collapse = s->collapse},
-    };
-    /* qkv_mix and collapse, the last two, only where the layer runs them. */
-    int count = (int)(sizeof ops / sizeof *ops) - (s->iha ? 0 : s->mixes ? 1 : 2);
-    for (int i = 0; i < count; i++)
-        if (plan(m, ops[i], i == 0 ? &s->attention_saved_bytes : NULL, e) != 0)
-            return -1;
+    struct op_spec attend = {.kind = attention_kind(s), .attention = *planned_attention(s)},
+                   ops[MAX_LAYER_OPS];
+    if (plan(m, attend, &s->attention_saved_bytes, e) != 0)
+        return -1;
     /* What a differential layer's second map saves comes after this, aligned as allocations are. */
     s->attention_saved_bytes = (s->attention_saved_bytes + 255) / 256 * 256;
-    struct op_spec fold = {.kind = OP_FOLD, .fold = {c->num_attention_heads, c->head_dim * C}};
-    struct op_spec combine = {.kind = OP_DIFF_COMBINE, .diff_combine = s->diff_combine};
-    struct op_spec qk_norm = {.kind = OP_QK_NORM, .qk_norm = s->qk_norm};
-    if (s->normed && plan(m, qk_norm, NULL, e) != 0)
-        return -1;
-    return s->folded ? plan(m, fold, NULL, e) : s->diff ? plan(m, combine, NULL, e) : 0;
+    for (int i = 0, count = layer_ops(&m->config, s, ops); i < count; i++)
+        if (plan(m, ops[i], NULL, e) != 0)
+            return -1;
+    return 0;
 }
 
 static int plan_muon(struct model *m, struct error *e) {

@@ -55,11 +55,10 @@ static int add_bias(struct builder *b, bool present, const char *name, int64_t s
     return present ? add(b, name, size, 0, 0, PARAM_VECTOR, INIT_ZEROS) : -1;
 }
 
-/* [P,H,H] of an IHA layer, [H,H] of a folded one, for H heads. */
-static int add_alpha(struct builder *b, const struct model_config *m, int layer, const char *name,
+/* [P,H,H] of an IHA layer, [H,H] of a folded one, for H heads. mixed: alpha_on has it. */
+static int add_alpha(struct builder *b, const struct model_config *m, int layer, bool mixed, const char *name,
                      int64_t H) {
-    bool value = strstr(name, "alpha_v") != NULL;
-    if (m->alpha_on == (value ? ALPHA_ON_QK : ALPHA_ON_V))
+    if (!mixed)
         return -1;
     if (layer_is_folded(m->layer_types[layer]))
         return add(b, name, H, H, 0, PARAM_MIX, INIT_ALPHA);
@@ -95,16 +94,16 @@ static void add_layer(struct builder *b, const struct model_config *m, int layer
     b->layer = layer;
     l->attn_norm = add(b, "attn_norm.weight", C, 0, 0, PARAM_VECTOR, INIT_ONES);
     l->attn_norm_bias = add_bias(b, norm_bias, "attn_norm.bias", C);
-    l->qkv = add(b, "attn.qkv.weight", layer_qkv_heads(m, m->layer_types[layer]) * m->head_dim, C, 0,
-                 PARAM_MATRIX, INIT_NORMAL);
-    l->qkv_bias = add_bias(b, config_qkv_bias(m), "attn.qkv.bias",
-                           layer_qkv_heads(m, m->layer_types[layer]) * m->head_dim);
+    int64_t qkv_rows = layer_qkv_heads(m, m->layer_types[layer]) * m->head_dim;
+    l->qkv = add(b, "attn.qkv.weight", qkv_rows, C, 0, PARAM_MATRIX, INIT_NORMAL);
+    l->qkv_bias = add_bias(b, config_qkv_bias(m), "attn.qkv.bias", qkv_rows);
     bool qk_norm = m->qk_norm != QK_NORM_NONE;
     l->q_norm = qk_norm ? add(b, "attn.q_norm.weight", m->head_dim, 0, 0, PARAM_VECTOR, INIT_ONES) : -1;
     l->k_norm = qk_norm ? add(b, "attn.k_norm.weight", m->head_dim, 0, 0, PARAM_VECTOR, INIT_ONES) : -1;
-    l->alpha_q = add_alpha(b, m, layer, "attn.alpha_q", H);
-    l->alpha_k = add_alpha(b, m, layer, "attn.alpha_k", config_kv_heads(m));
-    l->alpha_v = add_alpha(b, m, layer, "attn.alpha_v", config_kv_heads(m));
+    bool qk = m->alpha_on != ALPHA_ON_V, v = m->alpha_on != ALPHA_ON_QK;
+    l->alpha_q = add_alpha(b, m, layer, qk, "attn.alpha_q", H);
+    l->alpha_k = add_alpha(b, m, layer, qk, "attn.alpha_k", config_kv_heads(m));
+    l->alpha_v = add_alpha(b, m, layer, v, "attn.alpha_v", config_kv_heads(m));
     l->collapse = iha ? add(b, "attn.collapse", H, P, full ? H : 0, PARAM_MIX, INIT_COLLAPSE) : -1;
     add_diff(b, m, layer, l);
     add_talking(b, m, layer, l);

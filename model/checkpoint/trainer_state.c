@@ -3,12 +3,12 @@
 #include <cjson/cJSON.h>
 #include <inttypes.h>
 #include <math.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "model/checkpoint/files.h"
+#include "model/checkpoint/json_object.h"
 
 enum { MAX_JSON = 16 << 20 }; /* bytes */
 
@@ -19,29 +19,6 @@ static const char *const best_keys[] = {[BEST_BY_LOSS] = "best_val_loss",
 
 /* ---- writing ---- */
 
-/* A JSON object being written. complete: no member failed for lack of memory. */
-struct json_object {
-    cJSON *object;
-    bool complete;
-};
-
-static void add_setting(void *context, const char *key, const char *value) {
-    struct json_object *o = context;
-    o->complete &= cJSON_AddStringToObject(o->object, key, value) != NULL;
-}
-
-/* Numbers are formatted here, since cJSON would round 64-bit counts and doubles to 15 digits. */
-static void add_number(struct json_object *o, const char *key, const char *format, ...)
-    __attribute__((format(printf, 3, 4)));
-static void add_number(struct json_object *o, const char *key, const char *format, ...) {
-    char text[64];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
-    o->complete &= cJSON_AddRawToObject(o->object, key, text) != NULL;
-}
-
 /* Only where there is one: most runs have none. */
 static void add_position(struct json_object *o, const struct trainer_state *p) {
     char text[32];
@@ -50,38 +27,34 @@ static void add_position(struct json_object *o, const struct trainer_state *p) {
     cJSON *array = cJSON_AddArrayToObject(o->object, "data_position");
     for (int i = 0; i < p->data_position_count; i++) {
         snprintf(text, sizeof text, "%" PRId64, p->data_position[i]);
-        cJSON *item = cJSON_CreateRaw(text);
-        if (!cJSON_AddItemToArray(array, item)) {
-            cJSON_Delete(item);
-            o->complete = false;
-        }
+        json_add_item(o, array, cJSON_CreateRaw(text));
     }
 }
 
 int trainer_state_write(const char *path, const struct trainer_state *p, const struct config *c,
                         struct error *e) {
     struct json_object root = {cJSON_CreateObject(), true};
-    add_number(&root, "format_version", "%d", 1);
-    add_number(&root, "step", "%" PRId64, p->step);
-    add_number(&root, "tokens", "%" PRId64, p->tokens);
-    add_number(&root, "sequences", "%" PRId64, p->sequences);
+    json_add_number(&root, "format_version", "%d", 1);
+    json_add_number(&root, "step", "%" PRId64, p->step);
+    json_add_number(&root, "tokens", "%" PRId64, p->tokens);
+    json_add_number(&root, "sequences", "%" PRId64, p->sequences);
     add_position(&root, p);
-    add_number(&root, "updates", "%" PRId64, p->history.updates);
-    add_number(&root, "skips_run", "%d", p->history.skips_run);
-    add_number(&root, "norm_count", "%" PRId64, p->history.norm_count);
-    add_number(&root, "norm_mean", "%.17g", p->history.norm_mean);
-    add_number(&root, "norm_variance", "%.17g", p->history.norm_variance);
-    add_number(&root, "seconds", "%.17g", p->seconds);
-    add_number(&root, "best_step", "%" PRId64, p->best_step);
+    json_add_number(&root, "updates", "%" PRId64, p->history.updates);
+    json_add_number(&root, "skips_run", "%d", p->history.skips_run);
+    json_add_number(&root, "norm_count", "%" PRId64, p->history.norm_count);
+    json_add_number(&root, "norm_mean", "%.17g", p->history.norm_mean);
+    json_add_number(&root, "norm_variance", "%.17g", p->history.norm_variance);
+    json_add_number(&root, "seconds", "%.17g", p->seconds);
+    json_add_number(&root, "best_step", "%" PRId64, p->best_step);
     if (isfinite(p->best_value))
-        add_number(&root, best_keys[p->best_by], "%.17g", p->best_value);
+        json_add_number(&root, best_keys[p->best_by], "%.17g", p->best_value);
     else
-        add_number(&root, best_keys[p->best_by], "null");
-    add_number(&root, "evals_since_best", "%" PRId64, p->evals_since_best);
-    add_setting(&root, "train_fingerprint", p->train_fingerprint);
-    add_setting(&root, "val_fingerprint", p->val_fingerprint);
+        json_add_number(&root, best_keys[p->best_by], "null");
+    json_add_number(&root, "evals_since_best", "%" PRId64, p->evals_since_best);
+    json_add_text(&root, "train_fingerprint", p->train_fingerprint);
+    json_add_text(&root, "val_fingerprint", p->val_fingerprint);
     struct json_object settings = {cJSON_AddObjectToObject(root.object, "config"), true};
-    config_visit(c, add_setting, &settings);
+    config_visit(c, json_add_setting, &settings);
     char *text = root.complete && settings.complete ? cJSON_Print(root.object) : NULL;
     cJSON_Delete(root.object);
     if (!text)

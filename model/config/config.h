@@ -185,11 +185,6 @@ static inline int64_t config_kv_heads(const struct model_config *m) {
     return m->num_key_value_heads ? m->num_key_value_heads : m->num_attention_heads;
 }
 
-/* Rows of qkv's weight: q [H*d], k [G*d], v [G*d]. */
-static inline int64_t config_qkv_rows(const struct model_config *m) {
-    return (m->num_attention_heads + 2 * config_kv_heads(m)) * m->head_dim;
-}
-
 /* Whether qkv has a bias. */
 static inline bool config_qkv_bias(const struct model_config *m) {
     return m->bias || m->qkv_bias;

@@ -34,19 +34,6 @@ static int finish_layers(struct draft *d) {
     return 0;
 }
 
-/* What layer types ask of the other keys. */
-static int check_layers(const struct draft *d) {
-    const struct model_config *m = &d->config->model;
-    for (int64_t layer = 0; layer < m->num_hidden_layers; layer++)
-        if (layer_is_diff(m->layer_types[layer]) && m->num_attention_heads % 2)
-            return fail_at(d, model_row("num_attention_heads"),
-                           "layer %" PRId64
-                           " is %s, whose heads are in pairs, and num_attention_heads = %" PRId64
-                           " is odd; make it even",
-                           layer, layer_type_name(m->layer_types[layer]), m->num_attention_heads);
-    return 0;
-}
-
 static int finish_head_dim(struct draft *d) {
     struct model_config *m = &d->config->model;
     if (!m->head_dim) {
@@ -71,7 +58,6 @@ static int finish_head_dim(struct draft *d) {
     return 0;
 }
 
-/* Folded layers mix the heads of the weight that projects q, k and v, as many of each. */
 static int finish_heads(const struct draft *d) {
     struct model_config *m = &d->config->model;
     if (!m->num_key_value_heads)
@@ -83,17 +69,26 @@ static int finish_heads(const struct draft *d) {
     if (m->alpha_on != ALPHA_ON_QKV && m->num_key_value_heads != m->num_attention_heads)
         return fail_at(d, model_row("alpha_on"),
                        "alpha_on = qk and v need num_key_value_heads = num_attention_heads; make it qkv");
-    for (int64_t layer = 0; layer < m->num_hidden_layers; layer++) {
-        enum layer_type type = m->layer_types[layer];
-        bool grouped = type == LAYER_MHA_GLOBAL || type == LAYER_MHA_LOCAL || layer_is_iha(type);
-        if (!grouped && m->num_key_value_heads != m->num_attention_heads)
-            return fail_at(d, model_row("num_key_value_heads"),
-                           "layer %" PRId64 " is %s, which needs num_key_value_heads = num_attention_heads",
-                           layer, layer_type_name(type));
-        if ((layer_is_folded(type) || layer_is_simplicial(type)) && m->qk_norm != QK_NORM_NONE)
-            return fail_at(d, model_row("qk_norm"), "layer %" PRId64 " is %s, which needs qk_norm = none",
-                           layer, layer_type_name(type));
-    }
+    return 0;
+}
+
+/* What a layer's type asks of the other keys. */
+static int check_layer(const struct draft *d, int64_t layer) {
+    const struct model_config *m = &d->config->model;
+    enum layer_type type = m->layer_types[layer];
+    bool grouped = type == LAYER_MHA_GLOBAL || type == LAYER_MHA_LOCAL || layer_is_iha(type);
+    if (layer_is_diff(type) && m->num_attention_heads % 2)
+        return fail_at(d, model_row("num_attention_heads"),
+                       "layer %" PRId64 " is %s, whose heads are in pairs, and num_attention_heads = %" PRId64
+                       " is odd; make it even",
+                       layer, layer_type_name(type), m->num_attention_heads);
+    if (!grouped && m->num_key_value_heads != m->num_attention_heads)
+        return fail_at(d, model_row("num_key_value_heads"),
+                       "layer %" PRId64 " is %s, which needs num_key_value_heads = num_attention_heads",
+                       layer, layer_type_name(type));
+    if ((layer_is_folded(type) || layer_is_simplicial(type)) && m->qk_norm != QK_NORM_NONE)
+        return fail_at(d, model_row("qk_norm"), "layer %" PRId64 " is %s, which needs qk_norm = none", layer,
+                       layer_type_name(type));
     return 0;
 }
 
@@ -113,8 +108,11 @@ static int check_rope_scaling(const struct draft *d) {
 
 int finish_model(struct draft *d, int64_t seq_len) {
     struct model_config *m = &d->config->model;
-    if (finish_head_dim(d) || finish_layers(d) || check_layers(d) || finish_heads(d) || check_rope_scaling(d))
+    if (finish_head_dim(d) || finish_layers(d) || finish_heads(d) || check_rope_scaling(d))
         return -1;
+    for (int64_t layer = 0; layer < m->num_hidden_layers; layer++)
+        if (check_layer(d, layer))
+            return -1;
     if (!m->intermediate_size)
         m->intermediate_size = 4 * m->hidden_size;
     if (!m->max_position_embeddings)

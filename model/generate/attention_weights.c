@@ -17,7 +17,7 @@ static int download_vectors(struct model *m, int layer, struct host_vectors *v, 
     const struct layer_buffers *b = &m->layers[layer];
     const struct attention_spec *a = &m->specs[layer].attention;
     int64_t q_width = a->heads * a->head_dim, k_width = attention_kv_heads(a) * a->head_dim;
-    int64_t row = config_qkv_rows(&m->config);
+    int64_t row = m->specs[layer].qkv_heads * a->head_dim;
     bool mixes = m->specs[layer].mixes;
     v->memory = malloc((size_t)(a->length * row) * sizeof(float));
     if (!v->memory)

@@ -121,33 +121,18 @@ static struct layer_specs specs_for(const struct model *m, int layer, int64_t n)
 }
 
 static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) {
-    const struct model_config *c = &d->m->config;
     struct layer_specs s = specs_for(d->m, layer, n);
-    int64_t C = c->hidden_size, F = c->intermediate_size, width = c->num_attention_heads * c->head_dim;
-    struct op_spec attend = {.kind = OP_DECODE, .attention = *planned_attention(&s)};
+    struct op_spec attend = {.kind = OP_DECODE, .attention = *planned_attention(&s)}, ops[MAX_LAYER_OPS];
     if (s.talking || s.simplicial)
         attend.kind = attention_kind(&s);
     if (s.simplicial)
         attend.attention.length = ring_length(d, layer);
-    struct op_spec ops[] = {{.kind = OP_LINEAR, .linear = {n, C, s.qkv_heads * c->head_dim}},
-                            {.kind = OP_LINEAR, .linear = {n, width, C}},
-                            {.kind = OP_LINEAR, .linear = {n, C, F}},
-                            {.kind = OP_LINEAR, .linear = {n, F, C}},
-                            {.kind = OP_ACT, .act = act_of(d, n)},
-                            attend,
-                            {.kind = OP_QKV_MIX, .qkv_mix = s.qkv_mix},
-                            {.kind = OP_COLLAPSE, .collapse = s.collapse}};
-    /* qkv_mix and collapse, the last two, only where the layer runs them. */
-    int count = (int)(sizeof ops / sizeof *ops) - (s.iha ? 0 : s.mixes ? 1 : 2);
-    for (int i = 0; i < count; i++)
+    if (plan_op(d, attend, NULL, e) != 0)
+        return -1;
+    for (int i = 0, count = layer_ops(&d->m->config, &s, ops); i < count; i++)
         if (plan_op(d, ops[i], NULL, e) != 0)
             return -1;
-    struct op_spec fold = {.kind = OP_FOLD, .fold = {c->num_attention_heads, c->head_dim * C}};
-    struct op_spec combine = {.kind = OP_DIFF_COMBINE, .diff_combine = s.diff_combine};
-    struct op_spec qk_norm = {.kind = OP_QK_NORM, .qk_norm = s.qk_norm};
-    if (s.normed && plan_op(d, qk_norm, NULL, e) != 0)
-        return -1;
-    return s.folded ? plan_op(d, fold, NULL, e) : s.diff ? plan_op(d, combine, NULL, e) : 0;
+    return 0;
 }
 
 /* Plan every operation of a pass over n tokens. *saved: the bytes that a norm saves. */
