@@ -11,9 +11,9 @@ has not, since a token would reach over the cut, both sides are tokenized apart.
 """
 
 from chat_template import MARKS
+from prepare_tokenizers import BEGINS, CONTINUES, FOLLOWS
 from user_error import UserError
 
-BEGINS, FOLLOWS, CONTINUES = "begins", "follows", "continues"  # the whole text; a special token; another text, as one with it
 # What the library takes for spaces beside a token: Unicode's White_Space.
 SPACES = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200b))) + "\u2028\u2029\u202f\u205f\u3000"
 
@@ -24,10 +24,11 @@ def special_tokens(tokenizer):
 
 
 class Segment:
-    """A text between two special tokens. cuts: (where it ends, whether it counts) of its parts, in order; none is empty."""
+    """A text between two special tokens, the first of which is `after`. cuts: (where it ends, whether it counts) of its
+    parts, in order; none is empty."""
 
-    def __init__(self, place):
-        self.place, self.text, self.cuts = place, "", []
+    def __init__(self, place, after=None):
+        self.place, self.after, self.text, self.cuts = place, after, "", []
 
     def add(self, text, counts):
         if text:
@@ -79,11 +80,10 @@ class PartsEncoder:
                 if item in self.strips_before:
                     current.strip_back()
                 found += [current, (item, counts)]
-                current = Segment(FOLLOWS)
-                current.after = item
+                current = Segment(FOLLOWS, item)
         found.append(current)
         for segment in found:
-            if isinstance(segment, Segment) and getattr(segment, "after", None) in self.strips_after:
+            if isinstance(segment, Segment) and segment.after in self.strips_after:
                 segment.strip_front()
         return [item for item in found if not isinstance(item, Segment) or item.cuts]
 

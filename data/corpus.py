@@ -139,7 +139,13 @@ def write(documents, path):
     return count
 
 
-HUB_NAMES = ("fineweb", "fineweb-edu", "tinystories", "tinyshakespeare")
+# name: (data set on the Hub, its revision, files of the text)
+HUB_NAMES = {
+    "fineweb": ("HuggingFaceFW/fineweb", None, r"sample/(10|100)BT/.*\.parquet"),
+    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", None, r"sample/(10|100)BT/.*\.parquet"),
+    "tinystories": ("roneneldan/TinyStories", None, r"data/train-.*\.parquet"),
+    "tinyshakespeare": ("karpathy/tiny_shakespeare", "refs/convert/parquet", r"default/train/.*\.parquet"),
+}
 
 
 def token_count(text, fail):
@@ -171,7 +177,7 @@ def from_hub(options, fail):
         if options.files:
             re.compile(options.files)
         from hub import prepare_from_hub
-        prepare_from_hub(options)
+        prepare_from_hub(options, *HUB_NAMES.get(options.name, (options.name,)))
     except re.error as error:
         fail(f"--files {options.files}: {error}")
     except ImportError as error:

@@ -26,13 +26,6 @@ from prepare_tokenizers import load_tokenizer
 from prepare_workers import ordered_map
 from user_error import UserError
 
-# name: (data set, its revision, files of the text, files to validate on or None: a share of the documents)
-NAMES = {
-    "fineweb-edu": ("HuggingFaceFW/fineweb-edu", None, r"sample/(10|100)BT/.*\.parquet", None),
-    "fineweb": ("HuggingFaceFW/fineweb", None, r"sample/(10|100)BT/.*\.parquet", None),
-    "tinystories": ("roneneldan/TinyStories", None, r"data/train-.*\.parquet", None),
-    "tinyshakespeare": ("karpathy/tiny_shakespeare", "refs/convert/parquet", r"default/train/.*\.parquet", None),
-}
 DATA_FILES = r".*\.(parquet|jsonl|jsonl\.gz|jsonl\.zst|txt|txt\.gz)"
 TRIES, BATCH = 8, 1 << 20
 FIRST_GUESS = 0.3  # tokens in a stored byte, before a file has been counted
@@ -241,9 +234,9 @@ class HubPreparation:
         print(f"tokenizer = {self.tokenizer.json_path or 'bytes'}")
 
 
-def prepare_from_hub(options):
+def prepare_from_hub(options, repo, revision=None, pattern=DATA_FILES):
+    """pattern: of the paths of the files to use, unless options.files says."""
     import prepare  # which imports much
-    repo, revision, pattern, _ = NAMES.get(options.name, (options.name, None, DATA_FILES, None))
     if prepare.existing_shards(options.out) and not options.overwrite:
         raise UserError(f"{options.out}: already holds shards; give another --out, or --overwrite")
     with locked(options.out):

@@ -119,8 +119,7 @@ class ChoicesPreparation:
         folder = self.options.out
         for name, (items, count, longest) in self.files.items():
             print(f"{name + '.choices':<24}{items:,} items, {count:,} endings, at most {longest:,} tokens")
-        pattern = f"{ini_path(folder)}/*.choices" if ini_path(folder) else f"{folder}/*.choices"
-        print(f"\n[eval]\ntasks = {pattern}")
+        print(f"\n[eval]\ntasks = {ini_path(folder) or folder}/*.choices")
 
     def warn(self):
         pass

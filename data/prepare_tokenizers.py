@@ -18,6 +18,10 @@ from user_error import UserError
 END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "<|end▁of▁sentence|>", "<｜end▁of▁sentence｜>", "</s>",
                "<eos>", "<|eos|>", "[EOS]", "<EOS>", "<EOT>")
 
+# Where a text stands that is tokenized apart: at the beginning of the whole, behind a special token, or behind another text,
+# as one with it.
+BEGINS, FOLLOWS, CONTINUES = "begins", "follows", "continues"
+
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                   r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -239,10 +243,9 @@ class HuggingFace:
             rows[i] = row.ids
 
     def encode_at(self, requests):
-        """Of each (text, place): the whole text's beginning, behind a special token, or the continuation of a text
-        (chat_tokens.py)."""
+        """Of each (text, place)."""
         rows = [None] * len(requests)
-        for tokenizer, place in ((self.tokenizer, "begins"), (self.behind, "follows"), (self.continuation, "continues")):
+        for tokenizer, place in ((self.tokenizer, BEGINS), (self.behind, FOLLOWS), (self.continuation, CONTINUES)):
             self.encode_pieces(tokenizer, [(i, text) for i, (text, at) in enumerate(requests) if at == place], rows)
         return rows
 

@@ -6,12 +6,14 @@ are drawn up to their last complete line.
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
+
+from run_files import UserError, names_of, rows_of, step_of
+from run_files import number as finite_number
 
 EXAMPLES = """\
 examples:
@@ -25,10 +27,6 @@ examples:
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 MARKERS = "osD^vPX"
 INK, GREY = "#222222", "#6b6b6b"
-
-
-class UserError(Exception):
-    """What the user gave is wrong; one line, exit code 2."""
 
 
 class Run:
@@ -64,30 +62,19 @@ class Run:
 
 
 def number(value):
-    """A finite float, or NaN: diverged runs contain NaN, null or "inf"."""
-    try:
-        value = float(value)
-    except (TypeError, ValueError):
-        return math.nan
-    return value if math.isfinite(value) else math.nan
+    """A finite float, or NaN."""
+    value = finite_number(value)
+    return math.nan if value is None else value
 
 
 def read_metrics(path):
-    """({step: line}, {step: val_loss}). Lines that are not JSON are left out; of two of a step the later counts."""
+    """({step: line}, {step: val_loss}). Of two lines of a step the later counts."""
     train, val = {}, {}
-    try:
-        text = path.read_bytes().decode(errors="replace")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror.lower()}") from None
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-            step = int(row["step"])
-        except (ValueError, TypeError, KeyError, OverflowError):
-            continue
-        if "val_loss" in row:
+    for row in rows_of(path):
+        step = step_of(row)
+        if step is not None and "val_loss" in row:
             val[step] = row["val_loss"]
-        elif "loss" in row:
+        elif step is not None and "loss" in row:
             train[step] = row
     return train, val
 
@@ -109,15 +96,6 @@ def moving_average(values, window):
     total = counts[high] - counts[low]
     mean = (sums[high] - sums[low]) / np.maximum(total, 1)
     return np.where(finite & (total > 0), mean, np.nan)
-
-
-def names_of(runs):
-    """Each run's folder, with as many parents as make the names differ."""
-    for depth in range(1, 10):
-        names = ["/".join(run.folder.parts[-depth:]) for run in runs]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 # ------------------------------------------------------------------------------------------- drawing
@@ -166,7 +144,7 @@ def draw(plt, options, runs):
         scale, unit = clock(max((np.nanmax(run.x) for run in runs if len(run.x)), default=0))
         label = f"training time ({unit}, without evaluation and saving)"
     curves = [smooth(run.loss, max(1, len(run.loss) // 40)) for run in runs]
-    for i, (run, curve, name) in enumerate(zip(runs, curves, names_of(runs))):
+    for i, (run, curve, name) in enumerate(zip(runs, curves, names_of([run.folder for run in runs]))):
         draw_run(axes, run, curve, name, COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], scale)
     axes.set_ylim(*loss_range(runs, curves))
     axes.margins(x=0.02)
@@ -179,7 +157,7 @@ def draw(plt, options, runs):
         right.set_ylabel("bits per byte")
     else:
         axes.spines["right"].set_visible(False)
-    axes.set_title(options.title or (names_of(runs)[0] if len(runs) == 1 else "Loss"), loc="left", fontsize=14,
+    axes.set_title(options.title or (names_of([run.folder for run in runs])[0] if len(runs) == 1 else "Loss"), loc="left", fontsize=14,
                    fontweight="bold", pad=24)
     axes.text(0, 1.02, what_is_drawn(runs), transform=axes.transAxes, va="bottom", color=GREY, fontsize=10)
     axes.legend(frameon=False, loc="upper right", handlelength=2.4)

@@ -143,7 +143,7 @@ def describe(run, name, scale):
 
 
 def page(runs, title, scale):
-    names = names_of(runs)
+    names = names_of([run.folder for run in runs])
     described = [describe(run, name, scale) for run, name in zip(runs, names)]
     points = max(len(run["step"]) for run in described)
     data = {"title": title or (names[0] if len(runs) == 1 else "Training runs"), "runs": described, "points": points,

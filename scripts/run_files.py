@@ -1,5 +1,5 @@
 """What a run directory says about a run: metrics.jsonl, starts.jsonl, samples.txt, profile.json and the newest
-checkpoint. Read by report.py and watch.py; files that are missing, and lines that are cut off, are left out."""
+checkpoint. Read by report.py, watch.py, plot_loss.py and reproduce/; files that are missing, and lines that are cut off, are left out."""
 
 import json
 import math
@@ -138,11 +138,11 @@ def read_profile(path):
     return sorted(((n, s / 1e6, c) for n, (s, c) in totals.items()), key=lambda row: -row[1])
 
 
-def names_of(runs):
+def names_of(folders):
     """Each run's folder, with as many parents as make the names differ."""
     names = []
     for depth in range(1, 12):
-        names = ["/".join(run.folder.resolve().parts[-depth:]) for run in runs]
+        names = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
         if len(set(names)) == len(names):
             return names
     return [f"{name} ({i + 1})" for i, name in enumerate(names)]

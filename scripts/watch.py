@@ -195,18 +195,13 @@ def parse():
     return options
 
 
-class Folder:
-    def __init__(self, path):
-        self.folder = Path(path)
-
-
 def watch():
     options = parse()
     if options.check:
         return
     os.nice(10)
-    names = [name.replace("/", "_") for name in names_of([Folder(run) for run in options.runs])]
-    watched = [Watched(Path(run), name, options) for run, name in zip(options.runs, names)]
+    folders = [Path(run) for run in options.runs]
+    watched = [Watched(folder, name.replace("/", "_"), options) for folder, name in zip(folders, names_of(folders))]
     try:
         while True:
             ended = options.once or (options.pid is not None and not alive(options.pid))

@@ -10,11 +10,11 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "data"))
-from user_error import UserError  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from run_files import UserError, rows_of  # noqa: E402
 
 BINARY = os.environ.get("TRAIN_IHA", "./train_iha")
 SWEEP_SEED = 1000  # of learning-rate sweeps: none of the seeds that are compared
@@ -43,7 +43,7 @@ class Run:
 
 
 class Plan:
-    """The runs of one experiment. next_runs() gives those that can be named with the results that are there: a sweep
+    """The runs of one experiment. all_runs() gives those that can be named with the results that are there: a sweep
     comes before what uses its learning rate, the first budget before the one matched in time."""
 
     def __init__(self, experiment, options):
@@ -82,12 +82,11 @@ class Plan:
                 for rate in self.experiment.learning_rates]
 
     def learning_rate(self, name):
-        """The best of the sweep; None while it is not known."""
+        """The best of the sweep; None while it is not known, or without a sweep."""
         results = [run.result() for run in self.sweep(name)]
-        if not all(results):
+        if not results or not all(results):
             return None
-        rated = [(result["final"]["val_loss"], rate) for result, rate in zip(results, self.experiment.learning_rates)]
-        return min(rated)[1] if rated else False
+        return min((result["final"]["val_loss"], rate) for result, rate in zip(results, self.experiment.learning_rates))[1]
 
     def budgets(self):
         if not self.experiment.flops_of:
@@ -96,10 +95,12 @@ class Plan:
 
     def compared(self, name, seed, budget):
         """The run of a variant, seed and budget; None while what it depends on is not there."""
-        rate = self.learning_rate(name)
-        if rate is None:
-            return None
-        more = [f"train.lr={rate:g}"] if rate else []
+        more = []
+        if self.sweep(name):
+            rate = self.learning_rate(name)
+            if rate is None:
+                return None
+            more.append(f"train.lr={rate:g}")
         if budget == "flops":
             reference = self.experiment.flops_of
             more.append(f"train.steps={max(1, round(self.steps() * self.flops[reference] / self.flops[name]))}")
@@ -141,24 +142,10 @@ def flops_per_token(config, overrides):
     return float(value) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[unit]
 
 
-def read_lines(path):
-    try:
-        text = path.read_text(errors="replace")
-    except FileNotFoundError:
-        return []
-    lines = []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:  # the line that is being written
-            continue
-    return lines
-
-
 def curve(run):
     """[(step, tokens, {val figures})] of a run's evaluations; of two of a step the later."""
     tokens, points = {}, {}
-    for line in read_lines(run.folder / "metrics.jsonl"):
+    for line in rows_of(run.folder / "metrics.jsonl"):
         if "val_loss" in line:
             points[line["step"]] = {key: value for key, value in line.items() if key.startswith("val_")}
         elif "tokens" in line:
@@ -248,8 +235,11 @@ class Scheduler:
         self.running[process] = (run, slot, time.monotonic(), log)
 
     def reap(self):
+        """Whether any run has ended."""
+        ended = False
         for process in [each for each in self.running if each.poll() is not None]:
             run, slot, start, log = self.running.pop(process)
+            ended = True
             log.close()
             self.free.append(slot)
             last = ((run.folder / "log.txt").read_text(errors="replace").strip().splitlines() or [""])[-1]
@@ -260,6 +250,7 @@ class Scheduler:
             else:
                 self.failed.append(run)
                 self.say(f"{describe(run)}: failed, exit code {process.returncode}: {last} ({run.folder}/log.txt)")
+        return ended
 
     def say(self, text):
         print(("\r\033[K" if self.terminal else "") + text, file=sys.stderr, flush=True)
@@ -276,16 +267,21 @@ class Scheduler:
         width = os.get_terminal_size(sys.stderr.fileno()).columns - 1
         print(f"\r\033[K{f'{left} runs to go{eta}: {now}'[:width]}", end="", file=sys.stderr, flush=True)
 
+    def to_run(self):
+        """(runs that can be started, number of those that cannot be named yet)"""
+        busy = [run for run, *_ in self.running.values()]
+        named = [plan.all_runs() for plan in self.plans]
+        waiting = [run for runs, _ in named for run in runs
+                   if run not in busy and run not in self.failed and run.result() is None]
+        return waiting, sum(count for _, count in named)
+
     def run(self):
         """Until nothing is left to run. On a signal the runs save and end; the same command continues."""
         try:
+            waiting, unknown = self.to_run()
             while True:
-                self.reap()
-                busy = [run for run, *_ in self.running.values()]
-                named = [plan.all_runs() for plan in self.plans]
-                waiting = [run for runs, _ in named for run in runs
-                           if run not in busy and run not in self.failed and run.result() is None]
-                unknown = sum(count for _, count in named)
+                if self.reap():  # a result may name further runs
+                    waiting, unknown = self.to_run()
                 while waiting and self.free:
                     self.start(waiting.pop(0), self.free.popleft())
                 if not self.running:
