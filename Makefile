@@ -118,7 +118,7 @@ quickstart: deps
 reproduce: deps
 	@$(MAKE) --no-print-directory
 	@.venv/bin/python scripts/reproduce/main.py $(ONLY:%=--only=%) $(SEEDS:%=--seeds=%) $(JOBS:%=--jobs=%) \
-	    $(if $(filter-out 0,$(QUICK)),--quick)
+	    $(if $(filter-out 0,$(QUICK)),--quick) $(if $(filter-out 0,$(RECORDED)),--recorded)
 
 # By default the groups of tests/run.sh whose C tests do not start train_iha.
 check: deps

@@ -5,8 +5,6 @@ import json
 import statistics
 from pathlib import Path
 
-from runs import curve
-
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOURS = ["#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#8a8a8a"]
 NAMES = {"val_accuracy": "accuracy", "val_exact": "share of values found", "val_loss": "validation loss (nats per byte)"}
@@ -76,7 +74,7 @@ def curves(plt, plan, budget, axis, out):
         series = []
         for run, result in runs:
             points = [(position(variant, step, tokens, result), values[experiment.figure])
-                      for step, tokens, values in curve(run) if values.get(experiment.figure) is not None]
+                      for step, tokens, values in result["curve"] if values.get(experiment.figure) is not None]
             rows += [[variant, run.seed, x, y] for x, y in points]
             series.append(points)
             axes.plot(*zip(*points), color=colour(plan, variant), linewidth=0.7, alpha=0.35 if len(runs) > 1 else 1)
@@ -168,14 +166,18 @@ def draw(plans, out):
         axis = ("epochs", "epochs", lambda variant, step, tokens, result: tokens / epoch)
         add(curves(plt, plan, "plain", axis, out), "accuracy by epoch (the paper's Figs. 4 and 5)")
     for plan in (plan for plan in plans if plan.experiment.flops_of):
+        seconds = plan.step_seconds()
+
+        def time_of(variant, step, tokens, result):
+            return step * (seconds[variant] if seconds else result["seconds"] / result["steps"])
+
         for name, label, position in (
                 ("tokens", "training tokens", lambda variant, step, tokens, result: tokens),
                 ("flops", "training FLOPs, as executed", lambda variant, step, tokens, result: tokens * plan.flops[variant]),
-                ("seconds", "seconds of training", lambda variant, step, tokens, result:
-                    result["seconds"] * step / result["steps"])):
+                ("seconds", "seconds of training", time_of)):
             add(curves(plt, plan, "flops", (name, label, position), out), f"loss by {name}, budgets of equal FLOPs")
-        add(curves(plt, plan, "time", ("seconds", "seconds of training", lambda variant, step, tokens, result:
-            result["seconds"] * step / result["steps"]), out), "loss by time, budgets of equal time")
+        add(curves(plt, plan, "time", ("seconds", "seconds of training", time_of), out),
+            "loss by time, budgets of equal time")
     keys = [plan for plan in plans if plan.experiment.length]
     add(retrieval(plt, keys, out) if keys else None, "multi-key retrieval by length")
     return drawn

@@ -24,6 +24,7 @@ EXAMPLES = """\
 examples:
   make reproduce QUICK=1                 every experiment but the two slowest variants, one seed each
   make reproduce ONLY=binary,lm SEEDS=2
+  make reproduce RECORDED=1              go on from the results that are in docs/reproduction/
   make reproduce JOBS=1                  one run at a time, on all cores
 """
 
@@ -41,6 +42,8 @@ def parse(arguments):
     parser.add_argument("--seeds", type=int, default=0, metavar="N", help="seeds of each variant; default: its own number")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at once; default: GPUs, or processors")
     parser.add_argument("--quick", action="store_true", help="small budgets: everything runs, little is learnt")
+    parser.add_argument("--recorded", action="store_true",
+                        help="take the results in docs/reproduction/results/ as done, and train what is missing there")
     parser.add_argument("--figures", action="store_true", help="only write figures and table of what has been run")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/reproduce", metavar="FOLDER", help="where runs lie")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/reproduction", metavar="FOLDER",

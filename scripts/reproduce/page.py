@@ -1,6 +1,7 @@
 """docs/reproduction/results.md: a table of what the paper says and what came out, and the figures."""
 
 from figures import NAMES, draw, final, finished, spread
+from runs import write_record
 
 HEAD = """\
 # Results
@@ -46,6 +47,10 @@ def section(plan):
                               if plan.learning_rate(name))
             lines += [f"Learning rates, the best of {', '.join(f'{rate:g}' for rate in plan.experiment.learning_rates)} "
                       f"after a third of the steps: {rates}.", ""]
+        seconds = plan.step_seconds()
+        if seconds:
+            lines += ["A step takes, in seconds (median, nothing else running): " + ", ".join(
+                f"{plan.experiment.variants[name].label} {seconds[name]:.3f}" for name in plan.names) + ".", ""]
         commits = sorted({each["commit"] for runs in finished(plan, budget).values() for _, each in runs})
         lines += [f"First of these runs: `{result['command']}`", "",
                   f"Commit {', '.join(commits)}; {result['machine']}.", ""]
@@ -61,6 +66,7 @@ def write_page(plans, options):
     if options.quick:
         lines.append("This is the quick form: budgets so small that the tasks run end to end and little is learnt.\n")
     for plan in plans:
+        write_record(plan, options)
         lines += section(plan)
     if pictures:
         lines.append("## Figures\n")

@@ -6,11 +6,12 @@ import math
 import os
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,6 +20,7 @@ from run_files import UserError, rows_of  # noqa: E402
 BINARY = os.environ.get("TRAIN_IHA", "./train_iha")
 SWEEP_SEED = 1000  # of learning-rate sweeps: none of the seeds that are compared
 SWEEP_SHARE = 1 / 3  # of the steps of a run that is compared
+TIMED_STEPS, TIMED_ROUNDS = 24, 3  # of the runs that measure the time of a step; the first quarter does not count
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,18 @@ class Run:
     budget: str  # plain, flops, time; sweep
     overrides: tuple  # of the command, without run.dir
     folder: Path
+    recorded: dict = field(default=None, compare=False)  # the committed result of a run with these overrides
 
     def command(self, threads):
         return [BINARY, "train", self.experiment.config, *self.overrides, f"run.dir={self.folder}",
                 f"system.threads={threads}"]
 
     def result(self):
-        """What finish() recorded, or None while the run has not ended."""
+        """What finish() wrote, or else the committed result; None while the run has not ended."""
         try:
             return json.loads((self.folder / "result.json").read_text())
         except FileNotFoundError:
-            return None
+            return self.recorded
 
 
 class Plan:
@@ -56,6 +59,7 @@ class Plan:
             self.seeds[name] = options.seeds or (1 if options.quick else most)
         self.common = (*experiment.overrides, *(experiment.quick if options.quick else ()))
         self.flops = {name: flops_per_token(experiment.config, self.overrides(name)) for name in self.names}
+        self.recorded = Record(options, experiment) if options.recorded else None
 
     def overrides(self, name, *more):
         """The last value given for a key is the one that counts."""
@@ -68,8 +72,9 @@ class Plan:
     def run(self, name, seed, budget, *more):
         rate = next((item.split("=")[1] for item in more if item.startswith("train.lr=")), "")
         parts = [name, budget] + ([f"lr{rate}"] if budget == "sweep" else []) + [f"seed{seed}"]
-        return Run(self.experiment, name, seed, budget, self.overrides(name, f"train.seed={seed}", *more),
-                   self.folder.joinpath(*parts))
+        overrides = self.overrides(name, f"train.seed={seed}", *more)
+        recorded = self.recorded and self.recorded.result("/".join(parts), overrides)
+        return Run(self.experiment, name, seed, budget, overrides, self.folder.joinpath(*parts), recorded)
 
     def steps(self):
         return int(next(item.split("=")[1] for item in reversed(self.common) if item.startswith("train.steps=")))
@@ -105,18 +110,40 @@ class Plan:
             reference = self.experiment.flops_of
             more.append(f"train.steps={max(1, round(self.steps() * self.flops[reference] / self.flops[name]))}")
         elif budget == "time":
-            seconds = {each: self.seconds_per_step(each) for each in (name, self.experiment.flops_of)}
-            if not all(seconds.values()):
+            seconds = self.step_seconds()
+            if not seconds:
                 return None
             if name == self.experiment.flops_of:
                 return self.compared(name, seed, "flops")
             more.append(f"train.steps={max(1, round(self.steps() * seconds[self.experiment.flops_of] / seconds[name]))}")
         return self.run(name, seed, budget, *more)
 
-    def seconds_per_step(self, name):
-        runs = [self.compared(name, seed, "flops") for seed in range(1, self.seeds[name] + 1)]
-        results = [run and run.result() for run in runs]
-        return statistics.median(r["seconds"] / r["steps"] for r in results) if all(results) else None
+    def step_seconds(self):
+        """{variant: seconds of a step}, once measured; {} before."""
+        try:
+            return json.loads((self.folder / "step_seconds.json").read_text())
+        except FileNotFoundError:
+            return self.recorded.step_seconds if self.recorded else {}
+
+    def needs_timing(self):
+        return "time" in self.budgets() and not self.step_seconds()
+
+    def measure_steps(self, threads):
+        """Times steps of every variant, one run at a time, the variants in turn; nothing else should run beside it.
+        Takes the median of each variant's steps."""
+        times = collections.defaultdict(list)
+        for _ in range(TIMED_ROUNDS):
+            for name in self.names:
+                overrides = self.overrides(name, f"train.steps={TIMED_STEPS}", "train.warmup_steps=0", "run.eval_every=0")
+                run = Run(self.experiment, name, 0, "timing", overrides, self.folder / "timing" / name)
+                shutil.rmtree(run.folder, ignore_errors=True)
+                done = subprocess.run(run.command(threads), capture_output=True, text=True)
+                if done.returncode != 0:
+                    raise UserError((done.stderr.strip().splitlines() or ["a run that measures time failed"])[-1])
+                steps = [row for row in rows_of(run.folder / "metrics.jsonl") if "tokens_per_second" in row]
+                times[name] += [row["tokens"] / row["step"] / row["tokens_per_second"] for row in steps[TIMED_STEPS // 4:]]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "step_seconds.json", {name: statistics.median(each) for name, each in times.items()})
 
     def all_runs(self):
         """(runs that can be named now, number of those that cannot yet). One seed of every variant comes before the
@@ -133,6 +160,49 @@ class Plan:
         return runs, unknown
 
 
+class Record:
+    """Committed results of an experiment: docs/reproduction/results/NAME.json, a run in each line."""
+
+    def __init__(self, options, experiment):
+        self.path = record_folder(options) / f"{experiment.name}.json"
+        try:
+            content = json.loads(self.path.read_text())
+        except FileNotFoundError:
+            content = {"step_seconds": {}, "runs": {}}
+        self.step_seconds, self.runs = content["step_seconds"], content["runs"]
+
+    def result(self, key, overrides):
+        """None also for a run that the experiment's present settings would make differently."""
+        found = self.runs.get(key)
+        return found if found and found["overrides"] == list(overrides) else None
+
+
+def record_folder(options):
+    return options.docs / "quick" / "results" if options.quick else options.docs / "results"
+
+
+def write_record(plan, options):
+    """The results of all runs that have ended."""
+    runs = {str(run.folder.relative_to(plan.folder)): run.result() for run in plan.all_runs()[0] if run.result()}
+    if not runs:
+        return
+    path = record_folder(options) / f"{plan.experiment.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(result)}" for key, result in runs.items())
+    write_text(path, f'{{"step_seconds": {json.dumps(plan.step_seconds())},\n"runs": {{\n{lines}\n}}}}\n')
+
+
+def write_json(path, content):
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path, text):
+    """Atomically."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
 def flops_per_token(config, overrides):
     """As `train_iha info` counts them for the first sequence length, forward and backward."""
     done = subprocess.run([BINARY, "info", config, *overrides], capture_output=True, text=True)
@@ -143,14 +213,14 @@ def flops_per_token(config, overrides):
 
 
 def curve(run):
-    """[(step, tokens, {val figures})] of a run's evaluations; of two of a step the later."""
+    """[[step, tokens, {val figures}]] of a run's evaluations; of two of a step the later."""
     tokens, points = {}, {}
     for line in rows_of(run.folder / "metrics.jsonl"):
         if "val_loss" in line:
             points[line["step"]] = {key: value for key, value in line.items() if key.startswith("val_")}
         elif "tokens" in line:
             tokens[line["step"]] = line["tokens"]
-    return [(step, tokens.get(step, 0), points[step]) for step in sorted(points)]
+    return [[step, tokens.get(step, 0), points[step]] for step in sorted(points)]
 
 
 def commit():
@@ -203,12 +273,11 @@ def finish(run, threads, cards):
     result = {"steps": trainer["step"], "tokens": trainer["tokens"], "seconds": trainer["seconds"],
               "final": points[-1][2] if points else {},
               "best": pick((p[2] for p in points), key=lambda p: p.get(figure, math.nan)) if points else {},
-              "command": shlex.join(run.command(threads)), "commit": commit(), "machine": machine(cards)}
+              "curve": points, "overrides": run.overrides, "command": shlex.join(run.command(threads)),
+              "commit": commit(), "machine": machine(cards)}
     if run.experiment.test and run.budget != "sweep":
         result["test"] = evaluate(run, run.experiment.test, threads)
-    partial = run.folder / "result.json.tmp"
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, run.folder / "result.json")
+    write_json(run.folder / "result.json", result)
 
 
 class Scheduler:
@@ -285,7 +354,13 @@ class Scheduler:
                 while waiting and self.free:
                     self.start(waiting.pop(0), self.free.popleft())
                 if not self.running:
-                    break
+                    untimed = [plan for plan in self.plans if plan.needs_timing()]
+                    if not untimed or self.failed:
+                        break
+                    for plan in untimed:
+                        self.say(f"{plan.experiment.name}: measuring the time of a step of each variant")
+                        plan.measure_steps(self.threads)
+                    waiting, unknown = self.to_run()
                 self.status(len(waiting), unknown)
                 self.wait()
         except BaseException:

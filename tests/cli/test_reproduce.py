@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,6 +91,22 @@ class Reproduce(FolderCase):
         self.reproduce(9)
         self.assertEqual({path: path.stat().st_mtime_ns for path in self.runs.rglob("metrics.jsonl")}, before)
         self.assertIn("lm global at equal FLOPs seed 2: val_loss", done.stderr)
+
+    def test_recorded(self):
+        """Committed results count as done, unless the experiment has changed."""
+        arguments = ["--seeds", "1"]
+        self.reproduce(9, *arguments)
+        page = (self.docs / "results.md").read_text()
+        shutil.rmtree(self.runs)
+        done = self.reproduce(9, *arguments, "--recorded")
+        self.assertEqual(done.stderr, "")
+        self.assertEqual((self.docs / "results.md").read_text(), page)
+        self.assertEqual(list(self.runs.rglob("metrics.jsonl")), [])
+        self.reproduce(9, *arguments)  # without it everything is trained again
+        self.assertEqual(len(self.results()), 4 + 3)
+        shutil.rmtree(self.runs)
+        self.reproduce(12, *arguments, "--recorded")
+        self.assertEqual(len(self.results()), 4 + 3)
 
     def test_interrupted(self):
         """Stopped and started again, a run ends with the losses of one that was not."""
