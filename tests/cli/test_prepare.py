@@ -596,7 +596,7 @@ class Plot(Case):
 
     def test_refusals(self):
         run = self.killed_run()
-        self.refused(self.folder / "nowhere", says=["nowhere", "no such file"], module=plot_loss)
+        self.refused(self.folder / "nowhere", says=["nowhere", "No such file"], module=plot_loss)
         self.refused(run, run, says=["--out"], module=plot_loss)
         self.refused(run, "--out", self.folder / "a.foo", says=["a.foo"], module=plot_loss)
         self.refused(run, "--bytes", "-1", says=["--bytes"], module=plot_loss)
