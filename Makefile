@@ -7,6 +7,7 @@
 #   make check           the inner loop: the C tests of units, and of CUDA kernels on an emulated GPU; ONLY=cuda: one group
 #   make test            every test; SANITIZE=1 runs them under ASan and UBSan
 #   make test-hf         checkpoints in PyTorch and Transformers, which it installs in .venv-hf (2.2 GB)
+#   make test-watching   pages in Chromium, TensorBoard and W&B, which it installs, in .venv-watching (600 MB)
 #   make test-distro     every test in another Debian release, SUITE=trixie, in build/distro; needs root and debootstrap
 #   make test-aarch64    the unit tests and a training run, cross-compiled and under qemu; needs Debian's compiler
 #   make faults          every fault and kill; make test takes a sample of them
@@ -93,7 +94,7 @@ include kernels/cuda/cuda.mk
 include tests/cuda/emulator.mk
 include tests/gpu/gpu.mk
 
-.PHONY: all help deps check test test-hf test-distro test-aarch64 bench quickstart reproduce docs golden clean format
+.PHONY: all help deps check test test-hf test-watching test-distro test-aarch64 bench quickstart reproduce docs golden clean format
 .SECONDARY:
 
 all: $(BINARY)
@@ -134,6 +135,11 @@ test-hf: deps
 	@$(MAKE) --no-print-directory -j2 $(BINARY)
 	@tests/hf/install.sh
 	@tests/run.sh $(BUILD) $(BINARY) hf
+
+# The page in a browser, TensorBoard and W&B: what the tests of make test skip where these are not installed.
+test-watching: deps
+	@$(MAKE) --no-print-directory -j2 $(BINARY)
+	@TRAIN_IHA=$(BINARY) BUILD=$(BUILD) tests/watching.sh
 
 test-distro:
 	@tests/distro/run.sh $(SUITE)

@@ -22,6 +22,7 @@ class Variant:
     label: str
     overrides: tuple
     seeds: int = 0  # 0: as many as the experiment
+    rate_of: str = ""  # the variant whose learning rate it takes; none: its own sweep
 
 
 @dataclass(frozen=True)

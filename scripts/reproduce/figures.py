@@ -92,7 +92,7 @@ def curves(plt, plan, budget, axis, out):
         axes.set_ylim(late[0] - 0.02, late[int(0.8 * (len(late) - 1))] + 0.05)
     axes.legend(frameon=False, fontsize=9)
     axes.set_title(experiment.title, loc="left", fontweight="bold")
-    stem = f"{experiment.name}_{budget}_{name}" if experiment.flops_of else f"{experiment.name}_curves"
+    stem = f"{experiment.name}_curves" if budget == "plain" else f"{experiment.name}_{budget}_{name}"
     write_csv(out / f"{stem}.csv", ["variant", "seed", name, experiment.figure], rows)
     return save(plt, figure, out, stem)
 
@@ -165,6 +165,9 @@ def draw(plans, out):
         epoch = tokens_of_epoch(plan)
         axis = ("epochs", "epochs", lambda variant, step, tokens, result: tokens / epoch)
         add(curves(plt, plan, "plain", axis, out), "accuracy by epoch (the paper's Figs. 4 and 5)")
+    for plan in (plan for plan in plans if plan.experiment.figure == "val_loss" and not plan.experiment.flops_of):
+        axis = ("steps", "steps", lambda variant, step, tokens, result: step)
+        add(curves(plt, plan, "plain", axis, out), "loss by steps")
     for plan in (plan for plan in plans if plan.experiment.flops_of):
         seconds = plan.step_seconds()
 

@@ -80,6 +80,7 @@ class Plan:
         return int(next(item.split("=")[1] for item in reversed(self.common) if item.startswith("train.steps=")))
 
     def sweep(self, name):
+        name = self.experiment.variants[name].rate_of or name
         if self.quick or not self.experiment.learning_rates:
             return []
         steps = max(1, round(self.steps() * SWEEP_SHARE))
@@ -148,7 +149,9 @@ class Plan:
     def all_runs(self):
         """(runs that can be named now, number of those that cannot yet). One seed of every variant comes before the
         second of any, so that what there is after a while is a comparison."""
-        runs, unknown = [run for name in self.names for run in self.sweep(name)], 0
+        runs, unknown = [], 0
+        for name in self.names:
+            runs += [run for run in self.sweep(name) if run not in runs]
         for budget in self.budgets():
             for seed in range(1, max(self.seeds.values()) + 1):
                 for name in self.names:

@@ -169,36 +169,84 @@ static void on_equal_tokens_mha_is_linear_and_iha_is_not(void **state) {
     assert_true(departure_from_linear(&two) > DIFFERENT);
 }
 
-/* App. B.3 with H = P = 2: every head's first pseudo-query attends to one position of each pseudo-key, and
- * the concatenated heads hold all cyclic shifts of the tokens. */
-static void cpm3_worked_example(void **state) {
-    (void)state;
-    enum { N = 4, H = 2, P = 2 };
-    struct layer l = {.T = N, .H = H, .P = P, .d = N, .scale = 1000}; /* temperature to zero */
-    double qkv[N * 3 * H * N] = {0}, out[N * H * N];
+/* The construction of App. B.3, with H = P and N = H*H tokens of one number each: every head's first pseudo-query
+ * attends to one position of each pseudo-key, and out [N,H,N] holds in coordinate m < H of head h the tokens
+ * shifted by h*H + m. */
+static void cyclic_shifts(int N, int H, const double *x, double *out) {
+    static double qkv[3 * MOST];
+    struct layer l = {.T = N, .H = H, .P = H, .d = N, .scale = 1000}; /* temperature to zero */
+    memset(qkv, 0, sizeof qkv);
     for (int i = 0; i < N; i++)
         for (int m = 0; m < H; m++) {
             double *q = qkv + ((i * 3 + 0) * H + m) * N, *k = qkv + ((i * 3 + 1) * H + m) * N;
             double *v = qkv + ((i * 3 + 2) * H + m) * N;
-            q[(i + m * H) % N] = 1;       /* e_i shifted by (m-1)H, m counted from 1 */
-            k[(i - m + N) % N] = 1;       /* e_i shifted back by m-1 */
-            v[m] = (double)(H * (i + 1)); /* H x into coordinate m */
+            q[(i + m * H) % N] = 1;  /* e_i shifted by (m-1)H, m counted from 1 */
+            k[(i - m + N) % N] = 1;  /* e_i shifted back by m-1 */
+            v[m] = (double)H * x[i]; /* H x into coordinate m */
         }
-    for (int p = 0; p < P; p++)
+    for (int p = 0; p < H; p++)
         for (int h = 0; h < H; h++)
             for (int m = 0; m < H; m++) {
                 l.alpha_q[(p * H + h) * H + m] = m == h && p == 0;
                 l.alpha_k[(p * H + h) * H + m] = l.alpha_v[(p * H + h) * H + m] = m == p;
             }
     for (int h = 0; h < H; h++)
-        l.r[(h * P + 0) * H + h] = 1;
+        l.r[(h * H + 0) * H + h] = 1;
     run_layer(&l, qkv, out);
+}
+
+static void cpm3_worked_example(void **state) {
+    (void)state;
+    enum { N = 4, H = 2 };
+    double x[N] = {1, 2, 3, 4}, out[N * H * N];
+    cyclic_shifts(N, H, x, out);
     for (int i = 0; i < N; i++)
         for (int h = 0; h < H; h++)
-            for (int m = 0; m < H; m++) {
-                double want = (i + h * H + m) % N + 1;
-                assert_true(fabs(out[(i * H + h) * N + m] - want) < 1e-9);
+            for (int m = 0; m < H; m++)
+                assert_true(fabs(out[(i * H + h) * N + m] - x[(i + h * H + m) % N]) < 1e-9);
+}
+
+/* From the shifts that a token holds follow its count of pairs, the target of CPM-3. */
+static void cpm3_counts_follow_from_the_shifts(void **state) {
+    (void)state;
+    enum { N = 9, H = 3, M = 5, G = 11 };
+    double x[N], out[N * H * N];
+    uint64_t seed = 3;
+    for (int i = 0; i < N; i++)
+        x[i] = floor(M * (0.5 + 0.499 * fixture_noise(&seed)));
+    cyclic_shifts(N, H, x, out);
+    for (int i = 0; i < N; i++) {
+        int count = 0, want = 0;
+        for (int a = 0; a < N; a++)
+            for (int b = 0; b < N; b++) {
+                double first = out[(i * H + a / H) * N + a % H], second = out[(i * H + b / H) * N + b % H];
+                count += lround(x[i] + G * first + second) % M == 0;
+                want += lround(x[i] + G * x[a] + x[b]) % M == 0;
             }
+        assert_int_equal(count, want);
+    }
+}
+
+/* A filter of N coefficients, sum over k of c[k] S^k x with S the cyclic shift, needs H = sqrt(N) heads: the
+ * output projection gives coordinate m of head h the weight c[h*H + m]. */
+static void polynomial_filters_take_as_many_heads_as_the_root_of_their_order(void **state) {
+    (void)state;
+    enum { N = 9, H = 3 };
+    double x[N], c[N], out[N * H * N];
+    uint64_t seed = 7;
+    for (int i = 0; i < N; i++) {
+        x[i] = fixture_noise(&seed);
+        c[i] = fixture_noise(&seed);
+    }
+    cyclic_shifts(N, H, x, out);
+    for (int i = 0; i < N; i++) {
+        double filtered = 0, want = 0;
+        for (int k = 0; k < N; k++) {
+            filtered += c[k] * out[(i * H + k / H) * N + k % H];
+            want += c[k] * x[(i + k) % N];
+        }
+        assert_true(fabs(filtered - want) < 1e-9);
+    }
 }
 
 /* Two layers of one type. */
@@ -388,6 +436,8 @@ int main(void) {
         cmocka_unit_test(windows_of_whole_tokens_equal_mha),
         cmocka_unit_test(on_equal_tokens_mha_is_linear_and_iha_is_not),
         cmocka_unit_test(cpm3_worked_example),
+        cmocka_unit_test(cpm3_counts_follow_from_the_shifts),
+        cmocka_unit_test(polynomial_filters_take_as_many_heads_as_the_root_of_their_order),
         cmocka_unit_test(an_iha_model_with_identity_mixing_equals_its_mha_model),
         cmocka_unit_test(a_folded_layer_equals_mixing_the_heads_of_each_token),
         cmocka_unit_test(a_folded_model_with_the_identity_equals_its_mha_model),
