@@ -26,6 +26,10 @@ COMMON = ["train.seq_len=16", "model.max_position_embeddings=32", "train.micro_b
 # Another value of every model option: with biases and untied embeddings every unit has parameters of its own.
 OTHER = ["model.tie_word_embeddings=false", "model.bias=true", "model.norm=layernorm", "model.activation=swiglu",
          "model.position_embedding=learned", "model.num_hidden_layers=5", "model.layer_pattern=iha_global mha_global"]
+# IHA layers with groups of query heads, in which alpha_k and alpha_v are smaller than alpha_q.
+GROUPED = ["model.num_attention_heads=4", "model.num_key_value_heads=2", "model.qk_norm=rmsnorm", "model.qkv_bias=true",
+           "model.layer_pattern=iha_global iha_local mha_global", "model.num_hidden_layers=4", "model.num_pseudo_heads=3",
+           "model.init_alpha=noise"]
 
 
 @unittest.skipUnless(shutil.which("mpirun"), "mpirun is not installed: run make deps")
@@ -125,6 +129,29 @@ class Ranks(Case):
                 shutil.copytree(self.tmp / f"muon_{begun}", resumed, symlinks=True)
                 shutil.rmtree(step_dir(resumed, 8))
                 self.assertIn("resuming from", self.on(ranks, resumed, *muon, f"system.zero_stage={stage}").stderr)
+                self.assert_same_losses(one, resumed)
+
+    def test_grouped_heads_are_the_same_on_any_number_of_ranks(self):
+        """Also in a run that some ranks begin and another number continues."""
+        grouped = [*COMMON, *GROUPED, "train.batch_tokens=96"]
+        one = self.tmp / "grouped_one"
+        self.on(1, one, *grouped)
+        begun = self.weights(one, 4)
+        for name, x in self.weights(one, 8).items():
+            self.assertTrue(np.any(x != begun[name]), name)
+        for name, shape in (("alpha_q", (3, 4, 4)), ("alpha_k", (3, 2, 2)), ("q_norm.weight", (4,)), ("qkv.bias", (32,))):
+            self.assertEqual(begun[f"layers.0.attn.{name}"].shape, shape)
+        for ranks, stage in ((2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (3, 2)):
+            with self.subTest(ranks=ranks, stage=stage):
+                many = self.tmp / f"grouped_{ranks}_{stage}"
+                self.on(ranks, many, *grouped, f"system.zero_stage={stage}")
+                self.assert_same_losses(one, many)
+        for begun, ranks, stage in (("2_1", 3, 2), ("3_2", 1, 0)):
+            with self.subTest(begun=begun, ranks=ranks, stage=stage):
+                resumed = self.tmp / f"grouped_resumed_{ranks}"
+                shutil.copytree(self.tmp / f"grouped_{begun}", resumed, symlinks=True)
+                shutil.rmtree(step_dir(resumed, 8))
+                self.assertIn("resuming from", self.on(ranks, resumed, *grouped, f"system.zero_stage={stage}").stderr)
                 self.assert_same_losses(one, resumed)
 
     def test_units_of_several_buckets(self):
