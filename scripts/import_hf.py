@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+import import_tokenizer
+
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ROOT / "model" / "checkpoint" / "hf"
 EXAMPLES = """\
@@ -368,17 +370,35 @@ def largest_id(tokenizer, path):
         raise UserError(f"{path} is not a tokenizer.json") from None
 
 
-def copy_tokenizer(source, out, config):
-    """tokenizer.json, its configuration, which must run no code, and the chat template."""
-    file = source / "tokenizer.json"
-    if not file.exists():
-        return f"warning: {file} is not there: the checkpoint has no tokenizer"
-    highest = largest_id(read_json(file), file)
+def write_tokenizer(source, out, config, model_type):
+    """tokenizer.json, copied or made of vocab.json and merges.txt; its configuration, which must run no code; and the chat
+    template. Returns a remark where there is no tokenizer."""
+    file, vocab = source / "tokenizer.json", source / "vocab.json"
+
+    def read(name):
+        return read_json(source / name) if (source / name).exists() else {}
+
+    settings = read("tokenizer_config.json")
+    if file.exists():
+        highest = largest_id(read_json(file), file)
+        shutil.copyfile(file, out / "tokenizer.json")
+    else:
+        kind = import_tokenizer.class_of(settings, model_type)
+        if not kind or not vocab.exists():
+            return f"warning: {file} is not there: the checkpoint has no tokenizer"
+        file = vocab
+        try:
+            text, names = import_tokenizer.convert(source, settings, read("special_tokens_map.json"), read("added_tokens.json"),
+                                                   kind)
+        except ImportError:
+            raise UserError(f"{vocab} needs Python's tokenizers package to be read: make deps") from None
+        except import_tokenizer.Unsupported as error:
+            raise UserError(str(error)) from None
+        (out / "tokenizer.json").write_text(text, encoding="utf-8")
+        settings |= names
+        highest = largest_id(json.loads(text), vocab)
     if highest >= config["vocab_size"]:
         raise UserError(f"{file} has id {highest}, and the model's vocab_size is {config['vocab_size']}")
-    shutil.copyfile(file, out / "tokenizer.json")
-    more = source / "tokenizer_config.json"
-    settings = read_json(more) if more.exists() else {}
     settings.pop("auto_map", None)
     write_json(out / "tokenizer_config.json", settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
     template = source / "chat_template.jinja"
@@ -400,10 +420,11 @@ def token_ids(source, config):
 
 
 def read_source(source):
-    """The checkpoint's configuration, its tensors one by one, and a check to be made after the last."""
+    """The model_type, the checkpoint's configuration and token ids, its tensors one by one, and a check to be made after the
+    last."""
     if source.is_file():
         model = LlmC(source)
-        return model.config, {}, model.tensors(), lambda: None
+        return "gpt2", model.config, {}, model.tensors(), lambda: None
     file = source / "config.json"
     values = read_json(file)
     kind = values.get("model_type")
@@ -413,20 +434,20 @@ def read_source(source):
     read_config, name_tensors, ignored = ARCHITECTURES[kind]
     config, tensors = read_config(Config(values, file)), Tensors(source)
     ids = token_ids(source, values | {"vocab_size": config["vocab_size"]})
-    return config, ids, name_tensors(tensors, config), lambda: tensors.check_all_taken(ignored)
+    return kind, config, ids, name_tensors(tensors, config), lambda: tensors.check_all_taken(ignored)
 
 
 def import_model(source, out):
     if out.exists():
         raise UserError(f"{out} exists already")
-    config, ids, tensors, check = read_source(source)
+    kind, config, ids, tensors, check = read_source(source)
     half = out.with_name(out.name + ".tmp")
     shutil.rmtree(half, ignore_errors=True)
     half.mkdir(parents=True)
     try:
         write_weights(half / "model.safetensors", tensors)
         check()
-        remark = copy_tokenizer(source, half, config) if source.is_dir() else None
+        remark = write_tokenizer(source, half, config, kind) if source.is_dir() else None
         write_json(half / "config.json", config | ids)
         write_json(half / "generation_config.json", ids)
         for path in CODE.glob("*.py"):

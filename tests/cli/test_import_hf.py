@@ -243,6 +243,70 @@ class ImportHf(unittest.TestCase):
         (self.source / "tokenizer.json").write_text(json.dumps(tokenizer))
         self.refused("vocab_size")
 
+    def take_apart(self, tokenizer, **settings):
+        """Writes a tokenizer.json as the files that it came from."""
+        model = tokenizer["model"]
+        (self.source / "vocab.json").write_text(json.dumps(model["vocab"]))
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        (self.source / "merges.txt").write_text("#version: 0.2\n" + "".join(merge + "\n" for merge in merges), encoding="utf-8")
+        added = {token["id"]: {key: x for key, x in token.items() if key != "id"} for token in tokenizer["added_tokens"]}
+        (self.source / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added} | settings))
+
+    def test_vocab_and_merges(self):
+        """The tokenizer.json made of them is the golden one, whose ids tests/unit/test_tokenizer.c compares."""
+        config, params = golden("mha_gpt2")
+        gpt2 = json.loads((GOLDEN / "tokenizer_gpt2.json").read_text())
+        qwen2 = next(kind["tokenizer"] for kind in json.loads((GOLDEN / "tokenizer_kinds.json").read_text()) if kind["name"] == "qwen2")
+        left = dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<left>")
+        self.embed(config, params, 600)
+        for tokenizer, name, settings, eos in ((gpt2, None, {}, "<|endoftext|>"),
+                                               (qwen2, "Qwen2TokenizerFast", left | {"add_prefix_space": False}, "<left>")):
+            with self.subTest(name):
+                self.take_apart(tokenizer, **{"tokenizer_class": name} if name else {}, **settings)
+                self.assertEqual(self.run_script(), "")
+                found = json.loads((self.out / "tokenizer.json").read_text())
+                for part in ("normalizer", "pre_tokenizer", "added_tokens"):
+                    self.assertEqual(found[part], tokenizer[part], part)
+                self.assertEqual(found["decoder"]["type"], "ByteLevel")
+                self.assertEqual(found["model"]["vocab"], tokenizer["model"]["vocab"])
+                self.assertEqual([tuple(merge) for merge in found["model"]["merges"]],
+                                 [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in tokenizer["model"]["merges"]])
+                more = json.loads((self.out / "tokenizer_config.json").read_text())
+                self.assertEqual((more["eos_token"], more["tokenizer_class"]), (eos, "PreTrainedTokenizerFast"))
+                written = subprocess.run([BINARY, "generate", self.out, "--prompt", "He said", "--tokens", "1", *CPU],
+                                         capture_output=True, env=ENVIRONMENT, check=True).stdout
+                self.assertTrue(written.startswith(b"He said"), written)
+                shutil.rmtree(self.out)
+
+    def test_vocab_and_merges_that_do_not_fit(self):
+        config, params = golden("mha_gpt2")
+        tokenizer = json.loads((GOLDEN / "tokenizer_gpt2.json").read_text())
+        self.embed(config, params, 600)
+        self.take_apart(tokenizer)
+        for name, text, words in (("merges.txt", "#version: 0.2\nq w x\n", "are no tokenizer"), ("vocab.json", "{1", "are no tokenizer"),
+                                  ("merges.txt", "#version: 0.2\nzq qz\n", "are no tokenizer"),
+                                  ("tokenizer_config.json", '{"added_tokens_decoder": {"999": {"content": "<x>"}}}', "has id 999"),
+                                  ("tokenizer_config.json", '{"added_tokens_decoder": {"z": {"content": "<x>"}}}', "added_tokens_decoder"),
+                                  ("tokenizer_config.json", '{"eos_token": 7}', "7 is no token")):
+            with self.subTest(text):
+                before = (self.source / name).read_text()
+                (self.source / name).write_text(text)
+                self.refused(words)
+                (self.source / name).write_text(before)
+        (self.source / "merges.txt").unlink()
+        self.refused("merges.txt is not there")
+        (self.source / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+        self.assertIn("the checkpoint has no tokenizer", self.run_script())
+        shutil.rmtree(self.out)
+        self.take_apart(tokenizer)
+        self.embed(config, params, 200)
+        self.refused("vocab_size")
+
+    def embed(self, config, params, size):
+        """Writes the model with so many tokens."""
+        rows = np.random.default_rng(1).normal(size=(size, config["hidden_size"])).astype("f")
+        self.write(gpt2_config(config, vocab_size=size), as_gpt2(params | {"embed.weight": rows}))
+
     # ---- bad input ----
 
     def refused(self, *names):
