@@ -1,4 +1,5 @@
-"""What `make reproduce` trains: the paper's synthetic tasks, its comparison of language models, and retrieval.
+"""What `make reproduce` trains: the paper's synthetic tasks, its comparison of language models, retrieval, and MHA
+models continued as IHA.
 
 An experiment is a configuration, variants of it that differ in attention alone, and a budget. Facts of the paper and
 what it leaves open: docs/reproduction/discussion.md.
@@ -23,6 +24,7 @@ class Variant:
     overrides: tuple
     seeds: int = 0  # 0: as many as the experiment
     rate_of: str = ""  # the variant whose learning rate it takes; none: its own sweep
+    flops_of: str = ""  # with a start: steps are scaled to as many FLOPs as this other variant takes
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Experiment:
     test: str = ""  # shards evaluated in the end, besides those of the validation
     paper: dict = field(default_factory=dict)  # what the paper reports, by variant
     length: int = 0  # of multi-key retrieval, in tokens
+    start: tuple = ()  # overrides of a run of each seed whose weights all variants continue with
 
 
 def composition(name, variants, paper):
@@ -73,10 +76,11 @@ TERNARY = composition("ternary", {
     "iha_p4": Variant("IHA P = 4", iha(4), seeds=1),
 }, {"simplicial": "the strongest baseline"})
 
+BIBLE = ("data/prepare.py", "--tokenizer", "bytes", "--document-separator", "blank-lines", "--out", "data/bible",
+         "data/corpus/bible.txt")
+
 LANGUAGE = Experiment(
-    name="lm", title="Language models of one size", config="configs/paper/family_4m.ini", data="data/bible",
-    make_data=("data/prepare.py", "--tokenizer", "bytes", "--document-separator", "blank-lines", "--out", "data/bible",
-               "data/corpus/bible.txt"),
+    name="lm", title="Language models of one size", config="configs/paper/family_4m.ini", data="data/bible", make_data=BIBLE,
     variants={
         "global": Variant("Global", MHA),
         "global_local": Variant("Global+Local", ("model.layer_pattern=mha_local*4 mha_global", "model.local_window=16")),
@@ -107,6 +111,24 @@ def multikey(length):
         paper={"iha_p2": "27, 32 and 112 % above Global at 4k, 8k and 16k tokens"})
 
 
+# The rate stays constant in the first half and decays to zero in the second, whose optimizer starts anew in all variants.
+DECAY = ("train.schedule=linear", "train.min_lr=0", "train.warmup_steps=20")
+UPCYCLED = (*DECAY, "model.layer_pattern=iha_global")
+
+UPCYCLING = Experiment(
+    name="upcycling", title="A model trained as MHA, continued as MHA and as IHA", config="configs/upcycling.ini",
+    data="data/bible", make_data=BIBLE, start=("train.schedule=constant",),
+    variants={
+        "mha": Variant("MHA", DECAY),
+        "mha_flops": Variant("MHA, as many FLOPs as IHA", DECAY, flops_of="iha"),
+        "iha": Variant("IHA, exact (last, identity)", UPCYCLED),
+        "iha_noise": Variant("IHA, last, identity + noise", (*UPCYCLED, "model.init_alpha=noise")),
+        "iha_mean": Variant("IHA, mean, identity", (*UPCYCLED, "model.init_collapse=mean")),
+    },
+    figure="val_loss", seeds=4, overrides=("train.steps=800",), quick=("train.steps=60", "train.warmup_steps=10"),
+    test="data/bible/val_*.bin")
+
+
 EXPERIMENTS = {each.name: each for each in
-               (BINARY, TERNARY, LANGUAGE, multikey(256), multikey(512), multikey(1024))}
+               (BINARY, TERNARY, LANGUAGE, multikey(256), multikey(512), multikey(1024), UPCYCLING)}
 GROUPS = {"multikey": ("multikey_256", "multikey_512", "multikey_1024")}

@@ -5,6 +5,8 @@ import json
 import statistics
 from pathlib import Path
 
+from runs import flops_per_token
+
 # Okabe and Ito's palette, which colour-blind readers can tell apart
 COLOURS = ["#000000", "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#8a8a8a"]
 NAMES = {"val_accuracy": "accuracy", "val_exact": "share of values found", "val_loss": "validation loss (nats per byte)"}
@@ -97,6 +99,57 @@ def curves(plt, plan, budget, axis, out):
     return save(plt, figure, out, stem)
 
 
+def continued(plt, plan, out):
+    """Loss of runs that continue others: of both halves by tokens, of the second by FLOPs, and less the first variant's of
+    the same seed."""
+    experiment, rows = plan.experiment, []
+    found = finished(plan, "plain")
+    if not found:
+        return None
+    figure, panels = plt.subplots(1, 3, figsize=(14, 4.5), layout="constrained")
+    starts = {run.seed: run for runs in found.values() for run in (plan.start(run.seed) for run, _ in runs)}
+    first_flops = flops_per_token(experiment.config, next(iter(starts.values())).overrides)
+
+    def points_of(variant, run, flops, tokens_before=0):
+        """(tokens, FLOPs, loss) of evaluations, with those of the first half."""
+        points = [(tokens_before + tokens, tokens_before * first_flops + tokens * flops, values["val_loss"])
+                  for _, tokens, values in run.result()["curve"]]
+        rows.extend([variant, run.seed, *point] for point in points)
+        return points
+
+    def draw_mean(axes, series, style, label):
+        for points in series:
+            axes.plot(*zip(*points), linewidth=0.6, alpha=0.3, **style)
+        length = min(map(len, series))
+        mean = [[statistics.mean(points[i][k] for points in series) for k in (0, 1)] for i in range(length)]
+        axes.plot(*zip(*mean), linewidth=1.8, label=label, **style)
+
+    halves = [points_of("start", run, first_flops) for run in starts.values()]
+    draw_mean(panels[0], [[(x, loss) for x, _, loss in points] for points in halves], {"color": "#8a8a8a"}, "first half")
+    compared = {}  # of the first variant: {(seed, tokens): loss}
+    for variant, runs in found.items():
+        label = f"{experiment.variants[variant].label} ({len(runs)} seed{'s' if len(runs) > 1 else ''})"
+        style = {"color": colour(plan, variant), "linestyle": "--" if experiment.variants[variant].flops_of else "-"}
+        series = {run.seed: points_of(variant, run, plan.flops[variant], starts[run.seed].result()["tokens"]) for run, _ in runs}
+        for k in (0, 1):
+            draw_mean(panels[k], [[(point[k], point[2]) for point in points] for points in series.values()], style, label)
+        compared = compared or {(seed, x): loss for seed, points in series.items() for x, _, loss in points}
+        less = [[(x, loss - compared[seed, x]) for x, _, loss in points if (seed, x) in compared] for seed, points in series.items()]
+        if not experiment.variants[variant].flops_of and all(less):
+            draw_mean(panels[2], less, style, label)
+    late = sorted(row[4] for row in rows if row[0] != "start")
+    panels[0].set_ylim(late[0] - 0.05, late[-1] + 0.8)
+    panels[1].set_ylim(late[0] - 0.02, late[int(0.95 * (len(late) - 1))] + 0.02)
+    for axes, x, y in zip(panels, ("training tokens", "FLOPs of both halves, as executed", "training tokens"),
+                          (NAMES["val_loss"], "", f"less {experiment.variants[plan.names[0]].label} of the same seed")):
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+    panels[0].legend(frameon=False, fontsize=8)
+    panels[0].set_title(experiment.title, loc="left", fontsize=10, fontweight="bold")
+    write_csv(out / f"{experiment.name}.csv", ["variant", "seed", "tokens", "flops", "val_loss"], rows)
+    return save(plt, figure, out, experiment.name)
+
+
 def bars(plt, plans, out):
     """Final test accuracy of the compositions, with a point for each seed."""
     panels = [(plan, finished(plan, "plain")) for plan in plans]
@@ -165,7 +218,8 @@ def draw(plans, out):
         epoch = tokens_of_epoch(plan)
         axis = ("epochs", "epochs", lambda variant, step, tokens, result: tokens / epoch)
         add(curves(plt, plan, "plain", axis, out), "accuracy by epoch (the paper's Figs. 4 and 5)")
-    for plan in (plan for plan in plans if plan.experiment.figure == "val_loss" and not plan.experiment.flops_of):
+    for plan in (plan for plan in plans if plan.experiment.figure == "val_loss" and not plan.experiment.flops_of
+                 and not plan.experiment.start):
         axis = ("steps", "steps", lambda variant, step, tokens, result: step)
         add(curves(plt, plan, "plain", axis, out), "loss by steps")
     for plan in (plan for plan in plans if plan.experiment.flops_of):
@@ -181,6 +235,8 @@ def draw(plans, out):
             add(curves(plt, plan, "flops", (name, label, position), out), f"loss by {name}, budgets of equal FLOPs")
         add(curves(plt, plan, "time", ("seconds", "seconds of training", time_of), out),
             "loss by time, budgets of equal time")
+    for plan in (plan for plan in plans if plan.experiment.start):
+        add(continued(plt, plan, out), "loss of both halves by tokens, of the second by FLOPs, and less the first variant's")
     keys = [plan for plan in plans if plan.experiment.length]
     add(retrieval(plt, keys, out) if keys else None, "multi-key retrieval by length")
     return drawn

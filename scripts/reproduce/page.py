@@ -30,6 +30,24 @@ def table(plan, budget):
     return lines
 
 
+def differences(plan):
+    """Lines of Markdown: what each variant has more than the first of the same seed, which starts from the same weights."""
+    found, figure = finished(plan, "plain"), plan.experiment.figure
+    results = {name: {run.seed: final(result, figure) for run, result in runs} for name, runs in found.items()}
+    first = plan.names[0]
+    lines = []
+    for name in results:
+        seeds = [seed for seed in results[name] if seed in results.get(first, {})]
+        if name != first and seeds:
+            mean, deviation = spread([results[name][seed] - results[first][seed] for seed in seeds])
+            text = f"{mean:+.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
+            lines.append(f"- {plan.experiment.variants[name].label}: {text} ({len(seeds)} seeds)")
+    if not lines:
+        return []
+    label = plan.experiment.variants[first].label
+    return [f"Less {label} of the same seed, mean ± standard deviation:", "", *lines, ""]
+
+
 def section(plan):
     lines = []
     for budget in plan.budgets():
@@ -41,6 +59,7 @@ def section(plan):
         lines += [f"## {plan.experiment.title}{kind}", "",
                   f"| variant | the paper says | {NAMES[plan.experiment.figure]}, {where} | standard deviation | seeds | steps | hours |",
                   "|---|---|---|---|---|---|---|", *rows, ""]
+        lines += differences(plan) if plan.experiment.start else []
         run, result = next(iter(finished(plan, budget).values()))[0]
         if plan.experiment.learning_rates and not plan.quick:
             rates = ", ".join(f"{plan.experiment.variants[name].label} {plan.learning_rate(name):g}" for name in plan.names

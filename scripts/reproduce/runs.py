@@ -11,7 +11,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,6 +21,7 @@ BINARY = os.environ.get("TRAIN_IHA", "./train_iha")
 SWEEP_SEED = 1000  # of learning-rate sweeps: none of the seeds that are compared
 SWEEP_SHARE = 1 / 3  # of the steps of a run that is compared
 TIMED_STEPS, TIMED_ROUNDS = 24, 3  # of the runs that measure the time of a step; the first quarter does not count
+CONTINUED_SEED = 500  # is added to the seed of a run that continues another, which would see the same sequences again
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,7 @@ class Plan:
         self.recorded = Record(options, experiment) if options.recorded else None
 
     def overrides(self, name, *more):
-        """The last value given for a key is the one that counts."""
-        keys = {}
-        for item in (*self.common, *self.experiment.variants[name].overrides, *more):
-            key, value = item.split("=", 1)
-            keys[key] = value
-        return tuple(f"{key}={value}" for key, value in keys.items())
+        return last_of_each_key(*self.common, *self.experiment.variants[name].overrides, *more)
 
     def run(self, name, seed, budget, *more):
         rate = next((item.split("=")[1] for item in more if item.startswith("train.lr=")), "")
@@ -78,6 +74,29 @@ class Plan:
 
     def steps(self):
         return int(next(item.split("=")[1] for item in reversed(self.common) if item.startswith("train.steps=")))
+
+    def start(self, seed):
+        """The run whose weights all variants of a seed continue with; None in experiments without one."""
+        if not self.experiment.start:
+            return None
+        overrides = last_of_each_key(*self.common, *self.experiment.start, f"train.seed={seed}")
+        recorded = self.recorded and self.recorded.result(f"start/seed{seed}", overrides)
+        run = Run(self.experiment, "start", seed, "plain", overrides, self.folder / "start" / f"seed{seed}", recorded)
+        # What continues it needs its checkpoint, which no record holds.
+        needed = recorded and not all(self.continued(name, run).result() for name in self.names if seed <= self.seeds[name])
+        return replace(run, recorded=None) if needed else run
+
+    def continued(self, name, start):
+        """The run of a variant that begins with the weights of `start`."""
+        where = start.folder.relative_to(Path.cwd()) if start.folder.is_relative_to(Path.cwd()) else start.folder
+        more = [f"train.init_from={where}", f"train.seed={start.seed + CONTINUED_SEED}"]
+        reference = self.experiment.variants[name].flops_of
+        if reference:
+            more.append(f"train.steps={self.steps_of_equal_flops(name, reference)}")
+        return self.run(name, start.seed, "plain", *more)
+
+    def steps_of_equal_flops(self, name, reference):
+        return max(1, round(self.steps() * self.flops[reference] / self.flops[name]))
 
     def sweep(self, name):
         name = self.experiment.variants[name].rate_of or name
@@ -101,6 +120,9 @@ class Plan:
 
     def compared(self, name, seed, budget):
         """The run of a variant, seed and budget; None while what it depends on is not there."""
+        start = self.start(seed)
+        if start:
+            return self.continued(name, start) if start.result() else None
         more = []
         if self.sweep(name):
             rate = self.learning_rate(name)
@@ -108,8 +130,7 @@ class Plan:
                 return None
             more.append(f"train.lr={rate:g}")
         if budget == "flops":
-            reference = self.experiment.flops_of
-            more.append(f"train.steps={max(1, round(self.steps() * self.flops[reference] / self.flops[name]))}")
+            more.append(f"train.steps={self.steps_of_equal_flops(name, self.experiment.flops_of)}")
         elif budget == "time":
             seconds = self.step_seconds()
             if not seconds:
@@ -152,6 +173,8 @@ class Plan:
         runs, unknown = [], 0
         for name in self.names:
             runs += [run for run in self.sweep(name) if run not in runs]
+        if self.experiment.start:
+            runs += [self.start(seed) for seed in range(1, max(self.seeds.values()) + 1)]
         for budget in self.budgets():
             for seed in range(1, max(self.seeds.values()) + 1):
                 for name in self.names:
@@ -161,6 +184,11 @@ class Plan:
                     unknown += run is None
                     runs += [run] if run and run not in runs else []
         return runs, unknown
+
+
+def last_of_each_key(*overrides):
+    """The last value given for a key is the one that counts."""
+    return tuple(f"{key}={value}" for key, value in dict(item.split("=", 1) for item in overrides).items())
 
 
 class Record:
@@ -273,11 +301,13 @@ def finish(run, threads, cards):
     trainer = json.loads(newest.read_text())
     figure = run.experiment.figure
     pick = min if figure == "val_loss" else max
+    program, *arguments = run.command(threads)
+    command = [program, *(argument.replace(f"{Path.cwd()}/", "") for argument in arguments)]
     result = {"steps": trainer["step"], "tokens": trainer["tokens"], "seconds": trainer["seconds"],
               "final": points[-1][2] if points else {},
               "best": pick((p[2] for p in points), key=lambda p: p.get(figure, math.nan)) if points else {},
-              "curve": points, "overrides": run.overrides, "command": shlex.join(run.command(threads)),
-              "commit": commit(), "machine": machine(cards)}
+              "curve": points, "overrides": run.overrides, "command": shlex.join(command), "commit": commit(),
+              "machine": machine(cards)}
     if run.experiment.test and run.budget != "sweep":
         result["test"] = evaluate(run, run.experiment.test, threads)
     write_json(run.folder / "result.json", result)

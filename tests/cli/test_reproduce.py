@@ -28,6 +28,20 @@ EXPERIMENTS = {{"lm": e.Experiment(
 """
 
 
+CONTINUED = """
+import sys
+sys.path.insert(0, {scripts!r})
+import experiments as e
+
+EXPERIMENTS = {{"up": e.Experiment(
+    name="up", title="Continued", config={config!r}, data={data!r}, make_data=(), figure="val_loss", seeds=2,
+    start=("train.schedule=constant", "model.layer_pattern=mha_global", "model.position_embedding=learned"),
+    variants={{"mha": e.Variant("MHA", ("train.lr=1e-3", *e.MHA)), "longer": e.Variant("Longer", e.MHA, flops_of="iha"),
+               "iha": e.Variant("IHA", e.iha(2))}},
+    overrides=("train.steps={steps}", "run.eval_every=2", "model.position_embedding=learned"))}}
+"""
+
+
 class Reproduce(FolderCase):
     def setUp(self):
         super().setUp()
@@ -39,20 +53,20 @@ class Reproduce(FolderCase):
         self.data = data
         self.runs, self.docs = self.folder / "runs", self.folder / "docs"
 
-    def command(self, steps, *arguments):
-        file = self.write("own.py", EXPERIMENTS.format(scripts=str(MAIN.parent), config=str(self.config),
+    def command(self, steps, *arguments, text=EXPERIMENTS):
+        file = self.write("own.py", text.format(scripts=str(MAIN.parent), config=str(self.config),
                                                        data=str(self.data), steps=steps))
         return [sys.executable, str(MAIN), "--experiments", str(file), "--out", str(self.runs), "--docs",
                 str(self.docs), *arguments]
 
-    def reproduce(self, steps, *arguments, code=0):
-        done = subprocess.run(self.command(steps, *arguments), env={**ENVIRONMENT, "TRAIN_IHA": BINARY}, text=True,
+    def reproduce(self, steps, *arguments, code=0, text=EXPERIMENTS):
+        done = subprocess.run(self.command(steps, *arguments, text=text), env={**ENVIRONMENT, "TRAIN_IHA": BINARY}, text=True,
                               capture_output=True, timeout=TIMEOUT)
         self.assertEqual(done.returncode, code, done.stderr)
         return done
 
-    def results(self):
-        return {str(path.parent.relative_to(self.runs / "full" / "lm")): json.loads(path.read_text())
+    def results(self, name="lm"):
+        return {str(path.parent.relative_to(self.runs / "full" / name)): json.loads(path.read_text())
                 for path in self.runs.rglob("result.json")}
 
     def test_whole(self):
@@ -107,6 +121,41 @@ class Reproduce(FolderCase):
         shutil.rmtree(self.runs)
         self.reproduce(12, *arguments, "--recorded")
         self.assertEqual(len(self.results()), 4 + 3)
+
+    def test_continued(self):
+        """Every variant of a seed begins with the weights of that seed's first half, and sees other sequences."""
+        self.reproduce(6, text=CONTINUED)
+        results = self.results("up")
+        variants = ("mha", "longer", "iha")
+        self.assertEqual(sorted(results), sorted([f"start/seed{seed}" for seed in (1, 2)] +
+                                                 [f"{name}/plain/seed{seed}" for name in variants for seed in (1, 2)]))
+        for seed in (1, 2):
+            start = self.runs / "full" / "up" / "start" / f"seed{seed}"
+            self.assertIn(f"train.seed={seed} ", results[f"start/seed{seed}"]["command"])
+            for name in variants:
+                command = results[f"{name}/plain/seed{seed}"]["command"]
+                self.assertIn(f"train.seed={500 + seed} train.init_from={start} ", command)
+            log = (self.runs / "full" / "up" / "iha" / "plain" / f"seed{seed}" / "log.txt").read_text()
+            self.assertIn("function preserved", log)
+            losses_of_one_batch = re.search(r"^loss of one batch: (\S+) by the checkpoint's model, (\S+) by this", log, re.M).groups()
+            self.assertAlmostEqual(*map(float, losses_of_one_batch), delta=1e-6)
+        self.assertGreater(results["longer/plain/seed1"]["steps"], 6)
+        self.assertEqual(results["iha/plain/seed1"]["steps"], 6)
+        page = (self.docs / "results.md").read_text()
+        less = [results[f"iha/plain/seed{seed}"]["final"]["val_loss"] - results[f"mha/plain/seed{seed}"]["final"]["val_loss"]
+                for seed in (1, 2)]
+        self.assertIn(f"- IHA: {sum(less) / 2:+.4f} ± ", page)
+        with open(self.docs / "up.csv") as file:
+            rows = list(csv.DictReader(file))
+        self.assertEqual({row["variant"] for row in rows}, {"start", *variants})
+        self.assertEqual(min(int(row["tokens"]) for row in rows if row["variant"] == "iha"), (6 + 2) * 128)
+        self.assertTrue((self.docs / "up.png").exists())
+        # of what is recorded nothing is trained; a variant that is not there needs the first half's checkpoint
+        shutil.rmtree(self.runs)
+        self.assertEqual(self.reproduce(6, "--recorded", text=CONTINUED).stderr, "")
+        self.assertEqual((self.docs / "results.md").read_text(), page)
+        self.reproduce(6, "--recorded", "--seeds", "1", text=CONTINUED.replace("e.iha(2)", "e.iha(3)"))
+        self.assertEqual(sorted(self.results("up")), ["iha/plain/seed1", "longer/plain/seed1", "start/seed1"])
 
     def test_interrupted(self):
         """Stopped and started again, a run ends with the losses of one that was not."""

@@ -62,7 +62,8 @@ class VocabFiles(Case):
                     "content": "<|im_end|>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}},
                 "tokenizer_config.json": {"tokenizer_class": "Qwen2Tokenizer"}}),
         }
-        parts = texts(60, 5) + ["he'LL  sée 1234", "<|im_start|>user\nhi <|im_end|>\n <tool>x", "e\u0301 \ufb01 \u00b2 <|endoftext|>  b", CORPUS[0]]
+        parts = texts(60, 5) + ["he'LL  sée 1234", "<|im_start|>user\nhi <|im_end|>\n <tool>x",
+                                "e\u0301 \ufb01 \u00b2 <|endoftext|>  b", CORPUS[0]]
         for name, (kind, extra, files) in cases.items():
             with self.subTest(name):
                 source, out = self.source(kind, extra, files), self.new_dir("out")
