@@ -124,6 +124,15 @@ static __device__ __forceinline__ int row_index(const struct head_rows &o, int t
     return p < o.pseudo && h < o.heads ? p * o.heads + h : -1;
 }
 
+/* The reverse: the row, counted over all tiles, of head h of pseudo-head p. */
+static __device__ __forceinline__ int row_position(const struct head_rows &o, int p, int h) {
+    if (o.shift == IN_MEMORY)
+        return p * o.heads + h;
+    int heads = 3 - o.shift; /* 2^heads in eight rows */
+    int r = ((h & ((1 << heads) - 1)) << o.shift) + (p & ((1 << o.shift) - 1));
+    return (p >> o.shift) * o.tiles * 16 + (h >> heads) * 8 + r;
+}
+
 /* The offset of M[i,j] in memory; -1: it is 0 and not stored. */
 static __device__ __forceinline__ int64_t weight_offset(const struct head_rows &o, int i, int j) {
     if (o.storage == BY_PSEUDO_HEAD)
@@ -170,20 +179,91 @@ static __device__ __forceinline__ float high_half(uint32_t pair) {
 }
 
 static __device__ __forceinline__ uint4 load_vector(const bf16 *p, bool valid) {
-    return valid ? __ldg((const uint4 *)p) : uint4{0, 0, 0, 0};
+    if (!valid)
+        return uint4{0, 0, 0, 0};
+    check_aligned<uint4>(p);
+    return __ldg((const uint4 *)p);
+}
+
+/* Elements [at, at + 8) of m, which has `count`: 16 bytes, aligned. What is outside of m is not read. */
+static __device__ __forceinline__ uint4 load_clamped(const bf16 *m, int at, int count) {
+    union {
+        uint4 vector;
+        bf16 part[8];
+    } u = {uint4{0, 0, 0, 0}};
+    if (at >= 0 && at + 8 <= count)
+        return load_vector(m + at, true);
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+        if (at + k >= 0 && at + k < count)
+            u.part[k] = m[at + k];
+    return u.vector;
 }
 
 /* Copy M's rows of tiles [first, first + tiles) to shared memory as [16 tiles][16 KT + 8], zeros in the
- * padding. The 8 extra elements let ldmatrix read 8 rows without bank conflicts. */
+ * padding. The 8 extra elements let ldmatrix read 8 rows without bank conflicts. All threads call it, and a
+ * barrier must follow.
+ *
+ * Memory is read 16 bytes at a time, in its order and whatever M's alignment. The rows wanted are one run of
+ * elements, or with BY_HEAD one run for each head. Divisions find the place of the first of 8 elements; the
+ * others follow it. */
 template <int KT>
 __device__ __forceinline__ void stage_matrix(bf16 *shared, const bf16 *m, const struct head_rows &o,
                                              int first, int tiles) {
-    constexpr int WIDTH = KT * 16;
-#pragma unroll 4
-    for (int e = threadIdx.x; e < tiles * 16 * WIDTH; e += blockDim.x) {
-        int row = e / WIDTH, j = e % WIDTH, i = row_index(o, first + row / 16, row % 16);
-        int64_t offset = i >= 0 && j < o.heads ? weight_offset(o, i, j) : -1;
-        shared[row * (WIDTH + 8) + j] = offset >= 0 ? m[offset] : from_float<bf16>(0);
+    constexpr int ROW = KT * 16 + 8;
+    int H = o.heads, P = o.pseudo, I = H * P, base = first * 16;
+    bool by_head = o.storage == BY_HEAD, diagonal = o.storage == DIAGONAL;
+    for (int e = threadIdx.x; e < tiles * 16 * ROW / 8; e += blockDim.x)
+        ((uint4 *)shared)[e] = uint4{0, 0, 0, 0};
+    __syncthreads();
+    int i_begin = base, i_end = min(I, base + tiles * 16);
+    if (o.shift != IN_MEMORY) {
+        i_begin = (first / o.tiles << o.shift) * H;
+        i_end = min(P, ((first + tiles - 1) / o.tiles + 1) << o.shift) * H;
+    }
+    /* Of each run. */
+    int begin = diagonal ? 0 : by_head ? i_begin : i_begin * H;
+    int end = diagonal ? I : by_head ? i_end : i_end * H;
+    int count = diagonal ? I : I * H, length = diagonal ? P : H;
+    int lead = (int)((uintptr_t)m / sizeof(bf16) % 8), words = (end - begin + 7) / 8 + 1;
+    auto first_of_word = [&](int e) { return ((lead + e / words * I + begin) & ~7) - lead + e % words * 8; };
+    int e = threadIdx.x, all = (by_head ? H : 1) * words;
+    int at = first_of_word(e);
+    uint4 next = load_clamped(m, at, e < all ? count : 0);
+    while (e < all) {
+        uint4 now = next;
+        int this_at = at, head = e / words, from = max(at, head * I + begin), to = head * I + end;
+        e += blockDim.x;
+        at = first_of_word(e);
+        next = load_clamped(m, at, e < all ? count : 0);
+        /* Element `from` is M[i,j], or of the diagonal R[head, rest]. */
+        int line = from / length, rest = from % length;
+        int p = line / H, h = line % H, row = row_position(o, p, h) - base;
+        const uint32_t pairs[4] = {now.x, now.y, now.z, now.w};
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            if (this_at + k < from || this_at + k >= to)
+                continue;
+            int j = rest;
+            if (by_head) {
+                j = head;
+                row = this_at + k - head * I - base;
+            } else if (diagonal) {
+                j = line;
+                row = rest * H + line - base;
+            }
+            if (row >= 0 && row < tiles * 16)
+                ((uint16_t *)shared)[row * ROW + j] = (uint16_t)(pairs[k / 2] >> k % 2 * 16);
+            if (++rest == length) {
+                rest = 0;
+                line++;
+                if (++h == H) {
+                    h = 0;
+                    p++;
+                }
+                row = row_position(o, p, h) - base;
+            }
+        }
     }
 }
 
@@ -236,6 +316,7 @@ __device__ __forceinline__ void load_across(uint32_t (&b)[KT][8][2], const bf16 
 /* A single store of 16 bytes, which the compiler would be free to split if it were an assignment. .cg: cached
  * in the L2 only. */
 static __device__ __forceinline__ void store_vector(bf16 *p, uint32_t x, uint32_t y, uint32_t z, uint32_t w) {
+    check_aligned<uint4>(p);
     __stcg((uint4 *)p, uint4{x, y, z, w});
 }
 

@@ -168,6 +168,21 @@ static inline void run_expect_same(struct op_run *r) {
             expect_same(op_describe(r->c), r->info[i].name, r->k, r->x[i], before[i]);
 }
 
+/* Move the cuda backend's copy of operand i: it begins so many elements behind an aligned address. */
+static inline void run_shift(struct op_run *r, int i, int64_t elements) {
+    struct backend *cuda = &r->k->each[CUDA];
+    tensor moved = on(r->x[i], cuda);
+    size_t bytes = dtype_bytes(moved.dtype), n = (size_t)(tensor_count(moved) + elements);
+    double *values = values_on(cuda, r->x[i]);
+    assert_true(r->k->operands < MAX_OPERANDS);
+    char *memory = (char *)cuda->k->alloc(cuda->dev, n * bytes, NULL);
+    r->k->memory[r->k->operands++][CUDA] = memory;
+    moved.data = memory + (size_t)elements * bytes;
+    cuda->k->upload(cuda->dev, moved, values, DTYPE_F64);
+    r->x[i].on[CUDA] = moved;
+    free(values);
+}
+
 /* ---- tests that run every case ---- */
 
 struct every_case {

@@ -1,10 +1,32 @@
 /* collapse of the CUDA backend against the CPU backend, forward and backward. */
 #include "tests/cuda/op_run.h"
 
+enum { R = 1 };
+
+/* R is read 16 bytes at a time, and a model's may begin anywhere. */
+static void matrix_at_any_address(void **state) {
+    (void)state;
+    static const struct op_case cases[] = {{COMPARE, COLLAPSE_CASE(1, 3, 12, 64, 2, false)},
+                                           {COMPARE, COLLAPSE_CASE(1, 2, 3, 32, 5, false)},
+                                           {COMPARE, COLLAPSE_CASE(1, 2, 5, 16, 3, true)},
+                                           {COMPARE, COLLAPSE_CASE(1, 1, 1, 16, 1, false)}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (int shift = 1; shift < 8; shift++) {
+            struct op_run r;
+            run_open(&r, DEVICE_BF16, &cases[i]);
+            run_forward(&r, r.k->each, NULL);
+            run_backward(&r, r.k->each, NULL);
+            run_shift(&r, R, shift);
+            run_expect_same(&r);
+            done(r.k);
+        }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         EVERY_CASE("collapse_fp32", OP_COLLAPSE, DEVICE_FP32, check_case),
         EVERY_CASE("collapse_bf16", OP_COLLAPSE, DEVICE_BF16, check_case),
+        cmocka_unit_test(matrix_at_any_address),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

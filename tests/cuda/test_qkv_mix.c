@@ -66,10 +66,31 @@ static void check(enum device_precision precision, const struct op_case *c) {
     done(r.k);
 }
 
+/* Alphas are read 16 bytes at a time, and a model's may begin anywhere. */
+static void alphas_at_any_address(void **state) {
+    (void)state;
+    static const struct op_case cases[] = {{COMPARE, MIX_CASE(1, 3, 12, 64, 2, true, true, true)},
+                                           {COMPARE, MIX_CASE(1, 2, 3, 32, 5, true, true, true)},
+                                           {COMPARE, MIX_CASE(1, 2, 5, 16, 1, true, true, true)},
+                                           {COMPARE, MIX_CASE(1, 1, 1, 16, 1, true, true, true)}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        for (int shift = 1; shift < 8; shift++) {
+            struct op_run r;
+            run_open(&r, DEVICE_BF16, &cases[i]);
+            run_forward(&r, r.k->each, NULL);
+            run_backward(&r, r.k->each, NULL);
+            for (int w = 0; w < 3; w++)
+                run_shift(&r, ALPHA + w, (shift + w) % 8);
+            run_expect_same(&r);
+            done(r.k);
+        }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         EVERY_CASE("mix_fp32", OP_QKV_MIX, DEVICE_FP32, check),
         EVERY_CASE("mix_bf16", OP_QKV_MIX, DEVICE_BF16, check),
+        cmocka_unit_test(alphas_at_any_address),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
