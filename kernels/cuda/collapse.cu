@@ -140,8 +140,9 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     const struct head_rows &o = job.rows;
     int d = job.d, half = d / 2, H = o.heads, I = H * o.pseudo;
     int warp = warp_number(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    int team = warp / job.team_warps, first_tile = warp % job.team_warps * TILES;
-    int tiles = min(TILES, o.tiles - first_tile);
+    int team = warp / job.team_warps;
+    const struct tile_share share = tile_share(o.tiles, job.team_warps, warp % job.team_warps);
+    int first_tile = share.first, tiles = share.count;
     int left = I - first_tile * 16 - g; /* rows of M from the lane's first row on */
     bf16 *r = dynamic_shared<bf16>();
     stage_matrix<KT>(r, job.r, o, 0, o.tiles);
@@ -211,7 +212,7 @@ static void launch_collapse_backward(struct device *dev, struct collapse_backwar
                                         collapse_backward_shared<KT>(job.rows, grid), job);
     launch<sum_outer<size::TILES, size::HEAD_TILES>>(dev, (unsigned)(grid.elements / 32), 32 * SUM_SLICES, 0,
                                                      job.partial, grid.blocks, (int)grid.elements, job.rows,
-                                                     to, accumulate);
+                                                     grid.tiles(job.rows), to, accumulate);
 }
 
 /* ---- operations ---- */

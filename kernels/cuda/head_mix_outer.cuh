@@ -16,6 +16,16 @@ template <int KT> struct outer_size {
     static constexpr int SUMS = TILES * HEAD_TILES * 4 * 32; /* of a warp: [registers][lanes] */
 };
 
+/* The tiles of one warp of a team, which shares `tiles` tiles evenly: five tiles are three and two for two warps. */
+struct tile_share {
+    int first, count;
+};
+static __host__ __device__ __forceinline__ struct tile_share tile_share(int tiles, int team_warps,
+                                                                        int member) {
+    int least = tiles / team_warps, more = tiles % team_warps;
+    return {member * least + (member < more ? member : more), least + (member < more)};
+}
+
 /* Add the outer product of a tile of 16 rows and the heads: sum[n] is the tile of heads 8 n to 8 n + 7. */
 template <int NT>
 __device__ __forceinline__ void add_outer(float (&sum)[NT][4], const along_rows &x,
@@ -64,11 +74,15 @@ enum { SUM_SLICES = 8 };
 struct head_gradients {
     float *dm[3];
 };
+/* The tiles of rows of which a team of warps has the sums. */
+struct outer_tiles {
+    int first, count, team_warps;
+};
 
 template <int TILES, int NT>
 static __global__ void __launch_bounds__(32 * SUM_SLICES)
-    sum_outer(const float *partial, int parts, int elements, struct head_rows o, struct head_gradients to,
-              bool accumulate) {
+    sum_outer(const float *partial, int parts, int elements, struct head_rows o, struct outer_tiles in,
+              struct head_gradients to, bool accumulate) {
     __shared__ float slices[SUM_SLICES][32];
     int lane = threadIdx.x % 32, slice = threadIdx.x / 32, e = blockIdx.x * 32 + lane;
     int i, j;
@@ -76,8 +90,9 @@ static __global__ void __launch_bounds__(32 * SUM_SLICES)
         i = e / o.heads;
         j = e % o.heads;
     } else {
-        int r = e / 32 % 4, n = e / 128 % NT, tile = e / (128 * NT);
-        i = tile < o.tiles * o.chunks ? row_index(o, tile, lane / 4 + r / 2 * 8) : -1;
+        int r = e / 32 % 4, n = e / 128 % NT, slot = e / (128 * NT), k = slot % TILES;
+        struct tile_share share = tile_share(in.count, in.team_warps, slot / TILES);
+        i = k < share.count ? row_index(o, in.first + share.first + k, lane / 4 + r / 2 * 8) : -1;
         j = n * 8 + lane % 4 * 2 + r % 2;
     }
     int64_t offset = e < elements && i >= 0 && j < o.heads ? weight_offset(o, i, j) : -1;
@@ -103,6 +118,9 @@ struct outer_grid {
     int64_t elements;
     int threads() const {
         return teams * team_warps * 32;
+    }
+    struct outer_tiles tiles(const struct head_rows &o) const {
+        return {0, o.tiles * o.chunks, team_warps};
     }
 };
 

@@ -159,7 +159,7 @@ void launch_plain_backward(struct device *dev, struct plain_backward_job<T> job,
     launch<plain_backward<T>>(dev, dim3(blocks, tensors), PLAIN_THREADS,
                               rows * plain_row(job.pairs) * sizeof(float), job);
     launch<sum_outer<0, 0>>(dev, dim3(ceil_div(elements, 32), tensors), 32 * SUM_SLICES, 0, job.partial,
-                            blocks, elements, job.o, to, accumulate);
+                            blocks, elements, job.o, outer_tiles(), to, accumulate);
 }
 
 #endif

@@ -46,7 +46,8 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     int w = blockIdx.y, d = job.d, half = d / 2, H = o.heads, all_tiles = o.tiles * o.chunks;
     int warp = warp_number(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int team = warp / job.team_warps, member = warp % job.team_warps;
-    int tiles = min(TILES, all_tiles - member * TILES), rounds = (tiles + AHEAD - 1) / AHEAD * AHEAD;
+    const struct tile_share share = tile_share(all_tiles, job.team_warps, member);
+    int tiles = share.count, rounds = (tiles + AHEAD - 1) / AHEAD * AHEAD;
     struct row_source *source = dynamic_shared<struct row_source>();
     bf16 *alpha = (bf16 *)(source + all_tiles * 16), *rows = alpha + all_tiles * 16 * (KT * 16 + 8);
     float2 *sums = (float2 *)(rows + job.team_warps * job.teams * TILES * 16 * STAGED);
@@ -58,7 +59,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     }
     __syncthreads();
 
-    source += member * TILES * 16 + g;
+    source += share.first * 16 + g;
     const bf16 *dout = w == 0 ? job.dout[0] : w == 1 ? job.dout[1] : job.dout[2];
     bool rotate = job.rope.table && w < job.rotated;
     auto load_rows = [&](along_rows &x, int n, int group, int k) {
@@ -127,7 +128,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
             for (int k = 0; k < TILES; k++)
                 if (k < tiles) {
                     uint32_t a[4];
-                    load_matrix_transposed<KT>(a, alpha, member * TILES + k, m);
+                    load_matrix_transposed<KT>(a, alpha, share.first + k, m);
 #pragma unroll
                     for (int j = 0; j < 8; j += 2) {
                         uint32_t b[4];
@@ -203,9 +204,9 @@ static void launch_mix_backward(struct device *dev, struct mix_backward_job job,
     job.teams = grid.teams;
     launch<mix_backward_tiles<KT>>(dev, dim3(grid.blocks, job.tensors), grid.threads(),
                                    mix_backward_shared<KT>(job.o, grid.team_warps, grid.teams), job);
-    launch<sum_outer<size::TILES, size::HEAD_TILES>>(dev, dim3((unsigned)(grid.elements / 32), job.tensors),
-                                                     32 * SUM_SLICES, 0, job.partial, grid.blocks,
-                                                     (int)grid.elements, job.o, to, accumulate);
+    launch<sum_outer<size::TILES, size::HEAD_TILES>>(
+        dev, dim3((unsigned)(grid.elements / 32), job.tensors), 32 * SUM_SLICES, 0, job.partial, grid.blocks,
+        (int)grid.elements, job.o, grid.tiles(job.o), to, accumulate);
 }
 
 /* ---- the operation ---- */

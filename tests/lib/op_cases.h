@@ -137,8 +137,9 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, MIX_CASE(1, 37, 12, 64, 2, true, true, true)},                        /* GPT-2 */
     {COMPARE, MIX_CASE(2, 3, 12, 64, 2, true, true, false), .first = 2},
     {COMPARE, MIX_CASE(1, 3, 16, 64, 4, true, true, true), ACCUMULATE},
-    {COMPARE, MIX_CASE(1, 2, 7, 96, 3, true, true, true), .first = 1},   /* a group of columns, half full */
-    {COMPARE, MIX_CASE(1, 13, 5, 128, 9, true, true, true)},             /* two warps to a team */
+    {COMPARE, MIX_CASE(1, 2, 7, 96, 3, true, true, true), .first = 1}, /* a group of columns, half full */
+    {COMPARE, MIX_CASE(1, 13, 5, 128, 9, true, true, true)},           /* two warps to a team */
+    {COMPARE, MIX_CASE(1, 9, 20, 32, 4, true, true, true)}, /* the 2.4B model: 5 tiles for 2 warps */
     {COMPARE, MIX_CASE(1, 5, 20, 16, 20, true, true, true), ACCUMULATE}, /* the 2.4B model with P = H */
     {COMPARE, MIX_CASE(1, 3, 17, 32, 3, true, false, false)},
     {COMPARE, MIX_CASE(1, 2, 33, 16, 2, true, true, true)}, /* four tiles of heads */
@@ -175,6 +176,7 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, COLLAPSE_CASE(1, 2, 7, 96, 3, false), ACCUMULATE}, /* a group of columns, half full */
     {COMPARE, COLLAPSE_CASE(1, 13, 5, 128, 15, false)},          /* two warps to a team */
     {COMPARE, COLLAPSE_CASE(1, 2, 5, 128, 15, true)},
+    {COMPARE, COLLAPSE_CASE(1, 9, 20, 32, 4, false)},              /* the 2.4B model: 5 tiles for 2 warps */
     {COMPARE, COLLAPSE_CASE(1, 5, 20, 16, 20, false), ACCUMULATE}, /* the 2.4B model with P = H */
     {COMPARE, COLLAPSE_CASE(1, 3, 17, 32, 3, false)},
     {COMPARE, COLLAPSE_CASE(1, 2, 33, 16, 2, false)}, /* four tiles of heads */
@@ -263,7 +265,8 @@ static const struct op_case OP_CASES[] = {
 
     /* ---- talking and simplicial: as attention ---- */
     {GRADIENT, TALKING_CASE(2, 7, 3, 4, 1, true, false, 0, 0.7), .vary = ACCUMULATE},
-    {GRADIENT, TALKING_CASE(1, 37, 2, 3, 1, true, false, 9, 0.7)}, /* more than a tile of queries, and of keys */
+    {GRADIENT,
+     TALKING_CASE(1, 37, 2, 3, 1, true, false, 9, 0.7)}, /* more than a tile of queries, and of keys */
     {GRADIENT, TALKING_CASE(1, 35, 2, 3, 1, false, false, 0, 0.7)},
     {GRADIENT, TALKING_CASE(2, 9, 2, 4, 1, true, false, 4, 0.7, true), .segments = {3, 1}},
     {GRADIENT, TALKING_CASE(2, 9, 1, 4, 1, false, false, 0, 0.7, true), .segments = {3, 1}},
