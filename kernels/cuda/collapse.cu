@@ -12,26 +12,31 @@
 /* ---- forward ---- */
 
 enum { COLLAPSE_WARPS = 8, COLLAPSE_BLOCKS_PER_SM = 2 };
+constexpr size_t STAGED_R = 96 << 10; /* bytes of R in shared memory, if it is taken in parts */
 
 struct collapse_job {
     const bf16 *o, *r;
     bf16 *out;
     struct head_rows rows;
     int count, d;
+    int staged; /* tiles of R in shared memory at once */
 };
 
 /* Grid: (blocks that share the tokens, parts of the heads: with more than 32 heads two blocks compute half of
  * them each, and both read o). A warp takes a group of columns of one token, loads its pseudo-heads across
  * and sums; AHEAD tiles of 16 are always in flight, also from one token to the next. Shared memory: R as
- * [16 tiles][16 KT + 8]. */
-template <int KT, int HEAD_TILES, int AHEAD>
+ * [16 tiles][16 KT + 8], or unless WHOLE as many tiles as there is room for, a multiple of AHEAD: then warps take
+ * them in turn together, and every group of columns reads all of R again, from the L2. */
+template <int KT, int HEAD_TILES, int AHEAD, bool WHOLE>
 static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(struct collapse_job job) {
     const struct head_rows &o = job.rows;
     int d = job.d, half = d / 2, H = o.heads, I = H * o.pseudo, head_tile = blockIdx.y * HEAD_TILES;
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     bf16 *r = dynamic_shared<bf16>();
-    stage_matrix<KT>(r, job.r, o, 0, o.tiles);
-    __syncthreads();
+    if (WHOLE) {
+        stage_matrix<KT>(r, job.r, o, 0, o.tiles);
+        __syncthreads();
+    }
     int64_t token = (int64_t)I * d;
     auto load_tile = [&](uint4(&x)[4], const bf16 *rows, int tile, bool valid) {
         const bf16 *in = rows + tile * 16 * d;
@@ -42,15 +47,18 @@ static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(
         x[3] = load_vector(in + 9 * d, 9 < left);
     };
 
-    int n = blockIdx.x * COLLAPSE_WARPS + warp_number(), stride = gridDim.x * COLLAPSE_WARPS, group = 0;
+    int warp = warp_number(), n = blockIdx.x * COLLAPSE_WARPS + warp, stride = gridDim.x * COLLAPSE_WARPS,
+        group = 0;
     const bf16 *in = job.o + 2 * t * d + g % 2 * half + g / 2 * 8, *rows = in + n * token;
     bool present = n < job.count && g / 2 * 8 < half;
     uint4 next[AHEAD][4];
 #pragma unroll
     for (int k = 0; k < AHEAD; k++)
         load_tile(next[k], rows, k, present);
-    while (n < job.count) {
-        int column = group + t * 8;
+    /* Unless WHOLE the same number of iterations in all warps, since there are barriers inside. */
+    while (n - (WHOLE ? 0 : warp) < job.count) {
+        bool exists = WHOLE || n < job.count;
+        int staged_end = 0, staged_begin = 0, column = group + t * 8;
         bf16 *out = job.out + (int64_t)n * H * d + column;
         /* The next group of columns, or token; its first tiles are loaded while this one is summed. */
         group += GROUP;
@@ -61,7 +69,14 @@ static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(
         const bf16 *next_rows = in + n * token + group;
         bool next_present = n < job.count && group + g / 2 * 8 < half;
         float sum[HEAD_TILES][8][4] = {};
-        for (int first = 0; first < o.tiles; first += AHEAD)
+        for (int first = 0; first < o.tiles; first += AHEAD) {
+            if (!WHOLE && first == staged_end) {
+                staged_begin = first;
+                staged_end = min(first + job.staged, o.tiles);
+                __syncthreads(); /* all warps have used the tiles before */
+                stage_matrix<KT>(r, job.r, o, first, staged_end - first);
+                __syncthreads();
+            }
 #pragma unroll
             for (int k = 0; k < AHEAD; k++) {
                 int tile = first + k;
@@ -76,18 +91,19 @@ static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(
 #pragma unroll
                 for (int m = 0; m < HEAD_TILES; m++) {
                     uint32_t a[4];
-                    load_matrix_transposed<KT>(a, r, tile, head_tile + m);
+                    load_matrix_transposed<KT>(a, r, tile - staged_begin, head_tile + m);
 #pragma unroll
                     for (int j = 0; j < 8; j++)
                         mma_m16n8k16(sum[m][j], a, b[j]);
                 }
             }
+        }
 #pragma unroll
         for (int m = 0; m < HEAD_TILES; m++)
 #pragma unroll
             for (int row = 0; row < 2; row++) {
                 int h = (head_tile + m) * 16 + g + 8 * row;
-                if (h < H && column < half)
+                if (exists && h < H && column < half)
                     store_across(sum[m], row, out + h * d, half);
             }
         rows = next_rows;
@@ -95,21 +111,24 @@ static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(
     }
 }
 
-template <int KT> static size_t staged_bytes(const struct head_rows &o) {
-    return (size_t)o.tiles * 16 * (KT * 16 + 8) * sizeof(bf16);
+template <int KT> static size_t staged_bytes(int tiles) {
+    return (size_t)tiles * 16 * (KT * 16 + 8) * sizeof(bf16);
 }
 
-/* False if R does not fit into shared memory. */
-template <int KT> static bool launch_collapse(struct device *dev, struct collapse_job job) {
-    constexpr int HEAD_TILES = KT == 1 ? 1 : 2, PARTS = KT / HEAD_TILES;
-    if (staged_bytes<KT>(job.rows) > dev->shared_limit)
-        return false;
+template <int KT> static void launch_collapse(struct device *dev, struct collapse_job job) {
+    constexpr int HEAD_TILES = KT == 1 ? 1 : 2, PARTS = KT / HEAD_TILES, AHEAD = KT == 1 ? 2 : 1;
     int64_t blocks = ceil_div(job.count, COLLAPSE_WARPS);
     int64_t most = ceil_div((int64_t)dev->sm_count * COLLAPSE_BLOCKS_PER_SM, PARTS);
-    launch<collapse_tiles<KT, HEAD_TILES, KT == 1 ? 2 : 1>>(
-        dev, dim3((unsigned)(blocks < most ? blocks : most), PARTS), 32 * COLLAPSE_WARPS,
-        staged_bytes<KT>(job.rows), job);
-    return true;
+    dim3 grid((unsigned)(blocks < most ? blocks : most), PARTS);
+    if (staged_bytes<KT>(job.rows.tiles) <= dev->shared_limit) {
+        launch<collapse_tiles<KT, HEAD_TILES, AHEAD, true>>(dev, grid, 32 * COLLAPSE_WARPS,
+                                                            staged_bytes<KT>(job.rows.tiles), job);
+        return;
+    }
+    size_t room = dev->shared_limit < STAGED_R ? dev->shared_limit : STAGED_R;
+    job.staged = (int)(room / staged_bytes<KT>(AHEAD)) * AHEAD;
+    launch<collapse_tiles<KT, HEAD_TILES, AHEAD, false>>(dev, grid, 32 * COLLAPSE_WARPS,
+                                                         staged_bytes<KT>(job.staged), job);
 }
 
 /* ---- backward ---- */
@@ -120,16 +139,18 @@ struct collapse_backward_job {
     float *partial; /* [blocks][team_warps][SUMS] */
     struct head_rows rows;
     int count, d;
+    int first_tile, tiles; /* the group of rows */
     int team_warps, teams;
 };
 
 /* Bytes of shared memory: R; afterwards the same space is used to add up the block's sums of dR. */
-template <int KT> static size_t collapse_backward_shared(const struct head_rows &o, struct outer_grid grid) {
-    size_t sums = grid.teams > 1 ? (size_t)grid.teams * grid.elements * sizeof(float) : 0;
-    return staged_bytes<KT>(o) > sums ? staged_bytes<KT>(o) : sums;
+template <int KT> static size_t collapse_backward_shared(int tiles, int team_warps, int teams) {
+    size_t sums = teams > 1 ? (size_t)teams * team_warps * outer_size<KT>::SUMS * sizeof(float) : 0;
+    return staged_bytes<KT>(tiles) > sums ? staged_bytes<KT>(tiles) : sums;
 }
 
-/* Grid: blocks that share the tokens. A warp of a team has up to TILES tiles of pseudo-heads. It adds the
+/* Grid: blocks that share the tokens; all have the same group of rows, mostly all rows. A warp of a team has up to
+ * TILES tiles of pseudo-heads. It adds the
  * outer product of their rows of o and of dout's heads, both loaded along; then it loads dout's heads across,
  * and computes and stores one tile of do after another. Warps do not wait for each other. */
 template <int KT>
@@ -141,11 +162,11 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     int d = job.d, half = d / 2, H = o.heads, I = H * o.pseudo;
     int warp = warp_number(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int team = warp / job.team_warps;
-    const struct tile_share share = tile_share(o.tiles, job.team_warps, warp % job.team_warps);
-    int first_tile = share.first, tiles = share.count;
+    const struct tile_share share = tile_share(job.tiles, job.team_warps, warp % job.team_warps);
+    int first_tile = job.first_tile + share.first, tiles = share.count;
     int left = I - first_tile * 16 - g; /* rows of M from the lane's first row on */
     bf16 *r = dynamic_shared<bf16>();
-    stage_matrix<KT>(r, job.r, o, 0, o.tiles);
+    stage_matrix<KT>(r, job.r, o, job.first_tile, job.tiles);
     __syncthreads();
 
     float outer_sum[TILES][NT][4] = {};
@@ -177,7 +198,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
 #pragma unroll
                 for (int m = 0; m < KT; m++) {
                     uint32_t a[4];
-                    load_matrix<KT>(a, r, first_tile + k, m);
+                    load_matrix<KT>(a, r, share.first + k, m);
 #pragma unroll
                     for (int j = 0; j < 8; j++)
                         mma_m16n8k16(sum[j], a, b[m][j]);
@@ -192,27 +213,32 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
                 job.teams, job.team_warps);
 }
 
-/* Choose the grid. False: this shape needs more registers or shared memory than the device has. */
+/* Choose the grid. False: this shape needs more shared memory than the device has. */
 template <int KT>
 static bool collapse_backward_grid(const struct device *dev, const struct head_rows &o, int64_t count,
                                    struct outer_grid *grid) {
-    return outer_grid<KT>(dev, o, count, 1, grid) &&
-           collapse_backward_shared<KT>(o, *grid) <= dev->shared_limit;
+    return outer_grid<KT>(dev, o, count, 1, collapse_backward_shared<KT>, grid);
 }
 
 template <int KT>
 static void launch_collapse_backward(struct device *dev, struct collapse_backward_job job,
                                      struct outer_grid grid, struct head_gradients to, bool accumulate) {
     typedef outer_size<KT> size;
+    int all = job.rows.tiles;
     job.partial =
         (float *)cuda_workspace(dev, grid.blocks * grid.elements * sizeof(float), "collapse_backward");
     job.team_warps = grid.team_warps;
     job.teams = grid.teams;
-    launch<collapse_backward_tiles<KT>>(dev, grid.blocks, grid.threads(),
-                                        collapse_backward_shared<KT>(job.rows, grid), job);
-    launch<sum_outer<size::TILES, size::HEAD_TILES>>(dev, (unsigned)(grid.elements / 32), 32 * SUM_SLICES, 0,
-                                                     job.partial, grid.blocks, (int)grid.elements, job.rows,
-                                                     grid.tiles(job.rows), to, accumulate);
+    for (int first = 0; first < all; first += grid.group_tiles) {
+        job.first_tile = first;
+        job.tiles = (int)min64(grid.group_tiles, all - first);
+        launch<collapse_backward_tiles<KT>>(
+            dev, grid.blocks, grid.threads(),
+            collapse_backward_shared<KT>(grid.group_tiles, grid.team_warps, grid.teams), job);
+        launch<sum_outer<size::TILES, size::HEAD_TILES>>(
+            dev, (unsigned)(grid.elements / 32), 32 * SUM_SLICES, 0, job.partial, grid.blocks,
+            (int)grid.elements, job.rows, outer_tiles{first, job.tiles, grid.team_warps}, to, accumulate);
+    }
 }
 
 /* ---- operations ---- */
@@ -230,13 +256,16 @@ int cuda_collapse_plan(struct device *dev, const struct collapse_spec *s, struct
     (void)e;
     struct head_rows o = rows_of(s);
     size_t bytes = plain_workspace(dev, o, tokens_of(s), 1);
+    bool planned = false;
     if (tensor_core_shape(cuda_compute(dev), s->heads, s->head_dim))
         by_head_tiles(s->heads, [&](auto kt) {
             struct outer_grid grid;
-            if (collapse_backward_grid<decltype(kt)::value>(dev, o, tokens_of(s), &grid) &&
-                grid.blocks * grid.elements * sizeof(float) > bytes)
+            planned = collapse_backward_grid<decltype(kt)::value>(dev, o, tokens_of(s), &grid);
+            if (planned && grid.blocks * grid.elements * sizeof(float) > bytes)
                 bytes = grid.blocks * grid.elements * sizeof(float);
         });
+    if (!planned && cuda_compute(dev) == DTYPE_BF16)
+        announce_plain("collapse", s->heads, s->head_dim);
     cost->workspace = bytes;
     return 0;
 }
@@ -256,14 +285,12 @@ void cuda_collapse(struct device *dev, const struct collapse_spec *s, tensor o, 
     check_collapse(dev, "collapse", s, o, r, cuda_compute(dev), out);
     struct head_rows rows = rows_of(s);
     int64_t n = tokens_of(s), H = s->heads, d = s->head_dim;
-    bool done = false;
     if (tensor_core_shape(o.dtype, H, d) && aligned16({o.data, out.data})) {
         struct collapse_job job = {
-            (const bf16 *)o.data, (const bf16 *)r.data, (bf16 *)out.data, rows, (int)n, (int)d};
-        by_head_tiles(H, [&](auto kt) { done = launch_collapse<decltype(kt)::value>(dev, job); });
-    }
-    if (done)
+            (const bf16 *)o.data, (const bf16 *)r.data, (bf16 *)out.data, rows, (int)n, (int)d, 0};
+        by_head_tiles(H, [&](auto kt) { launch_collapse<decltype(kt)::value>(dev, job); });
         return;
+    }
     by_dtype(o.dtype, [&](auto number) {
         using T = decltype(number);
         launch<plain_contract<T>>(dev, plain_blocks(dev, ceil_div(n * H * d, PLAIN_THREADS)), PLAIN_THREADS,
@@ -281,16 +308,14 @@ void cuda_collapse_backward(struct device *dev, const struct collapse_spec *s, t
     int64_t n = tokens_of(s), H = s->heads, d = s->head_dim;
     bool done = false;
     if (tensor_core_shape(o.dtype, H, d) && aligned16({o.data, dout.data, d_o.data})) {
-        struct collapse_backward_job job = {(const bf16 *)dout.data,
-                                            (const bf16 *)o.data,
-                                            (const bf16 *)r.data,
-                                            (bf16 *)d_o.data,
-                                            NULL,
-                                            rows,
-                                            (int)n,
-                                            (int)d,
-                                            0,
-                                            0};
+        struct collapse_backward_job job = {};
+        job.dout = (const bf16 *)dout.data;
+        job.o = (const bf16 *)o.data;
+        job.r = (const bf16 *)r.data;
+        job.d_o = (bf16 *)d_o.data;
+        job.rows = rows;
+        job.count = (int)n;
+        job.d = (int)d;
         by_head_tiles(H, [&](auto kt) {
             constexpr int KT = decltype(kt)::value;
             struct outer_grid grid;

@@ -54,10 +54,10 @@
  *
  *                      registers  warps/SM  share of the issue slots at 4.3 TB/s
  *                      H<=16 <=32           H=12 P=2   H=16 P=4   H=20 P=20
- *   expand (mix)        108   123       16     46%        32%        33%
+ *   expand (mix)        104   120       16     46%        32%        33%
  *   contract (collapse) 126   126       16     28%        19%        19%
- *   mix backward        128   228     16, 8    55%        46%        80%
- *   collapse backward   110   157     16, 8    29%        19%        27%
+ *   mix backward        128   234     16, 8    55%        46%        80%
+ *   collapse backward   110   159     16, 8    29%        19%        27%
  *
  * Only mix backward with P = 20 may stay below memory bandwidth: its seven warps also have two barriers per
  * group of columns to add up dq. */

@@ -112,31 +112,40 @@ static __global__ void __launch_bounds__(32 * SUM_SLICES)
     *out = accumulate ? *out + sum : sum;
 }
 
-/* How many blocks, and teams in each. */
+/* How many blocks, and teams in each. Where a block's registers or shared memory cannot hold the sums of all rows, the
+ * rows are taken in groups of tiles, one launch after the other. */
 struct outer_grid {
     int team_warps, teams, blocks;
+    int groups, group_tiles; /* the last group may have fewer */
     int64_t elements;
     int threads() const {
         return teams * team_warps * 32;
     }
-    struct outer_tiles tiles(const struct head_rows &o) const {
-        return {0, o.tiles * o.chunks, team_warps};
-    }
 };
 
-/* Choose the grid for `count` tokens. False: a block's registers cannot hold the sums of so many rows. */
-template <int KT>
-bool outer_grid(const struct device *dev, const struct head_rows &o, int64_t count, int tensors,
+/* Choose the grid for `count` tokens. shared(tiles, team_warps, teams): the bytes of shared memory that a block needs.
+ * False: the device has too little for even a few tiles. */
+template <int KT, typename F>
+bool outer_grid(const struct device *dev, const struct head_rows &o, int64_t count, int tensors, F shared,
                 struct outer_grid *grid) {
     typedef outer_size<KT> size;
-    grid->team_warps = (int)ceil_div(o.tiles * o.chunks, size::TILES);
-    if (grid->team_warps > size::MAX_WARPS)
-        return false;
-    grid->teams = grid->team_warps < 8 ? 8 / grid->team_warps : 1;
-    grid->elements = (int64_t)grid->team_warps * size::SUMS;
+    int all = o.tiles * o.chunks, groups = (int)ceil_div(all, size::TILES * size::MAX_WARPS), tiles, warps,
+        teams;
+    for (;; groups++) {
+        tiles = (int)ceil_div(all, groups);
+        warps = (int)ceil_div(tiles, size::TILES);
+        teams = warps < 8 ? 8 / warps : 1;
+        while (teams > 1 && shared(tiles, warps, teams) > dev->shared_limit)
+            teams--;
+        if (shared(tiles, warps, teams) <= dev->shared_limit)
+            break;
+        if (warps <= 2) /* groups have two warps at least, which add up their parts of dq */
+            return false;
+    }
+    *grid = {warps, teams, 0, (int)ceil_div(all, tiles), tiles, (int64_t)warps * size::SUMS};
     int per_sm = size::MAX_WARPS * 32 / grid->threads();
     int64_t most = (int64_t)dev->sm_count * (per_sm > 1 ? per_sm : 1) / tensors;
-    int64_t blocks = ceil_div(count, grid->teams);
+    int64_t blocks = ceil_div(count, teams);
     grid->blocks = (int)(blocks < most ? blocks : most > 0 ? most : 1);
     return true;
 }

@@ -1,6 +1,6 @@
 /* Head mixing without tensor cores: for fp32, and for bf16 shapes that the tensor-core kernels do not support
- * (more than 64 heads, a head_dim that is not a multiple of 16, very many pseudo-heads). For checking and
- * unusual sizes; nothing here is tuned. Notation as in head_mix.cuh; a thread works on the columns c and
+ * (more than 64 heads, a head_dim that is not a multiple of 16). For checking and unusual sizes; nothing here is
+ * tuned, and plans say so (announce_plain). Notation as in head_mix.cuh; a thread works on the columns c and
  * c + ceil(d/2), which RoPE pairs. */
 #ifndef IHA_KERNELS_CUDA_HEAD_MIX_PLAIN_CUH
 #define IHA_KERNELS_CUDA_HEAD_MIX_PLAIN_CUH
@@ -8,6 +8,20 @@
 #include "kernels/cuda/head_mix_outer.cuh"
 
 enum { PLAIN_THREADS = 256, PLAIN_BLOCKS_PER_SM = 4 };
+
+/* Tell the user, once for a shape, that bf16 does without tensor cores. */
+static inline void announce_plain(const char *op, int64_t heads, int64_t head_dim) {
+    static int64_t said[2];
+    if (said[0] == heads && said[1] == head_dim)
+        return;
+    said[0] = heads;
+    said[1] = head_dim;
+    fprintf(stderr,
+            "%s of %lld heads of %lld: without tensor cores, which makes it many times slower; they take up "
+            "to 64 heads, "
+            "and a head_dim that is a multiple of 16\n",
+            op, (long long)heads, (long long)head_dim);
+}
 
 template <typename T>
 __device__ __forceinline__ float weight(const T *m, const struct head_rows &o, int i, int j) {

@@ -1,5 +1,9 @@
 /* qkv_mix, backward (equations in qkv_mix.cu): one pass over the gradients computes dqkv, contract, and each
- * block's part of dalpha, outer; a small launch sums the blocks' parts. */
+ * block's part of dalpha, outer; a small launch sums the blocks' parts.
+ *
+ * A block's registers hold the sums of 1024 rows of dalpha (up to 16 heads), 512 (32) or 256 (64). More rows, as with
+ * P = H = 24, are taken in groups, one pass after the other: each adds its part of dqkv to that of the groups before
+ * it, kept in fp32 in the workspace. To bound the workspace, all groups of some tokens come before the next tokens. */
 #include "kernels/cuda/qkv_mix.cuh"
 
 struct mix_backward_job {
@@ -8,7 +12,11 @@ struct mix_backward_job {
     float *partial; /* [blocks][tensors][team_warps][SUMS] */
     struct rope_rows rope;
     struct head_rows o;
-    int count, d;
+    int begin, end, d; /* tokens */
+    /* The group of rows, and the sum of dqkv over the groups before it: [end - begin][tensors][H,d]. */
+    int first_tile, tiles;
+    float *sum;
+    bool first_group, last_group;
     int64_t stride; /* of a row of qkv and dqkv, which are at their first tensor */
     int tensors, rotated;
     int team_warps, teams;
@@ -22,28 +30,28 @@ struct row_source {
 /* Bytes of shared memory: the rows' offsets; alpha; each warp's staged rows; and where a team has more than
  * one warp, its partial sums of dq, for 16 heads at a time. The space of rows and sums is used again to sum
  * dalpha at the end. */
-template <int KT> static size_t mix_backward_shared(const struct head_rows &o, int team_warps, int teams) {
+template <int KT> static size_t mix_backward_shared(int tiles, int team_warps, int teams) {
     size_t warps = (size_t)team_warps * teams;
     size_t rows = warps * outer_size<KT>::TILES * 16 * STAGED * sizeof(bf16);
     size_t sums = team_warps > 1 ? warps * 16 * 2 * GROUP * sizeof(float) : 0;
     size_t last = teams > 1 ? warps * outer_size<KT>::SUMS * sizeof(float) : 0;
     size_t row = sizeof(struct row_source) + (KT * 16 + 8) * sizeof(bf16);
-    return (size_t)o.tiles * o.chunks * 16 * row + (rows + sums > last ? rows + sums : last);
+    return (size_t)tiles * 16 * row + (rows + sums > last ? rows + sums : last);
 }
 
 /* Grid: (blocks, tensors). A warp of a team has up to TILES tiles of pseudo-heads. It loads their rows of a
  * group of columns along, rotates them back, stages them in shared memory, and adds their outer product with
  * q's heads; then it contracts the staged rows with alpha. The next rows are loaded as soon as there are
  * registers for them. If a team is a single warp, the result is dq; otherwise the warps' parts of dq are
- * added up in shared memory. */
-template <int KT>
+ * added up in shared memory. GROUPED: a launch has some of the rows, and a team has two warps or more. */
+template <int KT, bool GROUPED>
 static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     mix_backward_tiles(struct mix_backward_job job) {
     typedef outer_size<KT> size;
     /* AHEAD: tiles that a warp has in flight; two where only 8 warps share an SM and there are registers. */
     constexpr int TILES = size::TILES, NT = size::HEAD_TILES, AHEAD = KT == 2 ? 2 : 1;
     const struct head_rows &o = job.o;
-    int w = blockIdx.y, d = job.d, half = d / 2, H = o.heads, all_tiles = o.tiles * o.chunks;
+    int w = blockIdx.y, d = job.d, half = d / 2, H = o.heads, all_tiles = job.tiles;
     int warp = warp_number(), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     int team = warp / job.team_warps, member = warp % job.team_warps;
     const struct tile_share share = tile_share(all_tiles, job.team_warps, member);
@@ -52,9 +60,13 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     bf16 *alpha = (bf16 *)(source + all_tiles * 16), *rows = alpha + all_tiles * 16 * (KT * 16 + 8);
     float2 *sums = (float2 *)(rows + job.team_warps * job.teams * TILES * 16 * STAGED);
     bf16 *staged = rows + warp * TILES * 16 * STAGED;
-    stage_matrix<KT>(alpha, w == 0 ? job.alpha[0] : w == 1 ? job.alpha[1] : job.alpha[2], o, 0, all_tiles);
+    stage_matrix<KT>(alpha,
+                     w == 0   ? job.alpha[0]
+                     : w == 1 ? job.alpha[1]
+                              : job.alpha[2],
+                     o, job.first_tile, all_tiles);
     for (int row = threadIdx.x; row < all_tiles * 16; row += blockDim.x) {
-        int i = row_index(o, row / 16, row % 16);
+        int i = row_index(o, job.first_tile + row / 16, row % 16);
         source[row] = {i >= 0 ? i * d : -1, i >= 0 ? i / H : 0};
     }
     __syncthreads();
@@ -67,20 +79,20 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
         bool padding = AHEAD > 1 && k >= tiles;
         const struct row_source *row = source + (padding ? 0 : k * 16);
         const int offsets[2] = {row[0].offset, row[8].offset};
-        load_along(x, big, offsets, half, n < job.count && group + t * 8 < half && !padding);
+        load_along(x, big, offsets, half, n < job.end && group + t * 8 < half && !padding);
     };
 
     float outer_sum[TILES][NT][4] = {};
-    int step = rope_step(job.rope, d), stride = gridDim.x * job.teams, first = blockIdx.x * job.teams,
-        group = 0;
+    int step = rope_step(job.rope, d), stride = gridDim.x * job.teams,
+        first = job.begin + blockIdx.x * job.teams, group = 0;
     along_rows next[AHEAD];
 #pragma unroll
     for (int k = 0; k < AHEAD; k++)
         load_rows(next[k], first + team, group, k);
     while (first <
-           job.count) { /* the same number of iterations in all warps, since there are barriers inside */
+           job.end) { /* the same number of iterations in all warps, since there are barriers inside */
         int n = first + team, column = group + t * 8, this_group = group;
-        bool present = n < job.count && column < half;
+        bool present = n < job.end && column < half;
         int64_t heads_offset = n * job.stride + w * H * d + column;
         uint32_t heads_along[NT][4][2];
         load_heads_along(heads_along, job.qkv + heads_offset, H, d, present);
@@ -137,7 +149,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
                         mma_m16n8k16(sum[j + 1], a, {b[2], b[3]});
                     }
                 }
-            if (job.team_warps == 1) {
+            if (!GROUPED && job.team_warps == 1) {
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     int h = m * 16 + g + 8 * r;
@@ -164,6 +176,13 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
                     if (!present || h >= H)
                         continue;
                     float2 total[4] = {};
+                    float *kept = NULL;
+                    if constexpr (GROUPED) {
+                        kept = job.sum + (((int64_t)(n - job.begin) * job.tensors + w) * H + h) * d + column +
+                               e * half;
+                        if (!job.first_group)
+                            load(kept, *reinterpret_cast<float(*)[8]>(total));
+                    }
                     for (int other = 0; other < job.team_warps; other++)
 #pragma unroll
                         for (int j = 0; j < 4; j++) {
@@ -172,6 +191,10 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
                             total[j].x += part.x;
                             total[j].y += part.y;
                         }
+                    if (GROUPED && !job.last_group) {
+                        store(kept, *reinterpret_cast<float(*)[8]>(total));
+                        continue;
+                    }
                     store_vector(job.dqkv + heads_offset + h * d + e * half, pack(total[0].x, total[0].y),
                                  pack(total[1].x, total[1].y), pack(total[2].x, total[2].y),
                                  pack(total[3].x, total[3].y));
@@ -186,27 +209,66 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
                 job.team_warps);
 }
 
-/* Choose the grid. False: this shape needs more registers or shared memory than the device has. */
+/* The grid; the tokens that all groups of rows take before the next tokens; and the workspace. */
+struct mix_backward_plan {
+    struct outer_grid grid;
+    int64_t tokens;
+    size_t partial_bytes, sum_bytes;
+};
+
+/* What dqkv's fp32 sums may take of the workspace: up to 1/1024 of the GPU's memory. */
+constexpr int64_t MAX_SUM_BYTES = 64 << 20;
+
+/* False: this shape needs more shared memory than the device has. */
 template <int KT>
-static bool mix_backward_grid(const struct device *dev, const struct head_rows &o, int64_t count, int tensors,
-                              struct outer_grid *grid) {
-    return outer_grid<KT>(dev, o, count, tensors, grid) &&
-           mix_backward_shared<KT>(o, grid->team_warps, grid->teams) <= dev->shared_limit;
+static bool mix_backward_plan(const struct device *dev, const struct head_rows &o, int64_t count, int tensors,
+                              int64_t d, struct mix_backward_plan *plan) {
+    struct outer_grid *grid = &plan->grid;
+    if (!outer_grid<KT>(dev, o, count, tensors, mix_backward_shared<KT>, grid))
+        return false;
+    plan->tokens = count;
+    plan->sum_bytes = 0;
+    if (grid->groups > 1) {
+        int64_t token = (int64_t)tensors * o.heads * d * (int64_t)sizeof(float);
+        int64_t most = min64(MAX_SUM_BYTES, (int64_t)dev->memory / 1024) / token;
+        plan->tokens = ceil_div(count, ceil_div(count, most > 0 ? most : 1));
+        plan->sum_bytes = (size_t)(plan->tokens * token);
+        grid->blocks = (int)min64(grid->blocks, ceil_div(plan->tokens, grid->teams));
+    }
+    plan->partial_bytes = (size_t)(grid->blocks * tensors * grid->elements) * sizeof(float);
+    return true;
 }
 
 template <int KT>
-static void launch_mix_backward(struct device *dev, struct mix_backward_job job, struct outer_grid grid,
-                                struct head_gradients to, bool accumulate) {
+static void launch_mix_backward(struct device *dev, struct mix_backward_job job,
+                                struct mix_backward_plan plan, struct head_gradients to, bool accumulate) {
     typedef outer_size<KT> size;
-    job.partial = (float *)cuda_workspace(dev, grid.blocks * job.tensors * grid.elements * sizeof(float),
-                                          "qkv_mix_backward");
+    const struct outer_grid &grid = plan.grid;
+    int all = job.o.tiles * job.o.chunks;
+    int64_t count = job.end;
+    job.partial = (float *)cuda_workspace(dev, plan.partial_bytes + plan.sum_bytes, "qkv_mix_backward");
+    job.sum = job.partial + plan.partial_bytes / sizeof(float);
     job.team_warps = grid.team_warps;
     job.teams = grid.teams;
-    launch<mix_backward_tiles<KT>>(dev, dim3(grid.blocks, job.tensors), grid.threads(),
-                                   mix_backward_shared<KT>(job.o, grid.team_warps, grid.teams), job);
-    launch<sum_outer<size::TILES, size::HEAD_TILES>>(
-        dev, dim3((unsigned)(grid.elements / 32), job.tensors), 32 * SUM_SLICES, 0, job.partial, grid.blocks,
-        (int)grid.elements, job.o, grid.tiles(job.o), to, accumulate);
+    size_t shared = mix_backward_shared<KT>(grid.group_tiles, grid.team_warps, grid.teams);
+    dim3 blocks(grid.blocks, job.tensors);
+    for (int64_t begin = 0; begin < count; begin += plan.tokens)
+        for (int first = 0; first < all; first += grid.group_tiles) {
+            job.begin = (int)begin;
+            job.end = (int)min64(begin + plan.tokens, count);
+            job.first_tile = first;
+            job.tiles = (int)min64(grid.group_tiles, all - first);
+            job.first_group = first == 0;
+            job.last_group = first + job.tiles == all;
+            if (grid.groups > 1)
+                launch<mix_backward_tiles<KT, true>>(dev, blocks, grid.threads(), shared, job);
+            else
+                launch<mix_backward_tiles<KT, false>>(dev, blocks, grid.threads(), shared, job);
+            launch<sum_outer<size::TILES, size::HEAD_TILES>>(
+                dev, dim3((unsigned)(grid.elements / 32), job.tensors), 32 * SUM_SLICES, 0, job.partial,
+                grid.blocks, (int)grid.elements, job.o, outer_tiles{first, job.tiles, grid.team_warps}, to,
+                accumulate || begin > 0);
+        }
 }
 
 /* ---- the operation ---- */
@@ -215,13 +277,16 @@ static size_t part_workspace(const struct device *dev, const struct qkv_mix_spec
     struct head_rows o = pseudo_order(BY_PSEUDO_HEAD, part.heads, s->pseudo);
     int64_t n = qkv_mix_tokens(s);
     size_t bytes = plain_workspace(dev, o, n, part.tensors);
+    bool planned = false;
     if (tensor_core_shape(cuda_compute(dev), part.heads, s->head_dim))
         by_head_tiles(part.heads, [&](auto kt) {
-            struct outer_grid grid;
-            if (mix_backward_grid<decltype(kt)::value>(dev, o, n, part.tensors, &grid) &&
-                grid.blocks * part.tensors * grid.elements * sizeof(float) > bytes)
-                bytes = grid.blocks * part.tensors * grid.elements * sizeof(float);
+            struct mix_backward_plan plan;
+            planned = mix_backward_plan<decltype(kt)::value>(dev, o, n, part.tensors, s->head_dim, &plan);
+            if (planned && plan.partial_bytes + plan.sum_bytes > bytes)
+                bytes = plan.partial_bytes + plan.sum_bytes;
         });
+    if (!planned && cuda_compute(dev) == DTYPE_BF16)
+        announce_plain("qkv_mix", part.heads, s->head_dim);
     return bytes;
 }
 
@@ -260,16 +325,16 @@ static void mix_part_backward(struct device *dev, const struct qkv_mix_spec *s, 
         job.dqkv = (bf16 *)x.dqkv.data + part.offset;
         job.rope = rope;
         job.o = o;
-        job.count = (int)n;
+        job.end = (int)n;
         job.d = (int)d;
         job.stride = stride;
         job.tensors = part.tensors;
         job.rotated = part.rotated;
         by_head_tiles(H, [&](auto kt) {
             constexpr int KT = decltype(kt)::value;
-            struct outer_grid grid;
-            if ((done = mix_backward_grid<KT>(dev, o, n, part.tensors, &grid)))
-                launch_mix_backward<KT>(dev, job, grid, to, x.accumulate);
+            struct mix_backward_plan plan;
+            if ((done = mix_backward_plan<KT>(dev, o, n, part.tensors, d, &plan)))
+                launch_mix_backward<KT>(dev, job, plan, to, x.accumulate);
         });
     }
     if (done)

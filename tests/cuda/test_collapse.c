@@ -22,11 +22,34 @@ static void matrix_at_any_address(void **state) {
         }
 }
 
+/* More rows than registers hold are taken in groups, of two launches each; forward is one launch, by tensor cores also
+ * where R does not fit into shared memory. The plain backward is three launches. */
+static void groups_of_rows(void **state) {
+    (void)state;
+    static const struct {
+        struct op_case c;
+        int launches;
+    } expected[] = {{{COMPARE, COLLAPSE_CASE(1, 3, 20, 16, 20, false)}, 1 + 2},
+                    {{COMPARE, COLLAPSE_CASE(1, 3, 24, 16, 24, false)}, 1 + 4},
+                    {{COMPARE, COLLAPSE_CASE(1, 3, 64, 16, 26, false)}, 1 + 14},
+                    {{COMPARE, COLLAPSE_CASE(1, 3, 4, 8, 2, false)}, 1 + 3}};
+    for (size_t i = 0; i < sizeof expected / sizeof *expected; i++) {
+        struct op_run r;
+        run_open(&r, DEVICE_BF16, &expected[i].c);
+        int64_t before = emulator_launches();
+        run_forward(&r, r.k->each, NULL);
+        run_backward(&r, r.k->each, NULL);
+        assert_int_equal(emulator_launches() - before, expected[i].launches);
+        done(r.k);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         EVERY_CASE("collapse_fp32", OP_COLLAPSE, DEVICE_FP32, check_case),
         EVERY_CASE("collapse_bf16", OP_COLLAPSE, DEVICE_BF16, check_case),
         cmocka_unit_test(matrix_at_any_address),
+        cmocka_unit_test(groups_of_rows),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

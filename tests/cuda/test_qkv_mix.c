@@ -1,6 +1,8 @@
 /* qkv_mix of the CUDA backend against the CPU backend, forward and backward. */
 #include "tests/cuda/op_run.h"
 
+#include <unistd.h>
+
 enum { QKV, ALPHA, TABLE = 4, OUT, DOUT = 8, DQKV = 11, DALPHA, POSITIONS_OF = 15 };
 
 /* In bf16 dalpha's factors are bf16, as in every computation whose matrix products take bf16: the gradient
@@ -86,11 +88,84 @@ static void alphas_at_any_address(void **state) {
         }
 }
 
+/* More rows than registers hold are taken in groups: so many launches of tensor-core kernels, two for each group and
+ * slice of tokens. On a GPU with little memory there are several slices. */
+static void groups_of_rows(void **state) {
+    (void)state;
+    static const struct op_case mix = {COMPARE, MIX_CASE(1, 37, 24, 16, 24, true, true, true)},
+                                wide = {COMPARE, MIX_CASE(1, 3, 64, 16, 18, true, true, true)};
+    static const struct {
+        const struct op_case *c;
+        size_t memory;
+        int launches;
+    } expected[] = {{&mix, 0, 4}, {&mix, (size_t)64 << 20, 3 * 4}, {&wide, 0, 10}};
+    size_t kept = emulator_gpu.memory;
+    for (size_t i = 0; i < sizeof expected / sizeof *expected; i++) {
+        struct op_run r;
+        if (expected[i].memory)
+            emulator_gpu.memory = expected[i].memory;
+        check(DEVICE_BF16, expected[i].c);
+        run_open(&r, DEVICE_BF16, expected[i].c);
+        run_forward(&r, r.k->each, NULL);
+        int64_t before = emulator_launches();
+        run_backward(&r, r.k->each, NULL);
+        assert_int_equal(emulator_launches() - before, expected[i].launches);
+        done(r.k);
+        emulator_gpu.memory = kept;
+    }
+}
+
+/* What a plan prints. */
+static char *planned(enum device_precision precision, const struct op_case *c) {
+    static char text[512];
+    struct backends *k = backends(precision);
+    struct op_cost cost;
+    struct op_spec spec = op_spec_of(c);
+    FILE *out = tmpfile();
+    fflush(stderr);
+    int kept = dup(STDERR_FILENO);
+    dup2(fileno(out), STDERR_FILENO);
+    int status = k->each[CUDA].k->plan(k->each[CUDA].dev, &spec, &cost, NULL);
+    fflush(stderr);
+    dup2(kept, STDERR_FILENO);
+    close(kept);
+    assert_int_equal(status, 0);
+    rewind(out);
+    text[fread(text, 1, sizeof text - 1, out)] = 0;
+    fclose(out);
+    done(k);
+    return text;
+}
+
+static void plain_kernels_are_announced(void **state) {
+    (void)state;
+    static const struct op_case plain[] = {{COMPARE, MIX_CASE(1, 3, 66, 16, 2, true, true, true)},
+                                           {COMPARE, MIX_CASE(1, 3, 4, 24, 2, true, true, true)},
+                                           {COMPARE, COLLAPSE_CASE(1, 3, 66, 16, 2, false)},
+                                           {COMPARE, COLLAPSE_CASE(1, 3, 4, 24, 2, true)}},
+                                fast[] = {{COMPARE, MIX_CASE(1, 3, 24, 128, 24, true, true, true)},
+                                          {COMPARE, MIX_CASE(1, 3, 64, 16, 64, true, true, true, 4)},
+                                          {COMPARE, MIX_CASE(1, 3, 16, 64, 400, true, true, true)},
+                                          {COMPARE, MIX_CASE(1, 3, 3, 6, 1, false, true, true)},
+                                          {COMPARE, COLLAPSE_CASE(1, 3, 24, 128, 24, false)},
+                                          {COMPARE, COLLAPSE_CASE(1, 3, 64, 16, 64, false)},
+                                          {COMPARE, COLLAPSE_CASE(1, 3, 16, 64, 400, false)}};
+    for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) {
+        assert_non_null(strstr(planned(DEVICE_BF16, &plain[i]), "without tensor cores"));
+        assert_string_equal(planned(DEVICE_BF16, &plain[i]), ""); /* once */
+        assert_string_equal(planned(DEVICE_FP32, &plain[i]), "");
+    }
+    for (size_t i = 0; i < sizeof fast / sizeof *fast; i++)
+        assert_string_equal(planned(DEVICE_BF16, &fast[i]), "");
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         EVERY_CASE("mix_fp32", OP_QKV_MIX, DEVICE_FP32, check),
         EVERY_CASE("mix_bf16", OP_QKV_MIX, DEVICE_BF16, check),
         cmocka_unit_test(alphas_at_any_address),
+        cmocka_unit_test(groups_of_rows),
+        cmocka_unit_test(plain_kernels_are_announced),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

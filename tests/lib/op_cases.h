@@ -141,10 +141,10 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, MIX_CASE(1, 13, 5, 128, 9, true, true, true)},           /* two warps to a team */
     {COMPARE, MIX_CASE(1, 9, 20, 32, 4, true, true, true)}, /* the 2.4B model: 5 tiles for 2 warps */
     {COMPARE, MIX_CASE(1, 5, 20, 16, 20, true, true, true), ACCUMULATE}, /* the 2.4B model with P = H */
+    {COMPARE, MIX_CASE(1, 3, 24, 16, 24, true, true, true), ACCUMULATE}, /* P = H: two groups of rows */
     {COMPARE, MIX_CASE(1, 3, 17, 32, 3, true, false, false)},
-    {COMPARE, MIX_CASE(1, 2, 33, 16, 2, true, true, true)}, /* four tiles of heads */
-    {COMPARE, MIX_CASE(1, 2, 64, 16, 5, true, true, true),
-     ACCUMULATE}, /* backward: too many rows for tiles */
+    {COMPARE, MIX_CASE(1, 2, 33, 16, 2, true, true, true)},             /* four tiles of heads */
+    {COMPARE, MIX_CASE(1, 2, 64, 16, 5, true, true, true), ACCUMULATE}, /* backward: two groups of rows */
     {COMPARE,
      MIX_CASE(1, 1, 64, 16, 12, true, true, true)}, /* more alphas than shared memory holds at once */
     {COMPARE, MIX_CASE(1, 3, 20, 64, 20, true, true, false)},
@@ -178,12 +178,15 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, COLLAPSE_CASE(1, 2, 5, 128, 15, true)},
     {COMPARE, COLLAPSE_CASE(1, 9, 20, 32, 4, false)},              /* the 2.4B model: 5 tiles for 2 warps */
     {COMPARE, COLLAPSE_CASE(1, 5, 20, 16, 20, false), ACCUMULATE}, /* the 2.4B model with P = H */
+    {COMPARE, COLLAPSE_CASE(1, 3, 24, 16, 24, false), ACCUMULATE}, /* P = H: two groups of rows */
     {COMPARE, COLLAPSE_CASE(1, 3, 17, 32, 3, false)},
     {COMPARE, COLLAPSE_CASE(1, 2, 33, 16, 2, false)}, /* four tiles of heads */
     {COMPARE, COLLAPSE_CASE(1, 2, 40, 32, 5, true), ACCUMULATE},
-    {COMPARE, COLLAPSE_CASE(1, 2, 64, 16, 5, false)},  /* backward: too many rows for tiles */
-    {COMPARE, COLLAPSE_CASE(1, 1, 64, 16, 26, false)}, /* more of R than shared memory holds */
+    {COMPARE, COLLAPSE_CASE(1, 2, 64, 16, 5, false)},  /* backward: two groups of rows */
+    {COMPARE, COLLAPSE_CASE(1, 1, 64, 16, 26, false)}, /* R in parts, rows in groups */
     {COMPARE, COLLAPSE_CASE(1, 3, 20, 64, 20, false), ACCUMULATE},
+    {COMPARE,
+     COLLAPSE_CASE(1, 19, 3, 32, 1700, false)},       /* the same with few heads, and warps without a token */
     {COMPARE, COLLAPSE_CASE(1, 1, 65, 16, 1, false)}, /* too many heads */
 
     MIX_AND_COLLAPSE(BENCH_CPU | BENCH_DIVIDE, 2048, 4, 2, 64), /* the quickstart's model */
