@@ -5,79 +5,106 @@
  * row's loss and replaces the row by its gradient, in place. Two products compute dh and add to dW, in fp32.
  * The losses of all rows are kept in the workspace and added up at the end, in double, in a fixed order. */
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/mma.cuh"
 
 /* Every chunk reads and writes dW once more, so chunks should be long: at 4096 rows that takes about 5% of
  * the product's time. A chunk's logits may take 1/128 of the GPU's memory, up to MAX_LOGITS_BYTES. */
 constexpr int64_t MAX_LOGITS_BYTES = (int64_t)512 << 20, MIN_ROWS = 128, ROW_STEP = 128;
-enum { THREADS = 512, SUM_THREADS = 1024 };
+enum { THREADS = 1024, SUM_THREADS = 1024 };
 
-/* Fast where the result is rounded to bf16. */
-template <typename T> static __device__ __forceinline__ float exponential(float x) {
-    if constexpr (sizeof(T) == 2)
-        return __expf(x);
+/* Exponentials. Where results are rounded to bf16 they are powers of 2, which take one instruction, and log2(e) is
+ * multiplied in together with the subtraction of the maximum. scaled: x in the units of the exponent. */
+constexpr float LOG2_E = 1.44269504f;
+template <typename T> constexpr bool POWERS_OF_2 = sizeof(T) == 2;
+
+template <typename T> static __device__ __forceinline__ float scaled(float x) {
+    return POWERS_OF_2<T> ? x * LOG2_E : x;
+}
+
+template <typename T> static __device__ __forceinline__ double unscaled(float x) {
+    return POWERS_OF_2<T> ? (double)x * (1 / (double)LOG2_E) : (double)x;
+}
+
+template <typename T> static __device__ __forceinline__ float exponential_of_scaled(float x) {
+    if constexpr (POWERS_OF_2<T>)
+        return exp2_fast(x);
     else
         return expf(x);
 }
 
-/* The larger maximum, and both sums of exponentials relative to it. */
-static __device__ __forceinline__ float2 merge(float2 a, float2 b) {
-    float max = fmaxf(a.x, b.x);
-    /* The comparisons also keep -inf on both sides from becoming exp(-inf + inf) = NaN. */
-    return {max, (a.x == max ? a.y : a.y * expf(a.x - max)) + (b.x == max ? b.y : b.y * expf(b.x - max))};
+/* exp(x - max), by the scaled maximum. */
+template <typename T> static __device__ __forceinline__ float exponential(float x, float scaled_max) {
+    return exponential_of_scaled<T>(POWERS_OF_2<T> ? fmaf(x, LOG2_E, -scaled_max) : x - scaled_max);
 }
 
-/* Call use(i, word) for each of the thread's words of V elements, with the next two loads in flight. */
+/* Of a part of a row: the scaled maximum, and the sum of exponentials relative to it. The same bits for (b, a). */
+template <typename T> static __device__ __forceinline__ float2 merge(float2 a, float2 b) {
+    float max = fmaxf(a.x, b.x);
+    /* The comparisons also keep -inf on both sides from becoming exp(-inf + inf) = NaN. */
+    return {max, (a.x == max ? a.y : a.y * exponential_of_scaled<T>(a.x - max)) +
+                     (b.x == max ? b.y : b.y * exponential_of_scaled<T>(b.x - max))};
+}
+
+template <typename T> static __device__ __forceinline__ float2 merge_warp(float2 mine) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+        float2 other = {__shfl_xor_sync(0xffffffff, mine.x, offset),
+                        __shfl_xor_sync(0xffffffff, mine.y, offset)};
+        mine = merge<T>(mine, other);
+    }
+    return mine;
+}
+
+/* Call use(i, word) for each of the thread's words of V elements, with the next two loads in flight. `whole`, a
+ * multiple of V, ends the words; the elements behind them are one for each of the first threads. */
 template <typename T, int V, typename F>
-static __device__ __forceinline__ void for_each_word(const T *x, int vocab, F use) {
+static __device__ __forceinline__ void for_each_word(const T *x, int whole, F use) {
     int i = (int)threadIdx.x * V, step = THREADS * V;
     word_of<V, T> next[2] = {};
 #pragma unroll
     for (int k = 0; k < 2; k++)
-        if (i + k * step < vocab)
+        if (i + k * step < whole)
             next[k] = load_word<V>(x + i + k * step);
-    for (; i < vocab; i += step) {
+    for (; i < whole; i += step) {
         word_of<V, T> now = next[0];
         next[0] = next[1];
-        if (i + 2 * step < vocab)
+        if (i + 2 * step < whole)
             next[1] = load_word<V>(x + i + 2 * step);
         use(i, now);
     }
 }
 
-/* One row of logits x [vocab] per block: its maximum and the sum of exp(x - max), bit-identical in all
- * threads. One pass over the row: the sum so far is rescaled whenever the maximum grows. */
+/* One row of logits x [vocab]: its scaled maximum and the sum of exp(x - max), bit-identical in all threads. One pass
+ * over the row: the sum so far is rescaled whenever the maximum grows. */
 template <typename T, int V> static __device__ __forceinline__ float2 maximum_and_sum(const T *x, int vocab) {
+    static_assert(THREADS / 32 == 32, "a warp merges what all warps have found");
+    __shared__ float2 warps[THREADS / 32];
+    int whole = vocab / V * V, last = whole + (int)threadIdx.x;
     float2 mine = {-INFINITY, 0};
-    for_each_word<T, V>(x, vocab, [&](int i, word_of<V, T> word) {
-        float values[V], max = mine.x;
+    if (last < vocab)
+        mine = {scaled<T>(to_float(x[last])), 1};
+    for_each_word<T, V>(x, whole, [&](int, word_of<V, T> word) {
+        float values[V];
         unpack<V, T>(word, values);
+        float max = values[0];
 #pragma unroll
-        for (int j = 0; j < V; j++) {
-            values[j] = i + j < vocab ? values[j] : -INFINITY; /* the row is padded to whole vectors */
+        for (int j = 1; j < V; j++)
             max = fmaxf(max, values[j]);
-        }
+        max = scaled<T>(max);
         if (max > mine.x) {
-            mine.y *= exponential<T>(mine.x - max);
+            mine.y *= exponential_of_scaled<T>(mine.x - max);
             mine.x = max;
         }
 #pragma unroll
         for (int j = 0; j < V; j++)
-            mine.y += exponential<T>(values[j] - mine.x);
+            mine.y += exponential<T>(values[j], mine.x);
     });
-    __shared__ float2 warps[THREADS / 32];
-#pragma unroll
-    for (int offset = 16; offset > 0; offset /= 2) {
-        float2 other = {__shfl_xor_sync(0xffffffff, mine.x, offset),
-                        __shfl_xor_sync(0xffffffff, mine.y, offset)};
-        mine = merge(mine, other);
-    }
+    mine = merge_warp<T>(mine);
+    __syncthreads(); /* all threads have read `warps` of the row before */
     if (threadIdx.x % 32 == 0)
         warps[threadIdx.x / 32] = mine;
     __syncthreads();
-    mine = warps[0];
-    for (int i = 1; i < THREADS / 32; i++)
-        mine = merge(mine, warps[i]);
-    return mine;
+    return merge_warp<T>(warps[threadIdx.x % 32]);
 }
 
 /* Whether no logit before the target's is as large; for the whole block. Ties are common in bf16. */
@@ -89,41 +116,71 @@ static __device__ __forceinline__ bool first_of_equal(const T *x, int target, fl
     return !__syncthreads_or(earlier);
 }
 
-/* Block n: loss[n] = -log softmax(x[n])[target], correct[n] (NULL: not wanted) = whether x[n][target] is the
- * first of the largest logits, and x[n] becomes scale (softmax - onehot) if GRADIENT. Rows without a target
- * (< 0) have no loss and no gradient, and are not correct.
- * Bytes moved: rows vocab elements to read and as many to write; the second pass reads from the L2. */
-template <typename T, int V, bool GRADIENT>
-static __global__ void __launch_bounds__(THREADS)
-    row_loss(T *logits, int64_t stride, int vocab, const int32_t *targets, float scale, double *losses,
-             int32_t *correct) {
-    T *x = logits + (int64_t)blockIdx.x * stride;
-    int target = targets[blockIdx.x];
-    float2 row = {0, 1};
-    float picked = 0;
-    if (target >= 0) {
-        picked = to_float(x[target]); /* before x is overwritten: maximum_and_sum() has a barrier */
-        row = maximum_and_sum<T, V>(x, vocab);
-    }
-    if (threadIdx.x == 0)
-        losses[blockIdx.x] = target >= 0 ? log((double)row.y) + (double)row.x - (double)picked : 0;
-    if (correct) { /* the branches are the same in all threads */
-        bool right = target >= 0 && picked == row.x && first_of_equal(x, target, row.x);
-        if (threadIdx.x == 0)
-            correct[blockIdx.x] = right;
-    }
-    if constexpr (GRADIENT) {
-        float factor = target >= 0 ? scale / row.y : 0;
-        for_each_word<T, V>(x, vocab, [&](int i, word_of<V, T> word) {
-            float values[V];
-            unpack<V, T>(word, values);
+/* x = scale (softmax - onehot). The thread that has written the target's element writes it again. */
+template <typename T, int V>
+static __device__ __forceinline__ void row_gradient(T *x, int vocab, int target, float picked, float2 row,
+                                                    float scale) {
+    int whole = vocab / V * V, last = whole + (int)threadIdx.x;
+    float factor = scale / row.y;
+    for_each_word<T, V>(x, whole, [&](int i, word_of<V, T> word) {
+        float values[V];
+        unpack<V, T>(word, values);
 #pragma unroll
-            for (int j = 0; j < V; j++) {
-                float gradient = factor * exponential<T>(values[j] - row.x);
-                values[j] = target < 0 ? 0 : i + j == target ? gradient - scale : gradient;
+        for (int j = 0; j < V; j++)
+            values[j] = factor * exponential<T>(values[j], row.x);
+        store(x + i, values);
+    });
+    if (last < vocab)
+        x[last] = from_float<T>(factor * exponential<T>(to_float(x[last]), row.x));
+    int writer = target < whole ? target / V % THREADS : target - whole;
+    if ((int)threadIdx.x == writer)
+        x[target] = from_float<T>(factor * exponential<T>(picked, row.x) - scale);
+}
+
+template <typename T, int V> static __device__ __forceinline__ void clear_row(T *x, int vocab) {
+    const float zeros[V] = {};
+    int whole = vocab / V * V, last = whole + (int)threadIdx.x;
+    for (int i = (int)threadIdx.x * V; i < whole; i += THREADS * V)
+        store(x + i, zeros);
+    if (last < vocab)
+        x[last] = from_float<T>(0);
+}
+
+/* Block b has rows b, b + gridDim.x, ...: loss[n] = -log softmax(x[n])[target], correct[n] (NULL: not wanted) =
+ * whether x[n][target] is the first of the largest logits, and x[n] becomes scale (softmax - onehot) if GRADIENT.
+ * Rows without a target (< 0) have no loss and no gradient, and are not correct.
+ *
+ * Bytes moved: rows vocab elements to read and as many to write; the second pass reads from the L2. So that it can, an
+ * SM has one row at a time: all rows that are being computed are 34 MB on an H200 with 128,256 tokens in bf16. */
+template <typename T, int V, bool GRADIENT>
+static __global__ void __launch_bounds__(THREADS, 1)
+    row_loss(T *logits, int64_t stride, int vocab, int rows, const int32_t *targets, float scale,
+             double *losses, int32_t *correct) {
+    for (int n = (int)blockIdx.x; n < rows;
+         n += (int)gridDim.x) { /* the branches are the same in all threads */
+        T *x = logits + n * stride;
+        int target = targets[n];
+        if (target < 0) {
+            if (threadIdx.x == 0) {
+                losses[n] = 0;
+                if (correct)
+                    correct[n] = 0;
             }
-            store(x + i, values);
-        });
+            if (GRADIENT)
+                clear_row<T, V>(x, vocab);
+            continue;
+        }
+        float picked = to_float(x[target]); /* before x is overwritten: maximum_and_sum() has a barrier */
+        float2 row = maximum_and_sum<T, V>(x, vocab);
+        if (threadIdx.x == 0)
+            losses[n] = log((double)row.y) + unscaled<T>(row.x) - (double)picked;
+        if (correct) {
+            bool right = scaled<T>(picked) == row.x && first_of_equal(x, target, picked);
+            if (threadIdx.x == 0)
+                correct[n] = right;
+        }
+        if (GRADIENT)
+            row_gradient<T, V>(x, vocab, target, picked, row, scale);
     }
 }
 
@@ -203,13 +260,14 @@ static void launch_row_loss(struct device *dev, const struct classifier_spec *s,
                             double *losses, int32_t *correct) {
     by_dtype(t, [&](auto number) {
         using T = decltype(number);
-        constexpr int V = VECTOR<T>; /* rows are padded and aligned */
+        constexpr int V = VECTOR<T>; /* rows are aligned */
+        unsigned blocks = (unsigned)min64(rows, dev->sm_count);
         if (gradient)
-            launch<row_loss<T, V, true>>(dev, rows, THREADS, 0, (T *)logits, stride, (int)s->vocab, targets,
-                                         (float)scale, losses, correct);
+            launch<row_loss<T, V, true>>(dev, blocks, THREADS, 0, (T *)logits, stride, (int)s->vocab,
+                                         (int)rows, targets, (float)scale, losses, correct);
         else
-            launch<row_loss<T, V, false>>(dev, rows, THREADS, 0, (T *)logits, stride, (int)s->vocab, targets,
-                                          (float)scale, losses, correct);
+            launch<row_loss<T, V, false>>(dev, blocks, THREADS, 0, (T *)logits, stride, (int)s->vocab,
+                                          (int)rows, targets, (float)scale, losses, correct);
     });
 }
 

@@ -66,6 +66,23 @@ static inline void check_loss(struct op_run *r, enum device_precision precision)
                  loss[EXACT], error, allowed);
 }
 
+/* The same bits in another order of threads and blocks. */
+static inline void check_same(struct op_run *r) {
+    struct backend *cuda = &r->k->each[CUDA];
+    double loss = added_loss(r, cuda), *before[OP_OPERANDS] = {NULL};
+    bool compared[OP_OPERANDS] = {
+        [DH] = r->info[DH].name != NULL, [DW] = r->info[DW].name && !(r->c->options & ACCUMULATE)};
+    for (int i = DH; i <= DW; i++)
+        before[i] = compared[i] ? values_on(cuda, r->x[i]) : NULL;
+    emulator_seed(1);
+    double again = added_loss(r, cuda);
+    if (memcmp(&loss, &again, sizeof loss) != 0)
+        fail_msg("%s: the loss depends on the order of threads or blocks", op_describe(r->c));
+    for (int i = DH; i <= DW; i++)
+        if (compared[i])
+            expect_same(op_describe(r->c), r->info[i].name, r->k, r->x[i], before[i]);
+}
+
 static inline void check_classifier(enum device_precision precision, const struct op_case *c) {
     struct op_run r;
     run_open(&r, precision, c);
@@ -76,6 +93,7 @@ static inline void check_classifier(enum device_precision precision, const struc
         check_loss(&r, precision);
     }
     run_expect_close(&r);
+    check_same(&r);
     done(r.k);
 }
 

@@ -297,6 +297,8 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, CLASSIFIER_CASE(6, 16, 4099), .vary = LOSS_ONLY | ACCUMULATE},
     {COMPARE, CLASSIFIER_CASE(33, 40, 130), .vary = LOSS_ONLY | ACCUMULATE},
     {COMPARE, CLASSIFIER_CASE(3, 8, 8200), .vary = LOSS_ONLY | ACCUMULATE},
+    {COMPARE, CLASSIFIER_CASE(4, 8, 16413),
+     .vary = LOSS_ONLY}, /* more than all threads take at once, and a rest */
     {BENCH_GPU, CLASSIFIER_CASE(16384, 768, 50257), .options = ACCUMULATE},
 };
 
