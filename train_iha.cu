@@ -1398,7 +1398,7 @@ static int info_command(struct run *r, const struct command_line *line, struct e
         return 0;
     char dir[MAX_TEXT];
     struct info_options o;
-    if (info_options_set(&o, (int)line->gpus, line->gpu, line->link, e) != 0)
+    if (info_options_set(&o, (int)line->gpus, line->gpu, line->link, line->launches, e) != 0)
         return -1;
     if (o.gpus > 0)
         return estimate_training(r, line, &o, e);

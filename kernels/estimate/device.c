@@ -49,14 +49,47 @@ static bool graph_end(struct device *dev, int id) {
     return true;
 }
 
-static void range_begin(struct device *dev, const char *name, int index) {}
+static void range_begin(struct device *dev, const char *name, int index) {
+    struct estimate_place *at = &dev->place;
+    if (at->depth == RANGES)
+        abort(); /* a range without an end */
+    at->ranges[at->depth].name = name;
+    at->ranges[at->depth++].index = index;
+}
 
-static void range_end(struct device *dev) {}
+static void range_end(struct device *dev) {
+    dev->place.depth--;
+}
 
 /* At no cost: tokens are copied from pinned memory while the previous step runs. */
 static void upload(struct device *dev, tensor dst, const void *host, enum dtype host_dtype) {}
 
 static void set_workspace(struct device *dev, void *data, size_t bytes) {}
+
+/* Each operation says its name before it queues kernels. */
+#define OP(name, parameters, arguments)                                                                      \
+    static void named_##name parameters {                                                                    \
+        dev->place.op = #name;                                                                               \
+        estimate_##name arguments;                                                                           \
+    }
+#define OP_AUX(name, parameters) /* those that training calls are below */
+#include "kernels/ops.def"
+
+static void named_step_begin(struct device *dev, struct step_state *state, int64_t step, double lr) {
+    dev->place.op = "step_begin";
+    estimate_step_begin(dev, state, step, lr);
+}
+
+static void named_step_decide(struct device *dev, struct step_state *state, double tokens, double grad_clip,
+                              double skip_zscore) {
+    dev->place.op = "step_decide";
+    estimate_step_decide(dev, state, tokens, grad_clip, skip_zscore);
+}
+
+static void named_zero(struct device *dev, void *data, size_t bytes) {
+    dev->place.op = "zero";
+    estimate_zero(dev, data, bytes);
+}
 
 /* Only what training calls; the other members are NULL. */
 const struct kernels *kernels_estimate(void) {
@@ -68,7 +101,7 @@ const struct kernels *kernels_estimate(void) {
         .release = release,
         .staging_bytes = staging_bytes,
         .memory_available = memory_available,
-        .zero = estimate_zero,
+        .zero = named_zero,
         .upload = upload,
         .graph_replay = graph_replay,
         .graph_begin = graph_begin,
@@ -78,9 +111,9 @@ const struct kernels *kernels_estimate(void) {
         .plan = estimate_plan,
         .set_workspace = set_workspace,
         .rope_table = estimate_rope_table,
-        .step_begin = estimate_step_begin,
-        .step_decide = estimate_step_decide,
-#define OP(name, parameters, arguments) .name = estimate_##name,
+        .step_begin = named_step_begin,
+        .step_decide = named_step_decide,
+#define OP(name, parameters, arguments) .name = named_##name,
 #define OP_AUX(name, parameters) /* only decoding, saving and reporting use the others */
 #include "kernels/ops.def"
     };

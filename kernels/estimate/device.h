@@ -17,8 +17,21 @@ struct estimate_comm {
     enum dtype wire; /* the type in which gradients are sent */
 };
 
+/* Where in a step the next kernel is: the ranges around it, and the operation that queues it. */
+enum { RANGES = 16 };
+struct estimate_place {
+    struct {
+        const char *name;
+        int index;
+    } ranges[RANGES];
+    int depth;
+    const char *op;
+    double rows, columns, inner; /* of the next kernel, if it is a matrix product */
+};
+
 struct device {
     struct estimate_options options;
+    struct estimate_place place;
     struct estimate_totals totals;
     struct timeline timeline;
     struct estimate_comm comm;

@@ -22,12 +22,26 @@ enum estimate_part {
     ESTIMATE_PARTS
 };
 
+/* One kernel as it is queued. */
+struct estimate_launch {
+    const char *op;    /* its name in kernels/ops.def */
+    const char *phase; /* the outermost range that it is in: "forward", "backward", "update"; "": none */
+    int layer;         /* -1: none */
+    enum estimate_part part;
+    double rows, columns, inner; /* of a matrix product [rows, inner] x [inner, columns]; 0: it is none */
+    double flops, bytes;         /* that it executes and moves */
+    double floor;                /* s that these take at the GPU's rates, the longer of the two */
+};
+
 struct estimate_options {
     const struct gpu_spec *gpu;
     const struct link_spec *link;
     int ranks; /* this is rank 0 of them */
     enum device_precision precision;
     bool deterministic;
+    /* Called for every kernel; NULL: not wanted. */
+    void (*launched)(void *context, const struct estimate_launch *launch);
+    void *context;
 };
 
 /* What has been counted since estimate_open. */

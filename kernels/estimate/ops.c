@@ -1,6 +1,8 @@
 /* What each operation costs on a GPU: FLOPs, bytes, seconds and, from its plan, memory. */
 #include "kernels/estimate/device.h"
 
+#include <string.h>
+
 #include "kernels/cudnn_scratch.h"
 
 #pragma GCC diagnostic ignored                                                                               \
@@ -20,10 +22,30 @@ static double element_bytes(const struct device *dev) {
     return dev->options.precision == DEVICE_BF16 ? 2 : 4;
 }
 
+static void report_launch(struct device *dev, enum estimate_part part, double flops, double bytes,
+                          double floor) {
+    const struct estimate_place *at = &dev->place;
+    struct estimate_launch launch = {.op = at->op,
+                                     .phase = at->depth > 0 ? at->ranges[0].name : "",
+                                     .layer = -1,
+                                     .part = part,
+                                     .rows = at->rows,
+                                     .columns = at->columns,
+                                     .inner = at->inner,
+                                     .flops = flops,
+                                     .bytes = bytes,
+                                     .floor = floor};
+    for (int i = 0; i < at->depth; i++)
+        launch.layer = strcmp(at->ranges[i].name, "layer") == 0 ? at->ranges[i].index : launch.layer;
+    dev->options.launched(dev->options.context, &launch);
+}
+
 /* One kernel. flops: as model/flops.h counts them; executed: what runs at `rate`. */
 static void count_kernel(struct device *dev, enum estimate_part part, double flops, double executed,
                          double rate, double bytes, double bandwidth) {
-    double seconds = max_double(executed / rate, bytes / bandwidth) + dev->options.gpu->launch;
+    double floor = max_double(executed / rate, bytes / bandwidth), seconds = floor + dev->options.gpu->launch;
+    if (dev->options.launched)
+        report_launch(dev, part, executed, bytes, floor);
     dev->totals.flops[part] += flops;
     dev->totals.bytes[part] += bytes;
     dev->totals.seconds[part] += seconds;
@@ -39,7 +61,11 @@ static void count_pass(struct device *dev, enum estimate_part part, double bytes
 static void count_matmul(struct device *dev, enum estimate_part part, double m, double n, double k,
                          double bytes) {
     double flops = 2 * m * n * k;
+    dev->place.rows = m;
+    dev->place.columns = n;
+    dev->place.inner = k;
     count_kernel(dev, part, flops, flops, dev->options.gpu->matmul, bytes, dev->options.gpu->copy);
+    dev->place.rows = dev->place.columns = dev->place.inner = 0;
 }
 
 static void count_mixing(struct device *dev, double flops, double bytes) {

@@ -103,10 +103,11 @@ static const struct command_row COMMANDS[] = {
     [COMMAND_INFO] =
         {"info",
          "CONFIG|CHECKPOINT",
-         "[--gpus N --gpu h200|h100|a100 --link nvlink|ib400] [section.key=value ...]",
+         "[--gpus N --gpu h200|h100|a100 --link nvlink|ib400 --launches] [section.key=value ...]",
          {{"--gpus", OPTION_INTEGER, AT(gpus), 1, 1 << 20, NULL},
           {"--gpu", OPTION_NAME, AT(gpu), 0, 0, gpu_names},
-          {"--link", OPTION_NAME, AT(link), 0, 0, link_names}},
+          {"--link", OPTION_NAME, AT(link), 0, 0, link_names},
+          {"--launches", OPTION_FLAG, AT(launches), 0, 0, NULL}},
          "Print the parameters by group, the memory by family, the FLOPs per token and the layer schedule.\n"
          "--gpus N: estimate a training run on N GPUs, which this machine need not have: the time of a step "
          "by\n"
@@ -115,6 +116,10 @@ static const struct command_row COMMANDS[] = {
          "from published hardware figures, not measured.\n"
          "--gpu: default h200. --link: nvlink, one node of up to 8 GPUs; ib400, nodes of 8 GPUs joined by\n"
          "400 Gb/s per GPU; default nvlink up to 8 GPUs, ib400 above.\n"
+         "--launches: with --gpus, print instead every kernel of a step, with its bytes and FLOPs and the "
+         "time "
+         "that\n"
+         "these take at least.\n"
          "  train_iha info configs/paper/2.4b_iha.ini\n"
          "  train_iha info configs/paper/2.4b_iha.ini --gpus 128 --gpu h200 --link ib400\n"},
     [COMMAND_CHECK] =

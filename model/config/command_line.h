@@ -46,6 +46,7 @@ struct command_line {
     int64_t gpus;    /* info --gpus; 0: not given */
     const char *gpu; /* a name in gpu_names; NULL: not given */
     const char *link;
+    bool launches;
 
     int64_t vocab; /* check --vocab */
 };

@@ -2,15 +2,19 @@
 
 #include "model/info/info.h"
 #include "model/info/estimate.h"
+#include "model/info/info_launches.h"
 
 enum { MAX_GPUS_ADVISED = 1 << 14 };
 
 /* ---- options ---- */
 
-int info_options_set(struct info_options *o, int gpus, const char *gpu, const char *link, struct error *e) {
-    *o = (struct info_options){.gpus = gpus};
+int info_options_set(struct info_options *o, int gpus, const char *gpu, const char *link, bool launches,
+                     struct error *e) {
+    *o = (struct info_options){.gpus = gpus, .launches = launches};
     if (gpus == 0)
-        return gpu || link ? fail_user(e, "info: --gpu and --link need the number of GPUs: add --gpus N") : 0;
+        return gpu || link || launches ? fail_user(e, "info: --gpu, --link and --launches need the number of "
+                                                      "GPUs: add --gpus N")
+                                       : 0;
     bool one_node = gpus <= NODE_GPUS;
     o->gpu = gpu_spec(gpu ? gpu : "h200");
     o->link = link_spec(link ? link : one_node ? "nvlink" : "ib400");
@@ -181,8 +185,11 @@ int info_print_estimate(FILE *out, const struct config *c, const struct info_opt
                                         .precision = DEVICE_BF16,
                                         .deterministic = c->system.deterministic};
     struct run_estimate p;
-    if (check_can_estimate(c, o->gpus, e) != 0 || info_print_counts(out, c, e) != 0 ||
-        estimate_run(&p, c, &estimate, e) != 0)
+    if (check_can_estimate(c, o->gpus, e) != 0)
+        return -1;
+    if (o->launches)
+        return info_print_launches(out, c, &estimate, e);
+    if (info_print_counts(out, c, e) != 0 || estimate_run(&p, c, &estimate, e) != 0)
         return -1;
     print_header(out, c, o, &p);
     print_speed(out, c, o, &p);

@@ -12,11 +12,13 @@ struct info_options {
     int gpus; /* 0: no estimate */
     const struct gpu_spec *gpu;
     const struct link_spec *link;
+    bool launches; /* instead of the rest: every kernel of a step */
 };
 
-/* From --gpus (0: not given), --gpu and --link (names in gpu_names and link_names, or NULL), with defaults for
- * what is not given. EXIT_USER for options that contradict each other. */
-int info_options_set(struct info_options *o, int gpus, const char *gpu, const char *link, struct error *e);
+/* From --gpus (0: not given), --gpu, --link (names in gpu_names and link_names, or NULL) and --launches, with defaults
+ * for what is not given. EXIT_USER for options that contradict each other. */
+int info_options_set(struct info_options *o, int gpus, const char *gpu, const char *link, bool launches,
+                     struct error *e);
 
 /* The model's counts and the estimate, for a configuration resolved for o->gpus ranks. EXIT_USER if its [system]
  * asks for what cannot be estimated, EXIT_RUN when memory runs out. */

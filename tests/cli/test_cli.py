@@ -1079,6 +1079,17 @@ class Info(Case):
         advice = re.search(r"DOES NOT FIT.*\n +((?:[a-z_.]+=\S+ ?)+) +\(", text)[1].split()
         self.assertIn("fits: ", self.plan(self.config, *large, *advice, "--gpus", "8", "--gpu", "h200"))
 
+    def test_launches(self):
+        """Layer by layer, and in all as many kernels as rows have."""
+        text = self.plan(self.config, "--gpus", "1", "--launches", "train.batch_tokens=1024", "train.micro_batch=4", *self.gpu)
+        self.assertIn("8 passes of 4 x 32", text)
+        self.assertNotIn("MFU", text)
+        rows = re.findall(r"^  (?:forward|backward|update|  +) +[a-z_]+ +(?:\d+ x \d+ x \d+ +)?(\d+) +[\d.]+ +[\d.]+ +\S+ +[\d.]+$",
+                          text, re.M)
+        everything = re.search(r"^  all +(\d+) ", text, re.M)
+        self.assertEqual(sum(map(int, rows)), int(everything[1]), text)
+        self.assertRegex(text, r"layer \d+, a pass: [\d.]+ u outside of products and attention")
+
     def test_more_gpus(self):
         """More GPUs are advised if the sharded memory is too large, not if the part of each GPU is."""
         for hidden, helps in ((8192, True), (16384, False)):
@@ -1104,7 +1115,7 @@ class Info(Case):
                 (["--gpus", "2", "--link", "ib40"], ["ib40", "did you mean 'ib400'"]),
                 (["--gpus", "0"], ["--gpus 0"]), (["--gpus", "two"], ["two"]), (["--gpus"], ["needs a value"]),
                 (["--gpus", "2", "train.lr=1", "--gpus", "4"], ["--gpus", "twice"]),
-                (["--gpus", "12"], ["12", "nodes", "16"]), (["--gpu", "h100"], ["--gpus N"]),
+                (["--gpus", "12"], ["12", "nodes", "16"]), (["--gpu", "h100"], ["--gpus N"]), (["--launches"], ["--gpus N"]),
                 (["--gpu", "h100", "--links", "nvlink"], ["--links", "did you mean --link"]),
                 (["--gpus", "3"], ["batch_tokens", "128", "192"]),
                 (["--gpus", "2", "model.hiden_size=2"], ["hidden_size"])):

@@ -107,7 +107,10 @@ static void options_set_their_values(void **state) {
     parses("attention c --prompt x --layer 3 --out a.safetensors", COMMAND_ATTENTION, "c");
     assert_int_equal(line.layer, 3);
     assert_string_equal(line.out, "a.safetensors");
+    parses("info a.ini --gpus 1 --launches", COMMAND_INFO, "a.ini");
+    assert_true(line.launches);
     parses("info a.ini --gpus 16 --gpu h100 --link ib400", COMMAND_INFO, "a.ini");
+    assert_false(line.launches);
     assert_int_equal(line.gpus, 16);
     assert_string_equal(line.gpu, "h100");
     assert_string_equal(line.link, "ib400");
