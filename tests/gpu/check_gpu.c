@@ -6,6 +6,7 @@
  *    value.
  *  - The same for sequences of several segments.
  *  - A hundred training steps, the losses compared with those of the CPU.
+ *  - One-layer models of real sizes in bf16, as CUDA graphs, against the GPU's own fp32 (tests/lib/real_sizes.h).
  *
  * One line a check on stdout, "ok" or "FAIL" first; the exit code is 1 when one failed and 2 without a GPU.
  * --self: the CPU backend instead of a GPU's, to test this program; --devices: print how many GPUs there are.
@@ -17,6 +18,7 @@
 
 #include "model/model.h"
 #include "model/state_dict.h"
+#include "tests/lib/real_sizes.h"
 #include "tests/lib/rounded.h"
 #include "tests/lib/model_configs.h"
 #include "tests/lib/segments.h"
@@ -263,6 +265,31 @@ static void check_training(enum device_precision precision) {
     report(fell && off <= (bf16 ? 0.01 : 0.001) * mean, "training", bf16 ? "bf16" : "fp32", text);
 }
 
+/* ---- real sizes ---- */
+
+static void check_real_sizes(void) {
+    const struct size_case cases[] = {
+        real_size("C=768, P=2, local", 12, 64, 1024, 2, LAYER_IHA_LOCAL, true),
+        real_size("C=768, P=2, global", 12, 64, 1024, 2, LAYER_IHA_GLOBAL, true),
+        real_size("C=768, MHA", 12, 64, 1024, 1, LAYER_MHA_GLOBAL, true),
+        real_size("C=2560, P=4, local", 20, 128, 1024, 4, LAYER_IHA_LOCAL, false),
+        real_size("C=2560, P=4, global", 20, 128, 1024, 4, LAYER_IHA_GLOBAL, false),
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct size_verdict v;
+        struct error e = {0};
+        char text[256];
+        if (size_check(&cases[i], kernels_cuda(), 0, &v, &e) != 0)
+            die(&e);
+        snprintf(text, sizeof text, "loss %.6f, in fp32 %.6f; worst: %s, %.2f of the error it may have",
+                 v.loss[GPU_BF16], v.loss[GPU_FP32], v.bf16_at, v.bf16);
+        report(v.bf16 <= 1, cases[i].name, "bf16", text);
+        snprintf(text, sizeof text, "loss %.6f, on the CPU %.6f; worst: %s, %.2f of the error it may have",
+                 v.loss[GPU_FP32], v.loss[PLAIN_FP32], v.fp32_at, v.fp32);
+        report(v.fp32 <= 1, cases[i].name, "fp32", text);
+    }
+}
+
 int main(int argc, char **argv) {
     if (argc > 1 && strcmp(argv[1], "--devices") == 0) {
         printf("%d\n", cuda_devices());
@@ -276,6 +303,8 @@ int main(int argc, char **argv) {
     check_all_gradients();
     check_training(DEVICE_FP32);
     check_training(DEVICE_BF16);
+    if (!self)
+        check_real_sizes();
     printf("%d of the checks on whole models failed\n", failures);
     return failures ? EXIT_RUN : EXIT_OK;
 }

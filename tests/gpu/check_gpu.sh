@@ -60,7 +60,7 @@ for test in "$programs"/test_*; do
 done
 
 # ---- whole models ----
-step "whole models, gradients, training" 180 "$programs/check_gpu"
+step "whole models, gradients, training" 240 "$programs/check_gpu"
 grep -E '^(ok|FAIL|     ) ' "$work/out"
 
 # ---- whole runs ----

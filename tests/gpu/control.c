@@ -18,6 +18,10 @@ int64_t emulator_launches(void) {
     return 0;
 }
 
+int64_t emulator_graph_launches(void) {
+    return 0;
+}
+
 bool emulator_on_gpu(void) {
     return true;
 }
