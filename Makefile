@@ -9,6 +9,7 @@
 #   make test-hf         checkpoints in PyTorch and Transformers, which it installs in .venv-hf (2.2 GB)
 #   make test-watching   pages in Chromium, TensorBoard and W&B, which it installs, in .venv-watching (600 MB)
 #   make test-distro     every test in another Debian release, SUITE=trixie, in build/distro; needs root and debootstrap
+#   make test-toolkits   the CUDA sources against the oldest and the newest CUDA, cuDNN and NCCL, from PyPI; runs nothing
 #   make test-aarch64    the unit tests and a training run, cross-compiled and under qemu; needs Debian's compiler
 #   make faults          every fault and kill; make test takes a sample of them
 #   make leaks           every command under LeakSanitizer, AddressSanitizer and Valgrind
@@ -19,6 +20,8 @@
 #   make bench-gpu       measure on the GPU
 #   make gpu-pack        both as build/gpu-pack.tar.xz, for a machine with a GPU and no compiler (scripts/pack_gpu.sh)
 #   make docs            write the tables of docs/configuration.md again, from the table in model/config/config.c
+#   make kernel-resources
+#                        write docs/kernel-resources.md again: registers and memory of every CUDA kernel; needs nvcc
 #   make golden          compute the reference cases in tests/golden again (needs jax)
 #   make clean           remove what was built
 #
@@ -36,7 +39,9 @@ SANITIZE ?= 0
 WERROR ?= 0
 ERRORS = $(if $(filter 1,$(WERROR)),-Werror)
 NVCC_ERRORS = $(if $(filter 1,$(WERROR)),-Werror all-warnings)
-WARNINGS = -Wall -Wextra $(ERRORS) -Wno-format-truncation
+# Clang warns of loops that it does not vectorize, and of members left out in initializers within initializers.
+CLANG := $(findstring clang,$(shell $(CC) --version 2>/dev/null))
+WARNINGS = -Wall -Wextra $(ERRORS) -Wno-format-truncation $(if $(CLANG),-Wno-pass-failed -Wno-missing-field-initializers)
 COMMON = -std=gnu17 -g -march=$(ARCH) -fopenmp -I. $(WARNINGS)
 # GCC's own choice on AVX-512 machines is 256-bit vectors; the kernels are written for the full width.
 TARGET := $(shell $(CC) -dumpmachine)
@@ -94,7 +99,8 @@ include kernels/cuda/cuda.mk
 include tests/cuda/emulator.mk
 include tests/gpu/gpu.mk
 
-.PHONY: all help deps check test test-hf test-watching test-distro test-aarch64 bench quickstart reproduce docs golden clean format
+.PHONY: all help deps check test test-hf test-watching test-distro test-toolkits test-aarch64 bench quickstart reproduce docs golden clean \
+    format
 .SECONDARY:
 
 all: $(BINARY)
@@ -143,6 +149,9 @@ test-watching: deps
 
 test-distro:
 	@tests/distro/run.sh $(SUITE)
+
+test-toolkits: deps
+	@tests/toolkits/run.sh
 
 test-aarch64: deps
 	@tests/aarch64/run.sh

@@ -99,5 +99,9 @@ $(BUILD)/cuda/%.o: %.cpp $(BUILD)/cuda/cudnn-with
 	@$(CXX) -std=c++17 -O0 -I. -isystem $(CUDNN_FRONTEND) -isystem $(dir $(CUDNN_HEADER)) $(CUDA_ISYSTEM) \
 	    -DCUDNN_FRONTEND_SKIP_JSON_LIB $(NVRTC:%=-DNVRTC_LIBRARY='"%"') $(CUDA_WARNINGS) -MMD -MP -c $< -o $@
 
-.PHONY: cuda-objects
+.PHONY: cuda-objects kernel-resources
 cuda-objects: $(CUDA_OBJECTS) $(CUDNN_OBJECTS)
+
+# Registers, stack and shared memory of every kernel, as cuobjdump knows them.
+kernel-resources: $(CUDA_OBJECTS)
+	@.venv/bin/python scripts/kernel_resources.py $(BUILD)/cuda $(NVCC) --out docs/kernel-resources.md

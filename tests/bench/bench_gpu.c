@@ -451,7 +451,7 @@ int main(int argc, char **argv) {
     const char *only = NULL;
     struct error e = {0};
     b.repeats = 9;
-    for (int i = 1; i < argc; i++) {
+    for (int i = 1; i < argc; i += 2) {
         const char *value = i + 1 < argc ? argv[i + 1] : "";
         if (strcmp(argv[i], "--help") == 0)
             return usage(EXIT_OK);
@@ -464,7 +464,6 @@ int main(int argc, char **argv) {
             return usage(EXIT_USER);
         if (b.repeats < 1 || b.repeats > MAX_REPEATS || (strcmp(argv[i], "--only") == 0 && !only))
             return usage(EXIT_USER);
-        i++;
     }
     if (cuda_devices() == 0)
         return not_measured();

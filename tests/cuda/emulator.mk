@@ -16,6 +16,13 @@ endif
 
 EMULATOR_FLAGS = $(filter-out -std=% -O%,$(CFLAGS)) -O2 -Wno-missing-field-initializers -Wno-unknown-pragmas \
     -fno-strict-aliasing -DWITH_NCCL -isystem tests/cuda/emulator/include/first -isystem $(EMULATOR_INCLUDE) -isystem tests/cuda/emulator/include
+# For tests/toolkits/run.sh, which compiles the same sources against other headers.
+.PHONY: emulator-sources
+emulator-sources:
+	@echo '$(EMULATOR_FLAGS)'
+	@echo '$(CUDA_SOURCES) $(wildcard tests/cuda/*.cu)'
+	@echo '$(wildcard tests/cuda/emulator/*.cc)'
+
 EMULATOR_OBJECTS = $(patsubst %.cc,$(BUILD)/%.o,$(filter-out %/program.cc,$(wildcard tests/cuda/emulator/*.cc)))
 EMULATOR_BACKEND = $(patsubst %.cu,$(BUILD)/emulator/%.o,$(CUDA_SOURCES))
 EMULATOR_KERNELS = $(EMULATOR_BACKEND) $(patsubst %.cu,$(BUILD)/emulator/%.o,$(wildcard tests/cuda/*.cu))

@@ -1,0 +1,131 @@
+#!/usr/bin/env python3
+"""Registers, stack and shared memory of every CUDA kernel: docs/kernel-resources.md from the objects that nvcc wrote.
+
+  scripts/kernel_resources.py OBJECTS_DIR NVCC [--out FILE]     make kernel-resources
+  scripts/kernel_resources.py OBJECTS_DIR NVCC --check FILE     fails where a kernel's stack has grown
+
+Asks cuobjdump, of the toolkit, of the PATH, or of the wheel nvidia-cuda-cuobjdump."""
+
+import argparse
+import glob
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HEAD = """# Registers and memory of every kernel
+
+Written by `make kernel-resources`, with {compiler}; not measured on a GPU. For each architecture: registers of a thread,
+bytes of its stack, bytes of a block's static shared memory (1,024 of them are the system's on sm_90). A stack holds
+registers that were spilled, and arrays that are indexed at run time; it should be 0. `tests/cuda/test_kernel_resources.py`
+fails where one has grown.
+
+"""
+ROW = re.compile(r"^\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) ")
+
+
+def find_cuobjdump(nvcc):
+    beside = Path(nvcc).with_name("cuobjdump")
+    wheels = glob.glob(".venv/lib/python3*/site-packages/nvidia/cu*/bin/cuobjdump")
+    return str(beside) if beside.exists() else shutil.which("cuobjdump") or (wheels[0] if wheels else None)
+
+
+def compiler_of(nvcc):
+    text = subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    return "nvcc " + re.search(r"V([\d.]+)", text)[1]
+
+
+def short(name):
+    """void f<__nv_bfloat16, 8>(...) -> f<bf16, 8>"""
+    name = name.replace("(anonymous namespace)::", "").replace("__nv_bfloat16", "bf16")
+    name = re.sub(r"\((?:[a-z_]+|unsigned int)\)(?=\d)", "", name)  # (act_type)0 among template arguments
+    depth = 0
+    for i, c in enumerate(name):  # the parameters begin at the first parenthesis outside of template arguments
+        depth += (c == "<") - (c == ">")
+        if c == "(" and depth == 0:
+            name = name[:i]
+            break
+    return re.sub(r"^void ", "", name).strip()
+
+
+def resources(cuobjdump, objects):
+    """{(source, kernel): {arch: (registers, stack, shared)}}"""
+    found = {}
+    for path in sorted(Path(objects).glob("kernels/cuda/**/*.o")):
+        text = subprocess.run([cuobjdump, "--dump-resource-usage", path], stdout=subprocess.PIPE, text=True).stdout
+        text = subprocess.run(["c++filt"], input=text, stdout=subprocess.PIPE, text=True, check=True).stdout
+        source = path.relative_to(Path(objects) / "kernels/cuda").with_suffix(".cu").as_posix()
+        arch = kernel = None
+        for line in text.splitlines():
+            if line.startswith("arch = "):
+                arch = line.split()[2]
+            elif line.startswith(" Function "):
+                kernel = short(line[len(" Function "):].rstrip(":"))
+            elif kernel and (match := ROW.match(line)):
+                found.setdefault((source, kernel), {})[arch] = tuple(map(int, match.groups()))
+                kernel = None
+    return found
+
+
+def table(found):
+    archs = sorted({arch for each in found.values() for arch in each})
+    lines = ["| file | kernel | " + " | ".join(f"{arch}: registers | stack | shared" for arch in archs) + " |",
+             "|---" * (2 + 3 * len(archs)) + "|"]
+    for (source, kernel), each in sorted(found.items()):
+        cells = [str(x) for arch in archs for x in each.get(arch, ("–",) * 3)]
+        lines.append(f"| {source} | `{kernel}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def recorded(text):
+    """The compiler, and the table as resources() returns it."""
+    compiler = re.search(r"with (nvcc [\d.]+)", text)[1]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line.startswith("| ")]
+    archs = [cell.split(":")[0] for cell in rows[0][2::3]]
+    found = {}
+    for row in rows[1:]:
+        numbers = row[2:]
+        found[(row[0], row[1].strip("`"))] = {
+            arch: tuple(map(int, numbers[3 * i:3 * i + 3])) for i, arch in enumerate(archs) if numbers[3 * i] != "–"}
+    return compiler, found
+
+
+def grown(before, now):
+    """A line for each kernel whose stack is larger than recorded; a kernel that is not recorded should have none."""
+    for (source, kernel), each in sorted(now.items()):
+        for arch, (_, stack, _) in each.items():
+            was = before.get((source, kernel), {}).get(arch, (0, 0, 0))[1]
+            if stack > was:
+                yield f"{source}: {kernel} on {arch} has a stack of {stack} bytes, where {was} are recorded"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("objects")
+    parser.add_argument("nvcc")
+    parser.add_argument("--out")
+    parser.add_argument("--check")
+    args = parser.parse_args()
+    cuobjdump = find_cuobjdump(args.nvcc)
+    if not cuobjdump:
+        sys.exit("kernel_resources: no cuobjdump beside nvcc or in the PATH; pip install nvidia-cuda-cuobjdump")
+    found = resources(cuobjdump, args.objects)
+    if not found:
+        sys.exit(f"kernel_resources: no kernels in {args.objects}; make cuda-objects builds them")
+    if args.check:
+        compiler, before = recorded(Path(args.check).read_text())
+        if compiler != compiler_of(args.nvcc):
+            return print(f"not compared: recorded with {compiler}, built with {compiler_of(args.nvcc)}")
+        lines = list(grown(before, found))
+        print("\n".join(lines) or f"{len(found)} kernels, none with more stack than recorded")
+        sys.exit(1 if lines else 0)
+    text = HEAD.format(compiler=compiler_of(args.nvcc)) + table(found)
+    if args.out:
+        Path(args.out).write_text(text)
+    else:
+        print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
