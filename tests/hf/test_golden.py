@@ -1,6 +1,8 @@
 """The model in PyTorch has the float64 reference's loss, logits and gradients, in every golden case, with an error of at
 most three times that of plain fp32: what tests/unit/test_golden.c asks of the program."""
 
+from unittest import mock
+
 import numpy as np
 import torch
 
@@ -75,6 +77,25 @@ class Golden(Folder):
                 logits = model(**inputs(data), use_cache=False).logits
                 self.assertEqual(logits.dtype, torch.bfloat16)
                 self.check_error(logits.detach(), plain, torch.tensor(data["logits"]), (name, attention))
+
+    def test_sdpa_gets_no_mask_where_none_is_needed(self):
+        """So that it can take its flash kernels: attention that is causal over virtual tokens, or not causal at all."""
+        for name, causal in (("model_iha_flat_virtual_full", True), ("model_mha_gpt2", True), ("model_gqa", True),
+                             ("model_iha_bidirectional", False), ("model_iha_token_token_full", True)):
+            model = load(write_golden(self.new(), name), attn_implementation="sdpa")
+            calls = []
+
+            def attend(*args, **kwargs):
+                calls.append((kwargs.get("attn_mask"), kwargs["is_causal"]))
+                return plain(*args, **kwargs)
+
+            plain = torch.nn.functional.scaled_dot_product_attention
+            with mock.patch("torch.nn.functional.scaled_dot_product_attention", attend):
+                model(**inputs(golden(name)), use_cache=False)
+            for kind, (mask, is_causal) in zip(model.config.iha_layer_types, calls, strict=True):
+                needed = kind.endswith("local") or (kind.startswith("iha") and model.config.iha_mask == "token")
+                with self.subTest(name, kind=kind):
+                    self.assertEqual((mask is not None, is_causal), (needed, causal and not needed))
 
     def test_what_a_forward_returns(self):
         data, path = golden("model_iha_mixed"), write_golden(self.new(), "model_iha_mixed")

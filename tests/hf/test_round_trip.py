@@ -7,7 +7,7 @@ import numpy as np
 import tokenizers
 import torch
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from tests.hf.models import in_float64, load, loss_error
 from tests.lib.runs import T, Case, documents, step_dir
@@ -22,6 +22,11 @@ MODELS = {
               "model.iha_collapse=per_head", "model.activation=relu2", "model.init_collapse=mean", "model.init_alpha=noise"],
     "none": ["model.layer_pattern=iha_local iha_global", "model.position_embedding=none", "model.iha_window=7",
              "model.init_alpha=noise", "model.head_dim=12"],
+    "grouped": ["model.layer_pattern=iha_local mha_global iha_global", "model.num_hidden_layers=3", "model.num_attention_heads=4",
+                "model.num_key_value_heads=2", "model.qk_norm=rmsnorm", "model.qkv_bias=true", "model.init_alpha=noise",
+                "model.rope_scaling=llama3", "model.rope_original_positions=16"],
+    "compared": ["model.layer_pattern=diff_global talking_local simplicial_local folded_global diff_local",
+                 "model.num_hidden_layers=5", "model.local_window=5", "model.init_alpha=noise"],
     "bidirectional": ["model.layer_pattern=iha_global mha_global", "model.causal=false", "run.sample_every=0"],
 }
 
@@ -82,7 +87,7 @@ class RoundTrip(Case):
                 self.check_loss(load(saved), tokens // T, loss)
 
     def test_generated_text(self):
-        for name in ("paper", "gpt2", "llama", "none"):
+        for name in ("paper", "gpt2", "llama", "none", "grouped", "compared"):
             with self.subTest(name):
                 checkpoint = self.checkpoint(name)
                 written = self.run_cli("generate", checkpoint, "--prompt", "anna sees", "--tokens", 20, "--temperature", 0,
@@ -112,6 +117,25 @@ class RoundTrip(Case):
         run_dir = self.train("train.steps=2", "train.lr=0", f"train.init_from={saved}")
         again, _, _ = self.evaluate(step_dir(run_dir, 2), f"data.val={self.val}")
         self.assertEqual(again, loss)
+
+    def test_trainer(self):
+        """Transformers' own training loop, with activation checkpointing, goes through every layer type."""
+        for name in ("paper", "grouped", "compared"):
+            with self.subTest(name):
+                model = load(self.checkpoint(name))
+                ids = self.sequences(16)[:-1].view(16, T)
+                options = TrainingArguments(
+                    output_dir=str(self.new_dir()), per_device_train_batch_size=8, max_steps=10, learning_rate=1e-2, seed=1,
+                    activation_checkpointing=True, report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
+                    logging_strategy="no")
+                first = self.loss(model, 16)
+                trainer = Trainer(model=model, args=options, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+                trainer.train()
+                self.assertLess(self.loss(model.eval(), 16), first)
+                saved = self.new_dir()
+                trainer.save_model(saved)
+                loss, tokens, _ = self.evaluate(saved, f"data.val={self.val}", f"train.seq_len={T}")
+                self.check_loss(load(saved), tokens // T, loss)
 
     def test_untrained_models_begin_alike(self):
         """What Transformers initialises is distributed as what train_iha does."""

@@ -157,6 +157,24 @@ static void other_starts(void **state) {
     assert_int_equal(changed, 1);
 }
 
+/* As imported models have them: groups of query heads, normalised q and k, biases of qkv alone, scaled RoPE. */
+static void grouped_heads(void **state) {
+    (void)state;
+    EACH(then, "model.layer_pattern=mha_global", "model.num_key_value_heads=1", "model.qk_norm=rmsnorm",
+         "model.qkv_bias=true", "model.rope_scaling=llama3", "model.rope_original_positions=12");
+    EACH(now, "model.layer_pattern=iha_global", "model.num_key_value_heads=1", "model.qk_norm=rmsnorm",
+         "model.qkv_bias=true", "model.rope_scaling=llama3", "model.rope_original_positions=12",
+         "model.num_pseudo_heads=3", "model.iha_rope=token");
+    EACH(virtual, "model.layer_pattern=iha_global", "model.num_key_value_heads=1", "model.qk_norm=rmsnorm",
+         "model.qkv_bias=true", "model.rope_scaling=llama3", "model.rope_original_positions=12",
+         "model.num_pseudo_heads=3", "model.iha_rope=virtual");
+    preserved = changed = 0;
+    check(then_count, then, now_count, now);
+    check(then_count, then, virtual_count, virtual);
+    assert_int_equal(preserved, 1);
+    assert_int_equal(changed, 1);
+}
+
 static void iha_and_mha_stay(void **state) {
     (void)state;
     EACH(kinds, "model.layer_pattern=iha_global", "model.layer_pattern=iha_local");
@@ -263,6 +281,7 @@ int main(void) {
         cmocka_unit_test(mha_becomes_folded), cmocka_unit_test(mixing_is_not_lost_in_silence),
         cmocka_unit_test(mha_becomes_iha),    cmocka_unit_test(other_starts),
         cmocka_unit_test(iha_and_mha_stay),   cmocka_unit_test(misfits_are_named),
+        cmocka_unit_test(grouped_heads),
     };
     return cmocka_run_group_tests(tests, enter_directory, leave_directory);
 }

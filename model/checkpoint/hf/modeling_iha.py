@@ -3,9 +3,10 @@
 train_iha writes this file into every checkpoint; with trust_remote_code=True, AutoModelForCausalLM computes with it what
 train_iha computes. Tensors have the names and shapes of model.safetensors.
 
-B batch, T tokens, C hidden_size, H heads, G of keys and values, d head_dim, P pseudo-heads, S = T*P virtual tokens. An MHA layer is an IHA layer
-with P = 1 and without mixing. A cache holds a token's P virtual tokens side by side, as one token of P*d numbers a head:
-so its lengths are tokens, and every cache of Transformers works, static ones and those of sliding windows included.
+B batch, T tokens, C hidden_size, H heads, G of keys and values, d head_dim, P pseudo-heads, S = T*P virtual tokens. An
+MHA layer is an IHA layer with P = 1 and without mixing. A cache holds a token's P virtual tokens side by side, as one
+token of P*d numbers a head: so its lengths are tokens, and every cache of Transformers works, static ones and those of
+sliding windows included.
 """
 
 import dataclasses
