@@ -16,6 +16,17 @@
 
 enum { MAX_TOKENIZER = 256 << 20 }; /* bytes */
 
+/* Transformers can spread a large model over several files. */
+static int weights_path(char path[PATH_BYTES], const char *dir, struct error *e) {
+    path_join(path, dir, "model.safetensors");
+    if (path_exists(dir, "model.safetensors") || !path_exists(dir, "model.safetensors.index.json"))
+        return 0;
+    return fail_user(e,
+                     "%s: its weights are in several files; save them in one: save_pretrained(DIR, "
+                     "max_shard_size=\"1TB\")",
+                     dir);
+}
+
 /* ---- finding ---- */
 
 /* Whether config.json and the header of model.safetensors can be read. */
@@ -23,8 +34,8 @@ static int check_opens(const char *dir, struct error *e) {
     char path[PATH_BYTES];
     struct model_config config;
     struct safetensors weights;
-    path_join(path, dir, "model.safetensors");
-    if (checkpoint_read_config(dir, &config, e) != 0 || safetensors_open(&weights, path, e) != 0)
+    if (weights_path(path, dir, e) != 0 || checkpoint_read_config(dir, &config, e) != 0 ||
+        safetensors_open(&weights, path, e) != 0)
         return -1;
     safetensors_close(&weights);
     return 0;
@@ -76,8 +87,7 @@ int checkpoint_read_config(const char *dir, struct model_config *config, struct 
 
 int checkpoint_load_weights(const char *dir, struct model *m, int64_t updates, struct error *e) {
     char path[PATH_BYTES];
-    path_join(path, dir, "model.safetensors");
-    return weights_read(path, m, updates, e);
+    return weights_path(path, dir, e) == 0 ? weights_read(path, m, updates, e) : -1;
 }
 
 int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e) {
@@ -87,8 +97,7 @@ int checkpoint_load_optimizer(const char *dir, struct model *m, struct error *e)
 int checkpoint_load_from(const char *dir, struct model *m, const struct model_config *then, bool optimizer,
                          struct error *e) {
     char path[PATH_BYTES];
-    path_join(path, dir, "model.safetensors");
-    if (weights_read_from(path, m, then, e) != 0)
+    if (weights_path(path, dir, e) != 0 || weights_read_from(path, m, then, e) != 0)
         return -1;
     return optimizer ? optimizer_read_resized(dir, m, then->vocab_size, e) : 0;
 }

@@ -104,6 +104,17 @@ class TransformersFiles(Case):
         self.assertEqual(self.evaluate(narrow, *options), self.evaluate(wide, *options))
         self.assertNotEqual(self.evaluate(narrow, *options), self.evaluate(self.run_dir, *options))
 
+    def test_weights_in_several_files(self):
+        """As Transformers saves large models: refused, with what to do."""
+        run_dir = self.without("model.safetensors")
+        checkpoint = step_dir(run_dir, 2)
+        (checkpoint / "model.safetensors.index.json").write_text("{}")
+        for command in (["eval", checkpoint, f"data.val={self.val}"], ["generate", run_dir],
+                        ["train", self.config, f"run.dir={self.new_dir()}", f"train.init_from={checkpoint}"]):
+            said = self.run_cli(*command, code=2).stderr.decode()
+            self.assertIn("its weights are in several files", said)
+            self.assertIn("max_shard_size", said)
+
     def test_another_program_s_code_stays_unread(self):
         """A new checkpoint has the program's own, whatever stands in the one before."""
         run_dir = self.without()

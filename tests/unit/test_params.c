@@ -240,6 +240,27 @@ static void mixing_is_initially_the_identity(void **state) {
     }
 }
 
+static void noise_of_alpha_has_its_deviation(void **state) {
+    (void)state;
+    struct model_config c = small_config();
+    c.init_alpha = ALPHA_NOISE;
+    int64_t n, H = c.num_attention_heads, count = 0;
+    double sum = 0, squares = 0;
+    for (uint64_t seed = 1; seed <= 400; seed++) {
+        float *x = initial(&c, "layers.0.attn.alpha_k", seed, &n);
+        for (int64_t i = 0; i < n; i++) {
+            double off = (double)x[i] - (i / H % H == i % H);
+            sum += off;
+            squares += off * off;
+        }
+        count += n;
+        free(x);
+    }
+    /* The sample's own deviations: s/sqrt(n) of the mean, s/sqrt(2n) of s. */
+    assert_true(fabs(sum / (double)count) < 5 * 0.02 / sqrt((double)count));
+    assert_true(fabs(sqrt(squares / (double)count) - 0.02) < 5 * 0.02 / sqrt(2 * (double)count));
+}
+
 static void initial_values_depend_on_seed_and_name_only(void **state) {
     (void)state;
     struct model_config c = plain_config(), deeper = c;
@@ -384,6 +405,7 @@ int main(void) {
         cmocka_unit_test(every_parameter_is_within_its_unit),
         cmocka_unit_test(matrices_are_initially_normal),
         cmocka_unit_test(mixing_is_initially_the_identity),
+        cmocka_unit_test(noise_of_alpha_has_its_deviation),
         cmocka_unit_test(initial_values_depend_on_seed_and_name_only),
         cmocka_unit_test(memory_matches_the_plan),
         cmocka_unit_test(memory_of_a_small_model),
