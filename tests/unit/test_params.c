@@ -246,7 +246,7 @@ static void noise_of_alpha_has_its_deviation(void **state) {
     c.init_alpha = ALPHA_NOISE;
     int64_t n, H = c.num_attention_heads, count = 0;
     double sum = 0, squares = 0;
-    for (uint64_t seed = 1; seed <= 400; seed++) {
+    for (uint64_t seed = 1; seed <= 4000; seed++) {
         float *x = initial(&c, "layers.0.attn.alpha_k", seed, &n);
         for (int64_t i = 0; i < n; i++) {
             double off = (double)x[i] - (i / H % H == i % H);
