@@ -124,6 +124,8 @@ UPCYCLING = Experiment(
         "iha": Variant("IHA, exact (last, identity)", UPCYCLED),
         "iha_noise": Variant("IHA, last, identity + noise", (*UPCYCLED, "model.init_alpha=noise")),
         "iha_mean": Variant("IHA, mean, identity", (*UPCYCLED, "model.init_collapse=mean")),
+        "iha_rate": Variant("IHA, noise, 10 times the rate for mixing",
+                            (*UPCYCLED, "model.init_alpha=noise", "train.mix_lr_scale=10")),
     },
     figure="val_loss", seeds=4, overrides=("train.steps=800",), quick=("train.steps=60", "train.warmup_steps=10"),
     test="data/bible/val_*.bin")
