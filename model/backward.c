@@ -18,10 +18,12 @@ static void linear_backward(struct model *m, tensor dy, tensor x, int64_t in, in
                        model_gradient(m, bias), accumulate);
 }
 
-static void norm_backward(struct model *m, tensor sum, int weight, int bias, const void *saved,
+/* grad.dx from grad.dy, added to the gradient of the residual path where there is one already (add). */
+static void norm_backward(struct model *m, tensor sum, int weight, int bias, const void *saved, bool add,
                           bool accumulate) {
     m->k->residual_norm_backward(m->dev, &m->norm_spec, m->grad.dy, sum, model_param(m, weight), saved,
-                                 m->grad.dx, model_gradient(m, weight), model_gradient(m, bias), accumulate);
+                                 m->grad.dx, add, model_gradient(m, weight), model_gradient(m, bias),
+                                 accumulate);
 }
 
 /* On entry grad.dx is the gradient of the layer's output; on return, of x_mlp. */
@@ -35,7 +37,7 @@ static void mlp_backward(struct model *m, int layer, bool accumulate) {
     linear_backward(m, g->dact, b->y_mlp, C, p->up, p->up_bias, F, g->dy, false, accumulate);
     if (b->gate.data)
         linear_backward(m, g->dgate, b->y_mlp, C, p->gate, -1, F, g->dy, true, accumulate);
-    norm_backward(m, b->x_mlp, p->mlp_norm, p->mlp_norm_bias, b->mlp_norm_saved, accumulate);
+    norm_backward(m, b->x_mlp, p->mlp_norm, p->mlp_norm_bias, b->mlp_norm_saved, true, accumulate);
 }
 
 /* A tensor of the shape [B,S,H,d] of `like`, at `data`. */
@@ -143,7 +145,7 @@ static void attention_backward(struct model *m, int layer, bool accumulate) {
                             model_alpha_gradient(m, layer, p->alpha_k),
                             model_alpha_gradient(m, layer, p->alpha_v), accumulate);
     qkv_backward(m, layer, accumulate);
-    norm_backward(m, b->x_attn, p->attn_norm, p->attn_norm_bias, b->attn_norm_saved, accumulate);
+    norm_backward(m, b->x_attn, p->attn_norm, p->attn_norm_bias, b->attn_norm_saved, true, accumulate);
 }
 
 /* state.loss, and in grad.dx the gradient of x_final. */
@@ -152,9 +154,7 @@ static void head_backward(struct model *m, double scale, bool accumulate) {
     struct classifier_spec spec = {m->norm_spec.rows, m->config.hidden_size, m->config.vocab_size};
     k->classifier(m->dev, &spec, m->h, model_param(m, m->params.lm_head), m->targets, scale, m->state,
                   tensor_none(), m->grad.dy, model_gradient(m, m->params.lm_head), accumulate);
-    tensor dx = m->grad.dx;
-    k->zero(m->dev, dx.data, (size_t)tensor_count(dx) * dtype_bytes(dx.dtype));
-    norm_backward(m, m->x_final, m->params.final_norm, m->params.final_norm_bias, m->final_norm_saved,
+    norm_backward(m, m->x_final, m->params.final_norm, m->params.final_norm_bias, m->final_norm_saved, false,
                   accumulate);
 }
 

@@ -77,10 +77,10 @@ void CPU(residual_norm_recompute)(struct device *dev, const struct norm_spec *s,
         normalize((elem *)sum.data + n * C, stats[n], w.data, b.data, C, (elem *)y.data + n * C);
 }
 
-/* With g = dy * w and xhat = (x - mean) rstd:  dx += rstd (g - mean(g) - xhat mean(g xhat)), where rmsnorm
+/* With g = dy * w and xhat = (x - mean) rstd:  dx (+)= rstd (g - mean(g) - xhat mean(g xhat)), where rmsnorm
  * has no mean(g); dw = sum_n dy xhat, db = sum_n dy. */
 static void norm_row_backward(const struct norm_spec *s, const elem *dy, const elem *x, const elem *w,
-                              struct row_stats st, elem *dx, real *dw, real *db) {
+                              struct row_stats st, elem *dx, bool add_dx, real *dw, real *db) {
     int64_t C = s->hidden;
     real sum_g = 0, sum_gx = 0;
 #pragma omp simd reduction(+ : sum_g, sum_gx)
@@ -94,7 +94,7 @@ static void norm_row_backward(const struct norm_spec *s, const elem *dy, const e
 #pragma omp simd
     for (int64_t c = 0; c < C; c++) {
         real g = from_elem(dy[c]) * from_elem(w[c]), xhat = (from_elem(x[c]) - st.mean) * st.rstd;
-        dx[c] = to_elem(from_elem(dx[c]) + st.rstd * (g - mean_g - xhat * mean_gx));
+        dx[c] = to_elem((add_dx ? from_elem(dx[c]) : 0) + st.rstd * (g - mean_g - xhat * mean_gx));
     }
     if (db) {
 #pragma omp simd
@@ -104,7 +104,7 @@ static void norm_row_backward(const struct norm_spec *s, const elem *dy, const e
 }
 
 void CPU(residual_norm_backward)(struct device *dev, const struct norm_spec *s, tensor dy, tensor sum,
-                                 tensor w, const void *saved, tensor dx, tensor dw, tensor db,
+                                 tensor w, const void *saved, tensor dx, bool add_dx, tensor dw, tensor db,
                                  bool accumulate) {
     int64_t C = s->hidden;
     check_elem("residual_norm_backward", "dy", dy, s->rows, C, 0, 0, 0);
@@ -121,7 +121,7 @@ void CPU(residual_norm_backward)(struct device *dev, const struct norm_spec *s, 
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < s->rows; n++)
             norm_row_backward(s, (elem *)dy.data + n * C, (elem *)sum.data + n * C, w.data, stats[n],
-                              (elem *)dx.data + n * C, mine, db.data ? mine + C : NULL);
+                              (elem *)dx.data + n * C, add_dx, mine, db.data ? mine + C : NULL);
     }
     sum_partials(partial, dev->threads, 2 * C, C, dw.data, accumulate);
     if (db.data)

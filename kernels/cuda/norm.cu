@@ -166,14 +166,14 @@ static __device__ __forceinline__ void store_partial(const float (&sums)[WORDS<V
     __syncthreads(); /* the shared memory is used again by the next call */
 }
 
-/* With g = dy w and xhat = (x - mean) rstd:  dx += rstd (g - mean(g) - xhat mean(g xhat)), where rmsnorm has
+/* With g = dy w and xhat = (x - mean) rstd:  dx (+)= rstd (g - mean(g) - xhat mean(g xhat)), where rmsnorm has
  * no mean(g). Partial sums of dw = sum over rows of dy xhat and db = sum of dy, [gridDim.x, C] each: a thread
  * keeps the same columns for all its rows, so it adds them up in registers and writes them once. Bytes moved:
- * 4 rows C elements. */
+ * 4 rows C elements, 3 where dx is not added to. */
 template <typename T, int V, bool BIAS>
 static __global__ void __launch_bounds__(MAX_BACKWARD)
-    norm_backward(const T *dy, const T *x, const T *w, const float2 *stats, T *dx, float *dw_partials,
-                  float *db_partials, int64_t rows, int C, bool layer) {
+    norm_backward(const T *dy, const T *x, const T *w, const float2 *stats, T *dx, bool add_dx,
+                  float *dw_partials, float *db_partials, int64_t rows, int C, bool layer) {
     constexpr int K = WORDS<V>;
     int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
     float dw[K][V] = {}, db[BIAS ? K : 1][V] = {};
@@ -212,8 +212,9 @@ static __global__ void __launch_bounds__(MAX_BACKWARD)
 #pragma unroll
         for (int k = 0; k < K; k++)
             if (first + k * step < end) {
-                float out[V];
-                load(dx + at + k * step, out);
+                float out[V] = {};
+                if (add_dx)
+                    load(dx + at + k * step, out);
                 unpack<V, T>(kept_dy[k], d);
                 unpack<V, T>(kept_x[k], values);
                 load(w + first + k * step, weight);
@@ -312,7 +313,7 @@ void cuda_residual_norm_recompute(struct device *dev, const struct norm_spec *s,
 }
 
 void cuda_residual_norm_backward(struct device *dev, const struct norm_spec *s, tensor dy, tensor sum,
-                                 tensor w, const void *saved, tensor dx, tensor dw, tensor db,
+                                 tensor w, const void *saved, tensor dx, bool add_dx, tensor dw, tensor db,
                                  bool accumulate) {
     int64_t C = s->hidden;
     check(dev, s, "residual_norm_backward", "dy", dy);
@@ -334,8 +335,8 @@ void cuda_residual_norm_backward(struct device *dev, const struct norm_spec *s, 
             auto run = [&](auto bias) {
                 launch<norm_backward<T, V, decltype(bias)::value>>(
                     dev, blocks, block, (size_t)C * sizeof(float), (const T *)dy.data, (const T *)sum.data,
-                    (const T *)w.data, (const float2 *)saved, (T *)dx.data, dw_partials, db_partials, s->rows,
-                    (int)C, s->type == NORM_TYPE_LAYER);
+                    (const T *)w.data, (const float2 *)saved, (T *)dx.data, add_dx, dw_partials, db_partials,
+                    s->rows, (int)C, s->type == NORM_TYPE_LAYER);
             };
             if (db.data)
                 run(std::true_type());

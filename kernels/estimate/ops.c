@@ -107,9 +107,9 @@ void estimate_residual_norm_recompute(struct device *dev, const struct norm_spec
 }
 
 void estimate_residual_norm_backward(struct device *dev, const struct norm_spec *s, tensor dy, tensor sum,
-                                     tensor w, const void *saved, tensor dx, tensor dw, tensor db,
-                                     bool accumulate) {
-    count_norm(dev, s, 4); /* dy, sum, and dx in and out */
+                                     tensor w, const void *saved, tensor dx, bool add_dx, tensor dw,
+                                     tensor db, bool accumulate) {
+    count_norm(dev, s, add_dx ? 4 : 3); /* dy, sum, dx out, and in */
 }
 
 static void count_act(struct device *dev, const struct act_spec *s, double tensors) {

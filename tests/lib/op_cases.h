@@ -27,6 +27,7 @@ enum {
     LOSS_ONLY = 64,        /* classifier */
     GIVEN_POSITIONS = 128, /* embed, qkv_mix: of each token */
     CORRECT = 256,         /* classifier: which targets have the largest logit */
+    FIRST_DX = 512,        /* norm: dx is written, not added to */
 };
 
 struct op_case {
@@ -86,6 +87,7 @@ static const struct op_case OP_CASES[] = {
 
     /* ---- residual_norm: type, eps, rows, hidden ---- */
     {GRADIENT, NORM_CASE(NORM_TYPE_RMS, 1e-3, 5, 19), .vary = ACCUMULATE | DELTA},
+    {GRADIENT, NORM_CASE(NORM_TYPE_RMS, 1e-3, 5, 19), .options = DELTA | FIRST_DX},
     {GRADIENT, NORM_CASE(NORM_TYPE_LAYER, 1e-3, 5, 19), .options = DELTA},
     {GRADIENT, NORM_CASE(NORM_TYPE_LAYER, 1e-3, 5, 19), .options = DELTA | BIAS},
     {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 1, 5), .vary = BIAS | DELTA | ACCUMULATE},
@@ -95,7 +97,8 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 7, 768), .vary = BIAS | DELTA | ACCUMULATE},
     {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 2, 1032), .vary = BIAS | DELTA | ACCUMULATE},
     {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 3, 2056), .vary = BIAS | DELTA | ACCUMULATE},
-    {COMPARE, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 7, 768), .options = DELTA},
+    {COMPARE, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 7, 768), .options = DELTA, .vary = FIRST_DX},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 3, 5), .options = DELTA | BIAS | FIRST_DX, .vary = ACCUMULATE},
     /* More rows than the blocks of backward take at once. */
     {COMPARE, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 301, 64), .options = BIAS | DELTA | ACCUMULATE},
     {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 203, 1028), .options = DELTA},

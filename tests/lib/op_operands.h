@@ -73,7 +73,8 @@ static inline void norm_operands(const struct op_case *c, struct op_operand *x) 
     x[4] = (struct op_operand){PRESENT(delta, "sum"), FORWARD_WRITES | BACKWARD_READS, SHAPE(N, C)};
     x[5] = (struct op_operand){"y", FORWARD_WRITES, SHAPE(N, C)};
     x[6] = (struct op_operand){"dy", BACKWARD_READS, SHAPE(N, C), .gradient_of_output = 6};
-    x[7] = (struct op_operand){"dx", BACKWARD_ADDS, SHAPE(N, C), .gradient_of_output = delta ? 5 : 0,
+    x[7] = (struct op_operand){"dx", c->options & FIRST_DX ? BACKWARD_WRITES : BACKWARD_ADDS, SHAPE(N, C),
+                               .gradient_of_output = delta && !(c->options & FIRST_DX) ? 5 : 0,
                                .gradient_of = {1, delta ? 2 : 0}};
     x[8] = (struct op_operand){"dw", dparam, TYPE_GRADIENT, SHAPE(C), .gradient_of = {3}};
     x[9] = (struct op_operand){PRESENT(bias, "db"), dparam, TYPE_GRADIENT, SHAPE(C), .gradient_of = {4}};
@@ -369,8 +370,8 @@ static inline void op_backward(const struct kernels *k, struct device *dev, cons
     case OP_EMBED:
         return k->embed_backward(dev, &s.embed, t[0], t[7], t[4], t[5], t[6]);
     case OP_NORM:
-        return k->residual_norm_backward(dev, &s.norm, t[6], t[1].data ? t[4] : t[0], t[2], saved, t[7], t[8],
-                                         t[9], add);
+        return k->residual_norm_backward(dev, &s.norm, t[6], t[1].data ? t[4] : t[0], t[2], saved, t[7],
+                                         !(c->options & FIRST_DX), t[8], t[9], add);
     case OP_LINEAR:
         return k->linear_backward(dev, &s.linear, t[4], t[0], t[1], t[5], add, t[6], t[7], add);
     case OP_QKV_MIX:
@@ -485,11 +486,11 @@ static inline const char *op_sizes(const struct op_case *c, char text[OP_TEXT]) 
 static inline const char *op_describe(const struct op_case *c) {
     static const char *const options[] = {"accumulate", "bias",       "delta",     "learned positions",
                                           "one token",  "few tokens", "loss only", "positions of each token",
-                                          "correct"};
+                                          "correct",    "dx written"};
     static char text[2 * OP_TEXT];
     char sizes[OP_TEXT];
     int at = snprintf(text, sizeof text, "%s %s", op_name(c), op_sizes(c, sizes));
-    for (int i = 0; i < 9; i++)
+    for (int i = 0; i < 10; i++)
         if (c->options >> i & 1)
             at += snprintf(text + at, sizeof text - (size_t)at, ", %s", options[i]);
     return text;

@@ -266,8 +266,10 @@ static void the_rest_moves_what_it_reads_and_writes(void **state) {
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 4 * one);
     k->residual_norm_recompute(dev, &norm, yes, yes, no, yes, NULL);
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 2 * one);
-    k->residual_norm_backward(dev, &norm, yes, yes, yes, NULL, yes, yes, no, false);
+    k->residual_norm_backward(dev, &norm, yes, yes, yes, NULL, yes, true, yes, no, false);
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 4 * one);
+    k->residual_norm_backward(dev, &norm, yes, yes, yes, NULL, yes, false, yes, no, false);
+    assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 3 * one);
     k->mlp_act(dev, &gelu, yes, no, yes);
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 2 * one);
     k->mlp_act(dev, &swiglu, yes, yes, yes);
