@@ -103,6 +103,7 @@ struct act_spec {
 
 struct classifier_spec {
     int64_t rows, hidden, vocab;
+    int64_t padded; /* rows of W and dW in memory, which products may include; 0: vocab */
 };
 
 struct orthogonalize_spec {
@@ -155,9 +156,10 @@ struct op_cost {
 /* A range of parameters, in elements of the flat buffer, with the same hyper-parameters. */
 struct param_group {
     int64_t begin, end;
-    float lr_scale;     /* factor on the learning rate */
-    float weight_decay; /* decoupled */
-    float muon_scale;   /* of Muon's orthogonal update; 0: these parameters are AdamW's */
+    float lr_scale;         /* factor on the learning rate */
+    float weight_decay;     /* decoupled */
+    float muon_scale;       /* of Muon's orthogonal update; 0: these parameters are AdamW's */
+    int64_t rounding_index; /* of element `begin`; those of the others follow (rounding.h) */
 };
 
 struct adamw_hyper {
@@ -284,6 +286,10 @@ const struct kernels *kernels_traced(const struct kernels *k);
 
 /* The number of usable GPUs: 0 without a driver. */
 int cuda_devices(void);
+
+static inline int64_t classifier_padded(const struct classifier_spec *s) {
+    return s->padded ? s->padded : s->vocab;
+}
 
 static inline int64_t attention_kv_heads(const struct attention_spec *s) {
     return s->kv_heads ? s->kv_heads : s->heads;

@@ -32,8 +32,8 @@ ROUNDING float from_bf16(uint16_t half) {
     return x;
 }
 
-/* The bits of x rounded to bf16, up or down at random. index: of the parameter in the flat buffer; step:
- * AdamW's t, at least 1. */
+/* The bits of x rounded to bf16, up or down at random. index: of the parameter in the model, independent of ranks and
+ * padding; step: AdamW's t, at least 1. */
 ROUNDING uint16_t round_stochastic(float x, uint32_t step, uint64_t index) {
     uint32_t bits,
         h = (uint32_t)index * 0x9e3779b1u ^ (uint32_t)(index >> 32) * 0x85ebca6bu ^ step * 0xc2b2ae35u;

@@ -151,9 +151,9 @@ static void attention_backward(struct model *m, int layer, bool accumulate) {
 /* state.loss, and in grad.dx the gradient of x_final. */
 static void head_backward(struct model *m, double scale, bool accumulate) {
     const struct kernels *k = m->k;
-    struct classifier_spec spec = {m->norm_spec.rows, m->config.hidden_size, m->config.vocab_size};
-    k->classifier(m->dev, &spec, m->h, model_param(m, m->params.lm_head), m->targets, scale, m->state,
-                  tensor_none(), m->grad.dy, model_gradient(m, m->params.lm_head), accumulate);
+    struct classifier_spec spec = model_classifier_spec(m, m->norm_spec.rows);
+    k->classifier(m->dev, &spec, m->h, model_classifier(m), m->targets, scale, m->state, tensor_none(),
+                  m->grad.dy, model_classifier_gradient(m), accumulate);
     norm_backward(m, m->x_final, m->params.final_norm, m->params.final_norm_bias, m->final_norm_saved, false,
                   accumulate);
 }

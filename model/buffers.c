@@ -206,11 +206,11 @@ static int plan_all(struct model *m, struct error *e) {
     m->act_spec = (struct act_spec){act_type_of(c->activation), N, c->intermediate_size};
     struct op_spec norm = {.kind = OP_NORM, .norm = m->norm_spec};
     struct op_spec embed = {.kind = OP_EMBED, .embed = {m->shape.batch, m->shape.tokens, c->vocab_size, C}};
-    struct op_spec classifier = {.kind = OP_CLASSIFIER, .classifier = {N, C, c->vocab_size}};
+    struct op_spec classifier = {.kind = OP_CLASSIFIER, .classifier = model_classifier_spec(m, N)};
     if (plan(m, norm, &m->norm_saved_bytes, e) != 0 || plan(m, embed, NULL, e) != 0 ||
         plan(m, classifier, NULL, e) != 0)
         return -1;
-    struct op_spec scored = {.kind = OP_CLASSIFIER, .classifier = {m->shape.tokens, C, c->vocab_size}};
+    struct op_spec scored = {.kind = OP_CLASSIFIER, .classifier = model_classifier_spec(m, m->shape.tokens)};
     if (m->scores && plan(m, scored, NULL, e) != 0)
         return -1;
     for (int layer = 0; layer < c->num_hidden_layers; layer++)

@@ -228,8 +228,8 @@ void model_forward_attention(struct model *m, struct batch batch, int layer) {
 void model_evaluate(struct model *m, struct batch batch, double scale, int32_t *correct) {
     model_upload(m, batch);
     model_forward(m);
-    struct classifier_spec spec = {m->norm_spec.rows, m->config.hidden_size, m->config.vocab_size};
-    m->k->classifier(m->dev, &spec, m->h, model_param(m, m->params.lm_head), m->targets, scale, m->state,
+    struct classifier_spec spec = model_classifier_spec(m, m->norm_spec.rows);
+    m->k->classifier(m->dev, &spec, m->h, model_classifier(m), m->targets, scale, m->state,
                      correct ? m->correct : tensor_none(), tensor_none(), tensor_none(), false);
     if (correct)
         m->k->download(m->dev, m->correct, correct, DTYPE_I32);
@@ -260,12 +260,11 @@ void model_score(struct model *m, struct batch batch, const int32_t *ignored, in
     for (int64_t b = 0; b < m->shape.batch && !alone; b++)
         upload_targets(m, b, ignored);
     for (int64_t b = 0; b < rows; b++) {
-        struct classifier_spec spec = {alone ? T : m->norm_spec.rows, C, m->config.vocab_size};
+        struct classifier_spec spec = model_classifier_spec(m, alone ? T : m->norm_spec.rows);
         if (!alone)
             upload_targets(m, b, batch.targets + b * T);
         m->k->step_begin(m->dev, m->state, 0, 0);
-        m->k->classifier(m->dev, &spec, alone ? rows_of(m->h, b * T, T, C) : m->h,
-                         model_param(m, m->params.lm_head),
+        m->k->classifier(m->dev, &spec, alone ? rows_of(m->h, b * T, T, C) : m->h, model_classifier(m),
                          alone ? rows_of(m->targets, b * T, T, 1) : m->targets, 1, m->state, tensor_none(),
                          tensor_none(), tensor_none(), false);
         m->k->step_read(m->dev, m->state, &state);

@@ -24,11 +24,30 @@ tensor model_gradient(const struct model *m, int index) {
     return tensor_of(flat.data, flat.dtype, p->shape[0], p->shape[1], p->shape[2], 0, 0);
 }
 
+/* A view of the classifier's table and of the padded rows that follow it. */
+static tensor with_padded_rows(const struct model *m, tensor table) {
+    return tensor_of(table.data, table.dtype, m->params.list[m->params.lm_head].padded_rows, table.shape[1],
+                     0, 0, 0);
+}
+
+tensor model_classifier(const struct model *m) {
+    return with_padded_rows(m, model_param(m, m->params.lm_head));
+}
+
+tensor model_classifier_gradient(const struct model *m) {
+    return with_padded_rows(m, model_gradient(m, m->params.lm_head));
+}
+
+struct classifier_spec model_classifier_spec(const struct model *m, int64_t rows) {
+    return (struct classifier_spec){rows, m->config.hidden_size, m->config.vocab_size,
+                                    m->params.list[m->params.lm_head].padded_rows};
+}
+
 /* Append a group, or extend the last one if it differs in nothing but its range. */
 static void add_group(struct model *m, struct param_group g) {
     struct param_group *last = m->group_count > 0 ? &m->groups[m->group_count - 1] : NULL;
     if (last && last->lr_scale == g.lr_scale && last->weight_decay == g.weight_decay &&
-        last->muon_scale == g.muon_scale)
+        last->muon_scale == g.muon_scale && last->rounding_index - last->begin == g.rounding_index - g.begin)
         last->end = g.end;
     else
         m->groups[m->group_count++] = g;
@@ -37,12 +56,13 @@ static void add_group(struct model *m, struct param_group g) {
 /* A group for each of a parameter's matrices, as far as their factors differ; g: of the whole parameter. */
 static void add_matrix_groups(struct model *m, int param, struct param_group g) {
     const struct muon_matrices *all = &m->muon;
-    const int64_t end = g.end;
+    const int64_t end = g.end, to_index = g.rounding_index - g.begin;
     for (int i = 0; i < all->count; i++) {
         if (all->list[i].param != param)
             continue;
         bool last = i + 1 == all->count || all->list[i + 1].param != param;
         g.begin = all->list[i].offset;
+        g.rounding_index = g.begin + to_index;
         g.end = last ? end : all->list[i + 1].offset;
         g.muon_scale = muon_scale(&all->list[i]);
         add_group(m, g);
@@ -59,6 +79,7 @@ static int build_groups(struct model *m, const struct model_options *o, struct e
         struct param_group g = {
             .begin = p->offset,
             .end = i + 1 < m->params.count ? m->params.list[i + 1].offset : m->params.elements,
+            .rounding_index = p->rounding_index,
             .lr_scale = p->class == PARAM_MIX ? (float)o->mix_lr_scale : 1,
             .weight_decay = p->class == PARAM_MATRIX ? (float)o->weight_decay : 0,
         };

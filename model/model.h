@@ -189,6 +189,12 @@ struct rope_spec model_rope(const struct model_config *config);
 tensor model_param(const struct model *m, int index);
 tensor model_gradient(const struct model *m, int index);
 
+/* What the classifier multiplies by, with its padded rows [padded,C], its gradient, and the operation on so many rows
+ * of h. */
+tensor model_classifier(const struct model *m);
+tensor model_classifier_gradient(const struct model *m);
+struct classifier_spec model_classifier_spec(const struct model *m, int64_t rows);
+
 /* The same of an alpha of `layer`; where alpha_on leaves it out, the identity, and a gradient that is not used. */
 tensor model_alpha(const struct model *m, int layer, int index);
 tensor model_alpha_gradient(const struct model *m, int layer, int index);

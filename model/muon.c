@@ -105,8 +105,7 @@ static void begin_shard(struct model *m, const struct shard *s, tensor g, const 
 static void finish_shard(struct model *m, const struct shard *s, tensor directions) {
     struct shard_weights w = model_shard_weights(m, s);
     if (s->muon_count > 0)
-        m->k->muon_update(m->dev, s->muon_groups, s->muon_count, s->begin, w.master, w.rounded, directions,
-                          m->state);
+        m->k->muon_update(m->dev, s->muon_groups, s->muon_count, w.master, w.rounded, directions, m->state);
 }
 
 /* Start to gather a unit's directions in the memory of its unsharded gradients. */

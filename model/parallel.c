@@ -152,7 +152,7 @@ static void update_part(struct model *m, const struct shard *s, tensor g, const 
     struct shard_weights w = model_shard_weights(m, s);
     enum dtype master = m->dtypes.master;
     int64_t n = end - begin, first_moments = m->partition.moment_elements;
-    m->k->adamw(m->dev, &hyper, groups, count, s->begin + begin, tensor_rows(w.master, begin, n),
+    m->k->adamw(m->dev, &hyper, groups, count, tensor_rows(w.master, begin, n),
                 w.rounded.data ? tensor_rows(w.rounded, begin, n) : tensor_none(), tensor_rows(g, begin, n),
                 flat_range(m->moments, master, s->local_offset + begin, n),
                 flat_range(m->moments, master, first_moments + second, n), m->state);

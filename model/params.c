@@ -7,16 +7,24 @@
 
 enum { ALIGN_ELEMENTS = 64 }; /* 256 bytes of fp32: enough for every vector and cache-line width */
 
+/* The vocabulary is a dimension of the classifier's products, whose tiles on a GPU are of 128 rows or columns and whose
+ * loads are of 16 bytes: a vocabulary of 50257 would take the slow ones. */
+enum { VOCAB_ROWS = 128 };
+
 struct builder {
     struct params *p;
     int capacity;
     int layer, unit;
+    int64_t rounding_index; /* of the next parameter */
     bool failed;
 };
 
+static int64_t round_up_to(int64_t n, int64_t grain) {
+    return (n + grain - 1) / grain * grain;
+}
+
 static void align(struct params *p, int ranks) {
-    int64_t grain = (int64_t)ALIGN_ELEMENTS * ranks;
-    p->elements = (p->elements + grain - 1) / grain * grain;
+    p->elements = round_up_to(p->elements, (int64_t)ALIGN_ELEMENTS * ranks);
 }
 
 /* Append one tensor; trailing zero dimensions end the shape. Returns its index. */
@@ -45,10 +53,26 @@ static int add(struct builder *b, const char *name, int64_t s0, int64_t s1, int6
         t->count *= t->shape[t->ndim++];
     t->offset = p->elements;
     t->packed_offset = p->num_params;
+    t->rounding_index = b->rounding_index;
+    t->padded_rows = s0;
+    b->rounding_index = round_up_to(b->rounding_index + t->count, ALIGN_ELEMENTS);
     p->elements += t->count;
     align(p, 1);
     p->num_params += t->count;
     return p->count++;
+}
+
+/* A table [vocabulary, hidden]. classifier: it is multiplied by, and gets rows up to a whole number of tiles. Nothing
+ * else needs to know of them: they are a gap after the tensor, which is zero and stays zero. */
+static int add_table(struct builder *b, const struct model_config *m, const char *name, bool classifier) {
+    int index = add(b, name, m->vocab_size, m->hidden_size, 0, PARAM_MATRIX, INIT_NORMAL);
+    if (b->failed || !classifier)
+        return index;
+    struct param *t = &b->p->list[index];
+    t->padded_rows = round_up_to(m->vocab_size, VOCAB_ROWS);
+    b->p->elements = t->offset + t->padded_rows * m->hidden_size;
+    align(b->p, 1);
+    return index;
 }
 
 static int add_bias(struct builder *b, bool present, const char *name, int64_t size) {
@@ -134,7 +158,7 @@ int params_create(struct params *p, const struct model_config *m, int ranks, str
     p->layers = calloc((size_t)L, sizeof *p->layers);
     p->unit_offset = calloc((size_t)p->unit_count + 1, sizeof *p->unit_offset);
     struct builder b = {.p = p, .layer = -1, .failed = !p->layers || !p->unit_offset};
-    p->embed = add(&b, "embed.weight", m->vocab_size, m->hidden_size, 0, PARAM_MATRIX, INIT_NORMAL);
+    p->embed = add_table(&b, m, "embed.weight", m->tie_word_embeddings);
     p->pos_embed = -1;
     if (m->position_embedding == POSITION_LEARNED)
         p->pos_embed = add(&b, "pos_embed.weight", m->max_position_embeddings, m->hidden_size, 0,
@@ -148,9 +172,7 @@ int params_create(struct params *p, const struct model_config *m, int ranks, str
     p->final_norm = add(&b, "final_norm.weight", m->hidden_size, 0, 0, PARAM_VECTOR, INIT_ONES);
     p->final_norm_bias =
         add_bias(&b, m->bias && m->norm == NORM_LAYERNORM, "final_norm.bias", m->hidden_size);
-    p->lm_head = m->tie_word_embeddings
-                     ? p->embed
-                     : add(&b, "lm_head.weight", m->vocab_size, m->hidden_size, 0, PARAM_MATRIX, INIT_NORMAL);
+    p->lm_head = m->tie_word_embeddings ? p->embed : add_table(&b, m, "lm_head.weight", true);
     align(p, ranks);
     if (b.failed) {
         params_free(p);

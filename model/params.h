@@ -33,8 +33,13 @@ struct param {
     int64_t shape[3];
     int64_t offset, count; /* elements of the flat buffer */
     int64_t packed_offset; /* offset without padding: how many parameters come before */
-    int layer;             /* -1: of none */
-    int unit;              /* see struct params */
+    /* Of the first element, in stochastic rounding (kernels/rounding.h): its offset if the model had one rank and
+     * no padded rows, so that neither changes the bits. */
+    int64_t rounding_index;
+    int64_t
+        padded_rows; /* rows in memory: more than shape[0] in the table of the classifier, the others zero */
+    int layer;       /* -1: of none */
+    int unit;        /* see struct params */
     enum param_class class;
     enum param_init init;
 };
@@ -51,7 +56,7 @@ struct layer_params {
 struct params {
     struct param *list;
     int count;
-    int64_t elements;   /* of the flat buffer, with the padding that aligns tensors */
+    int64_t elements;   /* of the flat buffer, with the padding that aligns tensors and that of rows */
     int64_t num_params; /* without the padding */
     /* Units, in the order of the buffer: 0 the embeddings, 1 + l layer l, and last the head (final norm, and
      * lm_head when untied). Backward finishes one after the other, from last to first. */

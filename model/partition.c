@@ -65,7 +65,9 @@ static int clip_groups(struct shard *s, const struct param_group *groups, int co
     s->muon_groups = s->groups ? s->groups + s->group_count : NULL;
     for (int i = *first, adamw = 0; s->groups && i < last; i++) {
         struct param_group g = groups[i];
-        g.begin = max64(g.begin, s->begin) - s->begin;
+        int64_t begin = max64(g.begin, s->begin);
+        g.rounding_index += begin - g.begin;
+        g.begin = begin - s->begin;
         g.end = min64(g.end, s->end) - s->begin;
         if (g.muon_scale > 0)
             s->muon_groups[s->muon_count++] = g;

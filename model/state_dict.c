@@ -45,8 +45,8 @@ static void upload_rounded(struct model *m, int index, const float *values, int6
     for (int64_t begin = 0; begin < p->count; begin += PIECE) {
         int64_t count = p->count - begin < PIECE ? p->count - begin : PIECE;
         for (int64_t i = 0; i < count; i++)
-            bits[i] =
-                round_stochastic(values[begin + i], (uint32_t)updates, (uint64_t)(p->offset + begin + i));
+            bits[i] = round_stochastic(values[begin + i], (uint32_t)updates,
+                                       (uint64_t)(p->rounding_index + begin + i));
         m->k->upload(m->dev, flat_range(m->values, DTYPE_BF16, p->offset + begin, count), bits, DTYPE_BF16);
     }
 }

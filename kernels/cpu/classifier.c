@@ -1,5 +1,6 @@
 /* classifier: the vocabulary projection, softmax, loss and all gradients, in chunks of rows, so that the
- * logits of a whole batch never exist at once. */
+ * logits of a whole batch never exist at once. Products are over the vocabulary alone: rows of W and dW that pad it are
+ * left as they are. */
 #include "kernels/cpu/cpu.h"
 
 /* Most memory for the logits of a chunk, unless that is fewer than MIN_ROWS rows: the matrix products are
@@ -133,14 +134,14 @@ void CPU(classifier)(struct device *dev, const struct classifier_spec *s, tensor
                      bool accumulate) {
     int64_t V = s->vocab, C = s->hidden, chunk = chunk_rows(s);
     check_elem("classifier", "h", h, s->rows, C, 0, 0, 0);
-    check_elem("classifier", "W", w, V, C, 0, 0, 0);
+    check_elem("classifier", "W", w, classifier_padded(s), C, 0, 0, 0);
     check_i32("classifier", "targets", targets, s->rows, 0);
     if (correct.data)
         check_i32("classifier", "correct", correct, s->rows, 0);
     bool want_gradient = dh.data != NULL;
     if (want_gradient) {
         check_elem("classifier", "dh", dh, s->rows, C, 0, 0, 0);
-        check_real("classifier", "dW", dw, V, C, 0, 0, 0);
+        check_real("classifier", "dW", dw, classifier_padded(s), C, 0, 0, 0);
     }
     double *losses = cpu_workspace(dev, products_offset(s), "classifier");
     real *logits = (real *)((char *)losses + logits_offset(s));

@@ -23,8 +23,8 @@ void CPU(muon_momentum)(struct device *dev, double momentum, const struct param_
     }
 }
 
-void CPU(muon_update)(struct device *dev, const struct param_group *groups, int count, int64_t first,
-                      tensor master, tensor p, tensor o, const struct step_state *state) {
+void CPU(muon_update)(struct device *dev, const struct param_group *groups, int count, tensor master,
+                      tensor p, tensor o, const struct step_state *state) {
     (void)dev;
     if (state->skip)
         return;
@@ -35,6 +35,7 @@ void CPU(muon_update)(struct device *dev, const struct param_group *groups, int 
     for (int i = 0; i < count; i++) {
         real lr = (real)(state->lr * (double)groups[i].lr_scale), decay = lr * (real)groups[i].weight_decay;
         real scale = lr * (real)groups[i].muon_scale;
+        int64_t first = groups[i].rounding_index - groups[i].begin;
 #pragma omp parallel for simd schedule(static)
         for (int64_t j = groups[i].begin; j < groups[i].end; j++) {
             param[j] -= scale * direction[j] + decay * param[j];

@@ -59,7 +59,7 @@ void CPU(step_collect)(struct device *dev, struct step_state *host) {
 }
 
 void CPU(adamw)(struct device *dev, const struct adamw_hyper *hyper, const struct param_group *groups,
-                int count, int64_t first, tensor master, tensor p, tensor g, tensor m, tensor v,
+                int count, tensor master, tensor p, tensor g, tensor m, tensor v,
                 const struct step_state *state) {
     (void)dev;
     if (state->skip)
@@ -76,6 +76,7 @@ void CPU(adamw)(struct device *dev, const struct adamw_hyper *hyper, const struc
     uint32_t updates = (uint32_t)state->history.updates;
     for (int i = 0; i < count; i++) {
         real lr = (real)(state->lr * (double)groups[i].lr_scale), decay = lr * (real)groups[i].weight_decay;
+        int64_t first = groups[i].rounding_index - groups[i].begin;
 #pragma omp parallel for simd schedule(static)
         for (int64_t j = groups[i].begin; j < groups[i].end; j++) {
             real gj = factor * grad[j];

@@ -3,7 +3,10 @@
  *
  * A matrix product writes a chunk's logits in the type of the activations. One kernel then computes each
  * row's loss and replaces the row by its gradient, in place. Two products compute dh and add to dW, in fp32.
- * The losses of all rows are kept in the workspace and added up at the end, in double, in a fixed order. */
+ * The losses of all rows are kept in the workspace and added up at the end, in double, in a fixed order.
+ *
+ * The products are over all rows of W in memory, which are whole tiles, where those past the vocabulary are zero. Their
+ * logits are not read, and their gradient is zero. */
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/mma.cuh"
 
@@ -146,20 +149,29 @@ template <typename T, int V> static __device__ __forceinline__ void clear_row(T 
         x[last] = from_float<T>(0);
 }
 
+/* What pads the vocabulary has no gradient. */
+template <typename T> static __device__ __forceinline__ void clear_padding(T *x, int vocab, int padded) {
+    for (int i = vocab + (int)threadIdx.x; i < padded; i += THREADS)
+        x[i] = from_float<T>(0);
+}
+
 /* Block b has rows b, b + gridDim.x, ...: loss[n] = -log softmax(x[n])[target], correct[n] (NULL: not wanted) =
  * whether x[n][target] is the first of the largest logits, and x[n] becomes scale (softmax - onehot) if GRADIENT.
- * Rows without a target (< 0) have no loss and no gradient, and are not correct.
+ * Rows without a target (< 0) have no loss and no gradient, and are not correct. From vocab to padded x is not read, and
+ * the gradient is zero.
  *
  * Bytes moved: rows vocab elements to read and as many to write; the second pass reads from the L2. So that it can, an
  * SM has one row at a time: all rows that are being computed are 34 MB on an H200 with 128,256 tokens in bf16. */
 template <typename T, int V, bool GRADIENT>
 static __global__ void __launch_bounds__(THREADS, 1)
-    row_loss(T *logits, int64_t stride, int vocab, int rows, const int32_t *targets, float scale,
+    row_loss(T *logits, int64_t stride, int vocab, int padded, int rows, const int32_t *targets, float scale,
              double *losses, int32_t *correct) {
     for (int n = (int)blockIdx.x; n < rows;
          n += (int)gridDim.x) { /* the branches are the same in all threads */
         T *x = logits + n * stride;
         int target = targets[n];
+        if (GRADIENT)
+            clear_padding(x, vocab, padded);
         if (target < 0) {
             if (threadIdx.x == 0) {
                 losses[n] = 0;
@@ -213,7 +225,7 @@ struct layout {
 static struct layout workspace_layout(const struct device *dev, const struct classifier_spec *s) {
     struct layout l;
     int64_t element = (int64_t)dtype_bytes(cuda_compute(dev));
-    l.stride = round_up(s->vocab, 64);
+    l.stride = round_up(classifier_padded(s), 64);
     int64_t max_rows = min64(MAX_LOGITS_BYTES, (int64_t)dev->memory / 128) / (l.stride * element);
     max_rows = max_rows < MIN_ROWS ? MIN_ROWS : max_rows;
     /* Chunks of about equal size, so that the last one is not much smaller. */
@@ -226,18 +238,20 @@ static struct layout workspace_layout(const struct device *dev, const struct cla
 
 static struct matmul logits_shape(const struct classifier_spec *s, enum dtype t, int64_t rows, int64_t ldh,
                                   int64_t stride) {
-    return (struct matmul){false, true, rows, s->vocab, s->hidden, ldh, s->hidden, stride, t, t, false};
+    return (struct matmul){false, true, rows, classifier_padded(s), s->hidden, ldh, s->hidden, stride,
+                           t,     t,    false};
 }
 
 static struct matmul dh_shape(const struct classifier_spec *s, enum dtype t, int64_t rows, int64_t stride,
                               int64_t ldh) {
-    return (struct matmul){false, false, rows, s->hidden, s->vocab, stride, s->hidden, ldh, t, t, false};
+    return (struct matmul){false, false, rows, s->hidden, classifier_padded(s), stride, s->hidden,
+                           ldh,   t,     t,    false};
 }
 
 static struct matmul dw_shape(const struct classifier_spec *s, enum dtype t, int64_t rows, int64_t stride,
                               int64_t ldh) {
-    return (struct matmul){true, false,     s->vocab, s->hidden, rows, stride,
-                           ldh,  s->hidden, t,        DTYPE_F32, false};
+    return (struct matmul){true,      false, classifier_padded(s), s->hidden, rows, stride, ldh, s->hidden, t,
+                           DTYPE_F32, false};
 }
 
 int cuda_classifier_plan(struct device *dev, const struct classifier_spec *s, struct op_cost *cost,
@@ -264,10 +278,12 @@ static void launch_row_loss(struct device *dev, const struct classifier_spec *s,
         unsigned blocks = (unsigned)min64(rows, dev->sm_count);
         if (gradient)
             launch<row_loss<T, V, true>>(dev, blocks, THREADS, 0, (T *)logits, stride, (int)s->vocab,
-                                         (int)rows, targets, (float)scale, losses, correct);
+                                         (int)classifier_padded(s), (int)rows, targets, (float)scale, losses,
+                                         correct);
         else
             launch<row_loss<T, V, false>>(dev, blocks, THREADS, 0, (T *)logits, stride, (int)s->vocab,
-                                          (int)rows, targets, (float)scale, losses, correct);
+                                          (int)classifier_padded(s), (int)rows, targets, (float)scale, losses,
+                                          correct);
     });
 }
 
@@ -276,14 +292,14 @@ void cuda_classifier(struct device *dev, const struct classifier_spec *s, tensor
                      bool accumulate) {
     enum dtype t = cuda_compute(dev);
     check_shape("classifier", "h", h, t, s->rows, s->hidden);
-    check_shape("classifier", "W", w, t, s->vocab, s->hidden);
+    check_shape("classifier", "W", w, t, classifier_padded(s), s->hidden);
     check_contiguous("classifier", "W", w);
     check_shape("classifier", "targets", targets, DTYPE_I32, s->rows);
     if (correct.data)
         check_shape("classifier", "correct", correct, DTYPE_I32, s->rows);
     if (dh.data) {
         check_shape("classifier", "dh", dh, t, s->rows, s->hidden);
-        check_shape("classifier", "dW", dw, DTYPE_F32, s->vocab, s->hidden);
+        check_shape("classifier", "dW", dw, DTYPE_F32, classifier_padded(s), s->hidden);
         check_contiguous("classifier", "dW", dw);
     }
     struct layout l = workspace_layout(dev, s);

@@ -33,11 +33,11 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* p -= lr (scale o + decay p). first_index: see adamw in optimizer.cu. Bytes: 12 n, and 2 n for bf16 parameters. */
+/* p -= lr (scale o + decay p). Bytes: 12 n, and 2 n for bf16 parameters. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
     apply_update(float *master, T *p, const float *o, int64_t n, struct param_group group,
-                 int64_t first_index, const struct step_state *state) {
+                 const struct step_state *state) {
     float lr = (float)(state->lr * (double)group.lr_scale);
     float decay = lr * group.weight_decay, scale = lr * group.muon_scale;
     uint32_t updates = (uint32_t)state->history.updates;
@@ -53,7 +53,7 @@ static __global__ void __launch_bounds__(THREADS)
             param[j] -= scale * direction[j] + decay * param[j];
         store(master + i, param);
         if (p)
-            store_rounded(p + i, param, updates, first_index + i);
+            store_rounded(p + i, param, updates, group.rounding_index + i);
     }
 }
 
@@ -80,8 +80,8 @@ void cuda_muon_momentum(struct device *dev, double momentum, const struct param_
     }
 }
 
-void cuda_muon_update(struct device *dev, const struct param_group *groups, int count, int64_t first,
-                      tensor master, tensor p, tensor o, const struct step_state *state) {
+void cuda_muon_update(struct device *dev, const struct param_group *groups, int count, tensor master,
+                      tensor p, tensor o, const struct step_state *state) {
     int64_t n = tensor_count(master);
     check_shape("muon_update", "master", master, DTYPE_F32, n);
     check_shape("muon_update", "o", o, DTYPE_F32, n);
@@ -94,10 +94,10 @@ void cuda_muon_update(struct device *dev, const struct param_group *groups, int 
             using T = decltype(number);
             by_group_width(groups[i], aligned, [&](auto width) {
                 constexpr int V = decltype(width)::value;
-                launch<apply_update<T, V>>(
-                    dev, blocks_for(length, V), THREADS, 0, (float *)master.data + begin,
-                    p.data ? (T *)p.data + begin : (T *)NULL, (const float *)o.data + begin, length,
-                    groups[i], first + begin, state);
+                launch<apply_update<T, V>>(dev, blocks_for(length, V), THREADS, 0,
+                                           (float *)master.data + begin,
+                                           p.data ? (T *)p.data + begin : (T *)NULL,
+                                           (const float *)o.data + begin, length, groups[i], state);
             });
         });
     }

@@ -123,11 +123,11 @@ void cuda_sumsq(struct device *dev, tensor g, struct step_state *state) {
 enum { ADAM_THREADS = 256, ADAM_UNROLL = 4, ADAM_TILE = ADAM_THREADS * ADAM_UNROLL * 4, MAX_GROUPS = 96 };
 
 /* Groups are passed as a kernel argument, so that no copy to the device is needed; more than MAX_GROUPS take
- * several launches. 96 groups are 3 KiB of the 4 KiB that arguments may take. */
+ * several launches. 96 groups are 3.75 KiB of the 4 KiB that arguments may take. */
 struct group_table {
     int count;
     struct {
-        int64_t begin, end, first_tile;
+        int64_t begin, end, first_tile, rounding_index;
         float lr_scale, weight_decay;
     } group[MAX_GROUPS];
 };
@@ -166,14 +166,13 @@ static __device__ __forceinline__ void update(const struct adam_factors &f, floa
 }
 
 /* One block per tile of ADAM_TILE elements of one group. V = 4 when all groups' bounds and addresses are
- * aligned. first_index: the element 0 of these ranges in the whole model, which seeds the stochastic
- * rounding, so that it does not depend on how parameters are sharded. __grid_constant__: the table is indexed
+ * aligned. __grid_constant__: the table is indexed
  * where arguments lie, in constant memory, and not copied to each thread's local memory. Bytes: 28 n, and 2 n
  * for bf16 parameters. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(ADAM_THREADS)
     adamw(const __grid_constant__ struct group_table groups, const struct adam_factors *factors,
-          int64_t first_index, float *master, T *p, const float *g, float *m, float *v) {
+          float *master, T *p, const float *g, float *m, float *v) {
     struct adam_factors f = *factors;
     if (f.skip)
         return;
@@ -188,6 +187,7 @@ static __global__ void __launch_bounds__(ADAM_THREADS)
     float lr = f.lr * groups.group[low].lr_scale, decay = lr * groups.group[low].weight_decay;
     int64_t begin = groups.group[low].begin + (blockIdx.x - groups.group[low].first_tile) * ADAM_TILE;
     int64_t end = min64(groups.group[low].end, begin + ADAM_TILE);
+    int64_t first_index = groups.group[low].rounding_index - groups.group[low].begin;
 #pragma unroll 2
     for (int64_t i = begin + threadIdx.x * V; i < end; i += ADAM_THREADS * V) {
         float param[V], first[V], second[V], gradient[V];
@@ -207,7 +207,7 @@ static __global__ void __launch_bounds__(ADAM_THREADS)
 }
 
 void cuda_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct param_group *groups,
-                int count, int64_t first, tensor master, tensor p, tensor g, tensor m, tensor v,
+                int count, tensor master, tensor p, tensor g, tensor m, tensor v,
                 const struct step_state *state) {
     int64_t n = tensor_count(master);
     check_shape("adamw", "master", master, DTYPE_F32, n);
@@ -231,6 +231,7 @@ void cuda_adamw(struct device *dev, const struct adamw_hyper *hyper, const struc
             to->begin = groups[i].begin;
             to->end = groups[i].end;
             to->first_tile = tiles;
+            to->rounding_index = groups[i].rounding_index;
             to->lr_scale = groups[i].lr_scale;
             to->weight_decay = groups[i].weight_decay;
             tiles += ceil_div(groups[i].end - groups[i].begin, ADAM_TILE);
@@ -240,10 +241,10 @@ void cuda_adamw(struct device *dev, const struct adamw_hyper *hyper, const struc
         by_dtype(p.data ? p.dtype : DTYPE_F32, [&](auto number) {
             using T = decltype(number);
             if (aligned)
-                launch<adamw<T, 4>>(dev, tiles, ADAM_THREADS, 0, table, factors, first, (float *)master.data,
+                launch<adamw<T, 4>>(dev, tiles, ADAM_THREADS, 0, table, factors, (float *)master.data,
                                     (T *)p.data, (const float *)g.data, (float *)m.data, (float *)v.data);
             else
-                launch<adamw<T, 1>>(dev, tiles, ADAM_THREADS, 0, table, factors, first, (float *)master.data,
+                launch<adamw<T, 1>>(dev, tiles, ADAM_THREADS, 0, table, factors, (float *)master.data,
                                     (T *)p.data, (const float *)g.data, (float *)m.data, (float *)v.data);
         });
     }

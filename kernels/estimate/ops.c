@@ -151,7 +151,7 @@ void estimate_linear_backward(struct device *dev, const struct linear_spec *s, t
 
 /* Rows whose logits exist at once. */
 static int64_t chunk_rows(const struct device *dev, const struct classifier_spec *s) {
-    double row = (double)s->vocab * element_bytes(dev);
+    double row = (double)classifier_padded(s) * element_bytes(dev);
     double rows = CHUNK_BYTES / row < 128 ? 128 : CHUNK_BYTES / row;
     return rows < (double)s->rows ? (int64_t)rows : s->rows;
 }
@@ -159,7 +159,7 @@ static int64_t chunk_rows(const struct device *dev, const struct classifier_spec
 void estimate_classifier(struct device *dev, const struct classifier_spec *s, tensor h, tensor w,
                          tensor targets, double scale, struct step_state *state, tensor correct, tensor dh,
                          tensor dw, bool accumulate) {
-    double C = (double)s->hidden, V = (double)s->vocab, E = element_bytes(dev);
+    double C = (double)s->hidden, V = (double)classifier_padded(s), E = element_bytes(dev);
     int64_t chunk = chunk_rows(dev, s);
     for (int64_t begin = 0; begin < s->rows; begin += chunk) {
         double N = (double)(s->rows - begin < chunk ? s->rows - begin : chunk);
@@ -372,7 +372,7 @@ void estimate_sumsq(struct device *dev, tensor g, struct step_state *state) {
 
 /* The gradient is read; master and moments are read and written, and the rounded parameter is written. */
 void estimate_adamw(struct device *dev, const struct adamw_hyper *hyper, const struct param_group *groups,
-                    int count, int64_t first, tensor master, tensor p, tensor g, tensor m, tensor v,
+                    int count, tensor master, tensor p, tensor g, tensor m, tensor v,
                     const struct step_state *state) {
     double each = (double)(dtype_bytes(g.dtype) + 2 * dtype_bytes(master.dtype) + 2 * dtype_bytes(m.dtype) +
                            2 * dtype_bytes(v.dtype) + (p.data ? dtype_bytes(p.dtype) : 0));
@@ -403,8 +403,8 @@ void estimate_orthogonalize(struct device *dev, const struct orthogonalize_spec 
     count_pass(dev, ESTIMATE_OPTIMIZER, r * c * (E + 4));
 }
 
-void estimate_muon_update(struct device *dev, const struct param_group *groups, int count, int64_t first,
-                          tensor master, tensor p, tensor o, const struct step_state *state) {
+void estimate_muon_update(struct device *dev, const struct param_group *groups, int count, tensor master,
+                          tensor p, tensor o, const struct step_state *state) {
     double each =
         (double)(dtype_bytes(o.dtype) + 2 * dtype_bytes(master.dtype) + (p.data ? dtype_bytes(p.dtype) : 0));
     count_pass(dev, ESTIMATE_OPTIMIZER, (double)tensor_count(o) * each);
@@ -461,7 +461,7 @@ int estimate_plan(struct device *dev, const struct op_spec *spec, struct op_cost
     }
     if (spec->kind == OP_CLASSIFIER)
         cost->workspace += (size_t)((double)chunk_rows(dev, &spec->classifier) *
-                                    (double)spec->classifier.vocab * element_bytes(dev)) +
+                                    (double)classifier_padded(&spec->classifier) * element_bytes(dev)) +
                            (size_t)spec->classifier.rows * sizeof(double);
     return 0;
 }

@@ -234,9 +234,9 @@ static void run_sumsq(struct job *j) {
 
 static void run_adamw(struct job *j) {
     static const struct adamw_hyper hyper = {0.9, 0.95, 1e-8};
-    const struct param_group group = {0, j->t[0].shape[0], 1, 0.1f, 0};
+    const struct param_group group = {0, j->t[0].shape[0], 1, 0.1f, 0, 0};
     tensor *t = j->t;
-    j->b->k->adamw(j->b->dev, &hyper, &group, 1, 0, t[0], t[4], t[1], t[2], t[3], t[5].data);
+    j->b->k->adamw(j->b->dev, &hyper, &group, 1, t[0], t[4], t[1], t[2], t[3], t[5].data);
 }
 
 static void bench_optimizer(struct bench *b, struct table *t) {

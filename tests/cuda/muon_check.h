@@ -96,7 +96,7 @@ static inline void check_orthogonalize(enum device_precision precision, int64_t 
 
 /* ---- momentum and update ---- */
 
-enum { MUON_FIRST = 12345 };
+enum { MUON_INDEX = 12345 /* of the first group in rounding, and half of the second's */ };
 
 static inline void check_muon(enum device_precision precision, int64_t start, int64_t each, int64_t gap,
                               int skip) {
@@ -105,14 +105,15 @@ static inline void check_muon(enum device_precision precision, int64_t start, in
     struct operand state = muon_state(k, skip), g = input(k, DTYPE_F32, n, 0, 0, 0, 0);
     struct operand m = input(k, DTYPE_F32, n, 0, 0, 0, 0), master = input(k, DTYPE_F32, n, 0, 0, 0, 0);
     struct operand p = precision == DEVICE_BF16 ? input(k, DTYPE_BF16, n, 0, 0, 0, 0) : absent();
-    const struct param_group groups[] = {{start, start + each, 2, 0.1f, 1.5f},
-                                         {start + each + gap, start + 2 * each + gap, 0.5f, 0, 3}};
+    const struct param_group groups[] = {
+        {start, start + each, 2, 0.1f, 1.5f, MUON_INDEX},
+        {start + each + gap, start + 2 * each + gap, 0.5f, 0, 3, 2 * MUON_INDEX}};
     struct backend *cuda = &k->each[CUDA];
     double *before = p.dtype == DTYPE_BF16 && p.on[CUDA].data ? values_on(cuda, p) : NULL;
     EACH(k, b) {
         b->k->muon_momentum(b->dev, 0.9, groups, 2, on(g, b), on(m, b), on(state, b).data);
-        b->k->muon_update(b->dev, groups, 2, MUON_FIRST, on(master, b),
-                          b->which == CUDA ? on(p, b) : tensor_none(), on(g, b), on(state, b).data);
+        b->k->muon_update(b->dev, groups, 2, on(master, b), b->which == CUDA ? on(p, b) : tensor_none(),
+                          on(g, b), on(state, b).data);
     }
     expect_close("muon", "g", k, g);
     expect_close("muon", "m", k, m);
@@ -121,7 +122,10 @@ static inline void check_muon(enum device_precision precision, int64_t start, in
     for (int64_t i = 0; i < n && before; i++) {
         bool inside = !skip && ((i >= groups[0].begin && i < groups[0].end) ||
                                 (i >= groups[1].begin && i < groups[1].end));
-        uint32_t bits = (uint32_t)round_stochastic((float)weights[i], 7, (uint64_t)(MUON_FIRST + i)) << 16;
+        const struct param_group *g = &groups[i >= groups[1].begin];
+        uint32_t bits =
+            (uint32_t)round_stochastic((float)weights[i], 7, (uint64_t)(g->rounding_index + i - g->begin))
+            << 16;
         float rounded;
         memcpy(&rounded, &bits, sizeof rounded);
         assert_true(values[i] == (inside ? (double)rounded : before[i]));

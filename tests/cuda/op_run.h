@@ -51,11 +51,17 @@ static inline struct operand run_operand(struct op_run *r, int i) {
     }
     bool given =
         x->touched & FORWARD_READS || (x->touched & BACKWARD_READS && !(x->touched & FORWARD_WRITES));
-    return scaled_input(r->k, t,
-                        !given         ? 0
-                        : x->scale > 0 ? x->scale
-                                       : 1,
-                        given ? x->offset : (double)NAN, s[0], s[1], s[2], s[3], s[4]);
+    struct operand made = scaled_input(r->k, t,
+                                       !given         ? 0
+                                       : x->scale > 0 ? x->scale
+                                                      : 1,
+                                       given ? x->offset : (double)NAN, s[0], s[1], s[2], s[3], s[4]);
+    EACH(r->k, b)
+    if (x->zero_rows > 0) {
+        tensor rows = tensor_rows(on(made, b), s[0] - x->zero_rows, x->zero_rows);
+        b->k->zero(b->dev, rows.data, (size_t)tensor_count(rows) * dtype_bytes(rows.dtype));
+    }
+    return made;
 }
 
 /* New inputs, and outputs that hold NaN. */

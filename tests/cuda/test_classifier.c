@@ -52,7 +52,7 @@ static void check_correct(enum device_precision precision, bool gradient) {
     targets[2] = 40;
     targets[3] = 41;
 
-    struct classifier_spec s = {CORRECT_ROWS, CORRECT_C, CORRECT_V};
+    struct classifier_spec s = {CORRECT_ROWS, CORRECT_C, CORRECT_V, 0};
     struct operand rows = operand_of(k, k->compute, h, s.rows, s.hidden, 0, 0, 0),
                    table = operand_of(k, k->compute, w, s.vocab, s.hidden, 0, 0, 0);
     struct operand id = ids(k, targets, s.rows, 0), correct = ids(k, targets, s.rows, 0);

@@ -140,6 +140,26 @@ static void gradients_of_differential_layers(void **state) {
     check_gradients(DEVICE_BF16, differential_config());
 }
 
+/* What pads the vocabulary is zero wherever the flat buffer's layout has it. */
+static void check_padded_rows(const struct model *m) {
+    const struct param *p = &m->params.list[m->params.lm_head];
+    int64_t first = p->offset + p->count, n = p->padded_rows * p->shape[1] - p->count;
+    int64_t moments = m->partition.moment_elements;
+    tensor padded[] = {flat_range(m->values, m->dtypes.compute, first, n),
+                       flat_range(m->master_weights, m->dtypes.master, first, n),
+                       flat_range(m->gradients, m->dtypes.gradient, first, n),
+                       flat_range(m->moments, m->dtypes.master, first, n),
+                       flat_range(m->moments, m->dtypes.master, moments + first, n)};
+    double *values = malloc((size_t)n * sizeof *values);
+    assert_true(n > 0);
+    for (int i = 0; i < 5; i++) {
+        m->k->download(m->dev, padded[i], values, DTYPE_F64);
+        for (int64_t j = 0; j < n; j++)
+            assert_true(values[j] == 0);
+    }
+    free(values);
+}
+
 /* A step of training; returns the parameters. */
 static float *train(enum device_precision precision, struct model_config config, enum recompute recompute,
                     int steps, int64_t *count, double *losses) {
@@ -156,6 +176,7 @@ static float *train(enum device_precision precision, struct model_config config,
     float *values = calloc((size_t)m.params.elements, sizeof *values);
     for (int i = 0; i < m.params.count; i++)
         model_get_param(&m, i, values + m.params.list[i].offset);
+    check_padded_rows(&m);
     model_free(&m);
     done(k);
     return values;

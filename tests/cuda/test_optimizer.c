@@ -81,7 +81,7 @@ static void decide(void **unused) {
 
 enum { MAX_TEST_GROUPS = 300 };
 
-enum { FIRST_ELEMENT = 12345 }; /* the flat buffer's index of element 0 */
+enum { FIRST_INDEX = 12345, INDEX_STEP = 100000 }; /* in rounding: of the first group, and between groups */
 
 /* `steps` updates over `count` groups of `each` elements that begin at `start`, with gaps of `gap`. */
 static void check_adamw(enum device_precision precision, int count, int64_t start, int64_t each, int64_t gap,
@@ -96,8 +96,12 @@ static void check_adamw(enum device_precision precision, int count, int64_t star
     struct operand v = scaled_input(k, DTYPE_F32, 0.1, 0.2, n, 0, 0, 0, 0);
     struct param_group groups[MAX_TEST_GROUPS];
     for (int i = 0; i < count; i++)
-        groups[i] = (struct param_group){start + i * (each + gap), start + i * (each + gap) + each,
-                                         1 + 0.5f * (float)(i % 3), i % 2 ? 0.1f : 0, 0};
+        groups[i] = (struct param_group){start + i * (each + gap),
+                                         start + i * (each + gap) + each,
+                                         1 + 0.5f * (float)(i % 3),
+                                         i % 2 ? 0.1f : 0,
+                                         0,
+                                         FIRST_INDEX + i * INDEX_STEP};
     struct adamw_hyper hyper = {0.9, 0.95, 1e-8};
     double *before = separate ? values_on(&k->each[CUDA], p) : NULL;
     EACH(k, b) {
@@ -108,7 +112,7 @@ static void check_adamw(enum device_precision precision, int count, int64_t star
             s.targets = 1;
             b->k->step_write(b->dev, on(state, b).data, &s);
             b->k->step_decide(b->dev, on(state, b).data, 1, 2, 0);
-            b->k->adamw(b->dev, &hyper, groups, count, FIRST_ELEMENT, on(master, b),
+            b->k->adamw(b->dev, &hyper, groups, count, on(master, b),
                         b->which == CUDA ? on(p, b) : tensor_none(), on(g, b), on(m, b), on(v, b),
                         on(state, b).data);
         }
@@ -123,8 +127,9 @@ static void check_adamw(enum device_precision precision, int count, int64_t star
             for (; i < (group < count ? groups[group].begin : n); i++)
                 assert_true(values[i] == before[i]);
             for (; group < count && i < groups[group].end; i++) {
-                uint32_t bits = (uint32_t)round_stochastic((float)master_weights[i], (uint32_t)steps,
-                                                           (uint64_t)(FIRST_ELEMENT + i))
+                uint32_t bits = (uint32_t)round_stochastic(
+                                    (float)master_weights[i], (uint32_t)steps,
+                                    (uint64_t)(groups[group].rounding_index + i - groups[group].begin))
                                 << 16;
                 float rounded;
                 memcpy(&rounded, &bits, sizeof rounded);
@@ -159,7 +164,7 @@ static void skipped(void **unused) {
     for (int i = 0; i < 4; i++)
         x[i] = input(k, DTYPE_F32, 100, 0, 0, 0, 0);
     struct backend *b = &k->each[CUDA];
-    struct param_group group = {0, 100, 1, 0.1f, 0};
+    struct param_group group = {0, 100, 1, 0.1f, 0, 0};
     struct adamw_hyper hyper = {0.9, 0.95, 1e-8};
     double *before[4];
     for (int i = 0; i < 4; i++)
@@ -170,8 +175,8 @@ static void skipped(void **unused) {
     s.targets = 1;
     b->k->step_write(b->dev, on(state, b).data, &s);
     b->k->step_decide(b->dev, on(state, b).data, 1, 1, 0);
-    b->k->adamw(b->dev, &hyper, &group, 1, 0, on(x[0], b), tensor_none(), on(x[1], b), on(x[2], b),
-                on(x[3], b), on(state, b).data);
+    b->k->adamw(b->dev, &hyper, &group, 1, on(x[0], b), tensor_none(), on(x[1], b), on(x[2], b), on(x[3], b),
+                on(state, b).data);
     for (int i = 0; i < 4; i++) {
         double *after = values_on(b, x[i]);
         assert_memory_equal(before[i], after, 100 * sizeof *after);

@@ -292,8 +292,9 @@ static const struct op_case OP_CASES[] = {
     {BENCH_GPU, ACT_CASE(ACT_GELU_TANH, 32768, 4096)},
     {BENCH_GPU, ACT_CASE(ACT_SWIGLU, 32768, 4096)},
 
-    /* ---- classifier: rows, hidden, vocab ---- */
+    /* ---- classifier: rows, hidden, vocab, padded ---- */
     {GRADIENT, CLASSIFIER_CASE(5, 6, 9), .vary = CORRECT},
+    {GRADIENT, CLASSIFIER_CASE(5, 6, 9, 16)},
     {COMPARE, CLASSIFIER_CASE(1, 1, 2), .vary = LOSS_ONLY | ACCUMULATE},
     {COMPARE, CLASSIFIER_CASE(5, 8, 7), .vary = LOSS_ONLY | ACCUMULATE},
     {COMPARE, CLASSIFIER_CASE(9, 24, 64), .vary = LOSS_ONLY | ACCUMULATE},
@@ -302,7 +303,12 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, CLASSIFIER_CASE(3, 8, 8200), .vary = LOSS_ONLY | ACCUMULATE},
     {COMPARE, CLASSIFIER_CASE(4, 8, 16413),
      .vary = LOSS_ONLY}, /* more than all threads take at once, and a rest */
+    {COMPARE, CLASSIFIER_CASE(5, 8, 7, 8), .vary = LOSS_ONLY | ACCUMULATE},
+    {COMPARE, CLASSIFIER_CASE(7, 16, 259, 384), .vary = LOSS_ONLY | ACCUMULATE | CORRECT},
+    {COMPARE, CLASSIFIER_CASE(9, 24, 257, 384), .vary = LOSS_ONLY | ACCUMULATE},
+    {COMPARE, CLASSIFIER_CASE(3, 8, 4095, 4096), .vary = ACCUMULATE},
     {BENCH_GPU, CLASSIFIER_CASE(16384, 768, 50257), .options = ACCUMULATE},
+    {BENCH_GPU, CLASSIFIER_CASE(16384, 768, 50257, 50304), .options = ACCUMULATE},
 };
 
 /* Call run with every case of two operations for one use, in the table's order, its options varied.

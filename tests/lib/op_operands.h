@@ -31,6 +31,7 @@ struct op_operand {
     /* Indices, counted from 1; 0: none. */
     int gradient_of_output; /* as backward finds it */
     int gradient_of[2];     /* inputs, as backward leaves it */
+    int64_t zero_rows;      /* the last so many entries of the first dimension are zero */
 };
 
 /* Written over, or added to. */
@@ -248,14 +249,15 @@ static inline void act_operands(const struct op_case *c, struct op_operand *x) {
 static inline void classifier_operands(const struct op_case *c, struct op_operand *x) {
     const struct classifier_spec *s = &c->spec.classifier;
     bool gradient = !(c->options & LOSS_ONLY);
+    int64_t padded = classifier_padded(s), padding = padded - s->vocab;
     x[0] = (struct op_operand){"h", BOTH_READ, SHAPE(s->rows, s->hidden), .scale = 2};
-    x[1] = (struct op_operand){"W", BOTH_READ, SHAPE(s->vocab, s->hidden)};
+    x[1] = (struct op_operand){"W", BOTH_READ, SHAPE(padded, s->hidden), .zero_rows = padding};
     x[2] = (struct op_operand){"targets",      BOTH_READ,       TYPE_IDS,
                                SHAPE(s->rows), .ids = s->vocab, .id_type = ID_TARGET};
     x[3] = (struct op_operand){PRESENT(gradient, "dh"), BACKWARD_WRITES, SHAPE(s->rows, s->hidden),
                                .gradient_of = {1}};
-    x[4] = (struct op_operand){PRESENT(gradient, "dW"), parameter_gradient(c), TYPE_GRADIENT,
-                               SHAPE(s->vocab, s->hidden), .gradient_of = {2}};
+    x[4] = (struct op_operand){PRESENT(gradient, "dW"),  parameter_gradient(c), TYPE_GRADIENT,
+                               SHAPE(padded, s->hidden), .gradient_of = {2},    .zero_rows = padding};
     x[5] = (struct op_operand){PRESENT(c->options & CORRECT, "correct"),
                                FORWARD_WRITES | BACKWARD_WRITES,
                                TYPE_IDS,
@@ -476,8 +478,10 @@ static inline const char *op_sizes(const struct op_case *c, char text[OP_TEXT]) 
         snprintf(text, OP_TEXT, "%d rows of %d", (int)s->act.rows, (int)s->act.hidden);
         break;
     default:
-        snprintf(text, OP_TEXT, "%d rows, C=%d, V=%d", (int)s->classifier.rows, (int)s->classifier.hidden,
-                 (int)s->classifier.vocab);
+        at = snprintf(text, OP_TEXT, "%d rows, C=%d, V=%d", (int)s->classifier.rows,
+                      (int)s->classifier.hidden, (int)s->classifier.vocab);
+        if (s->classifier.padded)
+            snprintf(text + at, OP_TEXT - (size_t)at, " padded to %d", (int)s->classifier.padded);
     }
     return text;
 }

@@ -29,6 +29,7 @@ struct job {
     float *weights; /* [num_params] at the end */
     double losses[STEPS], norms[STEPS], targets[STEPS];
     int64_t updates, dirty;
+    int64_t misplaced;           /* parameters that the optimizer would round by the index of another */
     int not_waited_for;          /* collectives without a wait */
     int started_during_backward; /* reduce-scatters begun before the last matrix product of a pass */
 };
@@ -81,6 +82,31 @@ static int64_t dirty_padding(const struct model *m) {
     return dirty;
 }
 
+/* The parameters of a group of a shard whose index in rounding is not their own. */
+static int64_t misplaced_in(const struct model *m, const struct shard *s, const struct param_group *g) {
+    int64_t begin = s->begin + g->begin, end = s->begin + g->end, misplaced = 0;
+    for (int i = 0; i < m->params.count; i++) {
+        const struct param *p = &m->params.list[i];
+        struct element_range in = param_overlap(p, begin, end);
+        if (in.begin < in.end &&
+            g->rounding_index + in.begin - begin != p->rounding_index + in.begin - p->offset)
+            misplaced += in.end - in.begin;
+    }
+    return misplaced;
+}
+
+static int64_t misplaced_parameters(const struct model *m) {
+    int64_t misplaced = 0;
+    for (int u = 0; u < m->partition.update_count; u++) {
+        const struct shard *s = &m->partition.updates[u];
+        for (int i = 0; i < s->group_count; i++)
+            misplaced += misplaced_in(m, s, &s->groups[i]);
+        for (int i = 0; i < s->muon_count; i++)
+            misplaced += misplaced_in(m, s, &s->muon_groups[i]);
+    }
+    return misplaced;
+}
+
 static void train(struct job *j, struct comm *comm, struct device *dev) {
     struct kernels k = *kernels_cpu();
     struct model m;
@@ -124,6 +150,7 @@ static void train(struct job *j, struct comm *comm, struct device *dev) {
     model_await_params(&m);
     j->updates = m.state->history.updates;
     j->dirty = dirty_padding(&m);
+    j->misplaced = misplaced_parameters(&m);
     j->weights = malloc((size_t)m.params.num_params * sizeof *j->weights);
     for (int i = 0; i < m.params.count; i++)
         model_get_param(&m, i, j->weights + m.params.list[i].packed_offset);
@@ -213,6 +240,7 @@ static void check_config(const struct model_config *c, enum labels labels, bool 
                                  r, d);
                     assert_int_equal(jobs[r].not_waited_for, 0);
                     assert_int_equal(jobs[r].dirty, 0);
+                    assert_int_equal(jobs[r].misplaced, 0);
                     assert_memory_equal(jobs[r].weights, jobs[0].weights, (size_t)n * sizeof(float));
                 }
                 for (int r = 0; r < ranks; r++)

@@ -114,13 +114,14 @@ static void conversion(void **state) {
  * and moments are those of the fp32 backend. */
 static void adamw(void **unused) {
     (void)unused;
-    enum { COUNT = 1003, FIRST = 12345, STEPS = 3 };
+    enum { COUNT = 1003, SECOND = 500, STEPS = 3 };
+    static const int64_t index[] = {12345, 99999 /* the second group's is apart, as behind padding */};
     struct backends *k = backends(DEVICE_BF16);
     struct operand master = input(k, DTYPE_F32, COUNT, 0, 0, 0, 0),
                    p = output(k, DTYPE_BF16, COUNT, 0, 0, 0, 0), g = input(k, DTYPE_F32, COUNT, 0, 0, 0, 0),
                    m = scaled_input(k, DTYPE_F32, 0, 0, COUNT, 0, 0, 0, 0),
                    v = scaled_input(k, DTYPE_F32, 0, 0, COUNT, 0, 0, 0, 0);
-    struct param_group groups[] = {{0, 500, 1, 0.1f, 0}, {500, COUNT, 2, 0, 0}};
+    struct param_group groups[] = {{0, SECOND, 1, 0.1f, 0, index[0]}, {SECOND, COUNT, 2, 0, 0, index[1]}};
     struct adamw_hyper hyper = {0.9, 0.95, 1e-8};
     double *masters[BACKENDS];
     EACH(k, b) {
@@ -128,17 +129,18 @@ static void adamw(void **unused) {
                           *on_device = b->k->alloc(b->dev, sizeof state, NULL);
         for (state.history.updates = 1; state.history.updates <= STEPS; state.history.updates++) {
             b->k->step_write(b->dev, on_device, &state);
-            b->k->adamw(b->dev, &hyper, groups, 2, FIRST, on(master, b),
-                        b->which == CUDA ? on(p, b) : tensor_none(), on(g, b), on(m, b), on(v, b), on_device);
+            b->k->adamw(b->dev, &hyper, groups, 2, on(master, b), b->which == CUDA ? on(p, b) : tensor_none(),
+                        on(g, b), on(m, b), on(v, b), on_device);
         }
         b->k->release(b->dev, on_device);
         masters[b->which] = values_on(b, master);
     }
     double *values = values_on(&k->each[CUDA], p);
     for (int i = 0; i < COUNT; i++) {
+        int64_t at = i < SECOND ? index[0] + i : index[1] + i - SECOND;
         assert_true(masters[CUDA][i] == masters[PLAIN][i]);
         assert_true(values[i] ==
-                    (double)from_bf16(round_stochastic((float)masters[CUDA][i], STEPS, FIRST + (uint64_t)i)));
+                    (double)from_bf16(round_stochastic((float)masters[CUDA][i], STEPS, (uint64_t)at)));
     }
     free(values);
     for (int i = 0; i < BACKENDS; i++)

@@ -152,7 +152,7 @@ static void a_zero_matrix_stays_zero_and_a_skipped_step_changes_nothing(void **s
 /* ---- momentum and update ---- */
 
 enum { N = 300 };
-static const struct param_group GROUPS[] = {{10, 100, 2, 0.1f, 1.5f}, {120, 250, 0.5f, 0, 3}};
+static const struct param_group GROUPS[] = {{10, 100, 2, 0.1f, 1.5f, 0}, {120, 250, 0.5f, 0, 3, 0}};
 
 static bool in_group(int i, const struct param_group **g) {
     *g = i < 120 ? &GROUPS[0] : &GROUPS[1];
@@ -172,7 +172,7 @@ static void momentum_and_update_follow_their_equations(void **state) {
     for (int skip = 1; skip >= 0; skip--) {
         struct step_state s = {.lr = 0.25, .factor = 0.5, .skip = skip};
         kernels_cpu()->muon_momentum(dev, 0.9, GROUPS, 2, flat(g, N), flat(m, N), &s);
-        kernels_cpu()->muon_update(dev, GROUPS, 2, 0, flat(p, N), tensor_none(), flat(g, N), &s);
+        kernels_cpu()->muon_update(dev, GROUPS, 2, flat(p, N), tensor_none(), flat(g, N), &s);
         if (skip) {
             assert_memory_equal(p, p0, sizeof p);
             assert_memory_equal(g, g0, sizeof g);

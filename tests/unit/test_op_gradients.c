@@ -20,7 +20,7 @@ static uint64_t SEED = 3;
 static tensor filled(const struct op_case *c, const struct op_operand *x) {
     const int64_t *s = x->shape;
     tensor t = tensor_of(NULL, x->type == TYPE_IDS ? DTYPE_I32 : DTYPE_F64, s[0], s[1], s[2], s[3], s[4]);
-    int64_t n = tensor_count(t);
+    int64_t n = tensor_count(t), zeros = s[0] > 0 ? n / s[0] * x->zero_rows : 0;
     t.data = calloc((size_t)n, dtype_bytes(t.dtype));
     bool given =
         x->touched & FORWARD_READS || (x->touched & BACKWARD_READS && !(x->touched & FORWARD_WRITES));
@@ -30,6 +30,8 @@ static tensor filled(const struct op_case *c, const struct op_operand *x) {
         else
             ((double *)t.data)[i] =
                 given ? x->offset + (x->scale > 0 ? x->scale : 1) * fixture_noise(&SEED) : (double)NAN;
+    for (int64_t i = n - zeros; i < n && zeros > 0; i++)
+        ((double *)t.data)[i] = 0;
     if (x->type == TYPE_ROPE)
         K->rope_table(fixture_device(), &(const struct rope_spec){.theta = 100}, t);
     return t;

@@ -146,6 +146,45 @@ static void every_parameter_is_within_its_unit(void **state) {
     }
 }
 
+/* Stochastic rounding hashes rounding_index, so it must not change: with the number of ranks, with padded rows, or
+ * from one version of this program to the next. It was the offset when tables had no padded rows. */
+static void rounding_indices_are_offsets_without_ranks_and_padded_rows(void **state) {
+    (void)state;
+    struct model_config configs[] = {plain_config(), other_config(), small_config()};
+    for (size_t i = 0; i < COUNT(configs); i++)
+        for (int ranks = 1; ranks <= 8; ranks++) {
+            struct params p;
+            struct error e = {0};
+            int64_t index = 0;
+            assert_int_equal(params_create(&p, &configs[i], ranks, &e), 0);
+            for (int j = 0; j < p.count; j++) {
+                assert_int_equal(p.list[j].rounding_index, index);
+                index += (p.list[j].count + 63) / 64 * 64;
+            }
+            params_free(&p);
+        }
+}
+
+/* Only the table that the classifier multiplies by is padded, and nothing lies in its padding. */
+static void the_classifiers_table_is_padded(void **state) {
+    (void)state;
+    static const int64_t vocabularies[][2] = {{1, 128},   {128, 128}, {129, 256},
+                                              {259, 384}, {300, 384}, {512, 512}};
+    for (size_t i = 0; i < 2 * COUNT(vocabularies); i++) {
+        struct model_config c = plain_config();
+        c.vocab_size = vocabularies[i / 2][0];
+        c.tie_word_embeddings = i % 2;
+        struct params p = list_params(&c);
+        for (int j = 0; j < p.count; j++) {
+            const struct param *t = &p.list[j];
+            int64_t end = t->offset + t->padded_rows * (t->count / t->shape[0]);
+            assert_int_equal(t->padded_rows, j == p.lm_head ? vocabularies[i / 2][1] : t->shape[0]);
+            assert_true(end <= (j + 1 < p.count ? p.list[j + 1].offset : p.elements));
+        }
+        params_free(&p);
+    }
+}
+
 /* Initial values of one tensor; the caller frees them. */
 static float *initial(const struct model_config *c, const char *name, uint64_t seed, int64_t *count) {
     struct params p = list_params(c);
@@ -368,8 +407,8 @@ static void memory_of_a_small_model(void **state) {
     (void)state;
     struct model_config c = counted_config(LAYER_IHA_LOCAL); /* no positions: RoPE's table is no parameter */
     c.tie_word_embeddings = true;
-    /* embed 80, norms 8, qkv 192, alphas 8 each, collapse 8, out 64, up and down 128 */
-    int64_t elements = 128 + 64 + 192 + 3 * 64 + 64 + 64 + 64 + 128 + 128 + 64;
+    /* embed 80, as 128 rows of 8, norms 8, qkv 192, alphas 8 each, collapse 8, out 64, up and down 128 */
+    int64_t elements = 1024 + 64 + 192 + 3 * 64 + 64 + 64 + 64 + 128 + 128 + 64;
     struct pass_shape shape = {2, 4, RECOMPUTE_NONE, true, false, false, false};
     struct memory_plan plan;
     struct error e = {0};
@@ -403,6 +442,8 @@ int main(void) {
         cmocka_unit_test(names_and_shapes),
         cmocka_unit_test(names_and_shapes_of_a_tied_rmsnorm_model),
         cmocka_unit_test(every_parameter_is_within_its_unit),
+        cmocka_unit_test(rounding_indices_are_offsets_without_ranks_and_padded_rows),
+        cmocka_unit_test(the_classifiers_table_is_padded),
         cmocka_unit_test(matrices_are_initially_normal),
         cmocka_unit_test(mixing_is_initially_the_identity),
         cmocka_unit_test(noise_of_alpha_has_its_deviation),

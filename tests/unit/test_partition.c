@@ -11,12 +11,15 @@ static struct params list_params(const struct model_config *c, int ranks) {
     return p;
 }
 
+enum { FIRST_INDEX = 7, SECOND_INDEX = 1 << 30 }; /* of the two groups in rounding */
+
 /* Two groups whose boundary is inside a bucket: [0, boundary) and the rest. */
 static struct partition make_partition(const struct params *params, int64_t boundary, int rank, int ranks,
                                        int stage) {
     struct partition p;
     struct error e = {0};
-    struct param_group groups[2] = {{0, boundary, 1, 0.5f, 0}, {boundary, params->elements, 3, 0, 0}};
+    struct param_group groups[2] = {{0, boundary, 1, 0.5f, 0, FIRST_INDEX},
+                                    {boundary, params->elements, 3, 0, 0, SECOND_INDEX}};
     assert_int_equal(partition_create(&p, params, groups, 2, rank, ranks, stage, &e), 0);
     return p;
 }
@@ -101,6 +104,8 @@ static void groups_are_split_at_shard_boundaries(void **state) {
                 int64_t begin = p.updates[s].begin + x->begin, end = p.updates[s].begin + x->end;
                 assert_true(begin < end && end <= p.updates[s].end);
                 assert_true(x->lr_scale == 1 ? end <= boundary : begin >= boundary);
+                assert_int_equal(x->rounding_index,
+                                 x->lr_scale == 1 ? FIRST_INDEX + begin : SECOND_INDEX + begin - boundary);
                 covered += end - begin;
             }
         assert_int_equal(covered, stage == 0 ? params.elements : params.elements / 3);

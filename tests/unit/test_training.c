@@ -151,7 +151,8 @@ static void every_unit_is_announced_once(void **state) {
 /* ---- AdamW ---- */
 
 enum { N = 333 };
-static const struct param_group GROUPS[] = {{0, 100, 1, 0.1f, 0}, {100, 201, 1, 0, 0}, {201, N, 5, 0.3f, 0}};
+static const struct param_group GROUPS[] = {
+    {0, 100, 1, 0.1f, 0, 0}, {100, 201, 1, 0, 0, 0}, {201, N, 5, 0.3f, 0, 0}};
 
 /* The flat buffers of the kernel, and the same in double. */
 struct adamw_test {
@@ -188,7 +189,7 @@ static void kernel_step(struct adamw_test *t, double lr, double clip, double los
     t->state.targets = 1;
     k->sumsq(dev, flat(t->g), &t->state);
     k->step_decide(dev, &t->state, 1, clip, 0);
-    k->adamw(dev, &HYPER, GROUPS, COUNT(GROUPS), 0, flat(t->p), tensor_none(), flat(t->g), flat(t->m),
+    k->adamw(dev, &HYPER, GROUPS, COUNT(GROUPS), flat(t->p), tensor_none(), flat(t->g), flat(t->m),
              flat(t->v), &t->state);
 }
 
@@ -523,7 +524,8 @@ static void too_many_skips_report_the_steps(void **state) {
     assert_non_null(strstr(e.text, "it was 41.5, 9.2 deviations"));
     seen.skip = STEP_NOT_FINITE;
     assert_int_equal(skips_fail(&m, &seen, 0, &e), -1);
-    assert_non_null(strstr(e.text, "the gradient was not finite in 3 steps in a row, the last of them step 7; "));
+    assert_non_null(
+        strstr(e.text, "the gradient was not finite in 3 steps in a row, the last of them step 7; "));
     seen.loss = (double)NAN;
     assert_int_equal(skips_fail(&m, &seen, 0, &e), -1);
     assert_non_null(strstr(e.text, "the loss was not finite in 3 steps"));
