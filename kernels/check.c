@@ -31,6 +31,11 @@ void check_contiguous(const char *op, const char *what, tensor t) {
         abort_bad_tensor(op, what, t);
 }
 
+void check_row_stride(const char *op, const char *what, tensor t, int64_t stride) {
+    if (t.shape[0] > 1 && t.stride[0] != stride)
+        abort_bad_tensor(op, what, t);
+}
+
 void *check_workspace(const char *op, void *workspace, size_t has, size_t needs) {
     if (needs > has) {
         fprintf(stderr, "%s: needs %zu bytes of workspace, has %zu: it was not planned\n", op, needs, has);

@@ -17,6 +17,9 @@ void check_shape(const char *op, const char *what, tensor t, enum dtype dtype, i
 /* t is present, contiguous and aligned to its type. */
 void check_contiguous(const char *op, const char *what, tensor t);
 
+/* The rows of t [rows, ...] are `stride` elements apart. */
+void check_row_stride(const char *op, const char *what, tensor t, int64_t stride);
+
 /* Returns `workspace`, which has `has` bytes, if that is at least `needs`. */
 void *check_workspace(const char *op, void *workspace, size_t has, size_t needs);
 

@@ -33,10 +33,16 @@ static void mlp_backward(struct model *m, int layer, bool accumulate) {
     struct gradient_buffers *g = &m->grad;
     int64_t C = m->config.hidden_size, F = m->config.intermediate_size;
     linear_backward(m, g->dx, b->act, F, p->down, p->down_bias, C, g->dact, false, accumulate);
-    m->k->mlp_act_backward(m->dev, &m->act_spec, g->dact, b->up, b->gate, g->dact, g->dgate);
-    linear_backward(m, g->dact, b->y_mlp, C, p->up, p->up_bias, F, g->dy, false, accumulate);
-    if (b->gate.data)
-        linear_backward(m, g->dgate, b->y_mlp, C, p->gate, -1, F, g->dy, true, accumulate);
+    tensor dup = b->gate.data ? b->up : g->dact; /* nobody reads up and gate after this */
+    m->k->mlp_act_backward(m->dev, &m->act_spec, g->dact, b->up, b->gate, dup, b->gate);
+    if (m->specs[layer].one_product) {
+        linear_of_backward(m, dup, b->y_mlp, C, model_up_and_gate(m, layer), 2 * F, g->dy, false,
+                           model_up_and_gate_gradient(m, layer), tensor_none(), accumulate);
+    } else {
+        linear_backward(m, dup, b->y_mlp, C, p->up, p->up_bias, F, g->dy, false, accumulate);
+        if (b->gate.data)
+            linear_backward(m, b->gate, b->y_mlp, C, p->gate, -1, F, g->dy, true, accumulate);
+    }
     norm_backward(m, b->x_mlp, p->mlp_norm, p->mlp_norm_bias, b->mlp_norm_saved, true, accumulate);
 }
 

@@ -112,6 +112,15 @@ static enum act_type act_type_of(enum activation activation) {
     abort();
 }
 
+/* Two tensors with padding or a bias between them are two products. */
+static bool is_one_product(const struct model *m, int layer) {
+    const struct layer_params *l = &m->params.layers[layer];
+    if (l->gate < 0)
+        return false;
+    const struct param *up = &m->params.list[l->up];
+    return m->params.list[l->gate].offset == up->offset + up->count;
+}
+
 static struct layer_specs specs_for_layer(const struct model *m, int layer) {
     const struct model_config *c = &m->config;
     enum layer_type type = c->layer_types[layer];
@@ -138,6 +147,7 @@ static struct layer_specs specs_for_layer(const struct model *m, int layer) {
         .collapse = {B, T, H, d, P, c->iha_collapse == COLLAPSE_PER_HEAD},
         .qk_norm = {B * T, H, G, d, c->norm_eps},
         .normed = c->qk_norm != QK_NORM_NONE,
+        .one_product = is_one_product(m, layer),
     };
 }
 
@@ -156,7 +166,8 @@ static int plan(struct model *m, struct op_spec spec, size_t *saved, struct erro
 int layer_ops(const struct model_config *c, const struct layer_specs *s, struct op_spec ops[MAX_LAYER_OPS]) {
     int64_t n = s->qk_norm.rows, C = c->hidden_size, F = c->intermediate_size, d = c->head_dim;
     int count = 0;
-    const int64_t linears[][2] = {{C, s->qkv_heads * d}, {c->num_attention_heads * d, C}, {C, F}, {F, C}};
+    const int64_t linears[][2] = {
+        {C, s->qkv_heads * d}, {c->num_attention_heads * d, C}, {C, s->one_product ? 2 * F : F}, {F, C}};
     for (int i = 0; i < 4; i++)
         ops[count++] = (struct op_spec){.kind = OP_LINEAR, .linear = {n, linears[i][0], linears[i][1]}};
     ops[count++] = (struct op_spec){.kind = OP_ACT, .act = {act_type_of(c->activation), n, F}};
@@ -221,6 +232,22 @@ static int plan_all(struct model *m, struct error *e) {
 
 /* ---- addresses ---- */
 
+/* wide: [N,F]. */
+static void assign_up(struct model *m, struct layout *l, int layer, tensor wide) {
+    struct layer_buffers *b = &m->layers[layer];
+    b->gate = tensor_none();
+    if (m->specs[layer].one_product) {
+        tensor both = slot_tensor(m, l, layer, SLOT_UP,
+                                  tensor_of(NULL, wide.dtype, wide.shape[0], 2 * wide.shape[1], 0, 0, 0));
+        b->up = half_of_columns(both, 0);
+        b->gate = half_of_columns(both, 1);
+        return;
+    }
+    b->up = slot_tensor(m, l, layer, SLOT_UP, wide);
+    if (m->config.activation == ACTIVATION_SWIGLU)
+        b->gate = slot_tensor(m, l, layer, SLOT_GATE, wide);
+}
+
 static void assign_layer(struct model *m, struct layout *l, int layer) {
     const struct model_config *c = &m->config;
     struct layer_buffers *b = &m->layers[layer];
@@ -254,8 +281,7 @@ static void assign_layer(struct model *m, struct layout *l, int layer) {
     b->o = s->iha || s->diff ? slot_tensor(m, l, layer, SLOT_O, one) : b->o_pseudo;
     b->x_mlp = slot_tensor(m, l, layer, SLOT_X_MLP, hidden);
     b->y_mlp = slot_tensor(m, l, layer, SLOT_Y_MLP, hidden);
-    b->up = slot_tensor(m, l, layer, SLOT_UP, wide);
-    b->gate = c->activation == ACTIVATION_SWIGLU ? slot_tensor(m, l, layer, SLOT_GATE, wide) : tensor_none();
+    assign_up(m, l, layer, wide);
     b->act = slot_tensor(m, l, layer, SLOT_ACT, wide);
 }
 
@@ -271,7 +297,6 @@ static void assign_gradients(struct model *m, struct layout *l) {
     g->dy = allocate_tensor(l, hidden);
     size_t shared = l->offset;
     g->dact = allocate_tensor(l, wide);
-    g->dgate = c->activation == ACTIVATION_SWIGLU ? allocate_tensor(l, wide) : tensor_none();
     size_t mlp_end = l->offset;
     l->offset = shared;
     int64_t S = T, heads = 0;                                        /* the largest of any layer */

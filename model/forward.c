@@ -149,9 +149,13 @@ static void mlp_hidden(struct model *m, int layer) {
     const struct layer_params *p = params_of(m, layer);
     struct layer_buffers *b = &m->layers[layer];
     int64_t C = m->config.hidden_size, F = m->config.intermediate_size;
-    linear(m, b->y_mlp, C, p->up, p->up_bias, F, b->up);
-    if (b->gate.data)
-        linear(m, b->y_mlp, C, p->gate, -1, F, b->gate);
+    if (m->specs[layer].one_product) {
+        linear_of(m, b->y_mlp, C, model_up_and_gate(m, layer), tensor_none(), 2 * F, b->up);
+    } else {
+        linear(m, b->y_mlp, C, p->up, p->up_bias, F, b->up);
+        if (b->gate.data)
+            linear(m, b->y_mlp, C, p->gate, -1, F, b->gate);
+    }
     mlp_act(m, layer);
 }
 

@@ -43,6 +43,19 @@ struct classifier_spec model_classifier_spec(const struct model *m, int64_t rows
                                     m->params.list[m->params.lm_head].padded_rows};
 }
 
+/* up [F,C], of which gate is the continuation. */
+static tensor with_gate(tensor up) {
+    return tensor_of(up.data, up.dtype, 2 * up.shape[0], up.shape[1], 0, 0, 0);
+}
+
+tensor model_up_and_gate(const struct model *m, int layer) {
+    return with_gate(model_param(m, m->params.layers[layer].up));
+}
+
+tensor model_up_and_gate_gradient(const struct model *m, int layer) {
+    return with_gate(model_gradient(m, m->params.layers[layer].up));
+}
+
 /* Append a group, or extend the last one if it differs in nothing but its range. */
 static void add_group(struct model *m, struct param_group g) {
     struct param_group *last = m->group_count > 0 ? &m->groups[m->group_count - 1] : NULL;

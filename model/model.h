@@ -56,11 +56,12 @@ struct layer_buffers {
     tensor q, k, v;
     /* [B,S,H,d] attention's output; in differential layers [B,T,2,H,d], see differential.c */
     tensor o_pseudo;
-    tensor o;        /* [B,T,H,d] collapsed; in MHA layers o_pseudo itself */
-    tensor x_mlp;    /* [N,C] the residual stream between attention and MLP */
-    tensor y_mlp;    /* [N,C] its norm */
-    tensor up, gate; /* [N,F] */
-    tensor act;      /* [N,F] */
+    tensor o;     /* [B,T,H,d] collapsed; in MHA layers o_pseudo itself */
+    tensor x_mlp; /* [N,C] the residual stream between attention and MLP */
+    tensor y_mlp; /* [N,C] its norm */
+    tensor up,
+        gate; /* [N,F] as one_product has them: columns of [N,2F]; backward writes their gradients over them */
+    tensor act; /* [N,F] */
     void *attn_norm_saved, *mlp_norm_saved, *attention_saved;
 };
 
@@ -79,6 +80,8 @@ struct layer_specs {
     int64_t qkv_heads; /* layer_qkv_heads() */
     bool folded;       /* heads are mixed in the weight of qkv */
     bool mixes;        /* qkv_mix runs: IHA, or MHA with RoPE */
+    bool
+        one_product; /* swiglu's up and gate are one matrix product: their weights are neighbours in memory */
     size_t attention_saved_bytes;
 };
 
@@ -94,7 +97,7 @@ static inline const struct attention_spec *planned_attention(const struct layer_
 /* Gradients of activations; one set for all layers, since backward works on one layer at a time. */
 struct gradient_buffers {
     tensor dx, dy;                       /* [N,C] of the residual stream, and of a norm's output */
-    tensor dact, dgate;                  /* [N,F]; dact becomes the gradient of up, in place */
+    tensor dact;                         /* [N,F]; without a gate it becomes the gradient of up, in place */
     tensor d_o, dqkv;                    /* [B,T,H,d], as the layer's qkv */
     tensor dfolded_weight, dfolded_bias; /* of a folded layer; the type of gradients of parameters */
     tensor dalpha_unused;                /* [P,H,H] of alphas that are the identity */
@@ -222,6 +225,15 @@ void model_forward_attention(struct model *m, struct batch batch, int layer);
 /* Wait until the parameters of the last update are gathered. Whatever reads parameters, except a pass, calls
  * this first, on every rank. */
 void model_await_params(struct model *m);
+
+/* swiglu's two weights of `layer` as one [2F,C] where layer_specs.one_product, and their gradient. */
+tensor model_up_and_gate(const struct model *m, int layer);
+tensor model_up_and_gate_gradient(const struct model *m, int layer);
+
+/* [N,F]: the left or right half (0, 1) of the columns of t [N,2F]. */
+static inline tensor half_of_columns(tensor t, int half) {
+    return tensor_part(t, 1, half * (t.shape[1] / 2), t.shape[1] / 2);
+}
 
 /* A weight or bias of qkv, or its gradient, as fold takes it: [3,H,columns]. */
 static inline tensor qkv_by_heads(const struct model *m, tensor t) {

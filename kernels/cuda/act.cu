@@ -5,8 +5,8 @@
  *   relu2      f(u) = max(u, 0)^2
  *   swiglu     silu(gate) u, silu(g) = g sigma(g)
  *
- * All tensors are one run of n = N F elements. Bytes moved: forward 2 n (swiglu 3 n), backward 3 n (swiglu 5
- * n), times the size of an element. */
+ * out and dout are one run of n = N F elements; so are the others, or columns of wider rows. Bytes moved: forward 2 n
+ * (swiglu 3 n), backward 3 n (swiglu 5 n), times the size of an element. */
 #include "kernels/cuda/cuda.cuh"
 
 enum { THREADS = 256, UNROLL = 2 /* vectors a thread has in flight at once, to hide the latency of loads */ };
@@ -49,18 +49,34 @@ static __device__ __forceinline__ float gradient(float dout, float u, float gate
     return dout * gate * s;
 }
 
+/* Of u, gate and their gradients: F columns, and the elements from a row's end to the next row. */
+struct wide_rows {
+    int64_t columns, gap;
+};
+
+/* Where element i of the run is, the first of V in one row. */
+template <int V> static __device__ __forceinline__ int64_t in_rows(struct wide_rows rows, int64_t i) {
+    if (rows.gap == 0)
+        return i;
+    if constexpr (V > 1) /* 32 bits divide several times as fast as 64 */
+        return i + (int64_t)((uint32_t)(i / V) / (uint32_t)(rows.columns / V)) * rows.gap;
+    return i + i / rows.columns * rows.gap;
+}
+
 /* Grid: n / (THREADS UNROLL V) blocks; V elements a thread at a time, the last n mod V one by one. */
 template <typename T, enum act_type TYPE, int V>
-static __global__ void __launch_bounds__(THREADS) act_forward(const T *u, const T *gate, T *out, int64_t n) {
+static __global__ void __launch_bounds__(THREADS)
+    act_forward(const T *u, const T *gate, T *out, struct wide_rows rows, int64_t n) {
     int64_t first = ((int64_t)blockIdx.x * UNROLL * THREADS + threadIdx.x) * V;
     float x[UNROLL][V], g[UNROLL][V];
 #pragma unroll
     for (int k = 0; k < UNROLL; k++) {
         int64_t i = first + k * THREADS * V;
         if (i + V <= n) {
-            load(u + i, x[k]);
+            int64_t at = in_rows<V>(rows, i);
+            load(u + at, x[k]);
             if (TYPE == ACT_SWIGLU)
-                load(gate + i, g[k]);
+                load(gate + at, g[k]);
         }
     }
 #pragma unroll
@@ -71,7 +87,7 @@ static __global__ void __launch_bounds__(THREADS) act_forward(const T *u, const 
             for (int j = 0; j < V; j++)
                 x[k][j] = value<T, TYPE>(x[k][j], TYPE == ACT_SWIGLU ? g[k][j] : 0);
             store(out + i, x[k]);
-        } else {
+        } else { /* only where all is one run */
             for (; i < n && i < first + k * THREADS * V + V; i++)
                 out[i] =
                     from_float<T>(value<T, TYPE>(to_float(u[i]), TYPE == ACT_SWIGLU ? to_float(gate[i]) : 0));
@@ -82,7 +98,8 @@ static __global__ void __launch_bounds__(THREADS) act_forward(const T *u, const 
 /* The same grid. du may be u or dout, dgate may be gate: threads read their elements before they write. */
 template <typename T, enum act_type TYPE, int V>
 static __global__ void __launch_bounds__(THREADS)
-    act_backward(const T *dout, const T *u, const T *gate, T *du, T *dgate, int64_t n) {
+    act_backward(const T *dout, const T *u, const T *gate, T *du, T *dgate, struct wide_rows rows,
+                 int64_t n) {
     int64_t first = ((int64_t)blockIdx.x * UNROLL * THREADS + threadIdx.x) * V;
     float d[UNROLL][V], x[UNROLL][V], g[UNROLL][V];
 #pragma unroll
@@ -90,9 +107,10 @@ static __global__ void __launch_bounds__(THREADS)
         int64_t i = first + k * THREADS * V;
         if (i + V <= n) {
             load(dout + i, d[k]);
-            load(u + i, x[k]);
+            int64_t at = in_rows<V>(rows, i);
+            load(u + at, x[k]);
             if (TYPE == ACT_SWIGLU)
-                load(gate + i, g[k]);
+                load(gate + at, g[k]);
         }
     }
 #pragma unroll
@@ -102,10 +120,11 @@ static __global__ void __launch_bounds__(THREADS)
 #pragma unroll
             for (int j = 0; j < V; j++)
                 x[k][j] = gradient<T, TYPE>(d[k][j], x[k][j], TYPE == ACT_SWIGLU ? g[k][j] : 0, &g[k][j]);
-            store(du + i, x[k]);
+            int64_t at = in_rows<V>(rows, i);
+            store(du + at, x[k]);
             if (TYPE == ACT_SWIGLU)
-                store(dgate + i, g[k]);
-        } else {
+                store(dgate + at, g[k]);
+        } else { /* only where all is one run */
             for (; i < n && i < first + k * THREADS * V + V; i++) {
                 float gate_slope = 0, gate_value = TYPE == ACT_SWIGLU ? to_float(gate[i]) : 0;
                 float slope = gradient<T, TYPE>(to_float(dout[i]), to_float(u[i]), gate_value, &gate_slope);
@@ -138,42 +157,61 @@ static void check(struct device *dev, const struct act_spec *s, const char *op, 
     check_contiguous(op, what, t);
 }
 
+/* Tensors of the same rows as u. */
+static void check_rows(struct device *dev, const char *op, const char *what, tensor u, tensor t) {
+    check_shape(op, what, t, cuda_compute(dev), u.shape[0], u.shape[1]);
+    check_row_stride(op, what, t, u.stride[0]);
+}
+
+static struct wide_rows rows_of(tensor u) {
+    return {u.shape[1], u.stride[0] - u.shape[1]};
+}
+
+/* Whether no vector of a thread crosses the end of a row. */
+template <typename T> static bool whole_vectors(struct wide_rows rows) {
+    return rows.gap == 0 || (rows.columns % VECTOR<T> == 0 && rows.gap % VECTOR<T> == 0);
+}
+
 void cuda_mlp_act(struct device *dev, const struct act_spec *s, tensor u, tensor gate, tensor out) {
-    check(dev, s, "mlp_act", "u", u);
+    check_shape("mlp_act", "u", u, cuda_compute(dev), s->rows, s->hidden);
     check(dev, s, "mlp_act", "out", out);
     if (s->type == ACT_SWIGLU)
-        check(dev, s, "mlp_act", "gate", gate);
+        check_rows(dev, "mlp_act", "gate", u, gate);
     int64_t n = s->rows * s->hidden;
+    struct wide_rows rows = rows_of(u);
     by_dtype(u.dtype, [&](auto number) {
         using T = decltype(number);
-        by_type<T>(s->type, aligned16({u.data, gate.data, out.data}), [&](auto type, auto width) {
-            constexpr enum act_type TYPE = decltype(type)::value;
-            constexpr int V = decltype(width)::value;
-            launch<act_forward<T, TYPE, V>>(dev, ceil_div(n, THREADS * UNROLL * V), THREADS, 0,
-                                            (const T *)u.data, (const T *)gate.data, (T *)out.data, n);
-        });
+        by_type<T>(s->type, whole_vectors<T>(rows) && aligned16({u.data, gate.data, out.data}),
+                   [&](auto type, auto width) {
+                       constexpr enum act_type TYPE = decltype(type)::value;
+                       constexpr int V = decltype(width)::value;
+                       launch<act_forward<T, TYPE, V>>(dev, ceil_div(n, THREADS * UNROLL * V), THREADS, 0,
+                                                       (const T *)u.data, (const T *)gate.data, (T *)out.data,
+                                                       rows, n);
+                   });
     });
 }
 
 void cuda_mlp_act_backward(struct device *dev, const struct act_spec *s, tensor dout, tensor u, tensor gate,
                            tensor du, tensor dgate) {
     check(dev, s, "mlp_act_backward", "dout", dout);
-    check(dev, s, "mlp_act_backward", "u", u);
-    check(dev, s, "mlp_act_backward", "du", du);
+    check_shape("mlp_act_backward", "u", u, cuda_compute(dev), s->rows, s->hidden);
+    check_rows(dev, "mlp_act_backward", "du", u, du);
     if (s->type == ACT_SWIGLU) {
-        check(dev, s, "mlp_act_backward", "gate", gate);
-        check(dev, s, "mlp_act_backward", "dgate", dgate);
+        check_rows(dev, "mlp_act_backward", "gate", u, gate);
+        check_rows(dev, "mlp_act_backward", "dgate", u, dgate);
     }
     int64_t n = s->rows * s->hidden;
+    struct wide_rows rows = rows_of(u);
     bool aligned = aligned16({dout.data, u.data, gate.data, du.data, dgate.data});
     by_dtype(u.dtype, [&](auto number) {
         using T = decltype(number);
-        by_type<T>(s->type, aligned, [&](auto type, auto width) {
+        by_type<T>(s->type, aligned && whole_vectors<T>(rows), [&](auto type, auto width) {
             constexpr enum act_type TYPE = decltype(type)::value;
             constexpr int V = decltype(width)::value;
             launch<act_backward<T, TYPE, V>>(dev, ceil_div(n, THREADS * UNROLL * V), THREADS, 0,
                                              (const T *)dout.data, (const T *)u.data, (const T *)gate.data,
-                                             (T *)du.data, (T *)dgate.data, n);
+                                             (T *)du.data, (T *)dgate.data, rows, n);
         });
     });
 }

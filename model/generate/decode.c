@@ -58,15 +58,15 @@ static void assign_buffers(struct decoder *d, size_t norm_saved) {
                   ? assign(d, tensor_of(NULL, d->m->dtypes.master, d->capacity * P, 2, dim / 2, 0, 0))
                   : tensor_none();
     tensor *hiddens[] = {&d->x, &d->y, &d->delta}, *pseudos[] = {&d->q, &d->k, &d->v};
-    tensor *wides[] = {&d->up, &d->gate, &d->act};
     for (size_t i = 0; i < 3; i++)
         *hiddens[i] = assign(d, hidden);
     for (size_t i = 0; i < 3; i++)
         *pseudos[i] = assign(d, i == 0 ? pseudo : pseudo_kv);
     int64_t outputs = P > max_outputs(d->m) ? P : max_outputs(d->m);
     d->o_pseudo = assign(d, tensor_of(NULL, t, 1, n * outputs, H, dim, 0));
-    for (size_t i = 0; i < 3; i++)
-        *wides[i] = assign(d, wide);
+    int64_t widths = c->activation == ACTIVATION_SWIGLU ? 2 : 1;
+    d->up = assign(d, tensor_of(NULL, t, n, widths * c->intermediate_size, 0, 0, 0));
+    d->act = assign(d, wide);
     d->qkv = assign(d, tensor_of(NULL, t, 1, n, max_qkv_heads(d->m), dim, 0));
     d->o = assign(d, tensor_of(NULL, t, 1, n, H, dim, 0));
     d->logits = assign(d, tensor_of(NULL, t, 1, c->vocab_size, 0, 0, 0));
@@ -342,12 +342,21 @@ static void mlp_half(struct decoder *d, int layer, int64_t n) {
     struct model *m = d->m;
     const struct layer_params *p = &m->params.layers[layer];
     int64_t C = m->config.hidden_size, F = m->config.intermediate_size;
-    linear(d, n, d->y, C, p->up, p->up_bias, F, d->up);
-    if (p->gate >= 0)
-        linear(d, n, d->y, C, p->gate, -1, F, d->gate);
+    tensor both = with_shape(d->up, n, 2 * F, 0, 0, 0), up = with_shape(d->up, n, F, 0, 0, 0),
+           gate = tensor_none();
+    if (m->specs[layer].one_product) {
+        linear_of(d, n, d->y, C, model_up_and_gate(m, layer), tensor_none(), 2 * F, both);
+        up = half_of_columns(both, 0);
+        gate = half_of_columns(both, 1);
+    } else {
+        linear(d, n, d->y, C, p->up, p->up_bias, F, up);
+        if (p->gate >= 0) {
+            gate = tensor_rows(with_shape(d->up, 2 * n, F, 0, 0, 0), n, n);
+            linear(d, n, d->y, C, p->gate, -1, F, gate);
+        }
+    }
     struct act_spec act = act_of(d, n);
-    tensor gate = p->gate >= 0 ? with_shape(d->gate, n, F, 0, 0, 0) : tensor_none();
-    m->k->mlp_act(m->dev, &act, with_shape(d->up, n, F, 0, 0, 0), gate, with_shape(d->act, n, F, 0, 0, 0));
+    m->k->mlp_act(m->dev, &act, up, gate, with_shape(d->act, n, F, 0, 0, 0));
     linear(d, n, d->act, F, p->down, p->down_bias, C, d->delta);
 }
 

@@ -19,7 +19,8 @@ struct decoder {
     tensor rope, *cache_k, *cache_v; /* per layer [1, ring, H, d] */
     tensor *folded_weight,
         *folded_bias; /* per layer, of folded ones; computed before a sequence's first token */
-    tensor tokens, x, y, delta, qkv, q, k, v, o_pseudo, o, up, gate, act, logits;
+    tensor tokens, x, y, delta, qkv, q, k, v, o_pseudo, o, up, act,
+        logits; /* up: [n,F], with a gate [n,2F] */
     void *norm_saved;
 };
 

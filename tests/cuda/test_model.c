@@ -123,6 +123,20 @@ static void gradients_bf16(void **state) {
     check_gradients(DEVICE_BF16, other_config());
 }
 
+/* Without biases swiglu's up and gate are one matrix product. */
+static struct model_config gated_config(void) {
+    struct model_config c = plain_config();
+    c.activation = ACTIVATION_SWIGLU;
+    return c;
+}
+
+static void gradients_of_one_product(void **state) {
+    (void)state;
+    emulator_seed(9);
+    check_gradients(DEVICE_FP32, gated_config());
+    check_gradients(DEVICE_BF16, gated_config());
+}
+
 /* Differential layers: pairs of heads, seen through views. */
 static struct model_config differential_config(void) {
     struct model_config c = plain_config();
@@ -208,6 +222,7 @@ static void bits_fp32(void **state) {
 static void bits_bf16(void **state) {
     (void)state;
     check_bits(DEVICE_BF16, plain_config());
+    check_bits(DEVICE_BF16, gated_config());
 }
 
 /* ---- segments ---- */
@@ -335,6 +350,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(gradients_fp32),
         cmocka_unit_test(gradients_bf16),
+        cmocka_unit_test(gradients_of_one_product),
         cmocka_unit_test(gradients_of_differential_layers),
         cmocka_unit_test(bits_fp32),
         cmocka_unit_test(bits_bf16),

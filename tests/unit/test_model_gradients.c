@@ -38,6 +38,7 @@ static void check_model(const char *name, const struct model_config *config, int
     if (batch * length > 2)
         targets[1] = -1;
     double scale = 0.3;
+    assert_int_equal(m.specs[0].one_product, strstr(name, "one_product") != NULL);
     fixture_loss(&m, tokens, targets, scale);
     for (int i = 0; i < m.params.count; i++)
         check_tensor(&m, i, tokens, targets, scale, name);
@@ -64,6 +65,12 @@ CASE(gpt2_like, 2, 5, RECOMPUTE_NONE, c.layer_types[0] = LAYER_MHA_GLOBAL; c.nor
      c.bias = true; c.position_embedding = POSITION_LEARNED)
 CASE(llama_like, 2, 5, RECOMPUTE_NONE, c.layer_types[0] = LAYER_MHA_GLOBAL; c.activation = ACTIVATION_SWIGLU;
      c.tie_word_embeddings = false)
+/* 16 x 12 fills whole lines of the flat buffer, so that up and gate are one matrix product. */
+CASE(swiglu_one_product, 2, 5, RECOMPUTE_NONE, c.activation = ACTIVATION_SWIGLU; c.intermediate_size = 16)
+CASE(swiglu_one_product_light, 1, 5, RECOMPUTE_LIGHT, c.activation = ACTIVATION_SWIGLU;
+     c.intermediate_size = 16)
+CASE(swiglu_one_product_full, 1, 5, RECOMPUTE_FULL, c.activation = ACTIVATION_SWIGLU;
+     c.intermediate_size = 16)
 CASE(swiglu_bias_iha, 1, 5, RECOMPUTE_NONE, c.activation = ACTIVATION_SWIGLU; c.bias = true;
      c.norm = NORM_LAYERNORM; c.iha_collapse = COLLAPSE_PER_HEAD)
 CASE(rmsnorm_bias, 1, 5, RECOMPUTE_NONE, c.bias = true)
@@ -127,6 +134,9 @@ int main(void) {
         cmocka_unit_test(mha_local_learned),
         cmocka_unit_test(gpt2_like),
         cmocka_unit_test(llama_like),
+        cmocka_unit_test(swiglu_one_product),
+        cmocka_unit_test(swiglu_one_product_light),
+        cmocka_unit_test(swiglu_one_product_full),
         cmocka_unit_test(swiglu_bias_iha),
         cmocka_unit_test(rmsnorm_bias),
         cmocka_unit_test(layernorm_no_bias),
