@@ -136,17 +136,16 @@ static void print(FILE *out, const struct config *c, const struct estimate_optio
                   const struct launches *s, int64_t passes) {
     double rows = (double)(c->train.micro_batch * c->train.seq_len),
            unit = rows * (double)c->model.hidden_size * 2;
-    fprintf(
-        out,
-        "Kernels of a step on %s%s, %lld pass%s of %lld x %lld tokens, in bf16\n"
-        "  bytes: every input read once, every output written once; floor: the time that the bytes take at\n"
-        "  %.2f TB/s, or the FLOPs at the rate of what computes them (products: %.0f TFLOP/s), the longer "
-        "of\n"
-        "  the two, without launches and messages; calculated, not measured (kernels/estimate/hardware.c)\n"
-        "  u: N C 2 bytes, %.0f x %lld x 2 = %.2f MB\n\n",
-        o->ranks > 1 ? "each " : "one ", o->gpu->name, (long long)passes, passes == 1 ? "" : "es",
-        (long long)c->train.micro_batch, (long long)c->train.seq_len, o->gpu->copy / 1e12,
-        o->gpu->matmul / 1e12, rows, (long long)c->model.hidden_size, unit / 1e6);
+    fprintf(out,
+            "Kernels of a step on %s%s, %lld pass%s of %lld x %lld tokens, in bf16\n"
+            "  bytes: every input read once, every output written once; floor: the time that the\n"
+            "  bytes take at %.2f TB/s, or the FLOPs at the rate of what computes them (products: %.0f\n"
+            "  TFLOP/s), the longer of the two, without launches and messages; calculated, not measured\n"
+            "  (kernels/estimate/hardware.c); not listed: sums over what the blocks of a kernel leave\n"
+            "  u: N C 2 bytes, %.0f x %lld x 2 = %.2f MB\n\n",
+            o->ranks > 1 ? "each " : "one ", o->gpu->name, (long long)passes, passes == 1 ? "" : "es",
+            (long long)c->train.micro_batch, (long long)c->train.seq_len, o->gpu->copy / 1e12,
+            o->gpu->matmul / 1e12, rows, (long long)c->model.hidden_size, unit / 1e6);
     for (int type = 0; type < LAYER_TYPES; type++)
         print_layers(out, s, (enum layer_type)type, passes, unit);
     fprintf(out, "Outside of layers\n");

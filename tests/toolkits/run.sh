@@ -11,7 +11,7 @@
 # of the newest set; the wheels of CUDA 12 have none, and Clang 19 or later checks syntax and types instead.
 # Prints a line for each check, and the counts last.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/../.." || exit 2
 
 # Of CUDA 12.4, the wheel of CCCL was withdrawn; only <nv/target> of it is wanted.
 declare -A wheels=(
