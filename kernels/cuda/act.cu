@@ -68,25 +68,30 @@ template <typename T, enum act_type TYPE, int V>
 static __global__ void __launch_bounds__(THREADS)
     act_forward(const T *u, const T *gate, T *out, struct wide_rows rows, int64_t n) {
     int64_t first = ((int64_t)blockIdx.x * UNROLL * THREADS + threadIdx.x) * V;
-    float x[UNROLL][V], g[UNROLL][V];
+    /* As they are in memory: unpacking would wait for one vector before the next is asked for. */
+    word_of<V, T> kept_x[UNROLL], kept_g[UNROLL];
 #pragma unroll
     for (int k = 0; k < UNROLL; k++) {
         int64_t i = first + k * THREADS * V;
         if (i + V <= n) {
             int64_t at = in_rows<V>(rows, i);
-            load(u + at, x[k]);
+            kept_x[k] = load_word<V>(u + at);
             if (TYPE == ACT_SWIGLU)
-                load(gate + at, g[k]);
+                kept_g[k] = load_word<V>(gate + at);
         }
     }
 #pragma unroll
     for (int k = 0; k < UNROLL; k++) {
         int64_t i = first + k * THREADS * V;
         if (i + V <= n) {
+            float x[V], g[V];
+            unpack<V, T>(kept_x[k], x);
+            if (TYPE == ACT_SWIGLU)
+                unpack<V, T>(kept_g[k], g);
 #pragma unroll
             for (int j = 0; j < V; j++)
-                x[k][j] = value<T, TYPE>(x[k][j], TYPE == ACT_SWIGLU ? g[k][j] : 0);
-            store(out + i, x[k]);
+                x[j] = value<T, TYPE>(x[j], TYPE == ACT_SWIGLU ? g[j] : 0);
+            store(out + i, x);
         } else { /* only where all is one run */
             for (; i < n && i < first + k * THREADS * V + V; i++)
                 out[i] =
@@ -101,29 +106,35 @@ static __global__ void __launch_bounds__(THREADS)
     act_backward(const T *dout, const T *u, const T *gate, T *du, T *dgate, struct wide_rows rows,
                  int64_t n) {
     int64_t first = ((int64_t)blockIdx.x * UNROLL * THREADS + threadIdx.x) * V;
-    float d[UNROLL][V], x[UNROLL][V], g[UNROLL][V];
+    /* As they are in memory: unpacking would wait for one vector before the next is asked for. */
+    word_of<V, T> kept_d[UNROLL], kept_x[UNROLL], kept_g[UNROLL];
 #pragma unroll
     for (int k = 0; k < UNROLL; k++) {
         int64_t i = first + k * THREADS * V;
         if (i + V <= n) {
-            load(dout + i, d[k]);
+            kept_d[k] = load_word<V>(dout + i);
             int64_t at = in_rows<V>(rows, i);
-            load(u + at, x[k]);
+            kept_x[k] = load_word<V>(u + at);
             if (TYPE == ACT_SWIGLU)
-                load(gate + at, g[k]);
+                kept_g[k] = load_word<V>(gate + at);
         }
     }
 #pragma unroll
     for (int k = 0; k < UNROLL; k++) {
         int64_t i = first + k * THREADS * V;
         if (i + V <= n) {
+            float d[V], x[V], g[V];
+            unpack<V, T>(kept_d[k], d);
+            unpack<V, T>(kept_x[k], x);
+            if (TYPE == ACT_SWIGLU)
+                unpack<V, T>(kept_g[k], g);
 #pragma unroll
             for (int j = 0; j < V; j++)
-                x[k][j] = gradient<T, TYPE>(d[k][j], x[k][j], TYPE == ACT_SWIGLU ? g[k][j] : 0, &g[k][j]);
+                x[j] = gradient<T, TYPE>(d[j], x[j], TYPE == ACT_SWIGLU ? g[j] : 0, &g[j]);
             int64_t at = in_rows<V>(rows, i);
-            store(du + at, x[k]);
+            store(du + at, x);
             if (TYPE == ACT_SWIGLU)
-                store(dgate + at, g[k]);
+                store(dgate + at, g);
         } else { /* only where all is one run */
             for (; i < n && i < first + k * THREADS * V + V; i++) {
                 float gate_slope = 0, gate_value = TYPE == ACT_SWIGLU ? to_float(gate[i]) : 0;

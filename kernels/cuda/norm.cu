@@ -175,6 +175,9 @@ static __global__ void __launch_bounds__(MAX_BACKWARD)
     norm_backward(const T *dy, const T *x, const T *w, const float2 *stats, T *dx, bool add_dx,
                   float *dw_partials, float *db_partials, int64_t rows, int C, bool layer) {
     constexpr int K = WORDS<V>;
+    /* Words of dx that are loaded with the others: those that there are registers for. The rest must wait for the
+     * sums. */
+    constexpr int EARLY = V == 1 ? 0 : BIAS && sizeof(T) == 2 ? 2 : K;
     int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
     float dw[K][V] = {}, db[BIAS ? K : 1][V] = {};
     for (int64_t base = (int64_t)blockIdx.x * blockDim.y; base < rows;
@@ -182,12 +185,14 @@ static __global__ void __launch_bounds__(MAX_BACKWARD)
         int64_t row = base + threadIdx.y, at = row * C + first;
         int end = row < rows ? C : 0;
         float2 st = row < rows ? stats[row] : float2{0, 0};
-        word_of<V, T> kept_dy[K], kept_x[K];
+        word_of<V, T> kept_dy[K], kept_x[K], kept_dx[EARLY > 0 ? EARLY : 1] = {};
 #pragma unroll
         for (int k = 0; k < K; k++)
             if (first + k * step < end) {
                 kept_dy[k] = load_word<V>(dy + at + k * step);
                 kept_x[k] = load_word<V>(x + at + k * step);
+                if (add_dx && k < EARLY)
+                    kept_dx[k < EARLY ? k : 0] = load_word<V>(dx + at + k * step);
             }
         float2 sums = {0, 0};
         float d[V], values[V], weight[V];
@@ -213,7 +218,9 @@ static __global__ void __launch_bounds__(MAX_BACKWARD)
         for (int k = 0; k < K; k++)
             if (first + k * step < end) {
                 float out[V] = {};
-                if (add_dx)
+                if (k < EARLY)
+                    unpack<V, T>(kept_dx[k < EARLY ? k : 0], out);
+                else if (add_dx)
                     load(dx + at + k * step, out);
                 unpack<V, T>(kept_dy[k], d);
                 unpack<V, T>(kept_x[k], values);

@@ -27,6 +27,7 @@ static void check(enum device_precision precision, const struct op_case *c) {
     assert_memory_equal(first, second, (size_t)(s->rows * s->hidden) * sizeof *first);
     free(first);
     free(second);
+    run_expect_same(&r);
     done(r.k);
 }
 
