@@ -349,9 +349,8 @@ void cuda_residual_norm_backward(struct device *dev, const struct norm_spec *s, 
                 run(std::true_type());
             else
                 run(std::false_type());
-            sum_partials(dev, dw_partials, (int)blocks, C, (float *)dw.data, accumulate);
-            if (db.data)
-                sum_partials(dev, db_partials, (int)blocks, C, (float *)db.data, accumulate);
+            sum_two_partials(dev, dw_partials, (int)blocks, C, (float *)dw.data, (float *)db.data,
+                             accumulate);
         });
     });
 }

@@ -4,13 +4,18 @@
 
 enum { COLUMNS = 32, LANES = 16 };
 
-/* Block (COLUMNS, LANES): each lane adds every LANES-th part, then the lanes are added in order. A warp has
- * COLUMNS neighbouring elements of one part, which it loads coalesced. Bytes: 4 n parts. */
+struct sums {
+    float *out[2];
+};
+
+/* Grid: (blocks along n, sums). Block (COLUMNS, LANES): each lane adds every LANES-th part, then the lanes are added in
+ * order. A warp has COLUMNS neighbouring elements of one part, which it loads coalesced. Bytes: 4 n parts a sum. */
 static __global__ void __launch_bounds__(COLUMNS *LANES)
-    sum_parts(const float *partials, int parts, int64_t n, float *out, bool accumulate) {
+    sum_parts(const float *partials, int parts, int64_t n, struct sums to, bool accumulate) {
     __shared__ float lanes[LANES][COLUMNS];
     int64_t i = (int64_t)blockIdx.x * COLUMNS + threadIdx.x;
     float sum = 0;
+    partials += blockIdx.y * parts * n;
     if (i < n) {
 #pragma unroll 4
         for (int p = (int)threadIdx.y; p < parts; p += LANES)
@@ -22,11 +27,17 @@ static __global__ void __launch_bounds__(COLUMNS *LANES)
         return;
     for (int lane = 1; lane < LANES; lane++)
         sum += lanes[lane][threadIdx.x];
+    float *out = blockIdx.y == 0 ? to.out[0] : to.out[1];
     out[i] = accumulate ? out[i] + sum : sum;
 }
 
 void sum_partials(struct device *dev, const float *partials, int parts, int64_t n, float *out,
                   bool accumulate) {
-    launch<sum_parts>(dev, ceil_div(n, COLUMNS), dim3(COLUMNS, LANES), 0, partials, parts, n, out,
-                      accumulate);
+    sum_two_partials(dev, partials, parts, n, out, NULL, accumulate);
+}
+
+void sum_two_partials(struct device *dev, const float *partials, int parts, int64_t n, float *first,
+                      float *second, bool accumulate) {
+    launch<sum_parts>(dev, dim3((unsigned)ceil_div(n, COLUMNS), second ? 2 : 1), dim3(COLUMNS, LANES), 0,
+                      partials, parts, n, sums{{first, second}}, accumulate);
 }

@@ -56,6 +56,21 @@ static void sum_over_x(void **state) {
     done(k);
 }
 
+/* Forward, backward, and one sum of the partial gradients, of w alone or of w and b. */
+static void launches(void **state) {
+    (void)state;
+    for (unsigned options = 0; options <= BIAS; options += BIAS) {
+        struct op_case c = {COMPARE, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 9, 24), options};
+        struct op_run r;
+        run_open(&r, DEVICE_BF16, &c);
+        int64_t before = emulator_launches();
+        run_forward(&r, r.k->each, NULL);
+        run_backward(&r, r.k->each, NULL);
+        assert_int_equal(emulator_launches() - before, 3);
+        done(r.k);
+    }
+}
+
 static void too_wide(void **state) {
     (void)state;
     struct backends *k = backends(DEVICE_FP32);
@@ -74,6 +89,7 @@ int main(void) {
         EVERY_CASE("norm_bf16", OP_NORM, DEVICE_BF16, check),
         cmocka_unit_test(widest_rows),
         cmocka_unit_test(sum_over_x),
+        cmocka_unit_test(launches),
         cmocka_unit_test(too_wide),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
