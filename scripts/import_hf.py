@@ -408,10 +408,10 @@ def write_tokenizer(source, out, config, model_type):
 
 
 def token_ids(source, config):
-    """bos, eos and pad of generation_config.json, else of config.json."""
+    """bos, eos and pad of generation_config.json, else of config.json. Old Llama models have -1 for no padding."""
     names, file = ("bos_token_id", "eos_token_id", "pad_token_id"), source / "generation_config.json"
     given = config | (read_json(file) if file.exists() else {})
-    ids = {name: given[name] for name in names if given.get(name) is not None}
+    ids = {name: given[name] for name in names if given.get(name) is not None and (name, given[name]) != ("pad_token_id", -1)}
     for name, value in ids.items():
         for x in value if isinstance(value, list) else [value]:
             if type(x) is not int or not 0 <= x < config["vocab_size"]:

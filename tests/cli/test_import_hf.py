@@ -227,7 +227,7 @@ class ImportHf(unittest.TestCase):
 
     def test_tokenizer_and_its_end(self):
         config, params = golden("mha_gpt2")
-        self.write(gpt2_config(config, eos_token_id=3), as_gpt2(params))
+        self.write(gpt2_config(config, eos_token_id=3, pad_token_id=-1), as_gpt2(params))
         tokenizer = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 3}}, "added_tokens": [{"id": 5, "content": "<|endoftext|>"}]}
         (self.source / "tokenizer.json").write_text(json.dumps(tokenizer))
         (self.source / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["x.Y", None]}, "eos_token": "b"}))
