@@ -100,7 +100,7 @@ def curves(plt, plan, budget, axis, out):
 
 
 def continued(plt, plan, out):
-    """Loss of runs that continue others: of both halves by tokens, of the second by FLOPs, and less the first variant's of
+    """Loss of runs that continue others: of both halves by tokens, of the second by FLOPs, and minus the first variant's of
     the same seed."""
     experiment, rows = plan.experiment, []
     found = finished(plan, "plain")
@@ -141,7 +141,7 @@ def continued(plt, plan, out):
     panels[0].set_ylim(late[0] - 0.05, late[-1] + 0.8)
     panels[1].set_ylim(late[0] - 0.02, late[int(0.95 * (len(late) - 1))] + 0.02)
     for axes, x, y in zip(panels, ("training tokens", "FLOPs of both halves, as executed", "training tokens"),
-                          (NAMES["val_loss"], "", f"less {experiment.variants[plan.names[0]].label} of the same seed")):
+                          (NAMES["val_loss"], "", f"minus {experiment.variants[plan.names[0]].label} of the same seed")):
         axes.set_xlabel(x)
         axes.set_ylabel(y)
     panels[0].legend(frameon=False, fontsize=8)
@@ -236,7 +236,7 @@ def draw(plans, out):
         add(curves(plt, plan, "time", ("seconds", "seconds of training", time_of), out),
             "loss by time, budgets of equal time")
     for plan in (plan for plan in plans if plan.experiment.start):
-        add(continued(plt, plan, out), "loss of both halves by tokens, of the second by FLOPs, and less the first variant's")
+        add(continued(plt, plan, out), "loss of both halves by tokens, of the second by FLOPs, and minus the first variant's")
     keys = [plan for plan in plans if plan.experiment.length]
     add(retrieval(plt, keys, out) if keys else None, "multi-key retrieval by length")
     return drawn

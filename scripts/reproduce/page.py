@@ -45,7 +45,7 @@ def differences(plan):
     if not lines:
         return []
     label = plan.experiment.variants[first].label
-    return [f"Less {label} of the same seed, mean ± standard deviation:", "", *lines, ""]
+    return [f"Minus {label} of the same seed, mean ± standard deviation:", "", *lines, ""]
 
 
 def section(plan):
