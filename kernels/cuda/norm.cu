@@ -175,9 +175,14 @@ static __global__ void __launch_bounds__(MAX_BACKWARD)
     norm_backward(const T *dy, const T *x, const T *w, const float2 *stats, T *dx, bool add_dx,
                   float *dw_partials, float *db_partials, int64_t rows, int C, bool layer) {
     constexpr int K = WORDS<V>;
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ < 900
+    constexpr int WITH_BIAS = 0;
+#else
+    constexpr int WITH_BIAS = 2;
+#endif
     /* Words of dx that are loaded with the others: those that there are registers for. The rest must wait for the
      * sums. */
-    constexpr int EARLY = V == 1 ? 0 : BIAS && sizeof(T) == 2 ? 2 : K;
+    constexpr int EARLY = V == 1 ? 0 : BIAS && sizeof(T) == 2 ? WITH_BIAS : K;
     int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
     float dw[K][V] = {}, db[BIAS ? K : 1][V] = {};
     for (int64_t base = (int64_t)blockIdx.x * blockDim.y; base < rows;

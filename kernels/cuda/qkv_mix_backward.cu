@@ -72,6 +72,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     __syncthreads();
 
     source += share.first * 16 + g;
+    alpha += share.first * 16 * (KT * 16 + 8);
     const bf16 *dout = w == 0 ? job.dout[0] : w == 1 ? job.dout[1] : job.dout[2];
     bool rotate = job.rope.table && w < job.rotated;
     auto load_rows = [&](along_rows &x, int n, int group, int k) {
@@ -84,7 +85,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
 
     float outer_sum[TILES][NT][4] = {};
     int step = rope_step(job.rope, d), stride = gridDim.x * job.teams,
-        first = job.begin + blockIdx.x * job.teams, group = 0;
+        first = (GROUPED ? job.begin : 0) + blockIdx.x * job.teams, group = 0;
     along_rows next[AHEAD];
 #pragma unroll
     for (int k = 0; k < AHEAD; k++)
@@ -140,7 +141,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
             for (int k = 0; k < TILES; k++)
                 if (k < tiles) {
                     uint32_t a[4];
-                    load_matrix_transposed<KT>(a, alpha, share.first + k, m);
+                    load_matrix_transposed<KT>(a, alpha, k, m);
 #pragma unroll
                     for (int j = 0; j < 8; j += 2) {
                         uint32_t b[4];
