@@ -58,6 +58,11 @@ struct comm_ops {
     /* buffer [ranks*n]: each rank fills in its own share and receives the others'. */
     comm_event (*all_gather)(struct comm *, tensor buffer);
 
+    /* all_gathers from begin to end may be started together at the end, as one collective. Their events are valid
+     * only then, and the buffers must not be touched from their calls on. NULL: each starts at once anyway. */
+    void (*group_begin)(struct comm *);
+    void (*group_end)(struct comm *);
+
     /* A few doubles on the device, summed over ranks in place; on return done, or queued on the device. */
     void (*all_reduce)(struct comm *, double *values, int count);
 

@@ -266,6 +266,9 @@ struct kernels {
 
     int run_ahead; /* steps that may be posted and not collected while another is queued; see step_post */
 
+    /* Of parameters in a collective, at most: more take longer to start, fewer pay its latency more often. */
+    int64_t message_elements;
+
     /* The operations: op_embed *embed; op_embed_backward *embed_backward; ... */
 #define OP(name, parameters, arguments) op_##name *name;
 #include "kernels/ops.def"

@@ -11,6 +11,16 @@ void model_await(struct model *m, comm_event *event) {
     *event = 0;
 }
 
+void model_group_begin(struct model *m) {
+    if (m->comm->ops->group_begin)
+        m->comm->ops->group_begin(m->comm);
+}
+
+void model_group_end(struct model *m) {
+    if (m->comm->ops->group_end)
+        m->comm->ops->group_end(m->comm);
+}
+
 void model_await_unit(struct model *m, int unit) {
     const struct partition *p = &m->partition;
     for (int b = p->first_bucket[unit]; b < p->first_bucket[unit + 1] && m->gather_pending; b++)

@@ -117,7 +117,7 @@ static int create_host_side(struct model *m, const struct model_config *config, 
     if (params_create(&m->params, config, ranks, e) != 0 ||
         (m->shape.muon && muon_list(&m->muon, &m->params, ranks, e) != 0) || build_groups(m, o, e) != 0 ||
         partition_create(&m->partition, &m->params, m->groups, m->group_count, rank, ranks, o->zero_stage,
-                         e) != 0)
+                         k->message_elements, e) != 0)
         return -1;
     m->layers = calloc((size_t)config->num_hidden_layers, sizeof *m->layers);
     m->specs = calloc((size_t)config->num_hidden_layers, sizeof *m->specs);

@@ -272,6 +272,9 @@ tensor every_other_head(tensor t, int first);
  * keep for the layer's backward, by the same operations on the same inputs, so with the same bits. */
 void model_upload(struct model *m, struct batch batch);
 void model_await(struct model *m, comm_event *event);
+/* Around all_gathers that may start together: comm.h. */
+void model_group_begin(struct model *m);
+void model_group_end(struct model *m);
 void model_await_unit(struct model *m, int unit);
 void model_forward(struct model *m);
 void model_backward(struct model *m, double scale, bool accumulate, gradients_ready *ready, void *context);

@@ -111,6 +111,7 @@ static void finish_shard(struct model *m, const struct shard *s, tensor directio
 /* Start to gather a unit's directions in the memory of its unsharded gradients. */
 static void gather_directions(struct model *m, int unit) {
     const struct partition *p = &m->partition;
+    model_group_begin(m);
     for (int b = p->first_bucket[unit]; b < p->first_bucket[unit + 1]; b++) {
         tensor whole = model_gradient_bucket(m, b), shard = model_gradient_shard(m, b);
         tensor own = tensor_rows(whole, p->shards[b].begin - p->buckets[b].begin, tensor_count(shard));
@@ -118,6 +119,7 @@ static void gather_directions(struct model *m, int unit) {
             m->k->copy(m->dev, own.data, shard.data, (size_t)tensor_count(shard) * dtype_bytes(shard.dtype));
         m->reduce_events[b] = m->comm->ops->all_gather(m->comm, whole);
     }
+    model_group_end(m);
 }
 
 static void clear(struct model *m, int unit, int64_t begin, int64_t end) {
@@ -164,8 +166,10 @@ static void update_replicas(struct model *m, const struct update_hyper *h) {
     const struct partition *p = &m->partition;
     tensor all = flat_range(m->gradients, m->dtypes.gradient, 0, m->params.elements);
     bool several = p->ranks > 1;
+    model_group_begin(m);
     for (int b = 0; b < p->bucket_count && several; b++)
         m->reduce_events[b] = m->comm->ops->all_gather(m->comm, model_gradient_bucket(m, b));
+    model_group_end(m);
     for (int u = 0; u < p->unit_count; u++)
         await_buckets(m, m->reduce_events, u);
     begin_shard(m, p->updates, all, h);
@@ -190,11 +194,13 @@ static void update_replicas(struct model *m, const struct update_hyper *h) {
 
 static void gather_weights(struct model *m, int unit) {
     const struct partition *p = &m->partition;
+    model_group_begin(m);
     for (int b = p->first_bucket[unit]; b < p->first_bucket[unit + 1]; b++) {
         const struct bucket *bucket = &p->buckets[b];
         m->gather_events[b] = m->comm->ops->all_gather(
             m->comm, flat_range(m->values, m->dtypes.compute, bucket->begin, bucket->end - bucket->begin));
     }
+    model_group_end(m);
 }
 
 static void finish_unit(struct model *m, int unit) {

@@ -176,23 +176,34 @@ void model_update_shard(struct model *m, const struct shard *s, tensor g, const 
 /* Stage 0: every rank gathers all gradients and updates everything. */
 static void update_replicas(struct model *m, const struct update_hyper *h) {
     const struct partition *p = &m->partition;
+    model_group_begin(m);
     for (int b = 0; b < p->bucket_count && p->ranks > 1; b++)
         m->reduce_events[b] = m->comm->ops->all_gather(
             m->comm, gradients(m, p->buckets[b].begin, p->buckets[b].end - p->buckets[b].begin));
+    model_group_end(m);
     for (int b = 0; b < p->bucket_count; b++)
         model_await(m, &m->reduce_events[b]);
     model_update_shard(m, p->updates, gradients(m, 0, m->params.elements), h);
 }
 
-/* Stages 1 and 2: a bucket's new parameters are gathered while the next bucket is updated, and further until
- * the next forward pass needs them, which is in the order of the buckets. */
-static void update_shards(struct model *m, const struct update_hyper *h) {
+static void update_unit(struct model *m, int unit, const struct update_hyper *h) {
     const struct partition *p = &m->partition;
-    for (int b = 0; b < p->bucket_count; b++) {
+    for (int b = p->first_bucket[unit]; b < p->first_bucket[unit + 1]; b++) {
         const struct bucket *bucket = &p->buckets[b];
         model_update_shard(m, &p->shards[b], model_gradient_shard(m, b), h);
         m->gather_events[b] = m->comm->ops->all_gather(
             m->comm, flat_range(m->values, m->dtypes.compute, bucket->begin, bucket->end - bucket->begin));
+    }
+}
+
+/* Stages 1 and 2: new parameters are gathered while the next ones are updated, and further until the next
+ * forward pass needs them, which is in the order of the units. */
+static void update_shards(struct model *m, const struct update_hyper *h) {
+    const struct partition *p = &m->partition;
+    for (int u = 0; u < p->unit_count; u++) {
+        model_group_begin(m);
+        update_unit(m, u, h);
+        model_group_end(m);
     }
     m->gather_pending = p->ranks > 1;
 }

@@ -30,9 +30,9 @@ static void lay_out_gradients(struct partition *p) {
 }
 
 /* Every unit in as few buckets of one size as the limit allows. While p->buckets is NULL, only counts. */
-static void make_buckets(struct partition *p) {
+static void make_buckets(struct partition *p, int64_t most) {
     int64_t grain = 64 * p->ranks;
-    int64_t limit = max64(BUCKET_ELEMENTS, (int64_t)SHARD_ELEMENTS * p->ranks);
+    int64_t limit = max64(most, (int64_t)SHARD_ELEMENTS * p->ranks);
     limit = max64(limit, p->unit_offset[p->unit_count] / MAX_BUCKETS);
     p->bucket_count = 0;
     for (int u = 0; u < p->unit_count; u++) {
@@ -129,7 +129,8 @@ static int make_updates(struct partition *p, const struct param_group *groups, i
 }
 
 int partition_create(struct partition *p, const struct params *params, const struct param_group *groups,
-                     int group_count, int rank, int ranks, int zero_stage, struct error *e) {
+                     int group_count, int rank, int ranks, int zero_stage, int64_t bucket_elements,
+                     struct error *e) {
     *p = (struct partition){.rank = rank,
                             .ranks = ranks,
                             .zero_stage = ranks > 1 ? zero_stage : 0,
@@ -141,12 +142,12 @@ int partition_create(struct partition *p, const struct params *params, const str
         return fail_run(e, "out of memory dividing the parameters");
     lay_out_gradients(p);
     p->moment_elements = p->zero_stage == 0 ? params->elements : params->elements / ranks;
-    make_buckets(p); /* to count them */
+    make_buckets(p, bucket_elements); /* to count them */
     p->buckets = calloc((size_t)p->bucket_count, sizeof *p->buckets);
     p->shards = calloc((size_t)p->bucket_count, sizeof *p->shards);
     if (!p->buckets || !p->shards)
         return fail_run(e, "out of memory dividing the parameters");
-    make_buckets(p);
+    make_buckets(p, bucket_elements);
     if (make_shards(p, groups, group_count) != 0 || make_updates(p, groups, group_count) != 0)
         return fail_run(e, "out of memory dividing the optimizer's groups");
     return 0;

@@ -2,8 +2,8 @@
  *
  * The flat buffer is divided into units (params.h), a unit into buckets, and a bucket into W equal shards:
  * rank r owns shard r of every bucket. A bucket is reduced and gathered as a whole, by one collective. It has
- * at most BUCKET_ELEMENTS, so that the first reduce-scatter can start early, or SHARD_ELEMENTS per rank where
- * that is more: the latency of a collective grows with the number of ranks. Units begin at multiples of 64 W
+ * at most as many elements as the backend's collectives want (kernels.h: message_elements), or SHARD_ELEMENTS per
+ * rank where that is more: the latency of a collective grows with the number of ranks. Units begin at multiples of 64 W
  * elements (params.c), so shards are of one size and aligned.
  *
  *   stage 0  every rank holds and updates everything
@@ -20,7 +20,6 @@
 #include "model/params.h"
 
 enum {
-    BUCKET_ELEMENTS = 4 << 20,
     SHARD_ELEMENTS = 1 << 19,
     MAX_BUCKETS = 1 << 16 /* about; where there would be more, buckets are larger */
 };
@@ -57,9 +56,10 @@ struct partition {
     int64_t gradient_shard_offset; /* stage 2: where this rank's reduced shards begin in it */
 };
 
-/* groups cover the flat buffer. EXIT_RUN when out of memory. */
+/* groups cover the flat buffer; bucket_elements: of a bucket, at most. EXIT_RUN when out of memory. */
 int partition_create(struct partition *p, const struct params *params, const struct param_group *groups,
-                     int group_count, int rank, int ranks, int zero_stage, struct error *e);
+                     int group_count, int rank, int ranks, int zero_stage, int64_t bucket_elements,
+                     struct error *e);
 void partition_free(struct partition *p);
 
 /* Where the unsharded gradient of an element of the flat buffer, which is of this unit, is in the gradient

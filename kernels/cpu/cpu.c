@@ -109,6 +109,7 @@ const struct kernels *kernels_cpu(void) {
         .trace_begin = cpu_trace_begin,
         .trace_end = cpu_trace_end,
         .set_workspace = cpu_set_workspace,
+        .message_elements = 4 << 20,
         .run_ahead = 0,
 #define OP(name, parameters, arguments) .name = CPU(name),
 #include "kernels/ops.def"

@@ -103,6 +103,7 @@ const struct kernels *kernels_estimate(void) {
         .memory_available = memory_available,
         .zero = named_zero,
         .upload = upload,
+        .message_elements = 16 << 20, /* as cuda.cu */
         .graph_replay = graph_replay,
         .graph_begin = graph_begin,
         .graph_end = graph_end,

@@ -95,6 +95,41 @@ static void all_gather(void **state) {
     close_alone(&a);
 }
 
+/* Those of a group start together, with the values that the device has computed until its end; what does not fit
+ * into one starts before. */
+static void group(void **state) {
+    (void)state;
+    static struct alone a;
+    enum { MANY = 70 };
+    open_alone(&a, false, false, DTYPE_F32);
+    for (int count = 0; count <= MANY; count += count < 3 ? 1 : MANY - 3) {
+        comm_event events[MANY];
+        int64_t before = emulator_launches();
+        a.c->ops->group_begin(a.c);
+        for (int i = 0; i < count; i++) {
+            events[i] = a.c->ops->all_gather(a.c, i % 2 ? a.piece : a.buffer);
+            a.k->upload(a.dev, i % 2 ? a.piece : a.buffer, i % 2 ? a.old : a.before, DTYPE_F32);
+        }
+        a.c->ops->group_end(a.c);
+        if (!emulator_on_gpu()) /* a kernel before each collective and one after it */
+            assert_int_equal(emulator_launches() - before, count == 0 ? 0 : count > 64 ? 4 : 2);
+        for (int i = 0; i < count; i++)
+            a.c->ops->wait(a.c, events[i]);
+        a.c->ops->progress(a.c);
+        expect(&a, a.buffer, a.before, "all_gather in a group");
+        expect(&a, a.piece, a.old, "all_gather in a group");
+    }
+    /* A collective of another kind starts what was put off. */
+    a.c->ops->group_begin(a.c);
+    comm_event first = a.c->ops->all_gather(a.c, a.buffer);
+    comm_event second = a.c->ops->reduce_scatter(a.c, a.piece, a.piece, false);
+    assert_true(second > first);
+    a.c->ops->group_end(a.c);
+    a.c->ops->wait(a.c, first);
+    expect(&a, a.buffer, a.before, "all_gather");
+    close_alone(&a);
+}
+
 /* More collectives than there are events, then a sum, which the device's queue waits for by itself. */
 static void all_reduce(void **state) {
     (void)state;
@@ -142,10 +177,8 @@ static void in_a_graph(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(reduce_scatter),
-        cmocka_unit_test(all_gather),
-        cmocka_unit_test(all_reduce),
-        cmocka_unit_test(in_a_graph),
+        cmocka_unit_test(reduce_scatter), cmocka_unit_test(all_gather), cmocka_unit_test(group),
+        cmocka_unit_test(all_reduce),     cmocka_unit_test(in_a_graph),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -12,6 +12,7 @@ static struct params list_params(const struct model_config *c, int ranks) {
 }
 
 enum { FIRST_INDEX = 7, SECOND_INDEX = 1 << 30 }; /* of the two groups in rounding */
+enum { BUCKET_ELEMENTS = 4 << 20 };
 
 /* Two groups whose boundary is inside a bucket: [0, boundary) and the rest. */
 static struct partition make_partition(const struct params *params, int64_t boundary, int rank, int ranks,
@@ -20,7 +21,7 @@ static struct partition make_partition(const struct params *params, int64_t boun
     struct error e = {0};
     struct param_group groups[2] = {{0, boundary, 1, 0.5f, 0, FIRST_INDEX},
                                     {boundary, params->elements, 3, 0, 0, SECOND_INDEX}};
-    assert_int_equal(partition_create(&p, params, groups, 2, rank, ranks, stage, &e), 0);
+    assert_int_equal(partition_create(&p, params, groups, 2, rank, ranks, stage, BUCKET_ELEMENTS, &e), 0);
     return p;
 }
 

@@ -27,6 +27,7 @@
 enum {
     MAX_REDUCED = 8,   /* doubles in an all_reduce */
     DELAY_SECONDS = 3, /* for rank 0 to abort the run first */
+    MAX_GROUPED = 64,  /* all_gathers that start together */
 };
 
 /* Numbers of collectives that the GPU has started and finished; in pinned memory, written by the GPU. */
@@ -43,6 +44,9 @@ struct nccl_comm {
     char *staging; /* device memory; see reserve */
     int64_t staging_elements;
     double *all; /* device [ranks MAX_REDUCED] */
+    bool grouping;
+    int grouped_count;
+    tensor grouped[MAX_GROUPED]; /* buffers of all_gathers that have not been started */
     struct gpu_progress *gpu;
     pthread_t watchdog;
     volatile bool stop_watchdog;
@@ -222,16 +226,21 @@ static void nccl_progress(struct comm *c) {
     check_progress(n);
 }
 
-/* Poll until NCCL has accepted the call; the first of a kind connects to the peers. */
+static const double SPIN_SECONDS = 1e-3;
+
+/* Poll until NCCL has accepted the call; the first of a kind connects to the peers. NCCL accepts the others within
+ * microseconds, less than the shortest sleep: those are polled without a pause. */
 static ncclResult_t await_nccl(struct nccl_comm *n, ncclResult_t result) {
     double waited = 0, last = clock_seconds();
     struct comm *ranks = n->g.ranks;
     while (result == ncclInProgress) {
-        ranks->ops->progress(ranks);
         add_wait(&waited, &last);
         if (waited > n->timeout)
             abort_together(n, waited, "");
-        usleep(100);
+        if (waited > SPIN_SECONDS) {
+            ranks->ops->progress(ranks);
+            usleep(100);
+        }
         if (!n->nccl || ncclCommGetAsyncError(n->nccl, &result) != ncclSuccess)
             return ncclInternalError;
     }
@@ -252,7 +261,7 @@ static __global__ void increment(volatile int64_t *counter) {
     __threadfence_system();
 }
 
-static void begin_collective(struct nccl_comm *n) {
+static void queue_begin(struct nccl_comm *n) {
     gpu_comm_wait_device(&n->g);
     launch_on<increment>(n->g.stream, 1, 1, 0, &n->gpu->started);
 }
@@ -260,6 +269,31 @@ static void begin_collective(struct nccl_comm *n) {
 static comm_event end_collective(struct nccl_comm *n) {
     launch_on<increment>(n->g.stream, 1, 1, 0, &n->gpu->done);
     return gpu_comm_record(&n->g);
+}
+
+static void gather(struct nccl_comm *n, tensor buffer) {
+    size_t share = (size_t)tensor_count(buffer) * dtype_bytes(buffer.dtype) / (size_t)n->g.base.ranks;
+    nccl_check(n, ncclAllGather((char *)buffer.data + share * (size_t)n->g.base.rank, buffer.data, share,
+                                ncclUint8, n->nccl, n->g.stream));
+}
+
+/* Start the all_gathers that have been put off. NCCL runs those of a group in one kernel. */
+static void start_grouped(struct nccl_comm *n) {
+    int count = n->grouped_count;
+    n->grouped_count = 0;
+    if (count == 0)
+        return;
+    queue_begin(n);
+    nccl_check(n, ncclGroupStart());
+    for (int i = 0; i < count; i++)
+        gather(n, n->grouped[i]);
+    nccl_check(n, ncclGroupEnd());
+    end_collective(n);
+}
+
+static void begin_collective(struct nccl_comm *n) {
+    start_grouped(n);
+    queue_begin(n);
 }
 
 /* Send each rank its share of `buffer`; receive the others' for this rank into `others`, [ranks n]. */
@@ -310,11 +344,25 @@ static comm_event nccl_reduce_scatter(struct comm *c, tensor buffer, tensor piec
 
 static comm_event nccl_all_gather(struct comm *c, tensor buffer) {
     struct nccl_comm *n = nccl_of(c);
-    size_t share = (size_t)tensor_count(buffer) * dtype_bytes(buffer.dtype) / (size_t)c->ranks;
+    if (n->grouping) {
+        if (n->grouped_count == MAX_GROUPED)
+            start_grouped(n);
+        n->grouped[n->grouped_count++] = buffer;
+        return n->g.events + 1; /* recorded when the group starts */
+    }
     begin_collective(n);
-    nccl_check(n, ncclAllGather((char *)buffer.data + share * (size_t)c->rank, buffer.data, share, ncclUint8,
-                                n->nccl, n->g.stream));
+    gather(n, buffer);
     return end_collective(n);
+}
+
+static void nccl_group_begin(struct comm *c) {
+    nccl_of(c)->grouping = true;
+}
+
+static void nccl_group_end(struct comm *c) {
+    struct nccl_comm *n = nccl_of(c);
+    n->grouping = false;
+    start_grouped(n);
 }
 
 static void nccl_all_reduce(struct comm *c, double *values, int count) {
@@ -420,6 +468,8 @@ struct comm *comm_nccl_open(struct device *dev, struct comm *ranks, struct error
         .reserve = nccl_reserve,
         .reduce_scatter = nccl_reduce_scatter,
         .all_gather = nccl_all_gather,
+        .group_begin = nccl_group_begin,
+        .group_end = nccl_group_end,
         .all_reduce = nccl_all_reduce,
         .wait = gpu_comm_wait,
         .progress = nccl_progress,
