@@ -1,4 +1,4 @@
-/* The frequencies of RoPE, which every backend tabulates on the host in double (rope_table in ops.def). */
+/* The frequencies of RoPE, which every backend tabulates in double (rope_table in ops.def). */
 #ifndef IHA_KERNELS_ROPE_H
 #define IHA_KERNELS_ROPE_H
 

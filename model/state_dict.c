@@ -39,11 +39,12 @@ static void upload_master_weights(struct model *m, int index, const float *value
 
 /* The same bits as the optimizer's rounding after so many updates. */
 static void upload_rounded(struct model *m, int index, const float *values, int64_t updates) {
-    enum { PIECE = 4096 };
+    enum { PIECE = 1 << 17 };
+    static uint16_t bits[PIECE];
     const struct param *p = &m->params.list[index];
-    uint16_t bits[PIECE];
     for (int64_t begin = 0; begin < p->count; begin += PIECE) {
         int64_t count = p->count - begin < PIECE ? p->count - begin : PIECE;
+#pragma omp parallel for
         for (int64_t i = 0; i < count; i++)
             bits[i] = round_stochastic(values[begin + i], (uint32_t)updates,
                                        (uint64_t)(p->rounding_index + begin + i));

@@ -2,27 +2,44 @@
 #include "kernels/cuda/rope.cuh"
 
 #include <math.h>
-#include <stdlib.h>
 
 /* ---- the table ---- */
 
+enum { TABLE_THREADS = 256, FREQUENCIES = 128 };
+
+/* Of some of the table's columns, as an argument of the kernel. */
+struct rope_frequencies {
+    double of[FREQUENCIES];
+    int64_t first, count; /* columns */
+};
+
+/* A thread fills one column of a position: 8 bytes. */
+static __global__ void __launch_bounds__(TABLE_THREADS)
+    fill_table(float *table, int64_t positions, int64_t half, struct rope_frequencies f) {
+    int64_t e = (int64_t)blockIdx.x * TABLE_THREADS + threadIdx.x;
+    if (e >= positions * f.count)
+        return;
+    int64_t position = e / f.count, i = e % f.count;
+    double angle = (double)position * f.of[i];
+    float *row = table + position * 2 * half + f.first + i;
+    row[0] = (float)cos(angle);
+    row[half] = (float)sin(angle);
+}
+
 /* table F32 [positions, 2, d/2]: cosines, then sines; fp32 whatever the precision of what is rotated.
- * Computed on the host in double: the angles of late positions are large, so that rounding them to fp32 would
- * rotate noticeably wrong. */
+ * Computed in double: the angles of late positions are large, so that rounding them to fp32 would rotate
+ * noticeably wrong. */
 void cuda_rope_table(struct device *dev, const struct rope_spec *s, tensor table) {
     int64_t positions = table.shape[0], half = table.shape[2];
     check_shape("rope_table", "table", table, DTYPE_F32, positions, 2, half);
-    float *values = (float *)malloc((size_t)tensor_count(table) * sizeof *values);
-    if (!values)
-        abort();
-    for (int64_t position = 0; position < positions; position++)
-        for (int64_t i = 0; i < half; i++) {
-            double angle = (double)position * rope_frequency(s, i, half);
-            values[position * 2 * half + i] = (float)cos(angle);
-            values[position * 2 * half + half + i] = (float)sin(angle);
-        }
-    cuda_upload(dev, table, values, DTYPE_F32);
-    free(values);
+    check_contiguous("rope_table", "table", table);
+    for (int64_t first = 0; first < half; first += FREQUENCIES) {
+        struct rope_frequencies f = {{}, first, min64(half - first, FREQUENCIES)};
+        for (int64_t i = 0; i < f.count; i++)
+            f.of[i] = rope_frequency(s, first + i, half);
+        launch<fill_table>(dev, (unsigned)ceil_div(positions * f.count, TABLE_THREADS), TABLE_THREADS, 0,
+                           (float *)table.data, positions, half, f);
+    }
 }
 
 /* ---- rotation without mixing: P = 1 without alphas ---- */

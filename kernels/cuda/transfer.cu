@@ -1,4 +1,5 @@
-/* Copies from host to device and back, through pinned buffers, with conversion on the host.
+/* Copies from host to device and back, through pinned buffers. Where types differ, a kernel converts: the GPU reads
+ * and writes pinned memory itself, and the host only copies.
  *
  * An upload returns as soon as its last piece is in a pinned buffer: the copy is asynchronous, and a buffer
  * is written again only when its own copy is done. Copies are queued behind the kernels of their step, so
@@ -36,110 +37,111 @@ void staging_free(struct staging *s) {
 
 /* ---- conversion ---- */
 
-template <typename To, typename From> static To convert_number(From x) {
-    return (To)x;
+enum { THREADS = 256, MOST_BLOCKS = 1024 };
+
+template <typename To, typename From> static __device__ __forceinline__ To convert_number(From x) {
+    if constexpr (std::is_same_v<From, bf16>)
+        return convert_number<To>(__bfloat162float(x));
+    else if constexpr (std::is_same_v<To, bf16> && std::is_same_v<From, double>)
+        return __double2bfloat16(x);
+    else if constexpr (std::is_same_v<To, bf16>)
+        return __float2bfloat16_rn((float)x);
+    else
+        return (To)x;
 }
 
-template <> bf16 convert_number<bf16, float>(float x) {
-    return __float2bfloat16_rn(x);
+/* to [n] = from [n]; one of them is pinned host memory, so that the bus bounds it. */
+template <typename To, typename From>
+static __global__ void __launch_bounds__(THREADS) convert_all(To *to, const From *from, int64_t n) {
+    for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS)
+        to[i] = convert_number<To>(from[i]);
 }
 
-template <> bf16 convert_number<bf16, double>(double x) {
-    return __double2bfloat16(x);
-}
-
-template <> bf16 convert_number<bf16, int32_t>(int32_t x) {
-    return __float2bfloat16_rn((float)x);
-}
-
-template <> float convert_number<float, bf16>(bf16 x) {
-    return __bfloat162float(x);
-}
-
-template <> double convert_number<double, bf16>(bf16 x) {
-    return __bfloat162float(x);
-}
-
-template <> int32_t convert_number<int32_t, bf16>(bf16 x) {
-    return (int32_t)__bfloat162float(x);
-}
-
-template <typename To, typename From> static void convert_run(void *dst, const void *src, int64_t n) {
-    for (int64_t i = 0; i < n; i++)
-        ((To *)dst)[i] = convert_number<To>(((const From *)src)[i]);
-}
-
-template <typename To> static void convert_from(void *dst, const void *src, enum dtype from, int64_t n) {
-    switch (from) {
+template <typename F> static void by_any_dtype(enum dtype dtype, F f) {
+    switch (dtype) {
     case DTYPE_F32:
-        return convert_run<To, float>(dst, src, n);
+        return f(float());
     case DTYPE_F64:
-        return convert_run<To, double>(dst, src, n);
+        return f(double());
     case DTYPE_BF16:
-        return convert_run<To, bf16>(dst, src, n);
+        return f(bf16());
     case DTYPE_I32:
-        return convert_run<To, int32_t>(dst, src, n);
+        return f(int32_t());
     }
 }
 
-static void convert(void *dst, enum dtype to, const void *src, enum dtype from, int64_t n) {
-    if (to == from) {
-        memcpy(dst, src, (size_t)n * dtype_bytes(to));
+/* Queue a copy of n elements between device and pinned memory. */
+static void copy_converted(struct device *dev, void *to, enum dtype to_dtype, const void *from,
+                           enum dtype from_dtype, int64_t n, cudaMemcpyKind kind) {
+    if (to_dtype == from_dtype) {
+        cuda_check(cudaMemcpyAsync(to, from, (size_t)n * dtype_bytes(to_dtype), kind, dev->stream));
         return;
     }
-    switch (to) {
-    case DTYPE_F32:
-        return convert_from<float>(dst, src, from, n);
-    case DTYPE_F64:
-        return convert_from<double>(dst, src, from, n);
-    case DTYPE_BF16:
-        return convert_from<bf16>(dst, src, from, n);
-    case DTYPE_I32:
-        return convert_from<int32_t>(dst, src, from, n);
-    }
+    unsigned blocks = (unsigned)min64(ceil_div(n, THREADS), MOST_BLOCKS);
+    by_any_dtype(to_dtype, [&](auto x) {
+        by_any_dtype(from_dtype, [&](auto y) {
+            using To = decltype(x);
+            using From = decltype(y);
+            if constexpr (!std::is_same_v<To, From>)
+                launch<convert_all<To, From>>(dev, blocks, THREADS, 0, (To *)to, (const From *)from, n);
+        });
+    });
 }
 
 /* ---- copies ---- */
 
+/* Elements of a piece, which fits into a buffer in either type. */
+static int64_t elements_of_a_piece(enum dtype x, enum dtype y) {
+    size_t bytes = dtype_bytes(x) > dtype_bytes(y) ? dtype_bytes(x) : dtype_bytes(y);
+    return SLOT_BYTES / (int64_t)bytes;
+}
+
 void cuda_upload(struct device *dev, tensor dst, const void *host, enum dtype host_dtype) {
     check_contiguous("upload", "destination", dst);
     struct staging *s = dev->staging;
-    int64_t total = tensor_count(dst), each = SLOT_BYTES / (int64_t)dtype_bytes(dst.dtype);
+    int64_t from = (int64_t)dtype_bytes(host_dtype), to = (int64_t)dtype_bytes(dst.dtype);
+    int64_t total = tensor_count(dst), each = elements_of_a_piece(dst.dtype, host_dtype);
     for (int64_t begin = 0; begin < total; begin += each) {
         int64_t n = total - begin < each ? total - begin : each;
         int slot = s->next;
         s->next = (slot + 1) % SLOTS;
         cuda_host_wait(dev, s->done[slot]);
-        convert(s->slot[slot], dst.dtype, (const char *)host + begin * (int64_t)dtype_bytes(host_dtype),
-                host_dtype, n);
-        cuda_check(cudaMemcpyAsync((char *)dst.data + begin * (int64_t)dtype_bytes(dst.dtype), s->slot[slot],
-                                   (size_t)n * dtype_bytes(dst.dtype), cudaMemcpyHostToDevice, dev->stream));
+        memcpy(s->slot[slot], (const char *)host + begin * from, (size_t)(n * from));
+        copy_converted(dev, (char *)dst.data + begin * to, dst.dtype, s->slot[slot], host_dtype, n,
+                       cudaMemcpyHostToDevice);
         cuda_check(cudaEventRecord(s->done[slot], dev->stream));
     }
 }
 
-/* Copy `bytes` at src to a pinned buffer, behind everything queued so far; wait, and return the buffer. */
-static const char *copy_to_pinned(struct device *dev, const void *src, size_t bytes) {
-    struct staging *s = dev->staging;
+/* Take the first buffer for what is copied to the host, once it is free. */
+static char *pinned_buffer(struct device *dev) {
     cuda_check(cudaSetDevice(dev->index)); /* per thread: the checkpoint thread calls this too */
-    cuda_host_wait(dev, s->done[0]);       /* until the buffer is free */
-    cuda_check(cudaMemcpyAsync(s->slot[0], src, bytes, cudaMemcpyDeviceToHost, dev->stream));
-    cuda_check(cudaEventRecord(s->done[0], dev->stream));
-    cuda_host_wait(dev, s->done[0]);
-    return s->slot[0];
+    cuda_host_wait(dev, dev->staging->done[0]);
+    return dev->staging->slot[0];
+}
+
+static void await_copy(struct device *dev) {
+    cuda_check(cudaEventRecord(dev->staging->done[0], dev->stream));
+    cuda_host_wait(dev, dev->staging->done[0]);
 }
 
 void cuda_download(struct device *dev, tensor src, void *host, enum dtype host_dtype) {
     check_contiguous("download", "source", src);
     int64_t from = (int64_t)dtype_bytes(src.dtype), to = (int64_t)dtype_bytes(host_dtype);
-    int64_t total = tensor_count(src), each = SLOT_BYTES / from;
+    int64_t total = tensor_count(src), each = elements_of_a_piece(src.dtype, host_dtype);
     for (int64_t begin = 0; begin < total; begin += each) {
         int64_t n = total - begin < each ? total - begin : each;
-        const char *values = copy_to_pinned(dev, (const char *)src.data + begin * from, (size_t)(n * from));
-        convert((char *)host + begin * to, host_dtype, values, src.dtype, n);
+        char *pinned = pinned_buffer(dev);
+        copy_converted(dev, pinned, host_dtype, (const char *)src.data + begin * from, src.dtype, n,
+                       cudaMemcpyDeviceToHost);
+        await_copy(dev);
+        memcpy((char *)host + begin * to, pinned, (size_t)(n * to));
     }
 }
 
 void cuda_read(struct device *dev, const void *src, void *host, size_t bytes) {
-    memcpy(host, copy_to_pinned(dev, src, bytes), bytes);
+    char *pinned = pinned_buffer(dev);
+    cuda_check(cudaMemcpyAsync(pinned, src, bytes, cudaMemcpyDeviceToHost, dev->stream));
+    await_copy(dev);
+    memcpy(host, pinned, bytes);
 }
