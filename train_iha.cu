@@ -137,12 +137,22 @@ static void release(struct run *r) {
 
 static bool uses_cuda(const struct run *r) {
     enum device_kind device = r->config.system.device;
-    return device == DEVICE_CUDA || (device == DEVICE_AUTO && cuda_devices() > 0);
+    return device == DEVICE_CUDA || (device == DEVICE_AUTO && cuda_devices(NULL) > 0);
 }
 
 /* What system.precision = auto is on this machine. */
 static enum precision fastest_precision(const struct run *r) {
     return uses_cuda(r) || cpu_multiplies_bf16() ? PRECISION_BF16 : PRECISION_FP32;
+}
+
+/* That GPUs of this machine cannot be used. One of its ranks says it. */
+static void warn_of_unused_gpus(const struct run *r) {
+    struct error why;
+    if (r->config.system.device == DEVICE_AUTO && (!r->comm || r->comm->local_rank == 0) &&
+        cuda_devices(&why) == 0 && why.text[0])
+        fprintf(stderr,
+                "warning: system.device = auto takes the CPU: %s; cpu in place of auto is without this line\n",
+                why.text);
 }
 
 /* Open this rank's device as [system] asks. */
@@ -155,6 +165,8 @@ static int open_device(struct run *r, struct error *e) {
                                      .deterministic = s->deterministic,
                                      .graphs = s->graph == GRAPH_AUTO && r->profile_steps == 0,
                                      .comm = r->comm};
+    if (!cuda)
+        warn_of_unused_gpus(r);
     r->k = cuda ? kernels_cuda() : bf16 ? kernels_cpu_bf16() : kernels_cpu();
     if (!r->k)
         return fail_user(e, "system.device = cuda, but this program was built without CUDA; use auto or cpu");

@@ -287,8 +287,9 @@ const struct kernels *kernels_cuda(void); /* NULL when built without CUDA */
  * one's. */
 const struct kernels *kernels_traced(const struct kernels *k);
 
-/* The number of usable GPUs: 0 without a driver. */
-int cuda_devices(void);
+/* The number of usable GPUs. *why (which may be NULL): if there are GPUs that cannot be used, what is wrong and what
+ * to do; otherwise its text is empty, as it is without a driver. */
+int cuda_devices(struct error *why);
 
 static inline int64_t classifier_padded(const struct classifier_spec *s) {
     return s->padded ? s->padded : s->vocab;

@@ -2,7 +2,9 @@
  * functions are used. */
 #include "kernels/kernels.h"
 
-__attribute__((weak)) int cuda_devices(void) {
+__attribute__((weak)) int cuda_devices(struct error *why) {
+    if (why)
+        *why = (struct error){0};
     return 0;
 }
 

@@ -50,26 +50,73 @@ void cublas_check_status(cublasStatus_t status, const char *call, const char *fi
 
 /* ---- the device ---- */
 
-int cuda_devices(void) {
-    int count = 0;
-    if (cudaGetDeviceCount(&count) != cudaSuccess) {
-        cudaGetLastError(); /* clear it: having no driver is not an error */
-        return 0;
+static const char *opening_hint(cudaError_t status) {
+    switch (status) {
+    case cudaErrorSystemDriverMismatch:
+        return "the driver was updated and not loaded yet; restart the machine";
+    case cudaErrorCompatNotSupportedOnDevice:
+        return "remove CUDA's compat folder from LD_LIBRARY_PATH, or update the driver";
+    case cudaErrorSystemNotReady:
+        return "start nvidia-fabricmanager, which GPUs that are connected by NVSwitch need";
+    case cudaErrorStubLibrary:
+        return "remove the toolkit's folder lib64/stubs from LD_LIBRARY_PATH";
+    case cudaErrorDevicesUnavailable:
+        return "another process may have the GPU for itself; see nvidia-smi";
+    default:
+        return "see nvidia-smi and dmesg";
     }
-    return count;
+}
+
+/* The same error code stands for no driver and for one that is too old. */
+static void explain(cudaError_t status, struct error *why) {
+    int driver = 0, runtime = 0;
+    if (cudaDriverGetVersion(&driver) != cudaSuccess || cudaRuntimeGetVersion(&runtime) != cudaSuccess)
+        driver = 0;
+    if (status == cudaErrorNoDevice || (status == cudaErrorInsufficientDriver && driver == 0))
+        return;
+    if (status == cudaErrorInsufficientDriver)
+        fail_user(
+            why,
+            "the NVIDIA driver is too old: it supports CUDA up to %d.%d, and this program was built with "
+            "CUDA %d.%d; update the driver, or build with a toolkit of CUDA %d",
+            driver / 1000, driver % 1000 / 10, runtime / 1000, runtime % 1000 / 10, driver / 1000);
+    else
+        fail_user(why, "CUDA cannot use the GPU: %s (%s); %s", cudaGetErrorString(status),
+                  cudaGetErrorName(status), opening_hint(status));
+}
+
+int cuda_devices(struct error *why) {
+    int count = 0;
+    struct error unused;
+    why = why ? why : &unused;
+    *why = {};
+    cudaError_t status = cudaGetDeviceCount(&count);
+    if (status == cudaSuccess)
+        return count;
+    cudaGetLastError(); /* clear it */
+    explain(status, why);
+    return 0;
 }
 
 static struct device *open_device(const struct device_options *options, struct error *e) {
-    if (cuda_devices() == 0) {
-        fail_user(e,
-                  "system.device = cuda: no GPU, or no driver for it, was found; nvidia-smi should list one");
+    struct error why;
+    int count = cuda_devices(&why);
+    if (count == 0) {
+        fail_user(e, "system.device = cuda: %s",
+                  why.text[0] ? why.text
+                              : "no GPU, or no driver for it, was found; nvidia-smi should list one");
         return NULL;
     }
     int device;
     struct cudaDeviceProp p;
     /* One rank per GPU; with more ranks than GPUs, several share one. */
-    device = options->comm ? options->comm->local_rank % cuda_devices() : 0;
-    cuda_check(cudaSetDevice(device));
+    device = options->comm ? options->comm->local_rank % count : 0;
+    cudaError_t status = cudaSetDevice(device);
+    if (status != cudaSuccess) {
+        fail_user(e, "system.device = cuda: GPU %d cannot be used: %s (%s); %s", device,
+                  cudaGetErrorString(status), cudaGetErrorName(status), opening_hint(status));
+        return NULL;
+    }
     cuda_check(cudaGetDeviceProperties(&p, device));
     if (p.major < 8) {
         fail_user(e, "system.device = cuda: %s has compute capability %d.%d; 8.0 (Ampere) or later is needed",
@@ -269,6 +316,9 @@ void *cuda_workspace(struct device *dev, size_t bytes, const char *op) {
     return check_workspace(op, dev->workspace, dev->workspace_bytes, bytes);
 }
 
+/* 64 MiB of gradients, which NVLink moves in about 0.3 ms: ten times the latency of a collective. */
+enum { MESSAGE_ELEMENTS = 16 << 20 };
+
 const struct kernels *kernels_cuda(void) {
     static const struct kernels table = {
         .name = "cuda",
@@ -298,13 +348,10 @@ const struct kernels *kernels_cuda(void) {
         .check_libraries = cuda_check_libraries,
         .set_workspace = set_workspace,
         .attention_backend = cuda_attention_backend,
+        .message_elements = MESSAGE_ELEMENTS,
         .run_ahead = RUN_AHEAD,
 #define OP(name, parameters, arguments) .name = cuda_##name,
 #include "kernels/ops.def"
     };
     return &table;
 }
-/* 64 MiB of gradients, which NVLink moves in about 0.3 ms: ten times the latency of a collective. */
-enum { MESSAGE_ELEMENTS = 16 << 20 };
-
-        .message_elements = MESSAGE_ELEMENTS,

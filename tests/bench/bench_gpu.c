@@ -465,7 +465,7 @@ int main(int argc, char **argv) {
         if (b.repeats < 1 || b.repeats > MAX_REPEATS || (strcmp(argv[i], "--only") == 0 && !only))
             return usage(EXIT_USER);
     }
-    if (cuda_devices() == 0)
+    if (cuda_devices(NULL) == 0)
         return not_measured();
     struct device_options options = {.precision = DEVICE_BF16};
     b.k = kernels_cuda();

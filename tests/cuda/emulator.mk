@@ -39,7 +39,7 @@ $(BUILD)/emulator/%.o: %.cu
 	@$(CXX) -std=gnu++17 $(EMULATOR_FLAGS) -x c++ -include tests/cuda/emulator/emulator.h -MMD -MP -c $< -o $@
 
 # These call the runtime and NCCL themselves.
-$(patsubst %,$(BUILD)/tests/cuda/test_%.o,streams nccl comm determinism libraries): CFLAGS += -isystem tests/cuda/emulator/include/first \
+$(patsubst %,$(BUILD)/tests/cuda/test_%.o,streams nccl comm determinism libraries device): CFLAGS += -isystem tests/cuda/emulator/include/first \
     -isystem $(EMULATOR_INCLUDE) -isystem tests/cuda/emulator/include
 
 $(EMULATOR_TESTS): $(BUILD)/tests/%: $(BUILD)/tests/%.o $(EMULATOR_OBJECTS) $(EMULATOR_KERNELS) \

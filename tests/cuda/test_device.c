@@ -1,4 +1,6 @@
 /* The CUDA backend's device: opening, memory, transfers, the rope table. */
+#include <driver_types.h>
+
 #include "tests/cuda/fixture.h"
 
 static struct device *open_cuda(enum device_precision precision, struct error *e) {
@@ -18,12 +20,50 @@ static void no_gpu(void **state) {
     struct emulator_gpu kept = emulator_gpu;
     emulator_gpu.count = 0;
     struct error e = {0};
-    assert_int_equal(cuda_devices(), 0);
+    assert_int_equal(cuda_devices(NULL), 0);
     assert_null(open_cuda(DEVICE_BF16, &e));
     assert_int_equal(e.exit_code, EXIT_USER);
     assert_non_null(strstr(e.text, "no GPU"));
     emulator_gpu = kept;
-    assert_int_equal(cuda_devices(), 1);
+    assert_int_equal(cuda_devices(NULL), 1);
+}
+
+/* An error of CUDA is told, with what to do; that there is no GPU, or no driver, is no error. */
+static void unusable_gpus(void **state) {
+    (void)state;
+    skip_on_gpu();
+    static const struct {
+        int count, driver, count_error, device_error;
+        const char *text; /* NULL: none from cuda_devices() */
+        const char *open;
+    } cases[] = {
+        {0, 13000, 0, 0, NULL, "no GPU"},
+        {0, 0, 0, 0, NULL, "no GPU"},
+        {0, 12020, 0, 0, "CUDA up to 12.2, and this program was built with CUDA 13.0", "CUDA up to 12.2"},
+        {0, 13000, cudaErrorSystemNotReady, 0, "(cudaErrorSystemNotReady); start nvidia-fabricmanager",
+         "fabricmanager"},
+        {0, 13000, cudaErrorUnknown, 0, "see nvidia-smi and dmesg", "see nvidia-smi and dmesg"},
+        {2, 13000, 0, cudaErrorDevicesUnavailable, NULL,
+         "GPU 0 cannot be used: CUDA-capable device(s) is/are busy or unavailable "
+         "(cudaErrorDevicesUnavailable); "
+         "another process"},
+    };
+    struct emulator_gpu kept = emulator_gpu;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        struct error why, e;
+        emulator_gpu.count = cases[i].count;
+        emulator_gpu.driver = cases[i].driver;
+        emulator_gpu.count_error = cases[i].count_error;
+        emulator_gpu.device_error = cases[i].device_error;
+        assert_int_equal(cuda_devices(&why), cases[i].count);
+        if (cases[i].text ? !strstr(why.text, cases[i].text) : why.text[0] != 0)
+            fail_msg("case %zu: %s", i, why.text);
+        assert_null(open_cuda(DEVICE_BF16, &e));
+        assert_int_equal(e.exit_code, EXIT_USER);
+        if (!strstr(e.text, cases[i].open) || strncmp(e.text, "system.device = cuda: ", 22) != 0)
+            fail_msg("case %zu: %s", i, e.text);
+    }
+    emulator_gpu = kept;
 }
 
 static void describes_itself(void **state) {
@@ -170,8 +210,9 @@ static void rope_table(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(no_gpu),    cmocka_unit_test(describes_itself),  cmocka_unit_test(memory),
-        cmocka_unit_test(transfers), cmocka_unit_test(uploads_run_ahead), cmocka_unit_test(rope_table),
+        cmocka_unit_test(no_gpu),     cmocka_unit_test(unusable_gpus), cmocka_unit_test(describes_itself),
+        cmocka_unit_test(memory),     cmocka_unit_test(transfers),     cmocka_unit_test(uploads_run_ahead),
+        cmocka_unit_test(rope_table),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

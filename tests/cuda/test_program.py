@@ -118,6 +118,19 @@ class OneGpu(unittest.TestCase):
         done = self.run_program("train", "tiny.ini", "run.dir=none", "system.device=cuda", code=2, EMULATOR_GPUS="0")
         self.assertIn("no GPU", done.stderr)
 
+    def test_unusable_gpus(self):
+        """A driver that is too old: an error, or a warning that the CPU is taken; a machine without GPUs is no news."""
+        old = {"EMULATOR_GPUS": "0", "EMULATOR_DRIVER": "12020"}
+        why = "the NVIDIA driver is too old: it supports CUDA up to 12.2, and this program was built with CUDA 13.0"
+        done = self.run_program("train", "tiny.ini", "run.dir=old", "system.device=cuda", code=2, **old)
+        self.assertIn(f"system.device = cuda: {why}", done.stderr)
+        for device, environment, warns in (("auto", old, True), ("cpu", old, False), ("auto", {"EMULATOR_GPUS": "0"}, False),
+                                           ("auto", {"EMULATOR_GPUS": "0", "EMULATOR_DRIVER": "0"}, False)):
+            done = self.run_program("info", "tiny.ini", f"system.device={device}", **environment) if device == "auto" else \
+                self.run_program("train", "tiny.ini", "run.dir=cpu_only", "train.steps=1", "system.device=cpu", **environment)
+            self.assertEqual(f"warning: system.device = auto takes the CPU: {why}" in done.stderr, warns)
+            self.assertEqual("warning" in done.stderr, warns, done.stderr)
+
 
 if __name__ == "__main__":
     unittest.main()

@@ -292,12 +292,15 @@ static void check_real_sizes(void) {
 
 int main(int argc, char **argv) {
     if (argc > 1 && strcmp(argv[1], "--devices") == 0) {
-        printf("%d\n", cuda_devices());
+        printf("%d\n", cuda_devices(NULL));
         return EXIT_OK;
     }
     self = argc > 1 && strcmp(argv[1], "--self") == 0;
-    if (!self && cuda_devices() == 0) {
-        fprintf(stderr, "check-gpu: no GPU, or no driver for it, was found; nvidia-smi should list one\n");
+    struct error why;
+    if (!self && cuda_devices(&why) == 0) {
+        fprintf(stderr, "check-gpu: %s\n",
+                why.text[0] ? why.text
+                            : "no GPU, or no driver for it, was found; nvidia-smi should list one");
         return EXIT_USER;
     }
     check_all_gradients();

@@ -12,9 +12,12 @@ extern "C" {
 
 /* The GPUs that the program finds. */
 struct emulator_gpu {
-    int count; /* 0: none, as without a driver */
+    int count; /* 0: none; then what the driver says, below */
     int sms;
     size_t memory;
+    int driver;       /* the version of CUDA that it supports, 12020: 12.2; 0: there is none */
+    int count_error;  /* of cudaGetDeviceCount; 0: as is usual for such a driver */
+    int device_error; /* of cudaSetDevice */
 };
 extern struct emulator_gpu emulator_gpu;
 

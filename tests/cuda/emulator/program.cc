@@ -2,6 +2,7 @@
  * thread of its own, as on a GPU. Environment variables (defaults in parentheses):
  *
  *   EMULATOR_GPUS         number of GPUs (1); NCCL needs one per rank
+ *   EMULATOR_DRIVER       the version of CUDA that the driver supports (13000), 0: there is no driver
  *   EMULATOR_SEED         the order of ready work, threads and blocks (2); each rank of a run gets its own
  *   EMULATOR_DELAY_US     the longest pause before a piece of work, in microseconds (0)
  *   EMULATOR_STUCK        "rank:launch": that rank's launch of that number never ends
@@ -48,6 +49,7 @@ __attribute__((constructor)) static void start() {
     long long launch;
     const char *hanging = getenv("EMULATOR_STUCK");
     emulator_gpu.count = number("EMULATOR_GPUS", 1);
+    emulator_gpu.driver = number("EMULATOR_DRIVER", 13000);
     emulator_seed((uint64_t)number("EMULATOR_SEED", 2) + (uint64_t)started_rank() * 1000);
     if (hanging && sscanf(hanging, "%d:%lld", &rank, &launch) == 2 && rank == started_rank())
         emulator_hang_launch(launch);

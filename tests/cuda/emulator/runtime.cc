@@ -15,7 +15,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-struct emulator_gpu emulator_gpu = {1, 3, (size_t)2 << 30};
+struct emulator_gpu emulator_gpu = {1, 3, (size_t)2 << 30, 13000, 0, 0};
 
 enum { PAGE = 4096 };
 static const size_t ARENA_BYTES = (size_t)16 << 30; /* of addresses */
@@ -332,13 +332,29 @@ cudaError_t cudaMemset(void *data, int value, size_t bytes) {
 
 cudaError_t cudaGetDeviceCount(int *count) {
     *count = emulator_gpu.count;
-    return emulator_gpu.count > 0 ? cudaSuccess : cudaErrorInsufficientDriver;
+    if (emulator_gpu.count_error)
+        return emulator_error((cudaError_t)emulator_gpu.count_error);
+    return emulator_gpu.count > 0         ? cudaSuccess
+           : emulator_gpu.driver >= 13000 ? cudaErrorNoDevice
+                                          : cudaErrorInsufficientDriver;
+}
+
+cudaError_t cudaDriverGetVersion(int *version) {
+    *version = emulator_gpu.driver;
+    return cudaSuccess;
+}
+
+cudaError_t cudaRuntimeGetVersion(int *version) {
+    *version = 13000;
+    return cudaSuccess;
 }
 
 cudaError_t cudaSetDevice(int device) {
     if (device < 0 || device >= emulator_gpu.count)
         return emulator_error(cudaErrorInvalidDevice);
     R.device = device;
+    if (emulator_gpu.device_error)
+        return emulator_error((cudaError_t)emulator_gpu.device_error);
     return cudaSuccess;
 }
 
@@ -386,6 +402,8 @@ static const struct {
     ERROR(cudaErrorInsufficientDriver, "CUDA driver version is insufficient for the runtime"),
     ERROR(cudaErrorInvalidResourceHandle, "invalid resource handle"),
     ERROR(cudaErrorNotReady, "device not ready"),
+    ERROR(cudaErrorSystemNotReady, "system not yet initialized"),
+    ERROR(cudaErrorDevicesUnavailable, "CUDA-capable device(s) is/are busy or unavailable"),
     ERROR(cudaErrorIllegalState, "the operation cannot be performed in the present state"),
     ERROR(cudaErrorNotSupported, "operation not supported"),
     ERROR(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing"),
