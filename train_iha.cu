@@ -66,6 +66,7 @@ struct run {
     struct device *dev;
     struct comm *device_comm; /* between the ranks' devices, the same as comm on the CPU; NULL on one rank */
     size_t host_memory;       /* bytes free before the model was created */
+    bool trains;              /* in run.dir */
     struct model model;
     struct loader *train, *val;
     struct loader_step batch; /* this rank's sequences of the next step */
@@ -160,11 +161,15 @@ static int open_device(struct run *r, struct error *e) {
     const struct system_config *s = &r->config.system;
     bool cuda = uses_cuda(r);
     bool bf16 = (s->precision == PRECISION_AUTO ? fastest_precision(r) : s->precision) == PRECISION_BF16;
+    char plans[MAX_TEXT + 32];
+    if (r->trains)
+        snprintf(plans, sizeof plans, "%s/plans-%05d.txt", r->config.run.dir, r->comm->rank);
     struct device_options options = {.threads = (int)s->threads,
                                      .precision = bf16 ? DEVICE_BF16 : DEVICE_FP32,
                                      .deterministic = s->deterministic,
                                      .graphs = s->graph == GRAPH_AUTO && r->profile_steps == 0,
-                                     .comm = r->comm};
+                                     .comm = r->comm,
+                                     .plan_file = r->trains ? plans : NULL};
     if (!cuda)
         warn_of_unused_gpus(r);
     r->k = cuda ? kernels_cuda() : bf16 ? kernels_cpu_bf16() : kernels_cpu();
@@ -969,6 +974,7 @@ static size_t host_memory_left(const struct run *r) {
 }
 
 static int train(struct run *r, const struct command_line *line, struct error *e) {
+    r->trains = true;
     r->profile_steps = line->profile_steps;
     r->trainer.best_value = (double)NAN;
     if (open_comm(r, e) != 0 || prepare_training(r, line, e) != 0)

@@ -10,7 +10,7 @@
 
 /* Continues `hash`, which is FNV1A_START at first, with these bytes. */
 static inline uint64_t fnv1a(uint64_t hash, const void *data, size_t bytes) {
-    const unsigned char *p = data;
+    const unsigned char *p = (const unsigned char *)data;
     for (size_t i = 0; i < bytes; i++)
         hash = (hash ^ p[i]) * UINT64_C(0x100000001b3);
     return hash;

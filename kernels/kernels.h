@@ -175,8 +175,9 @@ struct device_options {
     int threads; /* 0: all that the process may use */
     enum device_precision precision;
     bool deterministic;
-    bool graphs;       /* capture repeated sequences of operations as graphs, where the device can */
-    struct comm *comm; /* ranks on the same machine share its processors; NULL: single process */
+    bool graphs;           /* capture repeated sequences of operations as graphs, where the device can */
+    struct comm *comm;     /* ranks on the same machine share its processors; NULL: single process */
+    const char *plan_file; /* where to keep what plan() chooses by timing; NULL: nowhere */
 };
 
 /* The types a device works in. Parameters are read in `compute`; where `master` is more precise, the

@@ -263,7 +263,7 @@ int cuda_classifier_plan(struct device *dev, const struct classifier_spec *s, st
     for (int i = 0; i < 2 && sizes[i] > 0; i++) {
         plan_matmul(dev, logits_shape(s, t, sizes[i], s->hidden, l.stride));
         plan_matmul(dev, dh_shape(s, t, sizes[i], l.stride, s->hidden));
-        plan_matmul(dev, dw_shape(s, t, sizes[i], l.stride, s->hidden));
+        plan_matmul(dev, dw_shape(s, t, sizes[i], l.stride, s->hidden), true);
     }
     cost->workspace = l.bytes;
     return 0;

@@ -6,6 +6,9 @@
 #include <string.h>
 #include <time.h>
 
+#include "kernels/cuda/attention/attention_cudnn.h"
+#include "kernels/cuda/plan_file.h"
+
 /* ---- checks ---- */
 
 static const char *hint_for(cudaError_t status) {
@@ -98,6 +101,16 @@ int cuda_devices(struct error *why) {
     return 0;
 }
 
+/* The choices of an earlier start. With system.deterministic nothing is chosen by timing. */
+static struct plan_file *open_plan_file(const struct cudaDeviceProp *p,
+                                        const struct device_options *options) {
+    char machine[512];
+    snprintf(machine, sizeof machine, "%s, sm_%d%d, %d SMs; cuBLASLt %zu; cuDNN %zu", p->name, p->major,
+             p->minor, p->multiProcessorCount, cublasLtGetVersion(),
+             attention_cudnn_version ? attention_cudnn_version() : 0);
+    return options->deterministic ? NULL : plan_file_open(options->plan_file, machine);
+}
+
 static struct device *open_device(const struct device_options *options, struct error *e) {
     struct error why;
     int count = cuda_devices(&why);
@@ -140,6 +153,7 @@ static struct device *open_device(const struct device_options *options, struct e
              p.major, p.minor, p.multiProcessorCount, (double)p.totalGlobalMem / (1 << 30));
     cuda_check(cudaStreamCreateWithFlags(&dev->stream, cudaStreamNonBlocking));
     cublas_check(cublasLtCreate(&dev->blas));
+    dev->plan_file = open_plan_file(&p, options);
     cuda_check(cudaMalloc((void **)&dev->scratch, SCRATCH_BYTES));
     dev->staging = staging_create();
     dev->graphs = options->graphs ? graphs_create() : NULL;
@@ -156,6 +170,7 @@ static void close_device(struct device *dev) {
     staging_free(dev->staging);
     graphs_free(dev->graphs);
     matmul_plans_free(dev->matmuls);
+    plan_file_close(dev->plan_file);
     for (struct posted_step &step : dev->posted) {
         cuda_check(cudaEventDestroy(step.done));
         cuda_check(cudaFreeHost(step.state));
@@ -309,6 +324,7 @@ static void set_workspace(struct device *dev, void *data, size_t bytes) {
 }
 
 int cuda_check_libraries(struct device *dev, struct error *e) {
+    plan_file_save(dev->plan_file); /* everything has been planned */
     return check_matmuls(dev, e) != 0 || check_attentions(dev, e) != 0 ? -1 : 0;
 }
 

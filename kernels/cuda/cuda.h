@@ -35,6 +35,7 @@ struct matmul_plan;     /* matmul.cu */
 struct staging;         /* transfer.cu */
 struct attention_plans; /* attention.cu */
 struct graph;           /* graph.cu */
+struct plan_file;       /* plan_file.cu */
 
 /* A step's state, copied to pinned host memory; the host reads it up to RUN_AHEAD steps late. */
 enum { RUN_AHEAD = 1, POSTED_STEPS = RUN_AHEAD + 1 };
@@ -57,6 +58,8 @@ struct device {
     enum device_precision precision;
     bool deterministic;
     struct matmul_plan *matmuls; /* built so far */
+    struct plan_file *plan_file; /* of choices; NULL: none are kept */
+    double timed_at;             /* clock_seconds() when something was last timed; 0: never */
     struct attention_plans *attentions;
     struct staging *staging;
     struct graph *graphs; /* [GRAPHS]; NULL: CUDA graphs are off */
@@ -175,8 +178,9 @@ struct matmul {
     bool bias;
 };
 constexpr size_t MATMUL_WORKSPACE = 32 << 20;
-/* Choose the algorithm by timing; a shape that was not planned uses cuBLASLt's first choice. */
-void plan_matmul(struct device *, struct matmul);
+/* Choose the algorithm by timing, or as the plan file says; a shape that was not planned uses cuBLASLt's first
+ * choice. accumulate: whether most calls add to C. */
+void plan_matmul(struct device *, struct matmul, bool accumulate = false);
 void run_matmul(struct device *, struct matmul, const void *a, const void *b, const void *bias,
                 bool accumulate, void *c);
 void matmul_plans_free(struct matmul_plan *);

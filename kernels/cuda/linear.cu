@@ -95,7 +95,7 @@ int cuda_linear_plan(struct device *dev, const struct linear_spec *s, struct op_
     plan_matmul(dev, forward_shape(s, t, s->in, s->in, s->out, false));
     plan_matmul(dev, forward_shape(s, t, s->in, s->in, s->out, true));
     plan_matmul(dev, dx_shape(s, t, s->out, s->in, s->in));
-    plan_matmul(dev, dw_shape(s, t, s->out, s->in, s->in));
+    plan_matmul(dev, dw_shape(s, t, s->out, s->in, s->in), true);
     size_t sums = column_bytes(dev, s->rows, s->out);
     cost->workspace = sums > MATMUL_WORKSPACE ? sums : MATMUL_WORKSPACE;
     return 0;

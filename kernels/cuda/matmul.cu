@@ -1,16 +1,19 @@
 /* Matrix products by cuBLASLt, row-major, with fp32 accumulation.
  *
  * What a product needs (descriptor, layouts, algorithm) is built once per distinct shape and kept in a list.
- * When an operation is planned, cuBLASLt's candidate algorithms are timed and the fastest is kept. With
- * system.deterministic, and where there is no memory to time them in, the first candidate is used, which is
- * the same in every run. */
+ * When an operation is planned, cuBLASLt's candidate algorithms are timed (timing.cu) and the fastest is kept,
+ * also for the next start (plan_file.h). With system.deterministic, and where there is no memory to time them in,
+ * the first candidate is used, which is the same in every run. */
 #include "kernels/cuda/matmul.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { CANDIDATES = 8, TIMED_RUNS = 3 };
+#include "kernels/cuda/plan_file.h"
+#include "kernels/cuda/timing.h"
+
+enum { CANDIDATES = 8 };
 
 static bool same_shape(const struct matmul *x, const struct matmul *y) {
     return x->transpose_a == y->transpose_a && x->transpose_b == y->transpose_b && x->m == y->m &&
@@ -145,75 +148,99 @@ static bool allocate_timing_buffers(const struct matmul *s, struct timing_buffer
     return true;
 }
 
-/* Milliseconds of TIMED_RUNS products, or a negative number if cuBLASLt returns an error. */
-static float time_candidate(struct device *dev, const struct matmul_plan *p,
-                            const cublasLtMatmulHeuristicResult_t *candidate, const struct timing_buffers *t,
-                            cudaEvent_t begin, cudaEvent_t end) {
-    float ms = -1;
-    for (int i = 0; i < 1 + TIMED_RUNS; i++) {
-        if (i == 1)
-            cuda_check(cudaEventRecord(begin, dev->stream)); /* the first run warms up */
-        if (multiply(dev, p, &candidate->algo, t->a, t->b, 0, t->c, t->workspace, candidate->workspaceSize) !=
-            CUBLAS_STATUS_SUCCESS)
-            return ms;
-    }
-    cuda_check(cudaEventRecord(end, dev->stream));
-    cuda_check(cudaEventSynchronize(end));
-    cuda_check(cudaEventElapsedTime(&ms, begin, end));
-    return ms;
-}
-
 /* The index of the fastest candidate. */
 static int fastest_candidate(struct device *dev, const struct matmul_plan *p,
-                             const cublasLtMatmulHeuristicResult_t *results, int count) {
+                             const cublasLtMatmulHeuristicResult_t *results, int count, bool accumulate) {
     struct timing_buffers t;
     if (count == 1 || !allocate_timing_buffers(&p->shape, &t))
         return 0;
-    cudaEvent_t begin, end;
-    cuda_check(cudaEventCreate(&begin));
-    cuda_check(cudaEventCreate(&end));
     cuda_check(
         cudaMemsetAsync(t.memory, 0x3c, (size_t)(t.workspace - t.memory), dev->stream)); /* about 0.01 */
     if (p->shape.bias)
         set_bias(p, t.bias);
-    int best = 0;
-    float best_ms = -1;
-    for (int i = 0; i < count; i++) {
-        float ms = time_candidate(dev, p, &results[i], &t, begin, end);
-        if (ms >= 0 && (best_ms < 0 || ms < best_ms)) {
-            best_ms = ms;
-            best = i;
-        }
-    }
-    cuda_check(cudaEventDestroy(begin));
-    cuda_check(cudaEventDestroy(end));
+    int best = time_fastest(dev, count, [&](int i) {
+        return multiply(dev, p, &results[i].algo, t.a, t.b, accumulate, t.c, t.workspace,
+                        results[i].workspaceSize) == CUBLAS_STATUS_SUCCESS;
+    });
     cuda_check(cudaFree(t.memory));
-    return best;
+    return best < 0 ? 0 : best;
+}
+
+/* ---- choices of an earlier start ---- */
+
+enum { NAME_BYTES = 256, CHOICE_BYTES = 32 + 2 * sizeof(cublasLtMatmulAlgo_t) };
+
+static void name_of(const struct matmul *s, char name[NAME_BYTES]) {
+    snprintf(name, NAME_BYTES, "matmul %c%c %lld x %lld x %lld, rows of %lld %lld %lld, %s to %s%s",
+             s->transpose_a ? 't' : 'n', s->transpose_b ? 't' : 'n', (long long)s->m, (long long)s->n,
+             (long long)s->k, (long long)s->lda, (long long)s->ldb, (long long)s->ldc,
+             s->in == DTYPE_BF16 ? "bf16" : "fp32", s->out == DTYPE_BF16 ? "bf16" : "fp32",
+             s->bias ? ", bias" : "");
+}
+
+/* The bytes of cublasLtMatmulAlgo_t, which cuBLASLt documents to be valid for the same version of it. */
+static void record(struct device *dev, const struct matmul_plan *p) {
+    char name[NAME_BYTES], choice[CHOICE_BYTES];
+    const unsigned char *bytes = (const unsigned char *)&p->algorithm;
+    name_of(&p->shape, name);
+    for (size_t i = 0; i < sizeof p->algorithm; i++)
+        snprintf(choice + 2 * i, 3, "%02x", bytes[i]);
+    plan_file_add(dev->plan_file, name, choice);
+}
+
+/* Take the recorded algorithm, if there is one and cuBLASLt accepts it. */
+static bool recall(struct device *dev, struct matmul_plan *p) {
+    char name[NAME_BYTES];
+    name_of(&p->shape, name);
+    const char *choice = plan_file_find(dev->plan_file, name);
+    if (!choice || strlen(choice) != 2 * sizeof p->algorithm)
+        return false;
+    unsigned char *bytes = (unsigned char *)&p->algorithm;
+    for (size_t i = 0; i < sizeof p->algorithm; i++)
+        if (sscanf(choice + 2 * i, "%2hhx", &bytes[i]) != 1)
+            return false;
+    cublasLtMatmulHeuristicResult_t result;
+    if (cublasLtMatmulAlgoCheck(dev->blas, p->desc, p->b, p->a, p->c, p->c, &p->algorithm, &result) !=
+            CUBLAS_STATUS_SUCCESS ||
+        result.workspaceSize > MATMUL_WORKSPACE)
+        return false;
+    p->workspace_bytes = result.workspaceSize;
+    return true;
 }
 
 /* ---- plans ---- */
 
-static struct matmul_plan *find_or_build(struct device *dev, const struct matmul *shape, bool timed) {
+static struct matmul_plan *find(struct device *dev, const struct matmul *shape) {
     for (struct matmul_plan *p = dev->matmuls; p; p = p->next)
         if (same_shape(&p->shape, shape))
             return p;
+    return NULL;
+}
+
+static struct matmul_plan *build(struct device *dev, const struct matmul *shape, bool timed,
+                                 bool accumulate) {
     struct matmul_plan *p = (struct matmul_plan *)calloc(1, sizeof *p);
     if (!p)
         abort();
     p->shape = *shape;
-    create_descriptors(dev, p);
-    cublasLtMatmulHeuristicResult_t results[CANDIDATES];
-    int count = find_candidates(dev, p, results);
-    int chosen = timed && !dev->deterministic ? fastest_candidate(dev, p, results, count) : 0;
-    p->algorithm = results[chosen].algo;
-    p->workspace_bytes = results[chosen].workspaceSize;
     p->next = dev->matmuls;
     dev->matmuls = p;
+    create_descriptors(dev, p);
+    if (timed && recall(dev, p))
+        return p;
+    cublasLtMatmulHeuristicResult_t results[CANDIDATES];
+    int count = find_candidates(dev, p, results);
+    int chosen = timed ? fastest_candidate(dev, p, results, count, accumulate) : 0;
+    p->algorithm = results[chosen].algo;
+    p->workspace_bytes = results[chosen].workspaceSize;
+    if (timed)
+        record(dev, p);
     return p;
 }
 
-void plan_matmul(struct device *dev, struct matmul shape) {
-    find_or_build(dev, &shape, true);
+void plan_matmul(struct device *dev, struct matmul shape, bool accumulate) {
+    if (!find(dev, &shape))
+        build(dev, &shape, !dev->deterministic, accumulate);
 }
 
 void run_planned_matmul(struct device *dev, const struct matmul_plan *p, const void *a, const void *b,
@@ -225,7 +252,9 @@ void run_planned_matmul(struct device *dev, const struct matmul_plan *p, const v
 
 void run_matmul(struct device *dev, struct matmul shape, const void *a, const void *b, const void *bias,
                 bool accumulate, void *c) {
-    struct matmul_plan *p = find_or_build(dev, &shape, false);
+    struct matmul_plan *p = find(dev, &shape);
+    if (!p)
+        p = build(dev, &shape, false, false);
     run_planned_matmul(dev, p, a, b, bias, accumulate, c, cuda_workspace(dev, p->workspace_bytes, "matmul"));
 }
 

@@ -145,7 +145,7 @@ int cuda_orthogonalize_plan(struct device *dev, const struct orthogonalize_spec 
     struct products p = products_of(dev, s);
     plan_matmul(dev, p.gram);
     plan_matmul(dev, p.square);
-    plan_matmul(dev, p.step);
+    plan_matmul(dev, p.step, true);
     *cost = (struct op_cost){0, iteration_bytes(dev, s)};
     return 0;
 }

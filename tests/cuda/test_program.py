@@ -98,6 +98,23 @@ class OneGpu(unittest.TestCase):
         (self.dir / "muon_bf16").rename(self.dir / "muon_resumed")
         self.assertEqual(self.train("muon_resumed", *bf16), whole)
 
+    def test_plans_are_kept(self):
+        """A run that is resumed takes the algorithms of its plan file; a damaged file is replaced."""
+        plans = self.dir / "plans" / "plans-00000.txt"
+        cuda = ["system.device=cuda", "system.precision=bf16", "run.save_every=2"]
+        self.train("plans", *cuda, "train.steps=2")
+        first = plans.read_text()
+        self.assertIn("\nmatmul ", first)
+        plans.write_text(first + "?")
+        done = self.run_program("train", "tiny.ini", "run.dir=plans", *cuda, "train.steps=4")
+        self.assertIn("plans-00000.txt is ignored: it is damaged", done.stderr)
+        self.assertEqual([line.split(" = ")[0] for line in plans.read_text().splitlines()[:-1]],
+                         [line.split(" = ")[0] for line in first.splitlines()[:-1]])
+        before = plans.stat()
+        done = self.run_program("train", "tiny.ini", "run.dir=plans", *cuda, "train.steps=6")
+        self.assertNotIn("plans-00000", done.stderr)
+        self.assertEqual(plans.stat().st_mtime_ns, before.st_mtime_ns)
+
     def test_order_does_not_matter(self):
         """What runs when, on the GPU, changes nothing: not a bit."""
         cuda = ["system.device=cuda", "system.precision=bf16", "train.steps=5"]

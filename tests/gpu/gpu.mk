@@ -4,7 +4,7 @@
 # of the emulator. `make gpu-programs` builds everything and runs nothing, which works without a GPU.
 
 # These test the emulator itself, or replace cuDNN.
-EMULATOR_ONLY = %_emulator.c %_streams.c %_nccl.c %_determinism.c %_cudnn.c %_libraries.c
+EMULATOR_ONLY = %_emulator.c %_streams.c %_nccl.c %_determinism.c %_cudnn.c %_libraries.c %_plan_file.c
 GPU_TESTS = $(patsubst tests/cuda/test_%.c,$(BUILD)/gpu/test_%,$(filter-out $(EMULATOR_ONLY),$(wildcard tests/cuda/test_*.c)))
 GPU_LINKED = $(CUDA_LINKED) $(KERNEL_OBJECTS) $(OTHER_OBJECTS)
 GPU_LINK = $(CC) $(CFLAGS) $(filter %.o,$^) -o $@ -lcmocka $(LIBS) $(CUDA_LINK)

@@ -60,6 +60,10 @@ struct emulator_products {
 };
 extern struct emulator_products emulator_products;
 
+/* If set, events are as far apart as the work between them takes by this clock: the seconds of a kernel, or of
+ * cuBLASLt's product by candidate 1 or 2 (0: a kernel). */
+extern double (*emulator_seconds)(const char *kernel, int candidate);
+
 /* Whether the program is linked with the real CUDA runtime (tests/gpu/); the above then does nothing. */
 bool emulator_on_gpu(void);
 

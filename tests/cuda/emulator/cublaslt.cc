@@ -41,6 +41,10 @@ static const struct layout *layout_of(cublasLtMatrixLayout_t l) {
     return (const struct layout *)l;
 }
 
+size_t cublasLtGetVersion() {
+    return 130101;
+}
+
 cublasStatus_t cublasLtCreate(cublasLtHandle_t *handle) {
     *handle = (cublasLtHandle_t)malloc(1);
     return CUBLAS_STATUS_SUCCESS;
@@ -171,13 +175,17 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
     return CUBLAS_STATUS_SUCCESS;
 }
 
-/* Every algorithm supports every size, unless a test wants it otherwise. */
+/* Every algorithm from the heuristic supports every size, unless a test wants it otherwise. */
 cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t,
                                        cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
                                        cublasLtMatrixLayout_t d, const cublasLtMatmulAlgo_t *algorithm,
                                        cublasLtMatmulHeuristicResult_t *result) {
     int64_t rows = (int64_t)layout_of(d)->cols;
+    struct chosen chosen;
     memset(result, 0, sizeof *result);
+    memcpy(&chosen, algorithm, sizeof chosen);
+    if (chosen.candidate == 0 || chosen.candidate > 2)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     if (emulator_products.min_rows > 0 && rows < emulator_products.min_rows)
         return CUBLAS_STATUS_NOT_SUPPORTED;
     result->algo = *algorithm;
@@ -275,11 +283,8 @@ static void check_address(const void *p, uint32_t multiple_of, const char *what)
             p, multiple_of);
 }
 
-static void check_promises(const cublasLtMatmulAlgo_t *algorithm, const struct desc &d, const void *a,
-                           const void *b, const void *c, const void *out, const void *workspace,
-                           size_t workspace_bytes) {
-    struct chosen chosen;
-    memcpy(&chosen, algorithm, sizeof chosen);
+static void check_promises(const struct chosen &chosen, const struct desc &d, const void *a, const void *b,
+                           const void *c, const void *out, const void *workspace, size_t workspace_bytes) {
     if (chosen.candidate == 0)
         emulator_fail("cublasLtMatmul: the algorithm does not come from cublasLtMatmulAlgoGetHeuristic");
     check_address(a, chosen.promised.a, "A");
@@ -309,7 +314,9 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
     check_matrix(c, wc, "cublasLtMatmul, C");
     check_matrix(d, wd, "cublasLtMatmul, D");
     emulator_check_device(workspace, workspace_bytes, "cublasLtMatmul, workspace");
-    check_promises(algorithm, what, a, b, c, d, workspace, workspace_bytes);
+    struct chosen chosen;
+    memcpy(&chosen, algorithm, sizeof chosen);
+    check_promises(chosen, what, a, b, c, d, workspace, workspace_bytes);
     float scale = *(const float *)alpha, keep = *(const float *)beta;
     struct emulator_products faulty = emulator_products;
     if (faulty.only >= 0 && faulty.only != faulty.calls)
@@ -321,6 +328,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
         size_t written = workspace_bytes < 64 << 10 ? workspace_bytes : 64 << 10;
         memset(workspace, 0xff, written);
         memset((char *)workspace + workspace_bytes - written, 0xff, written);
+        emulator_pass_time("cublasLtMatmul", (int)chosen.candidate);
         multiply(what, scale, a, wa, b, wb, keep, c, wc, d, wd, faulty);
     });
     return error == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;

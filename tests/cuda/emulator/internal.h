@@ -54,4 +54,7 @@ void emulator_check_sentinels();
 /* Abort unless [p, p + bytes) lies within one live allocation of the device. */
 void emulator_check_device(const void *p, size_t bytes, const char *what);
 
+/* Called by work that runs: see emulator_seconds. */
+void emulator_pass_time(const char *kernel, int candidate);
+
 #endif

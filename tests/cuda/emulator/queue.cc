@@ -31,9 +31,17 @@ static struct queue {
     bool background;
     int delay_us;
     int64_t limit; /* 0: none */
+    double clock;  /* see emulator_pass_time */
 } &Q = *new struct queue();
 
 const char *emulator_running_name = "?";
+
+double (*emulator_seconds)(const char *kernel, int candidate);
+
+void emulator_pass_time(const char *kernel, int candidate) {
+    if (emulator_seconds)
+        Q.clock += emulator_seconds(kernel, candidate);
+}
 
 bool emulator_on_queue() {
     return Q.busy && pthread_equal(Q.runner, pthread_self());
@@ -51,7 +59,7 @@ static void finish(work first) {
         work w = finished.back();
         finished.pop_back();
         w->done = true;
-        w->done_at = clock_seconds();
+        w->done_at = emulator_seconds ? Q.clock : clock_seconds();
         Q.unfinished--;
         for (const work &next : w->then)
             if (--next->missing == 0) {

@@ -240,6 +240,7 @@ cudaError_t emulator_launch(const cudaLaunchConfig_t *config, const void *kernel
             config->stream, [] { return false; }, nullptr);
     return emulator_enqueue(config->stream, [=] {
         emulator_running_name = name;
+        emulator_pass_time(name, 0);
         emulator_run_grid(grid, block, shared, thread);
     });
 }
@@ -352,9 +353,9 @@ cudaError_t cudaRuntimeGetVersion(int *version) {
 cudaError_t cudaSetDevice(int device) {
     if (device < 0 || device >= emulator_gpu.count)
         return emulator_error(cudaErrorInvalidDevice);
-    R.device = device;
     if (emulator_gpu.device_error)
         return emulator_error((cudaError_t)emulator_gpu.device_error);
+    R.device = device;
     return cudaSuccess;
 }
 
@@ -401,9 +402,9 @@ static const struct {
     ERROR(cudaErrorNoDevice, "no CUDA-capable device is detected"),
     ERROR(cudaErrorInsufficientDriver, "CUDA driver version is insufficient for the runtime"),
     ERROR(cudaErrorInvalidResourceHandle, "invalid resource handle"),
-    ERROR(cudaErrorNotReady, "device not ready"),
     ERROR(cudaErrorSystemNotReady, "system not yet initialized"),
     ERROR(cudaErrorDevicesUnavailable, "CUDA-capable device(s) is/are busy or unavailable"),
+    ERROR(cudaErrorNotReady, "device not ready"),
     ERROR(cudaErrorIllegalState, "the operation cannot be performed in the present state"),
     ERROR(cudaErrorNotSupported, "operation not supported"),
     ERROR(cudaErrorStreamCaptureUnsupported, "operation not permitted when stream is capturing"),

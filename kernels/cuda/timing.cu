@@ -1,0 +1,83 @@
+/* Timing of alternatives, to choose between them when an operation is planned.
+ *
+ * An idle GPU runs at a fraction of its clock and needs tens of milliseconds of work to reach it. So it is
+ * kept busy before anything is timed, and the ways are timed in turn, in several rounds: a change of the
+ * clock then meets all of them. Each is judged by its fastest round, since whatever disturbs a measurement
+ * makes it longer. */
+#include "kernels/cuda/timing.h"
+
+#include <vector>
+
+#include "kernels/clock.h"
+
+enum { ROUNDS = 3, MOST_RUNS = 1000 };
+static const float WARM_UP_MS = 100, ROUND_MS = 2;
+static const double STAYS_WARM = 0.5; /* seconds */
+
+struct stopwatch {
+    struct device *dev;
+    cudaEvent_t begin, end;
+};
+
+/* Milliseconds of each of `runs` runs, or a negative number if one cannot run. */
+static float time_runs(const struct stopwatch *w, const std::function<bool(int)> &run, int way, int runs) {
+    float ms;
+    cuda_check(cudaEventRecord(w->begin, w->dev->stream));
+    for (int i = 0; i < runs; i++)
+        if (!run(way))
+            return -1;
+    cuda_check(cudaEventRecord(w->end, w->dev->stream));
+    cuda_check(cudaEventSynchronize(w->end));
+    cuda_check(cudaEventElapsedTime(&ms, w->begin, w->end));
+    return ms / (float)runs;
+}
+
+/* Keep the GPU busy until its clock is up. The host's clock only ends what does not get on. */
+static void warm_up(const struct stopwatch *w, const std::function<bool(int)> &run, int way) {
+    double start = clock_seconds();
+    float busy = 0;
+    if (w->dev->timed_at > 0 && start - w->dev->timed_at < STAYS_WARM)
+        return;
+    for (int runs = 1; busy < WARM_UP_MS && clock_seconds() - start < 1;) {
+        float ms = time_runs(w, run, way, runs) * (float)runs;
+        busy += ms;
+        if (ms < WARM_UP_MS / 10 && runs < MOST_RUNS)
+            runs *= 2;
+    }
+}
+
+/* So many runs that they take ROUND_MS, if one takes `ms`. */
+static int runs_of_a_round(float ms) {
+    float runs = ROUND_MS / (ms > ROUND_MS / MOST_RUNS ? ms : ROUND_MS / MOST_RUNS);
+    return (int)runs + 1;
+}
+
+int time_fastest(struct device *dev, int count, const std::function<bool(int)> &run) {
+    struct stopwatch w = {dev, NULL, NULL};
+    std::vector<float> best((size_t)count, -1);
+    std::vector<int> runs((size_t)count, 0);
+    int first = -1, fastest = -1;
+    cuda_check(cudaEventCreate(&w.begin));
+    cuda_check(cudaEventCreate(&w.end));
+    for (int i = 0; i < count; i++) /* which load their code, too */
+        if ((best[i] = time_runs(&w, run, i, 1)) >= 0 && first < 0)
+            first = i;
+    if (first >= 0)
+        warm_up(&w, run, first);
+    for (int i = 0; i < count; i++)
+        if (best[i] >= 0)
+            runs[i] = runs_of_a_round(best[i] = time_runs(&w, run, i, 1));
+    for (int round = 0; round < ROUNDS; round++)
+        for (int i = 0; i < count; i++) {
+            float ms = runs[i] > 0 ? time_runs(&w, run, i, runs[i]) : -1;
+            if (ms >= 0 && (round == 0 || ms < best[i]))
+                best[i] = ms;
+        }
+    for (int i = 0; i < count; i++)
+        if (best[i] >= 0 && (fastest < 0 || best[i] < best[fastest]))
+            fastest = i;
+    cuda_check(cudaEventDestroy(w.begin));
+    cuda_check(cudaEventDestroy(w.end));
+    dev->timed_at = clock_seconds();
+    return fastest;
+}
