@@ -76,6 +76,7 @@ struct attention_spec {
     bool segmented; /* attention stays inside segments, which each call brings */
     /* Of k and v, a divisor of heads: query head h attends to h / (heads / kv_heads). 0: heads. */
     int64_t kv_heads;
+    bool packed; /* q, k, v and their gradients are slices of [B,S,H+2G,d], not tensors of their own */
 };
 
 struct collapse_spec {
@@ -265,10 +266,10 @@ struct kernels {
     const char *(*attention_backend)(struct device *dev, const struct attention_spec *spec,
                                      size_t *deterministic);
 
-    int run_ahead; /* steps that may be posted and not collected while another is queued; see step_post */
-
     /* Of parameters in a collective, at most: more take longer to start, fewer pay its latency more often. */
     int64_t message_elements;
+
+    int run_ahead; /* steps that may be posted and not collected while another is queued; see step_post */
 
     /* The operations: op_embed *embed; op_embed_backward *embed_backward; ... */
 #define OP(name, parameters, arguments) op_##name *name;

@@ -130,7 +130,7 @@ static struct layer_specs specs_for_layer(const struct model *m, int layer) {
     int64_t H = c->num_attention_heads, G = config_kv_heads(c), d = c->head_dim;
     int64_t window = !layer_is_local(type) ? 0 : iha ? c->iha_window : c->local_window;
     struct attention_spec pair_attention = {
-        B, T, H / 2, d, 1, c->causal, false, window, 1 / sqrt((double)d), m->shape.segments, 0};
+        B, T, H / 2, d, 1, c->causal, false, window, 1 / sqrt((double)d), m->shape.segments, 0, false};
     return (struct layer_specs){
         .iha = iha,
         .diff = layer_is_diff(type),
@@ -143,7 +143,7 @@ static struct layer_specs specs_for_layer(const struct model *m, int layer) {
         .mixes = iha || rope,
         .qkv_mix = {B, T, H, d, P, iha, rope, c->iha_rope == IHA_ROPE_VIRTUAL, G},
         .attention = {B, T * P, H, d, P, c->causal, c->iha_mask == MASK_TOKEN, window, 1 / sqrt((double)d),
-                      m->shape.segments, G},
+                      m->shape.segments, G, !iha && !rope},
         .collapse = {B, T, H, d, P, c->iha_collapse == COLLAPSE_PER_HEAD},
         .qk_norm = {B * T, H, G, d, c->norm_eps},
         .normed = c->qk_norm != QK_NORM_NONE,

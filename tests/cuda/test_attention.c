@@ -244,21 +244,21 @@ static void every_head_dim(enum device_precision precision) {
     static const int64_t dims[] = {32, 40, 64, 65, 72, 128, 136, 200, 256};
     for (size_t i = 0; i < COUNT(dims); i++) {
         bool wide = dims[i] > 128;
-        check_case(precision,
-                   (struct attention_case){{1, wide ? 66 : 140, 2, dims[i], 2, true, true, 50, 0, false, 0},
-                                           (enum layout)(i % 3),
-                                           2,
-                                           NULL});
-        check_case(precision,
-                   (struct attention_case){{2, wide ? 66 : 140, 2, dims[i], 2, true, true, 50, 0, true, 0},
-                                           (enum layout)(i % 3),
-                                           2,
-                                           ATTENTION_SEGMENTS[COUNT(ATTENTION_SEGMENTS) - 1]});
+        check_case(precision, (struct attention_case){
+                                  {1, wide ? 66 : 140, 2, dims[i], 2, true, true, 50, 0, false, 0, false},
+                                  (enum layout)(i % 3),
+                                  2,
+                                  NULL});
+        check_case(precision, (struct attention_case){
+                                  {2, wide ? 66 : 140, 2, dims[i], 2, true, true, 50, 0, true, 0, false},
+                                  (enum layout)(i % 3),
+                                  2,
+                                  ATTENTION_SEGMENTS[COUNT(ATTENTION_SEGMENTS) - 1]});
     }
-    check_case(precision,
-               (struct attention_case){{2, 200, 3, 64, 4, true, true, 0, 0, false, 0}, PACKED, 2, NULL});
-    check_case(precision,
-               (struct attention_case){{1, 130, 1, 128, 1, true, false, 0, 0, false, 0}, PACKED, 2, NULL});
+    check_case(precision, (struct attention_case){
+                              {2, 200, 3, 64, 4, true, true, 0, 0, false, 0, false}, PACKED, 2, NULL});
+    check_case(precision, (struct attention_case){
+                              {1, 130, 1, 128, 1, true, false, 0, 0, false, 0, false}, PACKED, 2, NULL});
 }
 
 /* Scores of 1e4 and more leave one key with all of the weight, or two that can hardly be told apart. The bf16
@@ -269,10 +269,10 @@ static void large_scores(enum device_precision precision) {
     for (int64_t window = 0; window < 70; window += 33) {
         check_case(precision,
                    (struct attention_case){
-                       {1, 130, 2, 16, 1, true, false, window, 0, false, 0}, PACKED, magnitude / 2, NULL});
+                       {1, 130, 2, 16, 1, true, false, window, 0, false, 0, false}, PACKED, magnitude / 2, NULL});
         check_case(precision,
                    (struct attention_case){
-                       {1, 66, 2, 8, 3, true, true, window, 0, false, 0}, SEPARATE, magnitude, NULL});
+                       {1, 66, 2, 8, 3, true, true, window, 0, false, 0, false}, SEPARATE, magnitude, NULL});
     }
 }
 
@@ -358,7 +358,7 @@ enum { NAN_LENGTH = 130, NAN_DIM = 8 };
 /* A NaN in one element of q or k: exactly the queries that use it say NaN; in backward the keys as well. So
  * nothing crosses the edge of a segment. */
 static void check_nan(enum device_precision precision, const int64_t *lengths, bool in_key, int64_t at) {
-    struct attention_spec s = {1, NAN_LENGTH, 1, NAN_DIM, 1, true, false, 40, 0.3, lengths != NULL, 0};
+    struct attention_spec s = {1, NAN_LENGTH, 1, NAN_DIM, 1, true, false, 40, 0.3, lengths != NULL, 0, false};
     int32_t segments[2 * NAN_LENGTH];
     if (lengths)
         fill_segments(lengths, 1, NAN_LENGTH, segments);
@@ -440,10 +440,12 @@ static void no_empty_tile_is_visited(void **state) {
         skip(); /* only the emulator counts */
     static const int64_t lengths[] = {1, 65, 129, 300}, windows[] = {0, 1, 2, 31, 33, 64, 65, 130, 500};
     attention_each_mask(ON_CUDA, lengths, COUNT(lengths), windows, COUNT(windows), check_tiles_of_mask);
-    check_tiles(DEVICE_BF16, (struct attention_spec){1, 200, 1, 128, 3, true, true, 40, 0.1, false, 0}, NULL);
-    check_tiles(DEVICE_FP32, (struct attention_spec){2, 200, 2, 128, 3, true, true, 40, 0.1, false, 0}, NULL);
+    check_tiles(DEVICE_BF16, (struct attention_spec){1, 200, 1, 128, 3, true, true, 40, 0.1, false, 0, false},
+                NULL);
+    check_tiles(DEVICE_FP32, (struct attention_spec){2, 200, 2, 128, 3, true, true, 40, 0.1, false, 0, false},
+                NULL);
     attention_each_segmented(ON_CUDA, 200, check_tiles_of_segments);
-    check_tiles(DEVICE_BF16, (struct attention_spec){2, 450, 2, 128, 2, true, true, 0, 0.1, true, 0},
+    check_tiles(DEVICE_BF16, (struct attention_spec){2, 450, 2, 128, 2, true, true, 0, 0.1, true, 0, false},
                 ATTENTION_SEGMENTS[3]);
 }
 
@@ -451,7 +453,7 @@ static void no_empty_tile_is_visited(void **state) {
 
 /* The order in which threads and blocks run does not show. */
 static void check_bits(const int64_t *lengths) {
-    struct attention_spec s = {2, 130, 2, 64, 2, true, true, 70, 0.125, lengths != NULL, 0};
+    struct attention_spec s = {2, 130, 2, 64, 2, true, true, 70, 0.125, lengths != NULL, 0, false};
     for (int precision = DEVICE_FP32; precision <= DEVICE_BF16; precision++) {
         struct pass p = pass_of((enum device_precision)precision, &s, lengths, NULL, NULL);
         struct backend *b = &p.k->each[CUDA];
@@ -489,7 +491,7 @@ static void one_segment_is_the_whole_sequence(void **state) {
     for (int precision = DEVICE_FP32; precision <= DEVICE_BF16; precision++) {
         double *without[4];
         for (int segmented = 0; segmented < 2; segmented++) {
-            struct attention_spec s = {1, 130, 2, 64, 2, true, true, 70, 0.125, segmented, 0};
+            struct attention_spec s = {1, 130, 2, 64, 2, true, true, 70, 0.125, segmented, 0, false};
             fixture_seed = 7;
             struct pass p =
                 pass_of((enum device_precision)precision, &s, segmented ? lengths : NULL, NULL, NULL);

@@ -48,7 +48,7 @@ static void check(enum device_precision precision, struct decode_case c) {
     int64_t capacity = c.window > 0 ? c.window + n : first + PASSES * n;
     struct attention_spec s = {
         c.batch, n, c.heads, c.head_dim, c.pseudo, true, c.token_mask, c.window, 1 / sqrt((double)c.head_dim),
-        false,   0};
+        false,   0, false};
     struct operand cache_k =
         scaled_input(k, k->compute, c.magnitude, 0, c.batch, capacity, c.heads, c.head_dim, 0);
     struct operand cache_v = input(k, k->compute, c.batch, capacity, c.heads, c.head_dim, 0);

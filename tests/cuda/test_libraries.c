@@ -5,6 +5,8 @@
 #include "tests/cuda/fixture.h"
 
 #include <cuda_runtime_api.h>
+#include <stdlib.h>
+#include <unistd.h>
 
 #include "kernels/cuda/attention/attention_cudnn.h"
 
@@ -147,6 +149,7 @@ static struct {
     int64_t sequence, token, head; /* of the row */
 } fault;
 static int cudnn_calls;
+static bool in_cudnn;
 
 struct attention_cudnn {
     cudaStream_t stream;
@@ -246,6 +249,7 @@ static void finish(struct attention_cudnn *a, tensor x) {
     float first;
     x = tensor_of(x.data, DTYPE_BF16, 1, 0, 0, 0, 0);
     kernels_cuda()->download(a->own, x, &first, DTYPE_F32); /* waits */
+    in_cudnn = false;
 }
 
 int attention_cudnn_forward(struct attention_cudnn *a, const struct attention_cudnn_shape *s,
@@ -257,6 +261,7 @@ int attention_cudnn_forward(struct attention_cudnn *a, const struct attention_cu
     cudnn_calls++;
     plan_own(a, spec);
     assert_int_equal(cudaStreamSynchronize(a->stream), cudaSuccess);
+    in_cudnn = true;
     kernels_cuda()->attention(a->own, &spec, view(q, s, l->q), view_kv(k, s, l->k), view_kv(v, s, l->v),
                               tensor_none(), view(o, s, l->o), statistics);
     break_row(a, view(o, s, l->o), O);
@@ -272,6 +277,7 @@ int attention_cudnn_backward(struct attention_cudnn *a, const struct attention_c
     struct attention_spec spec = spec_of(s, true);
     plan_own(a, spec);
     assert_int_equal(cudaStreamSynchronize(a->stream), cudaSuccess);
+    in_cudnn = true;
     kernels_cuda()->attention_backward(a->own, &spec, view(q, s, l->q), view_kv(k, s, l->k),
                                        view_kv(v, s, l->v), tensor_none(), view(o, s, l->o),
                                        view(d_o, s, l->d_o), statistics, view(dq, s, l->dq),
@@ -295,19 +301,22 @@ static int check_attention(struct attention_spec spec, struct error *e) {
     cudnn_calls = 0;
     int status = k->check_libraries(dev, e);
     if (status == 0)
-        assert_int_equal(cudnn_calls, spec.pseudo == 1 ? 2 : 1);
+        assert_int_equal(cudnn_calls, 1);
     k->release(dev, scratch);
     k->close(dev);
     assert_int_equal(emulator_allocations(), 0);
     return status;
 }
 
-/* batch, length, heads, head_dim, pseudo, causal, token_mask, window, scale, segmented */
+/* batch, length, heads, head_dim, pseudo, causal, token_mask, window, scale, segmented, kv_heads, packed */
 static const struct attention_spec ATTENTIONS[] = {
-    {2, 150, 3, 16, 1, true, false, 0, 0.25, false, 0}, {1, 400, 1, 8, 2, true, false, 0, 0.35, false, 0},
-    {1, 380, 2, 24, 2, true, false, 40, 0.2, false, 0}, {2, 130, 2, 16, 1, false, false, 0, 0.25, false, 0},
-    {1, 100, 1, 16, 2, true, false, 1, 0.25, false, 0}, {2, 140, 4, 16, 1, true, false, 0, 0.25, false, 2},
-    {1, 90, 3, 8, 2, true, false, 30, 0.3, false, 1},
+    {2, 150, 3, 16, 1, true, false, 0, 0.25, false, 0, true},
+    {1, 400, 1, 8, 2, true, false, 0, 0.35, false, 0, false},
+    {1, 380, 2, 24, 2, true, false, 40, 0.2, false, 0, false},
+    {2, 130, 2, 16, 1, false, false, 0, 0.25, false, 0, false},
+    {1, 100, 1, 16, 2, true, false, 1, 0.25, false, 0, false},
+    {2, 140, 4, 16, 1, true, false, 0, 0.25, false, 2, true},
+    {1, 90, 3, 8, 2, true, false, 30, 0.3, false, 1, false},
 };
 
 static void right_attention_passes(void **state) {
@@ -352,11 +361,74 @@ static void wrong_attention_is_found(void **state) {
     expect_found(plain, ": d");
 }
 
+/* ---- cuDNN or the built-in kernels ---- */
+
+static double kernel_seconds[2]; /* of a kernel of this program, and of one in cuDNN's place */
+
+static double seconds_of(const char *kernel, int candidate) {
+    (void)kernel, (void)candidate;
+    return kernel_seconds[in_cudnn];
+}
+
+/* What serves the shape where kernels take so long; cuDNN's calls, to choose, in *calls. */
+static const char *server_of(struct attention_spec spec, double own, double cudnn, bool deterministic,
+                             const char *plan_file, int *calls) {
+    const struct kernels *k = kernels_cuda();
+    struct device_options options = {
+        .precision = DEVICE_BF16, .deterministic = deterministic, .plan_file = plan_file};
+    struct error e = {0};
+    struct device *dev = k->open(&options, &e);
+    struct op_spec op = {.kind = OP_ATTENTION, .attention = spec};
+    struct op_cost cost;
+    size_t bytes;
+    kernel_seconds[0] = own;
+    kernel_seconds[1] = cudnn;
+    emulator_seconds = seconds_of;
+    cudnn_calls = 0;
+    assert_int_equal(k->plan(dev, &op, &cost, &e), 0);
+    emulator_seconds = NULL;
+    *calls = cudnn_calls;
+    const char *server = k->attention_backend(dev, &spec, &bytes);
+    void *scratch = k->alloc(dev, SCRATCH, &e);
+    k->set_workspace(dev, scratch, SCRATCH);
+    assert_int_equal(k->check_libraries(dev, &e), 0);
+    k->release(dev, scratch);
+    k->close(dev);
+    assert_int_equal(emulator_allocations(), 0);
+    return server;
+}
+
+/* In a narrow window the faster one serves, and serves the next start too. */
+static void the_faster_attention_serves(void **state) {
+    (void)state;
+    struct attention_spec narrow = ATTENTIONS[2], wide = ATTENTIONS[1], packed = ATTENTIONS[5];
+    char path[] = "/tmp/iha-plans-XXXXXX";
+    int calls, file = mkstemp(path);
+    fault.kind = RIGHT;
+    packed.window = 30;
+    assert_string_equal(server_of(narrow, 1e-3, 1e-4, false, NULL, &calls), "cuDNN");
+    assert_true(calls > 3);
+    assert_string_equal(server_of(narrow, 1e-4, 1e-3, false, NULL, &calls), "built-in kernels");
+    assert_string_equal(server_of(packed, 1e-4, 1e-3, false, NULL, &calls), "built-in kernels");
+    assert_string_equal(server_of(narrow, 1e-4, 1e-3, true, NULL, &calls), "cuDNN");
+    assert_int_equal(calls, 0);
+    assert_string_equal(server_of(wide, 1e-4, 1e-3, false, NULL, &calls), "cuDNN");
+    assert_int_equal(calls, 0);
+    unlink(path);
+    assert_string_equal(server_of(narrow, 1e-4, 1e-3, false, path, &calls), "built-in kernels");
+    assert_true(calls > 3);
+    assert_string_equal(server_of(narrow, 1e-3, 1e-4, false, path, &calls), "built-in kernels");
+    assert_int_equal(calls, 0);
+    unlink(path);
+    close(file);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(right_products_pass),       cmocka_unit_test(wrong_tiles_are_found),
-        cmocka_unit_test(one_tile_of_many_is_found), cmocka_unit_test(sizes),
-        cmocka_unit_test(right_attention_passes),    cmocka_unit_test(wrong_attention_is_found),
+        cmocka_unit_test(right_products_pass),         cmocka_unit_test(wrong_tiles_are_found),
+        cmocka_unit_test(one_tile_of_many_is_found),   cmocka_unit_test(sizes),
+        cmocka_unit_test(right_attention_passes),      cmocka_unit_test(wrong_attention_is_found),
+        cmocka_unit_test(the_faster_attention_serves),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -369,10 +369,11 @@ static void every_head_dim(void **state) {
     (void)state;
     for (size_t i = 0; i < COUNT(DIMS); i++)
         for (int packed = 0; packed < 2; packed++) {
-            check_case((struct attention_spec){2, 130, 3, DIMS[i], 2, true, true, 63, 0, false, 0}, packed,
-                       1);
-            check_case((struct attention_spec){1, 65, 1, DIMS[i], 1, true, false, 0, 0, false, 0}, packed, 1);
-            check_segmented((struct attention_spec){2, 130, 3, DIMS[i], 2, true, true, 63, 0, true, 0},
+            check_case((struct attention_spec){2, 130, 3, DIMS[i], 2, true, true, 63, 0, false, 0, false},
+                       packed, 1);
+            check_case((struct attention_spec){1, 65, 1, DIMS[i], 1, true, false, 0, 0, false, 0, false},
+                       packed, 1);
+            check_segmented((struct attention_spec){2, 130, 3, DIMS[i], 2, true, true, 63, 0, true, 0, false},
                             ATTENTION_SEGMENTS[COUNT(ATTENTION_SEGMENTS) - 1], packed, 1);
         }
 }
@@ -383,12 +384,13 @@ static void groups_of_tiles(void **state) {
     (void)state;
     for (int64_t heads = 8; heads <= 16; heads += 8)
         for (int64_t window = 0; window < 200; window += 97) {
-            check_case((struct attention_spec){1, 250, heads, 4, 2, true, false, window, 0, false, 0}, true,
-                       1);
-            check_segmented((struct attention_spec){1, 250, heads, 4, 2, true, true, window, 0, true, 0},
-                            ATTENTION_SEGMENTS[4], false, 1);
+            check_case((struct attention_spec){1, 250, heads, 4, 2, true, false, window, 0, false, 0, false},
+                       true, 1);
+            check_segmented(
+                (struct attention_spec){1, 250, heads, 4, 2, true, true, window, 0, true, 0, false},
+                ATTENTION_SEGMENTS[4], false, 1);
         }
-    check_case((struct attention_spec){1, 250, 8, 4, 1, false, false, 0, 0, false, 0}, false, 1);
+    check_case((struct attention_spec){1, 250, 8, 4, 1, false, false, 0, 0, false, 0, false}, false, 1);
 }
 
 /* ---- extreme numbers ---- */
@@ -397,8 +399,10 @@ static void groups_of_tiles(void **state) {
 static void large_scores(void **state) {
     (void)state;
     for (int64_t window = 0; window < 70; window += 33) {
-        check_case((struct attention_spec){1, 130, 2, 16, 1, true, false, window, 0, false, 0}, true, 120);
-        check_case((struct attention_spec){1, 66, 2, 8, 3, true, true, window, 0, false, 0}, false, 200);
+        check_case((struct attention_spec){1, 130, 2, 16, 1, true, false, window, 0, false, 0, false}, true,
+                   120);
+        check_case((struct attention_spec){1, 66, 2, 8, 3, true, true, window, 0, false, 0, false}, false,
+                   200);
     }
 }
 
@@ -496,7 +500,7 @@ static void no_empty_tile_is_visited(void **state) {
 static void check_linear(int64_t heads, int64_t most_tokens, bool backward) {
     int64_t before = 0;
     for (int64_t T = 1024; T <= most_tokens; T *= 2) {
-        struct attention_spec a = {1, 4 * T, heads, 8, 4, true, false, 512, 0, false, 0};
+        struct attention_spec a = {1, 4 * T, heads, 8, 4, true, false, 512, 0, false, 0, false};
         int64_t count = visits(a, NULL, backward), rows = 4 * T / TILE_SIDE;
         assert_int_equal(count, heads * (9 * rows - 36));
         if (before > 0)

@@ -136,7 +136,7 @@ static void any_schedule_gives_the_same_bits(void **state) {
 static void scratch_does_not_grow_with_the_sequence(void **state) {
     (void)state;
     for (int64_t d = 16; d <= 256; d *= 4) {
-        struct attention_spec s = {1, 1 << 16, 4, d, 1, true, false, 0, 0.3, false, 0}, longer = s;
+        struct attention_spec s = {1, 1 << 16, 4, d, 1, true, false, 0, 0.3, false, 0, false}, longer = s;
         longer.length *= 64;
         size_t small = cost_of(&s).workspace, large = cost_of(&longer).workspace;
         size_t tiles = (size_t)(longer.heads * longer.length) / 64;

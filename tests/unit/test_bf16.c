@@ -67,7 +67,7 @@ static void decode(void **state) {
     (void)state;
     enum { B = 2, N = 3, H = 2, D = 20, WINDOW = 5, CAPACITY = WINDOW + N };
     struct backends *k = backends(DEVICE_BF16);
-    struct attention_spec s = {B, N, H, D, 1, true, false, WINDOW, 0.3, false, 0};
+    struct attention_spec s = {B, N, H, D, 1, true, false, WINDOW, 0.3, false, 0, false};
     struct operand cache_k = input(k, DTYPE_BF16, B, CAPACITY, H, D, 0),
                    cache_v = input(k, DTYPE_BF16, B, CAPACITY, H, D, 0);
     plan(k, (struct op_spec){.kind = OP_DECODE, .attention = s});

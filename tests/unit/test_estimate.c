@@ -190,7 +190,7 @@ static void attention_goes_at_the_rate_of_who_serves_it(void **state) {
     g.builtin = (struct attention_rate){10, 5};
     g.window = 0.5;
     double product = 2 * 128 * (128 * 129 / 2);
-    struct attention_spec s = {1, 128, 1, 128, 1, true, false, 0, 1, false, 0}, t = s;
+    struct attention_spec s = {1, 128, 1, 128, 1, true, false, 0, 1, false, 0, false}, t = s;
     expect_near("wide", attention_seconds(&g, s, false), 2 * product / 1000);
     expect_near("wide, backward", attention_seconds(&g, s, true), 5 * product / 500);
     t.head_dim = 64;

@@ -29,7 +29,7 @@ static void run_layer(const struct layer *l, double *qkv, double *out) {
     int64_t T = l->T, H = l->H, P = l->P, S = T * P, D = l->d;
     struct qkv_mix_spec mix = {1, T, H, D, P, true, l->rope, l->rope_virtual, 0};
     struct attention_spec attention = {1,         S,        H,     D, P, l->causal, l->token_mask,
-                                       l->window, l->scale, false, 0};
+                                       l->window, l->scale, false, 0, false};
     struct collapse_spec collapse = {1, T, H, D, P, false};
     struct layer copy = *l; /* tensors point to mutable memory */
     tensor rope = d(table, S, 2, D / 2, 0, 0), tq = d(q, 1, S, H, D, 0), tk = d(key, 1, S, H, D, 0);

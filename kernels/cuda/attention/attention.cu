@@ -5,12 +5,17 @@
  * chooses once per shape: the two save different things between forward and backward, so both directions must
  * use the same one.
  *
+ * Where a narrow window masks much of cuDNN's tiles of 128 keys, both are timed and the faster one is taken, also by
+ * the next start (plan_file.h).
+ *
  * The environment variable IHA_ATTENTION overrides the choice, to compare the two: `own` never uses cuDNN;
  * `cudnn` makes a shape that cuDNN does not support an error. */
 #include "kernels/cuda/attention/attention_bf16.h"
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/attention/attention_cudnn.h"
 #include "kernels/cuda/attention/check_attention.h"
+#include "kernels/cuda/plan_file.h"
+#include "kernels/cuda/timing.h"
 #include "kernels/cudnn_scratch.h"
 
 #include <stdio.h>
@@ -36,7 +41,8 @@ static bool same_spec(const struct attention_spec *a, const struct attention_spe
     return a->batch == b->batch && a->length == b->length && a->heads == b->heads &&
            a->head_dim == b->head_dim && a->pseudo == b->pseudo && a->causal == b->causal &&
            a->token_mask == b->token_mask && a->window == b->window && a->scale == b->scale &&
-           a->segmented == b->segmented && attention_kv_heads(a) == attention_kv_heads(b);
+           a->segmented == b->segmented && a->packed == b->packed &&
+           attention_kv_heads(a) == attention_kv_heads(b);
 }
 
 void attention_plans_free(struct attention_plans *p) {
@@ -66,10 +72,10 @@ static struct attention_cudnn_strides strides_of(tensor t) {
     return {t.stride[0], t.stride[1], t.stride[2]};
 }
 
-/* The layouts that the model uses: separate tensors, or q, k, v and their gradients packed as [B,S,H+2G,d]. */
-static struct attention_cudnn_layout model_layout(const struct attention_spec *s, bool packed) {
+/* Separate tensors, or q, k, v and their gradients packed as [B,S,H+2G,d]. */
+static struct attention_cudnn_layout model_layout(const struct attention_spec *s) {
     int64_t d = s->head_dim, row = s->heads * d, kv_row = attention_kv_heads(s) * d, wide = row + 2 * kv_row;
-    int64_t q_row = packed ? wide : row, k_row = packed ? wide : kv_row;
+    int64_t q_row = s->packed ? wide : row, k_row = s->packed ? wide : kv_row;
     struct attention_cudnn_strides o = {s->length * row, row, d}, q = {s->length * q_row, q_row, d},
                                    k = {s->length * k_row, k_row, d};
     return {q, k, k, o, o, q, k, k};
@@ -127,14 +133,12 @@ static int plan_cudnn(struct device *dev, const struct attention_spec *s, struct
         return -1;
     struct attention_cudnn_shape shape = cudnn_shape(dev, s);
     *cost = {(size_t)(s->batch * s->heads * s->length) * sizeof(float) /* log-sum-exp */, 0};
-    for (int packed = 0; packed <= (s->pseudo == 1 ? 1 : 0); packed++) {
-        struct attention_cudnn_layout layout = model_layout(s, packed);
-        for (int backward = 0; backward <= 1; backward++) {
-            size_t bytes;
-            if (attention_cudnn_plan(p->cudnn, &shape, &layout, backward, &bytes, why) != 0)
-                return -1;
-            cost->workspace = bytes > cost->workspace ? bytes : cost->workspace;
-        }
+    struct attention_cudnn_layout layout = model_layout(s);
+    for (int backward = 0; backward <= 1; backward++) {
+        size_t bytes;
+        if (attention_cudnn_plan(p->cudnn, &shape, &layout, backward, &bytes, why) != 0)
+            return -1;
+        cost->workspace = bytes > cost->workspace ? bytes : cost->workspace;
     }
     return 0;
 }
@@ -173,6 +177,117 @@ static int preference(enum preference *out, struct error *e) {
     return 0;
 }
 
+/* The built-in kernels have tiles of 64 keys. In wider windows what is masked is a small part. */
+enum { NARROW_WINDOW = 512, NAME_BYTES = 256 };
+
+static bool is_narrow(const struct attention_spec *s) {
+    return s->window > 0 && s->window < s->length && s->window <= NARROW_WINDOW;
+}
+
+static void name_of(const struct attention_spec *s, char name[NAME_BYTES]) {
+    snprintf(name, NAME_BYTES,
+             "attention %lld x %lld, %lld heads of %lld, %lld of keys, window %lld, P %lld%s%s",
+             (long long)s->batch, (long long)s->length, (long long)s->heads, (long long)s->head_dim,
+             (long long)attention_kv_heads(s), (long long)s->window, (long long)s->pseudo,
+             s->causal ? "" : ", not causal", s->packed ? ", packed" : "");
+}
+
+/* q, k, v and their gradients, o and its, as the model has them, then what is saved and the workspace. */
+struct timed_operands {
+    char *memory, *saved;
+    tensor q, k, v, o, d_o, dq, dk, dv;
+};
+
+static tensor take_view(const struct attention_spec *s, char *data, int64_t heads, int64_t row) {
+    tensor t = tensor_of(data, DTYPE_BF16, s->batch, s->length, heads, s->head_dim, 0);
+    t.stride[0] = s->length * row;
+    t.stride[1] = row;
+    return t;
+}
+
+static void take_three(const struct attention_spec *s, char *data, tensor *q, tensor *k, tensor *v) {
+    int64_t d = s->head_dim, row = s->heads * d, kv_row = attention_kv_heads(s) * d;
+    int64_t rows = s->packed ? 1 : s->batch * s->length, wide = row + 2 * kv_row;
+    *q = take_view(s, data, s->heads, s->packed ? wide : row);
+    *k = take_view(s, data + (size_t)(rows * row) * sizeof(bf16), attention_kv_heads(s),
+                   s->packed ? wide : kv_row);
+    *v = take_view(s, data + (size_t)(rows * (row + kv_row)) * sizeof(bf16), attention_kv_heads(s),
+                   s->packed ? wide : kv_row);
+}
+
+/* Operands in new memory, the workspace in *workspace; false: there is not enough. */
+static bool allocate_operands(const struct attention_spec *s, struct op_cost most, struct timed_operands *x,
+                              char **workspace) {
+    size_t one = (size_t)round_up(s->batch * s->length * s->heads * s->head_dim * (int64_t)sizeof(bf16), 256);
+    size_t saved = (size_t)round_up((int64_t)most.saved, 256);
+    if (cudaMalloc((void **)&x->memory, 8 * one + saved + most.workspace) != cudaSuccess) {
+        cudaGetLastError();
+        return false;
+    }
+    take_three(s, x->memory, &x->q, &x->k, &x->v);
+    take_three(s, x->memory + 3 * one, &x->dq, &x->dk, &x->dv);
+    x->o = take_view(s, x->memory + 6 * one, s->heads, s->heads * s->head_dim);
+    x->d_o = take_view(s, x->memory + 7 * one, s->heads, s->heads * s->head_dim);
+    x->saved = x->memory + 8 * one;
+    *workspace = x->saved + saved;
+    return true;
+}
+
+/* Both directions by cuDNN; false: it does not run. */
+static bool run_cudnn(struct device *dev, const struct attention_spec *s, const struct timed_operands *x) {
+    char why[ATTENTION_CUDNN_REASON];
+    struct attention_cudnn *cudnn = dev->attentions->cudnn;
+    struct attention_cudnn_shape shape = cudnn_shape(dev, s);
+    struct attention_cudnn_layout layout = model_layout(s);
+    return attention_cudnn_forward(cudnn, &shape, &layout, x->q.data, x->k.data, x->v.data, x->o.data,
+                                   x->saved, dev->workspace, why) == 0 &&
+           attention_cudnn_backward(cudnn, &shape, &layout, x->q.data, x->k.data, x->v.data, x->o.data,
+                                    x->d_o.data, x->saved, x->dq.data, x->dk.data, x->dv.data, dev->workspace,
+                                    why) == 0;
+}
+
+/* Whether the built-in kernels, whose cost is `own`, are faster than cuDNN. */
+static bool builtin_is_faster(struct device *dev, const struct attention_spec *s, struct op_cost cudnn,
+                              struct op_cost own) {
+    struct op_cost most = {cudnn.saved > own.saved ? cudnn.saved : own.saved,
+                           cudnn.workspace > own.workspace ? cudnn.workspace : own.workspace};
+    struct timed_operands x;
+    char *workspace = dev->workspace, *memory;
+    size_t workspace_bytes = dev->workspace_bytes;
+    if (!allocate_operands(s, most, &x, &memory))
+        return false;
+    dev->workspace = memory;
+    dev->workspace_bytes = most.workspace;
+    cuda_check(cudaMemsetAsync(x.memory, 0x3c, (size_t)(memory - x.memory), dev->stream)); /* about 0.01 */
+    int fastest = time_fastest(dev, 2, [&](int way) {
+        if (way == 0)
+            return run_cudnn(dev, s, &x);
+        attention_builtin(dev, s, x.q, x.k, x.v, tensor_none(), x.o, x.saved);
+        attention_builtin_backward(dev, s, x.q, x.k, x.v, tensor_none(), x.o, x.d_o, x.saved, x.dq, x.dk,
+                                   x.dv);
+        return true;
+    });
+    dev->workspace = workspace;
+    dev->workspace_bytes = workspace_bytes;
+    cuda_check(cudaFree(x.memory));
+    return fastest == 1;
+}
+
+/* Of a narrow window that cuDNN can serve, at c->cost: whether to take the built-in kernels. */
+static bool prefers_builtin(struct device *dev, const struct attention_choice *c) {
+    char name[NAME_BYTES];
+    struct op_cost own = {0, 0};
+    struct error e;
+    name_of(&c->spec, name);
+    const char *recorded = plan_file_find(dev->plan_file, name);
+    if (recorded)
+        return strcmp(recorded, "built-in") == 0;
+    bool builtin = attention_builtin_plan(dev, &c->spec, &own, &e) == 0 &&
+                   builtin_is_faster(dev, &c->spec, c->cost, own);
+    plan_file_add(dev->plan_file, name, builtin ? "built-in" : "cuDNN");
+    return builtin;
+}
+
 static int choose(struct device *dev, struct attention_choice *c, struct error *e) {
     char why[ATTENTION_CUDNN_REASON] = "this program was built without cuDNN";
     const struct attention_spec *s = &c->spec;
@@ -181,6 +296,11 @@ static int choose(struct device *dev, struct attention_choice *c, struct error *
         return -1;
     bool built = attention_cudnn_plan != NULL; /* a weak symbol */
     c->cudnn = built && wanted != ONLY_BUILTIN && plan_cudnn(dev, s, &c->cost, why) == 0;
+    if (c->cudnn && wanted == PREFER_CUDNN && !dev->deterministic && is_narrow(s) &&
+        prefers_builtin(dev, c)) {
+        c->cudnn = false;
+        snprintf(why, sizeof why, "they are faster than cuDNN in a window of %lld", (long long)s->window);
+    }
     if (c->cudnn)
         return 0;
     if (wanted == ONLY_CUDNN)
@@ -290,8 +410,7 @@ int check_attentions(struct device *dev, struct error *e) {
     for (; c && status == 0; c = c->next) {
         if (!c->cudnn || c->checked)
             continue;
-        for (int packed = 0; packed <= (c->spec.pseudo == 1 ? 1 : 0) && status == 0; packed++)
-            status = check_attention(dev, &c->spec, c->cost.workspace, packed, &used, e);
+        status = check_attention(dev, &c->spec, c->cost.workspace, c->spec.packed, &used, e);
         c->checked = true;
     }
     if (used > 0)
