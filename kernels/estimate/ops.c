@@ -10,7 +10,7 @@
 
 /* The same values as in kernels/cuda/, so that memory and chunks are planned alike. */
 #define MATMUL_WORKSPACE ((size_t)32 << 20)
-#define CHUNK_BYTES ((double)(512 << 20)) /* of logits */
+#define LOGITS_PART 64 /* of the GPU's memory, for a chunk's logits */
 
 /* ---- counting ---- */
 
@@ -152,7 +152,8 @@ void estimate_linear_backward(struct device *dev, const struct linear_spec *s, t
 /* Rows whose logits exist at once. */
 static int64_t chunk_rows(const struct device *dev, const struct classifier_spec *s) {
     double row = (double)classifier_padded(s) * element_bytes(dev);
-    double rows = CHUNK_BYTES / row < 128 ? 128 : CHUNK_BYTES / row;
+    double rows = dev->options.gpu->memory / LOGITS_PART / row;
+    rows = rows < 128 ? 128 : rows;
     return rows < (double)s->rows ? (int64_t)rows : s->rows;
 }
 

@@ -311,6 +311,7 @@ static void a_classifier_works_in_chunks(void **state) {
     const double h = 2.0 * (1 << 11) * 8, w = 2.0 * 8 * (1 << 18), logits = 1 << 30;
     tensor no = tensor_none(), yes = {.data = &g};
     (void)state;
+    g.memory = 32.0 * (1 << 30);
     struct device *dev = device_with(&g, &o);
     kernels_estimate()->classifier(dev, &s, yes, yes, yes, 1, NULL, no, yes, yes, false);
     struct estimate_totals a = estimate_totals(dev);
