@@ -36,6 +36,12 @@ void check_row_stride(const char *op, const char *what, tensor t, int64_t stride
         abort_bad_tensor(op, what, t);
 }
 
+void check_token_rows(const char *op, const char *what, tensor t) {
+    check_contiguous(op, what, tensor_select(tensor_select(t, 0, 0), 0, 0));
+    if (t.shape[0] > 1 && t.stride[0] != t.shape[1] * t.stride[1])
+        abort_bad_tensor(op, what, t);
+}
+
 void *check_workspace(const char *op, void *workspace, size_t has, size_t needs) {
     if (needs > has) {
         fprintf(stderr, "%s: needs %zu bytes of workspace, has %zu: it was not planned\n", op, needs, has);

@@ -17,6 +17,10 @@ void check_shape(const char *op, const char *what, tensor t, enum dtype dtype, i
 /* t is present, contiguous and aligned to its type. */
 void check_contiguous(const char *op, const char *what, tensor t);
 
+/* The heads of each token of t [B,T,H,d] are contiguous, and so many elements apart from those of the next that the
+ * batch is one run of tokens: t is contiguous, or some of the heads of a packed tensor. */
+void check_token_rows(const char *op, const char *what, tensor t);
+
 /* The rows of t [rows, ...] are `stride` elements apart. */
 void check_row_stride(const char *op, const char *what, tensor t, int64_t stride);
 

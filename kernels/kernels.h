@@ -56,8 +56,7 @@ struct qk_norm_spec {
     double eps;
 };
 
-/* P = 1 without alphas is plain RoPE; without `rope` too, the operation is a copy (callers pass slices of the
- * packed qkv to attention instead). */
+/* P = 1 without alphas is plain RoPE; without `rope` too, the operation is a copy. */
 struct qkv_mix_spec {
     int64_t batch, tokens, heads, head_dim, pseudo;
     bool mixed;        /* alphas are given */

@@ -144,7 +144,7 @@ static void attention_backward(struct model *m, int layer, bool accumulate) {
     tensor dk = s->mixes ? with_data(b->k, g->dk) : qkv_part(c, dqkv_of(m, layer), 1);
     tensor dv = s->mixes ? with_data(b->v, g->dv) : qkv_part(c, dqkv_of(m, layer), 2);
     attend_backward(m, layer, dq, dk, dv, accumulate);
-    if (s->mixes)
+    if (s->mixes || s->rotates)
         k->qkv_mix_backward(m->dev, &s->qkv_mix, dq, dk, dv, b->qkv, model_alpha(m, layer, p->alpha_q),
                             model_alpha(m, layer, p->alpha_k), model_alpha(m, layer, p->alpha_v), m->rope,
                             m->positions, dqkv_of(m, layer), model_alpha_gradient(m, layer, p->alpha_q),

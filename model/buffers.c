@@ -140,7 +140,8 @@ static struct layer_specs specs_for_layer(const struct model *m, int layer) {
         .pair_attention = pair_attention,
         .diff_combine = {B * T, H / 2, d, 0.8 - 0.6 * exp(-0.3 * layer), c->norm_eps},
         .folded = layer_is_folded(type),
-        .mixes = iha || rope,
+        .mixes = iha,
+        .rotates = rope && !iha,
         .qkv_mix = {B, T, H, d, P, iha, rope, c->iha_rope == IHA_ROPE_VIRTUAL, G},
         .attention = {B, T * P, H, d, P, c->causal, c->iha_mask == MASK_TOKEN, window, 1 / sqrt((double)d),
                       m->shape.segments, G, !iha && !rope},
@@ -171,7 +172,7 @@ int layer_ops(const struct model_config *c, const struct layer_specs *s, struct 
     for (int i = 0; i < 4; i++)
         ops[count++] = (struct op_spec){.kind = OP_LINEAR, .linear = {n, linears[i][0], linears[i][1]}};
     ops[count++] = (struct op_spec){.kind = OP_ACT, .act = {act_type_of(c->activation), n, F}};
-    if (s->mixes)
+    if (s->mixes || s->rotates)
         ops[count++] = (struct op_spec){.kind = OP_QKV_MIX, .qkv_mix = s->qkv_mix};
     if (s->iha)
         ops[count++] = (struct op_spec){.kind = OP_COLLAPSE, .collapse = s->collapse};

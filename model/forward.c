@@ -80,11 +80,11 @@ static void norm_heads(struct model *m, int layer) {
                       model_param(m, p->k_norm), qkv_rows(b->qkv));
 }
 
-/* q~, k~, v~ from qkv (paper: steps 2-4). */
+/* q~, k~, v~ from qkv (paper: steps 2-4), or q and k rotated where they are. */
 static void mix_heads(struct model *m, int layer) {
     const struct layer_params *p = params_of(m, layer);
     struct layer_buffers *b = &m->layers[layer];
-    if (m->specs[layer].mixes)
+    if (m->specs[layer].mixes || m->specs[layer].rotates)
         m->k->qkv_mix(m->dev, &m->specs[layer].qkv_mix, b->qkv, model_alpha(m, layer, p->alpha_q),
                       model_alpha(m, layer, p->alpha_k), model_alpha(m, layer, p->alpha_v), m->rope,
                       m->positions, 0, b->q, b->k, b->v);
@@ -303,7 +303,8 @@ void layer_recompute(struct model *m, int layer) {
         recompute_attention_norm(m, layer);
         fold(m, layer);
         norm_heads(m, layer);
-        mix_heads(m, layer);
+        if (m->specs[layer].mixes || m->specs[layer].normed) /* or else qkv is kept as it was rotated */
+            mix_heads(m, layer);
         collapse(m, layer);
         recompute_mlp_norm(m, layer);
         mlp_act(m, layer);

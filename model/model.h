@@ -52,7 +52,7 @@ struct layer_buffers {
     tensor folded_weight, folded_bias;
     tensor qkv_raw; /* [B,T,H+2G,d] before qk_norm; without one qkv itself */
     tensor qkv;     /* [B,T,H+2G,d]; in simplicial layers [B,T,5H,d] */
-    /* [B,S,H,d], of k and v [B,S,G,d]: attention's inputs; slices of qkv if nothing is mixed or rotated */
+    /* [B,S,H,d], of k and v [B,S,G,d]: attention's inputs; slices of qkv if nothing is mixed */
     tensor q, k, v;
     /* [B,S,H,d] attention's output; in differential layers [B,T,2,H,d], see differential.c */
     tensor o_pseudo;
@@ -79,7 +79,8 @@ struct layer_specs {
     bool talking, simplicial;
     int64_t qkv_heads; /* layer_qkv_heads() */
     bool folded;       /* heads are mixed in the weight of qkv */
-    bool mixes;        /* qkv_mix runs: IHA, or MHA with RoPE */
+    bool mixes;        /* qkv_mix writes q, k and v apart from qkv: IHA */
+    bool rotates;      /* qkv_mix rotates q and k in qkv: other layers with RoPE */
     bool
         one_product; /* swiglu's up and gate are one matrix product: their weights are neighbours in memory */
     size_t attention_saved_bytes;

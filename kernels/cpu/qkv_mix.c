@@ -56,9 +56,7 @@ static void read_alphas(const struct qkv_mix_spec *s, tensor q, tensor k, tensor
                         const real *alpha[3]) {
     const elem *from[3] = {q.data, k.data, v.data};
     for (int w = 0; w < 3; w++)
-        alpha[w] = s->mixed ? read_elems(from[w], rows_out(s, w) * mix_heads_of(s, w),
-                                         *scratch + w * alpha_stride(s))
-                            : NULL;
+        alpha[w] = read_elems(from[w], rows_out(s, w) * mix_heads_of(s, w), *scratch + w * alpha_stride(s));
     *scratch += converts() ? alpha_reals(s) : 0;
 }
 
@@ -97,11 +95,45 @@ static void check_mix(const char *op, const struct qkv_mix_spec *s, tensor qkv, 
     tensor outs[3] = {q, k, v};
     for (int i = 0; i < 3; i++) {
         check_elem(op, names[i], outs[i], B, S, mix_heads_of(s, i), d, 0);
-        check_contiguous(op, names[i], outs[i]);
+        if (s->mixed)
+            check_contiguous(op, names[i], outs[i]);
+        else
+            check_token_rows(op, names[i], outs[i]);
     }
     check_contiguous(op, "qkv", qkv);
     if (positions.data)
         check_i32(op, "positions", positions, B, s->tokens);
+}
+
+/* Without alphas: parts = rotate(packed), or with `back` packed = rotate back(parts). parts: q, k and v, or the heads
+ * of packed themselves. */
+static void rotate_tokens(struct device *dev, const struct qkv_mix_spec *s, tensor packed,
+                          const tensor parts[3], tensor table, const int32_t *positions, int64_t first,
+                          bool back, const char *op) {
+    int64_t d = s->head_dim, N = s->batch * s->tokens, row = mix_row_heads(s);
+    int64_t stride = thread_reals(dev, s);
+    real *scratch = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, op);
+#pragma omp parallel num_threads(dev->threads)
+    {
+        real *converted = scratch + omp_get_thread_num() * stride;
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < N; n++)
+            for (int w = 0; w < 3; w++) {
+                int64_t H = mix_heads_of(s, w);
+                elem *whole = (elem *)packed.data + (n * row + first_head(s, w)) * d;
+                elem *part = (elem *)parts[w].data + n * parts[w].stride[1];
+                elem *from = back ? part : whole, *to = back ? whole : part;
+                bool rotated = s->rope && w < 2;
+                if (!rotated && from != to)
+                    memcpy(to, from, (size_t)(H * d) * sizeof(elem));
+                if (!rotated)
+                    continue;
+                real *result = elems_buffer(to, converted);
+                rotate_heads(s, H, read_elems(from, H * d, converted), table,
+                             position_of(s, positions, first, n), 0, back ? -1 : 1, false, result);
+                write_elems(to, H * d, result);
+            }
+    }
 }
 
 /* One token of q, k or v. A pseudo-head's rows are rotated while they are in the L1 cache. mixed: scratch [H,d]. */
@@ -110,11 +142,7 @@ static void mix_token(const struct qkv_mix_spec *s, int64_t H, const real *in, c
     int64_t P = s->pseudo, d = s->head_dim, bytes = H * d * (int64_t)sizeof(real);
     const char *next = (const char *)(in + mix_row_heads(s) * d);
     struct mix_memory memory = {.at = {next, next}};
-    if (!s->mixed && !rotated) {
-        memcpy(out, in, (size_t)bytes);
-    } else if (!s->mixed) {
-        rotate_heads(s, H, in, table, position, 0, 1, stream, out);
-    } else if (!rotated) {
+    if (!rotated) {
         memory.stream = stream;
         memory.write = stream ? NULL : out + H * d;
         memory.bytes[0] = bytes;
@@ -135,6 +163,10 @@ void CPU(qkv_mix)(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, 
                   tensor alpha_k, tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q,
                   tensor k, tensor v) {
     check_mix("qkv_mix", s, qkv, positions, q, k, v);
+    if (!s->mixed) {
+        rotate_tokens(dev, s, qkv, (tensor[]){q, k, v}, table, positions.data, first, false, "qkv_mix");
+        return;
+    }
     int64_t d = s->head_dim, N = s->batch * s->tokens, row = mix_row_heads(s), I = s->pseudo * row;
     elem *out[3] = {q.data, k.data, v.data};
     bool stream = !converts() && mix_streams(q.data, N * I * d, d) && mix_streams(k.data, N * I * d, d) &&
@@ -184,14 +216,10 @@ static void mix_backward_block(const struct qkv_mix_spec *s, int64_t H, int64_t 
                 rotate_heads(s, H, dout + (t * I + p * H) * d, table, position_of(s, positions, 0, n + t), p,
                              -1, false, unrotated + (t * I + p * H) * d);
         }
-        if (s->mixed)
-            head_mix(H, I, d, alpha, 1, H, from, NULL, to, &memory);
-        else
-            memcpy(to, from, (size_t)(H * d) * sizeof(real));
+        head_mix(H, I, d, alpha, 1, H, from, NULL, to, &memory);
     }
-    if (s->mixed)
-        head_outer(I, H, d, count, rotated ? unrotated : dout, I * d, in, in_stride, dalpha,
-                   (const char *)next + half, bytes, bytes - half);
+    head_outer(I, H, d, count, rotated ? unrotated : dout, I * d, in, in_stride, dalpha,
+               (const char *)next + half, bytes, bytes - half);
 }
 
 /* The same where elements have to be converted, into `converted`. */
@@ -214,7 +242,12 @@ void CPU(qkv_mix_backward)(struct device *dev, const struct qkv_mix_spec *s, ten
                            tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
                            tensor positions, tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
                            bool accumulate) {
-    check_mix("qkv_mix_backward", s, qkv, positions, dq, dk, dv);
+    check_mix("qkv_mix_backward", s, s->mixed ? qkv : dqkv, positions, dq, dk, dv);
+    if (!s->mixed) {
+        rotate_tokens(dev, s, dqkv, (tensor[]){dq, dk, dv}, table, positions.data, 0, true,
+                      "qkv_mix_backward");
+        return;
+    }
     int64_t d = s->head_dim, N = s->batch * s->tokens, row = mix_row_heads(s), matrix = alpha_stride(s);
     int64_t stride = thread_reals(dev, s), block = mix_tokens(dev, N, s->heads, d);
     real *scratch = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix_backward");
@@ -227,8 +260,7 @@ void CPU(qkv_mix_backward)(struct device *dev, const struct qkv_mix_spec *s, ten
         real *dalpha = scratch + omp_get_thread_num() * stride;
         real *unrotated = dalpha + alpha_reals(s),
              *converted = unrotated + block_reals(dev, s, rows_out(s, 0));
-        if (s->mixed)
-            memset(dalpha, 0, (size_t)(3 * matrix) * sizeof(real));
+        memset(dalpha, 0, (size_t)(3 * matrix) * sizeof(real));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += block)
             for (int w = 0; w < 3; w++) {
@@ -249,8 +281,6 @@ void CPU(qkv_mix_backward)(struct device *dev, const struct qkv_mix_spec *s, ten
             }
         vstream_end();
     }
-    if (!s->mixed)
-        return;
     real *dalphas[3] = {dalpha_q.data, dalpha_k.data, dalpha_v.data};
     for (int w = 0; w < 3; w++)
         sum_partials(scratch + w * matrix, dev->threads, stride, rows_out(s, w) * mix_heads_of(s, w),

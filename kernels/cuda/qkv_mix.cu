@@ -128,8 +128,10 @@ struct rope_rows check_qkv_mix(const struct device *dev, const char *op, const s
     for (int i = 0; i < 3; i++) {
         int64_t H = mix_heads_of(s, i);
         check_shape(op, names[i], outs[i], type, B, s->tokens * (s->mixed ? P : 1), H, d);
-        check_contiguous(op, names[i], outs[i]);
+        if (!s->mixed)
+            check_token_rows(op, names[i], outs[i]);
         if (s->mixed) {
+            check_contiguous(op, names[i], outs[i]);
             check_shape(op, alpha_names[i], alphas[i], type, P, H, H);
             check_contiguous(op, alpha_names[i], alphas[i]);
         }

@@ -47,30 +47,33 @@ void cuda_rope_table(struct device *dev, const struct rope_spec *s, tensor table
 enum { ROTATE_THREADS = 256 };
 
 template <typename T> struct rotate_job {
-    T *qkv;    /* [N,H+2G,d] */
-    T *out[3]; /* [N,H,d] or [N,G,d] */
+    T *qkv;            /* [N,H+2G,d] */
+    T *out[3];         /* [N,H,d] or [N,G,d] */
+    int64_t stride[3]; /* between tokens of out */
     struct rope_rows rope;
     int64_t count;
     int heads, kv_heads, d;
+    int row;    /* heads of a row of qkv: those of q, k and v */
+    int active; /* of these, the first that are rotated or copied */
 };
 
 /* out = rotate(qkv), or BACK: qkv = rotate back(out). A thread has V columns of the first half of a head and
- * the columns of the second half that they are rotated with. Bytes moved: 2 N (H + 2 G) d elements. */
+ * the columns of the second half that they are rotated with. Bytes moved: 2 N (H + 2 G) d elements, in place
+ * 2 N (H + G) d. */
 template <typename T, int V, bool BACK>
 static __global__ void __launch_bounds__(ROTATE_THREADS) rotate_heads(struct rotate_job<T> job) {
     int d = job.d, half = (d + 1) / 2, vectors = (half + V - 1) / V;
     int64_t e = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    const int row = job.heads + 2 * job.kv_heads;
-    if (e >= job.count * row * vectors)
+    if (e >= job.count * job.active * vectors)
         return;
-    int c = (int)(e % vectors) * V, at = (int)(e / vectors % row);
-    int64_t n = e / vectors / row;
+    int c = (int)(e % vectors) * V, at = (int)(e / vectors % job.active);
+    int64_t n = e / vectors / job.active;
     int w = at < job.heads ? 0 : at < job.heads + job.kv_heads ? 1 : 2;
-    int heads = w == 0 ? job.heads : job.kv_heads;
     int h = w == 0 ? at : (at - job.heads) % job.kv_heads;
     bool has_partner = V > 1 || c + half < d;
-    T *packed = job.qkv + (n * row + at) * d + c;
-    T *separate = (w == 0 ? job.out[0] : w == 1 ? job.out[1] : job.out[2]) + (n * heads + h) * d + c;
+    T *packed = job.qkv + (n * job.row + at) * d + c;
+    T *separate = w == 0 ? job.out[0] : w == 1 ? job.out[1] : job.out[2];
+    separate += n * (w == 0 ? job.stride[0] : w == 1 ? job.stride[1] : job.stride[2]) + h * d + c;
     const T *from = BACK ? separate : packed;
     T *to = BACK ? packed : separate;
     float x[V], y[V] = {}, cosine[V], sine[V];
@@ -100,18 +103,24 @@ void rope_rotate(struct device *dev, const struct qkv_mix_spec *s, struct rope_r
         constexpr int V = VECTOR<T>;
         struct rotate_job<T> job;
         job.qkv = (T *)qkv.data;
-        job.out[0] = (T *)q.data;
-        job.out[1] = (T *)k.data;
-        job.out[2] = (T *)v.data;
+        const tensor out[3] = {q, k, v};
+        bool wide = s->head_dim % (2 * V) == 0 && aligned16({qkv.data, q.data, k.data, v.data, rope.table});
+        for (int w = 0; w < 3; w++) {
+            job.out[w] = (T *)out[w].data;
+            job.stride[w] = out[w].stride[1];
+            wide &= job.stride[w] % V == 0;
+        }
         job.rope = rope;
         job.count = s->batch * s->tokens;
         job.heads = (int)s->heads;
         job.kv_heads = (int)mix_kv_heads(s);
         job.d = (int)s->head_dim;
-        int64_t half = (s->head_dim + 1) / 2, heads = job.count * mix_row_heads(s);
+        job.row = (int)mix_row_heads(s);
+        bool in_place = v.data == tensor_part(qkv, 2, s->heads + mix_kv_heads(s), 1).data;
+        job.active = in_place ? job.heads + job.kv_heads : job.row;
+        int64_t half = (s->head_dim + 1) / 2, heads = job.count * job.active;
         int64_t blocks = ceil_div(heads * half, ROTATE_THREADS);
         int64_t vector_blocks = ceil_div(heads * half / V, ROTATE_THREADS);
-        bool wide = s->head_dim % (2 * V) == 0 && aligned16({qkv.data, q.data, k.data, v.data, rope.table});
         if (wide && back)
             launch<rotate_heads<T, V, true>>(dev, vector_blocks, ROTATE_THREADS, 0, job);
         else if (wide)

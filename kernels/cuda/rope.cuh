@@ -26,7 +26,7 @@ static __device__ __forceinline__ int rope_step(const struct rope_rows &rope, in
 }
 
 /* out = rotate(qkv), or with `back` qkv = rotate back(out), for q and k; v is copied. qkv [N,H+2G,d], out
- * [N,H,d], [N,G,d]: P = 1 without alphas. */
+ * [N,H,d], [N,G,d]: P = 1 without alphas. out may be the heads of qkv, and v is then left alone. */
 void rope_rotate(struct device *, const struct qkv_mix_spec *, struct rope_rows, tensor qkv, tensor q,
                  tensor k, tensor v, bool back);
 

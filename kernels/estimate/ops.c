@@ -280,11 +280,21 @@ static double heads_bytes(const struct device *dev, int64_t tokens, int64_t head
     return (double)tokens * (double)heads * (double)head_dim * element_bytes(dev);
 }
 
+/* qkv so many times. */
+static double mix_bytes(const struct device *dev, const struct qkv_mix_spec *s, double times) {
+    return times * heads_bytes(dev, s->batch * s->tokens, mix_row_heads(s), s->head_dim);
+}
+
+/* Without alphas the model rotates q and k in place. */
+static double rotation_bytes(const struct device *dev, const struct qkv_mix_spec *s) {
+    return 2 * heads_bytes(dev, s->batch * s->tokens, s->heads + mix_kv_heads(s), s->head_dim);
+}
+
 void estimate_qkv_mix(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q,
                       tensor alpha_k, tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q,
                       tensor k, tensor v) {
-    double all = heads_bytes(dev, s->batch * s->tokens, mix_row_heads(s), s->head_dim);
-    count_mixing(dev, mix_flops(s), all * (1 + (double)s->pseudo));
+    count_mixing(dev, mix_flops(s),
+                 s->mixed ? mix_bytes(dev, s, 1 + (double)s->pseudo) : rotation_bytes(dev, s));
 }
 
 /* dq, dk, dv; qkv again where alphas have gradients; dqkv. */
@@ -292,8 +302,8 @@ void estimate_qkv_mix_backward(struct device *dev, const struct qkv_mix_spec *s,
                                tensor dv, tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v,
                                tensor table, tensor positions, tensor dqkv, tensor dalpha_q, tensor dalpha_k,
                                tensor dalpha_v, bool accumulate) {
-    double all = heads_bytes(dev, s->batch * s->tokens, mix_row_heads(s), s->head_dim);
-    count_mixing(dev, 2 * mix_flops(s), all * ((s->mixed ? 2 : 1) + (double)s->pseudo));
+    count_mixing(dev, 2 * mix_flops(s),
+                 s->mixed ? mix_bytes(dev, s, 2 + (double)s->pseudo) : rotation_bytes(dev, s));
 }
 
 static double collapse_flops(const struct collapse_spec *s) {

@@ -12,7 +12,7 @@ struct host_vectors {
     int64_t q_step, k_step; /* floats from one virtual token to the next */
 };
 
-/* Where nothing is mixed or rotated, queries and keys are slices of qkv. */
+/* Where nothing is mixed, queries and keys are slices of qkv. */
 static int download_vectors(struct model *m, int layer, struct host_vectors *v, struct error *e) {
     const struct layer_buffers *b = &m->layers[layer];
     const struct attention_spec *a = &m->specs[layer].attention;

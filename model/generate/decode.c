@@ -288,20 +288,17 @@ static void attention(struct decoder *d, int layer, int64_t n) {
     struct layer_specs s = specs_for(m, layer, n);
     int64_t H = s.qkv_mix.heads, G = mix_kv_heads(&s.qkv_mix), dim = s.qkv_mix.head_dim, P = s.qkv_mix.pseudo;
     tensor qkv = with_shape(d->qkv, 1, n, s.qkv_heads, dim, 0), o = with_shape(d->o, 1, n, H, dim, 0);
-    tensor q = with_shape(d->q, 1, n * P, H, dim, 0), key = with_shape(d->k, 1, n * P, G, dim, 0);
-    tensor v = with_shape(d->v, 1, n * P, G, dim, 0), o_pseudo = with_shape(d->o_pseudo, 1, n * P, H, dim, 0);
+    tensor q = s.mixes ? with_shape(d->q, 1, n * P, H, dim, 0) : qkv_part(&m->config, qkv, 0);
+    tensor key = s.mixes ? with_shape(d->k, 1, n * P, G, dim, 0) : qkv_part(&m->config, qkv, 1);
+    tensor v = s.mixes ? with_shape(d->v, 1, n * P, G, dim, 0) : qkv_part(&m->config, qkv, 2);
+    tensor o_pseudo = with_shape(d->o_pseudo, 1, n * P, H, dim, 0);
     if (s.normed)
         k->qk_norm(m->dev, &s.qk_norm, qkv_rows(qkv), model_param(m, p->q_norm), model_param(m, p->k_norm),
                    qkv_rows(qkv));
-    if (s.mixes)
+    if (s.mixes || s.rotates)
         k->qkv_mix(m->dev, &s.qkv_mix, qkv, model_alpha(m, layer, p->alpha_q),
                    model_alpha(m, layer, p->alpha_k), model_alpha(m, layer, p->alpha_v), d->rope,
                    tensor_none(), d->position, q, key, v);
-    else {
-        q = qkv_part(&m->config, qkv, 0);
-        key = qkv_part(&m->config, qkv, 1);
-        v = qkv_part(&m->config, qkv, 2);
-    }
     if (s.diff) {
         attend_differential(d, layer, n, q, key, v, o);
         return;

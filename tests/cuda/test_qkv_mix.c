@@ -52,6 +52,51 @@ static void plain_backward(struct op_run *r) {
     op_backward(b->k, b->dev, &overwriting, t, b->saved, NULL);
 }
 
+/* The values of q, k and v, or of their gradients, which are the operands from `first` on, as heads of one row. */
+static double *packed_values(const struct op_run *r, const struct backend *b, int first) {
+    const struct qkv_mix_spec *s = &r->spec.qkv_mix;
+    int64_t N = s->batch * s->tokens, row = mix_row_heads(s) * s->head_dim, at = 0;
+    double *packed = (double *)malloc((size_t)(N * row) * sizeof *packed);
+    for (int w = 0; w < 3; w++) {
+        int64_t width = mix_heads_of(s, w) * s->head_dim;
+        double *values = values_on(b, r->x[first + w]);
+        for (int64_t n = 0; n < N; n++)
+            memcpy(packed + n * row + at, values + n * width, (size_t)width * sizeof *packed);
+        free(values);
+        at += width;
+    }
+    return packed;
+}
+
+static void expect_values(const struct backend *b, struct operand x, double *expected) {
+    double *values = values_on(b, x);
+    for (int64_t i = 0; i < tensor_count(on(x, b)); i++)
+        assert_true(values[i] == expected[i]);
+    free(values);
+    free(expected);
+}
+
+/* Without alphas, as the model calls it: q, k and v are the heads of qkv, before and after. The bits are those of the
+ * rotation from and to tensors of their own, which has been run. */
+static void check_in_place(struct op_run *r) {
+    const struct qkv_mix_spec *s = &r->spec.qkv_mix;
+    int64_t H = s->heads, G = mix_kv_heads(s);
+    EACH(r->k, b) {
+        tensor none = tensor_none(), table = on(r->x[TABLE], b), positions = on(r->x[POSITIONS_OF], b);
+        tensor x = on(r->x[QKV], b), dx = on(r->x[DQKV], b);
+        b->k->qkv_mix(b->dev, s, x, none, none, none, table, positions, r->c->first, tensor_part(x, 2, 0, H),
+                      tensor_part(x, 2, H, G), tensor_part(x, 2, H + G, G));
+        expect_values(b, r->x[QKV], packed_values(r, b, OUT));
+        double *expected = values_on(b, r->x[DQKV]), *gradients = packed_values(r, b, DOUT);
+        b->k->upload(b->dev, dx, gradients, DTYPE_F64);
+        free(gradients);
+        b->k->qkv_mix_backward(b->dev, s, tensor_part(dx, 2, 0, H), tensor_part(dx, 2, H, G),
+                               tensor_part(dx, 2, H + G, G), none, none, none, none, table, positions, dx,
+                               none, none, none, false);
+        expect_values(b, r->x[DQKV], expected);
+    }
+}
+
 static void check(enum device_precision precision, const struct op_case *c) {
     struct op_run r;
     run_open(&r, precision, c);
@@ -65,6 +110,8 @@ static void check(enum device_precision precision, const struct op_case *c) {
         plain_backward(&r);
     run_expect_close(&r);
     run_expect_same(&r);
+    if (!c->spec.qkv_mix.mixed)
+        check_in_place(&r);
     done(r.k);
 }
 

@@ -224,7 +224,8 @@ static const double *rows_of(const struct model *m, tensor t, int64_t n) {
 }
 
 static void expect_same_rows(const struct model *a, int64_t n, const struct model *b, int64_t k) {
-    size_t bytes = (size_t)(a->specs[0].qkv_mix.pseudo * a->layers[0].q.stride[1]) * sizeof(double);
+    const int64_t *shape = a->layers[0].q.shape;
+    size_t bytes = (size_t)(a->specs[0].qkv_mix.pseudo * shape[2] * shape[3]) * sizeof(double);
     assert_memory_equal(rows_of(a, a->layers[0].q, n), rows_of(b, b->layers[0].q, k), bytes);
     assert_memory_equal(rows_of(a, a->layers[0].k, n), rows_of(b, b->layers[0].k, k), bytes);
 }

@@ -235,6 +235,12 @@ static void mixing_moves_what_it_reads_and_writes(void **state) {
     assert_true(estimate_totals(dev).bytes[ESTIMATE_MIXING] == (want += 3 * 4 * one));
     k->qkv_mix_backward(dev, &s, t, t, t, t, t, t, t, t, t, t, t, t, t, false);
     assert_true(estimate_totals(dev).bytes[ESTIMATE_MIXING] == (want += 3 * 5 * one));
+    struct qkv_mix_spec rotation = {1,     10,   4,    8, 1,
+                                    false, true, true, 2}; /* q and k of half the heads, in place */
+    k->qkv_mix(dev, &rotation, t, t, t, t, t, tensor_none(), 0, t, t, t);
+    assert_true(estimate_totals(dev).bytes[ESTIMATE_MIXING] == (want += 2 * 1.5 * one));
+    k->qkv_mix_backward(dev, &rotation, t, t, t, t, t, t, t, t, t, t, t, t, t, false);
+    assert_true(estimate_totals(dev).bytes[ESTIMATE_MIXING] == (want += 2 * 1.5 * one));
     k->collapse(dev, &r, t, t, t);
     assert_true(estimate_totals(dev).bytes[ESTIMATE_MIXING] == (want += 4 * one));
     k->collapse_backward(dev, &r, t, t, t, t, t, false);
