@@ -152,9 +152,10 @@ void estimate_linear_backward(struct device *dev, const struct linear_spec *s, t
 /* Rows whose logits exist at once. */
 static int64_t chunk_rows(const struct device *dev, const struct classifier_spec *s) {
     double row = (double)classifier_padded(s) * element_bytes(dev);
-    double rows = dev->options.gpu->memory / LOGITS_PART / row;
-    rows = rows < 128 ? 128 : rows;
-    return rows < (double)s->rows ? (int64_t)rows : s->rows;
+    int64_t most = (int64_t)max_double(128, dev->options.gpu->memory / LOGITS_PART / row);
+    int64_t chunks = (s->rows + most - 1) / most, equal = (s->rows + chunks - 1) / chunks;
+    int64_t rows = (equal + 127) / 128 * 128;
+    return rows < s->rows ? rows : s->rows;
 }
 
 void estimate_classifier(struct device *dev, const struct classifier_spec *s, tensor h, tensor w,

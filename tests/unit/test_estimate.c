@@ -330,6 +330,35 @@ static void a_classifier_works_in_chunks(void **state) {
     kernels_estimate()->close(dev);
 }
 
+static void note_logits(void *context, const struct estimate_launch *l) {
+    int64_t *rows = context;
+    if (l->inner != 8)
+        return;
+    while (*rows > 0)
+        rows++;
+    *rows = (int64_t)l->rows;
+}
+
+/* As in kernels/cuda/classifier.cu: 1024 rows would fit, but 2560 are made in three chunks of multiples of 128. */
+static void chunks_are_of_about_equal_size(void **state) {
+    int64_t rows[8] = {0};
+    struct gpu_spec g = fast_gpu();
+    struct link_spec l = fast_link();
+    struct estimate_options o = options_of(&g, &l, 1);
+    struct classifier_spec s = {2560, 8, 1 << 18, 0};
+    struct error e = {0};
+    tensor no = tensor_none(), yes = {.data = &g};
+    (void)state;
+    g.memory = 32.0 * (1 << 30);
+    o.launched = note_logits;
+    o.context = rows;
+    struct device *dev = estimate_open(&o, &e);
+    assert_non_null(dev);
+    kernels_estimate()->classifier(dev, &s, yes, yes, yes, 1, NULL, no, no, no, false);
+    kernels_estimate()->close(dev);
+    assert_true(rows[0] == 896 && rows[1] == 896 && rows[2] == 768 && rows[3] == 0);
+}
+
 /* ---- messages ---- */
 
 struct sent {
@@ -700,6 +729,7 @@ int main(void) {
         cmocka_unit_test(mixing_moves_what_it_reads_and_writes),
         cmocka_unit_test(the_rest_moves_what_it_reads_and_writes),
         cmocka_unit_test(a_classifier_works_in_chunks),
+        cmocka_unit_test(chunks_are_of_about_equal_size),
         cmocka_unit_test(messages_are_those_that_real_ranks_send),
         cmocka_unit_test(one_rank_sends_nothing),
         cmocka_unit_test(a_timeline_by_hand),
