@@ -91,6 +91,19 @@ static __global__ void __launch_bounds__(CHECK_THREADS)
         atomicMin(found, (wrong_index)(i * p.n + j));
 }
 
+/* *found = the first of sums [m] that is not the sum of A's row; exact, since they are below 2^24. */
+static __global__ void __launch_bounds__(CHECK_THREADS)
+    compare_row_sums(const float *sums, struct problem p, wrong_index *found) {
+    int64_t i = (int64_t)blockIdx.x * CHECK_THREADS + threadIdx.x;
+    if (i >= p.m)
+        return;
+    float expected = 0;
+    for (int64_t l = 0; l < p.k; l++)
+        expected += integer_at(p.a, i * p.k + l);
+    if (!(sums[i] == expected))
+        atomicMin(found, (wrong_index)(i * p.n));
+}
+
 /* ---- one product ---- */
 
 struct operands {
@@ -122,6 +135,27 @@ static wrong_index find_wrong(struct device *dev, const struct matmul *s, struct
     return index;
 }
 
+/* The same of the sums beside it: as an index of the product's element in that row's first column. */
+static wrong_index find_wrong_sum(struct device *dev, struct problem p, const void *sums) {
+    wrong_index *found = (wrong_index *)dev->scratch, index;
+    cuda_check(cudaMemsetAsync(found, 0xff, sizeof *found, dev->stream));
+    launch<compare_row_sums>(dev, (unsigned)ceil_div(p.m, CHECK_THREADS), CHECK_THREADS, 0,
+                             (const float *)sums, p, found);
+    cuda_read(dev, found, &index, sizeof index);
+    return index;
+}
+
+static int report_sum(struct device *dev, const struct matmul *s, struct problem p, wrong_index index,
+                      struct error *e) {
+    return fail_run(
+        e,
+        "cuBLASLt computes wrong sums beside matrix products on this GPU (%s): of row %lld of A, %lld x "
+        "%lld x %lld in %s; install another version of cuBLAS or of the driver, try "
+        "system.deterministic = true, or another GPU",
+        dev->name, (long long)((int64_t)index / p.n), (long long)p.m, (long long)p.n, (long long)p.k,
+        s->in == DTYPE_BF16 ? "bf16" : "fp32");
+}
+
 static int report(struct device *dev, const struct matmul *s, struct problem p, const void *c,
                   wrong_index index, struct error *e) {
     int64_t i = (int64_t)index / p.n, j = (int64_t)index % p.n;
@@ -148,17 +182,23 @@ static int check_product(struct device *dev, const struct matmul_plan *plan, str
     bool ta = s->transpose_a, tb = s->transpose_b;
     fill(dev, s->in, x.a, ta ? p.k : p.m, ta ? p.m : p.k, s->lda, ta, p.a);
     fill(dev, s->in, x.b, tb ? p.n : p.k, tb ? p.k : p.n, s->ldb, tb, p.b);
-    fill(dev, s->out, x.bias, 1, p.n, p.n, false, p.bias);
+    if (s->bias)
+        fill(dev, s->out, x.bias, 1, p.n, p.n, false, p.bias);
     for (int accumulate = 0; accumulate < 2; accumulate++) {
         p.accumulate = accumulate;
         if (accumulate)
             fill(dev, s->out, x.c, p.m, p.n, s->ldc, false, p.c);
         else
             cuda_check(cudaMemsetAsync(x.c, 0xff, matmul_bytes(s).c, dev->stream)); /* NaN */
-        run_planned_matmul(dev, plan, x.a, x.b, s->bias ? x.bias : NULL, accumulate, x.c, x.workspace);
+        if (s->row_sums)
+            cuda_check(cudaMemsetAsync(x.bias, 0xff, matmul_bytes(s).bias, dev->stream));
+        run_planned_matmul(dev, plan, x.a, x.b, s->bias || s->row_sums ? x.bias : NULL, accumulate, x.c,
+                           x.workspace);
         wrong_index index = find_wrong(dev, s, p, x.c);
         if (index != NONE_WRONG)
             return report(dev, s, p, x.c, index, e);
+        if (s->row_sums && (index = find_wrong_sum(dev, p, x.bias)) != NONE_WRONG)
+            return report_sum(dev, s, p, index, e);
     }
     return 0;
 }
@@ -214,7 +254,7 @@ int check_matmuls(struct device *dev, struct error *e) {
         struct matmul_plan resized;
         struct operands x;
         size_t used;
-        if (p->checked || !fit(dev, p, &resized, &x, &used))
+        if (p->checked || p->rejected || !fit(dev, p, &resized, &x, &used))
             continue;
         status = check_product(dev, &resized, x, e);
         matmul_descriptors_free(&resized);

@@ -176,11 +176,19 @@ struct matmul {
     int64_t m, n, k, lda, ldb, ldc;
     enum dtype in, out;
     bool bias;
+    bool row_sums; /* also the sums of op(A)'s rows, [m] of type `out`, written where a bias would be read */
 };
 constexpr size_t MATMUL_WORKSPACE = 32 << 20;
 /* Choose the algorithm by timing, or as the plan file says; a shape that was not planned uses cuBLASLt's first
  * choice. accumulate: whether most calls add to C. */
 void plan_matmul(struct device *, struct matmul, bool accumulate = false);
+/* The same, but false where cuBLASLt has no algorithm. */
+bool plan_matmul_if_supported(struct device *, struct matmul, bool accumulate);
+/* Whether it was planned, and not rejected since. */
+bool matmul_is_planned(struct device *, struct matmul);
+void reject_matmul(struct device *, struct matmul);
+bool matmul_is_rejected(struct device *, struct matmul);
+/* bias: read, or with row_sums written; otherwise NULL. */
 void run_matmul(struct device *, struct matmul, const void *a, const void *b, const void *bias,
                 bool accumulate, void *c);
 void matmul_plans_free(struct matmul_plan *);

@@ -1,6 +1,11 @@
 /* linear: y = x W^T + bias, and its three gradients: dx and dW by cuBLASLt (matmul.cu), dbias by a kernel
- * that sums columns. */
+ * that sums columns, or by cuBLASLt beside dW where that is faster. */
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/plan_file.h"
+#include "kernels/cuda/timing.h"
+
+#include <stdio.h>
+#include <string.h>
 
 enum { LANES = 8, ROWS_UNROLL = 4 };
 
@@ -89,6 +94,90 @@ static struct matmul dw_shape(const struct linear_spec *s, enum dtype t, int64_t
     return (struct matmul){true, false, s->out, s->in, s->rows, ldy, ldx, ldw, t, DTYPE_F32, false};
 }
 
+/* ---- dbias beside dW ---- */
+
+/* cuBLASLt reads dy for dW anyway, and can sum its columns; it overwrites the sums, so that they are added to dbias
+ * by a kernel where gradients accumulate. */
+static struct matmul dw_and_sums(struct matmul dw) {
+    dw.row_sums = true;
+    return dw;
+}
+
+/* The workspace of the sums is after the product's. */
+static size_t sums_bytes(int64_t out) {
+    return MATMUL_WORKSPACE + (size_t)round_up(out * (int64_t)sizeof(float), 256);
+}
+
+static void dw_with_dbias(struct device *dev, struct matmul dw, const void *dy, const void *x, float *out,
+                          float *dbias, bool accumulate) {
+    char *workspace = (char *)cuda_workspace(dev, sums_bytes(dw.m), "linear_backward");
+    float *sums = accumulate ? (float *)(workspace + MATMUL_WORKSPACE) : dbias;
+    run_matmul(dev, dw_and_sums(dw), dy, x, sums, accumulate, out);
+    if (accumulate)
+        sum_partials(dev, sums, 1, dw.m, dbias, true);
+}
+
+static void dw_then_dbias(struct device *dev, struct matmul dw, tensor dy, const void *x, float *out,
+                          float *dbias, bool accumulate) {
+    run_matmul(dev, dw, dy.data, x, NULL, accumulate, out);
+    column_sums(dev, dy, dbias, accumulate);
+}
+
+/* Whether they are faster together; they are apart where there is no memory to time them. */
+static bool together_is_faster(struct device *dev, const struct linear_spec *s, struct matmul dw,
+                               enum dtype t) {
+    size_t sums = column_bytes(dev, s->rows, s->out), together = sums_bytes(s->out);
+    size_t bytes[] = {(size_t)(s->rows * s->out) * dtype_bytes(t), (size_t)(s->rows * s->in) * dtype_bytes(t),
+                      (size_t)(s->out * s->in) * sizeof(float), (size_t)s->out * sizeof(float),
+                      sums > together ? sums : together};
+    char *memory, *part[6];
+    size_t all = 0, workspace_bytes = dev->workspace_bytes;
+    for (size_t each : bytes)
+        all += (size_t)round_up((int64_t)each, 256);
+    if (cudaMalloc((void **)&memory, all) != cudaSuccess) {
+        cudaGetLastError();
+        return false;
+    }
+    part[0] = memory;
+    for (int i = 0; i < 5; i++)
+        part[i + 1] = part[i] + round_up((int64_t)bytes[i], 256);
+    cuda_check(cudaMemsetAsync(memory, 0x3c, (size_t)(part[4] - memory), dev->stream)); /* about 0.01 */
+    char *workspace = dev->workspace;
+    dev->workspace = part[4];
+    dev->workspace_bytes = bytes[4];
+    int fastest = time_fastest(dev, 2, [&](int way) {
+        if (way == 0)
+            dw_then_dbias(dev, dw, tensor_of(part[0], t, s->rows, s->out, 0, 0, 0), part[1], (float *)part[2],
+                          (float *)part[3], true);
+        else
+            dw_with_dbias(dev, dw, part[0], part[1], (float *)part[2], (float *)part[3], true);
+        return true;
+    });
+    dev->workspace = workspace;
+    dev->workspace_bytes = workspace_bytes;
+    cuda_check(cudaFree(memory));
+    return fastest == 1;
+}
+
+/* Choose, once for a shape. With system.deterministic, whose choices do not depend on time, they are apart. */
+static void plan_dbias(struct device *dev, const struct linear_spec *s, struct matmul dw, enum dtype t) {
+    struct matmul both = dw_and_sums(dw);
+    char name[160];
+    if (dev->deterministic || matmul_is_planned(dev, both) || matmul_is_rejected(dev, both) ||
+        !plan_matmul_if_supported(dev, both, true))
+        return;
+    snprintf(name, sizeof name, "dW and dbias, %lld rows of %lld to %lld, %s", (long long)s->rows,
+             (long long)s->in, (long long)s->out, t == DTYPE_BF16 ? "bf16" : "fp32");
+    const char *recorded = plan_file_find(dev->plan_file, name);
+    bool together = recorded ? strcmp(recorded, "together") == 0 : together_is_faster(dev, s, dw, t);
+    if (!recorded)
+        plan_file_add(dev->plan_file, name, together ? "together" : "apart");
+    if (!together)
+        reject_matmul(dev, both);
+}
+
+/* ---- plan and calls ---- */
+
 int cuda_linear_plan(struct device *dev, const struct linear_spec *s, struct op_cost *cost, struct error *e) {
     (void)e;
     enum dtype t = cuda_compute(dev);
@@ -96,8 +185,11 @@ int cuda_linear_plan(struct device *dev, const struct linear_spec *s, struct op_
     plan_matmul(dev, forward_shape(s, t, s->in, s->in, s->out, true));
     plan_matmul(dev, dx_shape(s, t, s->out, s->in, s->in));
     plan_matmul(dev, dw_shape(s, t, s->out, s->in, s->in), true);
+    struct matmul dw = dw_shape(s, t, s->out, s->in, s->in);
+    plan_dbias(dev, s, dw, t);
     size_t sums = column_bytes(dev, s->rows, s->out);
-    cost->workspace = sums > MATMUL_WORKSPACE ? sums : MATMUL_WORKSPACE;
+    size_t products = matmul_is_planned(dev, dw_and_sums(dw)) ? sums_bytes(s->out) : MATMUL_WORKSPACE;
+    cost->workspace = sums > products ? sums : products;
     return 0;
 }
 
@@ -118,12 +210,15 @@ void cuda_linear_backward(struct device *dev, const struct linear_spec *s, tenso
     check_shape("linear_backward", "dy", dy, t, s->rows, s->out);
     check_shape("linear_backward", "x", x, t, s->rows, s->in);
     check_shape("linear_backward", "dW", dw, DTYPE_F32, s->out, s->in);
-    run_matmul(dev, dw_shape(s, t, dy.stride[0], x.stride[0], dw.stride[0]), dy.data, x.data, NULL,
-               accumulate, dw.data);
-    if (dbias.data) {
+    struct matmul product = dw_shape(s, t, dy.stride[0], x.stride[0], dw.stride[0]);
+    if (dbias.data)
         check_shape("linear_backward", "dbias", dbias, DTYPE_F32, s->out);
-        column_sums(dev, dy, (float *)dbias.data, accumulate);
-    }
+    if (!dbias.data)
+        run_matmul(dev, product, dy.data, x.data, NULL, accumulate, dw.data);
+    else if (matmul_is_planned(dev, dw_and_sums(product)))
+        dw_with_dbias(dev, product, dy.data, x.data, (float *)dw.data, (float *)dbias.data, accumulate);
+    else
+        dw_then_dbias(dev, product, dy, x.data, (float *)dw.data, (float *)dbias.data, accumulate);
     if (dx.data) {
         check_shape("linear_backward", "W", w, t, s->out, s->in);
         check_shape("linear_backward", "dx", dx, t, s->rows, s->in);

@@ -18,7 +18,7 @@ enum { CANDIDATES = 8 };
 static bool same_shape(const struct matmul *x, const struct matmul *y) {
     return x->transpose_a == y->transpose_a && x->transpose_b == y->transpose_b && x->m == y->m &&
            x->n == y->n && x->k == y->k && x->lda == y->lda && x->ldb == y->ldb && x->ldc == y->ldc &&
-           x->in == y->in && x->out == y->out && x->bias == y->bias;
+           x->in == y->in && x->out == y->out && x->bias == y->bias && x->row_sums == y->row_sums;
 }
 
 static cudaDataType_t library_type(enum dtype t) {
@@ -54,8 +54,9 @@ static void create_descriptors(const struct device *dev, struct matmul_plan *p) 
                                                 sizeof transpose_first));
     cublas_check(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &transpose_second,
                                                 sizeof transpose_second));
-    if (s->bias) {
-        cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_BIAS;
+    if (s->bias || s->row_sums) {
+        /* The library's second operand is our A. */
+        cublasLtEpilogue_t epilogue = s->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_BGRADB;
         cudaDataType_t type = library_type(s->out);
         cublas_check(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
                                                     sizeof epilogue));
@@ -68,6 +69,7 @@ static void create_descriptors(const struct device *dev, struct matmul_plan *p) 
     p->c = layout_of(s->out, s->m, s->n, s->ldc);
 }
 
+/* How many there are; 0: the library has none. */
 static int find_candidates(struct device *dev, const struct matmul_plan *p,
                            cublasLtMatmulHeuristicResult_t *results) {
     const struct matmul *s = &p->shape;
@@ -98,12 +100,7 @@ static int find_candidates(struct device *dev, const struct matmul_plan *p,
         if (results[i].state == CUBLAS_STATUS_SUCCESS)
             results[usable++] = results[i];
     found = usable;
-    if (status != CUBLAS_STATUS_SUCCESS || found == 0) {
-        fprintf(stderr, "matmul: cuBLASLt has no algorithm for %lld x %lld x %lld (status %d)\n",
-                (long long)s->m, (long long)s->n, (long long)s->k, (int)status);
-        abort();
-    }
-    return found;
+    return status == CUBLAS_STATUS_SUCCESS ? found : 0;
 }
 
 static cublasStatus_t multiply(struct device *dev, const struct matmul_plan *p,
@@ -118,7 +115,8 @@ struct matmul_bytes matmul_bytes(const struct matmul *s) {
     struct matmul_bytes bytes;
     int64_t a = (s->transpose_a ? s->k : s->m) * s->lda * (int64_t)dtype_bytes(s->in);
     int64_t b = (s->transpose_b ? s->n : s->k) * s->ldb * (int64_t)dtype_bytes(s->in);
-    int64_t c = s->m * s->ldc * (int64_t)dtype_bytes(s->out), bias = s->n * (int64_t)dtype_bytes(s->out);
+    int64_t c = s->m * s->ldc * (int64_t)dtype_bytes(s->out),
+            bias = (s->row_sums ? s->m : s->n) * (int64_t)dtype_bytes(s->out);
     bytes.a = (size_t)round_up(a, 256);
     bytes.b = (size_t)round_up(b, 256);
     bytes.c = (size_t)round_up(c, 256);
@@ -156,7 +154,7 @@ static int fastest_candidate(struct device *dev, const struct matmul_plan *p,
         return 0;
     cuda_check(
         cudaMemsetAsync(t.memory, 0x3c, (size_t)(t.workspace - t.memory), dev->stream)); /* about 0.01 */
-    if (p->shape.bias)
+    if (p->shape.bias || p->shape.row_sums)
         set_bias(p, t.bias);
     int best = time_fastest(dev, count, [&](int i) {
         return multiply(dev, p, &results[i].algo, t.a, t.b, accumulate, t.c, t.workspace,
@@ -175,7 +173,9 @@ static void name_of(const struct matmul *s, char name[NAME_BYTES]) {
              s->transpose_a ? 't' : 'n', s->transpose_b ? 't' : 'n', (long long)s->m, (long long)s->n,
              (long long)s->k, (long long)s->lda, (long long)s->ldb, (long long)s->ldc,
              s->in == DTYPE_BF16 ? "bf16" : "fp32", s->out == DTYPE_BF16 ? "bf16" : "fp32",
-             s->bias ? ", bias" : "");
+             s->bias       ? ", bias"
+             : s->row_sums ? ", sums of rows"
+                           : "");
 }
 
 /* The bytes of cublasLtMatmulAlgo_t, which cuBLASLt documents to be valid for the same version of it. */
@@ -230,6 +230,10 @@ static struct matmul_plan *build(struct device *dev, const struct matmul *shape,
         return p;
     cublasLtMatmulHeuristicResult_t results[CANDIDATES];
     int count = find_candidates(dev, p, results);
+    if (count == 0) {
+        p->rejected = true;
+        return p;
+    }
     int chosen = timed ? fastest_candidate(dev, p, results, count, accumulate) : 0;
     p->algorithm = results[chosen].algo;
     p->workspace_bytes = results[chosen].workspaceSize;
@@ -238,23 +242,53 @@ static struct matmul_plan *build(struct device *dev, const struct matmul *shape,
     return p;
 }
 
+static struct matmul_plan *find_or_build(struct device *dev, const struct matmul *shape, bool timed,
+                                         bool accumulate) {
+    struct matmul_plan *p = find(dev, shape);
+    return p ? p : build(dev, shape, timed, accumulate);
+}
+
+/* Abort if cuBLASLt has no algorithm for it. */
+static struct matmul_plan *need(struct matmul_plan *p) {
+    if (!p->rejected)
+        return p;
+    fprintf(stderr, "matmul: cuBLASLt has no algorithm for %lld x %lld x %lld\n", (long long)p->shape.m,
+            (long long)p->shape.n, (long long)p->shape.k);
+    abort();
+}
+
 void plan_matmul(struct device *dev, struct matmul shape, bool accumulate) {
-    if (!find(dev, &shape))
-        build(dev, &shape, !dev->deterministic, accumulate);
+    need(find_or_build(dev, &shape, !dev->deterministic, accumulate));
+}
+
+bool plan_matmul_if_supported(struct device *dev, struct matmul shape, bool accumulate) {
+    return !find_or_build(dev, &shape, !dev->deterministic, accumulate)->rejected;
+}
+
+bool matmul_is_planned(struct device *dev, struct matmul shape) {
+    const struct matmul_plan *p = find(dev, &shape);
+    return p && !p->rejected;
+}
+
+bool matmul_is_rejected(struct device *dev, struct matmul shape) {
+    const struct matmul_plan *p = find(dev, &shape);
+    return p && p->rejected;
+}
+
+void reject_matmul(struct device *dev, struct matmul shape) {
+    find(dev, &shape)->rejected = true;
 }
 
 void run_planned_matmul(struct device *dev, const struct matmul_plan *p, const void *a, const void *b,
                         const void *bias, bool accumulate, void *c, void *workspace) {
-    if (p->shape.bias)
+    if (p->shape.bias || p->shape.row_sums)
         set_bias(p, bias);
     cublas_check(multiply(dev, p, &p->algorithm, a, b, accumulate, c, workspace, p->workspace_bytes));
 }
 
 void run_matmul(struct device *dev, struct matmul shape, const void *a, const void *b, const void *bias,
                 bool accumulate, void *c) {
-    struct matmul_plan *p = find(dev, &shape);
-    if (!p)
-        p = build(dev, &shape, false, false);
+    struct matmul_plan *p = need(find_or_build(dev, &shape, false, false));
     run_planned_matmul(dev, p, a, b, bias, accumulate, c, cuda_workspace(dev, p->workspace_bytes, "matmul"));
 }
 

@@ -11,7 +11,8 @@ struct matmul_plan {
     cublasLtMatrixLayout_t a, b, c; /* of our A, B and C */
     cublasLtMatmulAlgo_t algorithm;
     size_t workspace_bytes;
-    bool checked; /* by check_matmuls() */
+    bool checked;  /* by check_matmuls() */
+    bool rejected; /* something else is used in its place */
 };
 
 /* The memory of a product's operands, each rounded up to 256 bytes. */

@@ -4,6 +4,10 @@
 
 struct emulator_gpu emulator_gpu = {.count = 1};
 
+struct emulator_products emulator_products;
+double (*emulator_seconds)(const char *kernel, int candidate);
+bool emulator_no_sums;
+
 int64_t cuda_attention_tiles; /* counted by the emulator alone */
 
 void emulator_seed(uint64_t seed) {

@@ -49,8 +49,8 @@ void emulator_limit_queue(int64_t works);
 void emulator_refuse_graphs(const char *what);
 
 /* What is wrong with cuBLASLt's products: one of tiles x tiles equal parts of the row-major D (in the order
- * of its elements) is not written, or has 1 added. */
-enum emulator_fault { PRODUCTS_RIGHT, PRODUCTS_UNWRITTEN, PRODUCTS_WRONG };
+ * of its elements) is not written, or has 1 added; or, of sums beside a product, the one of this index has 1 added. */
+enum emulator_fault { PRODUCTS_RIGHT, PRODUCTS_UNWRITTEN, PRODUCTS_WRONG, PRODUCTS_WRONG_SUM };
 struct emulator_products {
     enum emulator_fault fault;
     int tile, tiles;
@@ -59,6 +59,8 @@ struct emulator_products {
     int64_t min_rows; /* algorithms support no D of fewer rows; 0: any */
 };
 extern struct emulator_products emulator_products;
+/* cuBLASLt has no algorithm that sums beside a product. */
+extern bool emulator_no_sums;
 
 /* If set, events are as far apart as the work between them takes by this clock: the seconds of a kernel, or of
  * cuBLASLt's product by candidate 1 or 2 (0: a kernel). */

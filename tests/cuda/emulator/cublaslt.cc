@@ -1,4 +1,4 @@
-/* The emulator's cuBLASLt: D = alpha op(A) op(B) + beta C (+ bias), column-major, in plain loops that sum in
+/* The emulator's cuBLASLt: D = alpha op(A) op(B) + beta C (+ bias), and the sums of op(B)'s columns, column-major, in plain loops that sum in
  * fp32, in blocks. Attributes that the backend does not use are refused. An algorithm is chosen for the alignments that
  * the preference, and the bias at that time, promise; using it with addresses that are less aligned aborts
  * here, where a GPU may fault or return an error. */
@@ -153,12 +153,17 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
     }
 }
 
+struct emulator_products emulator_products = {PRODUCTS_RIGHT, 0, 1, -1, 0, 0};
+bool emulator_no_sums;
+
 /* Three results: the first is marked as not supported, the two others compute the same. */
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
                                               cublasLtMatmulPreference_t p, int wanted,
                                               cublasLtMatmulHeuristicResult_t *results, int *found) {
+    if (desc_of(desc)->epilogue == CUBLASLT_EPILOGUE_BGRADB && emulator_no_sums)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     struct chosen chosen = {0, *(const struct preference *)p,
                             (uint32_t)((uintptr_t)desc_of(desc)->bias % 16)};
     *found = wanted < 3 ? wanted : 3;
@@ -229,8 +234,6 @@ static float dot(const float *x, const float *y, int64_t k) {
     return sum;
 }
 
-struct emulator_products emulator_products = {PRODUCTS_RIGHT, 0, 1, -1, 0, 0};
-
 /* Whether element [i,j] of the row-major D [rows,cols] is in the tile that is wrong. */
 static bool in_tile(const struct emulator_products &p, int64_t i, int64_t j, int64_t rows, int64_t cols) {
     int64_t y = p.tile / p.tiles, x = p.tile % p.tiles;
@@ -246,6 +249,13 @@ static void multiply(struct desc d, float alpha, const void *a, struct layout la
     for (int batch = 0; batch < ld.batches; batch++) {
         std::vector<float> x = gather(a, la, batch * la.batch_stride, d.transpose_a == CUBLAS_OP_T, m, k);
         std::vector<float> y = gather(b, lb, batch * lb.batch_stride, d.transpose_b == CUBLAS_OP_N, n, k);
+        if (d.epilogue == CUBLASLT_EPILOGUE_BGRADB) {
+            std::vector<float> ones((size_t)k, 1);
+            for (int64_t j = 0; j < n; j++)
+                put((void *)d.bias, d.bias_type, j,
+                    dot(&y[(size_t)(j * k)], ones.data(), k) +
+                        (float)(faulty.fault == PRODUCTS_WRONG_SUM && j == faulty.tile));
+        }
         for (int64_t j = 0; j < n; j++)
             for (int64_t i = 0; i < m; i++) {
                 float sum = alpha * dot(&x[(size_t)(i * k)], &y[(size_t)(j * k)], k);
@@ -253,7 +263,8 @@ static void multiply(struct desc d, float alpha, const void *a, struct layout la
                     sum += beta * element(c, lc.type, batch * lc.batch_stride + j * lc.ld + i);
                 if (d.epilogue == CUBLASLT_EPILOGUE_BIAS)
                     sum += element(d.bias, d.bias_type, i);
-                if (faulty.fault != PRODUCTS_RIGHT && in_tile(faulty, j, i, n, m)) {
+                if ((faulty.fault == PRODUCTS_UNWRITTEN || faulty.fault == PRODUCTS_WRONG) &&
+                    in_tile(faulty, j, i, n, m)) {
                     if (faulty.fault == PRODUCTS_UNWRITTEN)
                         continue;
                     sum += 1;
@@ -292,7 +303,7 @@ static void check_promises(const struct chosen &chosen, const struct desc &d, co
     check_address(c, chosen.promised.c, "C");
     check_address(out, chosen.promised.d, "D");
     check_address(workspace, 256, "the workspace");
-    if (d.epilogue == CUBLASLT_EPILOGUE_BIAS && (uintptr_t)d.bias % 16 != chosen.bias)
+    if (d.epilogue != CUBLASLT_EPILOGUE_DEFAULT && (uintptr_t)d.bias % 16 != chosen.bias)
         emulator_fail(
             "cublasLtMatmul: the bias at %p is aligned differently from the one the algorithm was chosen for",
             d.bias);
@@ -313,6 +324,13 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
     check_matrix(b, wb, "cublasLtMatmul, B");
     check_matrix(c, wc, "cublasLtMatmul, C");
     check_matrix(d, wd, "cublasLtMatmul, D");
+    size_t beside = what.epilogue == CUBLASLT_EPILOGUE_BIAS     ? (size_t)wd.rows
+                    : what.epilogue == CUBLASLT_EPILOGUE_BGRADB ? (size_t)wd.cols
+                                                                : 0;
+    emulator_check_device(what.bias, beside * (what.bias_type == CUDA_R_16BF ? 2 : 4),
+                          "cublasLtMatmul, bias");
+    if (what.epilogue == CUBLASLT_EPILOGUE_BGRADB && what.bias_type != wd.type)
+        return CUBLAS_STATUS_NOT_SUPPORTED;
     emulator_check_device(workspace, workspace_bytes, "cublasLtMatmul, workspace");
     struct chosen chosen;
     memcpy(&chosen, algorithm, sizeof chosen);
