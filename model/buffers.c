@@ -144,7 +144,7 @@ static struct layer_specs specs_for_layer(const struct model *m, int layer) {
         .rotates = rope && !iha,
         .qkv_mix = {B, T, H, d, P, iha, rope, c->iha_rope == IHA_ROPE_VIRTUAL, G},
         .attention = {B, T * P, H, d, P, c->causal, c->iha_mask == MASK_TOKEN, window, 1 / sqrt((double)d),
-                      m->shape.segments, G, !iha && !rope},
+                      m->shape.segments, G, !iha},
         .collapse = {B, T, H, d, P, c->iha_collapse == COLLAPSE_PER_HEAD},
         .qk_norm = {B * T, H, G, d, c->norm_eps},
         .normed = c->qk_norm != QK_NORM_NONE,

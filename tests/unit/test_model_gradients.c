@@ -39,6 +39,9 @@ static void check_model(const char *name, const struct model_config *config, int
         targets[1] = -1;
     double scale = 0.3;
     assert_int_equal(m.specs[0].one_product, strstr(name, "one_product") != NULL);
+    for (int layer = 0; layer < config->num_hidden_layers;
+         layer++) /* as attention is planned, so it is called */
+        assert_int_equal(m.specs[layer].attention.packed, m.layers[layer].q.data == m.layers[layer].qkv.data);
     fixture_loss(&m, tokens, targets, scale);
     for (int i = 0; i < m.params.count; i++)
         check_tensor(&m, i, tokens, targets, scale, name);
