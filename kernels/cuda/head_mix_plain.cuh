@@ -5,6 +5,8 @@
 #ifndef IHA_KERNELS_CUDA_HEAD_MIX_PLAIN_CUH
 #define IHA_KERNELS_CUDA_HEAD_MIX_PLAIN_CUH
 
+#include <stdio.h>
+
 #include "kernels/cuda/head_mix_outer.cuh"
 
 enum { PLAIN_THREADS = 256, PLAIN_BLOCKS_PER_SM = 4 };
