@@ -152,7 +152,7 @@ static void warn_of_unused_gpus(const struct run *r) {
     if (r->config.system.device == DEVICE_AUTO && (!r->comm || r->comm->local_rank == 0) &&
         cuda_devices(&why) == 0 && why.text[0])
         fprintf(stderr,
-                "warning: system.device = auto takes the CPU: %s; cpu in place of auto is without this line\n",
+                "warning: system.device = auto takes the CPU: %s; set system.device = cpu to leave this warning out\n",
                 why.text);
 }
 

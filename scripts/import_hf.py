@@ -393,7 +393,7 @@ def write_tokenizer(source, out, config, model_type):
         except ImportError:
             raise UserError(f"{vocab} needs Python's tokenizers package to be read: make deps") from None
         except import_tokenizer.Unsupported as error:
-            raise UserError(str(error)) from None
+            raise UserError(f"{source}: {error}") from None
         (out / "tokenizer.json").write_text(text, encoding="utf-8")
         settings |= names
         highest = largest_id(json.loads(text), vocab)

@@ -28,7 +28,8 @@ def content_of(token):
     """Of a token as text, or as an object."""
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str) or not text:
-        raise Unsupported(f"{json.dumps(token)} is no token")
+        raise Unsupported(f"{json.dumps(token)} among the special tokens is not a token; correct tokenizer_config.json, "
+                          "special_tokens_map.json or added_tokens.json")
     return text
 
 

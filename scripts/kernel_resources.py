@@ -18,7 +18,7 @@ HEAD = """# Registers and memory of every kernel
 
 Written by `make kernel-resources`, with {compiler}; not measured on a GPU. For each architecture: registers of a thread,
 bytes of its stack, bytes of a block's static shared memory (1,024 of them are the system's on sm_90). A stack holds
-registers that were spilled, and arrays that are indexed at run time; it should be 0. `tests/cuda/test_kernel_resources.py`
+registers that were spilled, and arrays that are indexed at run time; it should be 0 or small. `tests/cuda/test_kernel_resources.py`
 fails where one has grown.
 
 """
@@ -53,7 +53,7 @@ def resources(cuobjdump, objects):
     """{(source, kernel): {arch: (registers, stack, shared)}}"""
     found = {}
     for path in sorted(Path(objects).glob("kernels/cuda/**/*.o")):
-        text = subprocess.run([cuobjdump, "--dump-resource-usage", path], stdout=subprocess.PIPE, text=True).stdout
+        text = subprocess.run([cuobjdump, "--dump-resource-usage", path], stdout=subprocess.PIPE, text=True, check=True).stdout
         text = subprocess.run(["c++filt"], input=text, stdout=subprocess.PIPE, text=True, check=True).stdout
         source = path.relative_to(Path(objects) / "kernels/cuda").with_suffix(".cu").as_posix()
         arch = kernel = None
@@ -109,7 +109,7 @@ def main():
     args = parser.parse_args()
     cuobjdump = find_cuobjdump(args.nvcc)
     if not cuobjdump:
-        sys.exit("kernel_resources: no cuobjdump beside nvcc or in the PATH; pip install nvidia-cuda-cuobjdump")
+        sys.exit("kernel_resources: no cuobjdump beside nvcc or in the PATH; run: make deps")
     found = resources(cuobjdump, args.objects)
     if not found:
         sys.exit(f"kernel_resources: no kernels in {args.objects}; make cuda-objects builds them")
@@ -128,4 +128,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"kernel_resources: {error}")
+    except OSError as error:
+        sys.exit(f"kernel_resources: {error.filename}: {error.strerror}")

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Print the table of docs/estimate.md: what a training step of five models moves and computes on one H200.
+"""Print the second table of docs/estimate.md: what a training step of five models moves and computes on one H200.
 
   scripts/launch_table.py [BINARY]      default ./train_iha
 
@@ -43,8 +43,14 @@ def row(binary, name, config, args):
 
 
 def main():
+    if len(sys.argv) > 2 or sys.argv[1:] in (["-h"], ["--help"]):
+        print(__doc__)
+        return
     binary = sys.argv[1] if len(sys.argv) > 1 else "./train_iha"
-    print("| model | u of a layer beside products and attention (IHA and MHA) | u of attention | the former in all, GB "
+    if not Path(binary).exists():
+        print(f"launch_table: {binary} is not built; run: make", file=sys.stderr)
+        sys.exit(2)
+    print("| model | u of a layer without products and attention (IHA and MHA) | u of attention | the same, of all layers, GB "
           "| everything, GB | TFLOP | kernels | floor, ms | `info`'s step, ms | memory, GB |")
     print("|---" * 10 + "|")
     for model in MODELS:

@@ -1,5 +1,6 @@
 """What a run directory says about a run: metrics.jsonl, starts.jsonl, samples.txt, profile.json and the newest
-checkpoint. Read by report.py, watch.py, plot_loss.py and reproduce/; files that are missing, and lines that are cut off, are left out."""
+checkpoint. Read by report.py, watch.py, plot_loss.py and reproduce/; files that are missing, and lines that are cut off,
+are left out."""
 
 import json
 import math

@@ -145,13 +145,11 @@ static wrong_index find_wrong_sum(struct device *dev, struct problem p, const vo
     return index;
 }
 
-static int report_sum(struct device *dev, const struct matmul *s, struct problem p, wrong_index index,
-                      struct error *e) {
-    return fail_run(
-        e,
-        "cuBLASLt computes wrong sums beside matrix products on this GPU (%s): of row %lld of A, %lld x "
-        "%lld x %lld in %s; install another version of cuBLAS or of the driver, try "
-        "system.deterministic = true, or another GPU",
+static void warn_of_sum(struct device *dev, const struct matmul *s, struct problem p, wrong_index index) {
+    fprintf(
+        stderr,
+        "warning: cuBLASLt computes wrong sums beside matrix products on this GPU (%s): of row %lld of A, "
+        "%lld x %lld x %lld in %s; a kernel of this program sums instead\n",
         dev->name, (long long)((int64_t)index / p.n), (long long)p.m, (long long)p.n, (long long)p.k,
         s->in == DTYPE_BF16 ? "bf16" : "fp32");
 }
@@ -175,8 +173,9 @@ static int report(struct device *dev, const struct matmul *s, struct problem p, 
         dev->deterministic ? "false" : "true");
 }
 
+/* 0: it is right; -1: it is wrong. *wrong_sums: so are the sums beside it, which others can compute. */
 static int check_product(struct device *dev, const struct matmul_plan *plan, struct operands x,
-                         struct error *e) {
+                         bool *wrong_sums, struct error *e) {
     const struct matmul *s = &plan->shape;
     struct problem p = problem_of(s, false);
     bool ta = s->transpose_a, tb = s->transpose_b;
@@ -197,8 +196,10 @@ static int check_product(struct device *dev, const struct matmul_plan *plan, str
         wrong_index index = find_wrong(dev, s, p, x.c);
         if (index != NONE_WRONG)
             return report(dev, s, p, x.c, index, e);
-        if (s->row_sums && (index = find_wrong_sum(dev, p, x.bias)) != NONE_WRONG)
-            return report_sum(dev, s, p, index, e);
+        if (s->row_sums && !*wrong_sums && (index = find_wrong_sum(dev, p, x.bias)) != NONE_WRONG) {
+            warn_of_sum(dev, s, p, index);
+            *wrong_sums = true;
+        }
     }
     return 0;
 }
@@ -256,9 +257,11 @@ int check_matmuls(struct device *dev, struct error *e) {
         size_t used;
         if (p->checked || p->rejected || !fit(dev, p, &resized, &x, &used))
             continue;
-        status = check_product(dev, &resized, x, e);
+        bool wrong_sums = false;
+        status = check_product(dev, &resized, x, &wrong_sums, e);
         matmul_descriptors_free(&resized);
         p->checked = true;
+        p->rejected = wrong_sums;
         most = used > most ? used : most;
     }
     if (most > 0)

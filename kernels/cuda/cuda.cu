@@ -324,8 +324,10 @@ static void set_workspace(struct device *dev, void *data, size_t bytes) {
 }
 
 int cuda_check_libraries(struct device *dev, struct error *e) {
-    plan_file_save(dev->plan_file); /* everything has been planned */
-    return check_matmuls(dev, e) != 0 || check_attentions(dev, e) != 0 ? -1 : 0;
+    if (check_matmuls(dev, e) != 0 || check_attentions(dev, e) != 0)
+        return -1;
+    plan_file_save(dev->plan_file); /* everything has been planned, and computes what it should */
+    return 0;
 }
 
 void *cuda_workspace(struct device *dev, size_t bytes, const char *op) {

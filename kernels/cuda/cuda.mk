@@ -104,4 +104,5 @@ cuda-objects: $(CUDA_OBJECTS) $(CUDNN_OBJECTS)
 
 # Registers, stack and shared memory of every kernel, as cuobjdump knows them.
 kernel-resources: $(CUDA_OBJECTS)
+	$(if $(NVCC),,$(error kernel-resources needs nvcc))
 	@.venv/bin/python scripts/kernel_resources.py $(BUILD)/cuda $(NVCC) --out docs/kernel-resources.md

@@ -123,9 +123,9 @@ static void dw_then_dbias(struct device *dev, struct matmul dw, tensor dy, const
     column_sums(dev, dy, dbias, accumulate);
 }
 
-/* Whether they are faster together; they are apart where there is no memory to time them. */
-static bool together_is_faster(struct device *dev, const struct linear_spec *s, struct matmul dw,
-                               enum dtype t) {
+/* 1: they are faster together; 0: apart; -1: there is no memory to time them. */
+static int together_is_faster(struct device *dev, const struct linear_spec *s, struct matmul dw,
+                              enum dtype t) {
     size_t sums = column_bytes(dev, s->rows, s->out), together = sums_bytes(s->out);
     size_t bytes[] = {(size_t)(s->rows * s->out) * dtype_bytes(t), (size_t)(s->rows * s->in) * dtype_bytes(t),
                       (size_t)(s->out * s->in) * sizeof(float), (size_t)s->out * sizeof(float),
@@ -136,7 +136,7 @@ static bool together_is_faster(struct device *dev, const struct linear_spec *s, 
         all += (size_t)round_up((int64_t)each, 256);
     if (cudaMalloc((void **)&memory, all) != cudaSuccess) {
         cudaGetLastError();
-        return false;
+        return -1;
     }
     part[0] = memory;
     for (int i = 0; i < 5; i++)
@@ -169,10 +169,10 @@ static void plan_dbias(struct device *dev, const struct linear_spec *s, struct m
     snprintf(name, sizeof name, "dW and dbias, %lld rows of %lld to %lld, %s", (long long)s->rows,
              (long long)s->in, (long long)s->out, t == DTYPE_BF16 ? "bf16" : "fp32");
     const char *recorded = plan_file_find(dev->plan_file, name);
-    bool together = recorded ? strcmp(recorded, "together") == 0 : together_is_faster(dev, s, dw, t);
-    if (!recorded)
+    int together = recorded ? strcmp(recorded, "together") == 0 : together_is_faster(dev, s, dw, t);
+    if (!recorded && together >= 0)
         plan_file_add(dev->plan_file, name, together ? "together" : "apart");
-    if (!together)
+    if (together != 1)
         reject_matmul(dev, both);
 }
 

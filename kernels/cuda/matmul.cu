@@ -146,12 +146,14 @@ static bool allocate_timing_buffers(const struct matmul *s, struct timing_buffer
     return true;
 }
 
-/* The index of the fastest candidate. */
+/* The index of the fastest candidate; -1: not timed, since there is no memory for it or none runs. */
 static int fastest_candidate(struct device *dev, const struct matmul_plan *p,
                              const cublasLtMatmulHeuristicResult_t *results, int count, bool accumulate) {
     struct timing_buffers t;
-    if (count == 1 || !allocate_timing_buffers(&p->shape, &t))
+    if (count == 1)
         return 0;
+    if (!allocate_timing_buffers(&p->shape, &t))
+        return -1;
     cuda_check(
         cudaMemsetAsync(t.memory, 0x3c, (size_t)(t.workspace - t.memory), dev->stream)); /* about 0.01 */
     if (p->shape.bias || p->shape.row_sums)
@@ -161,7 +163,7 @@ static int fastest_candidate(struct device *dev, const struct matmul_plan *p,
                         results[i].workspaceSize) == CUBLAS_STATUS_SUCCESS;
     });
     cuda_check(cudaFree(t.memory));
-    return best < 0 ? 0 : best;
+    return best;
 }
 
 /* ---- choices of an earlier start ---- */
@@ -234,10 +236,11 @@ static struct matmul_plan *build(struct device *dev, const struct matmul *shape,
         p->rejected = true;
         return p;
     }
-    int chosen = timed ? fastest_candidate(dev, p, results, count, accumulate) : 0;
+    int fastest = timed ? fastest_candidate(dev, p, results, count, accumulate) : -1,
+        chosen = fastest < 0 ? 0 : fastest;
     p->algorithm = results[chosen].algo;
     p->workspace_bytes = results[chosen].workspaceSize;
-    if (timed)
+    if (fastest >= 0)
         record(dev, p);
     return p;
 }

@@ -77,7 +77,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     bool rotate = job.rope.table && w < job.rotated;
     auto load_rows = [&](along_rows &x, int n, int group, int k) {
         const bf16 *big = dout + (int64_t)n * o.pseudo * H * d + group + t * 8;
-        bool padding = AHEAD > 1 && k >= tiles;
+        bool padding = AHEAD > 1 ? k >= tiles : tiles == 0; /* a warp may have no tile of the last group */
         const struct row_source *row = source + (padding ? 0 : k * 16);
         const int offsets[2] = {row[0].offset, row[8].offset};
         load_along(x, big, offsets, half, n < job.end && group + t * 8 < half && !padding);

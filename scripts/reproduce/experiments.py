@@ -1,7 +1,7 @@
 """What `make reproduce` trains: the paper's synthetic tasks, its comparison of language models, retrieval, and MHA
 models continued as IHA.
 
-An experiment is a configuration, variants of it that differ in attention alone, and a budget. Facts of the paper and
+An experiment is a configuration, variants of it, and a budget. Facts of the paper and
 what it leaves open: docs/reproduction/discussion.md.
 """
 

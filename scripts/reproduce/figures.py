@@ -133,7 +133,8 @@ def continued(plt, plan, out):
         series = {run.seed: points_of(variant, run, plan.flops[variant], starts[run.seed].result()["tokens"]) for run, _ in runs}
         for k in (0, 1):
             draw_mean(panels[k], [[(point[k], point[2]) for point in points] for points in series.values()], style, label)
-        compared = compared or {(seed, x): loss for seed, points in series.items() for x, _, loss in points}
+        if variant == plan.names[0]:
+            compared = {(seed, x): loss for seed, points in series.items() for x, _, loss in points}
         less = [[(x, loss - compared[seed, x]) for x, _, loss in points if (seed, x) in compared] for seed, points in series.items()]
         if not experiment.variants[variant].flops_of and all(less):
             draw_mean(panels[2], less, style, label)

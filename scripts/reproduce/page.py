@@ -41,7 +41,7 @@ def differences(plan):
         if name != first and seeds:
             mean, deviation = spread([results[name][seed] - results[first][seed] for seed in seeds])
             text = f"{mean:+.4f}" + (f" ± {deviation:.4f}" if deviation is not None else "")
-            lines.append(f"- {plan.experiment.variants[name].label}: {text} ({len(seeds)} seeds)")
+            lines.append(f"- {plan.experiment.variants[name].label}: {text} ({len(seeds)} seed{'s' if len(seeds) > 1 else ''})")
     if not lines:
         return []
     label = plan.experiment.variants[first].label
@@ -67,7 +67,7 @@ def section(plan):
             lines += [f"Learning rates, the best of {', '.join(f'{rate:g}' for rate in plan.experiment.learning_rates)} "
                       f"after a third of the steps: {rates}.", ""]
         seconds = plan.step_seconds()
-        if seconds:
+        if seconds and budget == "time":
             lines += ["A step takes, in seconds (median, nothing else running): " + ", ".join(
                 f"{plan.experiment.variants[name].label} {seconds[name]:.3f}" for name in plan.names) + ".", ""]
         commits = sorted({each["commit"] for runs in finished(plan, budget).values() for _, each in runs})

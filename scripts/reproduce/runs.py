@@ -39,11 +39,13 @@ class Run:
                 f"system.threads={threads}"]
 
     def result(self):
-        """What finish() wrote, or else the committed result; None while the run has not ended."""
+        """What finish() wrote, or else the committed result; None while the run has not ended. A result of other
+        settings, or one that is damaged, does not count."""
         try:
-            return json.loads((self.folder / "result.json").read_text())
-        except FileNotFoundError:
+            result = json.loads((self.folder / "result.json").read_text())
+        except (FileNotFoundError, ValueError):
             return self.recorded
+        return result if result.get("overrides") == list(self.overrides) else self.recorded
 
 
 class Plan:
@@ -143,9 +145,10 @@ class Plan:
     def step_seconds(self):
         """{variant: seconds of a step}, once measured; {} before."""
         try:
-            return json.loads((self.folder / "step_seconds.json").read_text())
-        except FileNotFoundError:
-            return self.recorded.step_seconds if self.recorded else {}
+            seconds = json.loads((self.folder / "step_seconds.json").read_text())
+        except (FileNotFoundError, ValueError):
+            seconds = self.recorded.step_seconds if self.recorded else {}
+        return seconds if set(self.names) <= seconds.keys() else {}
 
     def needs_timing(self):
         return "time" in self.budgets() and not self.step_seconds()
@@ -161,7 +164,7 @@ class Plan:
                 shutil.rmtree(run.folder, ignore_errors=True)
                 done = subprocess.run(run.command(threads), capture_output=True, text=True)
                 if done.returncode != 0:
-                    raise UserError((done.stderr.strip().splitlines() or ["a run that measures time failed"])[-1])
+                    raise OSError(0, (done.stderr.strip().splitlines() or ["failed"])[-1], str(run.folder))
                 steps = [row for row in rows_of(run.folder / "metrics.jsonl") if "tokens_per_second" in row]
                 times[name] += [row["tokens"] / row["step"] / row["tokens_per_second"] for row in steps[TIMED_STEPS // 4:]]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -198,14 +201,16 @@ class Record:
         self.path = record_folder(options) / f"{experiment.name}.json"
         try:
             content = json.loads(self.path.read_text())
+            self.step_seconds, self.runs = content["step_seconds"], content["runs"]
+            self.overrides = {key: result["overrides"] for key, result in self.runs.items()}
         except FileNotFoundError:
-            content = {"step_seconds": {}, "runs": {}}
-        self.step_seconds, self.runs = content["step_seconds"], content["runs"]
+            self.step_seconds, self.runs, self.overrides = {}, {}, {}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{self.path}: not a record of results; restore it, or remove it") from None
 
     def result(self, key, overrides):
         """None also for a run that the experiment's present settings would make differently."""
-        found = self.runs.get(key)
-        return found if found and found["overrides"] == list(overrides) else None
+        return self.runs[key] if self.overrides.get(key) == list(overrides) else None
 
 
 def record_folder(options):
@@ -213,14 +218,15 @@ def record_folder(options):
 
 
 def write_record(plan, options):
-    """The results of all runs that have ended."""
-    runs = {str(run.folder.relative_to(plan.folder)): run.result() for run in plan.all_runs()[0] if run.result()}
-    if not runs:
+    """The results of all runs that have ended, and those recorded before of runs that have not."""
+    ended = {str(run.folder.relative_to(plan.folder)): run.result() for run in plan.all_runs()[0] if run.result()}
+    if not ended:
         return
-    path = record_folder(options) / f"{plan.experiment.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(result)}" for key, result in runs.items())
-    write_text(path, f'{{"step_seconds": {json.dumps(plan.step_seconds())},\n"runs": {{\n{lines}\n}}}}\n')
+    before = Record(options, plan.experiment)
+    before.path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(result)}" for key, result in (before.runs | ended).items())
+    seconds = json.dumps(before.step_seconds | plan.step_seconds())
+    write_text(before.path, f'{{"step_seconds": {seconds},\n"runs": {{\n{lines}\n}}}}\n')
 
 
 def write_json(path, content):
@@ -230,7 +236,10 @@ def write_json(path, content):
 def write_text(path, text):
     """Atomically."""
     partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(partial, path)
 
 

@@ -287,7 +287,7 @@ class ImportHf(unittest.TestCase):
                                   ("merges.txt", "#version: 0.2\nzq qz\n", "are no tokenizer"),
                                   ("tokenizer_config.json", '{"added_tokens_decoder": {"999": {"content": "<x>"}}}', "has id 999"),
                                   ("tokenizer_config.json", '{"added_tokens_decoder": {"z": {"content": "<x>"}}}', "added_tokens_decoder"),
-                                  ("tokenizer_config.json", '{"eos_token": 7}', "7 is no token")):
+                                  ("tokenizer_config.json", '{"eos_token": 7}', "7 among the special tokens is not a token")):
             with self.subTest(text):
                 before = (self.source / name).read_text()
                 (self.source / name).write_text(text)

@@ -55,7 +55,7 @@ class Reproduce(FolderCase):
 
     def command(self, steps, *arguments, text=EXPERIMENTS):
         file = self.write("own.py", text.format(scripts=str(MAIN.parent), config=str(self.config),
-                                                       data=str(self.data), steps=steps))
+                                                data=str(self.data), steps=steps))
         return [sys.executable, str(MAIN), "--experiments", str(file), "--out", str(self.runs), "--docs",
                 str(self.docs), *arguments]
 
@@ -121,6 +121,16 @@ class Reproduce(FolderCase):
         shutil.rmtree(self.runs)
         self.reproduce(12, *arguments, "--recorded")
         self.assertEqual(len(self.results()), 4 + 3)
+        # what this command does not train stays recorded
+        record = self.docs / "results" / "lm.json"
+        self.reproduce(12, "--seeds", "2", "--recorded")
+        before = json.loads(record.read_text())
+        self.assertIn("global/flops/seed2", before["runs"])
+        shutil.rmtree(self.runs)
+        self.reproduce(12, *arguments, "--recorded", "--figures")
+        self.assertEqual(json.loads(record.read_text()), before)
+        record.write_text("<<<<<<<")
+        self.assertIn("not a record of results", self.reproduce(12, "--recorded", code=2).stderr)
 
     def test_continued(self):
         """Every variant of a seed begins with the weights of that seed's first half, and sees other sequences."""

@@ -12,7 +12,17 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "kernel_resources.py"
 RECORD = ROOT / "docs" / "kernel-resources.md"
 OBJECTS = ROOT / os.environ.get("BUILD", "build/release") / "cuda"
-NVCC = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+
+
+def nvcc():
+    """The one that the objects were built with; its path begins what make wrote beside them."""
+    try:
+        return (OBJECTS / "compiled-with").read_text().split()[0]
+    except (OSError, IndexError):
+        return shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+
+
+NVCC = nvcc()
 
 spec = importlib.util.spec_from_file_location("kernel_resources", SCRIPT)
 kernel_resources = importlib.util.module_from_spec(spec)

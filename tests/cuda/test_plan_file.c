@@ -193,7 +193,7 @@ static void a_file_that_cannot_be_written(void **state) {
     skip_on_gpu();
     assert_true(start("/tmp", false) > 0);
     assert_true(start("/nowhere/plans.txt", false) > 0);
-    assert_int_equal(access("/tmp.tmp", F_OK), -1);
+    assert_int_equal(access("/tmp.tmp", F_OK), -1); /* what would be renamed to /tmp */
 }
 
 int main(void) {

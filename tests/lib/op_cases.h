@@ -150,6 +150,7 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, MIX_CASE(1, 2, 64, 16, 5, true, true, true), ACCUMULATE}, /* backward: two groups of rows */
     {COMPARE,
      MIX_CASE(1, 1, 64, 16, 12, true, true, true)}, /* more alphas than shared memory holds at once */
+    {COMPARE, MIX_CASE(1, 1, 56, 16, 56, true, true, true)}, /* backward's last group: fewer tiles than warps */
     {COMPARE, MIX_CASE(1, 3, 20, 64, 20, true, true, false)},
     {COMPARE, MIX_CASE(1, 1, 65, 16, 1, true, true, true), ACCUMULATE}, /* too many heads */
     {COMPARE, MIX_CASE(1, 1, 1, 64, 1, true, true, true), .first = 100},

@@ -246,16 +246,17 @@ static bool run_cudnn(struct device *dev, const struct attention_spec *s, const 
                                     why) == 0;
 }
 
-/* Whether the built-in kernels, whose cost is `own`, are faster than cuDNN. */
-static bool builtin_is_faster(struct device *dev, const struct attention_spec *s, struct op_cost cudnn,
-                              struct op_cost own) {
+/* 1: the built-in kernels, whose cost is `own`, are faster than cuDNN; 0: they are not; -1: there is no memory to
+ * time them. */
+static int builtin_is_faster(struct device *dev, const struct attention_spec *s, struct op_cost cudnn,
+                             struct op_cost own) {
     struct op_cost most = {cudnn.saved > own.saved ? cudnn.saved : own.saved,
                            cudnn.workspace > own.workspace ? cudnn.workspace : own.workspace};
     struct timed_operands x;
     char *workspace = dev->workspace, *memory;
     size_t workspace_bytes = dev->workspace_bytes;
     if (!allocate_operands(s, most, &x, &memory))
-        return false;
+        return -1;
     dev->workspace = memory;
     dev->workspace_bytes = most.workspace;
     cuda_check(cudaMemsetAsync(x.memory, 0x3c, (size_t)(memory - x.memory), dev->stream)); /* about 0.01 */
@@ -282,10 +283,12 @@ static bool prefers_builtin(struct device *dev, const struct attention_choice *c
     const char *recorded = plan_file_find(dev->plan_file, name);
     if (recorded)
         return strcmp(recorded, "built-in") == 0;
-    bool builtin = attention_builtin_plan(dev, &c->spec, &own, &e) == 0 &&
-                   builtin_is_faster(dev, &c->spec, c->cost, own);
-    plan_file_add(dev->plan_file, name, builtin ? "built-in" : "cuDNN");
-    return builtin;
+    int faster = attention_builtin_plan(dev, &c->spec, &own, &e) == 0
+                     ? builtin_is_faster(dev, &c->spec, c->cost, own)
+                     : 0;
+    if (faster >= 0)
+        plan_file_add(dev->plan_file, name, faster ? "built-in" : "cuDNN");
+    return faster == 1;
 }
 
 static int choose(struct device *dev, struct attention_choice *c, struct error *e) {
