@@ -23,9 +23,9 @@ from tests.faults.harness import BINARY, ENVIRONMENT, EVERYTHING, TIMEOUT, Scena
 
 # Classes of calls, and the stride of a sample, which has the first and the last call of each file besides (FAULTS=all
 # tries every one).
-KINDS = {"alloc": 11, "library": 80, "map": 1, "open_read": 8, "open_write": 4, "read": 8, "write": 4, "close": 4,
-         "sync": 4, "rename": 4, "mkdir": 1, "remove": 4, "link": 1, "truncate": 1, "lock": 1, "space": 1, "stat": 8,
-         "list": 15, "thread": 1, "mpi": 1}
+KINDS = {"alloc": 17, "library": 120, "map": 1, "open_read": 12, "open_write": 6, "read": 12, "write": 6, "close": 6,
+         "sync": 6, "rename": 4, "mkdir": 1, "remove": 6, "link": 1, "truncate": 1, "lock": 1, "space": 1, "stat": 12,
+         "list": 22, "thread": 1, "mpi": 1}
 EACCES, ENOSPC, EIO = 13, 28, 5
 
 

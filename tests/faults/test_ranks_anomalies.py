@@ -31,7 +31,7 @@ RanksDone = namedtuple("RanksDone", (*Done._fields, "traces"))
 # Calls whose failure does not matter: a name in a message, or MPI_Abort, after which the process exits anyway.
 HARMLESS = {"MPI_Get_processor_name", "MPI_Error_string", "MPI_Abort"}
 # Kinds of calls, and of how many one is tried when only a sample is wanted.
-STRIDES = {"mpi": 90, "poll": 500, "alloc": 150, "library": 500, "map": 5, "thread": 1, "open_read": 15, "read": 35,
+STRIDES = {"mpi": 120, "poll": 700, "alloc": 220, "library": 500, "map": 5, "thread": 1, "open_read": 15, "read": 35,
            "stat": 12, "list": 80, "space": 1, "lock": 1, "open_write": 16, "write": 16, "close": 16, "sync": 16, "rename": 3,
            "mkdir": 3, "remove": 4, "link": 2, "truncate": 1}
 CHANGES = ("open_write", "write", "close", "sync", "rename", "mkdir", "remove", "link", "truncate")
