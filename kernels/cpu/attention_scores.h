@@ -14,10 +14,10 @@ ALWAYS_INLINE void score_block(const int mr, const int nv, int64_t d, const real
         vreal bv[4];
         UNROLL
         for (int j = 0; j < nv; j++)
-            bv[j] = vload(b + l * TILE + j * VL);
+            bv[j] = vkeep(vload(b + l * TILE + j * VL));
         UNROLL
         for (int i = 0; i < mr; i++) {
-            vreal av = vsplat(a[i * d + l]);
+            vreal av = vkeep(vsplat(a[i * d + l]));
             UNROLL
             for (int j = 0; j < nv; j++)
                 acc[i][j] += av * bv[j];

@@ -38,7 +38,7 @@ ALWAYS_INLINE void mix_block(const int mr, const int nv, int64_t k, const real *
         vreal bv[4];
         UNROLL
         for (int j = 0; j < nv; j++)
-            bv[j] = vload(b + l * ldb + j * VL);
+            bv[j] = vkeep(vload(b + l * ldb + j * VL));
         __builtin_prefetch(first);
         __builtin_prefetch(first + step[0] / 2);
         __builtin_prefetch(second);
@@ -157,10 +157,10 @@ ALWAYS_INLINE void outer_block(int64_t i, int64_t j, int64_t I, int64_t J, int64
             at += step;
             UNROLL
             for (int m = 0; m < C; m++)
-                bv[m] = vload(b[m] + c);
+                bv[m] = vkeep(vload(b[m] + c));
             UNROLL
             for (int l = 0; l < R; l++) {
-                vreal av = vload(a[l] + c);
+                vreal av = vkeep(vload(a[l] + c));
                 UNROLL
                 for (int m = 0; m < C; m++)
                     acc[l * C + m] += av * bv[m];

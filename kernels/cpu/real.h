@@ -251,6 +251,17 @@ ALWAYS_INLINE vreal vadd_pairs(vreal a, vreal b, const int h) {
 #endif
 }
 
+/* v, in a register from here on. GCC otherwise reads a vector that several multiply-adds use from memory for each of
+ * them, and the loads take longer than the arithmetic. */
+ALWAYS_INLINE vreal vkeep(vreal v) {
+#if defined __x86_64__
+    __asm__("" : "+v"(v));
+#elif defined __aarch64__
+    __asm__("" : "+w"(v));
+#endif
+    return v;
+}
+
 /* Lane i of the result is the sum of v[i]'s lanes: VL sums for little more than the price of one. v is written
  * over. */
 ALWAYS_INLINE vreal vsum_each(vreal v[VL]) {

@@ -25,10 +25,10 @@ ALWAYS_INLINE void tile_block(const int mr, const int nv, int64_t k, const real 
         vreal bv[4];
         UNROLL
         for (int j = 0; j < nv; j++)
-            bv[j] = vload(b + l * ldb + j * VL);
+            bv[j] = vkeep(vload(b + l * ldb + j * VL));
         UNROLL
         for (int i = 0; i < mr; i++) {
-            vreal av = vsplat(a[i * row + l * col]);
+            vreal av = vkeep(vsplat(a[i * row + l * col]));
             UNROLL
             for (int j = 0; j < nv; j++)
                 acc[i][j] += av * bv[j];
