@@ -6,6 +6,7 @@
 
 #include <math.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -113,20 +114,44 @@ static inline void step_rows(const struct bench *b, struct table *table, const c
         }
 }
 
-/* devices: ours in each precision. */
-static inline void compare_steps(struct bench *b, struct table *table, const char *model, const char *what,
-                                 const struct config *config, struct device *const *devices) {
-    const struct kernels *backends[] = {kernels_cpu(), kernels_cpu_bf16()};
-    static struct training t[PRECISIONS];
-    static struct samples found[WAYS][PRECISIONS];
-    int ways = b->torch->to ? WAYS : EAGER;
-    memset(t, 0, sizeof t);
-    memset(found, 0, sizeof found);
-    for (int p = 0; p < PRECISIONS; p++) {
-        t[p].config = *config;
-        training_open(&t[p], backends[p], devices[p]);
+/* A program that keeps one processor busy, that of this thread: it inherits what the thread may run on. */
+static inline pid_t start_busy_loop(void) {
+    fflush(NULL);
+    pid_t child = fork();
+    if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
+        for (volatile int i = 0;;)
+            i = i + 1;
     }
-    for (int i = -2; i < b->repeats; i++) /* two to warm up, in which PyTorch compiles */
+    if (child < 0)
+        bench_fail(&(struct error){.text = "no process can be started"});
+    return child;
+}
+
+/* A row each: how much longer steps take beside that program. */
+static inline void busy_rows(const struct bench *b, struct table *table, const char *what,
+                             const struct samples (*alone)[PRECISIONS],
+                             const struct samples (*busy)[PRECISIONS]) {
+    for (int way = OURS; way < WAYS; way++)
+        for (int p = 0; p < PRECISIONS; p++) {
+            if (busy[way][p].count == 0)
+                continue;
+            struct summary took = samples_summary(&busy[way][p], 0);
+            char name[128];
+            snprintf(name, sizeof name, "PyTorch %s %s", b->torch->version, way_names[way]);
+            struct row *row = table_row(table, "%s, beside a loop that keeps one core busy: %s, %s", what,
+                                        way == OURS ? "ours" : name, precision_names[p]);
+            cell_seconds(row->took, took);
+            cell(row->compared, "the same alone");
+            cell(row->ratio, "%.2f", took.median / samples_summary(&alone[way][p], 0).median);
+        }
+}
+
+/* Steps of each in turn. warm_up: steps before those that count. */
+static inline void sample_steps(struct bench *b, const char *model, const char *what, int warm_up,
+                                struct training *t, struct samples (*found)[PRECISIONS]) {
+    int ways = b->torch->to ? WAYS : EAGER;
+    for (int i = -warm_up; i < b->repeats; i++)
         for (int way = OURS; way < ways; way++)
             for (int p = 0; p < PRECISIONS; p++) {
                 double seconds = contender_step(b->torch, model, way, p, &t[p]);
@@ -135,7 +160,31 @@ static inline void compare_steps(struct bench *b, struct table *table, const cha
                 if (i >= 0 && !isnan(seconds))
                     samples_add(&found[way][p], seconds);
             }
-    step_rows(b, table, what, (double)config->train.batch_tokens, found);
+}
+
+/* devices: ours in each precision. beside_others: also beside a program that keeps a core busy. */
+static inline void compare_steps(struct bench *b, struct table *table, const char *model, const char *what,
+                                 const struct config *config, struct device *const *devices,
+                                 bool beside_others) {
+    const struct kernels *backends[] = {kernels_cpu(), kernels_cpu_bf16()};
+    static struct training t[PRECISIONS];
+    static struct samples alone[WAYS][PRECISIONS], busy[WAYS][PRECISIONS];
+    memset(t, 0, sizeof t);
+    memset(alone, 0, sizeof alone);
+    memset(busy, 0, sizeof busy);
+    for (int p = 0; p < PRECISIONS; p++) {
+        t[p].config = *config;
+        training_open(&t[p], backends[p], devices[p]);
+    }
+    sample_steps(b, model, what, 2, t, alone); /* PyTorch compiles while it warms up */
+    step_rows(b, table, what, (double)config->train.batch_tokens, alone);
+    if (beside_others) {
+        pid_t loop = start_busy_loop();
+        sample_steps(b, model, what, 1, t, busy);
+        kill(loop, SIGKILL);
+        waitpid(loop, NULL, 0);
+        busy_rows(b, table, what, alone, busy);
+    }
     for (int p = 0; p < PRECISIONS; p++)
         training_close(&t[p]);
 }
@@ -152,11 +201,11 @@ static inline void bench_steps(struct bench *b, struct table *table) {
     if (b->torch->to)
         torch_threads(b->torch, omp_get_max_threads());
     read_config(&c, NULL, sizeof gpt2 / sizeof *gpt2, gpt2);
-    compare_steps(b, table, "gpt2", "GPT-2 124M, B=4, T=64, one optimizer step", &c, devices);
+    compare_steps(b, table, "gpt2", "GPT-2 124M, B=4, T=64, one optimizer step", &c, devices, false);
     read_config(&c, b->quickstart, 0, NULL);
     char what[256];
     snprintf(what, sizeof what, "%s, one optimizer step", b->quickstart);
-    compare_steps(b, table, "quickstart", what, &c, devices);
+    compare_steps(b, table, "quickstart", what, &c, devices, true);
     kernels_cpu_bf16()->close(bf16);
 }
 
