@@ -53,7 +53,13 @@ def resources(cuobjdump, objects):
     """{(source, kernel): {arch: (registers, stack, shared)}}"""
     found = {}
     for path in sorted(Path(objects).glob("kernels/cuda/**/*.o")):
-        text = subprocess.run([cuobjdump, "--dump-resource-usage", path], stdout=subprocess.PIPE, text=True, check=True).stdout
+        done = subprocess.run([cuobjdump, "--dump-resource-usage", path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              text=True)
+        if "does not contain device code" in done.stdout:
+            continue  # host code alone
+        if done.returncode != 0:
+            sys.exit(f"kernel_resources: {done.stdout.strip()}")
+        text = done.stdout
         text = subprocess.run(["c++filt"], input=text, stdout=subprocess.PIPE, text=True, check=True).stdout
         source = path.relative_to(Path(objects) / "kernels/cuda").with_suffix(".cu").as_posix()
         arch = kernel = None
