@@ -215,7 +215,7 @@ def draw(plans, out):
 
     compositions = [plan for plan in plans if plan.experiment.figure == "val_accuracy"]
     add(bars(plt, compositions, out), "final accuracy on the test set (the paper's Fig. 3)")
-    for plan in compositions:
+    for plan in (plan for plan in compositions if finished(plan, "plain")):
         epoch = tokens_of_epoch(plan)
         axis = ("epochs", "epochs", lambda variant, step, tokens, result: tokens / epoch)
         add(curves(plt, plan, "plain", axis, out), "accuracy by epoch (the paper's Figs. 4 and 5)")

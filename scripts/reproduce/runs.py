@@ -35,7 +35,8 @@ class Run:
     recorded: dict = field(default=None, compare=False)  # the committed result of a run with these overrides
 
     def command(self, threads):
-        return [BINARY, "train", self.experiment.config, *self.overrides, f"run.dir={self.folder}",
+        folder = self.folder.relative_to(Path.cwd()) if self.folder.is_relative_to(Path.cwd()) else self.folder
+        return [BINARY, "train", self.experiment.config, *self.overrides, f"run.dir={folder}",
                 f"system.threads={threads}"]
 
     def result(self):
