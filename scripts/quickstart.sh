@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prepare a text, train a model on it (about three minutes; on twice the tokens where training is in bf16), evaluate it
+# Prepare a text, train a model on it (four to five minutes; on twice the tokens where training is in bf16), evaluate it
 # on held-out text next to gzip, print a sample, and write a page about the run.
 #
 #   scripts/quickstart.sh           the King James Bible, from the distribution's packages
