@@ -1,7 +1,6 @@
 /* linear: y = x W^T + bias, and its three gradients: dx and dW by cuBLASLt (matmul.cu), dbias by a kernel
  * that sums columns, or by cuBLASLt beside dW where that is faster. */
 #include "kernels/cuda/cuda.cuh"
-#include "kernels/cuda/plan_file.h"
 #include "kernels/cuda/timing.h"
 
 #include <stdio.h>
@@ -123,43 +122,30 @@ static void dw_then_dbias(struct device *dev, struct matmul dw, tensor dy, const
     column_sums(dev, dy, dbias, accumulate);
 }
 
-/* 1: they are faster together; 0: apart; -1: there is no memory to time them. */
-static int together_is_faster(struct device *dev, const struct linear_spec *s, struct matmul dw,
-                              enum dtype t) {
+enum { APART, TOGETHER };
+
+/* The faster one; -1: there is no memory to time them. */
+static int faster_dbias(struct device *dev, const struct linear_spec *s, struct matmul dw, enum dtype t) {
     size_t sums = column_bytes(dev, s->rows, s->out), together = sums_bytes(s->out);
-    size_t bytes[] = {(size_t)(s->rows * s->out) * dtype_bytes(t), (size_t)(s->rows * s->in) * dtype_bytes(t),
-                      (size_t)(s->out * s->in) * sizeof(float), (size_t)s->out * sizeof(float),
-                      sums > together ? sums : together};
-    char *memory, *part[6];
-    size_t all = 0, workspace_bytes = dev->workspace_bytes;
-    for (size_t each : bytes)
-        all += (size_t)round_up((int64_t)each, 256);
-    if (cudaMalloc((void **)&memory, all) != cudaSuccess) {
-        cudaGetLastError();
-        return -1;
-    }
-    part[0] = memory;
-    for (int i = 0; i < 5; i++)
-        part[i + 1] = part[i] + round_up((int64_t)bytes[i], 256);
-    cuda_check(cudaMemsetAsync(memory, 0x3c, (size_t)(part[4] - memory), dev->stream)); /* about 0.01 */
-    char *workspace = dev->workspace;
-    dev->workspace = part[4];
-    dev->workspace_bytes = bytes[4];
-    int fastest = time_fastest(dev, 2, [&](int way) {
-        if (way == 0)
-            dw_then_dbias(dev, dw, tensor_of(part[0], t, s->rows, s->out, 0, 0, 0), part[1], (float *)part[2],
-                          (float *)part[3], true);
-        else
-            dw_with_dbias(dev, dw, part[0], part[1], (float *)part[2], (float *)part[3], true);
-        return true;
-    });
-    dev->workspace = workspace;
-    dev->workspace_bytes = workspace_bytes;
-    cuda_check(cudaFree(memory));
-    return fastest == 1;
+    int64_t dy = round_up(s->rows * s->out * (int64_t)dtype_bytes(t), 256),
+            x = round_up(s->rows * s->in * (int64_t)dtype_bytes(t), 256),
+            w = round_up(s->out * s->in * (int64_t)sizeof(float), 256),
+            bias = s->out * (int64_t)sizeof(float);
+    return time_fastest(dev, 2, (size_t)(dy + x + w + bias), sums > together ? sums : together,
+                        [&](int i, char *memory) {
+                            char *inputs = memory + dy;
+                            float *dw_out = (float *)(inputs + x), *dbias = (float *)(inputs + x + w);
+                            if (i == APART)
+                                dw_then_dbias(dev, dw, tensor_of(memory, t, s->rows, s->out, 0, 0, 0), inputs,
+                                              dw_out, dbias, true);
+                            else
+                                dw_with_dbias(dev, dw, memory, inputs, dw_out, dbias, true);
+                            return true;
+                        });
 }
 
-/* Choose, once for a shape. With system.deterministic, whose choices do not depend on time, they are apart. */
+/* Choose, once for a shape. With system.deterministic, whose choices do not depend on time, they are apart, and also
+ * where they were not timed. */
 static void plan_dbias(struct device *dev, const struct linear_spec *s, struct matmul dw, enum dtype t) {
     struct matmul both = dw_and_sums(dw);
     char name[160];
@@ -168,11 +154,8 @@ static void plan_dbias(struct device *dev, const struct linear_spec *s, struct m
         return;
     snprintf(name, sizeof name, "dW and dbias, %lld rows of %lld to %lld, %s", (long long)s->rows,
              (long long)s->in, (long long)s->out, t == DTYPE_BF16 ? "bf16" : "fp32");
-    const char *recorded = plan_file_find(dev->plan_file, name);
-    int together = recorded ? strcmp(recorded, "together") == 0 : together_is_faster(dev, s, dw, t);
-    if (!recorded && together >= 0)
-        plan_file_add(dev->plan_file, name, together ? "together" : "apart");
-    if (together != 1)
+    if (choose_once(dev, name, {"apart", "together"}, [&] { return faster_dbias(dev, s, dw, t); }) !=
+        TOGETHER)
         reject_matmul(dev, both);
 }
 

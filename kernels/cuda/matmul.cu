@@ -126,44 +126,20 @@ struct matmul_bytes matmul_bytes(const struct matmul *s) {
 
 /* ---- timing ---- */
 
-/* Memory to time a product with: A, B, C, a bias and the workspace, one after another. */
-struct timing_buffers {
-    char *memory, *a, *b, *c, *bias, *workspace;
-};
-
-static bool allocate_timing_buffers(const struct matmul *s, struct timing_buffers *t) {
-    struct matmul_bytes bytes = matmul_bytes(s);
-    if (cudaMalloc((void **)&t->memory, bytes.a + bytes.b + bytes.c + bytes.bias + MATMUL_WORKSPACE) !=
-        cudaSuccess) {
-        cudaGetLastError();
-        return false;
-    }
-    t->a = t->memory;
-    t->b = t->a + bytes.a;
-    t->c = t->b + bytes.b;
-    t->bias = t->c + bytes.c;
-    t->workspace = t->bias + bytes.bias;
-    return true;
-}
-
 /* The index of the fastest candidate; -1: not timed, since there is no memory for it or none runs. */
 static int fastest_candidate(struct device *dev, const struct matmul_plan *p,
                              const cublasLtMatmulHeuristicResult_t *results, int count, bool accumulate) {
-    struct timing_buffers t;
+    struct matmul_bytes bytes = matmul_bytes(&p->shape);
     if (count == 1)
         return 0;
-    if (!allocate_timing_buffers(&p->shape, &t))
-        return -1;
-    cuda_check(
-        cudaMemsetAsync(t.memory, 0x3c, (size_t)(t.workspace - t.memory), dev->stream)); /* about 0.01 */
-    if (p->shape.bias || p->shape.row_sums)
-        set_bias(p, t.bias);
-    int best = time_fastest(dev, count, [&](int i) {
-        return multiply(dev, p, &results[i].algo, t.a, t.b, accumulate, t.c, t.workspace,
-                        results[i].workspaceSize) == CUBLAS_STATUS_SUCCESS;
-    });
-    cuda_check(cudaFree(t.memory));
-    return best;
+    return time_fastest(dev, count, bytes.a + bytes.b + bytes.c + bytes.bias, MATMUL_WORKSPACE,
+                        [&](int i, char *a) {
+                            char *b = a + bytes.a, *c = b + bytes.b, *bias = c + bytes.c;
+                            if (p->shape.bias || p->shape.row_sums)
+                                set_bias(p, bias);
+                            return multiply(dev, p, &results[i].algo, a, b, accumulate, c, dev->workspace,
+                                            results[i].workspaceSize) == CUBLAS_STATUS_SUCCESS;
+                        });
 }
 
 /* ---- choices of an earlier start ---- */

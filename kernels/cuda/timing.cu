@@ -1,7 +1,7 @@
 /* Timing of alternatives, to choose between them when an operation is planned.
  *
  * An idle GPU runs at a fraction of its clock and needs tens of milliseconds of work to reach it. So it is
- * kept busy before anything is timed, and the ways are timed in turn, in several rounds: a change of the
+ * kept busy before anything is timed, and the candidates are timed in turn, in several rounds: a change of the
  * clock then meets all of them. Each is judged by its fastest round, since whatever disturbs a measurement
  * makes it longer. */
 #include "kernels/cuda/timing.h"
@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels/clock.h"
+#include "kernels/cuda/plan_file.h"
 
 enum { ROUNDS = 3, MOST_RUNS = 1000 };
 static const float WARM_UP_MS = 100, ROUND_MS = 2;
@@ -20,11 +21,12 @@ struct stopwatch {
 };
 
 /* Milliseconds of each of `runs` runs, or a negative number if one cannot run. */
-static float time_runs(const struct stopwatch *w, const std::function<bool(int)> &run, int way, int runs) {
+static float time_runs(const struct stopwatch *w, const std::function<bool(int)> &run, int candidate,
+                       int runs) {
     float ms;
     cuda_check(cudaEventRecord(w->begin, w->dev->stream));
     for (int i = 0; i < runs; i++)
-        if (!run(way))
+        if (!run(candidate))
             return -1;
     cuda_check(cudaEventRecord(w->end, w->dev->stream));
     cuda_check(cudaEventSynchronize(w->end));
@@ -33,13 +35,13 @@ static float time_runs(const struct stopwatch *w, const std::function<bool(int)>
 }
 
 /* Keep the GPU busy until its clock is up. The host's clock only ends what does not get on. */
-static void warm_up(const struct stopwatch *w, const std::function<bool(int)> &run, int way) {
+static void warm_up(const struct stopwatch *w, const std::function<bool(int)> &run, int candidate) {
     double start = clock_seconds();
     float busy = 0;
     if (w->dev->timed_at > 0 && start - w->dev->timed_at < STAYS_WARM)
         return;
     for (int runs = 1; busy < WARM_UP_MS && clock_seconds() - start < 1;) {
-        float ms = time_runs(w, run, way, runs) * (float)runs;
+        float ms = time_runs(w, run, candidate, runs) * (float)runs;
         busy += ms;
         if (ms < WARM_UP_MS / 10 && runs < MOST_RUNS)
             runs *= 2;
@@ -52,7 +54,7 @@ static int runs_of_a_round(float ms) {
     return (int)runs + 1;
 }
 
-int time_fastest(struct device *dev, int count, const std::function<bool(int)> &run) {
+static int fastest_of(struct device *dev, int count, const std::function<bool(int)> &run) {
     struct stopwatch w = {dev, NULL, NULL};
     std::vector<float> best((size_t)count, -1);
     std::vector<int> runs((size_t)count, 0);
@@ -80,4 +82,34 @@ int time_fastest(struct device *dev, int count, const std::function<bool(int)> &
     cuda_check(cudaEventDestroy(w.end));
     dev->timed_at = clock_seconds();
     return fastest;
+}
+
+int time_fastest(struct device *dev, int count, size_t operand_bytes, size_t workspace_bytes,
+                 const std::function<bool(int, char *)> &run) {
+    char *memory, *workspace = dev->workspace;
+    size_t operands = (size_t)round_up((int64_t)operand_bytes, 256), bytes = dev->workspace_bytes;
+    if (cudaMalloc((void **)&memory, operands + workspace_bytes) != cudaSuccess) {
+        cudaGetLastError();
+        return -1;
+    }
+    cuda_check(cudaMemsetAsync(memory, 0x3c, operands, dev->stream));
+    dev->workspace = memory + operands;
+    dev->workspace_bytes = workspace_bytes;
+    int fastest = fastest_of(dev, count, [&](int i) { return run(i, memory); });
+    dev->workspace = workspace;
+    dev->workspace_bytes = bytes;
+    cuda_check(cudaFree(memory));
+    return fastest;
+}
+
+int choose_once(struct device *dev, const char *what, std::initializer_list<const char *> names,
+                const std::function<int()> &time) {
+    const char *recorded = plan_file_find(dev->plan_file, what);
+    for (int i = 0; recorded && i < (int)names.size(); i++)
+        if (strcmp(recorded, names.begin()[i]) == 0)
+            return i;
+    int chosen = time();
+    if (chosen >= 0)
+        plan_file_add(dev->plan_file, what, names.begin()[chosen]);
+    return chosen;
 }

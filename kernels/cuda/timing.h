@@ -1,13 +1,22 @@
-/* Which of several ways to compute the same is the fastest on this GPU. */
+/* Which of several candidates that compute the same is the fastest on this GPU. */
 #ifndef IHA_KERNELS_CUDA_TIMING_H
 #define IHA_KERNELS_CUDA_TIMING_H
 
 #include <functional>
+#include <initializer_list>
 
 #include "kernels/cuda/cuda.h"
 
-/* The index of the fastest of `count` ways, or -1 if none can run. run(i) queues way i once on dev->stream;
- * false: it cannot run. Takes about 10 ms per way, and before that 100 ms if the GPU was idle. */
-int time_fastest(struct device *dev, int count, const std::function<bool(int)> &run);
+/* The index of the fastest of `count` candidates, or -1 if none can run, or there is not enough memory. run(i, operands)
+ * queues candidate i once on dev->stream; false: it cannot run. operands: so many bytes, each 0x3c, which is about 0.01
+ * in bf16 and in fp32. dev->workspace has workspace_bytes meanwhile. Takes about 10 ms a candidate, and before that 100
+ * ms if the GPU was idle. */
+int time_fastest(struct device *dev, int count, size_t operand_bytes, size_t workspace_bytes,
+                 const std::function<bool(int, char *)> &run);
+
+/* The index among `names` of what the plan file holds for `what`, or else that which time() gives, which is added to
+ * the file unless it is -1. */
+int choose_once(struct device *dev, const char *what, std::initializer_list<const char *> names,
+                const std::function<int()> &time);
 
 #endif

@@ -14,7 +14,6 @@
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/attention/attention_cudnn.h"
 #include "kernels/cuda/attention/check_attention.h"
-#include "kernels/cuda/plan_file.h"
 #include "kernels/cuda/timing.h"
 #include "kernels/cudnn_scratch.h"
 
@@ -192,45 +191,27 @@ static void name_of(const struct attention_spec *s, char name[NAME_BYTES]) {
              s->causal ? "" : ", not causal", s->packed ? ", packed" : "");
 }
 
-/* q, k, v and their gradients, o and its, as the model has them, then what is saved and the workspace. */
+/* q, k, v and their gradients, o and its, as the model has them, and what is saved. */
 struct timed_operands {
-    char *memory, *saved;
     tensor q, k, v, o, d_o, dq, dk, dv;
+    char *saved;
 };
 
-static tensor take_view(const struct attention_spec *s, char *data, int64_t heads, int64_t row) {
-    tensor t = tensor_of(data, DTYPE_BF16, s->batch, s->length, heads, s->head_dim, 0);
-    t.stride[0] = s->length * row;
-    t.stride[1] = row;
-    return t;
-}
-
-static void take_three(const struct attention_spec *s, char *data, tensor *q, tensor *k, tensor *v) {
-    int64_t d = s->head_dim, row = s->heads * d, kv_row = attention_kv_heads(s) * d;
-    int64_t rows = s->packed ? 1 : s->batch * s->length, wide = row + 2 * kv_row;
-    *q = take_view(s, data, s->heads, s->packed ? wide : row);
-    *k = take_view(s, data + (size_t)(rows * row) * sizeof(bf16), attention_kv_heads(s),
-                   s->packed ? wide : kv_row);
-    *v = take_view(s, data + (size_t)(rows * (row + kv_row)) * sizeof(bf16), attention_kv_heads(s),
-                   s->packed ? wide : kv_row);
-}
-
-/* Operands in new memory, the workspace in *workspace; false: there is not enough. */
-static bool allocate_operands(const struct attention_spec *s, struct op_cost most, struct timed_operands *x,
-                              char **workspace) {
-    size_t one = (size_t)round_up(s->batch * s->length * s->heads * s->head_dim * (int64_t)sizeof(bf16), 256);
-    size_t saved = (size_t)round_up((int64_t)most.saved, 256);
-    if (cudaMalloc((void **)&x->memory, 8 * one + saved + most.workspace) != cudaSuccess) {
-        cudaGetLastError();
-        return false;
+/* Their bytes; memory: NULL to learn these. */
+static size_t place_operands(const struct attention_spec *s, size_t saved, char *memory,
+                             struct timed_operands *x) {
+    size_t three = attention_qkv_bytes(s),
+           one = (size_t)round_up(s->batch * s->length * s->heads * s->head_dim * (int64_t)sizeof(bf16), 256);
+    tensor o = tensor_of(NULL, DTYPE_BF16, s->batch, s->length, s->heads, s->head_dim, 0);
+    if (memory) {
+        attention_place_qkv(s, memory, &x->q, &x->k, &x->v);
+        attention_place_qkv(s, memory + three, &x->dq, &x->dk, &x->dv);
+        x->o = x->d_o = o;
+        x->o.data = memory + 2 * three;
+        x->d_o.data = memory + 2 * three + one;
+        x->saved = memory + 2 * three + 2 * one;
     }
-    take_three(s, x->memory, &x->q, &x->k, &x->v);
-    take_three(s, x->memory + 3 * one, &x->dq, &x->dk, &x->dv);
-    x->o = take_view(s, x->memory + 6 * one, s->heads, s->heads * s->head_dim);
-    x->d_o = take_view(s, x->memory + 7 * one, s->heads, s->heads * s->head_dim);
-    x->saved = x->memory + 8 * one;
-    *workspace = x->saved + saved;
-    return true;
+    return 2 * three + 2 * one + saved;
 }
 
 /* Both directions by cuDNN; false: it does not run. */
@@ -246,32 +227,23 @@ static bool run_cudnn(struct device *dev, const struct attention_spec *s, const 
                                     why) == 0;
 }
 
-/* 1: the built-in kernels, whose cost is `own`, are faster than cuDNN; 0: they are not; -1: there is no memory to
- * time them. */
-static int builtin_is_faster(struct device *dev, const struct attention_spec *s, struct op_cost cudnn,
-                             struct op_cost own) {
-    struct op_cost most = {cudnn.saved > own.saved ? cudnn.saved : own.saved,
-                           cudnn.workspace > own.workspace ? cudnn.workspace : own.workspace};
-    struct timed_operands x;
-    char *workspace = dev->workspace, *memory;
-    size_t workspace_bytes = dev->workspace_bytes;
-    if (!allocate_operands(s, most, &x, &memory))
-        return -1;
-    dev->workspace = memory;
-    dev->workspace_bytes = most.workspace;
-    cuda_check(cudaMemsetAsync(x.memory, 0x3c, (size_t)(memory - x.memory), dev->stream)); /* about 0.01 */
-    int fastest = time_fastest(dev, 2, [&](int way) {
-        if (way == 0)
+enum { CUDNN, BUILTIN };
+
+/* The faster one; -1: there is no memory to time them. own: the cost of the built-in kernels. */
+static int faster_attention(struct device *dev, const struct attention_spec *s, struct op_cost cudnn,
+                            struct op_cost own) {
+    size_t saved = cudnn.saved > own.saved ? cudnn.saved : own.saved,
+           workspace = cudnn.workspace > own.workspace ? cudnn.workspace : own.workspace;
+    return time_fastest(dev, 2, place_operands(s, saved, NULL, NULL), workspace, [&](int i, char *memory) {
+        struct timed_operands x;
+        place_operands(s, saved, memory, &x);
+        if (i == CUDNN)
             return run_cudnn(dev, s, &x);
         attention_builtin(dev, s, x.q, x.k, x.v, tensor_none(), x.o, x.saved);
         attention_builtin_backward(dev, s, x.q, x.k, x.v, tensor_none(), x.o, x.d_o, x.saved, x.dq, x.dk,
                                    x.dv);
         return true;
     });
-    dev->workspace = workspace;
-    dev->workspace_bytes = workspace_bytes;
-    cuda_check(cudaFree(x.memory));
-    return fastest == 1;
 }
 
 /* Of a narrow window that cuDNN can serve, at c->cost: whether to take the built-in kernels. */
@@ -280,15 +252,10 @@ static bool prefers_builtin(struct device *dev, const struct attention_choice *c
     struct op_cost own = {0, 0};
     struct error e;
     name_of(&c->spec, name);
-    const char *recorded = plan_file_find(dev->plan_file, name);
-    if (recorded)
-        return strcmp(recorded, "built-in") == 0;
-    int faster = attention_builtin_plan(dev, &c->spec, &own, &e) == 0
-                     ? builtin_is_faster(dev, &c->spec, c->cost, own)
-                     : 0;
-    if (faster >= 0)
-        plan_file_add(dev->plan_file, name, faster ? "built-in" : "cuDNN");
-    return faster == 1;
+    return choose_once(dev, name, {"cuDNN", "built-in"}, [&]() -> int {
+               bool planned = attention_builtin_plan(dev, &c->spec, &own, &e) == 0;
+               return planned ? faster_attention(dev, &c->spec, c->cost, own) : CUDNN;
+           }) == BUILTIN;
 }
 
 static int choose(struct device *dev, struct attention_choice *c, struct error *e) {
@@ -413,7 +380,7 @@ int check_attentions(struct device *dev, struct error *e) {
     for (; c && status == 0; c = c->next) {
         if (!c->cudnn || c->checked)
             continue;
-        status = check_attention(dev, &c->spec, c->cost.workspace, c->spec.packed, &used, e);
+        status = check_attention(dev, &c->spec, c->cost.workspace, &used, e);
         c->checked = true;
     }
     if (used > 0)

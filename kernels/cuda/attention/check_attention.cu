@@ -130,20 +130,31 @@ static char *take(struct attention_check *c, int64_t bytes) {
     return at;
 }
 
-/* q, k, v or their gradients: one buffer, of packed rows or of three tensors one after another. */
-static void place_three(struct attention_check *c, tensor *three, bool packed) {
-    const struct attention_spec *s = c->spec;
-    int64_t H = s->heads, G = attention_kv_heads(s), each = s->batch * s->length * s->head_dim * 2;
+/* Bytes of one of the three, which has so many heads. */
+static size_t bytes_of_heads(const struct attention_spec *s, int64_t heads) {
+    return (size_t)round_up(s->batch * s->length * heads * s->head_dim * (int64_t)sizeof(bf16), 256);
+}
+
+size_t attention_qkv_bytes(const struct attention_spec *s) {
+    return bytes_of_heads(s, s->heads) + 2 * bytes_of_heads(s, attention_kv_heads(s));
+}
+
+void attention_place_qkv(const struct attention_spec *s, char *data, tensor *q, tensor *k, tensor *v) {
+    int64_t H = s->heads, G = attention_kv_heads(s);
     const int64_t heads[3] = {H, G, G}, first[3] = {0, H, H + G};
-    char *rows = packed ? take(c, each * (H + 2 * G)) : NULL;
-    for (int i = 0; i < 3; i++)
-        if (packed)
-            three[i] =
-                tensor_part(tensor_of(rows, DTYPE_BF16, s->batch, s->length, H + 2 * G, s->head_dim, 0), 2,
-                            first[i], heads[i]);
-        else
-            three[i] = tensor_of(take(c, each * heads[i]), DTYPE_BF16, s->batch, s->length, heads[i],
-                                 s->head_dim, 0);
+    tensor row = tensor_of(data, DTYPE_BF16, s->batch, s->length, H + 2 * G, s->head_dim, 0),
+           *three[3] = {q, k, v};
+    for (int i = 0; i < 3; i++) {
+        *three[i] = s->packed ? tensor_part(row, 2, first[i], heads[i])
+                              : tensor_of(data, DTYPE_BF16, s->batch, s->length, heads[i], s->head_dim, 0);
+        data += bytes_of_heads(s, heads[i]);
+    }
+}
+
+/* q, k, v or their gradients. */
+static void place_three(struct attention_check *c, tensor *three) {
+    attention_place_qkv(c->spec, take(c, (int64_t)attention_qkv_bytes(c->spec)), &three[0], &three[1],
+                        &three[2]);
 }
 
 static bool of_keys(int what) {
@@ -168,13 +179,13 @@ static struct rows_view rows_of(tensor t) {
 }
 
 /* The tensors one after another, after what the operations need. False: they do not fit. */
-static bool place(struct attention_check *c, size_t op_workspace, bool packed) {
+static bool place(struct attention_check *c, size_t op_workspace) {
     const struct attention_spec *s = c->spec;
     int64_t count = s->batch * s->length * s->heads * s->head_dim;
     int64_t statistics = c->part.heads * c->part.length * (int64_t)sizeof(float); /* the built-in kernels' */
     take(c, (int64_t)op_workspace > statistics ? (int64_t)op_workspace : statistics);
-    place_three(c, &c->library[Q], packed);
-    place_three(c, &c->library[DQ], packed);
+    place_three(c, &c->library[Q]);
+    place_three(c, &c->library[DQ]);
     for (int i : {O, D_O})
         c->library[i] =
             tensor_of(take(c, count * 2), DTYPE_BF16, s->batch, s->length, s->heads, s->head_dim, 0);
@@ -204,7 +215,8 @@ static struct attention_spec compared_part(const struct attention_spec *s) {
     return part;
 }
 
-static void fill(struct attention_check *c, bool packed) {
+static void fill(struct attention_check *c) {
+    bool packed = c->spec->packed;
     struct device *dev = c->dev;
     int64_t row = c->spec->heads * c->spec->head_dim;
     /* Elements from a tensor's beginning to its end, or of packed ones to the last one's. */
@@ -306,13 +318,13 @@ static int compare(struct attention_check *c, int what, struct error *e) {
                           (double)expected, e);
 }
 
-int check_attention(struct device *dev, const struct attention_spec *spec, size_t op_workspace, bool packed,
-                    size_t *used, struct error *e) {
+int check_attention(struct device *dev, const struct attention_spec *spec, size_t op_workspace, size_t *used,
+                    struct error *e) {
     struct attention_check c = {dev, spec, compared_part(spec)};
-    if (!place(&c, op_workspace, packed))
+    if (!place(&c, op_workspace))
         return 0;
     *used = c.used > *used ? c.used : *used;
-    fill(&c, packed);
+    fill(&c);
     tensor *x = c.library;
     const tensor none = tensor_none(); /* cuDNN is not chosen for segments */
     cuda_attention(dev, spec, x[Q], x[K], x[V], none, x[O], c.saved[0]);
