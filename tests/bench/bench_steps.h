@@ -89,6 +89,17 @@ static inline double contender_step(struct torch *torch, const char *model, int 
     return torch_step(torch, what);
 }
 
+/* A row of one way in one precision. */
+static inline struct row *step_row(const struct bench *b, struct table *table, const char *what, int way,
+                                   int precision, struct summary took) {
+    char name[128] = "ours";
+    if (way != OURS)
+        snprintf(name, sizeof name, "PyTorch %s %s", b->torch->version, way_names[way]);
+    struct row *row = table_row(table, "%s: %s, %s", what, name, precision_names[precision]);
+    cell_seconds(row->took, took);
+    return row;
+}
+
 /* A row each. Ours in bf16 is compared with ours in fp32, PyTorch with ours in the same precision. */
 static inline void step_rows(const struct bench *b, struct table *table, const char *what, double tokens,
                              const struct samples (*found)[PRECISIONS]) {
@@ -100,11 +111,7 @@ static inline void step_rows(const struct bench *b, struct table *table, const c
             if (s->count == 0)
                 continue;
             struct summary took = samples_summary(s, 0);
-            char name[128];
-            snprintf(name, sizeof name, "PyTorch %s %s", b->torch->version, way_names[way]);
-            struct row *row =
-                table_row(table, "%s: %s, %s", what, way == OURS ? "ours" : name, precision_names[p]);
-            cell_seconds(row->took, took);
+            struct row *row = step_row(b, table, what, way, p, took);
             cell(row->rate, "%.0f tokens/s", tokens / took.median);
             if (way == OURS && p == FP32)
                 continue;
@@ -129,19 +136,17 @@ static inline pid_t start_busy_loop(void) {
 }
 
 /* A row each: how much longer steps take beside that program. */
-static inline void busy_rows(const struct bench *b, struct table *table, const char *what,
+static inline void busy_rows(const struct bench *b, struct table *table, const char *model,
                              const struct samples (*alone)[PRECISIONS],
                              const struct samples (*busy)[PRECISIONS]) {
+    char what[512];
+    snprintf(what, sizeof what, "%s, beside a loop that keeps one core busy", model);
     for (int way = OURS; way < WAYS; way++)
         for (int p = 0; p < PRECISIONS; p++) {
             if (busy[way][p].count == 0)
                 continue;
             struct summary took = samples_summary(&busy[way][p], 0);
-            char name[128];
-            snprintf(name, sizeof name, "PyTorch %s %s", b->torch->version, way_names[way]);
-            struct row *row = table_row(table, "%s, beside a loop that keeps one core busy: %s, %s", what,
-                                        way == OURS ? "ours" : name, precision_names[p]);
-            cell_seconds(row->took, took);
+            struct row *row = step_row(b, table, what, way, p, took);
             cell(row->compared, "the same alone");
             cell(row->ratio, "%.2f", took.median / samples_summary(&alone[way][p], 0).median);
         }

@@ -189,6 +189,20 @@ static inline void run_shift(struct op_run *r, int i, int64_t elements) {
     free(values);
 }
 
+/* In bf16, `count` operands from i on begin at every element within 16 bytes, and the bits stay the same. */
+static inline void check_at_any_address(const struct op_case *c, int i, int count) {
+    for (int shift = 1; shift < 8; shift++) {
+        struct op_run r;
+        run_open(&r, DEVICE_BF16, c);
+        run_forward(&r, r.k->each, NULL);
+        run_backward(&r, r.k->each, NULL);
+        for (int w = 0; w < count; w++)
+            run_shift(&r, i + w, (shift + w) % 8);
+        run_expect_same(&r);
+        done(r.k);
+    }
+}
+
 /* ---- tests that run every case ---- */
 
 struct every_case {

@@ -154,6 +154,29 @@ static void choices_are_kept(void **state) {
     free(text);
 }
 
+/* What computes wrong results is not kept: the next start chooses again. */
+static void wrong_choices_are_not_kept(void **state) {
+    (void)state;
+    skip_on_gpu();
+    const struct kernels *k = kernels_cuda();
+    unlink(path);
+    struct device *dev = open_with(path, false);
+    memset(&gpu, 0, sizeof gpu);
+    gpu.cost[1] = gpu.cost[2] = 0.05;
+    emulator_seconds = seconds_of;
+    plan_linear(dev, 8);
+    emulator_seconds = NULL;
+    void *workspace = k->alloc(dev, 64 << 20, NULL);
+    k->set_workspace(dev, workspace, 64 << 20);
+    struct error e;
+    emulator_products = (struct emulator_products){PRODUCTS_WRONG, 0, 1, -1, 0, 0};
+    assert_int_equal(k->check_libraries(dev, &e), -1);
+    emulator_products = (struct emulator_products){PRODUCTS_RIGHT, 0, 1, -1, 0, 0};
+    k->release(dev, workspace);
+    k->close(dev);
+    assert_int_equal(access(path, F_OK), -1);
+}
+
 static void nothing_is_kept_without_timing(void **state) {
     (void)state;
     skip_on_gpu();
@@ -198,9 +221,10 @@ static void a_file_that_cannot_be_written(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(the_fastest_is_chosen),     cmocka_unit_test(the_clock_is_up_first),
-        cmocka_unit_test(choices_are_kept),          cmocka_unit_test(nothing_is_kept_without_timing),
-        cmocka_unit_test(damaged_files_are_ignored), cmocka_unit_test(a_file_that_cannot_be_written),
+        cmocka_unit_test(the_fastest_is_chosen),      cmocka_unit_test(the_clock_is_up_first),
+        cmocka_unit_test(choices_are_kept),           cmocka_unit_test(nothing_is_kept_without_timing),
+        cmocka_unit_test(damaged_files_are_ignored),  cmocka_unit_test(a_file_that_cannot_be_written),
+        cmocka_unit_test(wrong_choices_are_not_kept),
     };
     int file = mkstemp(path);
     if (file < 0)
