@@ -54,8 +54,8 @@ struct wide_rows {
     int64_t columns, gap;
 };
 
-/* Where element i of the run is, the first of V in one row. */
-template <int V> static __device__ __forceinline__ int64_t in_rows(struct wide_rows rows, int64_t i) {
+/* The offset of element i of the run, the first of V in one row. */
+template <int V> static __device__ __forceinline__ int64_t row_offset(struct wide_rows rows, int64_t i) {
     if (rows.gap == 0)
         return i;
     if constexpr (V > 1) /* 32 bits divide several times as fast as 64 */
@@ -68,16 +68,16 @@ template <typename T, enum act_type TYPE, int V>
 static __global__ void __launch_bounds__(THREADS)
     act_forward(const T *u, const T *gate, T *out, struct wide_rows rows, int64_t n) {
     int64_t first = ((int64_t)blockIdx.x * UNROLL * THREADS + threadIdx.x) * V;
-    /* As they are in memory: unpacking would wait for one vector before the next is asked for. */
-    word_of<V, T> kept_x[UNROLL], kept_g[UNROLL];
+    /* Not yet converted to fp32: that would wait for one vector before the next is loaded. */
+    word_of<V, T> packed_x[UNROLL], packed_g[UNROLL];
 #pragma unroll
     for (int k = 0; k < UNROLL; k++) {
         int64_t i = first + k * THREADS * V;
         if (i + V <= n) {
-            int64_t at = in_rows<V>(rows, i);
-            kept_x[k] = load_word<V>(u + at);
+            int64_t at = row_offset<V>(rows, i);
+            packed_x[k] = load_word<V>(u + at);
             if (TYPE == ACT_SWIGLU)
-                kept_g[k] = load_word<V>(gate + at);
+                packed_g[k] = load_word<V>(gate + at);
         }
     }
 #pragma unroll
@@ -85,9 +85,9 @@ static __global__ void __launch_bounds__(THREADS)
         int64_t i = first + k * THREADS * V;
         if (i + V <= n) {
             float x[V], g[V];
-            unpack<V, T>(kept_x[k], x);
+            unpack<V, T>(packed_x[k], x);
             if (TYPE == ACT_SWIGLU)
-                unpack<V, T>(kept_g[k], g);
+                unpack<V, T>(packed_g[k], g);
 #pragma unroll
             for (int j = 0; j < V; j++)
                 x[j] = value<T, TYPE>(x[j], TYPE == ACT_SWIGLU ? g[j] : 0);
@@ -100,23 +100,23 @@ static __global__ void __launch_bounds__(THREADS)
     }
 }
 
-/* The same grid. du may be u or dout, dgate may be gate: threads read their elements before they write. */
+/* The same grid. du may be u, or dout where rows have no gap, dgate may be gate: threads read their elements before they write. */
 template <typename T, enum act_type TYPE, int V>
 static __global__ void __launch_bounds__(THREADS)
     act_backward(const T *dout, const T *u, const T *gate, T *du, T *dgate, struct wide_rows rows,
                  int64_t n) {
     int64_t first = ((int64_t)blockIdx.x * UNROLL * THREADS + threadIdx.x) * V;
-    /* As they are in memory: unpacking would wait for one vector before the next is asked for. */
-    word_of<V, T> kept_d[UNROLL], kept_x[UNROLL], kept_g[UNROLL];
+    /* Not yet converted to fp32: that would wait for one vector before the next is loaded. */
+    word_of<V, T> packed_d[UNROLL], packed_x[UNROLL], packed_g[UNROLL];
 #pragma unroll
     for (int k = 0; k < UNROLL; k++) {
         int64_t i = first + k * THREADS * V;
         if (i + V <= n) {
-            kept_d[k] = load_word<V>(dout + i);
-            int64_t at = in_rows<V>(rows, i);
-            kept_x[k] = load_word<V>(u + at);
+            packed_d[k] = load_word<V>(dout + i);
+            int64_t at = row_offset<V>(rows, i);
+            packed_x[k] = load_word<V>(u + at);
             if (TYPE == ACT_SWIGLU)
-                kept_g[k] = load_word<V>(gate + at);
+                packed_g[k] = load_word<V>(gate + at);
         }
     }
 #pragma unroll
@@ -124,14 +124,14 @@ static __global__ void __launch_bounds__(THREADS)
         int64_t i = first + k * THREADS * V;
         if (i + V <= n) {
             float d[V], x[V], g[V];
-            unpack<V, T>(kept_d[k], d);
-            unpack<V, T>(kept_x[k], x);
+            unpack<V, T>(packed_d[k], d);
+            unpack<V, T>(packed_x[k], x);
             if (TYPE == ACT_SWIGLU)
-                unpack<V, T>(kept_g[k], g);
+                unpack<V, T>(packed_g[k], g);
 #pragma unroll
             for (int j = 0; j < V; j++)
                 x[j] = gradient<T, TYPE>(d[j], x[j], TYPE == ACT_SWIGLU ? g[j] : 0, &g[j]);
-            int64_t at = in_rows<V>(rows, i);
+            int64_t at = row_offset<V>(rows, i);
             store(du + at, x);
             if (TYPE == ACT_SWIGLU)
                 store(dgate + at, g);

@@ -9,13 +9,8 @@
  * logits are not read, and their gradient is zero. */
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/mma.cuh"
+#include "kernels/logits_chunk.h"
 
-/* Every chunk reads and writes dW once more, in fp32, so chunks should be long: of an H200's time for the three products
- * of a chunk that takes 245 / rows, 12 % at 2048 rows, where all 8192 rows of a pass of the 2.4B model write dW once and
- * read nothing. A chunk's logits may take this part of the GPU's memory. Not of what is free: sums over other chunks
- * would give other bits, in a resumed run too. */
-enum { LOGITS_PART = 64 };
-constexpr int64_t MIN_ROWS = 128, ROW_STEP = 128;
 enum { THREADS = 1024, SUM_THREADS = 1024 };
 
 /* Exponentials. Where results are rounded to bf16 they are powers of 2, which take one instruction, and log2(e) is
@@ -229,10 +224,7 @@ static struct layout workspace_layout(const struct device *dev, const struct cla
     struct layout l;
     int64_t element = (int64_t)dtype_bytes(cuda_compute(dev));
     l.stride = round_up(classifier_padded(s), 64);
-    int64_t max_rows = (int64_t)dev->memory / LOGITS_PART / (l.stride * element);
-    max_rows = max_rows < MIN_ROWS ? MIN_ROWS : max_rows;
-    /* Chunks of about equal size, so that the last one is not much smaller. */
-    l.chunk = min64(s->rows, round_up(ceil_div(s->rows, ceil_div(s->rows, max_rows)), ROW_STEP));
+    l.chunk = logits_chunk_rows(s->rows, l.stride * element, (int64_t)dev->memory);
     l.losses_offset = MATMUL_WORKSPACE;
     l.logits_offset = l.losses_offset + (size_t)round_up(s->rows * (int64_t)sizeof(double), 256);
     l.bytes = l.logits_offset + (size_t)(l.chunk * l.stride * element);

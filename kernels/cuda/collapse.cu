@@ -149,10 +149,10 @@ template <int KT> static size_t collapse_backward_shared(int tiles, int team_war
     return staged_bytes<KT>(tiles) > sums ? staged_bytes<KT>(tiles) : sums;
 }
 
-/* Grid: blocks that share the tokens; all have the same group of rows, mostly all rows. A warp of a team has up to
- * TILES tiles of pseudo-heads. It adds the
- * outer product of their rows of o and of dout's heads, both loaded along; then it loads dout's heads across,
- * and computes and stores one tile of do after another. Warps do not wait for each other. */
+/* Grid: blocks that share the tokens. All have the same group of rows, which is all of them unless registers hold too
+ * few. A warp of a team has up to TILES tiles of pseudo-heads. It adds the outer product of their rows of o and of dout's
+ * heads, both loaded along; then it loads dout's heads across, and computes and stores one tile of do after another.
+ * Warps do not wait for each other. */
 template <int KT>
 static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     collapse_backward_tiles(struct collapse_backward_job job) {

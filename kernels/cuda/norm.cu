@@ -180,8 +180,7 @@ static __global__ void __launch_bounds__(MAX_BACKWARD)
 #else
     constexpr int WITH_BIAS = 2;
 #endif
-    /* Words of dx that are loaded with the others: those that there are registers for. The rest must wait for the
-     * sums. */
+    /* Words of dx that are loaded before the sums, as many as registers hold; the rest are loaded after them. */
     constexpr int EARLY = V == 1 ? 0 : BIAS && sizeof(T) == 2 ? WITH_BIAS : K;
     int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
     float dw[K][V] = {}, db[BIAS ? K : 1][V] = {};

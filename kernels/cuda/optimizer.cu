@@ -165,10 +165,9 @@ static __device__ __forceinline__ void update(const struct adam_factors &f, floa
     *param -= lr * (*m * f.bias_correction1) / (sqrtf(*v * f.bias_correction2) + f.eps) + decay * *param;
 }
 
-/* One block per tile of ADAM_TILE elements of one group. V = 4 when all groups' bounds and addresses are
- * aligned. __grid_constant__: the table is indexed
- * where arguments lie, in constant memory, and not copied to each thread's local memory. Bytes: 28 n, and 2 n
- * for bf16 parameters. */
+/* One block per tile of ADAM_TILE elements of one group. V = 4 when all groups' bounds and addresses are aligned.
+ * __grid_constant__: the table is indexed where arguments lie, in constant memory, and not copied to each thread's local
+ * memory. Bytes: 28 n, and 2 n for bf16 parameters. */
 template <typename T, int V>
 static __global__ void __launch_bounds__(ADAM_THREADS)
     adamw(const __grid_constant__ struct group_table groups, const struct adam_factors *factors,

@@ -4,13 +4,13 @@
 #include <string.h>
 
 #include "kernels/cudnn_scratch.h"
+#include "kernels/logits_chunk.h"
 
 #pragma GCC diagnostic ignored                                                                               \
     "-Wunused-parameter" /* most costs follow from the spec, not from the tensors */
 
-/* The same values as in kernels/cuda/, so that memory and chunks are planned alike. */
+/* The same value as in kernels/cuda/, so that memory is planned alike. */
 #define MATMUL_WORKSPACE ((size_t)32 << 20)
-#define LOGITS_PART 64 /* of the GPU's memory, for a chunk's logits */
 
 /* ---- counting ---- */
 
@@ -152,10 +152,7 @@ void estimate_linear_backward(struct device *dev, const struct linear_spec *s, t
 /* Rows whose logits exist at once. */
 static int64_t chunk_rows(const struct device *dev, const struct classifier_spec *s) {
     double row = (double)classifier_padded(s) * element_bytes(dev);
-    int64_t most = (int64_t)max_double(128, dev->options.gpu->memory / LOGITS_PART / row);
-    int64_t chunks = (s->rows + most - 1) / most, equal = (s->rows + chunks - 1) / chunks;
-    int64_t rows = (equal + 127) / 128 * 128;
-    return rows < s->rows ? rows : s->rows;
+    return logits_chunk_rows(s->rows, (int64_t)row, (int64_t)dev->options.gpu->memory);
 }
 
 void estimate_classifier(struct device *dev, const struct classifier_spec *s, tensor h, tensor w,
