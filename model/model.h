@@ -59,8 +59,8 @@ struct layer_buffers {
     tensor o;     /* [B,T,H,d] collapsed; in MHA layers o_pseudo itself */
     tensor x_mlp; /* [N,C] the residual stream between attention and MLP */
     tensor y_mlp; /* [N,C] its norm */
-    tensor up,
-        gate; /* [N,F] as one_product has them: columns of [N,2F]; backward writes their gradients over them */
+    /* [N,F], with one_product columns of one [N,2F]; backward writes their gradients over them */
+    tensor up, gate;
     tensor act; /* [N,F] */
     void *attn_norm_saved, *mlp_norm_saved, *attention_saved;
 };
@@ -81,8 +81,8 @@ struct layer_specs {
     bool folded;       /* heads are mixed in the weight of qkv */
     bool mixes;        /* qkv_mix writes q, k and v apart from qkv: IHA */
     bool rotates;      /* qkv_mix rotates q and k in qkv: other layers with RoPE */
-    bool
-        one_product; /* swiglu's up and gate are one matrix product: their weights are neighbours in memory */
+    /* swiglu's up and gate are one matrix product: their weights are neighbours in memory */
+    bool one_product;
     size_t attention_saved_bytes;
 };
 

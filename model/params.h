@@ -36,10 +36,10 @@ struct param {
     /* Of the first element, in stochastic rounding (kernels/rounding.h): its offset if the model had one rank and
      * no padded rows, so that neither changes the bits. */
     int64_t rounding_index;
-    int64_t
-        padded_rows; /* rows in memory: more than shape[0] in the table of the classifier, the others zero */
-    int layer;       /* -1: of none */
-    int unit;        /* see struct params */
+    /* Rows in memory: more than shape[0] in the table of the classifier, the others zero. */
+    int64_t padded_rows;
+    int layer; /* -1: of none */
+    int unit;  /* see struct params */
     enum param_class class;
     enum param_init init;
 };

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import import_tokenizer
+from errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CODE = ROOT / "model" / "checkpoint" / "hf"
@@ -24,10 +25,6 @@ examples:
   scripts/import_hf.py gpt2_124M.bin runs/gpt2          # llm.c
 """
 DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F64": np.dtype("<f8")}
-
-
-class UserError(Exception):
-    """What the user gave is wrong; one line, exit code 2."""
 
 
 def read_json(path):

@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
+from errors import UserError
+
 EXAMPLES = """\
 examples:
   scripts/plot_attention.py runs/quickstart --prompt 'And God said, Let there be light'
@@ -25,10 +27,6 @@ examples:
 BINARY = Path(__file__).resolve().parent.parent / "train_iha"
 INK, GREY = "#222222", "#6b6b6b"
 MAX_LABELS = 64  # tokens whose text is written on the axes
-
-
-class UserError(Exception):
-    """What the user gave is wrong; one line, exit code 2."""
 
 
 class Layer:

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from plot_loss import smooth
-from run_files import Run, UserError, names_of, number
+from run_files import Run, names_of, number
+from errors import UserError
 
 EXAMPLES = """\
 examples:

@@ -6,9 +6,7 @@ import json
 import math
 from pathlib import Path
 
-
-class UserError(Exception):
-    """What the user gave is wrong; one line, exit code 2."""
+from errors import UserError
 
 
 def number(value):

@@ -13,7 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-from run_files import Run, UserError, names_of, number, step_of
+from run_files import Run, names_of, number, step_of
+from errors import UserError
 
 EXAMPLES = """\
 examples:

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from run_files import UserError, rows_of  # noqa: E402
+from run_files import rows_of  # noqa: E402
+from errors import UserError  # noqa: E402
 
 BINARY = os.environ.get("TRAIN_IHA", "./train_iha")
 SWEEP_SEED = 1000  # of learning-rate sweeps: none of the seeds that are compared
