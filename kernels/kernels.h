@@ -130,6 +130,8 @@ enum op_kind {
 
 struct op_spec {
     enum op_kind kind;
+    /* What a plan of `linear` may leave out, since it is never called. */
+    bool no_bias, no_backward;
     union {
         struct embed_spec embed;
         struct norm_spec norm;

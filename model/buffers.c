@@ -164,13 +164,19 @@ static int plan(struct model *m, struct op_spec spec, size_t *saved, struct erro
     return 0;
 }
 
-int layer_ops(const struct model_config *c, const struct layer_specs *s, struct op_spec ops[MAX_LAYER_OPS]) {
+int layer_ops(const struct model_config *c, const struct layer_specs *s, bool training,
+              struct op_spec ops[MAX_LAYER_OPS]) {
     int64_t n = s->qk_norm.rows, C = c->hidden_size, F = c->intermediate_size, d = c->head_dim;
     int count = 0;
     const int64_t linears[][2] = {
         {C, s->qkv_heads * d}, {c->num_attention_heads * d, C}, {C, s->one_product ? 2 * F : F}, {F, C}};
-    for (int i = 0; i < 4; i++)
-        ops[count++] = (struct op_spec){.kind = OP_LINEAR, .linear = {n, linears[i][0], linears[i][1]}};
+    for (int i = 0; i < 4; i++) {
+        bool bias = i == 0 ? config_qkv_bias(c) : c->bias;
+        ops[count++] = (struct op_spec){.kind = OP_LINEAR,
+                                        .no_bias = !bias,
+                                        .no_backward = !training,
+                                        .linear = {n, linears[i][0], linears[i][1]}};
+    }
     ops[count++] = (struct op_spec){.kind = OP_ACT, .act = {act_type_of(c->activation), n, F}};
     if (s->mixes || s->rotates)
         ops[count++] = (struct op_spec){.kind = OP_QKV_MIX, .qkv_mix = s->qkv_mix};
@@ -194,7 +200,7 @@ static int plan_layer(struct model *m, int layer, struct error *e) {
         return -1;
     /* What a differential layer's second map saves comes after this, aligned as allocations are. */
     s->attention_saved_bytes = (s->attention_saved_bytes + 255) / 256 * 256;
-    for (int i = 0, count = layer_ops(&m->config, s, ops); i < count; i++)
+    for (int i = 0, count = layer_ops(&m->config, s, m->shape.training, ops); i < count; i++)
         if (plan(m, ops[i], NULL, e) != 0)
             return -1;
     return 0;

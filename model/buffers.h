@@ -9,7 +9,8 @@ int buffers_plan(struct model *m, size_t *activation_bytes, struct error *e);
 
 /* The operations of a layer besides attention, for the rows that its specs have. */
 enum { MAX_LAYER_OPS = 10 };
-int layer_ops(const struct model_config *c, const struct layer_specs *s, struct op_spec ops[MAX_LAYER_OPS]);
+int layer_ops(const struct model_config *c, const struct layer_specs *s, bool training,
+              struct op_spec ops[MAX_LAYER_OPS]);
 
 /* Give every buffer of *m its address in `memory`, which holds the bytes that buffers_plan returned. */
 void buffers_assign(struct model *m, void *memory);

@@ -154,7 +154,7 @@ template <typename F> void by_dtype(enum dtype dtype, F f) {
 /* What each operation's plan says; see kernels.h. */
 int cuda_embed_plan(struct device *, const struct embed_spec *, struct op_cost *, struct error *);
 int cuda_norm_plan(struct device *, const struct norm_spec *, struct op_cost *, struct error *);
-int cuda_linear_plan(struct device *, const struct linear_spec *, struct op_cost *, struct error *);
+int cuda_linear_plan(struct device *, const struct op_spec *, struct op_cost *, struct error *);
 int cuda_classifier_plan(struct device *, const struct classifier_spec *, struct op_cost *, struct error *);
 int cuda_qk_norm_plan(struct device *, const struct qk_norm_spec *, struct op_cost *, struct error *);
 int cuda_qkv_mix_plan(struct device *, const struct qkv_mix_spec *, struct op_cost *, struct error *);

@@ -161,14 +161,21 @@ static void plan_dbias(struct device *dev, const struct linear_spec *s, struct m
 
 /* ---- plan and calls ---- */
 
-int cuda_linear_plan(struct device *dev, const struct linear_spec *s, struct op_cost *cost, struct error *e) {
+int cuda_linear_plan(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e) {
     (void)e;
+    const struct linear_spec *s = &spec->linear;
     enum dtype t = cuda_compute(dev);
     plan_matmul(dev, forward_shape(s, t, s->in, s->in, s->out, false));
-    plan_matmul(dev, forward_shape(s, t, s->in, s->in, s->out, true));
-    plan_matmul(dev, dx_shape(s, t, s->out, s->in, s->in));
-    plan_matmul(dev, dw_shape(s, t, s->out, s->in, s->in), true);
+    if (!spec->no_bias)
+        plan_matmul(dev, forward_shape(s, t, s->in, s->in, s->out, true));
+    cost->workspace = MATMUL_WORKSPACE;
+    if (spec->no_backward)
+        return 0;
     struct matmul dw = dw_shape(s, t, s->out, s->in, s->in);
+    plan_matmul(dev, dx_shape(s, t, s->out, s->in, s->in));
+    plan_matmul(dev, dw, true);
+    if (spec->no_bias)
+        return 0;
     plan_dbias(dev, s, dw, t);
     size_t sums = column_bytes(dev, s->rows, s->out);
     size_t products = matmul_is_planned(dev, dw_and_sums(dw)) ? sums_bytes(s->out) : MATMUL_WORKSPACE;

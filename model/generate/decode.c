@@ -129,7 +129,7 @@ static int plan_layer(struct decoder *d, int layer, int64_t n, struct error *e) 
         attend.attention.length = ring_length(d, layer);
     if (plan_op(d, attend, NULL, e) != 0)
         return -1;
-    for (int i = 0, count = layer_ops(&d->m->config, &s, ops); i < count; i++)
+    for (int i = 0, count = layer_ops(&d->m->config, &s, false, ops); i < count; i++)
         if (plan_op(d, ops[i], NULL, e) != 0)
             return -1;
     return 0;
@@ -140,7 +140,10 @@ static int plan(struct decoder *d, int64_t n, size_t *saved, struct error *e) {
     const struct model_config *c = &d->m->config;
     struct op_spec norm = {.kind = OP_NORM, .norm = norm_of(d, n)};
     struct op_spec embed = {.kind = OP_EMBED, .embed = {1, n, c->vocab_size, c->hidden_size}};
-    struct op_spec head = {.kind = OP_LINEAR, .linear = {1, c->hidden_size, c->vocab_size}};
+    struct op_spec head = {.kind = OP_LINEAR,
+                           .no_bias = true,
+                           .no_backward = true,
+                           .linear = {1, c->hidden_size, c->vocab_size}};
     if (plan_op(d, norm, saved, e) != 0 || plan_op(d, embed, NULL, e) != 0 || plan_op(d, head, NULL, e) != 0)
         return -1;
     for (int layer = 0; layer < c->num_hidden_layers; layer++)

@@ -149,6 +149,44 @@ static void check_dbias(double seconds, bool together, const char *plan_file) {
     assert_int_equal(emulator_allocations(), 0);
 }
 
+/* What a model without gradients or biases never calls is not planned. */
+static void what_is_never_called_is_not_planned(void **state) {
+    (void)state;
+    if (emulator_on_gpu())
+        skip();
+    char path[] = "/tmp/iha-plans-XXXXXX";
+    close(mkstemp(path));
+    static const struct {
+        bool no_bias, no_backward;
+        int shapes; /* y, y with bias, dx, dW, dW with dbias */
+    } expected[] = {{true, true, 1}, {false, true, 2}, {true, false, 3}, {false, false, 5}};
+    for (size_t i = 0; i < sizeof expected / sizeof *expected; i++) {
+        struct device_options options = {.precision = DEVICE_BF16, .plan_file = path};
+        struct op_spec spec = {.kind = OP_LINEAR,
+                               .no_bias = expected[i].no_bias,
+                               .no_backward = expected[i].no_backward,
+                               .linear = {ROWS, IN, OUT}};
+        struct op_cost cost;
+        struct error e;
+        unlink(path);
+        struct device *dev = kernels_cuda()->open(&options, NULL);
+        assert_int_equal(kernels_cuda()->plan(dev, &spec, &cost, NULL), 0);
+        void *workspace = kernels_cuda()->alloc(dev, 64 << 20, NULL);
+        kernels_cuda()->set_workspace(dev, workspace, 64 << 20);
+        assert_int_equal(kernels_cuda()->check_libraries(dev, &e), 0);
+        kernels_cuda()->release(dev, workspace);
+        kernels_cuda()->close(dev);
+        FILE *f = fopen(path, "r");
+        char line[4096];
+        int shapes = 0;
+        while (fgets(line, sizeof line, f))
+            shapes += strncmp(line, "matmul ", 7) == 0;
+        fclose(f);
+        assert_int_equal(shapes, expected[i].shapes);
+    }
+    unlink(path);
+}
+
 /* Where that is faster, cuBLASLt sums the columns of dy beside dW; the next start does the same. */
 static void dbias_where_it_is_faster(void **state) {
     (void)state;
@@ -174,6 +212,7 @@ int main(void) {
         EVERY_CASE("linear_bf16", OP_LINEAR, DEVICE_BF16, check),
         cmocka_unit_test(timed_choice),
         cmocka_unit_test(dbias_where_it_is_faster),
+        cmocka_unit_test(what_is_never_called_is_not_planned),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
