@@ -123,11 +123,11 @@ static void rotate_tokens(struct device *dev, const struct qkv_mix_spec *s, tens
                 elem *whole = (elem *)packed.data + (n * row + first_head(s, w)) * d;
                 elem *part = (elem *)parts[w].data + n * parts[w].stride[1];
                 elem *from = back ? part : whole, *to = back ? whole : part;
-                bool rotated = s->rope && w < 2;
-                if (!rotated && from != to)
-                    memcpy(to, from, (size_t)(H * d) * sizeof(elem));
-                if (!rotated)
+                if (!s->rope || w == 2) {
+                    if (from != to)
+                        memcpy(to, from, (size_t)(H * d) * sizeof(elem));
                     continue;
+                }
                 real *result = elems_buffer(to, converted);
                 rotate_heads(s, H, read_elems(from, H * d, converted), table,
                              position_of(s, positions, first, n), 0, back ? -1 : 1, false, result);

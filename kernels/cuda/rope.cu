@@ -116,6 +116,7 @@ void rope_rotate(struct device *dev, const struct qkv_mix_spec *s, struct rope_r
         job.kv_heads = (int)mix_kv_heads(s);
         job.d = (int)s->head_dim;
         job.row = (int)mix_row_heads(s);
+        /* The model passes q, k and v as parts of qkv. Then v stays as it is, and has no threads. */
         bool in_place = v.data == tensor_part(qkv, 2, s->heads + mix_kv_heads(s), 1).data;
         job.active = in_place ? job.heads + job.kv_heads : job.row;
         int64_t half = (s->head_dim + 1) / 2, heads = job.count * job.active;
