@@ -13,25 +13,24 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from experiments import LANGUAGE, Experiment, Variant  # noqa: E402
 
-STEPS = 700
 MUON = "train.optimizer=muon"
 
 
-def optimizers(name, title, size, rates):
+def optimizers(name, title, steps, size, rates):
     return Experiment(
         name=name, title=title, config="configs/quickstart.ini", data=LANGUAGE.data, make_data=LANGUAGE.make_data,
         variants={
             "adamw": Variant("AdamW", ("train.optimizer=adamw",)),
             "muon": Variant("Muon", (MUON,)),
-            "muon_short": Variant("Muon, 2/3 of the steps", (MUON, f"train.steps={round(STEPS * 2 / 3)}"), rate_of="muon"),
+            "muon_short": Variant("Muon, 2/3 of the steps", (MUON, f"train.steps={round(steps * 2 / 3)}"), rate_of="muon"),
         },
         figure="val_loss", seeds=4, learning_rates=rates, quick=("train.steps=60", "run.eval_every=20"), not_quick=("muon_short",),
-        overrides=(f"train.steps={STEPS}", "run.eval_batches=40", "run.eval_every=50", "run.sample_every=0", *size))
+        overrides=(f"train.steps={steps}", "run.eval_batches=40", "run.eval_every=50", "run.sample_every=0", *size))
 
 
 EXPERIMENTS = {each.name: each for each in (
-    optimizers("4m", "Optimizers, 4M parameters", (), (1.5e-3, 3e-3, 6e-3)),
-    optimizers("20m", "Optimizers, 20M parameters",
+    optimizers("4m", "Optimizers, 4M parameters", 500, (), (1.5e-3, 3e-3, 6e-3)),
+    optimizers("20m", "Optimizers, 20M parameters", 300,
                ("model.hidden_size=512", "model.intermediate_size=2048", "model.num_hidden_layers=6",
                 "model.num_attention_heads=8"), (7.5e-4, 1.5e-3, 3e-3)),
 )}
