@@ -23,6 +23,7 @@ class Variant:
     label: str
     overrides: tuple
     seeds: int = 0  # 0: as many as the experiment
+    learning_rates: tuple = ()  # of its sweep; none: the experiment's
     rate_of: str = ""  # the variant whose learning rate it takes; none: its own sweep
     flops_of: str = ""  # with a start: steps are scaled to as many FLOPs as this other variant takes
 

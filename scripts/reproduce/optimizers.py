@@ -16,21 +16,21 @@ from experiments import LANGUAGE, Experiment, Variant  # noqa: E402
 MUON = "train.optimizer=muon"
 
 
-def optimizers(name, title, steps, size, rates):
+def optimizers(name, title, steps, size, adamw_rates, muon_rates):
     return Experiment(
         name=name, title=title, config="configs/quickstart.ini", data=LANGUAGE.data, make_data=LANGUAGE.make_data,
         variants={
-            "adamw": Variant("AdamW", ("train.optimizer=adamw",)),
-            "muon": Variant("Muon", (MUON,)),
+            "adamw": Variant("AdamW", ("train.optimizer=adamw",), learning_rates=adamw_rates),
+            "muon": Variant("Muon", (MUON,), learning_rates=muon_rates),
             "muon_short": Variant("Muon, 2/3 of the steps", (MUON, f"train.steps={round(steps * 2 / 3)}"), rate_of="muon"),
         },
-        figure="val_loss", seeds=4, learning_rates=rates, quick=("train.steps=60", "run.eval_every=20"), not_quick=("muon_short",),
+        figure="val_loss", seeds=4, quick=("train.steps=60", "run.eval_every=20"), not_quick=("muon_short",),
         overrides=(f"train.steps={steps}", "run.eval_batches=40", "run.eval_every=50", "run.sample_every=0", *size))
 
 
 EXPERIMENTS = {each.name: each for each in (
-    optimizers("4m", "Optimizers, 4M parameters", 500, (), (1.5e-3, 3e-3, 6e-3)),
+    optimizers("4m", "Optimizers, 4M parameters", 500, (), (7.5e-4, 1.5e-3, 3e-3, 6e-3), (3e-3, 6e-3, 1.2e-2, 2.4e-2)),
     optimizers("20m", "Optimizers, 20M parameters", 300,
                ("model.hidden_size=512", "model.intermediate_size=2048", "model.num_hidden_layers=6",
-                "model.num_attention_heads=8"), (7.5e-4, 1.5e-3, 3e-3)),
+                "model.num_attention_heads=8"), (3.75e-4, 7.5e-4, 1.5e-3, 3e-3), (3e-3, 6e-3, 1.2e-2)),
 )}

@@ -61,11 +61,7 @@ def section(plan):
                   "|---|---|---|---|---|---|---|", *rows, ""]
         lines += differences(plan) if plan.experiment.start else []
         run, result = next(iter(finished(plan, budget).values()))[0]
-        if plan.experiment.learning_rates and not plan.quick:
-            rates = ", ".join(f"{plan.experiment.variants[name].label} {plan.learning_rate(name):g}" for name in plan.names
-                              if plan.learning_rate(name))
-            lines += [f"Learning rates, the best of {', '.join(f'{rate:g}' for rate in plan.experiment.learning_rates)} "
-                      f"after a third of the steps: {rates}.", ""]
+        lines += sweeps(plan)
         seconds = plan.step_seconds()
         if seconds and budget == "time":
             lines += ["A step takes, in seconds (median, nothing else running): " + ", ".join(
@@ -74,6 +70,18 @@ def section(plan):
         lines += [f"First of these runs: `{result['command']}`", "",
                   f"Commit {', '.join(commits)}; {result['machine']}.", ""]
     return lines
+
+
+def sweeps(plan):
+    """The learning rates that were tried, and what came of them; [] without sweeps."""
+    tried = []
+    for name in plan.names:
+        rate = plan.learning_rate(name)
+        if rate is None or plan.experiment.variants[name].rate_of:
+            continue
+        losses = [f"{each:g}: {run.result()['final']['val_loss']:.4f}" for each, run in zip(plan.learning_rates(name), plan.sweep(name))]
+        tried.append(f"- {plan.experiment.variants[name].label}: {rate:g}, of {', '.join(losses)}")
+    return ["Learning rates, by the held-out loss after runs of a third of the steps:", "", *tried, ""] if tried else []
 
 
 def write_page(plans, options):

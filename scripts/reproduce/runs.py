@@ -104,18 +104,23 @@ class Plan:
 
     def sweep(self, name):
         name = self.experiment.variants[name].rate_of or name
-        if self.quick or not self.experiment.learning_rates:
+        if self.quick:
             return []
         steps = max(1, round(self.steps() * SWEEP_SHARE))
         return [self.run(name, SWEEP_SEED, "sweep", f"train.lr={rate:g}", f"train.steps={steps}")
-                for rate in self.experiment.learning_rates]
+                for rate in self.learning_rates(name)]
+
+    def learning_rates(self, name):
+        """Those that the sweep for a variant tries."""
+        variant = self.experiment.variants[self.experiment.variants[name].rate_of or name]
+        return variant.learning_rates or self.experiment.learning_rates
 
     def learning_rate(self, name):
         """The best of the sweep; None while it is not known, or without a sweep."""
         results = [run.result() for run in self.sweep(name)]
         if not results or not all(results):
             return None
-        return min((result["final"]["val_loss"], rate) for result, rate in zip(results, self.experiment.learning_rates))[1]
+        return min((result["final"]["val_loss"], rate) for result, rate in zip(results, self.learning_rates(name)))[1]
 
     def budgets(self):
         if not self.experiment.flops_of:
