@@ -77,8 +77,14 @@ DATA = $(wildcard data/*.c)
 CPU_BF16 = $(addprefix kernels/cpu/,act.c attention.c attention_backward.c check_products.c classifier.c collapse.c cpu.c \
     decode.c diff_combine.c embed.c fold.c gemm_bf16.c linear.c muon.c norm.c optimizer.c qk_norm.c qkv_mix.c simplicial.c talking.c)
 BF16_ALONE = kernels/cpu/gemm_bf16.c
+# Some of them a third time, with vdpbf16ps, for processors that have it whatever ARCH says.
+ifneq ($(filter x86_64%,$(TARGET)),)
+CPU_PAIRS = $(addprefix kernels/cpu/,attention.c attention_backward.c collapse.c qkv_mix.c)
+PAIRS_FLAGS = -DKERNELS_BF16 -DKERNELS_PAIRS -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16
+endif
 
-KERNEL_OBJECTS = $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(BF16_ALONE),$(KERNELS))) $(CPU_BF16:%.c=$(BUILD)/bf16/%.o)
+KERNEL_OBJECTS = $(patsubst %.c,$(BUILD)/%.o,$(filter-out $(BF16_ALONE),$(KERNELS))) $(CPU_BF16:%.c=$(BUILD)/bf16/%.o) \
+    $(CPU_PAIRS:%.c=$(BUILD)/pairs/%.o)
 DOUBLE_OBJECTS = $(patsubst %.c,$(BUILD)/double/%.o,$(filter-out $(BF16_ALONE),$(KERNELS)))
 OTHER_OBJECTS = $(patsubst %.c,$(BUILD)/%.o,$(MODEL) $(DATA))
 
@@ -197,6 +203,11 @@ $(BUILD)/bf16/%.o: %.c | build/headers-found
 	@mkdir -p $(@D)
 	@echo "  CC   $< (bf16)"
 	@$(CC) $(CFLAGS) -DKERNELS_BF16 -MMD -MP -c $< -o $@
+
+$(BUILD)/pairs/%.o: %.c | build/headers-found
+	@mkdir -p $(@D)
+	@echo "  CC   $< (vdpbf16ps)"
+	@$(CC) $(CFLAGS) $(PAIRS_FLAGS) -MMD -MP -c $< -o $@
 
 $(BUILD)/%.o: %.c | build/headers-found
 	@mkdir -p $(@D)

@@ -26,19 +26,6 @@ static inline vreal relu(vreal u) {
     return vselect(u < 0, vsplat(0), u); /* NaN stays */
 }
 
-/* The last, partial vector of a row goes through a copy: nothing past the row is read or written. */
-static inline vreal vload_part(const elem *p, int64_t n) {
-    elem part[VL] = {0};
-    memcpy(part, p, (size_t)n * sizeof(elem));
-    return vload_elem(part);
-}
-
-static inline void vstore_part(elem *p, vreal v, int64_t n) {
-    elem part[VL];
-    vstore_elem(part, v);
-    memcpy(p, part, (size_t)n * sizeof(elem));
-}
-
 static inline vreal act_value(enum act_type type, vreal u, vreal gate) {
     switch (type) {
     case ACT_GELU_TANH:
@@ -83,8 +70,7 @@ void CPU(mlp_act)(struct device *dev, const struct act_spec *s, tensor u, tensor
         for (; c + VL <= F; c += VL)
             vstore_elem(o + c, act_value(s->type, vload_elem(up + c), vload_elem(g + c)));
         if (c < F)
-            vstore_part(o + c, act_value(s->type, vload_part(up + c, F - c), vload_part(g + c, F - c)),
-                        F - c);
+            store_part(o + c, act_value(s->type, load_part(up + c, F - c), load_part(g + c, F - c)), F - c);
     }
 }
 
@@ -116,11 +102,11 @@ void CPU(mlp_act_backward)(struct device *dev, const struct act_spec *s, tensor 
         }
         if (c < F) {
             int64_t rest = F - c;
-            vreal result = act_gradient(s->type, vload_part(d + c, rest), vload_part(up + c, rest),
-                                        vload_part(g + c, rest), &dg);
-            vstore_part(out + c, result, rest);
+            vreal result = act_gradient(s->type, load_part(d + c, rest), load_part(up + c, rest),
+                                        load_part(g + c, rest), &dg);
+            store_part(out + c, result, rest);
             if (gated)
-                vstore_part(out_gate + c, dg, rest);
+                store_part(out_gate + c, dg, rest);
         }
     }
 }

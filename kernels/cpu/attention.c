@@ -19,25 +19,34 @@ int64_t CPU(attention_tiles_visited);
 
 /* Scratch of one thread; G is the tiles of a group. */
 struct scratch {
-    real *qt;                 /* [G][d][TILE] scaled by scale * log2 e */
+    word *qt;                 /* [G] columns [W, TILE] */
     real *ot;                 /* [G][d][TILE] the output being summed */
-    real *k, *v;              /* [TILE, d]; space for [TILE, d'], d' is d padded to whole vectors */
-    real *p;                  /* [TILE of keys][TILE] */
+    word *k, *v;              /* rows [TILE, W], pairs [TILE, d] */
+    word *p;                  /* pairs [TILE of keys, TILE] */
+    real *o;                  /* [TILE, d'] of one tile; d' is d padded to whole vectors */
     real *reference, *sum;    /* [G][TILE] */
     real *part;               /* [TILE] the sum of a strip */
     real_bits *begins, *ends; /* [G][TILE] the keys that each query sees */
 };
 
 static size_t layout_scratch(const struct attention_spec *s, int64_t group, char *base, struct scratch *w) {
-    int64_t d = s->head_dim, rows = group * TILE;
-    struct part parts[] = {{&w->qt, rows * d}, {&w->ot, rows * d},   {&w->k, TILE * round_up(d, VL)},
-                           {&w->v, TILE * d},  {&w->p, TILE * TILE}, {&w->reference, rows},
-                           {&w->sum, rows},    {&w->part, TILE},     {&w->begins, rows},
+    int64_t d = s->head_dim, W = words_of(d), rows = group * TILE;
+    struct part parts[] = {{&w->qt, rows * W},
+                           {&w->ot, rows * d},
+                           {&w->k, TILE * W},
+                           {&w->v, words_of(TILE) * d},
+                           {&w->p, words_of(TILE) * TILE},
+                           {&w->o, TILE * round_up(d, VL)},
+                           {&w->reference, rows},
+                           {&w->sum, rows},
+                           {&w->part, TILE},
+                           {&w->begins, rows},
                            {&w->ends, rows}};
     return lay_out(parts, sizeof parts / sizeof *parts, base);
 }
 
 struct op_cost CPU(attention_plan)(const struct device *dev, const struct attention_spec *s) {
+    LEAVE_TO_PAIRS(dev, s->head_dim, attention_plan(dev, s));
     struct scratch unused;
     struct units u = units_of(dev, s, s->heads), v = units_of(dev, s, attention_kv_heads(s));
     size_t shared, forward = layout_scratch(s, u.group, NULL, &unused),
@@ -50,7 +59,8 @@ struct op_cost CPU(attention_plan)(const struct device *dev, const struct attent
 /* A tile of queries of the group. */
 struct query_tile {
     int64_t q0, rows;
-    real *qt, *ot, *reference, *sum;
+    word *qt;
+    real *ot, *reference, *sum;
     real_bits *begins, *ends;
 };
 
@@ -59,7 +69,7 @@ static struct query_tile query_tile_of(const struct attention_spec *s, const str
     int64_t d = s->head_dim, q0 = first + i * TILE;
     return (struct query_tile){.q0 = q0,
                                .rows = min64(TILE, s->length - q0),
-                               .qt = w->qt + i * d * TILE,
+                               .qt = w->qt + i * words_of(d) * TILE,
                                .ot = w->ot + i * d * TILE,
                                .reference = w->reference + i * TILE,
                                .sum = w->sum + i * TILE,
@@ -73,8 +83,8 @@ static const real LARGEST_SUM = (real)(1ll << 40);
 
 /* Where a strip's sum exceeds that, make the largest score the reference, and rescale the sums of what came before.
  * Whether there were any. */
-static bool raise_references(const struct query_tile *t, const struct forward_scores *f, int64_t begin,
-                             int64_t end) {
+static bool raise_references(const struct query_tile *t, const struct forward_scores *f, int64_t d,
+                             int64_t begin, int64_t end) {
     bool any = false;
     for (int64_t j = begin; j < end; j += VL) {
         vbits rises = vload(f->sum + j) > LARGEST_SUM;
@@ -83,7 +93,7 @@ static bool raise_references(const struct query_tile *t, const struct forward_sc
         vreal rise = vselect(rises, largest_scores(f, j), vsplat(0)), factor = vexp2(-rise);
         vstore(t->reference + j, vload(t->reference + j) + rise);
         vstore(t->sum + j, vload(t->sum + j) * factor);
-        for (int64_t c = 0; c < f->d; c++)
+        for (int64_t c = 0; c < d; c++)
             vstore(t->ot + c * TILE + j, vload(t->ot + c * TILE + j) * factor);
         any = true;
     }
@@ -97,13 +107,15 @@ static void clear_part(const struct scratch *w, int64_t begin, int64_t end) {
 
 /* `keys` keys from k0, which are the packed tile's from row i on, with columns [begin, end) of a tile of
  * queries. */
-static void forward_strip(const struct scratch *w, const struct query_tile *t, int64_t d, int64_t k0,
-                          int64_t i, int64_t keys, int64_t begin, int64_t end, bool masked,
+static void forward_strip(const struct attention_spec *s, const struct scratch *w, const struct query_tile *t,
+                          int64_t k0, int64_t i, int64_t keys, int64_t begin, int64_t end, bool masked,
                           struct rows_ahead *ahead) {
-    struct forward_scores f = {.d = d,
+    int64_t d = s->head_dim, W = words_of(d);
+    struct forward_scores f = {.W = W,
                                .keys = keys,
                                .key = (real_bits)k0,
-                               .k = w->k + i * d,
+                               .scale = (real)s->scale * LOG2E,
+                               .k = w->k + i * W,
                                .qt = t->qt,
                                .reference = t->reference,
                                .begins = t->begins,
@@ -113,20 +125,21 @@ static void forward_strip(const struct scratch *w, const struct query_tile *t, i
                                .ahead = ahead};
     clear_part(w, begin, end);
     forward_scores(&f, begin, end, masked);
-    if (raise_references(t, &f, begin, end)) {
+    if (raise_references(t, &f, d, begin, end)) {
         clear_part(w, begin, end);
         forward_scores(&f, begin, end, masked);
     }
     for (int64_t j = begin; j < end; j += VL)
         vstore(t->sum + j, vload(t->sum + j) + vload(w->part + j));
-    tile_gemm(d, end - begin, keys, w->v + i * d, 1, d, w->p + begin, TILE, t->ot + begin, TILE, true);
+    tile_gemm(d, end - begin, words_of(keys), w->v + i / PAIR * d, 1, d, w->p + begin, TILE, t->ot + begin,
+              TILE, true);
 }
 
-static void forward_tile(const struct scratch *w, const struct query_tile *t, int64_t d, int64_t k0,
-                         int64_t keys, struct rows_ahead *ahead) {
+static void forward_tile(const struct attention_spec *s, const struct scratch *w, const struct query_tile *t,
+                         int64_t k0, int64_t keys, struct rows_ahead *ahead) {
     int64_t columns = round_up(t->rows, VL);
     if (t->begins[TILE - 1] <= k0 && k0 + keys <= t->ends[0]) {
-        forward_strip(w, t, d, k0, 0, keys, 0, columns, false, ahead);
+        forward_strip(s, w, t, k0, 0, keys, 0, columns, false, ahead);
         return;
     }
     for (int64_t i = 0; i < keys; i += STRIP) {
@@ -136,7 +149,7 @@ static void forward_tile(const struct scratch *w, const struct query_tile *t, in
         while (begin < end && t->begins[end - VL] >= k0 + i + count)
             end -= VL;
         if (begin < end)
-            forward_strip(w, t, d, k0 + i, i, count, begin, end, true, ahead);
+            forward_strip(s, w, t, k0 + i, i, count, begin, end, true, ahead);
     }
 }
 
@@ -144,13 +157,12 @@ static void forward_tile(const struct scratch *w, const struct query_tile *t, in
 static void start_queries(const struct attention_mask *m, const struct scratch *w, const struct head *x,
                           const struct query_tile *t) {
     int64_t d = m->spec->head_dim;
-    real scale = (real)m->spec->scale * LOG2E;
     memset(t->ot, 0, (size_t)(d * TILE) * sizeof(real));
     memset(t->sum, 0, TILE * sizeof(real));
     memset(t->reference, 0, TILE * sizeof(real));
-    pack_rows(x->q, t->q0, t->rows, d, d, scale, w->k);
-    transpose_rows(w->k, d, t->rows, d, t->qt);
-    row_dots(x->q, x->k, t->q0, t->rows, d, scale, t->reference);
+    pack_rows(x->q, t->q0, t->rows, d, w->k);
+    transpose_rows(w->k, t->rows, words_of(d), t->qt);
+    row_dots(x->q, x->k, t->q0, t->rows, d, (real)m->spec->scale * LOG2E, t->reference);
     for (int64_t j = 0; j < TILE; j += VL) /* -inf would make differences NaN */
         vstore(t->reference + j, vmax(vsplat((real)-1e38), vload(t->reference + j)));
     visible_keys(m, t->q0, t->rows, t->begins, t->ends);
@@ -163,8 +175,8 @@ static void finish_queries(const struct attention_mask *m, const struct scratch 
         x->lse[t->q0 + i] = t->reference[i] + (real)log2((double)t->sum[i]);
     for (int64_t i = 0; i < TILE; i++)
         t->sum[i] = 1 / t->sum[i];
-    transpose_columns(t->ot, t->sum, t->rows, d, D, w->k);
-    unpack_rows(w->k, t->rows, d, D, 1, false, x->o, t->q0);
+    transpose_columns(t->ot, t->sum, t->rows, d, D, w->o);
+    unpack_rows(w->o, t->rows, d, D, 1, false, x->o, t->q0);
 }
 
 /* `count` tiles of queries from q0. Returns the tiles of scores computed. */
@@ -180,15 +192,15 @@ static int64_t forward_unit(const struct attention_mask *m, const struct scratch
     }
     for (int64_t k0 = begin - begin % TILE; k0 < end; k0 += TILE) {
         int64_t keys = min64(TILE, s->length - k0);
-        pack_rows(x->k, k0, keys, d, d, 1, w->k);
-        pack_rows(x->v, k0, keys, d, d, 1, w->v);
+        pack_rows(x->k, k0, keys, d, w->k);
+        pack_pairs(x->v, k0, keys, d, d, w->v);
         int64_t next = k0 + keys;
         struct rows_ahead ahead = {{x->k, x->v}, 2, d, next, min64(next + TILE, end), 1 + 6 / count};
         for (int64_t i = 0; i < count; i++) {
             struct query_tile t = query_tile_of(s, w, q0, i);
             if (k0 + TILE <= t.begins[0] || k0 >= t.ends[TILE - 1])
                 continue;
-            forward_tile(w, &t, d, k0, keys, &ahead);
+            forward_tile(s, w, &t, k0, keys, &ahead);
             visited++;
         }
     }
@@ -212,6 +224,7 @@ void CPU(check_attention)(const char *op, const struct attention_spec *s, tensor
 
 void CPU(attention)(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                     tensor segments, tensor o, void *saved) {
+    LEAVE_TO_PAIRS(dev, s->head_dim, attention(dev, s, q, k, v, segments, o, saved));
     call_progress_callback(dev);
     CPU(check_attention)("attention", s, q, k, v, segments, o);
     char *base = cpu_workspace(dev, CPU(attention_plan)(dev, s).workspace, "attention");

@@ -13,24 +13,45 @@
 #include "kernels/cpu/attention_scores.h"
 #include "kernels/cpu/attention_units.h"
 
-/* Scratch of one thread; G is the tiles of a group, d' is d padded to whole vectors. */
+/* Scratch of one thread; G is the tiles of a group, d' is d padded to whole vectors. Of reals, q_pairs, d_o_pairs and
+ * ds_rows are q, d_o and ds. */
 struct scratch {
-    real *kt, *vt;            /* [G][d][TILE] */
-    real *k;                  /* [G][TILE, d'] */
-    real *dkt, *dvt;          /* [G][d][TILE] being summed */
-    real *q, *d_o;            /* [TILE, d] q scaled by scale * log2 e */
-    real *dq;                 /* [TILE, d'] the group's part */
-    real *p, *ds;             /* [TILE of queries][TILE] */
-    real_bits *begins, *ends; /* [TILE] the keys that each query sees */
+    word *kt, *vt;             /* [G] columns [W, TILE] */
+    word *k;                   /* [G] pairs [TILE, d'] */
+    real *dkt, *dvt;           /* [G][d][TILE] being summed */
+    word *q, *d_o;             /* rows [TILE, W] */
+    word *q_pairs, *d_o_pairs; /* pairs [TILE, d] */
+    real *dq;                  /* [TILE, d'] the group's part */
+    word *p, *ds;              /* pairs [TILE of queries, TILE] */
+    word *ds_rows;             /* rows [TILE of queries, words_of(TILE)] */
+    real_bits *begins, *ends;  /* [TILE] the keys that each query sees */
 };
 
 static size_t layout_scratch(const struct attention_spec *s, int64_t group, char *base, struct scratch *w) {
-    int64_t d = s->head_dim, D = round_up(d, VL), rows = group * TILE;
-    struct part parts[] = {{&w->kt, rows * d},    {&w->vt, rows * d},  {&w->k, rows * D},
-                           {&w->dkt, rows * d},   {&w->dvt, rows * d}, {&w->q, TILE * d},
-                           {&w->d_o, TILE * d},   {&w->dq, TILE * D},  {&w->p, TILE * TILE},
-                           {&w->ds, TILE * TILE}, {&w->begins, TILE},  {&w->ends, TILE}};
-    return lay_out(parts, sizeof parts / sizeof *parts, base);
+    int64_t d = s->head_dim, W = words_of(d), D = round_up(d, VL), rows = group * TILE, half = words_of(TILE);
+    bool apart = PAIR == 2;
+    struct part parts[] = {{&w->kt, rows * W},
+                           {&w->vt, rows * W},
+                           {&w->k, words_of(rows) * D},
+                           {&w->dkt, rows * d},
+                           {&w->dvt, rows * d},
+                           {&w->q, TILE * W},
+                           {&w->d_o, TILE * W},
+                           {&w->q_pairs, apart ? half * d : 0},
+                           {&w->d_o_pairs, apart ? half * d : 0},
+                           {&w->dq, TILE * D},
+                           {&w->p, half * TILE},
+                           {&w->ds, half * TILE},
+                           {&w->ds_rows, apart ? TILE * half : 0},
+                           {&w->begins, TILE},
+                           {&w->ends, TILE}};
+    size_t bytes = lay_out(parts, sizeof parts / sizeof *parts, base);
+    if (!apart) {
+        w->q_pairs = w->q;
+        w->d_o_pairs = w->d_o;
+        w->ds_rows = w->ds;
+    }
+    return bytes;
 }
 
 /* What threads share, for each query head: the counters `turns`; for each query <dO, O>, which is what the
@@ -75,26 +96,30 @@ struct meeting {
 static void backward_strip(struct meeting *t, int64_t j, int64_t i, int64_t rows, int64_t begin, int64_t end,
                            bool masked) {
     const struct scratch *w = t->w;
-    int64_t d = t->mask->spec->head_dim, D = round_up(d, VL), columns = end - begin, at = j * d * TILE;
-    struct backward_scores b = {.d = d,
+    const struct attention_spec *s = t->mask->spec;
+    int64_t d = s->head_dim, W = words_of(d), D = round_up(d, VL), columns = end - begin;
+    struct backward_scores b = {.W = W,
                                 .rows = rows,
                                 .key = (real_bits)((t->first_tile + j) * TILE),
-                                .q = w->q + i * d,
-                                .d_o = w->d_o + i * d,
-                                .kt = w->kt + at,
-                                .vt = w->vt + at,
+                                .scale = (real)s->scale * LOG2E,
+                                .q = w->q + i * W,
+                                .d_o = w->d_o + i * W,
+                                .kt = w->kt + j * W * TILE,
+                                .vt = w->vt + j * W * TILE,
                                 .lse = t->x->lse + t->q0 + i,
                                 .delta = t->x->deltas + t->q0 + i,
                                 .begins = w->begins + i,
                                 .ends = w->ends + i,
                                 .p = w->p,
                                 .ds = w->ds,
+                                .ds_rows = w->ds_rows,
                                 .ahead = &t->ahead};
     backward_scores(&b, begin, end, masked);
-    const real *p = w->p + begin, *ds = w->ds + begin;
-    tile_gemm(d, columns, rows, b.d_o, 1, d, p, TILE, w->dvt + at + begin, TILE, true);
-    tile_gemm(d, columns, rows, b.q, 1, d, ds, TILE, w->dkt + at + begin, TILE, true);
-    tile_gemm(rows, D, columns, ds, TILE, 1, w->k + (j * TILE + begin) * D, D, w->dq + i * D, D, true);
+    int64_t pairs = words_of(rows), at = j * d * TILE + begin, from = i / PAIR * d;
+    tile_gemm(d, columns, pairs, w->d_o_pairs + from, 1, d, w->p + begin, TILE, w->dvt + at, TILE, true);
+    tile_gemm(d, columns, pairs, w->q_pairs + from, 1, d, w->ds + begin, TILE, w->dkt + at, TILE, true);
+    tile_gemm(rows, D, columns / PAIR, w->ds_rows + begin / PAIR, words_of(TILE), 1,
+              w->k + (j * TILE + begin) / PAIR * D, D, w->dq + i * D, D, true);
 }
 
 static void backward_tile(struct meeting *t, int64_t j) {
@@ -152,13 +177,15 @@ static void add_dq(const struct meeting *t, int64_t before, int64_t after) {
 static void start_keys(const struct meeting *t, int64_t j) {
     const struct scratch *w = t->w;
     const struct attention_spec *s = t->mask->spec;
-    int64_t d = s->head_dim, D = round_up(d, VL), at = j * d * TILE, k0 = (t->first_tile + j) * TILE;
-    int64_t keys = min64(TILE, s->length - k0);
-    pack_rows(t->x->k, k0, keys, d, D, 1, w->k + j * TILE * D);
-    transpose_rows(w->k + j * TILE * D, D, keys, d, w->kt + at);
-    pack_rows(t->x->v, k0, keys, d, D, 1, w->dq); /* which is not in use yet */
-    transpose_rows(w->dq, D, keys, d, w->vt + at);
-    memset(w->k + (j * TILE + keys) * D, 0, (size_t)((TILE - keys) * D) * sizeof(real));
+    int64_t d = s->head_dim, W = words_of(d), D = round_up(d, VL), k0 = (t->first_tile + j) * TILE;
+    int64_t keys = min64(TILE, s->length - k0), at = j * d * TILE;
+    word *k = w->k + j * words_of(TILE) * D, *rows = (word *)w->dq; /* which is not in use yet */
+    pack_pairs(t->x->k, k0, keys, d, D, k);
+    memset(k + words_of(keys) * D, 0, (size_t)((words_of(TILE) - words_of(keys)) * D) * sizeof(word));
+    pack_rows(t->x->k, k0, keys, d, rows);
+    transpose_rows(rows, keys, W, w->kt + j * W * TILE);
+    pack_rows(t->x->v, k0, keys, d, rows);
+    transpose_rows(rows, keys, W, w->vt + j * W * TILE);
     memset(w->dkt + at, 0, (size_t)(d * TILE) * sizeof(real));
     memset(w->dvt + at, 0, (size_t)(d * TILE) * sizeof(real));
 }
@@ -176,8 +203,12 @@ static int64_t meet_queries(struct meeting t) {
         return 0;
     t.ahead = (struct rows_ahead){{x->q, x->d_o, x->dq}, 3, d, max64(t.q0 - TILE, t.first_query), t.q0,
                                   1 + 6 / (to - from)};
-    pack_rows(x->q, t.q0, t.rows, d, d, (real)s->scale * LOG2E, w->q);
-    pack_rows(x->d_o, t.q0, t.rows, d, d, 1, w->d_o);
+    pack_rows(x->q, t.q0, t.rows, d, w->q);
+    pack_rows(x->d_o, t.q0, t.rows, d, w->d_o);
+    if (w->q_pairs != w->q) {
+        pack_pairs(x->q, t.q0, t.rows, d, d, w->q_pairs);
+        pack_pairs(x->d_o, t.q0, t.rows, d, d, w->d_o_pairs);
+    }
     if (t.alone)
         row_dots(x->d_o, x->o, t.q0, t.rows, d, 1, x->deltas + t.q0);
     for (; *t.packed < to; ++*t.packed)
@@ -236,8 +267,7 @@ static void finish_unit(const struct attention_spec *s, const struct scratch *w,
     int64_t k0 = first * TILE, keys = unit_keys(s, k0, count);
     for (int64_t j = 0; j < count; j++) {
         int64_t rows = min64(TILE, keys - j * TILE), at = j * d * TILE;
-        /* q is scaled by scale * log2 e, and dk by scale alone */
-        unpack_keys(w, w->dkt + at, LN2, rows, d, x->dk, k0 + j * TILE);
+        unpack_keys(w, w->dkt + at, (real)s->scale, rows, d, x->dk, k0 + j * TILE);
         unpack_keys(w, w->dvt + at, 1, rows, d, x->dv, k0 + j * TILE);
     }
 }
@@ -245,6 +275,8 @@ static void finish_unit(const struct attention_spec *s, const struct scratch *w,
 void CPU(attention_backward)(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                              tensor segments, tensor o, tensor d_o, const void *saved, tensor dq, tensor dk,
                              tensor dv) {
+    LEAVE_TO_PAIRS(dev, s->head_dim,
+                   attention_backward(dev, s, q, k, v, segments, o, d_o, saved, dq, dk, dv));
     call_progress_callback(dev);
     CPU(check_attention)("attention_backward", s, q, k, v, segments, o);
     CPU(check_attention)("attention_backward (gradients)", s, dq, dk, dv, segments, d_o);

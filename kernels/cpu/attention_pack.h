@@ -1,11 +1,15 @@
-/* Attention's tiles in scratch memory: packed from tensors, and written back. Every read and write of a
- * tensor's element is in load_part() and store_part().
+/* Attention's tiles in scratch memory: packed from tensors, and written back.
  *
- * A tile holds TILE queries or keys of one head, either as rows [TILE, ld] or transposed [d, TILE]. */
+ * A tile holds TILE queries or keys of one head. As an operand of products it consists of words (word.h):
+ *
+ *   rows         [TILE, W]        for sums over d; W = words_of(d)
+ *   columns      [W, TILE]        the same, transposed
+ *   pairs        [TILE/PAIR, ld]  for sums over queries or keys */
 #ifndef IHA_KERNELS_CPU_ATTENTION_PACK_H
 #define IHA_KERNELS_CPU_ATTENTION_PACK_H
 
 #include "kernels/cpu/attention_tiles.h"
+#include "kernels/cpu/word.h"
 
 /* One head of a tensor [B,S,H,d]. */
 struct head_rows {
@@ -15,41 +19,6 @@ struct head_rows {
 
 static inline struct head_rows head_of(tensor t, int64_t b, int64_t h) {
     return (struct head_rows){(elem *)t.data + b * t.stride[0] + h * t.stride[2], t.stride[1]};
-}
-
-/* n <= VL elements; the other lanes are 0. */
-static inline vreal load_part(const elem *x, int64_t n) {
-    elem part[VL] = {0};
-    if (n >= VL)
-        return vload_elem(x);
-    memcpy(part, x, (size_t)n * sizeof(elem));
-    return vload_elem(part);
-}
-
-static inline void store_part(elem *out, vreal v, int64_t n) {
-    elem part[VL];
-    if (n >= VL) {
-        vstore_elem(out, v);
-        return;
-    }
-    vstore_elem(part, v);
-    memcpy(out, part, (size_t)n * sizeof(elem));
-}
-
-/* The same in scratch memory. */
-static inline vreal load_reals(const real *x, int64_t n) {
-    vreal v = {0};
-    if (n >= VL)
-        return vload(x);
-    memcpy(&v, x, (size_t)n * sizeof(real));
-    return v;
-}
-
-static inline void store_reals(real *out, vreal v, int64_t n) {
-    if (n >= VL)
-        vstore(out, v);
-    else
-        memcpy(out, &v, (size_t)n * sizeof(real));
 }
 
 enum { PREFETCH_ROWS = 12 };
@@ -77,17 +46,24 @@ static inline void prefetch_next(struct rows_ahead *a) {
                 __builtin_prefetch(a->x[i].data + a->row * a->x[i].stride + c, 0, 2);
 }
 
-/* Rows [row, row + rows) to out [rows, ld], times `factor`, with zeros from column d to ld. */
-static inline void pack_rows(struct head_rows x, int64_t row, int64_t rows, int64_t d, int64_t ld,
-                             real factor, real *out) {
+/* Rows [row, row + rows) as words along d: out [rows, W]. */
+static inline void pack_rows(struct head_rows x, int64_t row, int64_t rows, int64_t d, word *out) {
     for (int64_t i = 0; i < rows; i++) {
-        const elem *from = x.data + (row + i) * x.stride;
         prefetch_row(x, row + i, d);
-        int64_t c = 0;
-        for (; c + VL <= d; c += VL)
-            vstore(out + i * ld + c, load_part(from + c, VL) * factor);
-        if (c < d)
-            store_reals(out + i * ld + c, load_part(from + c, d - c) * factor, min64(ld - c, VL));
+        row_to_words(x.data + (row + i) * x.stride, d, out + i * words_of(d));
+    }
+}
+
+/* The same as words along the rows: out [words_of(rows), ld], with zeros from column d to ld. */
+static inline void pack_pairs(struct head_rows x, int64_t row, int64_t rows, int64_t d, int64_t ld,
+                              word *out) {
+    for (int64_t i = 0; i < rows; i += PAIR) {
+        const elem *low = x.data + (row + i) * x.stride, *high = i + 1 < rows ? low + x.stride : NULL;
+        for (int l = 0; l < PAIR; l++)
+            prefetch_row(x, row + i + l, d);
+        for (int64_t c = 0; c < d; c += VL)
+            store_words_part(out + i / PAIR * ld + c, load_pair(low + c, high ? high + c : NULL, d - c),
+                             ld - c);
     }
 }
 
@@ -129,16 +105,16 @@ static inline void transpose(vreal r[VL]) {
     transpose_round(r, 1);
 }
 
-/* x [rows, ld] to out [d, TILE], with zeros from column `rows` to TILE. */
-static inline void transpose_rows(const real *x, int64_t ld, int64_t rows, int64_t d, real *out) {
+/* Words x [rows, W] to out [W, TILE], with zeros from column `rows` to TILE. */
+static inline void transpose_rows(const word *x, int64_t rows, int64_t W, word *out) {
     for (int64_t j = 0; j < TILE; j += VL)
-        for (int64_t c = 0; c < d; c += VL) {
+        for (int64_t c = 0; c < W; c += VL) {
             vreal r[VL];
             for (int64_t i = 0; i < VL; i++)
-                r[i] = j + i < rows ? load_reals(x + (j + i) * ld + c, d - c) : (vreal){0};
+                r[i] = j + i < rows ? load_words_part(x + (j + i) * W + c, W - c) : (vreal){0};
             transpose(r);
-            for (int64_t i = 0; i < min64(d - c, VL); i++)
-                vstore(out + (c + i) * TILE + j, r[i]);
+            for (int64_t i = 0; i < min64(W - c, VL); i++)
+                vstore_words(out + (c + i) * TILE + j, r[i]);
         }
 }
 

@@ -7,20 +7,20 @@
 #include "kernels/cpu/attention_pack.h"
 #include "kernels/cpu/tile.h"
 
-/* acc += A B for mr rows of A [., d] and nv vectors of B [d, TILE]. */
-ALWAYS_INLINE void score_block(const int mr, const int nv, int64_t d, const real *a, const real *b,
+/* acc += A B for mr rows of A [., W] and nv vectors of B [W, TILE]. */
+ALWAYS_INLINE void score_block(const int mr, const int nv, int64_t W, const word *a, const word *b,
                                vreal acc[16][4]) {
-    for (int64_t l = 0; l < d; l++) {
+    for (int64_t l = 0; l < W; l++) {
         vreal bv[4];
         UNROLL
         for (int j = 0; j < nv; j++)
-            bv[j] = vkeep(vload(b + l * TILE + j * VL));
+            bv[j] = vkeep(vload_words(b + l * TILE + j * VL));
         UNROLL
         for (int i = 0; i < mr; i++) {
-            vreal av = vkeep(vsplat(a[i * d + l]));
+            vreal av = vkeep(vsplat_word(a[i * W + l]));
             UNROLL
             for (int j = 0; j < nv; j++)
-                acc[i][j] += av * bv[j];
+                acc[i][j] = vmultiply_add(acc[i][j], av, bv[j]);
         }
     }
 }
@@ -44,13 +44,15 @@ ALWAYS_INLINE void start_rows(const int mr, const int nv, const real *x, vreal a
     }
 }
 
-/* Forward: scores of `keys` keys from key `key`, k [keys, d], with columns of a tile of queries. */
+/* Forward: scores of `keys` keys from key `key` with columns of a tile of queries. W: words of a row. */
 struct forward_scores {
-    int64_t d, keys;
+    int64_t W, keys;
     real_bits key;
-    const real *k, *qt, *reference; /* [d, TILE], [TILE] */
+    real scale;                     /* of scores, in base 2 */
+    const word *k, *qt;             /* rows [keys, W], columns [W, TILE] */
+    const real *reference;          /* [TILE] */
     const real_bits *begins, *ends; /* [TILE] the keys that each query sees */
-    real *p;                        /* [keys, TILE] becomes exp2(score - reference), 0 where masked */
+    word *p;                        /* pairs [keys, TILE] become exp2(score - reference), 0 where masked */
     real *sum;                      /* [TILE] the sum of p is added */
     struct rows_ahead *ahead;
 };
@@ -61,7 +63,7 @@ ALWAYS_INLINE void forward_products(const int mr, const int nv, const bool maske
                                     const struct forward_scores *f, int64_t i0, int64_t column,
                                     vreal acc[16][4]) {
     start_zero(mr, nv, acc);
-    score_block(mr, nv, f->d, f->k + i0 * f->d, f->qt + column, acc);
+    score_block(mr, nv, f->W, f->k + i0 * f->W, f->qt + column, acc);
     UNROLL
     for (int j = 0; j < nv; j++) {
         int64_t c = column + j * VL;
@@ -71,7 +73,7 @@ ALWAYS_INLINE void forward_products(const int mr, const int nv, const bool maske
         UNROLL
         for (int i = 0; i < mr; i++) {
             real_bits key = f->key + (real_bits)(i0 + i);
-            acc[i][j] -= base;
+            acc[i][j] = acc[i][j] * f->scale - base;
             if (masked)
                 acc[i][j] = vselect((key >= begin) & (key < end), acc[i][j], vsplat(-INFINITY));
         }
@@ -88,10 +90,14 @@ ALWAYS_INLINE void forward_block(const int mr, const int nv, const bool masked,
         int64_t c = column + j * VL;
         vreal sum = vload(f->sum + c);
         UNROLL
-        for (int i = 0; i < mr; i++) {
-            vreal e = vexp2(acc[i][j]);
-            vstore(f->p + (i0 + i) * TILE + c, e);
+        for (int i = 0; i < mr; i += PAIR) {
+            vreal e = vexp2(acc[i][j]), next = vsplat(0);
             sum += e;
+            if (PAIR == 2 && i + 1 < mr) {
+                next = vexp2(acc[i + 1][j]);
+                sum += next;
+            }
+            vstore_words(f->p + (i0 + i) / PAIR * TILE + c, vpair(e, next));
         }
         vstore(f->sum + c, sum);
     }
@@ -115,6 +121,8 @@ ALWAYS_INLINE void forward_panel(const int mr, const int nv, const bool masked,
         forward_block(mr, nv, masked, f, i, column);
     for (; i + 4 <= f->keys; i += 4)
         forward_block(4, nv, masked, f, i, column);
+    for (; PAIR == 2 && i + 2 <= f->keys; i += 2)
+        forward_block(2, nv, masked, f, i, column);
     for (; i < f->keys; i++)
         forward_block(1, nv, masked, f, i, column);
 }
@@ -139,48 +147,64 @@ static inline void forward_scores(const struct forward_scores *f, int64_t begin,
 }
 
 /* Backward: P = exp2(score - lse), dS = P (dO V^T - delta) of `rows` queries with columns of a tile of keys
- * from key `key`. */
+ * from key `key`. W: words of a row. */
 struct backward_scores {
-    int64_t d, rows;
+    int64_t W, rows;
     real_bits key;
-    const real *q, *d_o;            /* [rows, d] */
-    const real *kt, *vt;            /* [d, TILE] */
+    real scale;                     /* of scores, in base 2 */
+    const word *q, *d_o;            /* rows [rows, W] */
+    const word *kt, *vt;            /* columns [W, TILE] */
     const real *lse, *delta;        /* [rows] */
     const real_bits *begins, *ends; /* [rows] the keys that each query sees */
-    real *p, *ds;                   /* [rows, TILE]; 0 where masked */
+    word *p, *ds;                   /* pairs [rows, TILE]; 0 where masked */
+    word *ds_rows; /* dS again, as rows [rows, words_of(TILE)]; of reals, that is ds itself */
     struct rows_ahead *ahead;
 };
 
+/* Rows of numbers to words along the rows; an odd row's partner is 0. */
+ALWAYS_INLINE void store_pairs(const int mr, const int nv, const vreal x[16][4], word *out) {
+    UNROLL
+    for (int i = 0; i < mr; i += PAIR)
+        UNROLL
+    for (int j = 0; j < nv; j++)
+        vstore_words(out + i / PAIR * TILE + j * VL,
+                     vpair(x[i][j], PAIR == 2 && i + 1 < mr ? x[(i + 1) % 16][j] : vsplat(0)));
+}
+
 ALWAYS_INLINE void backward_block(const int mr, const int nv, const bool masked,
                                   const struct backward_scores *w, int64_t i0, int64_t column) {
-    vreal acc[16][4];
-    real *p = w->p + i0 * TILE + column, *ds = w->ds + i0 * TILE + column;
+    vreal acc[16][4], e[16][4];
+    int64_t at = i0 / PAIR * TILE + column;
     vbits lane;
     for (int l = 0; l < VL; l++)
         lane[l] = l;
     prefetch_next(w->ahead);
     start_zero(mr, nv, acc);
-    score_block(mr, nv, w->d, w->q + i0 * w->d, w->kt + column, acc);
+    score_block(mr, nv, w->W, w->q + i0 * w->W, w->kt + column, acc);
     UNROLL
     for (int i = 0; i < mr; i++) {
         vreal lse = vsplat(w->lse[i0 + i]);
         UNROLL
         for (int j = 0; j < nv; j++) {
-            vreal e = vexp2(acc[i][j] - lse);
+            e[i][j] = vexp2(acc[i][j] * w->scale - lse);
             if (masked) {
                 vbits key = lane + (w->key + (real_bits)(column + j * VL));
-                e = vselect((key >= w->begins[i0 + i]) & (key < w->ends[i0 + i]), e, vsplat(0));
+                e[i][j] = vselect((key >= w->begins[i0 + i]) & (key < w->ends[i0 + i]), e[i][j], vsplat(0));
             }
-            vstore(p + i * TILE + j * VL, e);
         }
     }
+    store_pairs(mr, nv, e, w->p + at);
     start_rows(mr, nv, w->delta + i0, acc);
-    score_block(mr, nv, w->d, w->d_o + i0 * w->d, w->vt + column, acc);
+    score_block(mr, nv, w->W, w->d_o + i0 * w->W, w->vt + column, acc);
     UNROLL
     for (int i = 0; i < mr; i++)
         UNROLL
-    for (int j = 0; j < nv; j++)
-        vstore(ds + i * TILE + j * VL, vload(p + i * TILE + j * VL) * acc[i][j]);
+    for (int j = 0; j < nv; j++) /* of reals, P is read where it was stored rather than kept twice */
+        acc[i][j] *= PAIR == 1 ? vload_words(w->p + at + i * TILE + j * VL) : e[i][j];
+    store_pairs(mr, nv, acc, w->ds + at);
+    UNROLL
+    for (int i = 0; PAIR == 2 && i < mr; i++)
+        vstore_row_words(nv, acc[i], w->ds_rows + (i0 + i) * words_of(TILE) + column / PAIR);
 }
 
 ALWAYS_INLINE void backward_panel(const int mr, const int nv, const bool masked,
@@ -190,6 +214,8 @@ ALWAYS_INLINE void backward_panel(const int mr, const int nv, const bool masked,
         backward_block(mr, nv, masked, w, i, column);
     for (; i + 4 <= w->rows; i += 4)
         backward_block(4, nv, masked, w, i, column);
+    for (; PAIR == 2 && i + 2 <= w->rows; i += 2)
+        backward_block(2, nv, masked, w, i, column);
     for (; i < w->rows; i++)
         backward_block(1, nv, masked, w, i, column);
 }

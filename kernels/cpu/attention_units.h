@@ -4,8 +4,8 @@
 
 #include "kernels/cpu/attention_pack.h"
 
-/* q is scaled by scale * log2 e: scores are in base 2. */
-static const real LOG2E = (real)1.4426950408889634, LN2 = (real)0.6931471805599453;
+/* Scores are in base 2: products of q and k times scale * log2 e. */
+static const real LOG2E = (real)1.4426950408889634;
 
 /* A unit is a group of consecutive tiles of one head: of queries in forward, of keys in backward. */
 struct units {

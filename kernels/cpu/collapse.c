@@ -7,33 +7,49 @@ static int64_t matrix_reals(const struct collapse_spec *s) {
     return s->heads * s->pseudo * (s->per_head ? 1 : s->heads);
 }
 
-/* Whether elements have to be converted. */
-static bool converts(void) {
-    return sizeof(elem) < sizeof(real);
+/* Scratch of one thread; W: words of a head's row. Full mixing takes `block` tokens at a time in backward. */
+struct scratch {
+    real *dr;          /* partial sums */
+    word *dout, *o;    /* rows [block, H, W], [block, P*H, W], where elements have to be converted */
+    word *pairs;       /* pairs [P*H, d] of one token, where words are not reals */
+    real *result;      /* [P*H, d] of one token, before rounding */
+    real *in, *dheads; /* [P*H, d], [H, d] of one token, for mixing per head */
+};
+
+/* Returns its reals. Arrays are whole cache lines, so that threads do not write to the same one. */
+static int64_t layout_scratch(const struct device *dev, const struct collapse_spec *s, real *base,
+                              struct scratch *w) {
+    int64_t H = s->heads, PH = s->pseudo * H, d = s->head_dim, at = 0;
+    int64_t rows =
+        WORDS_CONVERT && !s->per_head ? mix_tokens(dev, s->batch * s->tokens, H, d) * words_of(d) : 0;
+    struct {
+        void *where;
+        int64_t reals;
+    } parts[] = {{&w->dr, matrix_reals(s)},
+                 {&w->dout, rows * H},
+                 {&w->o, rows * PH},
+                 {&w->pairs, PAIR > 1 && !s->per_head ? words_of(PH) * d : 0},
+                 {&w->result, PH * d},
+                 {&w->in, s->per_head ? PH * d : 0},
+                 {&w->dheads, s->per_head ? H * d : 0}};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        void *part = base ? base + at : NULL;
+        memcpy(parts[i].where, &part, sizeof part);
+        at += round_up(parts[i].reals, 16);
+    }
+    return at;
 }
 
-static int64_t partial_reals(const struct collapse_spec *s) {
-    return round_up(matrix_reals(s), 16);
-}
-
-/* Scratch of one thread: a partial dR; where elements have to be converted, also a block of tokens of the output's
- * gradient, of o and of its gradient. In whole cache lines, so that threads do not write to the same one. */
-static int64_t thread_reals(const struct device *dev, const struct collapse_spec *s) {
-    int64_t block = mix_tokens(dev, s->batch * s->tokens, s->heads, s->head_dim);
-    int64_t rows = block * (1 + 2 * s->pseudo) * s->heads;
-    return partial_reals(s) + (converts() ? round_up(rows * s->head_dim, 16) : 0);
+/* Reals for R where it is not used as it is stored. */
+static int64_t shared_reals(const struct collapse_spec *s) {
+    return sizeof(elem) < sizeof(real) ? round_up(matrix_reals(s), 16) : 0;
 }
 
 struct op_cost CPU(collapse_plan)(const struct device *dev, const struct collapse_spec *s) {
-    int64_t reals = (converts() ? partial_reals(s) : 0) + dev->threads * thread_reals(dev, s);
+    LEAVE_TO_PAIRS(dev, s->head_dim, collapse_plan(dev, s));
+    struct scratch unused;
+    int64_t reals = shared_reals(s) + dev->threads * layout_scratch(dev, s, NULL, &unused);
     return (struct op_cost){.workspace = (size_t)reals * sizeof(real)};
-}
-
-/* R as reals. *scratch moves past what is converted, to the threads' parts. */
-static const real *read_matrix(const struct collapse_spec *s, tensor r, real **scratch) {
-    const real *matrix = read_elems(r.data, matrix_reals(s), *scratch);
-    *scratch += converts() ? partial_reals(s) : 0;
-    return matrix;
 }
 
 static void check_collapse(const char *op, const struct collapse_spec *s, tensor o, tensor r, tensor out) {
@@ -78,79 +94,104 @@ static void collapse_per_head_backward(const struct collapse_spec *s, const real
         }
 }
 
+/* The calling thread's part of an operation's scratch memory. */
+static struct scratch scratch_of_thread(const struct device *dev, const struct collapse_spec *s,
+                                        real *shared) {
+    struct scratch w;
+    int64_t stride = layout_scratch(dev, s, NULL, &w);
+    layout_scratch(dev, s, shared + shared_reals(s) + omp_get_thread_num() * stride, &w);
+    return w;
+}
+
 void CPU(collapse)(struct device *dev, const struct collapse_spec *s, tensor o, tensor r, tensor out) {
+    LEAVE_TO_PAIRS(dev, s->head_dim, collapse(dev, s, o, r, out));
     check_collapse("collapse", s, o, r, out);
-    int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H, N = s->batch * s->tokens;
-    bool stream = !converts() && mix_streams(out.data, N * H * d, d);
-    real *scratch = cpu_workspace(dev, CPU(collapse_plan)(dev, s).workspace, "collapse");
-    const real *matrix = read_matrix(s, r, &scratch);
+    int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H, N = s->batch * s->tokens, J = words_of(PH);
+    bool stream = sizeof(elem) == sizeof(real) && mix_streams(out.data, N * H * d, d);
+    real *shared = cpu_workspace(dev, CPU(collapse_plan)(dev, s).workspace, "collapse");
+    const real *weights = s->per_head ? read_elems(r.data, matrix_reals(s), shared) : NULL;
+    const word *matrix = s->per_head ? NULL : mix_matrix(r.data, H, PH, false, (word *)shared);
 #pragma omp parallel num_threads(dev->threads)
     {
-        real *mine = scratch + omp_get_thread_num() * thread_reals(dev, s) + partial_reals(s);
+        struct scratch w = scratch_of_thread(dev, s, shared);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++) {
-            const elem *o_n = (elem *)o.data + n * PH * d, *next = o_n + PH * d;
-            elem *out_n = (elem *)out.data + n * H * d;
-            const real *from = read_elems(o_n, PH * d, mine);
-            real *to = elems_buffer(out_n, mine + PH * d);
+            const elem *from = (elem *)o.data + n * PH * d, *next = from + PH * d;
+            elem *to = (elem *)out.data + n * H * d;
+            real *result = elems_buffer(to, w.result);
             struct mix_memory memory = {.stream = stream,
-                                        .write = stream || converts() ? NULL : to + H * d,
+                                        .write = stream               ? NULL
+                                                 : result == w.result ? to
+                                                                      : to + H * d,
                                         .at = {(const char *)next, (const char *)next},
                                         .bytes = {PH * d * (int64_t)sizeof(elem)}};
             if (s->per_head)
-                collapse_per_head(s, from, matrix, to);
+                collapse_per_head(s, read_elems(from, PH * d, w.in), weights, result);
             else
-                head_mix(H, PH, d, matrix, PH, 1, from, NULL, to, &memory);
-            write_elems(out_n, H * d, to);
+                head_mix(H, J, d, matrix, J, 1,
+                         rows_to_pairs(rows_as_words(from, PH, d, w.o), PH, d, w.pairs), result, &memory);
+            write_elems(to, H * d, result);
         }
         vstream_end();
     }
 }
 
-static void collapse_backward_block(const struct collapse_spec *s, int64_t count, const real *dout,
-                                    const real *o, const real *r, bool stream, real *d_o, real *dr) {
-    int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H;
+/* `count` tokens, of each the gradient of o, then dR of all. */
+static void collapse_backward_block(const struct collapse_spec *s, int64_t count, const elem *dout,
+                                    const elem *o, const word *r, bool stream, elem *d_o,
+                                    const struct scratch *w) {
+    int64_t H = s->heads, d = s->head_dim, W = words_of(d), PH = s->pseudo * H;
+    const word *heads = rows_as_words(dout, count * H, d, w->dout),
+               *pseudo = rows_as_words(o, count * PH, d, w->o);
     for (int64_t t = 0; t < count; t++) {
-        const real *next = dout + (t + 1) * H * d, *other = o + t * PH * d;
-        real *to = d_o + t * PH * d;
-        struct mix_memory memory = {.stream = stream,
-                                    .write = stream ? NULL : to + H * d,
-                                    .at = {(const char *)other, (const char *)next},
-                                    .bytes = {PH * d * (int64_t)sizeof(real), H * d * (int64_t)sizeof(real)}};
-        if (s->per_head)
-            collapse_per_head_backward(s, dout + t * H * d, other, r, to, dr);
-        else
-            head_mix(PH, H, d, r, 1, PH, dout + t * H * d, NULL, to, &memory);
+        elem *to = d_o + t * PH * d;
+        real *result = elems_buffer(to, w->result);
+        struct mix_memory memory = {
+            .stream = stream,
+            .write = stream                ? NULL
+                     : result == w->result ? to
+                                           : to + H * d,
+            .at = {(const char *)(o + t * PH * d), (const char *)(dout + (t + 1) * H * d)},
+            .bytes = {PH * d * (int64_t)sizeof(elem), H * d * (int64_t)sizeof(elem)}};
+        head_mix(PH, words_of(H), d, r, 1, PH, rows_to_pairs(heads + t * H * W, H, d, w->pairs), result,
+                 &memory);
+        write_elems(to, PH * d, result);
     }
-    if (!s->per_head)
-        head_outer(H, PH, d, count, dout, H * d, o, PH * d, dr, (const char *)dout, 0, 0);
+    head_outer(H, PH, W, count, heads, H * W, pseudo, PH * W, w->dr, (const char *)dout, 0, 0);
 }
 
 void CPU(collapse_backward)(struct device *dev, const struct collapse_spec *s, tensor dout, tensor o,
                             tensor r, tensor d_o, tensor dr, bool accumulate) {
+    LEAVE_TO_PAIRS(dev, s->head_dim, collapse_backward(dev, s, dout, o, r, d_o, dr, accumulate));
     check_collapse("collapse_backward", s, o, r, dout);
     check_contiguous("collapse_backward", "do", d_o);
     int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H, N = s->batch * s->tokens;
-    int64_t stride = thread_reals(dev, s), block = mix_tokens(dev, N, H, d);
-    bool stream = !converts() && mix_streams(d_o.data, N * PH * d, d);
-    real *scratch = cpu_workspace(dev, CPU(collapse_plan)(dev, s).workspace, "collapse_backward");
-    const real *matrix = read_matrix(s, r, &scratch);
+    int64_t block = s->per_head ? 1 : mix_tokens(dev, N, H, d);
+    bool stream = sizeof(elem) == sizeof(real) && mix_streams(d_o.data, N * PH * d, d);
+    real *shared = cpu_workspace(dev, CPU(collapse_plan)(dev, s).workspace, "collapse_backward");
+    const real *weights = s->per_head ? read_elems(r.data, matrix_reals(s), shared) : NULL;
+    const word *matrix = s->per_head ? NULL : mix_matrix(r.data, H, PH, true, (word *)shared);
 #pragma omp parallel num_threads(dev->threads)
     {
-        real *mine = scratch + omp_get_thread_num() * stride, *converted = mine + partial_reals(s);
-        memset(mine, 0, (size_t)partial_reals(s) * sizeof(real));
+        struct scratch w = scratch_of_thread(dev, s, shared);
+        memset(w.dr, 0, (size_t)matrix_reals(s) * sizeof(real));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += block) {
-            int64_t count = min64(block, N - n);
+            const elem *g = (elem *)dout.data + n * H * d, *from = (elem *)o.data + n * PH * d;
             elem *to = (elem *)d_o.data + n * PH * d;
-            const real *g = read_elems((elem *)dout.data + n * H * d, count * H * d, converted);
-            const real *from =
-                read_elems((elem *)o.data + n * PH * d, count * PH * d, converted + block * H * d);
-            real *result = elems_buffer(to, converted + block * (H + PH) * d);
-            collapse_backward_block(s, count, g, from, matrix, stream, result, mine);
-            write_elems(to, count * PH * d, result);
+            if (s->per_head) {
+                real *result = elems_buffer(to, w.result);
+                collapse_per_head_backward(s, read_elems(g, H * d, w.dheads), read_elems(from, PH * d, w.in),
+                                           weights, result, w.dr);
+                write_elems(to, PH * d, result);
+            } else {
+                collapse_backward_block(s, min64(block, N - n), g, from, matrix, stream, to, &w);
+            }
         }
         vstream_end();
     }
-    sum_partials(scratch, dev->threads, stride, matrix_reals(s), dr.data, accumulate);
+    struct scratch w;
+    int64_t stride = layout_scratch(dev, s, NULL, &w);
+    layout_scratch(dev, s, shared + shared_reals(s), &w);
+    sum_partials(w.dr, dev->threads, stride, matrix_reals(s), dr.data, accumulate);
 }

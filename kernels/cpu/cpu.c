@@ -13,9 +13,11 @@ static struct device *cpu_open(const struct device_options *options, struct erro
     }
     struct device *dev = cpu_device_open(options, e);
 #ifdef KERNELS_BF16
-    size_t used = dev ? strlen(dev->description) : 0;
-    if (dev)
-        snprintf(dev->description + used, sizeof dev->description - used, ", bf16 %s", cpu_bf16_how());
+    if (!dev)
+        return NULL;
+    size_t used = strlen(dev->description);
+    snprintf(dev->description + used, sizeof dev->description - used, ", bf16 %s", cpu_bf16_how());
+    dev->pairs = cpu_bf16_pairs_are_fast();
 #endif
     return dev;
 }

@@ -27,7 +27,8 @@ struct device {
     struct product *products; /* planned; the first products_checked have been checked */
     int product_count, products_checked;
     struct gemm_library *library; /* bf16: the products that oneDNN has built (gemm_bf16.c) */
-    struct step_state posted;     /* operations are synchronous here, so one is enough */
+    bool pairs;               /* bf16: vdpbf16ps is as fast as a multiply-add in fp32; see LEAVE_TO_PAIRS */
+    struct step_state posted; /* operations are synchronous here, so one is enough */
 };
 
 /* To be called at the start of an operation that may take long. */
@@ -94,6 +95,9 @@ void CPU(gemm_free)(struct device *dev);
 
 /* "by AMX": for the device's description. */
 const char *cpu_bf16_how(void);
+/* Whether the processor has vdpbf16ps, and whether that takes no longer than a multiply-add in fp32. */
+bool cpu_bf16_has_pairs(void);
+bool cpu_bf16_pairs_are_fast(void);
 
 /* plan_product: add the shape to the list of products to check. check_libraries: check those on the list that
  * were not checked yet (check_products.c). */
@@ -161,5 +165,26 @@ int CPU(orthogonalize_plan)(struct device *dev, const struct orthogonalize_spec 
 /* The operations: CPU(embed), CPU(embed_backward), ... */
 #define OP(name, parameters, arguments) op_##name CPU(name);
 #include "kernels/ops.def"
+
+/* In bf16 attention, qkv_mix and collapse are built twice (real.h). The build that converts to fp32 begins each of them
+ * with this, which leaves the work to the other where that is faster. Rows of an odd number of elements have no words. */
+#if defined KERNELS_BF16 && !defined KERNELS_PAIRS && defined __x86_64__
+#define LEAVE_TO_PAIRS(dev, head_dim, call)                                                                  \
+    do {                                                                                                     \
+        if ((dev)->pairs && (head_dim) % 2 == 0)                                                             \
+            return cpu_pairs_##call;                                                                         \
+    } while (0)
+struct op_cost cpu_pairs_qkv_mix_plan(const struct device *dev, const struct qkv_mix_spec *s);
+struct op_cost cpu_pairs_attention_plan(const struct device *dev, const struct attention_spec *s);
+struct op_cost cpu_pairs_collapse_plan(const struct device *dev, const struct collapse_spec *s);
+op_attention cpu_pairs_attention;
+op_attention_backward cpu_pairs_attention_backward;
+op_qkv_mix cpu_pairs_qkv_mix;
+op_qkv_mix_backward cpu_pairs_qkv_mix_backward;
+op_collapse cpu_pairs_collapse;
+op_collapse_backward cpu_pairs_collapse_backward;
+#else
+#define LEAVE_TO_PAIRS(dev, head_dim, call) (void)0
+#endif
 
 #endif

@@ -33,6 +33,26 @@ const char *cpu_bf16_how(void) {
                                                           : "by conversion";
 }
 
+bool cpu_bf16_has_pairs(void) {
+#if defined __x86_64__
+    return cpu_multiplies_bf16() && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq");
+#else
+    return false;
+#endif
+}
+
+/* AMD's do. A Xeon's takes four times as long: there two multiply-adds of converted numbers are faster
+ * (docs/performance.md). */
+bool cpu_bf16_pairs_are_fast(void) {
+#if defined __x86_64__
+    return cpu_bf16_has_pairs() && __builtin_cpu_is("amd");
+#else
+    return false;
+#endif
+}
+
 /* ---- oneDNN 2 and 3 ---- */
 
 #if DNNL_VERSION_MAJOR >= 3

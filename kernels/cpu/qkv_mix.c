@@ -17,12 +17,7 @@ static int64_t rows_out(const struct qkv_mix_spec *s, int w) {
     return s->pseudo * mix_heads_of(s, w);
 }
 
-/* Whether elements have to be converted. */
-static bool converts(void) {
-    return sizeof(elem) < sizeof(real);
-}
-
-/* Reals from one alpha, or its partial gradient, to the next. */
+/* Elements of one alpha, or reals of its gradient. */
 static int64_t alpha_stride(const struct qkv_mix_spec *s) {
     return s->pseudo * s->heads * s->heads;
 }
@@ -32,32 +27,57 @@ static int64_t alpha_reals(const struct qkv_mix_spec *s) {
     return s->mixed ? round_up(3 * alpha_stride(s), 16) : 0;
 }
 
-/* Reals of a block of `rows` rows a token, in whole cache lines. */
-static int64_t block_reals(const struct device *dev, const struct qkv_mix_spec *s, int64_t rows) {
-    return round_up(mix_tokens(dev, s->batch * s->tokens, s->heads, s->head_dim) * rows * s->head_dim, 16);
+/* Scratch of one thread. I: pseudo-heads of q; W: words of a head's row; `block` tokens are taken at a time in backward. */
+struct scratch {
+    real *dalpha; /* [3] partial sums */
+    word *rows;   /* rows [block, I, W] of the gradients of q, k or v, rotated back */
+    word *in;     /* rows [block, H, W] of the heads, where elements have to be converted */
+    word *pairs;  /* pairs [I, d] of one token, where words are not reals */
+    real *heads;  /* [H, d] of one token, before rotation or rounding */
+    real *row;    /* [d] */
+};
+
+/* Returns its reals. Arrays are whole cache lines, so that threads do not write to the same one. */
+static int64_t layout_scratch(const struct device *dev, const struct qkv_mix_spec *s, real *base,
+                              struct scratch *w) {
+    int64_t block = s->mixed ? mix_tokens(dev, s->batch * s->tokens, s->heads, s->head_dim) : 0, at = 0;
+    int64_t H = s->heads, I = rows_out(s, 0), d = s->head_dim, W = words_of(d);
+    struct {
+        void *where;
+        int64_t reals;
+    } parts[] = {{&w->dalpha, alpha_reals(s)},
+                 {&w->rows, block * I * W},
+                 {&w->in, WORDS_CONVERT ? block * H * W : 0},
+                 {&w->pairs, PAIR > 1 ? words_of(I) * d : 0},
+                 {&w->heads, H * d},
+                 {&w->row, d}};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        void *part = base ? base + at : NULL;
+        memcpy(parts[i].where, &part, sizeof part);
+        at += round_up(parts[i].reals, 16);
+    }
+    return at;
 }
 
-/* Scratch of one thread in backward: partial sums of the three dalphas, and a block of gradients rotated
- * back. Where elements have to be converted, also a block of gradients of the results, of inputs, and of their
- * gradients. Whole cache lines, so that threads do not write to the same one. */
-static int64_t thread_reals(const struct device *dev, const struct qkv_mix_spec *s) {
-    int64_t H = s->heads, I = rows_out(s, 0);
-    return alpha_reals(s) + block_reals(dev, s, I) +
-           (converts() ? block_reals(dev, s, I) + 2 * block_reals(dev, s, H) : 0);
+/* Reals for the three alphas where they are not used as they are stored. */
+static int64_t shared_reals(const struct qkv_mix_spec *s) {
+    return sizeof(elem) < sizeof(real) ? alpha_reals(s) : 0;
 }
 
 struct op_cost CPU(qkv_mix_plan)(const struct device *dev, const struct qkv_mix_spec *s) {
-    int64_t reals = (converts() ? alpha_reals(s) : 0) + dev->threads * thread_reals(dev, s);
+    LEAVE_TO_PAIRS(dev, s->head_dim, qkv_mix_plan(dev, s));
+    struct scratch unused;
+    int64_t reals = shared_reals(s) + dev->threads * layout_scratch(dev, s, NULL, &unused);
     return (struct op_cost){.workspace = (size_t)reals * sizeof(real)};
 }
 
-/* The three alphas as reals. *scratch moves past those that are converted, to the threads' parts. */
-static void read_alphas(const struct qkv_mix_spec *s, tensor q, tensor k, tensor v, real **scratch,
-                        const real *alpha[3]) {
+/* The three alphas as operands, for forward or (transposed) for backward. */
+static void read_alphas(const struct qkv_mix_spec *s, tensor q, tensor k, tensor v, bool transposed,
+                        real *scratch, const word *alpha[3]) {
     const elem *from[3] = {q.data, k.data, v.data};
     for (int w = 0; w < 3; w++)
-        alpha[w] = read_elems(from[w], rows_out(s, w) * mix_heads_of(s, w), *scratch + w * alpha_stride(s));
-    *scratch += converts() ? alpha_reals(s) : 0;
+        alpha[w] = mix_matrix(from[w], rows_out(s, w), mix_heads_of(s, w), transposed,
+                              (word *)(scratch + w * alpha_stride(s)));
 }
 
 void CPU(rope_table)(struct device *dev, const struct rope_spec *s, tensor table) {
@@ -105,17 +125,25 @@ static void check_mix(const char *op, const struct qkv_mix_spec *s, tensor qkv, 
         check_i32(op, "positions", positions, B, s->tokens);
 }
 
+/* The calling thread's part of an operation's scratch memory. */
+static struct scratch scratch_of_thread(const struct device *dev, const struct qkv_mix_spec *s,
+                                        real *shared) {
+    struct scratch w;
+    int64_t stride = layout_scratch(dev, s, NULL, &w);
+    layout_scratch(dev, s, shared + shared_reals(s) + omp_get_thread_num() * stride, &w);
+    return w;
+}
+
 /* Without alphas: parts = rotate(packed), or with `back` packed = rotate back(parts). parts: q, k and v, or the heads
  * of packed themselves. */
 static void rotate_tokens(struct device *dev, const struct qkv_mix_spec *s, tensor packed,
                           const tensor parts[3], tensor table, const int32_t *positions, int64_t first,
                           bool back, const char *op) {
     int64_t d = s->head_dim, N = s->batch * s->tokens, row = mix_row_heads(s);
-    int64_t stride = thread_reals(dev, s);
-    real *scratch = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, op);
+    real *shared = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, op);
 #pragma omp parallel num_threads(dev->threads)
     {
-        real *converted = scratch + omp_get_thread_num() * stride;
+        real *converted = scratch_of_thread(dev, s, shared).heads;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++)
             for (int w = 0; w < 3; w++) {
@@ -136,32 +164,34 @@ static void rotate_tokens(struct device *dev, const struct qkv_mix_spec *s, tens
     }
 }
 
-/* One token of q, k or v. A pseudo-head's rows are rotated while they are in the L1 cache. mixed: scratch [H,d]. */
-static void mix_token(const struct qkv_mix_spec *s, int64_t H, const real *in, const real *alpha,
-                      bool rotated, tensor table, int64_t position, bool stream, real *mixed, real *out) {
-    int64_t P = s->pseudo, d = s->head_dim, bytes = H * d * (int64_t)sizeof(real);
-    const char *next = (const char *)(in + mix_row_heads(s) * d);
-    struct mix_memory memory = {.at = {next, next}};
-    if (!rotated) {
-        memory.stream = stream;
-        memory.write = stream ? NULL : out + H * d;
-        memory.bytes[0] = bytes;
-        head_mix(P * H, H, d, alpha, H, 1, in, NULL, out, &memory);
-    } else {
-        for (int64_t p = 0; p < P; p++) {
-            real *to = out + p * H * d;
-            memory.write = stream ? NULL : to;
-            memory.at[0] = next + bytes / P * p;
-            memory.bytes[0] = bytes / P;
-            head_mix(H, H, d, alpha + p * H * H, H, 1, in, NULL, mixed, &memory);
-            rotate_heads(s, H, mixed, table, position, p, 1, stream, to);
-        }
+/* One token of q, k or v. The H heads of a pseudo-head are rotated while they are in the L1 cache. in: pairs [H, d];
+ * next: the next token's heads. */
+static void mix_token(const struct qkv_mix_spec *s, int64_t H, const word *in, const word *alpha,
+                      bool rotated, tensor table, int64_t position, bool stream, const elem *next,
+                      real *heads, elem *out) {
+    int64_t P = s->pseudo, d = s->head_dim, J = words_of(H), bytes = H * d * (int64_t)sizeof(elem) / P;
+    for (int64_t p = 0; p < P; p++) {
+        elem *to = out + p * H * d;
+        real *result = elems_buffer(to, heads);
+        bool direct = !rotated && result != heads; /* what is prefetched now is stored by the next call */
+        struct mix_memory memory = {.stream = stream && !rotated,
+                                    .write = stream   ? NULL
+                                             : direct ? to + H * d
+                                                      : to,
+                                    .at = {(const char *)next + bytes * p, (const char *)next},
+                                    .bytes = {bytes}};
+        head_mix(H, J, d, alpha + p * H * J, J, 1, in, rotated ? heads : result, &memory);
+        if (rotated)
+            rotate_heads(s, H, heads, table, position, p, 1, stream, result);
+        write_elems(to, H * d, result);
     }
 }
 
 void CPU(qkv_mix)(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, tensor alpha_q,
                   tensor alpha_k, tensor alpha_v, tensor table, tensor positions, int64_t first, tensor q,
                   tensor k, tensor v) {
+    LEAVE_TO_PAIRS(dev, s->head_dim,
+                   qkv_mix(dev, s, qkv, alpha_q, alpha_k, alpha_v, table, positions, first, q, k, v));
     check_mix("qkv_mix", s, qkv, positions, q, k, v);
     if (!s->mixed) {
         rotate_tokens(dev, s, qkv, (tensor[]){q, k, v}, table, positions.data, first, false, "qkv_mix");
@@ -169,79 +199,91 @@ void CPU(qkv_mix)(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, 
     }
     int64_t d = s->head_dim, N = s->batch * s->tokens, row = mix_row_heads(s), I = s->pseudo * row;
     elem *out[3] = {q.data, k.data, v.data};
-    bool stream = !converts() && mix_streams(q.data, N * I * d, d) && mix_streams(k.data, N * I * d, d) &&
-                  mix_streams(v.data, N * I * d, d);
-    int64_t stride = thread_reals(dev, s);
-    const real *alpha[3];
-    real *scratch = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix");
-    read_alphas(s, alpha_q, alpha_k, alpha_v, &scratch, alpha);
+    bool stream = sizeof(elem) == sizeof(real) && mix_streams(q.data, N * I * d, d) &&
+                  mix_streams(k.data, N * I * d, d) && mix_streams(v.data, N * I * d, d);
+    const word *alpha[3];
+    real *shared = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix");
+    read_alphas(s, alpha_q, alpha_k, alpha_v, false, shared, alpha);
 #pragma omp parallel num_threads(dev->threads)
     {
-        real *mixed = scratch + omp_get_thread_num() * stride,
-             *converted = mixed + block_reals(dev, s, rows_out(s, 0));
+        struct scratch scratch = scratch_of_thread(dev, s, shared);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++)
             for (int w = 0; w < 3; w++) {
-                int64_t H = mix_heads_of(s, w), count = rows_out(s, w) * d;
-                elem *from = (elem *)qkv.data + (n * row + first_head(s, w)) * d, *to = out[w] + n * count;
-                real *result = elems_buffer(to, converted + H * d);
-                mix_token(s, H, read_elems(from, H * d, converted), alpha[w], s->rope && w < 2, table,
-                          position_of(s, positions.data, first, n), stream, mixed, result);
-                write_elems(to, count, result);
+                int64_t H = mix_heads_of(s, w);
+                const elem *from = (elem *)qkv.data + (n * row + first_head(s, w)) * d;
+                const word *in = rows_to_pairs(rows_as_words(from, H, d, scratch.in), H, d, scratch.pairs);
+                mix_token(s, H, in, alpha[w], s->rope && w < 2, table,
+                          position_of(s, positions.data, first, n), stream, from + row * d, scratch.heads,
+                          out[w] + n * rows_out(s, w) * d);
             }
         vstream_end();
     }
 }
 
-/* `count` tokens from n of one of q, k, v: rotate the gradient back, then both gradients of the mixing. next: the
- * gradients of the block after this one, which are brought into the cache, half of them by each product. in_stride:
- * between tokens of in and din. */
-static void mix_backward_block(const struct qkv_mix_spec *s, int64_t H, int64_t n, int64_t count,
-                               const real *dout, const real *next, const real *in, const real *alpha,
-                               bool rotated, tensor table, const int32_t *positions, bool stream,
-                               real *unrotated, int64_t in_stride, real *din, real *dalpha) {
-    int64_t d = s->head_dim, I = s->pseudo * H;
-    int64_t bytes = I * d * (int64_t)sizeof(real), half = bytes / 2;
-    for (int64_t t = 0; t < count; t++) {
-        const real *from = dout + t * I * d;
-        real *to = din + t * in_stride;
-        struct mix_memory memory = {
-            .stream = stream,
-            .write = stream || converts() ? NULL : to + in_stride,
-            .at = {(const char *)(next + t * I * d), (const char *)(in + t * in_stride)},
-            .bytes = {half, H * d * (int64_t)sizeof(real)}};
-        if (rotated) {
-            from = unrotated + t * I * d;
-            for (int64_t p = 0; p < s->pseudo; p++)
-                rotate_heads(s, H, dout + (t * I + p * H) * d, table, position_of(s, positions, 0, n + t), p,
-                             -1, false, unrotated + (t * I + p * H) * d);
+/* The gradients of one token's pseudo-heads [P*H, d] rotated back, as rows. */
+static void rotate_back(const struct qkv_mix_spec *s, int64_t H, const elem *dout, tensor table,
+                        int64_t token, real *row, word *out) {
+    int64_t d = s->head_dim, W = words_of(d);
+    for (int64_t p = 0; p < s->pseudo; p++)
+        for (int64_t h = p * H; h < (p + 1) * H; h++) {
+            real *result = words_buffer(out + h * W, row);
+            rotate_heads(s, 1, read_elems(dout + h * d, d, row), table, token, p, -1, false, result);
+            write_words(out + h * W, d, result);
         }
-        head_mix(H, I, d, alpha, 1, H, from, NULL, to, &memory);
-    }
-    head_outer(I, H, d, count, rotated ? unrotated : dout, I * d, in, in_stride, dalpha,
-               (const char *)next + half, bytes, bytes - half);
 }
 
-/* The same where elements have to be converted, into `converted`. */
-static void mix_backward_converted(const struct device *dev, const struct qkv_mix_spec *s, int64_t H,
-                                   int64_t n, int64_t count, const elem *dout, const elem *in,
-                                   const real *alpha, bool rotated, tensor table, const int32_t *positions,
-                                   real *unrotated, real *converted, elem *din, real *dalpha) {
-    int64_t d = s->head_dim, I = s->pseudo * H, stride = mix_row_heads(s) * d;
-    real *x = converted + block_reals(dev, s, I), *dx = x + block_reals(dev, s, H);
-    const real *g = read_elems(dout, count * I * d, converted);
-    for (int64_t t = 0; t < count; t++)
-        read_elems(in + t * stride, H * d, x + t * H * d);
-    mix_backward_block(s, H, n, count, g, g, x, alpha, rotated, table, positions, false, unrotated, H * d, dx,
-                       dalpha);
-    for (int64_t t = 0; t < count; t++)
-        write_elems(din + t * stride, H * d, dx + t * H * d);
+/* Gradients of one of q, k, v with respect to the mixing. */
+struct mix_gradients {
+    int64_t H;
+    bool rotated, stream;
+    const word *alpha; /* transposed */
+    const elem *dout, *in;
+    elem *din;
+    const elem *next; /* what of dout comes after this block */
+    real *dalpha;
+};
+
+/* `count` tokens from n: rotate the gradient back, then both gradients of the mixing. Each brings half of `next` into the
+ * cache. */
+static void mix_backward_block(const struct qkv_mix_spec *s, const struct mix_gradients *g, int64_t n,
+                               int64_t count, tensor table, const int32_t *positions,
+                               const struct scratch *w) {
+    int64_t H = g->H, d = s->head_dim, W = words_of(d), I = s->pseudo * H, stride = mix_row_heads(s) * d;
+    int64_t bytes = I * d * (int64_t)sizeof(elem), half = bytes / 2;
+    const word *first = NULL, *heads = NULL;
+    for (int64_t t = 0; t < count; t++) {
+        const elem *dout = g->dout + t * I * d, *in = g->in + t * stride;
+        const word *rows = w->rows + t * I * W;
+        if (g->rotated)
+            rotate_back(s, H, dout, table, position_of(s, positions, 0, n + t), w->row, w->rows + t * I * W);
+        else
+            rows = rows_as_words(dout, I, d, w->rows + t * I * W);
+        const word *x = rows_as_words(in, H, d, w->in + (WORDS_CONVERT ? t * H * W : 0));
+        first = t == 0 ? rows : first;
+        heads = t == 0 ? x : heads;
+        elem *to = g->din + t * stride;
+        real *result = elems_buffer(to, w->heads);
+        struct mix_memory memory = {.stream = g->stream,
+                                    .write = g->stream            ? NULL
+                                             : result == w->heads ? to
+                                                                  : to + stride,
+                                    .at = {(const char *)(g->next + t * I * d), (const char *)in},
+                                    .bytes = {half, H * d * (int64_t)sizeof(elem)}};
+        head_mix(H, words_of(I), d, g->alpha, 1, H, rows_to_pairs(rows, I, d, w->pairs), result, &memory);
+        write_elems(to, H * d, result);
+    }
+    head_outer(I, H, W, count, first, I * W, heads, WORDS_CONVERT ? H * W : stride / PAIR, g->dalpha,
+               (const char *)g->next + half, bytes, bytes - half);
 }
 
 void CPU(qkv_mix_backward)(struct device *dev, const struct qkv_mix_spec *s, tensor dq, tensor dk, tensor dv,
                            tensor qkv, tensor alpha_q, tensor alpha_k, tensor alpha_v, tensor table,
                            tensor positions, tensor dqkv, tensor dalpha_q, tensor dalpha_k, tensor dalpha_v,
                            bool accumulate) {
+    LEAVE_TO_PAIRS(dev, s->head_dim,
+                   qkv_mix_backward(dev, s, dq, dk, dv, qkv, alpha_q, alpha_k, alpha_v, table, positions,
+                                    dqkv, dalpha_q, dalpha_k, dalpha_v, accumulate));
     check_mix("qkv_mix_backward", s, s->mixed ? qkv : dqkv, positions, dq, dk, dv);
     if (!s->mixed) {
         rotate_tokens(dev, s, dqkv, (tensor[]){dq, dk, dv}, table, positions.data, 0, true,
@@ -249,40 +291,38 @@ void CPU(qkv_mix_backward)(struct device *dev, const struct qkv_mix_spec *s, ten
         return;
     }
     int64_t d = s->head_dim, N = s->batch * s->tokens, row = mix_row_heads(s), matrix = alpha_stride(s);
-    int64_t stride = thread_reals(dev, s), block = mix_tokens(dev, N, s->heads, d);
-    real *scratch = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix_backward");
-    bool stream = !converts() && mix_streams(dqkv.data, N * row * d, d);
-    const real *alpha[3];
+    int64_t block = mix_tokens(dev, N, s->heads, d);
+    bool stream = sizeof(elem) == sizeof(real) && mix_streams(dqkv.data, N * row * d, d);
+    const word *alpha[3];
     const elem *dout[3] = {dq.data, dk.data, dv.data};
-    read_alphas(s, alpha_q, alpha_k, alpha_v, &scratch, alpha);
+    real *shared = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix_backward");
+    read_alphas(s, alpha_q, alpha_k, alpha_v, true, shared, alpha);
 #pragma omp parallel num_threads(dev->threads)
     {
-        real *dalpha = scratch + omp_get_thread_num() * stride;
-        real *unrotated = dalpha + alpha_reals(s),
-             *converted = unrotated + block_reals(dev, s, rows_out(s, 0));
-        memset(dalpha, 0, (size_t)(3 * matrix) * sizeof(real));
+        struct scratch scratch = scratch_of_thread(dev, s, shared);
+        memset(scratch.dalpha, 0, (size_t)(3 * matrix) * sizeof(real));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += block)
             for (int w = 0; w < 3; w++) {
-                int64_t count = min64(block, N - n), at = (n * row + first_head(s, w)) * d,
-                        H = mix_heads_of(s, w);
-                int64_t ahead = w < 2 ? n : n + block;
-                const elem *g = dout[w] + n * rows_out(s, w) * d;
-                const elem *next = dout[(w + 1) % 3] + ahead * rows_out(s, (w + 1) % 3) * d;
-                if (converts())
-                    mix_backward_converted(dev, s, H, n, count, g, (elem *)qkv.data + at, alpha[w],
-                                           s->rope && w < 2, table, positions.data, unrotated, converted,
-                                           (elem *)dqkv.data + at, dalpha + w * matrix);
-                else
-                    mix_backward_block(s, H, n, count, (const real *)g, (const real *)next,
-                                       (real *)qkv.data + at, alpha[w], s->rope && w < 2, table,
-                                       positions.data, stream, unrotated, row * d, (real *)dqkv.data + at,
-                                       dalpha + w * matrix);
+                int64_t at = (n * row + first_head(s, w)) * d, ahead = w < 2 ? n : n + block;
+                struct mix_gradients g = {.H = mix_heads_of(s, w),
+                                          .rotated = s->rope && w < 2,
+                                          .stream = stream,
+                                          .alpha = alpha[w],
+                                          .dout = dout[w] + n * rows_out(s, w) * d,
+                                          .in = (elem *)qkv.data + at,
+                                          .din = (elem *)dqkv.data + at,
+                                          .next = dout[(w + 1) % 3] + ahead * rows_out(s, (w + 1) % 3) * d,
+                                          .dalpha = scratch.dalpha + w * matrix};
+                mix_backward_block(s, &g, n, min64(block, N - n), table, positions.data, &scratch);
             }
         vstream_end();
     }
+    struct scratch scratch;
+    int64_t stride = layout_scratch(dev, s, NULL, &scratch);
+    layout_scratch(dev, s, shared + shared_reals(s), &scratch);
     real *dalphas[3] = {dalpha_q.data, dalpha_k.data, dalpha_v.data};
     for (int w = 0; w < 3; w++)
-        sum_partials(scratch + w * matrix, dev->threads, stride, rows_out(s, w) * mix_heads_of(s, w),
+        sum_partials(scratch.dalpha + w * matrix, dev->threads, stride, rows_out(s, w) * mix_heads_of(s, w),
                      dalphas[w], accumulate);
 }

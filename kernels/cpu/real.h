@@ -3,11 +3,12 @@
  *   real   what is computed in; also gradients of parameters, statistics and the table of angles
  *   elem   what parameters and activations are stored in
  *
- * The operations are built three times:
+ * The operations are built three times, attention and mixing four times:
  *
  *                       real     elem
  *                       float    float    training and evaluation in fp32
  *   -DKERNELS_BF16      float    bf16     training in bf16; CPU(name) names other functions
+ *   and -DKERNELS_PAIRS float    bf16     the same with vdpbf16ps, for processors where it is fast (word.h)
  *   -DKERNELS_DOUBLE    double   double   gradient tests
  *
  * Vectors are GCC's vector extension, as wide as the target processor's registers. */
@@ -43,7 +44,11 @@ typedef struct {
     uint16_t bits;
 } __attribute__((may_alias)) elem;
 #define ELEM_DTYPE DTYPE_BF16
+#ifdef KERNELS_PAIRS
+#define CPU(name) cpu_pairs_##name
+#else
 #define CPU(name) cpu_bf16_##name
+#endif
 #else
 typedef real elem;
 #define ELEM_DTYPE REAL_DTYPE
@@ -120,14 +125,24 @@ typedef uint32_t vwords __attribute__((vector_size(VECTOR_BYTES)));
 
 static inline vreal vload_elem(const elem *p) {
     vhalves halves = *(const vhalves_unaligned *)p;
+#ifdef __AVX512F__
+    return (vreal)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)halves),
+                                    16); /* GCC would convert halves of it */
+#else
     return (vreal)(__builtin_convertvector(halves, vwords) << 16);
+#endif
 }
 
+/* As to_elem. The instruction makes numbers below 2^-126 zero, which are of no account. */
 static inline void vstore_elem(elem *p, vreal v) {
+#ifdef __AVX512BF16__
+    *(vhalves_unaligned *)p = (vhalves)_mm512_cvtneps_pbh((__m512)v);
+#else
     vwords bits = (vwords)v, nan = (vwords)((bits & 0x7fffffffu) > 0x7f800000u);
     vwords rounded = bits + 0x7fffu + (bits >> 16 & 1u);
     rounded = ((rounded & ~nan) | ((bits | 0x400000u) & nan)) >> 16;
     *(vhalves_unaligned *)p = __builtin_convertvector(rounded, vhalves);
+#endif
 }
 
 /* n elements as reals: converted into `scratch`, or where they are. */
@@ -187,6 +202,41 @@ static inline void write_elems(elem *p, int64_t n, const real *buffer) {
 }
 
 #endif
+
+/* n <= VL elements; the other lanes are 0. */
+static inline vreal load_part(const elem *x, int64_t n) {
+    elem part[VL] = {0};
+    if (n >= VL)
+        return vload_elem(x);
+    memcpy(part, x, (size_t)n * sizeof(elem));
+    return vload_elem(part);
+}
+
+static inline void store_part(elem *out, vreal v, int64_t n) {
+    elem part[VL];
+    if (n >= VL) {
+        vstore_elem(out, v);
+        return;
+    }
+    vstore_elem(part, v);
+    memcpy(out, part, (size_t)n * sizeof(elem));
+}
+
+/* The same in reals. */
+static inline vreal load_reals(const real *x, int64_t n) {
+    vreal v = {0};
+    if (n >= VL)
+        return vload(x);
+    memcpy(&v, x, (size_t)n * sizeof(real));
+    return v;
+}
+
+static inline void store_reals(real *out, vreal v, int64_t n) {
+    if (n >= VL)
+        vstore(out, v);
+    else
+        memcpy(out, &v, (size_t)n * sizeof(real));
+}
 
 /* ---- vectors ---- */
 

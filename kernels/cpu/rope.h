@@ -7,6 +7,8 @@
 
 #include "kernels/cpu/real.h"
 
+typedef real vhalf __attribute__((vector_size(VECTOR_BYTES / 2), aligned(sizeof(real)), may_alias));
+
 /* sign = 1 rotates, -1 rotates back. x may be out. stream: out's halves are whole aligned vectors, and are stored past
  * the caches. */
 static inline void rope_rotate(const real *x, const real *row, int64_t head_dim, real sign, bool stream,
@@ -23,6 +25,12 @@ static inline void rope_rotate(const real *x, const real *row, int64_t head_dim,
             vstore(out + i, first);
             vstore(out + i + half, second);
         }
+    }
+    for (; i + VL / 2 <= half; i += VL / 2) { /* heads of 16 */
+        vhalf a = *(const vhalf *)(x + i), b = *(const vhalf *)(x + i + half);
+        vhalf c = *(const vhalf *)(cosine + i), s = sign * *(const vhalf *)(sine + i);
+        *(vhalf *)(out + i) = a * c - b * s;
+        *(vhalf *)(out + i + half) = b * c + a * s;
     }
     for (; i < half; i++) {
         real a = x[i], b = x[i + half], c = cosine[i], s = sign * sine[i];

@@ -1,6 +1,6 @@
 /* Small matrix products with sums in registers, for attention and head mixing.
  *
- *   C[m,n] (+)= A[m,k] B[k,n]
+ *   C[m,n] (+)= A[m,k] B[k,n], A and B in words (word.h), C in reals; k counts words
  *
  * A is read element by element through two strides, so it may be transposed at no cost; B and C have
  * contiguous rows. A block of mr rows by nv vectors of C stays in registers while k runs, and each load of B
@@ -10,11 +10,11 @@
 
 #include <stdbool.h>
 
-#include "kernels/cpu/real.h"
+#include "kernels/cpu/word.h"
 
 /* One register block; mr and nv are compile-time constants at every call. */
-ALWAYS_INLINE void tile_block(const int mr, const int nv, int64_t k, const real *a, int64_t row, int64_t col,
-                              const real *b, int64_t ldb, real *c, int64_t ldc, bool accumulate) {
+ALWAYS_INLINE void tile_block(const int mr, const int nv, int64_t k, const word *a, int64_t row, int64_t col,
+                              const word *b, int64_t ldb, real *c, int64_t ldc, bool accumulate) {
     vreal acc[16][4];
     UNROLL
     for (int i = 0; i < mr; i++)
@@ -25,13 +25,13 @@ ALWAYS_INLINE void tile_block(const int mr, const int nv, int64_t k, const real 
         vreal bv[4];
         UNROLL
         for (int j = 0; j < nv; j++)
-            bv[j] = vkeep(vload(b + l * ldb + j * VL));
+            bv[j] = vkeep(vload_words(b + l * ldb + j * VL));
         UNROLL
         for (int i = 0; i < mr; i++) {
-            vreal av = vkeep(vsplat(a[i * row + l * col]));
+            vreal av = vkeep(vsplat_word(a[i * row + l * col]));
             UNROLL
             for (int j = 0; j < nv; j++)
-                acc[i][j] += av * bv[j];
+                acc[i][j] = vmultiply_add(acc[i][j], av, bv[j]);
         }
     }
     UNROLL
@@ -42,8 +42,8 @@ ALWAYS_INLINE void tile_block(const int mr, const int nv, int64_t k, const real 
 }
 
 /* A panel of nv vectors of columns, in row blocks of mr, then 4, 2, 1. */
-ALWAYS_INLINE void tile_panel(const int mr, const int nv, int64_t m, int64_t k, const real *a, int64_t row,
-                              int64_t col, const real *b, int64_t ldb, real *c, int64_t ldc,
+ALWAYS_INLINE void tile_panel(const int mr, const int nv, int64_t m, int64_t k, const word *a, int64_t row,
+                              int64_t col, const word *b, int64_t ldb, real *c, int64_t ldc,
                               bool accumulate) {
     int64_t i = 0;
     for (; i + mr <= m; i += mr)
@@ -66,8 +66,8 @@ enum { TILE_ROWS_1 = 8, TILE_ROWS_2 = 6, TILE_ROWS_4 = 3 };
 
 /* C[m,n] (+)= A[m,k] B[k,n]; A's element (i,l) is a[i*row + l*col]. Columns past the last whole vector are
  * done one by one: pad n to a multiple of VL where speed matters. */
-static inline void tile_gemm(int64_t m, int64_t n, int64_t k, const real *a, int64_t row, int64_t col,
-                             const real *b, int64_t ldb, real *c, int64_t ldc, bool accumulate) {
+static inline void tile_gemm(int64_t m, int64_t n, int64_t k, const word *a, int64_t row, int64_t col,
+                             const word *b, int64_t ldb, real *c, int64_t ldc, bool accumulate) {
     int64_t j = 0;
     for (; j + 4 * VL <= n; j += 4 * VL)
         tile_panel(TILE_ROWS_4, 4, m, k, a, row, col, b + j, ldb, c + j, ldc, accumulate);
@@ -79,7 +79,7 @@ static inline void tile_gemm(int64_t m, int64_t n, int64_t k, const real *a, int
         for (int64_t i = 0; i < m; i++) {
             real sum = accumulate ? c[i * ldc + j] : 0;
             for (int64_t l = 0; l < k; l++)
-                sum += a[i * row + l * col] * b[l * ldb + j];
+                sum += word_product(a[i * row + l * col], b[l * ldb + j]);
             c[i * ldc + j] = sum;
         }
 }

@@ -2,10 +2,14 @@
  * backend in the place of the GPU's, and the optimizer's rounding to the bit.
  *
  * A model's plain computation is the fp32 backend with what operations write rounded (tests/lib/rounded.h). */
-#define TESTED_KERNELS kernels_cpu_bf16
+#define TESTED_KERNELS tested_kernels
+#include "kernels/kernels.h"
+const struct kernels *tested_kernels(void);
 #include "tests/cuda/classifier_check.h"
 #include "tests/cuda/muon_check.h"
+#include "tests/cuda/qkv_mix_check.h"
 
+#include "kernels/cpu/cpu.h"
 #include "model/model.h"
 #include "model/state_dict.h"
 #include "tests/lib/model_configs.h"
@@ -17,6 +21,37 @@ void emulator_seed(uint64_t seed) {
 }
 
 int emulator_allocations(void) {
+    return 0;
+}
+
+/* ---- with and without vdpbf16ps ---- */
+
+static bool with_pairs;
+
+static struct device *open_tested(const struct device_options *options, struct error *e) {
+    struct device *dev = kernels_cpu_bf16()->open(options, e);
+    if (dev)
+        dev->pairs = with_pairs;
+    return dev;
+}
+
+/* Attention and mixing do what `with_pairs` says, rather than what is faster here. */
+const struct kernels *tested_kernels(void) {
+    static struct kernels k;
+    k = *kernels_cpu_bf16();
+    k.open = open_tested;
+    return &k;
+}
+
+static int choose_pairs(void **unused) {
+    (void)unused;
+    with_pairs = true;
+    return 0;
+}
+
+static int choose_conversion(void **unused) {
+    (void)unused;
+    with_pairs = false;
     return 0;
 }
 
@@ -43,6 +78,15 @@ static void check(enum device_precision precision, const struct op_case *c) {
         run_draw(&r);
         run_once(&r);
     }
+    run_expect_close(&r);
+    done(r.k);
+}
+
+/* With vdpbf16ps what was rotated back is rounded, as on a GPU. */
+static void check_paired_mix(enum device_precision precision, const struct op_case *c) {
+    struct op_run r;
+    run_open(&r, precision, c);
+    run_mix(&r, c->spec.qkv_mix.head_dim % 2 == 0);
     run_expect_close(&r);
     done(r.k);
 }
@@ -207,7 +251,7 @@ static void check_model(struct model_config c, enum recompute recompute) {
         tokens[i] = (int32_t)((fixture_noise() + 1) / 2 * VOCAB);
         targets[i] = i % 7 == 5 ? -1 : (int32_t)((fixture_noise() + 1) / 2 * VOCAB);
     }
-    open_side(&sides[CUDA], kernels_cpu_bf16(), DEVICE_BF16, &c, recompute);
+    open_side(&sides[CUDA], tested_kernels(), DEVICE_BF16, &c, recompute);
     open_side(&sides[PLAIN], kernels_cpu_rounded(), DEVICE_FP32, &c, RECOMPUTE_NONE);
     open_side(&sides[EXACT], kernels_cpu_double(), DEVICE_FP32, &c, RECOMPUTE_NONE);
     for (struct side *s = sides; s < sides + BACKENDS; s++) {
@@ -262,5 +306,16 @@ int main(void) {
         cmocka_unit_test(muon),
         cmocka_unit_test(models),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    const struct CMUnitTest paired[] = {
+        EVERY_CASE("qkv_mix, vdpbf16ps", OP_QKV_MIX, DEVICE_BF16, check_paired_mix),
+        EVERY_CASE("collapse, vdpbf16ps", OP_COLLAPSE, DEVICE_BF16, check),
+        cmocka_unit_test(attention),
+        cmocka_unit_test(models),
+    };
+    int failed = cmocka_run_group_tests(tests, choose_conversion, NULL);
+    if (cpu_bf16_has_pairs())
+        failed += cmocka_run_group_tests(paired, choose_pairs, NULL);
+    else
+        print_message("this processor has no vdpbf16ps: not tested with it\n");
+    return failed;
 }
