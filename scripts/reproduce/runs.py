@@ -343,7 +343,16 @@ class Scheduler:
         self.terminal = sys.stderr.isatty()
 
     def start(self, run, slot):
+        """Go on with what the folder holds of this run, or begin; what it holds of a run with other settings goes."""
+        settings = run.folder / "overrides.json"
+        try:
+            same = json.loads(settings.read_text()) == list(run.overrides)
+        except (FileNotFoundError, ValueError):
+            same = False
+        if not same:
+            shutil.rmtree(run.folder, ignore_errors=True)
         run.folder.mkdir(parents=True, exist_ok=True)
+        write_json(settings, run.overrides)
         log = open(run.folder / "log.txt", "ab")
         environment = dict(os.environ)
         if self.cards:

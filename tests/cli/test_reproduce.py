@@ -69,6 +69,16 @@ class Reproduce(FolderCase):
         return {str(path.parent.relative_to(self.runs / "full" / name)): json.loads(path.read_text())
                 for path in self.runs.rglob("result.json")}
 
+    def test_other_settings_begin_anew(self):
+        """The folder holds a run that has ended, with settings that have since changed."""
+        self.reproduce(3, "--seeds", "1")
+        self.reproduce(3, "--seeds", "1", text=EXPERIMENTS.replace("run.eval_every=3", "run.eval_every=3\", \"train.weight_decay=0.5"))
+        for name, result in self.results().items():
+            self.assertIn("train.weight_decay=0.5", result["overrides"], name)
+            config = json.loads(next((self.runs / "full" / "lm" / name).glob("step_*/trainer.json")).read_text())
+            self.assertNotIn("already finished", (self.runs / "full" / "lm" / name / "log.txt").read_text(), name)
+            self.assertEqual(config["step"], result["steps"], name)
+
     def test_whole(self):
         done = self.reproduce(9)
         results = self.results()
