@@ -21,7 +21,7 @@ static int64_t layout_scratch(const struct device *dev, const struct collapse_sp
                               struct scratch *w) {
     int64_t H = s->heads, PH = s->pseudo * H, d = s->head_dim, at = 0;
     int64_t rows =
-        WORDS_CONVERT && !s->per_head ? mix_tokens(dev, s->batch * s->tokens, H, d) * words_of(d) : 0;
+        WORDS_CONVERT && !s->per_head ? mix_tokens(dev, s->batch * s->tokens, H, s->pseudo, d) * words_of(d) : 0;
     struct {
         void *where;
         int64_t reals;
@@ -166,7 +166,7 @@ void CPU(collapse_backward)(struct device *dev, const struct collapse_spec *s, t
     check_collapse("collapse_backward", s, o, r, dout);
     check_contiguous("collapse_backward", "do", d_o);
     int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H, N = s->batch * s->tokens;
-    int64_t block = s->per_head ? 1 : mix_tokens(dev, N, H, d);
+    int64_t block = s->per_head ? 1 : mix_tokens(dev, N, H, s->pseudo, d);
     bool stream = sizeof(elem) == sizeof(real) && mix_streams(d_o.data, N * PH * d, d);
     real *shared = cpu_workspace(dev, CPU(collapse_plan)(dev, s).workspace, "collapse_backward");
     const real *weights = s->per_head ? read_elems(r.data, matrix_reals(s), shared) : NULL;

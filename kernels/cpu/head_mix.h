@@ -40,9 +40,9 @@ ALWAYS_INLINE void mix_block(const int mr, const int nv, int64_t k, const word *
         UNROLL
         for (int j = 0; j < nv; j++)
             bv[j] = vkeep(vload_words(b + l * ld + j * VL));
-        __builtin_prefetch(first);
-        __builtin_prefetch(first + step[0] / 2);
-        __builtin_prefetch(second);
+        __builtin_prefetch(first, 0, 2);
+        __builtin_prefetch(first + step[0] / 2, 0, 2);
+        __builtin_prefetch(second, 0, 2);
         first += step[0];
         second += step[1];
         UNROLL
@@ -175,8 +175,8 @@ ALWAYS_INLINE void outer_block(int64_t i, int64_t j, int64_t I, int64_t J, int64
         int64_t c = 0;
         const char *at = next + t * next_stride;
         for (; c + VL <= W; c += VL) {
-            __builtin_prefetch(at);
-            __builtin_prefetch(at + step / 2);
+            __builtin_prefetch(at, 0, 2);
+            __builtin_prefetch(at + step / 2, 0, 2);
             at += step;
             outer_add(a, b, c, VL, acc);
         }
@@ -213,11 +213,12 @@ static inline void head_outer(int64_t I, int64_t J, int64_t W, int64_t tokens, c
 }
 
 /* Tokens that a thread takes at a time in backward, of `tokens` in all: enough that storing a block's sums costs
- * little, few enough that the operand with `heads` rows stays in the L1 cache and that every thread gets some. */
-static inline int64_t mix_tokens(const struct device *dev, int64_t tokens, int64_t heads, int64_t d) {
-    const int64_t bytes = 24 << 10, most = 16;
-    int64_t share = (tokens + dev->threads - 1) / dev->threads;
-    return max64(1, min64(min64(most, share), bytes / (heads * d * (int64_t)sizeof(real))));
+ * little, few enough that the operand with `heads` rows stays near the L1 cache, and the one with heads * pseudo rows in
+ * half of the L2 cache, and that every thread gets some. */
+static inline int64_t mix_tokens(const struct device *dev, int64_t tokens, int64_t heads, int64_t pseudo, int64_t d) {
+    const int64_t most = 16, small = 48 << 10, large = 512 << 10;
+    int64_t share = (tokens + dev->threads - 1) / dev->threads, bytes = heads * d * (int64_t)sizeof(real);
+    return max64(1, min64(min64(most, share), min64(small / bytes, large / (bytes * pseudo))));
 }
 
 #endif

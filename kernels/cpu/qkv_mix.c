@@ -40,7 +40,7 @@ struct scratch {
 /* Returns its reals. Arrays are whole cache lines, so that threads do not write to the same one. */
 static int64_t layout_scratch(const struct device *dev, const struct qkv_mix_spec *s, real *base,
                               struct scratch *w) {
-    int64_t block = s->mixed ? mix_tokens(dev, s->batch * s->tokens, s->heads, s->head_dim) : 0, at = 0;
+    int64_t block = s->mixed ? mix_tokens(dev, s->batch * s->tokens, s->heads, s->pseudo, s->head_dim) : 0, at = 0;
     int64_t H = s->heads, I = rows_out(s, 0), d = s->head_dim, W = words_of(d);
     struct {
         void *where;
@@ -291,7 +291,7 @@ void CPU(qkv_mix_backward)(struct device *dev, const struct qkv_mix_spec *s, ten
         return;
     }
     int64_t d = s->head_dim, N = s->batch * s->tokens, row = mix_row_heads(s), matrix = alpha_stride(s);
-    int64_t block = mix_tokens(dev, N, s->heads, d);
+    int64_t block = mix_tokens(dev, N, s->heads, s->pseudo, d);
     bool stream = sizeof(elem) == sizeof(real) && mix_streams(dqkv.data, N * row * d, d);
     const word *alpha[3];
     const elem *dout[3] = {dq.data, dk.data, dv.data};
