@@ -30,7 +30,7 @@ def optimizers(name, title, steps, size, adamw_rates, muon_rates):
 
 EXPERIMENTS = {each.name: each for each in (
     optimizers("4m", "Optimizers, 4M parameters", 500, (), (7.5e-4, 1.5e-3, 3e-3, 6e-3), (3e-3, 6e-3, 1.2e-2, 2.4e-2, 4.8e-2)),
-    optimizers("20m", "Optimizers, 20M parameters", 300,
+    optimizers("20m", "Optimizers, 20M parameters", 240,
                ("model.hidden_size=512", "model.intermediate_size=2048", "model.num_hidden_layers=6",
-                "model.num_attention_heads=8"), (3.75e-4, 7.5e-4, 1.5e-3, 3e-3), (3e-3, 6e-3, 1.2e-2, 2.4e-2)),
+                "model.num_attention_heads=8"), (7.5e-4, 1.5e-3, 3e-3), (6e-3, 1.2e-2, 2.4e-2)),
 )}
