@@ -6,6 +6,8 @@
 #                                      It is kept, and used again. Nothing is installed on this machine.
 #   AARCH64_ARCH=armv9-a               the processor that is built for (armv8.2-a)
 #   JOBS=N                             tests at once (2)
+#   TEST_SAMPLE=N                      of the cases of tests with many, every Nth (40): qemu computes every operation on
+#                                      floating-point numbers by itself, hundreds of times slower than a processor
 #
 # Closes with a line of counts. 3: not started.
 set -uo pipefail
@@ -77,6 +79,7 @@ MAKEFLAGS= make --no-print-directory -j2 BUILD=$build BINARY=$build/train_iha CC
 # ---- run ----
 
 # Threads that spin while they wait would take the cores from those that compute.
+export TEST_SAMPLE=${TEST_SAMPLE:-40}
 export QEMU_LD_PREFIX=$root GOMP_SPINCOUNT=0 CMOCKA_MESSAGE_OUTPUT=TAP build
 work=$(mktemp -d)
 export work

@@ -5,6 +5,7 @@
 #define IHA_TESTS_LIB_ATTENTION_CASES_H
 
 #include "kernels/kernels.h"
+#include "tests/lib/sample.h"
 #include "tests/lib/segments.h"
 
 enum { ON_CPU = 1, ON_CUDA = 2, ON_BOTH = ON_CPU | ON_CUDA };

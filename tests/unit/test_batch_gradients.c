@@ -6,6 +6,7 @@
  *  - An evaluation says which targets have the largest logit. */
 #define FIXTURE_THREADS 1 /* thousands of tiny passes: waking threads would take longer than the work */
 #include "tests/lib/gradient_model.h"
+#include "tests/lib/sample.h"
 #include "tests/lib/segments.h"
 
 #define COUNT(a) (sizeof(a) / sizeof *(a))
@@ -124,6 +125,8 @@ static void compare_continued(void *context, int64_t begin, int64_t end) {
 }
 
 static void check_lengths(const struct model_config *config, const int64_t *lengths, bool restart) {
+    if (!in_sample())
+        return;
     static int number;
     struct model packed;
     struct packed batch = packed_batch(lengths);
