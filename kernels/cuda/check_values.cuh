@@ -1,5 +1,5 @@
-/* What the checks of libraries share (check_matmul.cu, attention/check_attention.cu): reproducible values,
- * and a search for parts of a result that were not written. */
+/* What the checks of libraries share (check_matmul.cu, attention/check_attention.cu): reproducible values, which timing.cu
+ * uses as well, and a search for parts of a result that were not written. */
 #ifndef IHA_KERNELS_CUDA_CHECK_VALUES_CUH
 #define IHA_KERNELS_CUDA_CHECK_VALUES_CUH
 

@@ -8,8 +8,8 @@
 #include "kernels/cuda/cuda.h"
 
 /* The index of the fastest of `count` candidates, or -1 if none can run, or there is not enough memory. run(i, operands)
- * queues candidate i once on dev->stream; false: it cannot run. operands: so many bytes, each 0x3c, which is about 0.01
- * in bf16 and in fp32. dev->workspace has workspace_bytes meanwhile. Takes about 10 ms a candidate, and before that 100
+ * queues candidate i once on dev->stream; false: it cannot run. operands: so many bytes, which as bf16 and as fp32 are
+ * noise between 1 and 2, and -2 and -1. dev->workspace has workspace_bytes meanwhile. Takes about 10 ms a candidate, and before that 100
  * ms if the GPU was idle. */
 int time_fastest(struct device *dev, int count, size_t operand_bytes, size_t workspace_bytes,
                  const std::function<bool(int, char *)> &run);
