@@ -73,11 +73,11 @@ endif
 MODEL = $(wildcard model/*.c model/*/*.c)
 DATA = $(wildcard data/*.c)
 
-# The operations are built once more in bf16; kernels/cpu/real.h describes the three builds.
+# The operations are built once more in bf16; kernels/cpu/real.h describes the builds.
 CPU_BF16 = $(addprefix kernels/cpu/,act.c attention.c attention_backward.c check_products.c classifier.c collapse.c cpu.c \
     decode.c diff_combine.c embed.c fold.c gemm_bf16.c linear.c muon.c norm.c optimizer.c qk_norm.c qkv_mix.c simplicial.c talking.c)
 BF16_ALONE = kernels/cpu/gemm_bf16.c
-# Some of them a third time, with vdpbf16ps, for processors that have it whatever ARCH says.
+# Some of them once more in bf16, with vdpbf16ps, for processors that have it whatever ARCH says.
 ifneq ($(filter x86_64%,$(TARGET)),)
 CPU_PAIRS = $(addprefix kernels/cpu/,attention.c attention_backward.c collapse.c qkv_mix.c)
 PAIRS_FLAGS = -DKERNELS_BF16 -DKERNELS_PAIRS -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from run_files import names_of, rows_of, step_of
 from errors import UserError
+from run_files import names_of, rows_of, step_of
 from run_files import number as finite_number
 
 EXAMPLES = """\

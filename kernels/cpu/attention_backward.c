@@ -13,8 +13,8 @@
 #include "kernels/cpu/attention_scores.h"
 #include "kernels/cpu/attention_units.h"
 
-/* Scratch of one thread; G is the tiles of a group, d' is d padded to whole vectors. Of reals, q_pairs, d_o_pairs and
- * ds_rows are q, d_o and ds. */
+/* Scratch of one thread; G is the tiles of a group, d' is d padded to whole vectors. Where words are reals, q_pairs,
+ * d_o_pairs and ds_rows are q, d_o and ds. */
 struct scratch {
     word *kt, *vt;             /* [G] columns [W, TILE] */
     word *k;                   /* [G] pairs [TILE, d'] */
@@ -28,7 +28,8 @@ struct scratch {
 };
 
 static size_t layout_scratch(const struct attention_spec *s, int64_t group, char *base, struct scratch *w) {
-    int64_t d = s->head_dim, W = words_of(d), D = round_up(d, VL), rows = group * TILE, half = words_of(TILE);
+    int64_t d = s->head_dim, W = words_of(d), D = round_up(d, VL), rows = group * TILE,
+            tile_words = words_of(TILE);
     bool apart = PAIR == 2;
     struct part parts[] = {{&w->kt, rows * W},
                            {&w->vt, rows * W},
@@ -37,12 +38,12 @@ static size_t layout_scratch(const struct attention_spec *s, int64_t group, char
                            {&w->dvt, rows * d},
                            {&w->q, TILE * W},
                            {&w->d_o, TILE * W},
-                           {&w->q_pairs, apart ? half * d : 0},
-                           {&w->d_o_pairs, apart ? half * d : 0},
+                           {&w->q_pairs, apart ? tile_words * d : 0},
+                           {&w->d_o_pairs, apart ? tile_words * d : 0},
                            {&w->dq, TILE * D},
-                           {&w->p, half * TILE},
-                           {&w->ds, half * TILE},
-                           {&w->ds_rows, apart ? TILE * half : 0},
+                           {&w->p, tile_words * TILE},
+                           {&w->ds, tile_words * TILE},
+                           {&w->ds_rows, apart ? TILE * tile_words : 0},
                            {&w->begins, TILE},
                            {&w->ends, TILE}};
     size_t bytes = lay_out(parts, sizeof parts / sizeof *parts, base);

@@ -4,7 +4,7 @@
  *
  *   rows         [TILE, W]        for sums over d; W = words_of(d)
  *   columns      [W, TILE]        the same, transposed
- *   pairs        [TILE/PAIR, ld]  for sums over queries or keys */
+ *   pairs        [TILE, ld]       for sums over queries or keys; stored as TILE/PAIR rows */
 #ifndef IHA_KERNELS_CPU_ATTENTION_PACK_H
 #define IHA_KERNELS_CPU_ATTENTION_PACK_H
 

@@ -157,7 +157,7 @@ struct backward_scores {
     const real *lse, *delta;        /* [rows] */
     const real_bits *begins, *ends; /* [rows] the keys that each query sees */
     word *p, *ds;                   /* pairs [rows, TILE]; 0 where masked */
-    word *ds_rows; /* dS again, as rows [rows, words_of(TILE)]; of reals, that is ds itself */
+    word *ds_rows; /* dS again, as rows [rows, words_of(TILE)]; where words are reals, ds itself */
     struct rows_ahead *ahead;
 };
 
@@ -199,7 +199,7 @@ ALWAYS_INLINE void backward_block(const int mr, const int nv, const bool masked,
     UNROLL
     for (int i = 0; i < mr; i++)
         UNROLL
-    for (int j = 0; j < nv; j++) /* of reals, P is read where it was stored rather than kept twice */
+    for (int j = 0; j < nv; j++) /* reals are read where they were stored rather than kept twice */
         acc[i][j] *= PAIR == 1 ? vload_words(w->p + at + i * TILE + j * VL) : e[i][j];
     store_pairs(mr, nv, acc, w->ds + at);
     UNROLL

@@ -20,8 +20,9 @@ struct scratch {
 static int64_t layout_scratch(const struct device *dev, const struct collapse_spec *s, real *base,
                               struct scratch *w) {
     int64_t H = s->heads, PH = s->pseudo * H, d = s->head_dim, at = 0;
-    int64_t rows =
-        WORDS_CONVERT && !s->per_head ? mix_tokens(dev, s->batch * s->tokens, H, s->pseudo, d) * words_of(d) : 0;
+    int64_t rows = WORDS_CONVERT && !s->per_head
+                       ? mix_tokens(dev, s->batch * s->tokens, H, s->pseudo, d) * words_of(d)
+                       : 0;
     struct {
         void *where;
         int64_t reals;

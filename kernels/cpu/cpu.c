@@ -17,7 +17,7 @@ static struct device *cpu_open(const struct device_options *options, struct erro
         return NULL;
     size_t used = strlen(dev->description);
     snprintf(dev->description + used, sizeof dev->description - used, ", bf16 %s", cpu_bf16_how());
-    dev->pairs = cpu_bf16_pairs_are_fast();
+    dev->uses_pairs = cpu_bf16_pairs_are_fast();
 #endif
     return dev;
 }

@@ -27,7 +27,7 @@ struct device {
     struct product *products; /* planned; the first products_checked have been checked */
     int product_count, products_checked;
     struct gemm_library *library; /* bf16: the products that oneDNN has built (gemm_bf16.c) */
-    bool pairs;               /* bf16: vdpbf16ps is as fast as a multiply-add in fp32; see LEAVE_TO_PAIRS */
+    bool uses_pairs;          /* bf16: vdpbf16ps is as fast as a multiply-add in fp32; see LEAVE_TO_PAIRS */
     struct step_state posted; /* operations are synchronous here, so one is enough */
 };
 
@@ -95,8 +95,9 @@ void CPU(gemm_free)(struct device *dev);
 
 /* "by AMX": for the device's description. */
 const char *cpu_bf16_how(void);
-/* Whether the processor has vdpbf16ps, and whether that takes no longer than a multiply-add in fp32. */
+/* Whether the processor has vdpbf16ps. */
 bool cpu_bf16_has_pairs(void);
+/* Whether it also takes no longer than a multiply-add in fp32. */
 bool cpu_bf16_pairs_are_fast(void);
 
 /* plan_product: add the shape to the list of products to check. check_libraries: check those on the list that
@@ -166,12 +167,13 @@ int CPU(orthogonalize_plan)(struct device *dev, const struct orthogonalize_spec 
 #define OP(name, parameters, arguments) op_##name CPU(name);
 #include "kernels/ops.def"
 
-/* In bf16 attention, qkv_mix and collapse are built twice (real.h). The build that converts to fp32 begins each of them
- * with this, which leaves the work to the other where that is faster. Rows of an odd number of elements have no words. */
+/* In bf16 attention, qkv_mix and collapse are built twice (real.h). The build that converts to fp32 begins each of
+ * them with this, which leaves the work to the other where that is faster. Mixing reads rows where they are, which
+ * takes whole pairs: an even head_dim. */
 #if defined KERNELS_BF16 && !defined KERNELS_PAIRS && defined __x86_64__
 #define LEAVE_TO_PAIRS(dev, head_dim, call)                                                                  \
     do {                                                                                                     \
-        if ((dev)->pairs && (head_dim) % 2 == 0)                                                             \
+        if ((dev)->uses_pairs && (head_dim) % 2 == 0)                                                        \
             return cpu_pairs_##call;                                                                         \
     } while (0)
 struct op_cost cpu_pairs_qkv_mix_plan(const struct device *dev, const struct qkv_mix_spec *s);

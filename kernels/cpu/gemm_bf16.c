@@ -43,8 +43,8 @@ bool cpu_bf16_has_pairs(void) {
 #endif
 }
 
-/* AMD's do. A Xeon's takes four times as long: there two multiply-adds of converted numbers are faster
- * (docs/performance.md). */
+/* On AMD's processors it is as fast. On a Xeon it takes four times as long, so that two multiply-adds of converted
+ * numbers are faster (docs/performance.md). */
 bool cpu_bf16_pairs_are_fast(void) {
 #if defined __x86_64__
     return cpu_bf16_has_pairs() && __builtin_cpu_is("amd");

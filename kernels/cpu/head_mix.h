@@ -170,18 +170,18 @@ ALWAYS_INLINE void outer_block(int64_t i, int64_t j, int64_t I, int64_t J, int64
     real sum[R * C];
     outer_rows(R, dout, i, I, W, a);
     outer_rows(C, in, j, J, W, b);
-    int64_t step = (next_bytes * VL + W - 1) / W;
+    int64_t steps = (W + VL - 1) / VL, step = (next_bytes + steps - 1) / steps;
     for (int64_t t = 0; t < tokens; t++) {
-        int64_t c = 0;
         const char *at = next + t * next_stride;
-        for (; c + VL <= W; c += VL) {
+        for (int64_t c = 0; c < W; c += VL) {
             __builtin_prefetch(at, 0, 2);
             __builtin_prefetch(at + step / 2, 0, 2);
             at += step;
-            outer_add(a, b, c, VL, acc);
+            if (c + VL <= W)
+                outer_add(a, b, c, VL, acc);
+            else
+                outer_add(a, b, c, W - c, acc);
         }
-        if (c < W)
-            outer_add(a, b, c, W - c, acc);
         UNROLL
         for (int l = 0; l < R; l++)
             a[l] += dout_stride;
@@ -215,7 +215,8 @@ static inline void head_outer(int64_t I, int64_t J, int64_t W, int64_t tokens, c
 /* Tokens that a thread takes at a time in backward, of `tokens` in all: enough that storing a block's sums costs
  * little, few enough that the operand with `heads` rows stays near the L1 cache, and the one with heads * pseudo rows in
  * half of the L2 cache, and that every thread gets some. */
-static inline int64_t mix_tokens(const struct device *dev, int64_t tokens, int64_t heads, int64_t pseudo, int64_t d) {
+static inline int64_t mix_tokens(const struct device *dev, int64_t tokens, int64_t heads, int64_t pseudo,
+                                 int64_t d) {
     const int64_t most = 16, small = 48 << 10, large = 512 << 10;
     int64_t share = (tokens + dev->threads - 1) / dev->threads, bytes = heads * d * (int64_t)sizeof(real);
     return max64(1, min64(min64(most, share), min64(small / bytes, large / (bytes * pseudo))));

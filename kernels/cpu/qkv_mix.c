@@ -40,7 +40,8 @@ struct scratch {
 /* Returns its reals. Arrays are whole cache lines, so that threads do not write to the same one. */
 static int64_t layout_scratch(const struct device *dev, const struct qkv_mix_spec *s, real *base,
                               struct scratch *w) {
-    int64_t block = s->mixed ? mix_tokens(dev, s->batch * s->tokens, s->heads, s->pseudo, s->head_dim) : 0, at = 0;
+    int64_t block = s->mixed ? mix_tokens(dev, s->batch * s->tokens, s->heads, s->pseudo, s->head_dim) : 0,
+            at = 0;
     int64_t H = s->heads, I = rows_out(s, 0), d = s->head_dim, W = words_of(d);
     struct {
         void *where;

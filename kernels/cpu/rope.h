@@ -26,7 +26,7 @@ static inline void rope_rotate(const real *x, const real *row, int64_t head_dim,
             vstore(out + i + half, second);
         }
     }
-    for (; i + VL / 2 <= half; i += VL / 2) { /* heads of 16 */
+    for (; i + VL / 2 <= half; i += VL / 2) { /* half a vector is left: with AVX-512, all of a head of 16 */
         vhalf a = *(const vhalf *)(x + i), b = *(const vhalf *)(x + i + half);
         vhalf c = *(const vhalf *)(cosine + i), s = sign * *(const vhalf *)(sine + i);
         *(vhalf *)(out + i) = a * c - b * s;

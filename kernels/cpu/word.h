@@ -3,10 +3,12 @@
  *
  *                                word            PAIR   one multiply-add of a vector of words is
  *   default                      a real          1      a multiply-add of reals
- *   -DKERNELS_PAIRS (in bf16)    two bf16        2      vdpbf16ps: two products for each sum, which is fp32
+ *   -DKERNELS_PAIRS (in bf16)    two bf16        2      vdpbf16ps: two products for each fp32 sum;
+ *                                                      subnormal numbers count as zero
  *
- * An array of words [m, n] whose sums run along n holds rows as they are, so that in bf16 it has half as many columns. One
- * whose sums run along m has half as many rows, each with two rows of numbers in turn. An odd number is padded with zero.
+ * An array of words whose sums run along its columns holds rows as they are: of two bf16 it has half as many columns.
+ * One whose sums run along its rows has half as many rows, each of two rows of numbers interleaved (the VNNI layout).
+ * An odd count is padded with a zero.
  *
  * A vector of words is passed as a vreal of the same bits. */
 #ifndef IHA_KERNELS_CPU_WORD_H
@@ -25,7 +27,8 @@ typedef real word;
 /* Whether elements have to be converted to be words. */
 enum { WORDS_CONVERT = PAIR * sizeof(elem) < sizeof(word) };
 
-/* Words are read and written as reals: GCC moves vectors of integers to where reals are through memory. */
+/* Loaded and stored as vectors of reals: GCC passes a vector of integers through memory where it is used as one of
+ * reals. */
 typedef real vwords_unaligned __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
 
 /* Words for n numbers. */
@@ -45,7 +48,7 @@ static inline vreal vsplat_word(word w) {
 #ifdef KERNELS_PAIRS
     float x;
     memcpy(&x, &w, sizeof x);
-    return vsplat(x);
+    return (vreal)_mm512_set1_ps(x); /* no arithmetic, which could change the bits of a NaN */
 #else
     return vsplat(w);
 #endif
@@ -70,7 +73,7 @@ static inline real word_product(word a, word b) {
 #endif
 }
 
-/* The words of two rows in turn, lane by lane; of reals, which are words by themselves, those of `low`. */
+/* The words of two rows interleaved, lane by lane; where words are reals, those of `low`. */
 ALWAYS_INLINE vreal vpair(vreal low, vreal high) {
 #ifdef KERNELS_PAIRS
     const __m512i turn = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
@@ -82,7 +85,7 @@ ALWAYS_INLINE vreal vpair(vreal low, vreal high) {
 #endif
 }
 
-/* n <= VL elements of each of two rows in turn. high: NULL for a row of zeros. */
+/* n <= VL elements of each of two rows, interleaved. high: NULL for a row of zeros. */
 static inline vreal load_pair(const elem *low, const elem *high, int64_t n) {
 #ifdef KERNELS_PAIRS
     vwords above = high ? (vwords)load_part(high, n) : (vwords){0};

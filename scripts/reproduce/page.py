@@ -80,7 +80,7 @@ def sweeps(plan):
         if rate is None or plan.experiment.variants[name].rate_of:
             continue
         losses = [f"{each:g}: {run.result()['final']['val_loss']:.4f}" for each, run in zip(plan.learning_rates(name), plan.sweep(name))]
-        tried.append(f"- {plan.experiment.variants[name].label}: {rate:g}, of {', '.join(losses)}")
+        tried.append(f"- {plan.experiment.variants[name].label}: {rate:g} (losses: {', '.join(losses)})")
     return ["Learning rates, by the held-out loss after runs of a third of the steps:", "", *tried, ""] if tried else []
 
 

@@ -33,7 +33,12 @@ class Run:
     budget: str  # plain, flops, time; sweep
     overrides: tuple  # of the command, without run.dir
     folder: Path
+    start: tuple = ()  # the overrides of the run that this one continues
     recorded: dict = field(default=None, compare=False)  # the committed result of a run with these overrides
+
+    def settings(self):
+        """What a folder or a result must have been made with to be this run's."""
+        return {"config": self.experiment.config, "overrides": list(self.overrides), "start": list(self.start)}
 
     def command(self, threads):
         folder = self.folder.relative_to(Path.cwd()) if self.folder.is_relative_to(Path.cwd()) else self.folder
@@ -47,7 +52,8 @@ class Run:
             result = json.loads((self.folder / "result.json").read_text())
         except (FileNotFoundError, ValueError):
             return self.recorded
-        return result if result.get("overrides") == list(self.overrides) else self.recorded
+        same = all(result.get(key, value) == value for key, value in self.settings().items())
+        return result if same else self.recorded
 
 
 class Plan:
@@ -69,12 +75,12 @@ class Plan:
     def overrides(self, name, *more):
         return last_of_each_key(*self.common, *self.experiment.variants[name].overrides, *more)
 
-    def run(self, name, seed, budget, *more):
+    def run(self, name, seed, budget, *more, start=()):
         rate = next((item.split("=")[1] for item in more if item.startswith("train.lr=")), "")
         parts = [name, budget] + ([f"lr{rate}"] if budget == "sweep" else []) + [f"seed{seed}"]
         overrides = self.overrides(name, f"train.seed={seed}", *more)
         recorded = self.recorded and self.recorded.result("/".join(parts), overrides)
-        return Run(self.experiment, name, seed, budget, overrides, self.folder.joinpath(*parts), recorded)
+        return Run(self.experiment, name, seed, budget, overrides, self.folder.joinpath(*parts), tuple(start), recorded)
 
     def steps(self):
         return int(next(item.split("=")[1] for item in reversed(self.common) if item.startswith("train.steps=")))
@@ -85,7 +91,7 @@ class Plan:
             return None
         overrides = last_of_each_key(*self.common, *self.experiment.start, f"train.seed={seed}")
         recorded = self.recorded and self.recorded.result(f"start/seed{seed}", overrides)
-        run = Run(self.experiment, "start", seed, "plain", overrides, self.folder / "start" / f"seed{seed}", recorded)
+        run = Run(self.experiment, "start", seed, "plain", overrides, self.folder / "start" / f"seed{seed}", recorded=recorded)
         # What continues it needs its checkpoint, which no record holds.
         needed = recorded and not all(self.continued(name, run).result() for name in self.names if seed <= self.seeds[name])
         return replace(run, recorded=None) if needed else run
@@ -97,7 +103,7 @@ class Plan:
         reference = self.experiment.variants[name].flops_of
         if reference:
             more.append(f"train.steps={self.steps_of_equal_flops(name, reference)}")
-        return self.run(name, start.seed, "plain", *more)
+        return self.run(name, start.seed, "plain", *more, start=start.overrides)
 
     def steps_of_equal_flops(self, name, reference):
         return max(1, round(self.steps() * self.flops[reference] / self.flops[name]))
@@ -322,7 +328,7 @@ def finish(run, threads, cards):
     result = {"steps": trainer["step"], "tokens": trainer["tokens"], "seconds": trainer["seconds"],
               "final": points[-1][2] if points else {},
               "best": pick((p[2] for p in points), key=lambda p: p.get(figure, math.nan)) if points else {},
-              "curve": points, "overrides": run.overrides, "command": shlex.join(command), "commit": commit(),
+              "curve": points, **run.settings(), "command": shlex.join(command), "commit": commit(),
               "machine": machine(cards)}
     if run.experiment.test and run.budget != "sweep":
         result["test"] = evaluate(run, run.experiment.test, threads)
@@ -344,15 +350,16 @@ class Scheduler:
 
     def start(self, run, slot):
         """Go on with what the folder holds of this run, or begin; what it holds of a run with other settings goes."""
-        settings = run.folder / "overrides.json"
+        settings = run.folder / "settings.json"
         try:
-            same = json.loads(settings.read_text()) == list(run.overrides)
+            same = json.loads(settings.read_text()) == run.settings()
         except (FileNotFoundError, ValueError):
             same = False
-        if not same:
-            shutil.rmtree(run.folder, ignore_errors=True)
+        if not same and run.folder.exists():
+            self.say(f"{describe(run)}: {run.folder} holds a run with other settings; it is removed, and this one begins")
+            shutil.rmtree(run.folder)
         run.folder.mkdir(parents=True, exist_ok=True)
-        write_json(settings, run.overrides)
+        write_json(settings, run.settings())
         log = open(run.folder / "log.txt", "ab")
         environment = dict(os.environ)
         if self.cards:

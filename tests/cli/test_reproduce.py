@@ -79,6 +79,15 @@ class Reproduce(FolderCase):
             self.assertNotIn("already finished", (self.runs / "full" / "lm" / name / "log.txt").read_text(), name)
             self.assertEqual(config["step"], result["steps"], name)
 
+    def test_other_settings_of_the_start_begin_anew(self):
+        self.reproduce(3, "--seeds", "1", text=CONTINUED)
+        before = self.results("up")
+        self.reproduce(3, "--seeds", "1", text=CONTINUED.replace("train.schedule=constant", "train.schedule=constant\", \"train.lr=5e-3"))
+        after = self.results("up")
+        self.assertEqual(sorted(before), sorted(after))
+        for name in after:
+            self.assertNotEqual(before[name]["final"], after[name]["final"], name)
+
     def test_whole(self):
         done = self.reproduce(9)
         results = self.results()

@@ -151,7 +151,8 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, MIX_CASE(1, 2, 64, 16, 5, true, true, true), ACCUMULATE}, /* backward: two groups of rows */
     {COMPARE,
      MIX_CASE(1, 1, 64, 16, 12, true, true, true)}, /* more alphas than shared memory holds at once */
-    {COMPARE, MIX_CASE(1, 1, 56, 16, 56, true, true, true)}, /* backward's last group: fewer tiles than warps */
+    {COMPARE,
+     MIX_CASE(1, 1, 56, 16, 56, true, true, true)}, /* backward's last group: fewer tiles than warps */
     {COMPARE, MIX_CASE(1, 3, 20, 64, 20, true, true, false)},
     {COMPARE, MIX_CASE(1, 1, 65, 16, 1, true, true, true), ACCUMULATE}, /* too many heads */
     {COMPARE, MIX_CASE(1, 1, 1, 64, 1, true, true, true), .first = 100},
@@ -314,7 +315,7 @@ static const struct op_case OP_CASES[] = {
 };
 
 /* Call run with every case of two operations for one use, in the table's order, its options varied.
- * Returns how many there were. */
+ * Returns how many there were. Of those for tests, TEST_SAMPLE may leave out some (sample.h). */
 static inline int op_cases_of(enum op_kind kind, enum op_kind other, unsigned use,
                               void (*run)(const struct op_case *c, void *context), void *context) {
     int count = 0;
@@ -329,7 +330,7 @@ static inline int op_cases_of(enum op_kind kind, enum op_kind other, unsigned us
             if (c.spec.kind == OP_NORM && c.options & BIAS)
                 c.spec.norm.type = NORM_TYPE_LAYER; /* rmsnorm has no bias */
             if ((varied & (LOSS_ONLY | ACCUMULATE)) != (LOSS_ONLY | ACCUMULATE)) {
-                if (count == 0 || in_sample())
+                if (count == 0 || use & (BENCH_CPU | BENCH_GPU) || in_sample())
                     run(&c, context);
                 count++;
             }

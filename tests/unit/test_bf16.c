@@ -31,7 +31,7 @@ static bool with_pairs;
 static struct device *open_tested(const struct device_options *options, struct error *e) {
     struct device *dev = kernels_cpu_bf16()->open(options, e);
     if (dev)
-        dev->pairs = with_pairs;
+        dev->uses_pairs = with_pairs;
     return dev;
 }
 
@@ -101,9 +101,23 @@ static void check_attention_case(const struct op_case *c, void *context) {
 static void attention(void **state) {
     (void)state;
     uint64_t number = 0;
-    assert_true(op_cases_run(OP_ATTENTION, GRADIENT, check_attention_case, &number) > 0);
+    assert_true(op_cases_run(OP_ATTENTION, GRADIENT | COMPARE, check_attention_case, &number) > 0);
     assert_true(op_cases_run(OP_TALKING, GRADIENT, check_attention_case, &number) > 0);
     assert_true(op_cases_run(OP_SIMPLICIAL, GRADIENT, check_attention_case, &number) > 0);
+}
+
+/* Several tiles, and of one head several units: whole blocks of products, and what is left over at every edge. */
+static void attention_of_several_tiles(void **state) {
+    (void)state;
+    static const struct op_case cases[] = {{COMPARE, ATTENTION_CASE(1, 200, 2, 64, 2, true, false, 0, 0)},
+                                           {COMPARE, ATTENTION_CASE(1, 330, 1, 64, 2, true, false, 90, 0)},
+                                           {COMPARE, ATTENTION_CASE(1, 197, 2, 20, 1, false, false, 0, 0)},
+                                           {COMPARE, ATTENTION_CASE(1, 203, 1, 48, 1, true, false, 0, 0)},
+                                           {COMPARE, ATTENTION_CASE(1, 150, 1, 96, 3, true, true, 0, 0)},
+                                           {COMPARE, ATTENTION_CASE(2, 129, 1, 16, 1, true, false, 0, 0)}};
+    uint64_t number = 100;
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
+        check_attention_case(&cases[i], &number);
 }
 
 /* Passes over a ring of keys that wraps. */
@@ -300,6 +314,7 @@ int main(void) {
         EVERY_CASE("mlp_act", OP_ACT, DEVICE_BF16, check),
         EVERY_CASE("classifier", OP_CLASSIFIER, DEVICE_BF16, check_classifier),
         cmocka_unit_test(attention),
+        cmocka_unit_test(attention_of_several_tiles),
         cmocka_unit_test(decode),
         cmocka_unit_test(conversion),
         cmocka_unit_test(adamw),
@@ -310,6 +325,7 @@ int main(void) {
         EVERY_CASE("qkv_mix, vdpbf16ps", OP_QKV_MIX, DEVICE_BF16, check_paired_mix),
         EVERY_CASE("collapse, vdpbf16ps", OP_COLLAPSE, DEVICE_BF16, check),
         cmocka_unit_test(attention),
+        cmocka_unit_test(attention_of_several_tiles),
         cmocka_unit_test(models),
     };
     int failed = cmocka_run_group_tests(tests, choose_conversion, NULL);
