@@ -31,6 +31,7 @@ static const struct item ITEMS[] = {
     {"attention", bench_attention, "attention on short sequences"},
     {"window", bench_window, "windowed IHA attention from 1k to 16k tokens"},
     {"mixing", bench_mixing, "qkv_mix and collapse at five sizes"},
+    {"bf16", bench_bf16, "attention and mixing in bf16, next to fp32"},
     {"divide", bench_divide, "operations on one thread and on all"},
     {"quickstart", bench_quickstart, "an optimizer step of the quickstart model"},
     {"steps", bench_steps, "optimizer steps in fp32 and bf16, next to PyTorch's with --torch"},

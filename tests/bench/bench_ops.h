@@ -135,6 +135,58 @@ static inline void bench_mixing(struct bench *b, struct table *t) {
     op_cases_of(OP_QKV_MIX, OP_COLLAPSE, BENCH_CPU, mixing_rows, &(struct bench_context){b, t});
 }
 
+/* ---- the same in bf16 ---- */
+
+struct bf16_context {
+    struct bench *fp32, *bf16;
+    struct table *t;
+};
+
+/* Forward and backward in bf16, and in fp32 in turn with it. */
+static inline void bf16_row(const struct op_case *c, void *context) {
+    static struct samples fp32_seconds, bf16_seconds;
+    struct bf16_context *x = context;
+    struct bench_case fp32, bf16;
+    char sizes[OP_TEXT];
+    if (c->spec.kind == OP_ATTENTION && c->spec.attention.length > 1 << 14)
+        return; /* no slower or faster for being long */
+    case_open(&fp32, x->fp32, c);
+    case_open(&bf16, x->bf16, c);
+    int calls = warm_up(case_both, &bf16);
+    fp32_seconds.count = bf16_seconds.count = 0;
+    for (int i = 0; i < 2 * x->fp32->repeats; i++) {
+        samples_add(&fp32_seconds, time_calls(case_both, &fp32, calls));
+        samples_add(&bf16_seconds, time_calls(case_both, &bf16, calls));
+    }
+    struct summary slow = samples_summary(&fp32_seconds, 0), fast = samples_summary(&bf16_seconds, 0);
+    struct row *row = table_row(x->t, "%s in bf16, forward + backward: %s", op_name(c), op_sizes(c, sizes));
+    cell_seconds(row->took, fast);
+    cell(row->compared, "fp32 %.2f ms (%.2f–%.2f)", slow.median * 1e3, slow.min * 1e3, slow.max * 1e3);
+    cell(row->ratio, "%.2f times faster", slow.median / fast.median);
+    row_progress(row);
+    case_close(&bf16);
+    case_close(&fp32);
+}
+
+static inline void bench_bf16(struct bench *b, struct table *t) {
+    struct bench bf16 = *b;
+    struct device_options options = {.threads = b->dev->threads, .precision = DEVICE_BF16};
+    struct error e = {0};
+    if (!cpu_multiplies_bf16()) {
+        fprintf(
+            stderr,
+            "bench: this processor has no bf16 products: attention and mixing are not measured in bf16\n");
+        return;
+    }
+    bf16.k = kernels_cpu_bf16();
+    if (!(bf16.dev = bf16.k->open(&options, &e)))
+        bench_fail(&e);
+    struct bf16_context context = {b, &bf16, t};
+    op_cases_run(OP_ATTENTION, BENCH_CPU, bf16_row, &context);
+    op_cases_of(OP_QKV_MIX, OP_COLLAPSE, BENCH_CPU, bf16_row, &context);
+    bf16.k->close(bf16.dev);
+}
+
 /* ---- work that divides ---- */
 
 static inline void set_threads(struct bench *b, int threads) {
