@@ -7,24 +7,6 @@
 #include "kernels/cpu/attention_pack.h"
 #include "kernels/cpu/tile.h"
 
-/* acc += A B for mr rows of A [., W] and nv vectors of B [W, TILE]. */
-ALWAYS_INLINE void score_block(const int mr, const int nv, int64_t W, const word *a, const word *b,
-                               vreal acc[16][4]) {
-    for (int64_t l = 0; l < W; l++) {
-        vreal bv[4];
-        UNROLL
-        for (int j = 0; j < nv; j++)
-            bv[j] = vkeep(vload_words(b + l * TILE + j * VL));
-        UNROLL
-        for (int i = 0; i < mr; i++) {
-            vreal av = vkeep(vsplat_word(a[i * W + l]));
-            UNROLL
-            for (int j = 0; j < nv; j++)
-                acc[i][j] = vmultiply_add(acc[i][j], av, bv[j]);
-        }
-    }
-}
-
 ALWAYS_INLINE void start_zero(const int mr, const int nv, vreal acc[16][4]) {
     UNROLL
     for (int i = 0; i < mr; i++)
@@ -42,6 +24,16 @@ ALWAYS_INLINE void start_rows(const int mr, const int nv, const real *x, vreal a
         for (int j = 0; j < nv; j++)
             acc[i][j] = start;
     }
+}
+
+/* Rows of numbers to words along the rows; an odd row's partner is 0. */
+ALWAYS_INLINE void store_pairs(const int mr, const int nv, const vreal x[16][4], word *out) {
+    UNROLL
+    for (int i = 0; i < mr; i += PAIR)
+        UNROLL
+    for (int j = 0; j < nv; j++)
+        vstore_words(out + i / PAIR * TILE + j * VL,
+                     vpair(x[i][j], PAIR == 2 && i + 1 < mr ? x[(i + 1) % 16][j] : vsplat(0)));
 }
 
 /* Forward: scores of `keys` keys from key `key` with columns of a tile of queries. W: words of a row. */
@@ -63,7 +55,7 @@ ALWAYS_INLINE void forward_products(const int mr, const int nv, const bool maske
                                     const struct forward_scores *f, int64_t i0, int64_t column,
                                     vreal acc[16][4]) {
     start_zero(mr, nv, acc);
-    score_block(mr, nv, f->W, f->k + i0 * f->W, f->qt + column, acc);
+    tile_products(mr, nv, f->W, f->k + i0 * f->W, f->W, 1, f->qt + column, TILE, acc);
     UNROLL
     for (int j = 0; j < nv; j++) {
         int64_t c = column + j * VL;
@@ -90,17 +82,13 @@ ALWAYS_INLINE void forward_block(const int mr, const int nv, const bool masked,
         int64_t c = column + j * VL;
         vreal sum = vload(f->sum + c);
         UNROLL
-        for (int i = 0; i < mr; i += PAIR) {
-            vreal e = vexp2(acc[i][j]), next = vsplat(0);
-            sum += e;
-            if (PAIR == 2 && i + 1 < mr) {
-                next = vexp2(acc[i + 1][j]);
-                sum += next;
-            }
-            vstore_words(f->p + (i0 + i) / PAIR * TILE + c, vpair(e, next));
+        for (int i = 0; i < mr; i++) {
+            acc[i][j] = vexp2(acc[i][j]);
+            sum += acc[i][j];
         }
         vstore(f->sum + c, sum);
     }
+    store_pairs(mr, nv, acc, f->p + i0 / PAIR * TILE + column);
 }
 
 /* The largest score of each of VL columns less its reference, or 0 if that is larger. Rarely needed. */
@@ -161,16 +149,6 @@ struct backward_scores {
     struct rows_ahead *ahead;
 };
 
-/* Rows of numbers to words along the rows; an odd row's partner is 0. */
-ALWAYS_INLINE void store_pairs(const int mr, const int nv, const vreal x[16][4], word *out) {
-    UNROLL
-    for (int i = 0; i < mr; i += PAIR)
-        UNROLL
-    for (int j = 0; j < nv; j++)
-        vstore_words(out + i / PAIR * TILE + j * VL,
-                     vpair(x[i][j], PAIR == 2 && i + 1 < mr ? x[(i + 1) % 16][j] : vsplat(0)));
-}
-
 ALWAYS_INLINE void backward_block(const int mr, const int nv, const bool masked,
                                   const struct backward_scores *w, int64_t i0, int64_t column) {
     vreal acc[16][4], e[16][4];
@@ -180,7 +158,7 @@ ALWAYS_INLINE void backward_block(const int mr, const int nv, const bool masked,
         lane[l] = l;
     prefetch_next(w->ahead);
     start_zero(mr, nv, acc);
-    score_block(mr, nv, w->W, w->q + i0 * w->W, w->kt + column, acc);
+    tile_products(mr, nv, w->W, w->q + i0 * w->W, w->W, 1, w->kt + column, TILE, acc);
     UNROLL
     for (int i = 0; i < mr; i++) {
         vreal lse = vsplat(w->lse[i0 + i]);
@@ -195,7 +173,7 @@ ALWAYS_INLINE void backward_block(const int mr, const int nv, const bool masked,
     }
     store_pairs(mr, nv, e, w->p + at);
     start_rows(mr, nv, w->delta + i0, acc);
-    score_block(mr, nv, w->W, w->d_o + i0 * w->W, w->vt + column, acc);
+    tile_products(mr, nv, w->W, w->d_o + i0 * w->W, w->W, 1, w->vt + column, TILE, acc);
     UNROLL
     for (int i = 0; i < mr; i++)
         UNROLL

@@ -3,6 +3,7 @@
 #define IHA_KERNELS_CPU_ATTENTION_TILES_H
 
 #include "kernels/cpu/cpu.h"
+#include "kernels/cpu/scratch.h"
 
 /* Queries and keys of a tile. 64 x 64 scores in fp32 are 16 KiB: they stay in the L1 cache, together with the
  * rows that they are multiplied with. */
@@ -52,25 +53,6 @@ static inline void tiles_of_keys(const struct attention_mask *m, int64_t k0, int
     *begin = !s->causal ? first : s->token_mask ? k0 - k0 % P : k0;
     *begin -= *begin % TILE;
     *end = s->window > 0 ? min64(last, last_key + s->window) : last;
-}
-
-/* An array of a thread's scratch. */
-struct part {
-    void *where; /* the pointer to set */
-    int64_t count;
-};
-
-/* Sets the pointers to arrays behind `base`, which may be NULL, and returns their bytes. Arrays begin at cache
- * lines; one line between them keeps arrays of a power of two from starting in the same cache set. Each thread
- * has pages of its own. */
-static inline size_t lay_out(const struct part *parts, size_t count, char *base) {
-    size_t offset = 0;
-    for (size_t i = 0; i < count; i++) {
-        void *at = base ? base + offset : NULL;
-        memcpy(parts[i].where, &at, sizeof at);
-        offset += (size_t)round_up(parts[i].count * (int64_t)sizeof(real), 64) + 64;
-    }
-    return (size_t)round_up((int64_t)offset, 4096);
 }
 
 #endif

@@ -1,6 +1,7 @@
 /* collapse: mixes pseudo-heads back into heads (paper: step 6), full (R [H,P,H]) or per head (R [H,P]). */
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/head_mix.h"
+#include "kernels/cpu/scratch.h"
 
 /* Elements of R. */
 static int64_t matrix_reals(const struct collapse_spec *s) {
@@ -16,41 +17,32 @@ struct scratch {
     real *in, *dheads; /* [P*H, d], [H, d] of one token, for mixing per head */
 };
 
-/* Returns its reals. Arrays are whole cache lines, so that threads do not write to the same one. */
-static int64_t layout_scratch(const struct device *dev, const struct collapse_spec *s, real *base,
-                              struct scratch *w) {
-    int64_t H = s->heads, PH = s->pseudo * H, d = s->head_dim, at = 0;
+static size_t layout_scratch(const struct device *dev, const struct collapse_spec *s, char *base,
+                             struct scratch *w) {
+    int64_t H = s->heads, PH = s->pseudo * H, d = s->head_dim;
     int64_t rows = WORDS_CONVERT && !s->per_head
                        ? mix_tokens(dev, s->batch * s->tokens, H, s->pseudo, d) * words_of(d)
                        : 0;
-    struct {
-        void *where;
-        int64_t reals;
-    } parts[] = {{&w->dr, matrix_reals(s)},
-                 {&w->dout, rows * H},
-                 {&w->o, rows * PH},
-                 {&w->pairs, PAIR > 1 && !s->per_head ? words_of(PH) * d : 0},
-                 {&w->result, PH * d},
-                 {&w->in, s->per_head ? PH * d : 0},
-                 {&w->dheads, s->per_head ? H * d : 0}};
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        void *part = base ? base + at : NULL;
-        memcpy(parts[i].where, &part, sizeof part);
-        at += round_up(parts[i].reals, 16);
-    }
-    return at;
+    struct part parts[] = {{&w->dr, matrix_reals(s)},
+                           {&w->dout, rows * H},
+                           {&w->o, rows * PH},
+                           {&w->pairs, PAIR > 1 && !s->per_head ? words_of(PH) * d : 0},
+                           {&w->result, PH * d},
+                           {&w->in, s->per_head ? PH * d : 0},
+                           {&w->dheads, s->per_head ? H * d : 0}};
+    return lay_out(parts, sizeof parts / sizeof *parts, base);
 }
 
-/* Reals for R where it is not used as it is stored. */
-static int64_t shared_reals(const struct collapse_spec *s) {
-    return sizeof(elem) < sizeof(real) ? round_up(matrix_reals(s), 16) : 0;
+/* For R where it is not used as it is stored. */
+static size_t shared_bytes(const struct collapse_spec *s) {
+    return sizeof(elem) < sizeof(real) ? (size_t)round_up(matrix_reals(s), 16) * sizeof(real) : 0;
 }
 
 struct op_cost CPU(collapse_plan)(const struct device *dev, const struct collapse_spec *s) {
     LEAVE_TO_PAIRS(dev, s->head_dim, collapse_plan(dev, s));
     struct scratch unused;
-    int64_t reals = shared_reals(s) + dev->threads * layout_scratch(dev, s, NULL, &unused);
-    return (struct op_cost){.workspace = (size_t)reals * sizeof(real)};
+    size_t each = layout_scratch(dev, s, NULL, &unused);
+    return (struct op_cost){.workspace = shared_bytes(s) + (size_t)dev->threads * each};
 }
 
 static void check_collapse(const char *op, const struct collapse_spec *s, tensor o, tensor r, tensor out) {
@@ -95,12 +87,12 @@ static void collapse_per_head_backward(const struct collapse_spec *s, const real
         }
 }
 
-/* The calling thread's part of an operation's scratch memory. */
-static struct scratch scratch_of_thread(const struct device *dev, const struct collapse_spec *s,
-                                        real *shared) {
+/* A thread's part of an operation's scratch memory. */
+static struct scratch scratch_of(const struct device *dev, const struct collapse_spec *s, char *shared,
+                                 int thread) {
     struct scratch w;
-    int64_t stride = layout_scratch(dev, s, NULL, &w);
-    layout_scratch(dev, s, shared + shared_reals(s) + omp_get_thread_num() * stride, &w);
+    size_t each = layout_scratch(dev, s, NULL, &w);
+    layout_scratch(dev, s, shared + shared_bytes(s) + (size_t)thread * each, &w);
     return w;
 }
 
@@ -108,22 +100,20 @@ void CPU(collapse)(struct device *dev, const struct collapse_spec *s, tensor o, 
     LEAVE_TO_PAIRS(dev, s->head_dim, collapse(dev, s, o, r, out));
     check_collapse("collapse", s, o, r, out);
     int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H, N = s->batch * s->tokens, J = words_of(PH);
-    bool stream = sizeof(elem) == sizeof(real) && mix_streams(out.data, N * H * d, d);
-    real *shared = cpu_workspace(dev, CPU(collapse_plan)(dev, s).workspace, "collapse");
-    const real *weights = s->per_head ? read_elems(r.data, matrix_reals(s), shared) : NULL;
+    bool stream = mix_streams(out.data, N * H * d, d);
+    char *shared = cpu_workspace(dev, CPU(collapse_plan)(dev, s).workspace, "collapse");
+    const real *weights = s->per_head ? read_elems(r.data, matrix_reals(s), (real *)shared) : NULL;
     const word *matrix = s->per_head ? NULL : mix_matrix(r.data, H, PH, false, (word *)shared);
 #pragma omp parallel num_threads(dev->threads)
     {
-        struct scratch w = scratch_of_thread(dev, s, shared);
+        struct scratch w = scratch_of(dev, s, shared, omp_get_thread_num());
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++) {
             const elem *from = (elem *)o.data + n * PH * d, *next = from + PH * d;
             elem *to = (elem *)out.data + n * H * d;
             real *result = elems_buffer(to, w.result);
             struct mix_memory memory = {.stream = stream,
-                                        .write = stream               ? NULL
-                                                 : result == w.result ? to
-                                                                      : to + H * d,
+                                        .write = mix_write(stream, result, to, H * d),
                                         .at = {(const char *)next, (const char *)next},
                                         .bytes = {PH * d * (int64_t)sizeof(elem)}};
             if (s->per_head)
@@ -149,9 +139,7 @@ static void collapse_backward_block(const struct collapse_spec *s, int64_t count
         real *result = elems_buffer(to, w->result);
         struct mix_memory memory = {
             .stream = stream,
-            .write = stream                ? NULL
-                     : result == w->result ? to
-                                           : to + H * d,
+            .write = mix_write(stream, result, to, H * d),
             .at = {(const char *)(o + t * PH * d), (const char *)(dout + (t + 1) * H * d)},
             .bytes = {PH * d * (int64_t)sizeof(elem), H * d * (int64_t)sizeof(elem)}};
         head_mix(PH, words_of(H), d, r, 1, PH, rows_to_pairs(heads + t * H * W, H, d, w->pairs), result,
@@ -168,13 +156,13 @@ void CPU(collapse_backward)(struct device *dev, const struct collapse_spec *s, t
     check_contiguous("collapse_backward", "do", d_o);
     int64_t H = s->heads, d = s->head_dim, PH = s->pseudo * H, N = s->batch * s->tokens;
     int64_t block = s->per_head ? 1 : mix_tokens(dev, N, H, s->pseudo, d);
-    bool stream = sizeof(elem) == sizeof(real) && mix_streams(d_o.data, N * PH * d, d);
-    real *shared = cpu_workspace(dev, CPU(collapse_plan)(dev, s).workspace, "collapse_backward");
-    const real *weights = s->per_head ? read_elems(r.data, matrix_reals(s), shared) : NULL;
+    bool stream = mix_streams(d_o.data, N * PH * d, d);
+    char *shared = cpu_workspace(dev, CPU(collapse_plan)(dev, s).workspace, "collapse_backward");
+    const real *weights = s->per_head ? read_elems(r.data, matrix_reals(s), (real *)shared) : NULL;
     const word *matrix = s->per_head ? NULL : mix_matrix(r.data, H, PH, true, (word *)shared);
 #pragma omp parallel num_threads(dev->threads)
     {
-        struct scratch w = scratch_of_thread(dev, s, shared);
+        struct scratch w = scratch_of(dev, s, shared, omp_get_thread_num());
         memset(w.dr, 0, (size_t)matrix_reals(s) * sizeof(real));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += block) {
@@ -191,8 +179,7 @@ void CPU(collapse_backward)(struct device *dev, const struct collapse_spec *s, t
         }
         vstream_end();
     }
-    struct scratch w;
-    int64_t stride = layout_scratch(dev, s, NULL, &w);
-    layout_scratch(dev, s, shared + shared_reals(s), &w);
-    sum_partials(w.dr, dev->threads, stride, matrix_reals(s), dr.data, accumulate);
+    int64_t stride = (int64_t)(layout_scratch(dev, s, NULL, &(struct scratch){0}) / sizeof(real));
+    sum_partials(scratch_of(dev, s, shared, 0).dr, dev->threads, stride, matrix_reals(s), dr.data,
+                 accumulate);
 }

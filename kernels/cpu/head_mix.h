@@ -121,11 +121,18 @@ static inline const word *mix_matrix(const elem *m, int64_t rows, int64_t cols, 
     return transposed ? rows_to_pairs((const word *)m, rows, cols, scratch) : scratch;
 }
 
-/* Results of so many bytes leave the caches before they are read again, so they are stored past them. About the
+/* Where rows will be stored next: at `to`, if the product is computed elsewhere first, or else behind what the product
+ * itself stores there. NULL where stores go past the caches. */
+static inline const elem *mix_write(bool stream, const real *product, const elem *to, int64_t stride) {
+    return stream ? NULL : (const void *)product == to ? to + stride : to;
+}
+
+/* Results of so many bytes leave the caches before they are read again, so reals are stored past them. About the
  * last-level cache that a core shares with few others. */
-static inline bool mix_streams(const real *out, int64_t count, int64_t d) {
+static inline bool mix_streams(const void *out, int64_t count, int64_t d) {
     const int64_t bytes = (int64_t)32 << 20;
-    return count * (int64_t)sizeof(real) >= bytes && d % (2 * VL) == 0 && (uintptr_t)out % VECTOR_BYTES == 0;
+    return sizeof(elem) == sizeof(real) && count * (int64_t)sizeof(real) >= bytes && d % (2 * VL) == 0 &&
+           (uintptr_t)out % VECTOR_BYTES == 0;
 }
 
 /* Rows and columns of a block of dM: its sums are as many vectors in registers, and a load of one operand feeds

@@ -6,6 +6,7 @@
 #include "kernels/cpu/cpu.h"
 #include "kernels/cpu/head_mix.h"
 #include "kernels/cpu/rope.h"
+#include "kernels/cpu/scratch.h"
 
 /* The head of a row of qkv at which q, k or v begins. */
 static int64_t first_head(const struct qkv_mix_spec *s, int w) {
@@ -37,48 +38,38 @@ struct scratch {
     real *row;    /* [d] */
 };
 
-/* Returns its reals. Arrays are whole cache lines, so that threads do not write to the same one. */
-static int64_t layout_scratch(const struct device *dev, const struct qkv_mix_spec *s, real *base,
-                              struct scratch *w) {
-    int64_t block = s->mixed ? mix_tokens(dev, s->batch * s->tokens, s->heads, s->pseudo, s->head_dim) : 0,
-            at = 0;
+static size_t layout_scratch(const struct device *dev, const struct qkv_mix_spec *s, char *base,
+                             struct scratch *w) {
+    int64_t block = s->mixed ? mix_tokens(dev, s->batch * s->tokens, s->heads, s->pseudo, s->head_dim) : 0;
     int64_t H = s->heads, I = rows_out(s, 0), d = s->head_dim, W = words_of(d);
-    struct {
-        void *where;
-        int64_t reals;
-    } parts[] = {{&w->dalpha, alpha_reals(s)},
-                 {&w->rows, block * I * W},
-                 {&w->in, WORDS_CONVERT ? block * H * W : 0},
-                 {&w->pairs, PAIR > 1 ? words_of(I) * d : 0},
-                 {&w->heads, H * d},
-                 {&w->row, d}};
-    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        void *part = base ? base + at : NULL;
-        memcpy(parts[i].where, &part, sizeof part);
-        at += round_up(parts[i].reals, 16);
-    }
-    return at;
+    struct part parts[] = {{&w->dalpha, alpha_reals(s)},
+                           {&w->rows, block * I * W},
+                           {&w->in, WORDS_CONVERT ? block * H * W : 0},
+                           {&w->pairs, PAIR > 1 ? words_of(I) * d : 0},
+                           {&w->heads, H * d},
+                           {&w->row, d}};
+    return lay_out(parts, sizeof parts / sizeof *parts, base);
 }
 
-/* Reals for the three alphas where they are not used as they are stored. */
-static int64_t shared_reals(const struct qkv_mix_spec *s) {
-    return sizeof(elem) < sizeof(real) ? alpha_reals(s) : 0;
+/* For the three alphas where they are not used as they are stored. */
+static size_t shared_bytes(const struct qkv_mix_spec *s) {
+    return sizeof(elem) < sizeof(real) ? (size_t)alpha_reals(s) * sizeof(real) : 0;
 }
 
 struct op_cost CPU(qkv_mix_plan)(const struct device *dev, const struct qkv_mix_spec *s) {
     LEAVE_TO_PAIRS(dev, s->head_dim, qkv_mix_plan(dev, s));
     struct scratch unused;
-    int64_t reals = shared_reals(s) + dev->threads * layout_scratch(dev, s, NULL, &unused);
-    return (struct op_cost){.workspace = (size_t)reals * sizeof(real)};
+    size_t each = layout_scratch(dev, s, NULL, &unused);
+    return (struct op_cost){.workspace = shared_bytes(s) + (size_t)dev->threads * each};
 }
 
 /* The three alphas as operands, for forward or (transposed) for backward. */
 static void read_alphas(const struct qkv_mix_spec *s, tensor q, tensor k, tensor v, bool transposed,
-                        real *scratch, const word *alpha[3]) {
+                        char *shared, const word *alpha[3]) {
     const elem *from[3] = {q.data, k.data, v.data};
     for (int w = 0; w < 3; w++)
         alpha[w] = mix_matrix(from[w], rows_out(s, w), mix_heads_of(s, w), transposed,
-                              (word *)(scratch + w * alpha_stride(s)));
+                              (word *)shared + w * alpha_stride(s));
 }
 
 void CPU(rope_table)(struct device *dev, const struct rope_spec *s, tensor table) {
@@ -126,12 +117,12 @@ static void check_mix(const char *op, const struct qkv_mix_spec *s, tensor qkv, 
         check_i32(op, "positions", positions, B, s->tokens);
 }
 
-/* The calling thread's part of an operation's scratch memory. */
-static struct scratch scratch_of_thread(const struct device *dev, const struct qkv_mix_spec *s,
-                                        real *shared) {
+/* A thread's part of an operation's scratch memory. */
+static struct scratch scratch_of(const struct device *dev, const struct qkv_mix_spec *s, char *shared,
+                                 int thread) {
     struct scratch w;
-    int64_t stride = layout_scratch(dev, s, NULL, &w);
-    layout_scratch(dev, s, shared + shared_reals(s) + omp_get_thread_num() * stride, &w);
+    size_t each = layout_scratch(dev, s, NULL, &w);
+    layout_scratch(dev, s, shared + shared_bytes(s) + (size_t)thread * each, &w);
     return w;
 }
 
@@ -141,10 +132,10 @@ static void rotate_tokens(struct device *dev, const struct qkv_mix_spec *s, tens
                           const tensor parts[3], tensor table, const int32_t *positions, int64_t first,
                           bool back, const char *op) {
     int64_t d = s->head_dim, N = s->batch * s->tokens, row = mix_row_heads(s);
-    real *shared = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, op);
+    char *shared = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, op);
 #pragma omp parallel num_threads(dev->threads)
     {
-        real *converted = scratch_of_thread(dev, s, shared).heads;
+        real *converted = scratch_of(dev, s, shared, omp_get_thread_num()).heads;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++)
             for (int w = 0; w < 3; w++) {
@@ -174,14 +165,12 @@ static void mix_token(const struct qkv_mix_spec *s, int64_t H, const word *in, c
     for (int64_t p = 0; p < P; p++) {
         elem *to = out + p * H * d;
         real *result = elems_buffer(to, heads);
-        bool direct = !rotated && result != heads; /* what is prefetched now is stored by the next call */
+        real *product = rotated ? heads : result;
         struct mix_memory memory = {.stream = stream && !rotated,
-                                    .write = stream   ? NULL
-                                             : direct ? to + H * d
-                                                      : to,
+                                    .write = mix_write(stream, product, to, H * d),
                                     .at = {(const char *)next + bytes * p, (const char *)next},
                                     .bytes = {bytes}};
-        head_mix(H, J, d, alpha + p * H * J, J, 1, in, rotated ? heads : result, &memory);
+        head_mix(H, J, d, alpha + p * H * J, J, 1, in, product, &memory);
         if (rotated)
             rotate_heads(s, H, heads, table, position, p, 1, stream, result);
         write_elems(to, H * d, result);
@@ -200,14 +189,14 @@ void CPU(qkv_mix)(struct device *dev, const struct qkv_mix_spec *s, tensor qkv, 
     }
     int64_t d = s->head_dim, N = s->batch * s->tokens, row = mix_row_heads(s), I = s->pseudo * row;
     elem *out[3] = {q.data, k.data, v.data};
-    bool stream = sizeof(elem) == sizeof(real) && mix_streams(q.data, N * I * d, d) &&
-                  mix_streams(k.data, N * I * d, d) && mix_streams(v.data, N * I * d, d);
+    bool stream = mix_streams(q.data, N * I * d, d) && mix_streams(k.data, N * I * d, d) &&
+                  mix_streams(v.data, N * I * d, d);
     const word *alpha[3];
-    real *shared = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix");
+    char *shared = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix");
     read_alphas(s, alpha_q, alpha_k, alpha_v, false, shared, alpha);
 #pragma omp parallel num_threads(dev->threads)
     {
-        struct scratch scratch = scratch_of_thread(dev, s, shared);
+        struct scratch scratch = scratch_of(dev, s, shared, omp_get_thread_num());
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n++)
             for (int w = 0; w < 3; w++) {
@@ -252,29 +241,26 @@ static void mix_backward_block(const struct qkv_mix_spec *s, const struct mix_gr
                                const struct scratch *w) {
     int64_t H = g->H, d = s->head_dim, W = words_of(d), I = s->pseudo * H, stride = mix_row_heads(s) * d;
     int64_t bytes = I * d * (int64_t)sizeof(elem), half = bytes / 2;
-    const word *first = NULL, *heads = NULL;
+    const word *dout = g->rotated ? w->rows : rows_as_words(g->dout, count * I, d, w->rows);
+    const word *heads = WORDS_CONVERT ? w->in : (const word *)g->in;
     for (int64_t t = 0; t < count; t++) {
-        const elem *dout = g->dout + t * I * d, *in = g->in + t * stride;
-        const word *rows = w->rows + t * I * W;
+        const elem *in = g->in + t * stride;
         if (g->rotated)
-            rotate_back(s, H, dout, table, position_of(s, positions, 0, n + t), w->row, w->rows + t * I * W);
-        else
-            rows = rows_as_words(dout, I, d, w->rows + t * I * W);
-        const word *x = rows_as_words(in, H, d, w->in + (WORDS_CONVERT ? t * H * W : 0));
-        first = t == 0 ? rows : first;
-        heads = t == 0 ? x : heads;
+            rotate_back(s, H, g->dout + t * I * d, table, position_of(s, positions, 0, n + t), w->row,
+                        w->rows + t * I * W);
+        if (WORDS_CONVERT)
+            rows_as_words(in, H, d, w->in + t * H * W);
         elem *to = g->din + t * stride;
         real *result = elems_buffer(to, w->heads);
         struct mix_memory memory = {.stream = g->stream,
-                                    .write = g->stream            ? NULL
-                                             : result == w->heads ? to
-                                                                  : to + stride,
+                                    .write = mix_write(g->stream, result, to, stride),
                                     .at = {(const char *)(g->next + t * I * d), (const char *)in},
                                     .bytes = {half, H * d * (int64_t)sizeof(elem)}};
-        head_mix(H, words_of(I), d, g->alpha, 1, H, rows_to_pairs(rows, I, d, w->pairs), result, &memory);
+        head_mix(H, words_of(I), d, g->alpha, 1, H, rows_to_pairs(dout + t * I * W, I, d, w->pairs), result,
+                 &memory);
         write_elems(to, H * d, result);
     }
-    head_outer(I, H, W, count, first, I * W, heads, WORDS_CONVERT ? H * W : stride / PAIR, g->dalpha,
+    head_outer(I, H, W, count, dout, I * W, heads, WORDS_CONVERT ? H * W : stride / PAIR, g->dalpha,
                (const char *)g->next + half, bytes, bytes - half);
 }
 
@@ -293,14 +279,14 @@ void CPU(qkv_mix_backward)(struct device *dev, const struct qkv_mix_spec *s, ten
     }
     int64_t d = s->head_dim, N = s->batch * s->tokens, row = mix_row_heads(s), matrix = alpha_stride(s);
     int64_t block = mix_tokens(dev, N, s->heads, s->pseudo, d);
-    bool stream = sizeof(elem) == sizeof(real) && mix_streams(dqkv.data, N * row * d, d);
+    bool stream = mix_streams(dqkv.data, N * row * d, d);
     const word *alpha[3];
     const elem *dout[3] = {dq.data, dk.data, dv.data};
-    real *shared = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix_backward");
+    char *shared = cpu_workspace(dev, CPU(qkv_mix_plan)(dev, s).workspace, "qkv_mix_backward");
     read_alphas(s, alpha_q, alpha_k, alpha_v, true, shared, alpha);
 #pragma omp parallel num_threads(dev->threads)
     {
-        struct scratch scratch = scratch_of_thread(dev, s, shared);
+        struct scratch scratch = scratch_of(dev, s, shared, omp_get_thread_num());
         memset(scratch.dalpha, 0, (size_t)(3 * matrix) * sizeof(real));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < N; n += block)
@@ -319,11 +305,10 @@ void CPU(qkv_mix_backward)(struct device *dev, const struct qkv_mix_spec *s, ten
             }
         vstream_end();
     }
-    struct scratch scratch;
-    int64_t stride = layout_scratch(dev, s, NULL, &scratch);
-    layout_scratch(dev, s, shared + shared_reals(s), &scratch);
+    struct scratch first = scratch_of(dev, s, shared, 0);
+    int64_t stride = (int64_t)(layout_scratch(dev, s, NULL, &(struct scratch){0}) / sizeof(real));
     real *dalphas[3] = {dalpha_q.data, dalpha_k.data, dalpha_v.data};
     for (int w = 0; w < 3; w++)
-        sum_partials(scratch.dalpha + w * matrix, dev->threads, stride, rows_out(s, w) * mix_heads_of(s, w),
+        sum_partials(first.dalpha + w * matrix, dev->threads, stride, rows_out(s, w) * mix_heads_of(s, w),
                      dalphas[w], accumulate);
 }

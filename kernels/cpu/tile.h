@@ -12,15 +12,9 @@
 
 #include "kernels/cpu/word.h"
 
-/* One register block; mr and nv are compile-time constants at every call. */
-ALWAYS_INLINE void tile_block(const int mr, const int nv, int64_t k, const word *a, int64_t row, int64_t col,
-                              const word *b, int64_t ldb, real *c, int64_t ldc, bool accumulate) {
-    vreal acc[16][4];
-    UNROLL
-    for (int i = 0; i < mr; i++)
-        UNROLL
-    for (int j = 0; j < nv; j++)
-        acc[i][j] = accumulate ? vload(c + i * ldc + j * VL) : vsplat(0);
+/* acc += A B for a block of mr rows and nv vectors, which are compile-time constants at every call. */
+ALWAYS_INLINE void tile_products(const int mr, const int nv, int64_t k, const word *a, int64_t row,
+                                 int64_t col, const word *b, int64_t ldb, vreal acc[16][4]) {
     for (int64_t l = 0; l < k; l++) {
         vreal bv[4];
         UNROLL
@@ -34,6 +28,18 @@ ALWAYS_INLINE void tile_block(const int mr, const int nv, int64_t k, const word 
                 acc[i][j] = vmultiply_add(acc[i][j], av, bv[j]);
         }
     }
+}
+
+/* One register block; mr and nv are compile-time constants at every call. */
+ALWAYS_INLINE void tile_block(const int mr, const int nv, int64_t k, const word *a, int64_t row, int64_t col,
+                              const word *b, int64_t ldb, real *c, int64_t ldc, bool accumulate) {
+    vreal acc[16][4];
+    UNROLL
+    for (int i = 0; i < mr; i++)
+        UNROLL
+    for (int j = 0; j < nv; j++)
+        acc[i][j] = accumulate ? vload(c + i * ldc + j * VL) : vsplat(0);
+    tile_products(mr, nv, k, a, row, col, b, ldb, acc);
     UNROLL
     for (int i = 0; i < mr; i++)
         UNROLL
