@@ -52,25 +52,30 @@ static inline void case_on_threads(void *context) {
     dev->threads = all;
 }
 
-/* One and all in turn, so that both meet the same machine. */
+/* Forward and backward of two cases in turn, so that both meet the same machine. */
+static inline void time_in_turn(void (*call)(void *), void *first, void *second, int rounds,
+                                struct summary *one, struct summary *other) {
+    static struct samples seconds[2];
+    int calls = warm_up(call, second);
+    seconds[0].count = seconds[1].count = 0;
+    for (int i = 0; i < rounds; i++) {
+        samples_add(&seconds[0], time_calls(call, first, calls));
+        samples_add(&seconds[1], time_calls(call, second, calls));
+    }
+    *one = samples_summary(&seconds[0], 0);
+    *other = samples_summary(&seconds[1], 0);
+}
+
 static inline void threads_row(const struct op_case *c, struct bench *b, struct table *t) {
     int all = b->dev->threads;
     struct threads_case one = {.threads = 1}, many = {.threads = all};
-    struct samples *seconds = calloc(2, sizeof *seconds);
-    struct error e = {.exit_code = EXIT_RUN, .text = "out of memory for samples"};
+    struct summary s1, s;
     char sizes[OP_TEXT];
-    if (!seconds)
-        bench_fail(&e);
     b->dev->threads = 1;
     case_open(&one.w, b, c);
     b->dev->threads = all;
     case_open(&many.w, b, c);
-    int calls = warm_up(case_on_threads, &many);
-    for (int i = 0; i < 4 * b->repeats; i++) {
-        samples_add(&seconds[0], time_calls(case_on_threads, &one, calls));
-        samples_add(&seconds[1], time_calls(case_on_threads, &many, calls));
-    }
-    struct summary s1 = samples_summary(&seconds[0], 0), s = samples_summary(&seconds[1], 0);
+    time_in_turn(case_on_threads, &one, &many, 4 * b->repeats, &s1, &s);
     struct row *row =
         table_row(t, "attention of one head, forward + backward, %d threads: %s", all, op_sizes(c, sizes));
     cell_seconds(row->took, s);
@@ -80,7 +85,6 @@ static inline void threads_row(const struct op_case *c, struct bench *b, struct 
     row_progress(row);
     case_close(&many.w);
     case_close(&one.w);
-    free(seconds);
 }
 
 static inline void attention_without_window(const struct op_case *c, void *context) {
@@ -144,21 +148,15 @@ struct bf16_context {
 
 /* Forward and backward in bf16, and in fp32 in turn with it. */
 static inline void bf16_row(const struct op_case *c, void *context) {
-    static struct samples fp32_seconds, bf16_seconds;
     struct bf16_context *x = context;
     struct bench_case fp32, bf16;
+    struct summary slow, fast;
     char sizes[OP_TEXT];
     if (c->spec.kind == OP_ATTENTION && c->spec.attention.length > 1 << 14)
-        return; /* no slower or faster for being long */
+        return; /* its rate is that of shorter ones */
     case_open(&fp32, x->fp32, c);
     case_open(&bf16, x->bf16, c);
-    int calls = warm_up(case_both, &bf16);
-    fp32_seconds.count = bf16_seconds.count = 0;
-    for (int i = 0; i < 2 * x->fp32->repeats; i++) {
-        samples_add(&fp32_seconds, time_calls(case_both, &fp32, calls));
-        samples_add(&bf16_seconds, time_calls(case_both, &bf16, calls));
-    }
-    struct summary slow = samples_summary(&fp32_seconds, 0), fast = samples_summary(&bf16_seconds, 0);
+    time_in_turn(case_both, &fp32, &bf16, 2 * x->fp32->repeats, &slow, &fast);
     struct row *row = table_row(x->t, "%s in bf16, forward + backward: %s", op_name(c), op_sizes(c, sizes));
     cell_seconds(row->took, fast);
     cell(row->compared, "fp32 %.2f ms (%.2f–%.2f)", slow.median * 1e3, slow.min * 1e3, slow.max * 1e3);
