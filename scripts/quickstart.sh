@@ -47,9 +47,10 @@ steps=600
 case $(./train_iha info configs/quickstart.ini) in
 *"Memory for training in bf16"*) steps=1200 ;;
 esac
+recipe=(train.optimizer=muon train.lr=0.012 train.steps=$steps)
 echo "== 2. Training (configs/quickstart.ini; the same command continues an interrupted run)"
 ./train_iha train configs/quickstart.ini data.train="$data/train_*.bin" data.val="$data/val_*.bin" run.dir="$run" \
-    train.optimizer=muon train.lr=0.012 train.steps=$steps
+    "${recipe[@]}"
 
 echo
 echo "== 3. Held-out text"
@@ -73,6 +74,6 @@ Next:
   ./train_iha info $run
   # the same with plain attention, and both curves:
   ./train_iha train configs/quickstart.ini data.train="$data/train_*.bin" data.val="$data/val_*.bin" \\
-      run.dir=${run}_mha train.optimizer=muon train.lr=0.012 train.steps=$steps model.layer_pattern=mha_global
+      run.dir=${run}_mha ${recipe[*]} model.layer_pattern=mha_global
   $python scripts/report.py $run ${run}_mha --out runs/both.html
 END

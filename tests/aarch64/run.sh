@@ -78,8 +78,8 @@ MAKEFLAGS= make --no-print-directory -j2 BUILD=$build BINARY=$build/train_iha CC
 
 # ---- run ----
 
-# Threads that spin while they wait would take the cores from those that compute.
 export TEST_SAMPLE=${TEST_SAMPLE:-40}
+# Threads that spin while they wait would take the cores from those that compute.
 export QEMU_LD_PREFIX=$root GOMP_SPINCOUNT=0 CMOCKA_MESSAGE_OUTPUT=TAP build
 work=$(mktemp -d)
 export work
