@@ -132,6 +132,8 @@ struct op_spec {
     enum op_kind kind;
     /* What a plan of `linear` may leave out, since it is never called. */
     bool no_bias, no_backward;
+    /* What it is to plan besides: linear_act, and act_linear_backward, with gelu_tanh. */
+    bool gelu_after, gelu_before;
     union {
         struct embed_spec embed;
         struct norm_spec norm;

@@ -18,6 +18,14 @@ static void linear_backward(struct model *m, tensor dy, tensor x, int64_t in, in
                        model_gradient(m, bias), accumulate);
 }
 
+/* As linear_backward, of the layer that has an activation in front of it, act = f(u): du instead of dx. */
+static void act_linear_backward(struct model *m, tensor dy, tensor act, int64_t in, int weight, int bias,
+                                int64_t out, tensor u, tensor du, bool accumulate) {
+    struct linear_spec spec = {m->shape.batch * m->shape.tokens, in, out};
+    m->k->act_linear_backward(m->dev, &spec, m->act_spec.type, dy, act, model_param(m, weight), u, du,
+                              model_gradient(m, weight), model_gradient(m, bias), accumulate);
+}
+
 /* grad.dx from grad.dy, added to the gradient of the residual path where there is one already (add). */
 static void norm_backward(struct model *m, tensor sum, int weight, int bias, const void *saved, bool add,
                           bool accumulate) {
@@ -32,9 +40,13 @@ static void mlp_backward(struct model *m, int layer, bool accumulate) {
     struct layer_buffers *b = &m->layers[layer];
     struct gradient_buffers *g = &m->grad;
     int64_t C = m->config.hidden_size, F = m->config.intermediate_size;
-    linear_backward(m, g->dx, b->act, F, p->down, p->down_bias, C, g->dact, false, accumulate);
     tensor dup = b->gate.data ? b->up : g->dact; /* nobody reads up and gate after this */
-    m->k->mlp_act_backward(m->dev, &m->act_spec, g->dact, b->up, b->gate, dup, b->gate);
+    if (b->gate.data) {
+        linear_backward(m, g->dx, b->act, F, p->down, p->down_bias, C, g->dact, false, accumulate);
+        m->k->mlp_act_backward(m->dev, &m->act_spec, g->dact, b->up, b->gate, dup, b->gate);
+    } else {
+        act_linear_backward(m, g->dx, b->act, F, p->down, p->down_bias, C, b->up, dup, accumulate);
+    }
     if (m->specs[layer].one_product) {
         linear_of_backward(m, dup, b->y_mlp, C, model_up_and_gate(m, layer), 2 * F, g->dy, false,
                            model_up_and_gate_gradient(m, layer), tensor_none(), accumulate);

@@ -170,11 +170,14 @@ int layer_ops(const struct model_config *c, const struct layer_specs *s, bool tr
     int count = 0;
     const int64_t linears[][2] = {
         {C, s->qkv_heads * d}, {c->num_attention_heads * d, C}, {C, s->one_product ? 2 * F : F}, {F, C}};
+    bool gelu = act_type_of(c->activation) == ACT_GELU_TANH;
     for (int i = 0; i < 4; i++) {
         bool bias = i == 0 ? config_qkv_bias(c) : c->bias;
         ops[count++] = (struct op_spec){.kind = OP_LINEAR,
                                         .no_bias = !bias,
                                         .no_backward = !training,
+                                        .gelu_after = gelu && i == 2,
+                                        .gelu_before = gelu && i == 3,
                                         .linear = {n, linears[i][0], linears[i][1]}};
     }
     ops[count++] = (struct op_spec){.kind = OP_ACT, .act = {act_type_of(c->activation), n, F}};
@@ -200,9 +203,11 @@ static int plan_layer(struct model *m, int layer, struct error *e) {
         return -1;
     /* What a differential layer's second map saves comes after this, aligned as allocations are. */
     s->attention_saved_bytes = (s->attention_saved_bytes + 255) / 256 * 256;
-    for (int i = 0, count = layer_ops(&m->config, s, m->shape.training, ops); i < count; i++)
+    for (int i = 0, count = layer_ops(&m->config, s, m->shape.training, ops); i < count; i++) {
+        ops[i].gelu_after &= m->shape.recompute != RECOMPUTE_LIGHT; /* see mlp_hidden() in forward.c */
         if (plan(m, ops[i], NULL, e) != 0)
             return -1;
+    }
     return 0;
 }
 

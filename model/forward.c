@@ -27,6 +27,13 @@ static void linear(struct model *m, tensor x, int64_t in, int weight, int bias, 
     linear_of(m, x, in, model_param(m, weight), model_param(m, bias), out, y);
 }
 
+/* The same, and act [N,out] = f(y) */
+static void linear_act(struct model *m, tensor x, int64_t in, int weight, int bias, int64_t out, tensor y,
+                       tensor act) {
+    struct linear_spec spec = {m->shape.batch * m->shape.tokens, in, out};
+    m->k->linear_act(m->dev, &spec, m->act_spec.type, x, model_param(m, weight), model_param(m, bias), y, act);
+}
+
 /* x [N,C] = embed[tokens] (+ pos_embed, where positions are learned). Sequences start at position 0. */
 static void embed(struct model *m, tensor x) {
     struct embed_spec spec = {m->shape.batch, m->shape.tokens, m->config.vocab_size, m->config.hidden_size};
@@ -149,6 +156,11 @@ static void mlp_hidden(struct model *m, int layer) {
     const struct layer_params *p = params_of(m, layer);
     struct layer_buffers *b = &m->layers[layer];
     int64_t C = m->config.hidden_size, F = m->config.intermediate_size;
+    /* With `light`, backward computes act from up again, and must find the same bits. */
+    if (!b->gate.data && m->shape.recompute != RECOMPUTE_LIGHT) {
+        linear_act(m, b->y_mlp, C, p->up, p->up_bias, F, b->up, b->act);
+        return;
+    }
     if (m->specs[layer].one_product) {
         linear_of(m, b->y_mlp, C, model_up_and_gate(m, layer), tensor_none(), 2 * F, b->up);
     } else {

@@ -1,4 +1,5 @@
-/* linear: y = x W^T + bias, and its three gradients. */
+/* linear: y = x W^T + bias, and its three gradients; and with an activation after it, or in front of it, one after the
+ * other. */
 #include "kernels/cpu/cpu.h"
 
 /* out (+)= column sums of x [rows, cols]. Each thread sums a strip of columns over all rows, so the order of
@@ -77,4 +78,21 @@ void CPU(linear_backward)(struct device *dev, const struct linear_spec *s, tenso
         g = dx_product(s, dy.stride[0], w.stride[0], dx.stride[0], add_dx);
         CPU(gemm)(dev, &g, dy.data, w.data, NULL, dx.data, 0);
     }
+}
+
+/* ---- with an activation ---- */
+
+void CPU(linear_act)(struct device *dev, const struct linear_spec *s, enum act_type type, tensor x, tensor w,
+                     tensor bias, tensor u, tensor act) {
+    struct act_spec spec = {type, s->rows, s->out};
+    CPU(linear)(dev, s, x, w, bias, u);
+    CPU(mlp_act)(dev, &spec, u, tensor_none(), act);
+}
+
+void CPU(act_linear_backward)(struct device *dev, const struct linear_spec *s, enum act_type type, tensor dy,
+                              tensor act, tensor w, tensor u, tensor du, tensor dw, tensor dbias,
+                              bool accumulate) {
+    struct act_spec spec = {type, s->rows, s->in};
+    CPU(linear_backward)(dev, s, dy, act, w, du, false, dw, dbias, accumulate);
+    CPU(mlp_act_backward)(dev, &spec, du, u, tensor_none(), du, tensor_none());
 }

@@ -4,7 +4,8 @@
  * Every planned product runs with its own algorithm, strides and epilogue, written over and added to, on
  * small integers: all sums are exact in any order, also where partial sums are rounded to bf16. All outputs
  * are searched for parts that were not written, and one output in every CELL x CELL elements is compared with
- * a plain dot product, whose operands are computed again from their indices. Rows (tokens) are capped at
+ * a plain dot product, whose operands are computed again from their indices. What GELU or its derivative made of a product
+ * may differ by GELU_ERROR of the product, since the library computes both approximately. Rows (tokens) are capped at
  * MAX_ROWS where the algorithm also takes that many. The operands are in the workspace; of a product that is
  * too large for it a part is checked.
  *
@@ -16,6 +17,7 @@
 #include <math.h>
 
 constexpr int64_t MAX_ROWS = 256, CELL = 64, MIN_CELLS = 32;
+constexpr float GELU_ERROR = 1.0f / 128; /* two roundings to bf16 */
 
 /* Integers from -largest to largest, of which this part (of 2^16) is not 0. */
 struct integers {
@@ -31,8 +33,9 @@ static __host__ __device__ inline float integer_at(struct integers x, int64_t in
 /* C[m,n] = op(A) op(B) (+ C) (+ bias). Elements are numbered as in op(A) [m,k], op(B) [k,n] and C [m,n]. */
 struct problem {
     int64_t m, n, k;
-    struct integers a, b, c, bias;
+    struct integers a, b, c, bias, aux;
     bool has_bias, accumulate;
+    enum matmul_epilogue epilogue;
 };
 
 static __host__ __device__ inline float expected_at(struct problem p, int64_t i, int64_t j) {
@@ -44,12 +47,24 @@ static __host__ __device__ inline float expected_at(struct problem p, int64_t i,
     return sum;
 }
 
+/* Of a sum u, what MATMUL_GELU leaves in C, and the factor of MATMUL_GELU_BACKWARD. */
+static __host__ __device__ inline float gelu_at(float u) {
+    return u / (1 + expf(-1.5957691216f * (u + 0.044715f * u * u * u)));
+}
+
+static __host__ __device__ inline float gelu_derivative_at(float u) {
+    float s = 1 / (1 + expf(-1.5957691216f * (u + 0.044715f * u * u * u)));
+    return s + u * s * (1 - s) * 1.5957691216f * (1 + 0.134145f * u * u);
+}
+
 /* Sums of k products stay below 256, so that they are exact in bf16: they are random walks, whose standard
- * deviation is at most 38. Dense where k is small. */
+ * deviation is at most 38, or 2 before GELU, which is 0 or linear further out. Dense where k is small. */
 static struct problem problem_of(const struct matmul *s, bool accumulate) {
-    double nonzero = fmin(0.75, 24 / sqrt((double)s->k));
+    double nonzero = fmin(0.75, (s->epilogue == MATMUL_GELU ? 1.3 : 24) / sqrt((double)s->k));
     uint32_t part = (uint32_t)(nonzero * 65536);
-    return {s->m, s->n, s->k, {1, 1, part}, {2, 2, part}, {3, 2, 49152}, {4, 2, 49152}, s->bias, accumulate};
+    return {s->m,          s->n,          s->k,          {1, 1, part}, {2, 2, part},
+            {3, 2, 49152}, {4, 2, 49152}, {5, 3, 49152}, s->bias,      accumulate,
+            s->epilogue};
 }
 
 /* x, stored as [rows, cols] with this stride; `transposed`: it is numbered by columns first. */
@@ -74,11 +89,24 @@ static __host__ __device__ inline int64_t sample_in(int64_t cell, int64_t n, uin
     return i < n ? i : n - 1;
 }
 
-/* *found = the first of the sampled elements of c that differs from the plain dot product, if that is less.
- * A thread computes one element. */
+/* Whether C holds at [i,j] what it should, and, where that is an output, aux. */
+template <typename T>
+static __device__ bool right_at(const T *c, int64_t stride, const T *aux, int64_t aux_stride, struct problem p, int64_t i,
+                                int64_t j) {
+    float value = to_float(c[i * stride + j]), sum = expected_at(p, i, j);
+    if (p.epilogue == MATMUL_PLAIN)
+        return value == to_float(from_float<T>(sum));
+    if (p.epilogue == MATMUL_GELU)
+        return to_float(aux[i * aux_stride + j]) == sum && fabsf(value - gelu_at(sum)) <= GELU_ERROR * fabsf(sum);
+    float factor = gelu_derivative_at(integer_at(p.aux, i * p.n + j));
+    return fabsf(value - sum * factor) <= GELU_ERROR * fabsf(sum);
+}
+
+/* *found = the first of the sampled elements of c that is wrong, if that is less. A thread looks at one element. */
 template <typename T>
 static __global__ void __launch_bounds__(CHECK_THREADS)
-    compare_samples(const T *c, int64_t stride, struct problem p, wrong_index *found) {
+    compare_samples(const T *c, int64_t stride, const T *aux, int64_t aux_stride, struct problem p,
+                    wrong_index *found) {
     int64_t cell = (int64_t)blockIdx.x * CHECK_THREADS + threadIdx.x;
     int64_t across = (p.n + cell_size(p.n) - 1) / cell_size(p.n);
     int64_t down = (p.m + cell_size(p.m) - 1) / cell_size(p.m);
@@ -86,8 +114,7 @@ static __global__ void __launch_bounds__(CHECK_THREADS)
         return;
     uint32_t bits = random_bits(5, cell);
     int64_t i = sample_in(cell / across, p.m, bits >> 16), j = sample_in(cell % across, p.n, bits & 0xffff);
-    float value = to_float(c[i * stride + j]), expected = to_float(from_float<T>(expected_at(p, i, j)));
-    if (!(value == expected))
+    if (!right_at(c, stride, aux, aux_stride, p, i, j))
         atomicMin(found, (wrong_index)(i * p.n + j));
 }
 
@@ -107,7 +134,7 @@ static __global__ void __launch_bounds__(CHECK_THREADS)
 /* ---- one product ---- */
 
 struct operands {
-    char *workspace, *a, *b, *c, *bias;
+    char *workspace, *a, *b, *c, *bias, *aux;
 };
 
 static void fill(struct device *dev, enum dtype t, void *x, int64_t rows, int64_t cols, int64_t stride,
@@ -120,7 +147,8 @@ static void fill(struct device *dev, enum dtype t, void *x, int64_t rows, int64_
 }
 
 /* The first wrong element of the product in c, or NONE_WRONG. */
-static wrong_index find_wrong(struct device *dev, const struct matmul *s, struct problem p, const void *c) {
+static wrong_index find_wrong(struct device *dev, const struct matmul *s, struct problem p, const void *c,
+                              const void *aux) {
     wrong_index *found = (wrong_index *)dev->scratch, index;
     int64_t cells = ceil_div(p.m, cell_size(p.m)) * ceil_div(p.n, cell_size(p.n));
     cuda_check(cudaMemsetAsync(found, 0xff, sizeof *found, dev->stream));
@@ -129,7 +157,7 @@ static wrong_index find_wrong(struct device *dev, const struct matmul *s, struct
         launch<find_nan<T>>(dev, check_blocks(dev, p.m * p.n), CHECK_THREADS, 0, (const T *)c, p.m, p.n,
                             s->ldc, found);
         launch<compare_samples<T>>(dev, (unsigned)ceil_div(cells, CHECK_THREADS), CHECK_THREADS, 0,
-                                   (const T *)c, s->ldc, p, found);
+                                   (const T *)c, s->ldc, (const T *)aux, s->ldaux, p, found);
     });
     cuda_read(dev, found, &index, sizeof index);
     return index;
@@ -145,13 +173,14 @@ static wrong_index find_wrong_sum(struct device *dev, struct problem p, const vo
     return index;
 }
 
-static void warn_of_sum(struct device *dev, const struct matmul *s, struct problem p, wrong_index index) {
-    fprintf(
-        stderr,
-        "warning: cuBLASLt computes wrong sums beside matrix products on this GPU (%s): of row %lld of A, "
-        "%lld x %lld x %lld in %s; a kernel of this program sums instead\n",
-        dev->name, (long long)((int64_t)index / p.n), (long long)p.m, (long long)p.n, (long long)p.k,
-        s->in == DTYPE_BF16 ? "bf16" : "fp32");
+/* Of what a kernel of this program can compute instead: sums beside a product, and GELU of it. */
+static void warn(struct device *dev, const struct matmul *s, struct problem p, wrong_index index) {
+    fprintf(stderr,
+            "warning: cuBLASLt computes wrong %s on this GPU (%s): row %lld of %lld x %lld x %lld in %s; a kernel of this "
+            "program does it instead\n",
+            s->row_sums ? "sums beside matrix products" : "GELU of matrix products", dev->name,
+            (long long)((int64_t)index / p.n), (long long)p.m, (long long)p.n, (long long)p.k,
+            s->in == DTYPE_BF16 ? "bf16" : "fp32");
 }
 
 static int report(struct device *dev, const struct matmul *s, struct problem p, const void *c,
@@ -173,9 +202,9 @@ static int report(struct device *dev, const struct matmul *s, struct problem p, 
         dev->deterministic ? "false" : "true");
 }
 
-/* 0: it is right; -1: it is wrong. *wrong_sums: so are the sums beside it, which others can compute. */
+/* 0: it is right, or *rejected, since a kernel can do what is wrong; -1: it is wrong. */
 static int check_product(struct device *dev, const struct matmul_plan *plan, struct operands x,
-                         bool *wrong_sums, struct error *e) {
+                         bool *rejected, struct error *e) {
     const struct matmul *s = &plan->shape;
     struct problem p = problem_of(s, false);
     bool ta = s->transpose_a, tb = s->transpose_b;
@@ -183,7 +212,12 @@ static int check_product(struct device *dev, const struct matmul_plan *plan, str
     fill(dev, s->in, x.b, tb ? p.n : p.k, tb ? p.k : p.n, s->ldb, tb, p.b);
     if (s->bias)
         fill(dev, s->out, x.bias, 1, p.n, p.n, false, p.bias);
-    for (int accumulate = 0; accumulate < 2; accumulate++) {
+    if (s->epilogue == MATMUL_GELU_BACKWARD)
+        fill(dev, s->out, x.aux, p.m, p.n, s->ldaux, false, p.aux);
+    else
+        cuda_check(cudaMemsetAsync(x.aux, 0xff, matmul_bytes(s).aux, dev->stream)); /* NaN */
+    int passes = s->epilogue == MATMUL_PLAIN ? 2 : 1; /* nothing is added to with an epilogue */
+    for (int accumulate = 0; accumulate < passes; accumulate++) {
         p.accumulate = accumulate;
         if (accumulate)
             fill(dev, s->out, x.c, p.m, p.n, s->ldc, false, p.c);
@@ -191,15 +225,16 @@ static int check_product(struct device *dev, const struct matmul_plan *plan, str
             cuda_check(cudaMemsetAsync(x.c, 0xff, matmul_bytes(s).c, dev->stream)); /* NaN */
         if (s->row_sums)
             cuda_check(cudaMemsetAsync(x.bias, 0xff, matmul_bytes(s).bias, dev->stream));
-        run_planned_matmul(dev, plan, x.a, x.b, s->bias || s->row_sums ? x.bias : NULL, accumulate, x.c,
+        run_planned_matmul(dev, plan, x.a, x.b, s->bias || s->row_sums ? x.bias : NULL, accumulate, x.c, x.aux,
                            x.workspace);
-        wrong_index index = find_wrong(dev, s, p, x.c);
-        if (index != NONE_WRONG)
+        wrong_index index = find_wrong(dev, s, p, x.c, x.aux);
+        if (index != NONE_WRONG && s->epilogue == MATMUL_PLAIN)
             return report(dev, s, p, x.c, index, e);
-        if (s->row_sums && !*wrong_sums && (index = find_wrong_sum(dev, p, x.bias)) != NONE_WRONG) {
-            warn_of_sum(dev, s, p, index);
-            *wrong_sums = true;
-        }
+        if (s->row_sums)
+            index = find_wrong_sum(dev, p, x.bias);
+        if (index != NONE_WRONG && !*rejected)
+            warn(dev, s, p, index);
+        *rejected |= index != NONE_WRONG;
     }
     return 0;
 }
@@ -223,7 +258,8 @@ static bool place(const struct device *dev, const struct matmul_plan *p, struct 
     x->b = x->a + bytes.a;
     x->c = x->b + bytes.b;
     x->bias = x->c + bytes.c;
-    *used = (size_t)(x->bias + bytes.bias - dev->workspace);
+    x->aux = x->bias + bytes.bias;
+    *used = (size_t)(x->aux + bytes.aux - dev->workspace);
     return *used <= dev->workspace_bytes;
 }
 
@@ -257,11 +293,11 @@ int check_matmuls(struct device *dev, struct error *e) {
         size_t used;
         if (p->checked || p->rejected || !fit(dev, p, &resized, &x, &used))
             continue;
-        bool wrong_sums = false;
-        status = check_product(dev, &resized, x, &wrong_sums, e);
+        bool rejected = false;
+        status = check_product(dev, &resized, x, &rejected, e);
         matmul_descriptors_free(&resized);
         p->checked = true;
-        p->rejected = wrong_sums;
+        p->rejected = rejected;
         most = used > most ? used : most;
     }
     if (most > 0)

@@ -155,6 +155,7 @@ template <typename F> void by_dtype(enum dtype dtype, F f) {
 int cuda_embed_plan(struct device *, const struct embed_spec *, struct op_cost *, struct error *);
 int cuda_norm_plan(struct device *, const struct norm_spec *, struct op_cost *, struct error *);
 int cuda_linear_plan(struct device *, const struct op_spec *, struct op_cost *, struct error *);
+int cuda_linear_act_plan(struct device *, const struct op_spec *);
 int cuda_classifier_plan(struct device *, const struct classifier_spec *, struct op_cost *, struct error *);
 int cuda_qk_norm_plan(struct device *, const struct qk_norm_spec *, struct op_cost *, struct error *);
 int cuda_qkv_mix_plan(struct device *, const struct qkv_mix_spec *, struct op_cost *, struct error *);
@@ -169,6 +170,11 @@ int cuda_diff_combine_plan(struct device *, const struct diff_combine_spec *, st
                            struct error *);
 int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
 
+/* What is done to a product on its way to memory, with a second matrix `aux` [m,n] of C's type:
+ *   MATMUL_GELU           aux = op(A) op(B) (+ bias),  C = gelu_tanh(aux)
+ *   MATMUL_GELU_BACKWARD  C = op(A) op(B) * gelu_tanh'(aux) */
+enum matmul_epilogue { MATMUL_PLAIN, MATMUL_GELU, MATMUL_GELU_BACKWARD };
+
 /* C[m,n] = op(A) op(B) (+ C) (+ bias [n]), row-major; transposed operands are stored as [k,m] and [n,k]. A
  * and B are of type `in`, C and bias of type `out`. Uses the workspace's first MATMUL_WORKSPACE bytes. */
 struct matmul {
@@ -177,6 +183,8 @@ struct matmul {
     enum dtype in, out;
     bool bias;
     bool row_sums; /* also the sums of op(A)'s rows, [m] of type `out`, written where a bias would be read */
+    enum matmul_epilogue epilogue;
+    int64_t ldaux; /* multiples of 8, which cuBLASLt requires; aux is at a multiple of 16 bytes */
 };
 constexpr size_t MATMUL_WORKSPACE = 32 << 20;
 /* Choose the algorithm by timing, or as the plan file says; a shape that was not planned uses cuBLASLt's first
@@ -188,9 +196,9 @@ bool plan_matmul_if_supported(struct device *, struct matmul, bool accumulate);
 bool matmul_is_planned(struct device *, struct matmul);
 void reject_matmul(struct device *, struct matmul);
 bool matmul_is_rejected(struct device *, struct matmul);
-/* bias: read, or with row_sums written; otherwise NULL. */
+/* bias: read, or with row_sums written; otherwise NULL. aux: of an epilogue that has it. */
 void run_matmul(struct device *, struct matmul, const void *a, const void *b, const void *bias,
-                bool accumulate, void *c);
+                bool accumulate, void *c, const void *aux = NULL);
 void matmul_plans_free(struct matmul_plan *);
 
 /* Compare what the libraries compute for the plans made so far, each once, with plain computation: -1 and an

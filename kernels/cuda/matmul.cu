@@ -18,7 +18,8 @@ enum { CANDIDATES = 8 };
 static bool same_shape(const struct matmul *x, const struct matmul *y) {
     return x->transpose_a == y->transpose_a && x->transpose_b == y->transpose_b && x->m == y->m &&
            x->n == y->n && x->k == y->k && x->lda == y->lda && x->ldb == y->ldb && x->ldc == y->ldc &&
-           x->in == y->in && x->out == y->out && x->bias == y->bias && x->row_sums == y->row_sums;
+           x->in == y->in && x->out == y->out && x->bias == y->bias && x->row_sums == y->row_sums &&
+           x->epilogue == y->epilogue && x->ldaux == y->ldaux;
 }
 
 static cudaDataType_t library_type(enum dtype t) {
@@ -39,9 +40,23 @@ static uint32_t alignment(enum dtype t, int64_t ld) {
     return lowest < 128 ? lowest : 128;
 }
 
-static void set_bias(const struct matmul_plan *p, const void *bias) {
-    cublas_check(
-        cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+/* The operands that are attributes of the descriptor. */
+static void set_bias_and_aux(const struct matmul_plan *p, const void *bias, const void *aux) {
+    if (p->shape.bias || p->shape.row_sums)
+        cublas_check(
+            cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias));
+    if (p->shape.epilogue != MATMUL_PLAIN)
+        cublas_check(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, &aux,
+                                                    sizeof aux));
+}
+
+static cublasLtEpilogue_t library_epilogue(const struct matmul *s) {
+    if (s->epilogue == MATMUL_GELU)
+        return s->bias ? CUBLASLT_EPILOGUE_GELU_AUX_BIAS : CUBLASLT_EPILOGUE_GELU_AUX;
+    if (s->epilogue == MATMUL_GELU_BACKWARD)
+        return CUBLASLT_EPILOGUE_DGELU;
+    /* The library's second operand is our A. */
+    return s->bias ? CUBLASLT_EPILOGUE_BIAS : s->row_sums ? CUBLASLT_EPILOGUE_BGRADB : CUBLASLT_EPILOGUE_DEFAULT;
 }
 
 static void create_descriptors(const struct device *dev, struct matmul_plan *p) {
@@ -54,16 +69,18 @@ static void create_descriptors(const struct device *dev, struct matmul_plan *p) 
                                                 sizeof transpose_first));
     cublas_check(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_TRANSB, &transpose_second,
                                                 sizeof transpose_second));
+    cublasLtEpilogue_t epilogue = library_epilogue(s);
+    cublas_check(
+        cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue));
     if (s->bias || s->row_sums) {
-        /* The library's second operand is our A. */
-        cublasLtEpilogue_t epilogue = s->bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_BGRADB;
         cudaDataType_t type = library_type(s->out);
-        cublas_check(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue,
-                                                    sizeof epilogue));
         cublas_check(
             cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, &type, sizeof type));
-        set_bias(p, dev->scratch); /* any address: the heuristic looks at its alignment */
     }
+    if (s->epilogue != MATMUL_PLAIN)
+        cublas_check(cublasLtMatmulDescSetAttribute(p->desc, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, &s->ldaux,
+                                                    sizeof s->ldaux));
+    set_bias_and_aux(p, dev->scratch, dev->scratch); /* any address: the heuristic looks at its alignment */
     p->a = s->transpose_a ? layout_of(s->in, s->k, s->m, s->lda) : layout_of(s->in, s->m, s->k, s->lda);
     p->b = s->transpose_b ? layout_of(s->in, s->n, s->k, s->ldb) : layout_of(s->in, s->k, s->n, s->ldb);
     p->c = layout_of(s->out, s->m, s->n, s->ldc);
@@ -121,6 +138,9 @@ struct matmul_bytes matmul_bytes(const struct matmul *s) {
     bytes.b = (size_t)round_up(b, 256);
     bytes.c = (size_t)round_up(c, 256);
     bytes.bias = (size_t)round_up(bias, 256);
+    bytes.aux = s->epilogue == MATMUL_PLAIN
+                    ? 0
+                    : (size_t)round_up(s->m * s->ldaux * (int64_t)dtype_bytes(s->out), 256);
     return bytes;
 }
 
@@ -132,11 +152,10 @@ static int fastest_candidate(struct device *dev, const struct matmul_plan *p,
     struct matmul_bytes bytes = matmul_bytes(&p->shape);
     if (count == 1)
         return 0;
-    return time_fastest(dev, count, bytes.a + bytes.b + bytes.c + bytes.bias, MATMUL_WORKSPACE,
+    return time_fastest(dev, count, bytes.a + bytes.b + bytes.c + bytes.bias + bytes.aux, MATMUL_WORKSPACE,
                         [&](int i, char *a) {
                             char *b = a + bytes.a, *c = b + bytes.b, *bias = c + bytes.c;
-                            if (p->shape.bias || p->shape.row_sums)
-                                set_bias(p, bias);
+                            set_bias_and_aux(p, bias, bias + bytes.bias);
                             return multiply(dev, p, &results[i].algo, a, b, accumulate, c, dev->workspace,
                                             results[i].workspaceSize) == CUBLAS_STATUS_SUCCESS;
                         });
@@ -147,13 +166,15 @@ static int fastest_candidate(struct device *dev, const struct matmul_plan *p,
 enum { NAME_BYTES = 256, CHOICE_BYTES = 32 + 2 * sizeof(cublasLtMatmulAlgo_t) };
 
 static void name_of(const struct matmul *s, char name[NAME_BYTES]) {
-    snprintf(name, NAME_BYTES, "matmul %c%c %lld x %lld x %lld, rows of %lld %lld %lld, %s to %s%s",
+    static const char *const epilogues[] = {"", ", gelu", ", gelu backward"};
+    snprintf(name, NAME_BYTES, "matmul %c%c %lld x %lld x %lld, rows of %lld %lld %lld, %s to %s%s%s",
              s->transpose_a ? 't' : 'n', s->transpose_b ? 't' : 'n', (long long)s->m, (long long)s->n,
              (long long)s->k, (long long)s->lda, (long long)s->ldb, (long long)s->ldc,
              s->in == DTYPE_BF16 ? "bf16" : "fp32", s->out == DTYPE_BF16 ? "bf16" : "fp32",
              s->bias       ? ", bias"
              : s->row_sums ? ", sums of rows"
-                           : "");
+                           : "",
+             epilogues[s->epilogue]);
 }
 
 /* The bytes of cublasLtMatmulAlgo_t, which cuBLASLt documents to be valid for the same version of it. */
@@ -259,16 +280,16 @@ void reject_matmul(struct device *dev, struct matmul shape) {
 }
 
 void run_planned_matmul(struct device *dev, const struct matmul_plan *p, const void *a, const void *b,
-                        const void *bias, bool accumulate, void *c, void *workspace) {
-    if (p->shape.bias || p->shape.row_sums)
-        set_bias(p, bias);
+                        const void *bias, bool accumulate, void *c, const void *aux, void *workspace) {
+    set_bias_and_aux(p, bias, aux);
     cublas_check(multiply(dev, p, &p->algorithm, a, b, accumulate, c, workspace, p->workspace_bytes));
 }
 
 void run_matmul(struct device *dev, struct matmul shape, const void *a, const void *b, const void *bias,
-                bool accumulate, void *c) {
+                bool accumulate, void *c, const void *aux) {
     struct matmul_plan *p = need(find_or_build(dev, &shape, false, false));
-    run_planned_matmul(dev, p, a, b, bias, accumulate, c, cuda_workspace(dev, p->workspace_bytes, "matmul"));
+    run_planned_matmul(dev, p, a, b, bias, accumulate, c, aux,
+                       cuda_workspace(dev, p->workspace_bytes, "matmul"));
 }
 
 bool resize_matmul(struct device *dev, const struct matmul_plan *p, const struct matmul *shape,

@@ -17,7 +17,7 @@ struct matmul_plan {
 
 /* The memory of a product's operands, each rounded up to 256 bytes. */
 struct matmul_bytes {
-    size_t a, b, c, bias;
+    size_t a, b, c, bias, aux;
 };
 struct matmul_bytes matmul_bytes(const struct matmul *);
 
@@ -26,7 +26,7 @@ struct matmul_bytes matmul_bytes(const struct matmul *);
 bool resize_matmul(struct device *, const struct matmul_plan *p, const struct matmul *shape,
                    struct matmul_plan *resized);
 void run_planned_matmul(struct device *, const struct matmul_plan *, const void *a, const void *b,
-                        const void *bias, bool accumulate, void *c, void *workspace);
+                        const void *bias, bool accumulate, void *c, const void *aux, void *workspace);
 void matmul_descriptors_free(struct matmul_plan *);
 
 #endif

@@ -343,20 +343,24 @@ static void mlp_half(struct decoder *d, int layer, int64_t n) {
     const struct layer_params *p = &m->params.layers[layer];
     int64_t C = m->config.hidden_size, F = m->config.intermediate_size;
     tensor both = with_shape(d->up, n, 2 * F, 0, 0, 0), up = with_shape(d->up, n, F, 0, 0, 0),
-           gate = tensor_none();
+           hidden = with_shape(d->act, n, F, 0, 0, 0), gate = tensor_none();
+    struct act_spec act = act_of(d, n);
     if (m->specs[layer].one_product) {
         linear_of(d, n, d->y, C, model_up_and_gate(m, layer), tensor_none(), 2 * F, both);
         up = half_of_columns(both, 0);
         gate = half_of_columns(both, 1);
-    } else {
+    } else if (p->gate >= 0) {
+        gate = tensor_rows(with_shape(d->up, 2 * n, F, 0, 0, 0), n, n);
         linear(d, n, d->y, C, p->up, p->up_bias, F, up);
-        if (p->gate >= 0) {
-            gate = tensor_rows(with_shape(d->up, 2 * n, F, 0, 0, 0), n, n);
-            linear(d, n, d->y, C, p->gate, -1, F, gate);
-        }
+        linear(d, n, d->y, C, p->gate, -1, F, gate);
     }
-    struct act_spec act = act_of(d, n);
-    m->k->mlp_act(m->dev, &act, up, gate, with_shape(d->act, n, F, 0, 0, 0));
+    if (gate.data) {
+        m->k->mlp_act(m->dev, &act, up, gate, hidden);
+    } else {
+        struct linear_spec spec = {n, C, F};
+        m->k->linear_act(m->dev, &spec, act.type, with_shape(d->y, n, C, 0, 0, 0), model_param(m, p->up),
+                         model_param(m, p->up_bias), up, hidden);
+    }
     linear(d, n, d->act, F, p->down, p->down_bias, C, d->delta);
 }
 

@@ -6,7 +6,8 @@ struct emulator_gpu emulator_gpu = {.count = 1};
 
 struct emulator_products emulator_products;
 double (*emulator_seconds)(const char *kernel, int candidate);
-bool emulator_no_sums;
+bool emulator_no_sums, emulator_no_gelu;
+int64_t emulator_prefetched;
 
 int64_t cuda_attention_tiles; /* counted by the emulator alone */
 

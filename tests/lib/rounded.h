@@ -63,6 +63,8 @@ static inline void round_views(const tensor *views, int count) {
 #define BF16_add x
 #define BF16_mlp_act out
 #define BF16_mlp_act_backward du, dgate
+#define BF16_linear_act u, act
+#define BF16_act_linear_backward du
 #define BF16_classifier dh
 #define BF16_sumsq NOTHING
 #define BF16_adamw NOTHING

@@ -49,8 +49,17 @@ void emulator_limit_queue(int64_t works);
 void emulator_refuse_graphs(const char *what);
 
 /* What is wrong with cuBLASLt's products: one of tiles x tiles equal parts of the row-major D (in the order
- * of its elements) is not written, or has 1 added; or, of sums beside a product, the one of this index has 1 added. */
-enum emulator_fault { PRODUCTS_RIGHT, PRODUCTS_UNWRITTEN, PRODUCTS_WRONG, PRODUCTS_WRONG_SUM };
+ * of its elements) is not written, or has 1 added; of sums beside a product, the one of this index has 1 added. Or, of
+ * products with GELU alone: that part is not written, has 1 added, or the matrix written beside D has. */
+enum emulator_fault {
+    PRODUCTS_RIGHT,
+    PRODUCTS_UNWRITTEN,
+    PRODUCTS_WRONG,
+    PRODUCTS_WRONG_SUM,
+    PRODUCTS_UNWRITTEN_GELU,
+    PRODUCTS_WRONG_GELU,
+    PRODUCTS_WRONG_AUX
+};
 struct emulator_products {
     enum emulator_fault fault;
     int tile, tiles;
@@ -59,11 +68,14 @@ struct emulator_products {
     int64_t min_rows; /* algorithms support no D of fewer rows; 0: any */
 };
 extern struct emulator_products emulator_products;
-/* cuBLASLt has no algorithm that sums beside a product. */
-extern bool emulator_no_sums;
+/* cuBLASLt has no algorithm that sums beside a product, or that applies GELU to it. */
+extern bool emulator_no_sums, emulator_no_gelu;
+
+/* Bytes that kernels have asked for in advance (prefetch_l2 of kernels/cuda/mma.cuh). */
+extern int64_t emulator_prefetched;
 
 /* If set, events are as far apart as the work between them takes by this clock: the seconds of a kernel, or of
- * cuBLASLt's product by candidate 1 or 2 (0: a kernel). */
+ * cuBLASLt's product ("cublasLtMatmul", or "cublasLtMatmul with GELU") by candidate 1 or 2 (0: a kernel). */
 extern double (*emulator_seconds)(const char *kernel, int candidate);
 
 /* Whether the program is linked with the real CUDA runtime (tests/gpu/); the above then does nothing. */

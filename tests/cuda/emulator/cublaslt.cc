@@ -1,5 +1,5 @@
-/* The emulator's cuBLASLt: D = alpha op(A) op(B) + beta C (+ bias), and the sums of op(B)'s columns, column-major, in plain loops that sum in
- * fp32, in blocks. Attributes that the backend does not use are refused. An algorithm is chosen for the alignments that
+/* The emulator's cuBLASLt: D = alpha op(A) op(B) + beta C (+ bias), the sums of op(B)'s columns, GELU of D and its
+ * derivative, column-major, in plain loops that sum in fp32, in blocks. Attributes that the backend does not use are refused. An algorithm is chosen for the alignments that
  * the preference, and the bias at that time, promise; using it with addresses that are less aligned aborts
  * here, where a GPU may fault or return an error. */
 #include "tests/cuda/emulator/internal.h"
@@ -11,6 +11,8 @@ struct desc {
     cublasLtEpilogue_t epilogue;
     const void *bias;
     cudaDataType_t bias_type;
+    void *aux;
+    int64_t ldaux;
 };
 
 struct layout {
@@ -60,7 +62,7 @@ cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *out, cublasCompute
     if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F)
         return CUBLAS_STATUS_NOT_SUPPORTED;
     *out = (cublasLtMatmulDesc_t) new desc{CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, nullptr,
-                                           CUDA_R_32F};
+                                           CUDA_R_32F, nullptr, 0};
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -91,6 +93,10 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d,
         return set(&desc->bias, value, bytes);
     case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE:
         return set(&desc->bias_type, value, bytes);
+    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER:
+        return set(&desc->aux, value, bytes);
+    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD:
+        return set(&desc->ldaux, value, bytes);
     default:
         return CUBLAS_STATUS_NOT_SUPPORTED;
     }
@@ -154,7 +160,19 @@ cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p
 }
 
 struct emulator_products emulator_products = {PRODUCTS_RIGHT, 0, 1, -1, 0, 0};
-bool emulator_no_sums;
+bool emulator_no_sums, emulator_no_gelu;
+
+static bool has_bias(const struct desc &d) {
+    return d.epilogue == CUBLASLT_EPILOGUE_BIAS || d.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+}
+
+static bool writes_aux(const struct desc &d) {
+    return d.epilogue == CUBLASLT_EPILOGUE_GELU_AUX || d.epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS;
+}
+
+static bool has_aux(const struct desc &d) {
+    return writes_aux(d) || d.epilogue == CUBLASLT_EPILOGUE_DGELU;
+}
 
 /* Three results: the first is marked as not supported, the two others compute the same. */
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t desc,
@@ -162,7 +180,8 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
                                               cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
                                               cublasLtMatmulPreference_t p, int wanted,
                                               cublasLtMatmulHeuristicResult_t *results, int *found) {
-    if (desc_of(desc)->epilogue == CUBLASLT_EPILOGUE_BGRADB && emulator_no_sums)
+    if ((desc_of(desc)->epilogue == CUBLASLT_EPILOGUE_BGRADB && emulator_no_sums) ||
+        (has_aux(*desc_of(desc)) && emulator_no_gelu))
         return CUBLAS_STATUS_NOT_SUPPORTED;
     struct chosen chosen = {0, *(const struct preference *)p,
                             (uint32_t)((uintptr_t)desc_of(desc)->bias % 16)};
@@ -234,6 +253,16 @@ static float dot(const float *x, const float *y, int64_t k) {
     return sum;
 }
 
+/* The tanh form, as in the library. */
+static float gelu(float u) {
+    return 0.5f * u * (1 + tanhf(0.7978845608f * (u + 0.044715f * u * u * u)));
+}
+
+static float gelu_derivative(float u) {
+    float t = tanhf(0.7978845608f * (u + 0.044715f * u * u * u));
+    return 0.5f * (1 + t) + 0.5f * u * (1 - t * t) * 0.7978845608f * (1 + 0.134145f * u * u);
+}
+
 /* Whether element [i,j] of the row-major D [rows,cols] is in the tile that is wrong. */
 static bool in_tile(const struct emulator_products &p, int64_t i, int64_t j, int64_t rows, int64_t cols) {
     int64_t y = p.tile / p.tiles, x = p.tile % p.tiles;
@@ -261,11 +290,21 @@ static void multiply(struct desc d, float alpha, const void *a, struct layout la
                 float sum = alpha * dot(&x[(size_t)(i * k)], &y[(size_t)(j * k)], k);
                 if (beta != 0)
                     sum += beta * element(c, lc.type, batch * lc.batch_stride + j * lc.ld + i);
-                if (d.epilogue == CUBLASLT_EPILOGUE_BIAS)
+                if (has_bias(d))
                     sum += element(d.bias, d.bias_type, i);
-                if ((faulty.fault == PRODUCTS_UNWRITTEN || faulty.fault == PRODUCTS_WRONG) &&
-                    in_tile(faulty, j, i, n, m)) {
-                    if (faulty.fault == PRODUCTS_UNWRITTEN)
+                if (writes_aux(d)) {
+                    bool wrong = faulty.fault == PRODUCTS_WRONG_AUX && in_tile(faulty, j, i, n, m);
+                    put(d.aux, ld.type, j * d.ldaux + i, sum + (float)wrong);
+                    sum = gelu(sum);
+                } else if (has_aux(d)) {
+                    sum *= gelu_derivative(element(d.aux, ld.type, j * d.ldaux + i));
+                }
+                bool unwritten = faulty.fault == PRODUCTS_UNWRITTEN ||
+                                 (faulty.fault == PRODUCTS_UNWRITTEN_GELU && has_aux(d));
+                bool wrong =
+                    faulty.fault == PRODUCTS_WRONG || (faulty.fault == PRODUCTS_WRONG_GELU && has_aux(d));
+                if ((unwritten || wrong) && in_tile(faulty, j, i, n, m)) {
+                    if (unwritten)
                         continue;
                     sum += 1;
                 }
@@ -303,7 +342,12 @@ static void check_promises(const struct chosen &chosen, const struct desc &d, co
     check_address(c, chosen.promised.c, "C");
     check_address(out, chosen.promised.d, "D");
     check_address(workspace, 256, "the workspace");
-    if (d.epilogue != CUBLASLT_EPILOGUE_DEFAULT && (uintptr_t)d.bias % 16 != chosen.bias)
+    if (has_aux(d)) {
+        check_address(d.aux, 16, "the matrix beside D");
+        if (d.ldaux % 8 != 0)
+            emulator_fail("cublasLtMatmul: the rows beside D are of %lld elements, no multiple of 8", (long long)d.ldaux);
+    }
+    if ((has_bias(d) || d.epilogue == CUBLASLT_EPILOGUE_BGRADB) && (uintptr_t)d.bias % 16 != chosen.bias)
         emulator_fail(
             "cublasLtMatmul: the bias at %p is aligned differently from the one the algorithm was chosen for",
             d.bias);
@@ -324,13 +368,20 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
     check_matrix(b, wb, "cublasLtMatmul, B");
     check_matrix(c, wc, "cublasLtMatmul, C");
     check_matrix(d, wd, "cublasLtMatmul, D");
-    size_t beside = what.epilogue == CUBLASLT_EPILOGUE_BIAS     ? (size_t)wd.rows
+    size_t beside = has_bias(what)                              ? (size_t)wd.rows
                     : what.epilogue == CUBLASLT_EPILOGUE_BGRADB ? (size_t)wd.cols
                                                                 : 0;
     emulator_check_device(what.bias, beside * (what.bias_type == CUDA_R_16BF ? 2 : 4),
                           "cublasLtMatmul, bias");
     if (what.epilogue == CUBLASLT_EPILOGUE_BGRADB && what.bias_type != wd.type)
         return CUBLAS_STATUS_NOT_SUPPORTED;
+    if (has_aux(what)) {
+        if (what.ldaux < (int64_t)wd.rows || *(const float *)beta != 0)
+            return CUBLAS_STATUS_INVALID_VALUE;
+        struct layout aux = wd;
+        aux.ld = what.ldaux;
+        check_matrix(what.aux, aux, "cublasLtMatmul, aux");
+    }
     emulator_check_device(workspace, workspace_bytes, "cublasLtMatmul, workspace");
     struct chosen chosen;
     memcpy(&chosen, algorithm, sizeof chosen);
@@ -346,7 +397,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
         size_t written = workspace_bytes < 64 << 10 ? workspace_bytes : 64 << 10;
         memset(workspace, 0xff, written);
         memset((char *)workspace + workspace_bytes - written, 0xff, written);
-        emulator_pass_time("cublasLtMatmul", (int)chosen.candidate);
+        emulator_pass_time(has_aux(what) ? "cublasLtMatmul with GELU" : "cublasLtMatmul", (int)chosen.candidate);
         multiply(what, scale, a, wa, b, wb, keep, c, wc, d, wd, faulty);
     });
     return error == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;

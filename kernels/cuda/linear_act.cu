@@ -1,0 +1,150 @@
+/* linear_act and act_linear_backward: a linear layer with GELU after it, and one with GELU in front of it backward.
+ *
+ * cuBLASLt can apply GELU, or its derivative, to a product before that is written. In bf16 this saves two passes over
+ * [N,F]: forward act is not computed from u read again, backward dact is neither written nor read. Where timing says
+ * that it is not faster, where the library has no such product or a wrong one, with system.deterministic and in
+ * fp32, whose GELU the library approximates, the product and mlp_act are run one after the other. */
+#include <stdio.h>
+
+#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/timing.h"
+
+/* act [N,out] = gelu(x W^T + bias), u beside it. */
+static struct matmul product_with_gelu(const struct linear_spec *s, int64_t ldx, int64_t ldw, int64_t ldact,
+                                       bool bias, int64_t ldu) {
+    return (struct matmul){false,     true, s->rows, s->out, s->in,       ldx, ldw, ldact, DTYPE_BF16,
+                           DTYPE_BF16, bias, false,  MATMUL_GELU, ldu};
+}
+
+/* du [N,in] = dy W * gelu'(u) */
+static struct matmul product_with_derivative(const struct linear_spec *s, int64_t ldy, int64_t ldw,
+                                             int64_t lddu, int64_t ldu) {
+    return (struct matmul){false,      false, s->rows, s->in, s->out, ldy, ldw, lddu, DTYPE_BF16,
+                           DTYPE_BF16, false, false,   MATMUL_GELU_BACKWARD, ldu};
+}
+
+static bool usable(struct device *dev, struct matmul fused, enum act_type type, tensor u) {
+    return type == ACT_GELU_TANH && aligned16({u.data}) && matmul_is_planned(dev, fused);
+}
+
+/* ---- plan ---- */
+
+static tensor matrix(char *memory, int64_t rows, int64_t cols) {
+    return tensor_of(memory, DTYPE_BF16, rows, cols, 0, 0, 0);
+}
+
+/* Bytes of a matrix, and of what follows it. */
+static int64_t bytes_of(int64_t rows, int64_t cols) {
+    return round_up(rows * cols * (int64_t)dtype_bytes(DTYPE_BF16), 256);
+}
+
+enum { APART, FUSED };
+
+/* The faster one; -1: there is no memory to time them. In memory: x, W, bias, u, act. */
+static int faster_forward(struct device *dev, const struct linear_spec *s, bool bias) {
+    int64_t x = bytes_of(s->rows, s->in), w = bytes_of(s->out, s->in), b = bytes_of(1, s->out),
+            u = bytes_of(s->rows, s->out);
+    return time_fastest(
+        dev, 2, (size_t)(x + w + b + 2 * u), MATMUL_WORKSPACE, [&](int i, char *at) {
+            tensor in = matrix(at, s->rows, s->in), weight = matrix(at + x, s->out, s->in),
+                   add = bias ? tensor_of(at + x + w, DTYPE_BF16, s->out, 0, 0, 0, 0) : tensor_none(),
+                   before = matrix(at + x + w + b, s->rows, s->out),
+                   after = matrix(at + x + w + b + u, s->rows, s->out);
+            struct act_spec act = {ACT_GELU_TANH, s->rows, s->out};
+            if (i == FUSED) {
+                run_matmul(dev, product_with_gelu(s, s->in, s->in, s->out, bias, s->out), in.data, weight.data,
+                           add.data, false, after.data, before.data);
+            } else {
+                cuda_linear(dev, s, in, weight, add, before);
+                cuda_mlp_act(dev, &act, before, tensor_none(), after);
+            }
+            return true;
+        });
+}
+
+/* The same of dx and its activation; the other gradients do not depend on it. In memory: dy, W, u, du. */
+static int faster_backward(struct device *dev, const struct linear_spec *s) {
+    int64_t dy = bytes_of(s->rows, s->out), w = bytes_of(s->out, s->in), u = bytes_of(s->rows, s->in);
+    return time_fastest(
+        dev, 2, (size_t)(dy + w + 2 * u), MATMUL_WORKSPACE, [&](int i, char *at) {
+            tensor before = matrix(at + dy + w, s->rows, s->in), du = matrix(at + dy + w + u, s->rows, s->in);
+            struct act_spec act = {ACT_GELU_TANH, s->rows, s->in};
+            struct matmul dx = {false, false, s->rows, s->in,      s->out,     s->out,
+                                s->in, s->in, DTYPE_BF16, DTYPE_BF16, false};
+            if (i == FUSED) {
+                run_matmul(dev, product_with_derivative(s, s->out, s->in, s->in, s->in), at, at + dy, NULL,
+                           false, du.data, before.data);
+            } else {
+                run_matmul(dev, dx, at, at + dy, NULL, false, du.data);
+                cuda_mlp_act_backward(dev, &act, du, before, tensor_none(), du, tensor_none());
+            }
+            return true;
+        });
+}
+
+/* Choose, once for a shape; what does not serve is rejected. */
+static void choose(struct device *dev, const struct linear_spec *s, const char *what, struct matmul fused,
+                   const std::function<int()> &time) {
+    char name[160];
+    if (fused.ldaux % 8 != 0 || matmul_is_planned(dev, fused) || matmul_is_rejected(dev, fused) ||
+        !plan_matmul_if_supported(dev, fused, false))
+        return;
+    snprintf(name, sizeof name, "%s, %lld rows of %lld to %lld, bf16", what, (long long)s->rows,
+             (long long)s->in, (long long)s->out);
+    if (choose_once(dev, name, {"apart", "fused"}, time) != FUSED)
+        reject_matmul(dev, fused);
+}
+
+int cuda_linear_act_plan(struct device *dev, const struct op_spec *spec) {
+    const struct linear_spec *s = &spec->linear;
+    bool bias = !spec->no_bias;
+    if (dev->deterministic || cuda_compute(dev) != DTYPE_BF16)
+        return 0;
+    if (spec->gelu_after)
+        choose(dev, s, bias ? "linear, bias and gelu" : "linear and gelu",
+               product_with_gelu(s, s->in, s->in, s->out, bias, s->out),
+               [&] { return faster_forward(dev, s, bias); });
+    if (spec->gelu_before && !spec->no_backward)
+        choose(dev, s, "dx and the derivative of gelu",
+               product_with_derivative(s, s->out, s->in, s->in, s->in),
+               [&] { return faster_backward(dev, s); });
+    return 0;
+}
+
+/* ---- the operations ---- */
+
+void cuda_linear_act(struct device *dev, const struct linear_spec *s, enum act_type type, tensor x, tensor w,
+                     tensor bias, tensor u, tensor act) {
+    struct matmul fused =
+        product_with_gelu(s, x.stride[0], w.stride[0], act.stride[0], bias.data != NULL, u.stride[0]);
+    struct act_spec spec = {type, s->rows, s->out};
+    if (!usable(dev, fused, type, u)) {
+        cuda_linear(dev, s, x, w, bias, u);
+        cuda_mlp_act(dev, &spec, u, tensor_none(), act);
+        return;
+    }
+    check_shape("linear_act", "x", x, DTYPE_BF16, s->rows, s->in);
+    check_shape("linear_act", "W", w, DTYPE_BF16, s->out, s->in);
+    check_shape("linear_act", "u", u, DTYPE_BF16, s->rows, s->out);
+    check_shape("linear_act", "act", act, DTYPE_BF16, s->rows, s->out);
+    if (bias.data)
+        check_shape("linear_act", "bias", bias, DTYPE_BF16, s->out);
+    run_matmul(dev, fused, x.data, w.data, bias.data, false, act.data, u.data);
+}
+
+void cuda_act_linear_backward(struct device *dev, const struct linear_spec *s, enum act_type type, tensor dy,
+                              tensor act, tensor w, tensor u, tensor du, tensor dw, tensor dbias,
+                              bool accumulate) {
+    struct matmul fused = product_with_derivative(s, dy.stride[0], w.stride[0], du.stride[0], u.stride[0]);
+    struct act_spec spec = {type, s->rows, s->in};
+    if (!usable(dev, fused, type, u)) {
+        cuda_linear_backward(dev, s, dy, act, w, du, false, dw, dbias, accumulate);
+        cuda_mlp_act_backward(dev, &spec, du, u, tensor_none(), du, tensor_none());
+        return;
+    }
+    check_shape("act_linear_backward", "W", w, DTYPE_BF16, s->out, s->in);
+    check_shape("act_linear_backward", "u", u, DTYPE_BF16, s->rows, s->in);
+    check_shape("act_linear_backward", "du", du, DTYPE_BF16, s->rows, s->in);
+    cuda_linear_backward(dev, s, dy, act, w, tensor_none(), false, dw, dbias, accumulate);
+    run_matmul(dev, fused, dy.data, w.data, NULL, false, du.data, u.data);
+}
