@@ -31,7 +31,8 @@ static void linear(struct model *m, tensor x, int64_t in, int weight, int bias, 
 static void linear_act(struct model *m, tensor x, int64_t in, int weight, int bias, int64_t out, tensor y,
                        tensor act) {
     struct linear_spec spec = {m->shape.batch * m->shape.tokens, in, out};
-    m->k->linear_act(m->dev, &spec, m->act_spec.type, x, model_param(m, weight), model_param(m, bias), y, act);
+    m->k->linear_act(m->dev, &spec, m->act_spec.type, x, model_param(m, weight), model_param(m, bias), y,
+                     act);
 }
 
 /* x [N,C] = embed[tokens] (+ pos_embed, where positions are learned). Sequences start at position 0. */

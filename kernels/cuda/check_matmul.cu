@@ -62,9 +62,8 @@ static __host__ __device__ inline float gelu_derivative_at(float u) {
 static struct problem problem_of(const struct matmul *s, bool accumulate) {
     double nonzero = fmin(0.75, (s->epilogue == MATMUL_GELU ? 1.3 : 24) / sqrt((double)s->k));
     uint32_t part = (uint32_t)(nonzero * 65536);
-    return {s->m,          s->n,          s->k,          {1, 1, part}, {2, 2, part},
-            {3, 2, 49152}, {4, 2, 49152}, {5, 3, 49152}, s->bias,      accumulate,
-            s->epilogue};
+    return {s->m,          s->n,          s->k,    {1, 1, part}, {2, 2, part}, {3, 2, 49152},
+            {4, 2, 49152}, {5, 3, 49152}, s->bias, accumulate,   s->epilogue};
 }
 
 /* x, stored as [rows, cols] with this stride; `transposed`: it is numbered by columns first. */
@@ -91,13 +90,14 @@ static __host__ __device__ inline int64_t sample_in(int64_t cell, int64_t n, uin
 
 /* Whether C holds at [i,j] what it should, and, where that is an output, aux. */
 template <typename T>
-static __device__ bool right_at(const T *c, int64_t stride, const T *aux, int64_t aux_stride, struct problem p, int64_t i,
-                                int64_t j) {
+static __device__ bool right_at(const T *c, int64_t stride, const T *aux, int64_t aux_stride,
+                                struct problem p, int64_t i, int64_t j) {
     float value = to_float(c[i * stride + j]), sum = expected_at(p, i, j);
     if (p.epilogue == MATMUL_PLAIN)
         return value == to_float(from_float<T>(sum));
     if (p.epilogue == MATMUL_GELU)
-        return to_float(aux[i * aux_stride + j]) == sum && fabsf(value - gelu_at(sum)) <= GELU_ERROR * fabsf(sum);
+        return to_float(aux[i * aux_stride + j]) == sum &&
+               fabsf(value - gelu_at(sum)) <= GELU_ERROR * fabsf(sum);
     float factor = gelu_derivative_at(integer_at(p.aux, i * p.n + j));
     return fabsf(value - sum * factor) <= GELU_ERROR * fabsf(sum);
 }
@@ -176,7 +176,8 @@ static wrong_index find_wrong_sum(struct device *dev, struct problem p, const vo
 /* Of what a kernel of this program can compute instead: sums beside a product, and GELU of it. */
 static void warn(struct device *dev, const struct matmul *s, struct problem p, wrong_index index) {
     fprintf(stderr,
-            "warning: cuBLASLt computes wrong %s on this GPU (%s): row %lld of %lld x %lld x %lld in %s; a kernel of this "
+            "warning: cuBLASLt computes wrong %s on this GPU (%s): row %lld of %lld x %lld x %lld in %s; a "
+            "kernel of this "
             "program does it instead\n",
             s->row_sums ? "sums beside matrix products" : "GELU of matrix products", dev->name,
             (long long)((int64_t)index / p.n), (long long)p.m, (long long)p.n, (long long)p.k,
@@ -225,8 +226,8 @@ static int check_product(struct device *dev, const struct matmul_plan *plan, str
             cuda_check(cudaMemsetAsync(x.c, 0xff, matmul_bytes(s).c, dev->stream)); /* NaN */
         if (s->row_sums)
             cuda_check(cudaMemsetAsync(x.bias, 0xff, matmul_bytes(s).bias, dev->stream));
-        run_planned_matmul(dev, plan, x.a, x.b, s->bias || s->row_sums ? x.bias : NULL, accumulate, x.c, x.aux,
-                           x.workspace);
+        run_planned_matmul(dev, plan, x.a, x.b, s->bias || s->row_sums ? x.bias : NULL, accumulate, x.c,
+                           x.aux, x.workspace);
         wrong_index index = find_wrong(dev, s, p, x.c, x.aux);
         if (index != NONE_WRONG && s->epilogue == MATMUL_PLAIN)
             return report(dev, s, p, x.c, index, e);

@@ -24,7 +24,8 @@ struct collapse_job {
 
 /* Grid: (blocks that share the tokens, parts of the heads: with more than 32 heads two blocks compute half of
  * them each, and both read o). A warp takes a group of columns of one token, loads its pseudo-heads across
- * and sums; AHEAD tiles of 16 are always in flight, also from one token to the next. Shared memory: R as
+ * and sums; AHEAD tiles of 16 are always in flight, also from one token to the next, which is on its way into the L2
+ * from the start of this one. Shared memory: R as
  * [16 tiles][16 KT + 8], or unless WHOLE as many tiles as there is room for, a multiple of AHEAD: then warps take
  * them in turn together, and every group of columns reads all of R again, from the L2. */
 template <int KT, int HEAD_TILES, int AHEAD, bool WHOLE>
@@ -60,6 +61,8 @@ static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(
         bool exists = WHOLE || n < job.count;
         int staged_end = 0, staged_begin = 0, column = group + t * 8;
         bf16 *out = job.out + (int64_t)n * H * d + column;
+        if (group == 0 && lane == 0 && head_tile == 0 && n + stride < job.count)
+            prefetch_l2(job.o + (n + stride) * token, (uint32_t)(token * sizeof(bf16)));
         /* The next group of columns, or token; its first tiles are loaded while this one is summed. */
         group += GROUP;
         if (group >= half) {
@@ -152,7 +155,7 @@ template <int KT> static size_t collapse_backward_shared(int tiles, int team_war
 /* Grid: blocks that share the tokens. All have the same group of rows, which is all of them unless registers hold too
  * few. A warp of a team has up to TILES tiles of pseudo-heads. It adds the outer product of their rows of o and of dout's
  * heads, both loaded along; then it loads dout's heads across, and computes and stores one tile of do after another.
- * Warps do not wait for each other. */
+ * Meanwhile the rows of its next token are read into the L2. Warps do not wait for each other. */
 template <int KT>
 static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     collapse_backward_tiles(struct collapse_backward_job job) {
@@ -170,7 +173,15 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     __syncthreads();
 
     float outer_sum[TILES][NT][4] = {};
-    for (int n = blockIdx.x * job.teams + team; n < job.count; n += gridDim.x * job.teams)
+    int stride = gridDim.x * job.teams, own_rows = min(tiles * 16, I - first_tile * 16);
+    for (int n = blockIdx.x * job.teams + team; n < job.count; n += stride) {
+        if (lane == 0 && n + stride < job.count) {
+            if (own_rows > 0)
+                prefetch_l2(job.o + ((int64_t)(n + stride) * I + first_tile * 16) * d,
+                            (uint32_t)(own_rows * d * sizeof(bf16)));
+            if (warp % job.team_warps == 0)
+                prefetch_l2(job.dout + (int64_t)(n + stride) * H * d, (uint32_t)(H * d * sizeof(bf16)));
+        }
         for (int group = 0; group < half; group += GROUP) {
             int across = group + g / 2 * 8, column = group + t * 8;
             bool present = column < half;
@@ -209,6 +220,7 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
                         store_across(sum, row, to, half);
             }
         }
+    }
     store_outer(outer_sum, (float *)r, job.partial + (int64_t)blockIdx.x * job.team_warps * size::SUMS,
                 job.teams, job.team_warps);
 }

@@ -12,15 +12,27 @@
 /* act [N,out] = gelu(x W^T + bias), u beside it. */
 static struct matmul product_with_gelu(const struct linear_spec *s, int64_t ldx, int64_t ldw, int64_t ldact,
                                        bool bias, int64_t ldu) {
-    return (struct matmul){false,     true, s->rows, s->out, s->in,       ldx, ldw, ldact, DTYPE_BF16,
-                           DTYPE_BF16, bias, false,  MATMUL_GELU, ldu};
+    return (struct matmul){false, true,       s->rows,    s->out, s->in, ldx,         ldw,
+                           ldact, DTYPE_BF16, DTYPE_BF16, bias,   false, MATMUL_GELU, ldu};
 }
 
 /* du [N,in] = dy W * gelu'(u) */
 static struct matmul product_with_derivative(const struct linear_spec *s, int64_t ldy, int64_t ldw,
                                              int64_t lddu, int64_t ldu) {
-    return (struct matmul){false,      false, s->rows, s->in, s->out, ldy, ldw, lddu, DTYPE_BF16,
-                           DTYPE_BF16, false, false,   MATMUL_GELU_BACKWARD, ldu};
+    return (struct matmul){false,
+                           false,
+                           s->rows,
+                           s->in,
+                           s->out,
+                           ldy,
+                           ldw,
+                           lddu,
+                           DTYPE_BF16,
+                           DTYPE_BF16,
+                           false,
+                           false,
+                           MATMUL_GELU_BACKWARD,
+                           ldu};
 }
 
 static bool usable(struct device *dev, struct matmul fused, enum act_type type, tensor u) {
@@ -44,42 +56,40 @@ enum { APART, FUSED };
 static int faster_forward(struct device *dev, const struct linear_spec *s, bool bias) {
     int64_t x = bytes_of(s->rows, s->in), w = bytes_of(s->out, s->in), b = bytes_of(1, s->out),
             u = bytes_of(s->rows, s->out);
-    return time_fastest(
-        dev, 2, (size_t)(x + w + b + 2 * u), MATMUL_WORKSPACE, [&](int i, char *at) {
-            tensor in = matrix(at, s->rows, s->in), weight = matrix(at + x, s->out, s->in),
-                   add = bias ? tensor_of(at + x + w, DTYPE_BF16, s->out, 0, 0, 0, 0) : tensor_none(),
-                   before = matrix(at + x + w + b, s->rows, s->out),
-                   after = matrix(at + x + w + b + u, s->rows, s->out);
-            struct act_spec act = {ACT_GELU_TANH, s->rows, s->out};
-            if (i == FUSED) {
-                run_matmul(dev, product_with_gelu(s, s->in, s->in, s->out, bias, s->out), in.data, weight.data,
-                           add.data, false, after.data, before.data);
-            } else {
-                cuda_linear(dev, s, in, weight, add, before);
-                cuda_mlp_act(dev, &act, before, tensor_none(), after);
-            }
-            return true;
-        });
+    return time_fastest(dev, 2, (size_t)(x + w + b + 2 * u), MATMUL_WORKSPACE, [&](int i, char *at) {
+        tensor in = matrix(at, s->rows, s->in), weight = matrix(at + x, s->out, s->in),
+               add = bias ? tensor_of(at + x + w, DTYPE_BF16, s->out, 0, 0, 0, 0) : tensor_none(),
+               before = matrix(at + x + w + b, s->rows, s->out),
+               after = matrix(at + x + w + b + u, s->rows, s->out);
+        struct act_spec act = {ACT_GELU_TANH, s->rows, s->out};
+        if (i == FUSED) {
+            run_matmul(dev, product_with_gelu(s, s->in, s->in, s->out, bias, s->out), in.data, weight.data,
+                       add.data, false, after.data, before.data);
+        } else {
+            cuda_linear(dev, s, in, weight, add, before);
+            cuda_mlp_act(dev, &act, before, tensor_none(), after);
+        }
+        return true;
+    });
 }
 
 /* The same of dx and its activation; the other gradients do not depend on it. In memory: dy, W, u, du. */
 static int faster_backward(struct device *dev, const struct linear_spec *s) {
     int64_t dy = bytes_of(s->rows, s->out), w = bytes_of(s->out, s->in), u = bytes_of(s->rows, s->in);
-    return time_fastest(
-        dev, 2, (size_t)(dy + w + 2 * u), MATMUL_WORKSPACE, [&](int i, char *at) {
-            tensor before = matrix(at + dy + w, s->rows, s->in), du = matrix(at + dy + w + u, s->rows, s->in);
-            struct act_spec act = {ACT_GELU_TANH, s->rows, s->in};
-            struct matmul dx = {false, false, s->rows, s->in,      s->out,     s->out,
-                                s->in, s->in, DTYPE_BF16, DTYPE_BF16, false};
-            if (i == FUSED) {
-                run_matmul(dev, product_with_derivative(s, s->out, s->in, s->in, s->in), at, at + dy, NULL,
-                           false, du.data, before.data);
-            } else {
-                run_matmul(dev, dx, at, at + dy, NULL, false, du.data);
-                cuda_mlp_act_backward(dev, &act, du, before, tensor_none(), du, tensor_none());
-            }
-            return true;
-        });
+    return time_fastest(dev, 2, (size_t)(dy + w + 2 * u), MATMUL_WORKSPACE, [&](int i, char *at) {
+        tensor before = matrix(at + dy + w, s->rows, s->in), du = matrix(at + dy + w + u, s->rows, s->in);
+        struct act_spec act = {ACT_GELU_TANH, s->rows, s->in};
+        struct matmul dx = {false, false, s->rows,    s->in,      s->out, s->out,
+                            s->in, s->in, DTYPE_BF16, DTYPE_BF16, false};
+        if (i == FUSED) {
+            run_matmul(dev, product_with_derivative(s, s->out, s->in, s->in, s->in), at, at + dy, NULL, false,
+                       du.data, before.data);
+        } else {
+            run_matmul(dev, dx, at, at + dy, NULL, false, du.data);
+            cuda_mlp_act_backward(dev, &act, du, before, tensor_none(), du, tensor_none());
+        }
+        return true;
+    });
 }
 
 /* Choose, once for a shape; what does not serve is rejected. */

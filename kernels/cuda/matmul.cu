@@ -56,7 +56,9 @@ static cublasLtEpilogue_t library_epilogue(const struct matmul *s) {
     if (s->epilogue == MATMUL_GELU_BACKWARD)
         return CUBLASLT_EPILOGUE_DGELU;
     /* The library's second operand is our A. */
-    return s->bias ? CUBLASLT_EPILOGUE_BIAS : s->row_sums ? CUBLASLT_EPILOGUE_BGRADB : CUBLASLT_EPILOGUE_DEFAULT;
+    return s->bias       ? CUBLASLT_EPILOGUE_BIAS
+           : s->row_sums ? CUBLASLT_EPILOGUE_BGRADB
+                         : CUBLASLT_EPILOGUE_DEFAULT;
 }
 
 static void create_descriptors(const struct device *dev, struct matmul_plan *p) {

@@ -19,6 +19,10 @@
  * cp_async_wait<N> waits until at most the N newest groups are in flight. It waits for the calling thread's
  * copies only: other threads may read them after a barrier that follows the wait.
  *
+ * prefetch_l2: has the engine of bulk copies read so many bytes from memory into the L2, without registers and without
+ * waiting, so that later loads find them there. One thread asks for all. Address and bytes are multiples of 16, and the
+ * memory must exist. Before Hopper it does nothing.
+ *
  * exp2_fast: 2^x by the special function unit alone, to 2 units in the last place, with results below 2^-126
  * flushed to zero. exp2f() takes three more instructions to get those right. */
 #ifndef IHA_KERNELS_CUDA_MMA_CUH
@@ -53,6 +57,10 @@ static inline void cp_async_commit() {
 
 template <int N> static inline void cp_async_wait() {
     emulator_copy_wait(N);
+}
+
+static inline void prefetch_l2(const void *global, uint32_t bytes) {
+    emulator_prefetch(global, bytes);
 }
 
 #else
@@ -131,6 +139,13 @@ static __device__ __forceinline__ void cp_async_commit() {
 
 template <int N> static __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+static __device__ __forceinline__ void prefetch_l2(const void *global, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)),
+                 "r"(bytes));
+#endif
 }
 
 #endif

@@ -28,8 +28,8 @@ struct mix_job {
 
 /* Grid: (blocks that share the tokens, tensors, parts of the chunks). A warp takes a group of columns of
  * one token, loads its heads across, and computes and stores one tile of 16 pseudo-heads after another. Only
- * alpha is in shared memory, so warps do not wait for each other; 16 warps on an SM hide the latency of
- * loads. Shared memory: for each tile of alpha 16 rows of 16 KT + 8 elements. */
+ * alpha is in shared memory, so warps do not wait for each other; 16 warps on an SM, and the next token on its way into
+ * the L2, hide the latency of loads. Shared memory: for each tile of alpha 16 rows of 16 KT + 8 elements. */
 template <int KT>
 static __global__ void __launch_bounds__(32 * MIX_WARPS, KT == 4 ? 1 : 2) mix_tiles(struct mix_job job) {
     const struct head_rows &o = job.o;
@@ -49,6 +49,10 @@ static __global__ void __launch_bounds__(32 * MIX_WARPS, KT == 4 ? 1 : 2) mix_ti
         const bf16 *in = job.qkv + n * job.stride + w * o.heads * d + g % 2 * half;
         bf16 *out_token = out + (int64_t)n * o.pseudo * o.heads * d;
         const float *angles = rotate ? rope_token(job.rope, n, o.pseudo, d) : NULL;
+        int next = n + gridDim.x * MIX_WARPS;
+        if (lane == 0 && blockIdx.z == 0 && next < job.count)
+            prefetch_l2(job.qkv + next * job.stride + w * o.heads * d,
+                        (uint32_t)(o.heads * d * sizeof(bf16)));
         for (int group = 0; group < half; group += GROUP) {
             int in_column = group + g / 2 * 8, column = group + t * 8;
             uint32_t b[KT][8][2];

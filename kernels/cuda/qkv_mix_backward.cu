@@ -42,7 +42,7 @@ template <int KT> static size_t mix_backward_shared(int tiles, int team_warps, i
 /* Grid: (blocks, tensors). A warp of a team has up to TILES tiles of pseudo-heads. It loads their rows of a
  * group of columns along, rotates them back, stages them in shared memory, and adds their outer product with
  * q's heads; then it contracts the staged rows with alpha. The next rows are loaded as soon as there are
- * registers for them. If a team is a single warp, the result is dq; otherwise the warps' parts of dq are
+ * registers for them; the token after that is on its way into the L2. If a team is a single warp, the result is dq; otherwise the warps' parts of dq are
  * added up in shared memory. GROUPED: a launch has some of the rows, and a team has two warps or more. */
 template <int KT, bool GROUPED>
 static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
@@ -98,6 +98,11 @@ static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
         uint32_t heads_along[NT][4][2];
         load_heads_along(heads_along, job.qkv + heads_offset, H, d, present);
         const float *angles = rotate && present ? rope_token(job.rope, n, o.pseudo, d) + column : NULL;
+        if (!GROUPED && group == 0 && member == 0 && lane == 0 && n + stride < job.end) {
+            uint32_t heads = (uint32_t)(H * d * sizeof(bf16));
+            prefetch_l2(dout + (int64_t)(n + stride) * o.pseudo * H * d, (uint32_t)o.pseudo * heads);
+            prefetch_l2(job.qkv + (n + stride) * job.stride + w * H * d, heads);
+        }
         group += GROUP;
         if (group >= half) {
             group = 0;

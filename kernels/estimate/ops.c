@@ -156,27 +156,29 @@ static bool fuses_gelu(const struct device *dev, enum act_type type, int64_t col
            columns % 8 == 0;
 }
 
-void estimate_linear_act(struct device *dev, const struct linear_spec *s, enum act_type type, tensor x, tensor w,
-                         tensor bias, tensor u, tensor act) {
+void estimate_linear_act(struct device *dev, const struct linear_spec *s, enum act_type type, tensor x,
+                         tensor w, tensor bias, tensor u, tensor act) {
     double N = (double)s->rows, in = (double)s->in, out = (double)s->out;
     struct act_spec spec = {type, s->rows, s->out};
     if (fuses_gelu(dev, type, s->out)) {
-        count_matmul(dev, ESTIMATE_MATMUL, N, out, in, (N * in + out * in + 2 * N * out) * element_bytes(dev));
+        count_matmul(dev, ESTIMATE_MATMUL, N, out, in,
+                     (N * in + out * in + 2 * N * out) * element_bytes(dev));
     } else {
         estimate_linear(dev, s, x, w, bias, u);
         estimate_mlp_act(dev, &spec, u, tensor_none(), act);
     }
 }
 
-void estimate_act_linear_backward(struct device *dev, const struct linear_spec *s, enum act_type type, tensor dy,
-                                  tensor act, tensor w, tensor u, tensor du, tensor dw, tensor dbias,
-                                  bool accumulate) {
+void estimate_act_linear_backward(struct device *dev, const struct linear_spec *s, enum act_type type,
+                                  tensor dy, tensor act, tensor w, tensor u, tensor du, tensor dw,
+                                  tensor dbias, bool accumulate) {
     double N = (double)s->rows, in = (double)s->in, out = (double)s->out;
     struct act_spec spec = {type, s->rows, s->in};
     bool fused = fuses_gelu(dev, type, s->in);
     estimate_linear_backward(dev, s, dy, act, w, fused ? tensor_none() : du, false, dw, dbias, accumulate);
     if (fused)
-        count_matmul(dev, ESTIMATE_MATMUL, N, in, out, (N * out + out * in + 2 * N * in) * element_bytes(dev));
+        count_matmul(dev, ESTIMATE_MATMUL, N, in, out,
+                     (N * out + out * in + 2 * N * in) * element_bytes(dev));
     else
         estimate_mlp_act_backward(dev, &spec, du, u, tensor_none(), du, tensor_none());
 }

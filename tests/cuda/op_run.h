@@ -203,6 +203,14 @@ static inline void check_at_any_address(const struct op_case *c, int i, int coun
     }
 }
 
+/* Since then kernels have asked for whole tokens in advance, each at most once, and not for the first. */
+static inline void expect_prefetched(struct op_run *r, int64_t since, int64_t tokens, int64_t token_bytes) {
+    free(values_on(&r->k->each[CUDA], r->x[0])); /* waits */
+    int64_t bytes = emulator_prefetched - since;
+    assert_int_equal(bytes % token_bytes, 0);
+    assert_true(bytes > tokens / 2 * token_bytes && bytes < tokens * token_bytes);
+}
+
 /* ---- tests that run every case ---- */
 
 struct every_case {

@@ -36,12 +36,30 @@ static void groups_of_rows(void **state) {
     }
 }
 
+static void next_tokens_are_prefetched(void **state) {
+    (void)state;
+    if (emulator_on_gpu())
+        skip();
+    enum { B = 2, T = 4000, P = 2, H = 4, D = 16, TOKEN = H * D * 2 };
+    static const struct op_case c = {COMPARE, COLLAPSE_CASE(B, T, H, D, P, false)};
+    struct op_run r;
+    run_open(&r, DEVICE_BF16, &c);
+    int64_t before = emulator_prefetched;
+    run_forward(&r, r.k->each, NULL);
+    expect_prefetched(&r, before, B * T, P * TOKEN); /* o */
+    before = emulator_prefetched;
+    run_backward(&r, r.k->each, NULL);
+    expect_prefetched(&r, before, B * T, (P + 1) * TOKEN); /* o and dout */
+    done(r.k);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         EVERY_CASE("collapse_fp32", OP_COLLAPSE, DEVICE_FP32, check_case),
         EVERY_CASE("collapse_bf16", OP_COLLAPSE, DEVICE_BF16, check_case),
         cmocka_unit_test(matrix_at_any_address),
         cmocka_unit_test(groups_of_rows),
+        cmocka_unit_test(next_tokens_are_prefetched),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -141,12 +141,30 @@ static void plain_kernels_are_announced(void **state) {
         assert_string_equal(planned(DEVICE_BF16, &fast[i]), "");
 }
 
+static void next_tokens_are_prefetched(void **state) {
+    (void)state;
+    if (emulator_on_gpu())
+        skip();
+    enum { B = 2, T = 4000, P = 2, H = 4, D = 16, TOKEN = 3 * H * D * 2 };
+    static const struct op_case c = {COMPARE, MIX_CASE(B, T, H, D, P, true, true, true)};
+    struct op_run r;
+    run_open(&r, DEVICE_BF16, &c);
+    int64_t before = emulator_prefetched;
+    run_forward(&r, r.k->each, NULL);
+    expect_prefetched(&r, before, B * T, TOKEN); /* qkv */
+    before = emulator_prefetched;
+    run_backward(&r, r.k->each, NULL);
+    expect_prefetched(&r, before, B * T, (P + 1) * TOKEN); /* dq, dk and dv, and qkv */
+    done(r.k);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         EVERY_CASE("mix_fp32", OP_QKV_MIX, DEVICE_FP32, check),
         EVERY_CASE("mix_bf16", OP_QKV_MIX, DEVICE_BF16, check),
         cmocka_unit_test(alphas_at_any_address),
         cmocka_unit_test(groups_of_rows),
+        cmocka_unit_test(next_tokens_are_prefetched),
         cmocka_unit_test(plain_kernels_are_announced),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

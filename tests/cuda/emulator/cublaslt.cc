@@ -61,8 +61,8 @@ cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t *out, cublasCompute
                                         cudaDataType_t scale) {
     if (compute != CUBLAS_COMPUTE_32F || scale != CUDA_R_32F)
         return CUBLAS_STATUS_NOT_SUPPORTED;
-    *out = (cublasLtMatmulDesc_t) new desc{CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, nullptr,
-                                           CUDA_R_32F, nullptr, 0};
+    *out = (cublasLtMatmulDesc_t) new desc{
+        CUBLAS_OP_N, CUBLAS_OP_N, CUBLASLT_EPILOGUE_DEFAULT, nullptr, CUDA_R_32F, nullptr, 0};
     return CUBLAS_STATUS_SUCCESS;
 }
 
@@ -345,7 +345,8 @@ static void check_promises(const struct chosen &chosen, const struct desc &d, co
     if (has_aux(d)) {
         check_address(d.aux, 16, "the matrix beside D");
         if (d.ldaux % 8 != 0)
-            emulator_fail("cublasLtMatmul: the rows beside D are of %lld elements, no multiple of 8", (long long)d.ldaux);
+            emulator_fail("cublasLtMatmul: the rows beside D are of %lld elements, no multiple of 8",
+                          (long long)d.ldaux);
     }
     if ((has_bias(d) || d.epilogue == CUBLASLT_EPILOGUE_BGRADB) && (uintptr_t)d.bias % 16 != chosen.bias)
         emulator_fail(
@@ -397,7 +398,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t desc, const
         size_t written = workspace_bytes < 64 << 10 ? workspace_bytes : 64 << 10;
         memset(workspace, 0xff, written);
         memset((char *)workspace + workspace_bytes - written, 0xff, written);
-        emulator_pass_time(has_aux(what) ? "cublasLtMatmul with GELU" : "cublasLtMatmul", (int)chosen.candidate);
+        emulator_pass_time(has_aux(what) ? "cublasLtMatmul with GELU" : "cublasLtMatmul",
+                           (int)chosen.candidate);
         multiply(what, scale, a, wa, b, wb, keep, c, wc, d, wd, faulty);
     });
     return error == cudaSuccess ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_EXECUTION_FAILED;

@@ -102,6 +102,9 @@ void emulator_copy(void *shared, const void *global, int bytes, int valid);
 void emulator_copy_commit();
 void emulator_copy_wait(int groups_left);
 
+/* Checks the address; copies nothing. */
+void emulator_prefetch(const void *global, uint32_t bytes);
+
 /* ---- launches ---- */
 
 /* The kernel's name in messages, of the next launch. */

@@ -430,6 +430,15 @@ void emulator_complete_ballot(void *const *lanes, uint32_t mask) {
 
 /* ---- cp.async ---- */
 
+int64_t emulator_prefetched;
+
+void emulator_prefetch(const void *global, uint32_t bytes) {
+    if ((uintptr_t)global % 16 || bytes % 16 || bytes == 0)
+        emulator_fail("prefetch of %u bytes at %p: not aligned", bytes, global);
+    emulator_check_device(global, bytes, "prefetch");
+    emulator_prefetched += bytes;
+}
+
 void emulator_copy(void *shared, const void *global, int bytes, int valid) {
     if ((uintptr_t)shared % (unsigned)bytes || (uintptr_t)global % (unsigned)bytes)
         emulator_fail("cp.async of %d bytes from %p to %p: not aligned", bytes, global, shared);
