@@ -92,7 +92,7 @@ LANGUAGE = Experiment(
         "iha_p4": Variant("IHA P = 4", iha(4, "iha_local*4 mha_global")),
     },
     figure="val_loss", seeds=4, overrides=("train.steps=1500",), quick=("train.steps=150", "run.eval_every=50"),
-    flops_of="global", learning_rates=(7.5e-4, 1.5e-3, 3e-3))
+    flops_of="global", learning_rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3))
 
 
 def multikey(length):
