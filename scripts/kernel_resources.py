@@ -3,6 +3,8 @@
 
   scripts/kernel_resources.py OBJECTS_DIR NVCC [--out FILE]     make kernel-resources
   scripts/kernel_resources.py OBJECTS_DIR NVCC --check FILE     fails where a kernel's stack has grown
+  scripts/kernel_resources.py OBJECTS_DIR NVCC --waits          fails where a kernel of Hopper does not begin with
+                                                                wait_for_previous() (kernels/cuda/cuda.cuh)
 
 Asks cuobjdump, of the toolkit, of the PATH, or of the wheel nvidia-cuda-cuobjdump."""
 
@@ -74,6 +76,38 @@ def resources(cuobjdump, objects):
     return found
 
 
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", re.M)
+GLOBAL_MEMORY = {"LDG", "STG", "LD", "ST", "ATOM", "ATOMG", "RED", "REDG", "LDGSTS", "UBLKPF", "UBLKCP", "UTMALDG", "CCTL"}
+
+
+def waits(machine_code):
+    """(kernels, names of those that access memory before they wait for the kernel ahead), from `cuobjdump -sass`."""
+    kernels = re.split(r"^\s*Function : ", machine_code, flags=re.M)[1:]
+    early = []
+    for text in kernels:
+        for operation in INSTRUCTION.findall(text):
+            if operation == "ACQBULK":
+                break
+            if operation in GLOBAL_MEMORY:
+                early.append(text.split("\n")[0].strip())
+                break
+        else:
+            early.append(text.split("\n")[0].strip())
+    return len(kernels), early
+
+
+def check_waits(cuobjdump, objects):
+    count, early = 0, []
+    for path in sorted(Path(objects).glob("kernels/cuda/**/*.o")):
+        text = subprocess.run([cuobjdump, "-sass", "-arch", "sm_90", path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              text=True).stdout
+        kernels, names = waits(text)
+        count += kernels
+        early += [f"{path.name}: {name} does not begin with wait_for_previous()" for name in names]
+    print("\n".join(early) or f"{count} kernels, all wait for the one ahead first")
+    return 1 if early or count == 0 else 0
+
+
 def table(found):
     archs = sorted({arch for each in found.values() for arch in each})
     lines = ["| file | kernel | " + " | ".join(f"{arch}: registers | stack | shared" for arch in archs) + " |",
@@ -112,10 +146,13 @@ def main():
     parser.add_argument("nvcc")
     parser.add_argument("--out")
     parser.add_argument("--check")
+    parser.add_argument("--waits", action="store_true")
     args = parser.parse_args()
     cuobjdump = find_cuobjdump(args.nvcc)
     if not cuobjdump:
         sys.exit("kernel_resources: no cuobjdump beside nvcc or in the PATH; run: make deps")
+    if args.waits:
+        sys.exit(check_waits(cuobjdump, args.objects))
     found = resources(cuobjdump, args.objects)
     if not found:
         sys.exit(f"kernel_resources: no kernels in {args.objects}; make cuda-objects builds them")

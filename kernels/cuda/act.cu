@@ -67,6 +67,7 @@ template <int V> static __device__ __forceinline__ int64_t row_offset(struct wid
 template <typename T, enum act_type TYPE, int V>
 static __global__ void __launch_bounds__(THREADS)
     act_forward(const T *u, const T *gate, T *out, struct wide_rows rows, int64_t n) {
+    wait_for_previous();
     int64_t first = ((int64_t)blockIdx.x * UNROLL * THREADS + threadIdx.x) * V;
     /* Not yet converted to fp32: that would wait for one vector before the next is loaded. */
     word_of<V, T> packed_x[UNROLL], packed_g[UNROLL];
@@ -105,6 +106,7 @@ template <typename T, enum act_type TYPE, int V>
 static __global__ void __launch_bounds__(THREADS)
     act_backward(const T *dout, const T *u, const T *gate, T *du, T *dgate, struct wide_rows rows,
                  int64_t n) {
+    wait_for_previous();
     int64_t first = ((int64_t)blockIdx.x * UNROLL * THREADS + threadIdx.x) * V;
     /* Not yet converted to fp32: that would wait for one vector before the next is loaded. */
     word_of<V, T> packed_d[UNROLL], packed_x[UNROLL], packed_g[UNROLL];

@@ -70,6 +70,7 @@ static struct problem problem_of(const struct matmul *s, bool accumulate) {
 template <typename T>
 static __global__ void __launch_bounds__(CHECK_THREADS)
     fill_integers(T *x, int64_t rows, int64_t cols, int64_t stride, bool transposed, struct integers values) {
+    wait_for_previous();
     int64_t i = (int64_t)blockIdx.x * CHECK_THREADS + threadIdx.x;
     for (; i < rows * cols; i += (int64_t)gridDim.x * CHECK_THREADS) {
         int64_t row = i / cols, col = i % cols;
@@ -107,6 +108,7 @@ template <typename T>
 static __global__ void __launch_bounds__(CHECK_THREADS)
     compare_samples(const T *c, int64_t stride, const T *aux, int64_t aux_stride, struct problem p,
                     wrong_index *found) {
+    wait_for_previous();
     int64_t cell = (int64_t)blockIdx.x * CHECK_THREADS + threadIdx.x;
     int64_t across = (p.n + cell_size(p.n) - 1) / cell_size(p.n);
     int64_t down = (p.m + cell_size(p.m) - 1) / cell_size(p.m);
@@ -121,6 +123,7 @@ static __global__ void __launch_bounds__(CHECK_THREADS)
 /* *found = the first of sums [m] that is not the sum of A's row; exact, since they are below 2^24. */
 static __global__ void __launch_bounds__(CHECK_THREADS)
     compare_row_sums(const float *sums, struct problem p, wrong_index *found) {
+    wait_for_previous();
     int64_t i = (int64_t)blockIdx.x * CHECK_THREADS + threadIdx.x;
     if (i >= p.m)
         return;

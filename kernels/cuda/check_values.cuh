@@ -27,6 +27,7 @@ static inline unsigned check_blocks(const struct device *dev, int64_t n) {
 template <typename T>
 static __global__ void __launch_bounds__(CHECK_THREADS)
     find_nan(const T *x, int64_t rows, int64_t cols, int64_t stride, wrong_index *found) {
+    wait_for_previous();
     int64_t i = (int64_t)blockIdx.x * CHECK_THREADS + threadIdx.x;
     for (; i < rows * cols; i += (int64_t)gridDim.x * CHECK_THREADS) {
         float value = to_float(x[i / cols * stride + i % cols]);

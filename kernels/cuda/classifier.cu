@@ -164,6 +164,7 @@ template <typename T, int V, bool GRADIENT>
 static __global__ void __launch_bounds__(THREADS, 1)
     row_loss(T *logits, int64_t stride, int vocab, int padded, int rows, const int32_t *targets, float scale,
              double *losses, int32_t *correct) {
+    wait_for_previous();
     for (int n = (int)blockIdx.x; n < rows;
          n += (int)gridDim.x) { /* the branches are the same in all threads */
         T *x = logits + n * stride;
@@ -198,6 +199,7 @@ static __global__ void __launch_bounds__(THREADS, 1)
 static __global__ void __launch_bounds__(SUM_THREADS)
     add_losses(const double *losses, const int32_t *targets, int64_t rows, double scale,
                struct step_state *state) {
+    wait_for_previous();
     double sum = 0, count = 0;
     for (int64_t n = threadIdx.x; n < rows; n += SUM_THREADS)
         sum += losses[n];

@@ -30,6 +30,7 @@ struct collapse_job {
  * them in turn together, and every group of columns reads all of R again, from the L2. */
 template <int KT, int HEAD_TILES, int AHEAD, bool WHOLE>
 static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(struct collapse_job job) {
+    wait_for_previous();
     const struct head_rows &o = job.rows;
     int d = job.d, half = d / 2, H = o.heads, I = H * o.pseudo, head_tile = blockIdx.y * HEAD_TILES;
     int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -159,6 +160,7 @@ template <int KT> static size_t collapse_backward_shared(int tiles, int team_war
 template <int KT>
 static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     collapse_backward_tiles(struct collapse_backward_job job) {
+    wait_for_previous();
     typedef outer_size<KT> size;
     constexpr int TILES = size::TILES, NT = size::HEAD_TILES;
     const struct head_rows &o = job.rows;

@@ -144,6 +144,7 @@ static struct device *open_device(const struct device_options *options, struct e
     dev->index = device;
     dev->sharers = 1;
     dev->sm_count = p.multiProcessorCount;
+    dev->overlaps_launches = p.major >= 9;
     dev->memory = p.totalGlobalMem;
     dev->shared_limit = p.sharedMemPerBlockOptin;
     dev->precision = options->precision;

@@ -4,6 +4,16 @@
 
 #include "kernels/cuda/cuda.h"
 
+/* Wait until the kernels that were queued before have ended and what they wrote can be read: the first statement of
+ * every kernel, since launch() lets it begin while the one before it ends. Before Hopper none does. */
+static __device__ __forceinline__ void wait_for_previous() {
+#ifdef CUDA_EMULATOR
+    emulator_wait_for_previous();
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /* Elements in 16 bytes, the widest load or store of a thread. */
 template <typename T> constexpr int VECTOR = 16 / (int)sizeof(T);
 

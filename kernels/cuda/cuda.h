@@ -10,7 +10,7 @@
  *     launch<kernel<T>>(dev, grid, threads, shared_bytes, arguments...);
  *
  * which queues it on dev->stream. Dynamic shared memory is accessed with dynamic_shared<T>(). Tensor cores
- * and cp.async are used through mma.cuh only. Operations do not allocate, read back or wait; scratch memory
+ * and cp.async are used through mma.cuh only. A kernel's first statement is wait_for_previous() of cuda.cuh. Operations do not allocate, read back or wait; scratch memory
  * comes from cuda_workspace(), and the operation's plan says how much. Results must not depend on the order
  * in which blocks run: no float atomics. Sources must also compile with g++ for tests/cuda/emulator/, which
  * runs them on a CPU: no thread may return before its block's last barrier, and kernels are not launched with
@@ -53,8 +53,9 @@ struct device {
     size_t workspace_bytes;
     char *scratch; /* SCRATCH_BYTES for operations without a plan: the optimizer's */
     int sm_count;
-    size_t memory;       /* bytes the GPU has */
-    size_t shared_limit; /* bytes of dynamic shared memory a block may have */
+    bool overlaps_launches; /* a kernel's blocks may start before the kernel ahead of it has ended */
+    size_t memory;          /* bytes the GPU has */
+    size_t shared_limit;    /* bytes of dynamic shared memory a block may have */
     enum device_precision precision;
     bool deterministic;
     struct matmul_plan *matmuls; /* built so far */
@@ -118,9 +119,10 @@ void cuda_host_wait(struct device *dev, cudaEvent_t event);
 void cuda_await_queue(struct device *dev);
 
 /* Queue a kernel. A block may use 48 KiB of shared memory, its static variables included, without asking;
- * from 32 KiB of dynamic shared memory on, the first launch asks for what it needs. */
+ * from 32 KiB of dynamic shared memory on, the first launch asks for what it needs. overlapping: programmatic dependent
+ * launch, so that the kernel has been set up when the one before it ends; it waits for that itself. */
 template <auto kernel, typename... A>
-void launch_on(cudaStream_t stream, dim3 grid, dim3 block, size_t shared, A... args) {
+void launch_as(cudaStream_t stream, bool overlapping, dim3 grid, dim3 block, size_t shared, A... args) {
     static size_t allowed = 32 << 10;
     if (shared > allowed) {
         cuda_check(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -132,15 +134,26 @@ void launch_on(cudaStream_t stream, dim3 grid, dim3 block, size_t shared, A... a
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &overlap;
+    config.numAttrs = overlapping ? 1 : 0;
 #ifdef CUDA_EMULATOR
     emulator_kernel_name = __PRETTY_FUNCTION__;
 #endif
     cuda_check_status(cudaLaunchKernelEx(&config, kernel, args...), __PRETTY_FUNCTION__, __FILE__, __LINE__);
 }
 
+/* On a stream whose work is ordered with that of other streams. */
+template <auto kernel, typename... A>
+void launch_on(cudaStream_t stream, dim3 grid, dim3 block, size_t shared, A... args) {
+    launch_as<kernel>(stream, false, grid, block, shared, args...);
+}
+
 template <auto kernel, typename... A>
 void launch(struct device *dev, dim3 grid, dim3 block, size_t shared, A... args) {
-    launch_on<kernel>(dev->stream, grid, block, shared, args...);
+    launch_as<kernel>(dev->stream, dev->overlaps_launches, grid, block, shared, args...);
 }
 
 /* Call f with a value of the C++ type that `dtype` names. */

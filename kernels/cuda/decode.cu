@@ -39,6 +39,7 @@ static __device__ __forceinline__ void load_part(const T *row, int column, int d
  * and v, B). */
 template <typename T>
 static __global__ void __launch_bounds__(THREADS) append_to_cache(struct decode_args<T> a, int n, int heads) {
+    wait_for_previous();
     int row = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32, i = row / heads, h = row % heads;
     int b = (int)blockIdx.z, slot = (a.first + i) % a.capacity;
     if (i >= n)
@@ -84,6 +85,7 @@ static __device__ __forceinline__ void merge(softmax_state &p, int offset) {
 /* Grid: (n, H, B). */
 template <typename T, int LANES>
 static __global__ void __launch_bounds__(THREADS) attend_to_cache(struct decode_args<T> a) {
+    wait_for_previous();
     constexpr int GROUPS = 32 / LANES, STEP = GROUPS * UNROLL;
     __shared__ float tops[WARPS], sums[WARPS], accs[WARPS][LANES * EACH];
     const int b = (int)blockIdx.z, h = (int)blockIdx.y, i = (int)blockIdx.x;

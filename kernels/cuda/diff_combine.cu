@@ -38,6 +38,7 @@ template <typename T>
 static __global__ void __launch_bounds__(THREADS)
     combine(const T *o, lambda_vectors<T> vectors, const T *w, T *out, int64_t rows, int pairs, int d,
             float lambda_init, float eps) {
+    wait_for_previous();
     const int n = 2 * d;
     const int64_t half = (int64_t)pairs * n;
     float e1, e2;
@@ -59,6 +60,7 @@ template <typename T>
 static __global__ void __launch_bounds__(THREADS)
     combine_backward(const T *dout, const T *o, lambda_vectors<T> vectors, const T *w, T *d_o,
                      float *partials, int64_t rows, int pairs, int d, float lambda_init, float eps) {
+    wait_for_previous();
     const int n = 2 * d, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int64_t half = (int64_t)pairs * n;
     float *sums = dynamic_shared<float>(), *mine = sums + warp * (n + 1);
@@ -106,6 +108,7 @@ template <typename T>
 static __global__ void __launch_bounds__(THREADS)
     lambda_backward(const float *total, lambda_vectors<T> vectors, lambda_gradients gradients, float *dw,
                     int d, bool accumulate) {
+    wait_for_previous();
     float e1, e2;
     exponentials(vectors, d, e1, e2);
     for (int c = (int)threadIdx.x; c < 2 * d; c += THREADS)
@@ -127,6 +130,7 @@ template <typename T> struct added {
 
 template <typename T>
 static __global__ void __launch_bounds__(THREADS) add_rows(added<T> a, int64_t rows, int S, int H, int d) {
+    wait_for_previous();
     int64_t row = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= rows)
         return;

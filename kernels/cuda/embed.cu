@@ -21,6 +21,7 @@ template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
     embed_forward(const int32_t *ids, const T *w, const T *pos, const int32_t *positions, int64_t first, T *x,
                   int64_t rows, int64_t tokens, int words) {
+    wait_for_previous();
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, n = i / words;
     int c = (int)(i - n * words) * V;
     if (n >= rows)
@@ -43,6 +44,7 @@ static __global__ void __launch_bounds__(THREADS)
 
 static __global__ void __launch_bounds__(THREADS)
     count_tokens(const int32_t *ids, int64_t rows, int32_t *counts) {
+    wait_for_previous();
     int64_t n = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (n < rows)
         atomicAdd(&counts[ids[n]], 1);
@@ -52,6 +54,7 @@ static __global__ void __launch_bounds__(THREADS)
  * One block, SCAN_THREADS counts at a time: scans of warps by shuffles, then over the warps' totals. */
 static __global__ void __launch_bounds__(SCAN_THREADS)
     scan_counts(const int32_t *counts, int64_t vocab, int32_t *begin, int32_t *next) {
+    wait_for_previous();
     __shared__ int32_t warps[SCAN_THREADS / 32];
     int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     int32_t before = 0; /* the sum of earlier iterations */
@@ -83,6 +86,7 @@ static __global__ void __launch_bounds__(SCAN_THREADS)
 /* Write each row's number to a slot of its token, in any order. */
 static __global__ void __launch_bounds__(THREADS)
     scatter_rows(const int32_t *ids, int64_t rows, int32_t *next, int32_t *scattered) {
+    wait_for_previous();
     int64_t n = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (n < rows)
         scattered[atomicAdd(&next[ids[n]], 1)] = (int32_t)n;
@@ -93,6 +97,7 @@ static __global__ void __launch_bounds__(THREADS)
 static __global__ void __launch_bounds__(THREADS)
     rank_rows(const int32_t *ids, int64_t rows, const int32_t *begin, const int32_t *scattered,
               int32_t *sorted) {
+    wait_for_previous();
     int64_t n = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (n >= rows)
         return;
@@ -113,6 +118,7 @@ template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
     sum_runs(const int32_t *ids, const int32_t *sorted, int64_t rows, const T *dx, float *dw, float *edges,
              int64_t C) {
+    wait_for_previous();
     __shared__ int32_t row[CHUNK], token[CHUNK + 2]; /* token[i]: of slot i - 1, one more at either end */
     int64_t base = (int64_t)blockIdx.x * CHUNK;
     int count = (int)min64(rows - base, CHUNK);
@@ -174,6 +180,7 @@ template <int V>
 static __global__ void __launch_bounds__(THREADS)
     sum_edges(const int32_t *ids, const int32_t *sorted, int64_t rows, const int32_t *begin,
               const float *edges, float *dw, int64_t C) {
+    wait_for_previous();
     int64_t chunk = blockIdx.x, last = (chunk + 1) * CHUNK - 1;
     int64_t c = ((int64_t)blockIdx.y * blockDim.x + threadIdx.x) * V;
     if (last + 1 >= rows || c >= C)
@@ -202,6 +209,7 @@ static __global__ void __launch_bounds__(THREADS)
 template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
     sum_positions(const T *dx, float *dpos, int64_t batch, int64_t elements /* tokens C */) {
+    wait_for_previous();
     int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
     if (i >= elements)
         return;

@@ -19,6 +19,7 @@ template <typename T, typename IN>
 static __global__ void __launch_bounds__(THREADS)
     fold_heads(struct fold_alphas alphas, bool transposed, const IN *in, IN *out, int heads, int64_t columns,
                bool accumulate) {
+    wait_for_previous();
     int64_t c = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     int h = (int)blockIdx.y, part = (int)blockIdx.z;
     if (c >= columns)
@@ -38,6 +39,7 @@ template <typename T>
 static __global__ void __launch_bounds__(THREADS)
     fold_alpha_gradients(const float *dfolded, const T *w, struct fold_gradients dalphas, int heads,
                          int64_t columns, bool accumulate) {
+    wait_for_previous();
     int m = (int)blockIdx.x, h = (int)blockIdx.y, part = (int)blockIdx.z;
     const float *a = dfolded + ((int64_t)part * heads + h) * columns;
     const T *b = w + ((int64_t)part * heads + m) * columns;

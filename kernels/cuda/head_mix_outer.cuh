@@ -83,6 +83,7 @@ template <int TILES, int NT>
 static __global__ void __launch_bounds__(32 * SUM_SLICES)
     sum_outer(const float *partial, int parts, int elements, struct head_rows o, struct outer_tiles in,
               struct head_gradients to, bool accumulate) {
+    wait_for_previous();
     __shared__ float slices[SUM_SLICES][32];
     int lane = threadIdx.x % 32, slice = threadIdx.x / 32, e = blockIdx.x * 32 + lane;
     int i, j;

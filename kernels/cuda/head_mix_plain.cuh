@@ -36,6 +36,7 @@ template <typename T>
 static __global__ void __launch_bounds__(PLAIN_THREADS)
     plain_expand(const T *small, int64_t stride, const T *m, struct head_rows o, struct rope_rows rope,
                  T *big, int64_t count, int d) {
+    wait_for_previous();
     int I = o.heads * o.pseudo, half = (d + 1) / 2;
     for (int64_t e = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; e < count * I * half;
          e += (int64_t)gridDim.x * blockDim.x) {
@@ -66,6 +67,7 @@ static __global__ void __launch_bounds__(PLAIN_THREADS)
 template <typename T>
 static __global__ void __launch_bounds__(PLAIN_THREADS)
     plain_contract(const T *big, const T *m, struct head_rows o, T *small, int64_t count, int d) {
+    wait_for_previous();
     int I = o.heads * o.pseudo;
     for (int64_t e = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; e < count * o.heads * d;
          e += (int64_t)gridDim.x * blockDim.x) {
@@ -101,6 +103,7 @@ static __host__ __device__ constexpr int plain_row(int pairs) {
 
 template <typename T>
 static __global__ void __launch_bounds__(PLAIN_THREADS) plain_backward(struct plain_backward_job<T> job) {
+    wait_for_previous();
     const auto &it = job.of[blockIdx.y];
     const struct head_rows &o = job.o;
     int I = o.heads * o.pseudo, H = o.heads, d = job.d, half = (d + 1) / 2, row = plain_row(job.pairs);

@@ -14,6 +14,7 @@ enum { LANES = 8, ROWS_UNROLL = 4 };
 template <typename T, int V>
 static __global__ void __launch_bounds__(32 * LANES)
     sum_columns(const T *x, int64_t rows, int64_t cols, int64_t stride, float *partials) {
+    wait_for_previous();
     __shared__ float lanes[LANES][32][V + 1]; /* + 1: threads of a warp write to different banks */
     int64_t c = ((int64_t)blockIdx.x * 32 + threadIdx.x) * V;
     int64_t row = (int64_t)blockIdx.y * LANES + threadIdx.y, step = (int64_t)gridDim.y * LANES;

@@ -14,6 +14,7 @@ static int64_t blocks_for(int64_t elements, int width) {
 template <int V>
 static __global__ void __launch_bounds__(THREADS)
     momentum_step(float *g, float *m, int64_t n, float mu, const struct step_state *state) {
+    wait_for_previous();
     float factor = (float)state->factor;
     if (state->skip)
         return;
@@ -38,6 +39,7 @@ template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
     apply_update(float *master, T *p, const float *o, int64_t n, struct param_group group,
                  const struct step_state *state) {
+    wait_for_previous();
     float lr = (float)(state->lr * (double)group.lr_scale);
     float decay = lr * group.weight_decay, scale = lr * group.muon_scale;
     uint32_t updates = (uint32_t)state->history.updates;
@@ -153,6 +155,7 @@ int cuda_orthogonalize_plan(struct device *dev, const struct orthogonalize_spec 
 /* partial[block] = the sum of its elements' squares, in double: squares of small gradients are no floats. Bytes: 4 n. */
 static __global__ void __launch_bounds__(THREADS)
     squares_of_blocks(const float *x, int64_t n, double *partial) {
+    wait_for_previous();
     double sum = 0;
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS)
         sum += (double)x[i] * (double)x[i];
@@ -164,6 +167,7 @@ static __global__ void __launch_bounds__(THREADS)
 /* One block: *scale = 1 / the norm; 0 for zeros. */
 static __global__ void __launch_bounds__(THREADS)
     inverse_norm(const double *partial, int parts, double *scale) {
+    wait_for_previous();
     double sum = 0;
     for (int i = (int)threadIdx.x; i < parts; i += THREADS)
         sum += partial[i];
@@ -176,6 +180,7 @@ static __global__ void __launch_bounds__(THREADS)
 template <typename T>
 static __global__ void __launch_bounds__(THREADS)
     normalize(const float *x, int64_t n, const double *scale, T *out) {
+    wait_for_previous();
     double by = *scale;
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS)
         out[i] = from_float<T>((float)(by * (double)x[i]));
@@ -184,6 +189,7 @@ static __global__ void __launch_bounds__(THREADS)
 /* out = a x + b out where `sum`, otherwise a x. */
 template <typename T, bool sum>
 static __global__ void __launch_bounds__(THREADS) scale_add(const T *x, int64_t n, float a, float b, T *out) {
+    wait_for_previous();
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS)
         out[i] = from_float<T>(a * to_float(x[i]) + (sum ? b * to_float(out[i]) : 0));
 }
@@ -191,6 +197,7 @@ static __global__ void __launch_bounds__(THREADS) scale_add(const T *x, int64_t 
 template <typename T>
 static __global__ void __launch_bounds__(THREADS)
     write_back(const T *x, int64_t n, float *out, const struct step_state *state) {
+    wait_for_previous();
     if (state->skip)
         return;
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS)

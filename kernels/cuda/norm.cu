@@ -61,6 +61,7 @@ template <typename T, int V>
 static __global__ void __launch_bounds__(MAX_FORWARD)
     norm_forward(const T *x, const T *delta, const T *w, const T *b, T *sum, T *y, float2 *stats,
                  int64_t rows, int C, float eps, bool layer) {
+    wait_for_previous();
     constexpr int K = WORDS<V>;
     int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     int end = row < rows ? C : 0; /* threads without a row stay for the barriers */
@@ -129,6 +130,7 @@ static __global__ void __launch_bounds__(MAX_FORWARD)
 template <typename T, int V>
 static __global__ void __launch_bounds__(MAX_FORWARD)
     norm_recompute(const T *sum, const T *w, const T *b, T *y, const float2 *stats, int64_t rows, int C) {
+    wait_for_previous();
     int64_t row = (int64_t)blockIdx.x * blockDim.y + threadIdx.y;
     if (row >= rows)
         return;
@@ -174,6 +176,7 @@ template <typename T, int V, bool BIAS>
 static __global__ void __launch_bounds__(MAX_BACKWARD)
     norm_backward(const T *dy, const T *x, const T *w, const float2 *stats, T *dx, bool add_dx,
                   float *dw_partials, float *db_partials, int64_t rows, int C, bool layer) {
+    wait_for_previous();
     constexpr int K = WORDS<V>;
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ < 900
     constexpr int WITH_BIAS = 0;

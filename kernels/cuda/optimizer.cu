@@ -6,6 +6,7 @@
 /* ---- the step state: one thread ---- */
 
 static __global__ void begin_step(struct step_state *state, int64_t step, double lr) {
+    wait_for_previous();
     state->step = step;
     state->lr = lr;
     state->loss = 0;
@@ -16,10 +17,12 @@ static __global__ void begin_step(struct step_state *state, int64_t step, double
 
 static __global__ void decide_step(struct step_state *state, double tokens, double grad_clip,
                                    double skip_zscore) {
+    wait_for_previous();
     step_decision(state, tokens, grad_clip, skip_zscore);
 }
 
 static __global__ void write_step(struct step_state *state, struct step_state value) {
+    wait_for_previous();
     *state = value;
 }
 
@@ -71,6 +74,7 @@ template <int V> static __device__ __forceinline__ double squares(const float (&
 template <int V>
 static __global__ void __launch_bounds__(SUM_THREADS)
     sumsq_blocks(const float *x, int64_t n, double *partial) {
+    wait_for_previous();
     double sum = 0;
     int64_t step = (int64_t)gridDim.x * SUM_THREADS * V;
     int64_t i = ((int64_t)blockIdx.x * SUM_THREADS + threadIdx.x) * V;
@@ -97,6 +101,7 @@ static __global__ void __launch_bounds__(SUM_THREADS)
 
 static __global__ void __launch_bounds__(SUM_THREADS)
     sumsq_total(const double *partial, int parts, struct step_state *state) {
+    wait_for_previous();
     double sum = 0;
     for (int i = (int)threadIdx.x; i < parts; i += SUM_THREADS)
         sum += partial[i];
@@ -142,6 +147,7 @@ struct adam_factors {
 /* One thread. In double: 1 - beta2^t loses its digits in fp32 while t is small. */
 static __global__ void prepare_adamw(struct adamw_hyper hyper, const struct step_state *state,
                                      struct adam_factors *f) {
+    wait_for_previous();
     double t = (double)state->history.updates;
     f->beta1 = (float)hyper.beta1;
     f->beta2 = (float)hyper.beta2;
@@ -172,6 +178,7 @@ template <typename T, int V>
 static __global__ void __launch_bounds__(ADAM_THREADS)
     adamw(const __grid_constant__ struct group_table groups, const struct adam_factors *factors,
           float *master, T *p, const float *g, float *m, float *v) {
+    wait_for_previous();
     struct adam_factors f = *factors;
     if (f.skip)
         return;

@@ -32,6 +32,7 @@ static __device__ __forceinline__ float load_row(const T *row, int d, float eps,
 template <typename T>
 static __global__ void __launch_bounds__(THREADS)
     qk_forward(struct qk_rows s, const T *x, const T *w_q, const T *w_k, T *y) {
+    wait_for_previous();
     const int row_heads = s.heads + 2 * s.kv_heads, lane = (int)threadIdx.x % 32;
     int64_t at = (int64_t)blockIdx.x * WARPS + threadIdx.x / 32;
     if (at >= s.rows * row_heads)
@@ -57,6 +58,7 @@ template <typename T>
 static __global__ void __launch_bounds__(THREADS)
     qk_backward(struct qk_rows s, const T *dy, const T *x, const T *w_q, const T *w_k, T *dx,
                 float *partial) {
+    wait_for_previous();
     __shared__ float sums[WARPS][MAX_DIM];
     const int which = (int)blockIdx.y, lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int heads = which == 0 ? s.heads : s.kv_heads, row_heads = s.heads + 2 * s.kv_heads;

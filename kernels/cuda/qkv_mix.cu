@@ -32,6 +32,7 @@ struct mix_job {
  * the L2, hide the latency of loads. Shared memory: for each tile of alpha 16 rows of 16 KT + 8 elements. */
 template <int KT>
 static __global__ void __launch_bounds__(32 * MIX_WARPS, KT == 4 ? 1 : 2) mix_tiles(struct mix_job job) {
+    wait_for_previous();
     const struct head_rows &o = job.o;
     int w = blockIdx.y, d = job.d, half = d / 2;
     int begin = blockIdx.z * job.chunks, end = min(begin + job.chunks, o.chunks);

@@ -47,6 +47,7 @@ template <int KT> static size_t mix_backward_shared(int tiles, int team_warps, i
 template <int KT, bool GROUPED>
 static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     mix_backward_tiles(struct mix_backward_job job) {
+    wait_for_previous();
     typedef outer_size<KT> size;
     /* AHEAD: tiles that a warp has in flight; two where only 8 warps share an SM and there are registers. */
     constexpr int TILES = size::TILES, NT = size::HEAD_TILES, AHEAD = KT == 2 ? 2 : 1;

@@ -12,6 +12,7 @@ struct sums {
  * order. A warp has COLUMNS neighbouring elements of one part, which it loads coalesced. Bytes: 4 n parts a sum. */
 static __global__ void __launch_bounds__(COLUMNS *LANES)
     sum_parts(const float *partials, int parts, int64_t n, struct sums to, bool accumulate) {
+    wait_for_previous();
     __shared__ float lanes[LANES][COLUMNS];
     int64_t i = (int64_t)blockIdx.x * COLUMNS + threadIdx.x;
     float sum = 0;

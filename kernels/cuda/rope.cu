@@ -16,6 +16,7 @@ struct rope_frequencies {
 /* A thread fills one column of a position: 8 bytes. */
 static __global__ void __launch_bounds__(TABLE_THREADS)
     fill_table(float *table, int64_t positions, int64_t half, struct rope_frequencies f) {
+    wait_for_previous();
     int64_t e = (int64_t)blockIdx.x * TABLE_THREADS + threadIdx.x;
     if (e >= positions * f.count)
         return;
@@ -62,6 +63,7 @@ template <typename T> struct rotate_job {
  * 2 N (H + G) d. */
 template <typename T, int V, bool BACK>
 static __global__ void __launch_bounds__(ROTATE_THREADS) rotate_heads(struct rotate_job<T> job) {
+    wait_for_previous();
     int d = job.d, half = (d + 1) / 2, vectors = (half + V - 1) / V;
     int64_t e = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (e >= job.count * job.active * vectors)

@@ -89,6 +89,7 @@ static int fastest_of(struct device *dev, int count, const std::function<bool(in
 /* x [n] words: as bf16 and as fp32, numbers of random sign and digits between 1 and 2. Products of equal numbers need less
  * power, and would be timed at a clock that training does not reach. */
 static __global__ void __launch_bounds__(CHECK_THREADS) fill_operands(uint32_t *x, int64_t n) {
+    wait_for_previous();
     int64_t i = (int64_t)blockIdx.x * CHECK_THREADS + threadIdx.x;
     for (; i < n; i += (int64_t)gridDim.x * CHECK_THREADS)
         x[i] = 0x3f803f80u | (random_bits(17, i) & 0x807f807fu);

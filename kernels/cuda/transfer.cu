@@ -4,7 +4,7 @@
  * An upload returns as soon as its last piece is in a pinned buffer: the copy is asynchronous, and a buffer
  * is written again only when its own copy is done. Copies are queued behind the kernels of their step, so
  * with few buffers the host would wait for earlier passes; SLOTS buffers hold what a step or more uploads. */
-#include "kernels/cuda/cuda.h"
+#include "kernels/cuda/cuda.cuh"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -53,6 +53,7 @@ template <typename To, typename From> static __device__ __forceinline__ To conve
 /* to [n] = from [n]; one of them is pinned host memory, so that the bus bounds it. */
 template <typename To, typename From>
 static __global__ void __launch_bounds__(THREADS) convert_all(To *to, const From *from, int64_t n) {
+    wait_for_previous();
     for (int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * THREADS)
         to[i] = convert_number<To>(from[i]);
 }

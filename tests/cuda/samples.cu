@@ -4,7 +4,8 @@
 #include "kernels/cuda/mma.cuh"
 #include "tests/cuda/samples.h"
 
-static struct device queue; /* the default stream is all that a launch needs */
+/* The default stream, on which launches overlap, is all that a launch needs. */
+static struct device queue = {.overlaps_launches = true};
 
 static float *device_floats(int64_t n) {
     float *p;
@@ -23,6 +24,7 @@ static void sample(dim3 grid, dim3 block, size_t shared, float *host, int64_t n,
 
 /* out[i] = 255 - i, reversed through shared memory; faulty without the barrier. */
 static __global__ void reverse(float *out, int barrier) {
+    wait_for_previous();
     __shared__ float s[256];
     s[threadIdx.x] = (float)threadIdx.x;
     if (barrier)
@@ -37,6 +39,7 @@ void sample_reverse(float *out, int barrier) {
 /* Three rounds through one buffer: faulty without the second barrier, which keeps round r + 1 from writing
  * what others still read in round r. */
 static __global__ void rotate(float *out, int second_barrier) {
+    wait_for_previous();
     float *s = dynamic_shared<float>(), x = (float)threadIdx.x;
     for (int round = 0; round < 3; round++) {
         s[threadIdx.x] = x;
@@ -54,6 +57,7 @@ void sample_rotate(float *out, int second_barrier) {
 
 /* Reads shared memory that was not written. */
 static __global__ void uninitialised(float *out, int) {
+    wait_for_previous();
     __shared__ float s[32];
     out[threadIdx.x] = s[threadIdx.x] + dynamic_shared<float>()[threadIdx.x];
 }
@@ -82,6 +86,7 @@ int64_t sample_large_block(void) {
 }
 
 static __global__ void write_at(float *out, int at) {
+    wait_for_previous();
     if (threadIdx.x == 0)
         out[at] = 1;
 }
@@ -91,7 +96,20 @@ void sample_write_at(int at) {
     sample<write_at>(2, 32, 0, out, 10, at);
 }
 
+/* Threads from `waiting` on do not wait for the kernel before. */
+static __global__ void early(float *out, int waiting) {
+    if ((int)threadIdx.x < waiting)
+        wait_for_previous();
+    out[threadIdx.x] = 1;
+}
+
+void sample_early(int waiting) {
+    float out[64];
+    sample<early>(1, 64, 0, out, 64, waiting);
+}
+
 static __global__ void read_at(float *out, int at) {
+    wait_for_previous();
     out[threadIdx.x] = out[at];
 }
 
@@ -101,6 +119,7 @@ void sample_read_at(int at) {
 }
 
 static __global__ void write_shared(float *out, int at) {
+    wait_for_previous();
     dynamic_shared<float>()[at] = 1;
     out[0] = 1;
 }
@@ -111,6 +130,7 @@ void sample_write_shared(int at) {
 }
 
 static __global__ void divergent(float *out, int kind) {
+    wait_for_previous();
     if (kind == 0 && threadIdx.x == 7)
         return;
     if (kind == 1 && threadIdx.x == 7)
@@ -136,6 +156,7 @@ void sample_host_access(void) {
 
 /* Warp operations, one result after another. */
 static __global__ void warps(float *out, int) {
+    wait_for_previous();
     unsigned lane = threadIdx.x;
     float x = (float)lane;
     float results[] = {__shfl_sync(0xffffffff, x, 5),
@@ -157,6 +178,7 @@ void sample_warps(float *out) {
 }
 
 static __global__ void atomics(float *out, int n) {
+    wait_for_previous();
     __shared__ int count;
     if (threadIdx.x == 0)
         count = 0;
@@ -177,6 +199,7 @@ void sample_atomics(float *out) {
 /* D = A B for A [16,16] by rows, B [16,8] by rows, loaded with ldmatrix from shared memory that cp.async
  * filled. Faulty without the wait. */
 static __global__ void matmul(float *d, int wait) {
+    wait_for_previous();
     bf16 *a = dynamic_shared<bf16>(), *b = a + 256;
     const bf16 *in = (const bf16 *)(d + 128);
     int lane = (int)threadIdx.x;

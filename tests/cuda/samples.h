@@ -17,6 +17,7 @@ void sample_uninitialised(float *out /* [32] */);
 int64_t sample_large_block(void);
 void sample_write_at(int at /* of 10 */);
 void sample_read_at(int at /* of 10 */);
+void sample_early(int waiting /* threads of 64 */);
 void sample_write_shared(int at /* of 16 */);
 /* 0: a thread returns before a barrier; 1: it meets another barrier; 2: it misses a warp operation; 3: the
  * mask names lanes that the block does not have. */

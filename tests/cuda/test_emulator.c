@@ -75,6 +75,13 @@ static void stray_stores(void **state) {
         expect_death(sample_read_at, 10, "use-after-poison");
 }
 
+static void overlapping_launches(void **state) {
+    (void)state;
+    sample_early(64);
+    expect_death(sample_early, 63, "emulator: early: 63 of 64 threads waited for the kernel before");
+    expect_death(sample_early, 0, "emulator: early: 0 of 64 threads waited for the kernel before");
+}
+
 static void divergence(void **state) {
     (void)state;
     for (int seed = 0; seed < SEEDS; seed++) {
@@ -148,10 +155,15 @@ static void tensor_core(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(orders_agree),         cmocka_unit_test(missing_barrier),
-        cmocka_unit_test(uninitialised_shared), cmocka_unit_test(stray_stores),
-        cmocka_unit_test(divergence),           cmocka_unit_test(host_reads_device_memory),
-        cmocka_unit_test(warp_operations),      cmocka_unit_test(tensor_core),
+        cmocka_unit_test(orders_agree),
+        cmocka_unit_test(missing_barrier),
+        cmocka_unit_test(uninitialised_shared),
+        cmocka_unit_test(stray_stores),
+        cmocka_unit_test(overlapping_launches),
+        cmocka_unit_test(divergence),
+        cmocka_unit_test(host_reads_device_memory),
+        cmocka_unit_test(warp_operations),
+        cmocka_unit_test(tensor_core),
         cmocka_unit_test(large_blocks),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,4 +1,4 @@
-"""No kernel's stack has grown beyond what docs/kernel-resources.md records."""
+"""No kernel's stack has grown beyond what docs/kernel-resources.md records, and all wait for the one ahead of them."""
 
 import importlib.util
 import os
@@ -35,15 +35,32 @@ def up_to_date(source):
 
 
 class KernelResources(unittest.TestCase):
-    def test_stacks(self):
+    def run_script(self, *arguments):
         if not Path(NVCC).exists():
             self.skipTest("no nvcc")
         if not kernel_resources.find_cuobjdump(NVCC):
             self.skipTest("no cuobjdump")
         if not all(map(up_to_date, (ROOT / "kernels" / "cuda").rglob("*.cu"))):
             self.skipTest("built without CUDA")
-        command = [sys.executable, SCRIPT, OBJECTS, NVCC, "--check", RECORD]
-        result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, SCRIPT, OBJECTS, NVCC, *arguments]
+        return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    def test_waits(self):
+        result = self.run_script("--waits")
+        self.assertEqual(result.returncode, 0, result.stdout)
+
+    def test_a_missing_wait_is_found(self):
+        def kernel(name, *operations):
+            return f"\t\tFunction : {name}\n" + "".join(
+                f"        /*{i:04x}*/                   {text} ;     /* 0x0 */\n" for i, text in enumerate(operations))
+
+        load, wait, parameter, end = "@!P0 LDG.E R2, [R2.64]", "ACQBULK", "LDC R1, c[0x0][0x28]", "EXIT"
+        code = (kernel("right", parameter, wait, load, end) + kernel("early", parameter, load, wait, end)
+                + kernel("never", parameter, end) + kernel("guarded", parameter, "@P1 STG.E [R2.64], R5", wait))
+        self.assertEqual(kernel_resources.waits(code), (4, ["early", "never", "guarded"]))
+
+    def test_stacks(self):
+        result = self.run_script("--check", RECORD)
         if result.stdout.startswith("not compared"):
             self.skipTest(result.stdout.strip())
         self.assertEqual(result.returncode, 0, result.stdout + "make kernel-resources, if it has to be")

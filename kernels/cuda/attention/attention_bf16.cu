@@ -83,6 +83,7 @@ static __device__ __forceinline__ void softmax(float (&s)[M][N][4], float (&acc)
 template <int D, bool SEGMENTED>
 static __global__ void __launch_bounds__(THREADS, forward_shape<D>::BLOCKS)
     attention_forward(struct forward_args a) {
+    wait_for_previous();
     typedef forward_shape<D> shape;
     constexpr int M = shape::M, KEYS = shape::KEYS, LD = PITCH<bf16, D>;
     bf16 *tile_q = dynamic_shared<bf16>(), *tile_k = tile_q + shape::QUERIES * LD,

@@ -89,6 +89,7 @@ static __device__ __forceinline__ void load_statistics(bf16 *tile, const backwar
 template <int D, bool SEGMENTED>
 static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
     attention_backward_dkdv(struct backward_args a) {
+    wait_for_previous();
     typedef backward_shape<D> shape;
     constexpr int M = shape::M, COLUMNS = shape::COLUMNS, LD = PITCH<bf16, D>, OUT = shape::OUT;
     bf16 *tile_k = dynamic_shared<bf16>(), *tile_v = tile_k + shape::ROWS * LD;
@@ -183,6 +184,7 @@ static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
 template <int D, bool SEGMENTED>
 static __global__ void __launch_bounds__(THREADS, backward_shape<D>::BLOCKS)
     attention_backward_dq(struct backward_args a) {
+    wait_for_previous();
     typedef backward_shape<D> shape;
     constexpr int M = shape::M, COLUMNS = shape::COLUMNS, LD = PITCH<bf16, D>;
     bf16 *tile_q = dynamic_shared<bf16>(), *tile_do = tile_q + shape::ROWS * LD;
@@ -257,6 +259,7 @@ template <typename T>
 static __global__ void __launch_bounds__(THREADS)
     row_deltas(struct rows<const T> o, struct rows<const T> d_o, float *delta, int batch, int length,
                int heads, int d, bool aligned) {
+    wait_for_previous();
     int64_t row = (int64_t)blockIdx.x * WARPS + warp_of();
     if (row >= (int64_t)batch * length * heads)
         return;

@@ -175,6 +175,7 @@ static __device__ __forceinline__ float row_sum_of(float x) {
 /* Grid: (tiles of queries, H, B). The last tiles, which have the most keys, are started first. */
 template <int D, bool SEGMENTED>
 static __global__ void __launch_bounds__(THREADS) fp32_forward(struct fp32_args a) {
+    wait_for_previous();
     typedef fp32_shape<D> shape;
     constexpr int R = shape::R, TILE = shape::TILE;
     float *tile_q = dynamic_shared<float>(), *tile_k = tile_q + shape::SIZE, *tile_v = tile_k + shape::SIZE;
@@ -238,6 +239,7 @@ static __global__ void __launch_bounds__(THREADS) fp32_forward(struct fp32_args 
  * Scores are transposed: rows are keys. */
 template <int D, bool SEGMENTED>
 static __global__ void __launch_bounds__(THREADS) fp32_backward_dkdv(struct fp32_args a) {
+    wait_for_previous();
     typedef fp32_shape<D> shape;
     constexpr int R = shape::R, TILE = shape::TILE;
     float *tile_k = dynamic_shared<float>(), *tile_v = tile_k + shape::SIZE, *tile_q = tile_v + shape::SIZE;
@@ -291,6 +293,7 @@ static __global__ void __launch_bounds__(THREADS) fp32_backward_dkdv(struct fp32
 /* dQ. Grid: (tiles of queries, H, B). */
 template <int D, bool SEGMENTED>
 static __global__ void __launch_bounds__(THREADS) fp32_backward_dq(struct fp32_args a) {
+    wait_for_previous();
     typedef fp32_shape<D> shape;
     constexpr int R = shape::R, TILE = shape::TILE;
     float *tile_q = dynamic_shared<float>(), *tile_do = tile_q + shape::SIZE;

@@ -28,6 +28,7 @@ constexpr double FACTOR = 3, ROUNDINGS = 4 * 0x1p-9; /* as in tests/cuda/fixture
 /* x [n] = reproducible noise in (-2, 2), exact in bf16, in the first `noisy` elements, then zero. */
 static __global__ void __launch_bounds__(CHECK_THREADS)
     fill_noise(bf16 *x, int64_t n, int64_t noisy, uint32_t seed) {
+    wait_for_previous();
     int64_t i = (int64_t)blockIdx.x * CHECK_THREADS + threadIdx.x;
     for (; i < n; i += (int64_t)gridDim.x * CHECK_THREADS)
         x[i] = from_float<bf16>(i < noisy ? ((float)(random_bits(seed, i) >> 24) - 127.5f) / 64 : 0);
@@ -54,6 +55,7 @@ static __device__ inline float value_at(struct rows_view x, struct compared_size
 /* copy [tokens, heads, d] = x, in fp32. */
 static __global__ void __launch_bounds__(CHECK_THREADS)
     copy_to_fp32(struct rows_view x, struct compared_size s, float *copy) {
+    wait_for_previous();
     int64_t i = (int64_t)blockIdx.x * CHECK_THREADS + threadIdx.x;
     for (; i < s.count(); i += (int64_t)gridDim.x * CHECK_THREADS)
         copy[i] = value_at(x, s, i);
@@ -69,6 +71,7 @@ struct deviations {
 static __global__ void __launch_bounds__(CHECK_THREADS)
     measure(struct rows_view library, const bf16 *plain, const float *exact, struct compared_size s,
             struct deviations *parts) {
+    wait_for_previous();
     double sums[3] = {};
     float largest[2] = {};
     int64_t i = (int64_t)blockIdx.x * CHECK_THREADS + threadIdx.x;
@@ -102,6 +105,7 @@ static __global__ void __launch_bounds__(CHECK_THREADS)
 static __global__ void __launch_bounds__(CHECK_THREADS)
     find_error(struct rows_view library, const float *exact, struct compared_size s, float limit,
                wrong_index *found) {
+    wait_for_previous();
     int64_t i = (int64_t)blockIdx.x * CHECK_THREADS + threadIdx.x;
     for (; i < s.count(); i += (int64_t)gridDim.x * CHECK_THREADS)
         if (!(fabsf(value_at(library, s, i) - exact[i]) < limit))

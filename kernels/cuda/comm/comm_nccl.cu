@@ -22,6 +22,7 @@
 #include "kernels/clock.h"
 #include "kernels/cuda/comm/comm.h"
 #include "kernels/cuda/comm/comm_sums.h"
+#include "kernels/cuda/cuda.cuh"
 #include "kernels/limits.h"
 
 enum {
@@ -257,6 +258,7 @@ static ncclResult_t await_nccl(struct nccl_comm *n, ncclResult_t result) {
 /* ---- collectives ---- */
 
 static __global__ void increment(volatile int64_t *counter) {
+    wait_for_previous();
     *counter = *counter + 1;
     __threadfence_system();
 }

@@ -11,6 +11,7 @@ template <typename T, int V>
 static __global__ void __launch_bounds__(THREADS)
     add_ranks(const float *own, const T *others, int rank, int ranks, int64_t n, float *out,
               bool accumulate) {
+    wait_for_previous();
     int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
     if (i >= n)
         return;
@@ -54,6 +55,7 @@ void comm_add_in_rank_order(cudaStream_t stream, const float *own, const void *o
 /* Grid: n / (THREADS V) blocks, V elements per thread; the last thread adds the remainder one by one. */
 template <int V>
 static __global__ void __launch_bounds__(THREADS) add_kernel(const float *x, int64_t n, float *out) {
+    wait_for_previous();
     int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
     float a[V], b[V];
     if (i + V > n) {
@@ -79,6 +81,7 @@ void comm_add_to(cudaStream_t stream, const float *x, int64_t n, float *out) {
 /* The same grid and remainder. */
 template <int V>
 static __global__ void __launch_bounds__(THREADS) round_kernel(const float *from, int64_t n, bf16 *to) {
+    wait_for_previous();
     int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * V;
     float x[V];
     if (i + V > n) {
@@ -98,6 +101,7 @@ void comm_round_to_bf16(cudaStream_t stream, const float *from, int64_t n, void 
 }
 
 static __global__ void sum_doubles_kernel(const double *all, int ranks, int count, double *values) {
+    wait_for_previous();
     int i = (int)threadIdx.x;
     double sum = all[i];
     for (int r = 1; r < ranks; r++)

@@ -12,6 +12,7 @@
  *  - a store beside an allocation: every allocation of device and dynamic shared memory is followed, and
  *    device memory preceded, by a sentinel. With SANITIZE=1, AddressSanitizer also catches loads, where they
  *    happen;
+ *  - a thread that does not wait for the kernel before it, although it was launched to overlap with that;
  *  - the host accessing device memory, which is protected except while kernels and copies run;
  *  - more shared memory than cudaFuncSetAttribute allowed, or a launch that a device would refuse.
  * New device memory and every block's shared memory are filled with 0xff (NaN). cp.async copies only when it
@@ -106,6 +107,9 @@ void emulator_copy_wait(int groups_left);
 void emulator_prefetch(const void *global, uint32_t bytes);
 
 /* ---- launches ---- */
+
+/* Every thread of a kernel that may overlap with the one before it calls this. */
+void emulator_wait_for_previous();
 
 /* The kernel's name in messages, of the next launch. */
 extern const char *emulator_kernel_name;
