@@ -15,6 +15,7 @@
 #include "kernels/cuda/matmul.h"
 
 #include <math.h>
+#include <stdio.h>
 
 constexpr int64_t MAX_ROWS = 256, CELL = 64, MIN_CELLS = 32;
 constexpr float GELU_ERROR = 1.0f / 128; /* two roundings to bf16 */

@@ -6,6 +6,8 @@
  * makes it longer. */
 #include "kernels/cuda/timing.h"
 
+#include <string.h>
+
 #include <vector>
 
 #include "kernels/clock.h"
