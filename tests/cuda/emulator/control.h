@@ -50,7 +50,8 @@ void emulator_refuse_graphs(const char *what);
 
 /* What is wrong with cuBLASLt's products: one of tiles x tiles equal parts of the row-major D (in the order
  * of its elements) is not written, or has 1 added; of sums beside a product, the one of this index has 1 added. Or, of
- * products with GELU alone: that part is not written, has 1 added, or the matrix written beside D has. */
+ * products with GELU alone: that part is not written, is of x sigmoid(1.702 x) instead, or the matrix written beside D has
+ * 1 added there. */
 enum emulator_fault {
     PRODUCTS_RIGHT,
     PRODUCTS_UNWRITTEN,
