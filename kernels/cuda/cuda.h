@@ -53,7 +53,7 @@ struct device {
     size_t workspace_bytes;
     char *scratch; /* SCRATCH_BYTES for operations without a plan: the optimizer's */
     int sm_count;
-    bool overlaps_launches; /* a kernel's blocks may start before the kernel ahead of it has ended */
+    bool overlaps_launches; /* see launch_as() */
     size_t memory;          /* bytes the GPU has */
     size_t shared_limit;    /* bytes of dynamic shared memory a block may have */
     enum device_precision precision;
@@ -118,9 +118,18 @@ void cuda_host_wait(struct device *dev, cudaEvent_t event);
 /* Wait until everything queued so far is done, likewise. */
 void cuda_await_queue(struct device *dev);
 
+/* Of a kernel that may be set up while the one ahead of it in the stream ends: programmatic dependent launch. */
+static inline cudaLaunchAttribute overlap_attribute() {
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    return overlap;
+}
+bool cuda_launches_can_overlap(const struct device *, int major);
+
 /* Queue a kernel. A block may use 48 KiB of shared memory, its static variables included, without asking;
- * from 32 KiB of dynamic shared memory on, the first launch asks for what it needs. overlapping: programmatic dependent
- * launch, so that the kernel has been set up when the one before it ends; it waits for that itself. */
+ * from 32 KiB of dynamic shared memory on, the first launch asks for what it needs. overlapping: the kernel may be set up
+ * while the one ahead of it ends, for which it waits itself (wait_for_previous() of cuda.cuh). */
 template <auto kernel, typename... A>
 void launch_as(cudaStream_t stream, bool overlapping, dim3 grid, dim3 block, size_t shared, A... args) {
     static size_t allowed = 32 << 10;
@@ -134,9 +143,7 @@ void launch_as(cudaStream_t stream, bool overlapping, dim3 grid, dim3 block, siz
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute overlap = overlap_attribute();
     config.attrs = &overlap;
     config.numAttrs = overlapping ? 1 : 0;
 #ifdef CUDA_EMULATOR
@@ -145,7 +152,7 @@ void launch_as(cudaStream_t stream, bool overlapping, dim3 grid, dim3 block, siz
     cuda_check_status(cudaLaunchKernelEx(&config, kernel, args...), __PRETTY_FUNCTION__, __FILE__, __LINE__);
 }
 
-/* On a stream whose work is ordered with that of other streams. */
+/* On a stream of communication, between copies and NCCL's kernels, where overlapping would gain nothing. */
 template <auto kernel, typename... A>
 void launch_on(cudaStream_t stream, dim3 grid, dim3 block, size_t shared, A... args) {
     launch_as<kernel>(stream, false, grid, block, shared, args...);
@@ -183,7 +190,7 @@ int cuda_diff_combine_plan(struct device *, const struct diff_combine_spec *, st
                            struct error *);
 int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
 
-/* What is done to a product on its way to memory, with a second matrix `aux` [m,n] of C's type:
+/* The epilogue of a product, with a second matrix `aux` [m,n] of C's type:
  *   MATMUL_GELU           aux = op(A) op(B) (+ bias),  C = gelu_tanh(aux)
  *   MATMUL_GELU_BACKWARD  C = op(A) op(B) * gelu_tanh'(aux) */
 enum matmul_epilogue { MATMUL_PLAIN, MATMUL_GELU, MATMUL_GELU_BACKWARD };

@@ -7,17 +7,18 @@
 
 #include <stdio.h>
 
+#include <set>
+#include <utility>
+
 #include "kernels/cuda/head_mix_outer.cuh"
 
 enum { PLAIN_THREADS = 256, PLAIN_BLOCKS_PER_SM = 4 };
 
 /* Tell the user, once for a shape, that bf16 does without tensor cores. */
 static inline void announce_plain(const char *op, int64_t heads, int64_t head_dim) {
-    static int64_t announced[2];
-    if (announced[0] == heads && announced[1] == head_dim)
+    static std::set<std::pair<int64_t, int64_t>> announced;
+    if (!announced.insert({heads, head_dim}).second)
         return;
-    announced[0] = heads;
-    announced[1] = head_dim;
     fprintf(stderr,
             "%s of %lld heads of %lld: without tensor cores, which makes it many times slower; they take up "
             "to 64 heads, "

@@ -113,6 +113,46 @@ static void memory(void **state) {
     k->close(dev);
 }
 
+/* Launches that may overlap in one more of step_begin: in a call of its own and in a graph. */
+static int64_t overlapping_launches(void) {
+    const struct kernels *k = kernels_cuda();
+    struct device_options options = {.precision = DEVICE_BF16, .graphs = true};
+    struct error e = {0};
+    struct device *dev = k->open(&options, &e);
+    if (!dev)
+        fail_msg("%s", e.text);
+    struct step_state *state = k->alloc(dev, sizeof *state, &e), host;
+    int64_t before = emulator_overlapping();
+    for (int step = 1; step <= 3; step++) {
+        if (!k->graph_replay(dev, 0)) {
+            k->graph_begin(dev, 0);
+            k->step_begin(dev, state, 7, 0.5);
+            if (!k->graph_end(dev, 0))
+                k->step_begin(dev, state, 7, 0.5);
+        }
+        k->step_read(dev, state, &host);
+        assert_int_equal(host.step, 7);
+    }
+    int64_t overlapping = emulator_overlapping() - before;
+    k->release(dev, state);
+    k->close(dev);
+    assert_int_equal(emulator_allocations(), 0);
+    return overlapping;
+}
+
+/* Where a driver refuses them, also only in graphs, and where they are turned off, launches do not overlap. */
+static void launches_overlap_where_they_can(void **state) {
+    (void)state;
+    skip_on_gpu();
+    assert_int_equal(overlapping_launches(), 2); /* and the third is the graph's */
+    emulator_refuse_graphs("overlap");
+    assert_int_equal(overlapping_launches(), 0);
+    emulator_refuse_graphs(NULL);
+    setenv("IHA_OVERLAP", "off", 1);
+    assert_int_equal(overlapping_launches(), 0);
+    unsetenv("IHA_OVERLAP");
+}
+
 /* Every pair of types, there and back; and more than the pinned buffers hold, whose source the caller may
  * change at once. */
 static void transfers(void **state) {
@@ -210,9 +250,10 @@ static void rope_table(void **state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(no_gpu),     cmocka_unit_test(unusable_gpus), cmocka_unit_test(describes_itself),
-        cmocka_unit_test(memory),     cmocka_unit_test(transfers),     cmocka_unit_test(uploads_run_ahead),
-        cmocka_unit_test(rope_table),
+        cmocka_unit_test(no_gpu),           cmocka_unit_test(unusable_gpus),
+        cmocka_unit_test(describes_itself), cmocka_unit_test(memory),
+        cmocka_unit_test(transfers),        cmocka_unit_test(uploads_run_ahead),
+        cmocka_unit_test(rope_table),       cmocka_unit_test(launches_overlap_where_they_can),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }

@@ -137,6 +137,8 @@ static void plain_kernels_are_announced(void **state) {
         assert_string_equal(planned(DEVICE_BF16, &plain[i]), ""); /* once */
         assert_string_equal(planned(DEVICE_FP32, &plain[i]), "");
     }
+    for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) /* nor again after others */
+        assert_string_equal(planned(DEVICE_BF16, &plain[i]), "");
     for (size_t i = 0; i < sizeof fast / sizeof *fast; i++)
         assert_string_equal(planned(DEVICE_BF16, &fast[i]), "");
 }

@@ -23,6 +23,10 @@ int64_t emulator_launches(void) {
     return 0;
 }
 
+int64_t emulator_overlapping(void) {
+    return 0;
+}
+
 int64_t emulator_graph_launches(void) {
     return 0;
 }

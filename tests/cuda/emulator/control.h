@@ -45,8 +45,12 @@ void emulator_hang_launch(int64_t launch);
  * background mode only; 0: no limit. */
 void emulator_limit_queue(int64_t works);
 
-/* Which call of CUDA graphs fails: "begin" or "end" of a capture, or "instantiate"; NULL: none. */
+/* Which call of CUDA graphs fails: "begin" or "end" of a capture, "instantiate", or an overlapping launch in a capture,
+ * "overlap"; NULL: none. */
 void emulator_refuse_graphs(const char *what);
+
+/* Launches so far that may overlap with the kernel ahead of them. */
+int64_t emulator_overlapping(void);
 
 /* What is wrong with cuBLASLt's products: one of tiles x tiles equal parts of the row-major D (in the order
  * of its elements) is not written, or has 1 added; of sums beside a product, the one of this index has 1 added. Or, of

@@ -246,6 +246,10 @@ int64_t emulator_graph_launches(void) {
     return launches;
 }
 
+bool emulator_refuses(const char *what) {
+    return strcmp(refused, what) == 0;
+}
+
 void emulator_refuse_graphs(const char *what) {
     refused = what ? what : "";
 }

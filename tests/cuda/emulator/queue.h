@@ -115,6 +115,9 @@ cudaError_t emulator_captured_event(cudaEvent_t event);
 /* Invalidates the capture and returns the error. */
 cudaError_t emulator_capture_failed(emulator_capture *capture, cudaError_t error);
 
+/* Whether emulator_refuse_graphs() has named this. */
+bool emulator_refuses(const char *what);
+
 /* cudaErrorStreamCaptureUnsupported, with the captures invalidated, if a capture's mode forbids this thread
  * calls that cannot be captured. */
 cudaError_t emulator_check_unsafe();

@@ -33,7 +33,7 @@ static struct runtime {
     std::map<void *, size_t> pinned;
     int open; /* nested emulator_open_memory(); 0: device memory is protected */
     std::map<const void *, size_t> shared_allowed;
-    int64_t launches, hanging = -1;
+    int64_t launches, overlapping, hanging = -1;
     int device;
 } &R = *new struct runtime();
 
@@ -239,15 +239,22 @@ cudaError_t emulator_launch(const cudaLaunchConfig_t *config, const void *kernel
         block.x == 0 || block.y == 0 || block.z == 0 || grid.y > 65535 || grid.z > 65535)
         emulator_fail("a grid of (%u, %u, %u) blocks of (%u, %u, %u) threads cannot be launched", grid.x,
                       grid.y, grid.z, block.x, block.y, block.z);
+    bool overlaps = false;
+    for (unsigned i = 0; i < config->numAttrs; i++)
+        overlaps |= config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                    config->attrs[i].val.programmaticStreamSerializationAllowed;
+    if (overlaps) {
+        emulator_lock lock;
+        R.overlapping++;
+        emulator_capture *capture = emulator_stream(config->stream)->capture;
+        if (capture && emulator_refuses("overlap"))
+            return emulator_capture_failed(capture, cudaErrorInvalidResourceHandle);
+    }
     if (shared > most)
         emulator_fail("%zu bytes of shared memory are more than cudaFuncSetAttribute allowed", shared);
     if (hangs)
         return emulator_enqueue_steps(
             config->stream, [] { return false; }, nullptr);
-    bool overlaps = false;
-    for (unsigned i = 0; i < config->numAttrs; i++)
-        overlaps |= config->attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
-                    config->attrs[i].val.programmaticStreamSerializationAllowed;
     return emulator_enqueue(config->stream, [=] {
         int64_t before = waited, threads = (int64_t)grid.x * grid.y * grid.z * block.x * block.y * block.z;
         emulator_running_name = name;
@@ -262,6 +269,11 @@ cudaError_t emulator_launch(const cudaLaunchConfig_t *config, const void *kernel
 int64_t emulator_launches(void) {
     emulator_lock lock;
     return R.launches;
+}
+
+int64_t emulator_overlapping(void) {
+    emulator_lock lock;
+    return R.overlapping;
 }
 
 void emulator_hang_launch(int64_t launch) {
@@ -279,6 +291,12 @@ cudaError_t cudaFuncSetAttribute(const void *kernel, cudaFuncAttribute attribute
         emulator_lock lock;
         R.shared_allowed[kernel] = (size_t)value;
     }
+    return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *a, const void *) {
+    *a = {};
+    a->ptxVersion = a->binaryVersion = 90;
     return cudaSuccess;
 }
 

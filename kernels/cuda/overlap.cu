@@ -1,0 +1,69 @@
+/* Whether launches may overlap (programmatic dependent launch): on Hopper and later, where the code was compiled for that and
+ * a driver accepts such launches, also in CUDA graphs. IHA_OVERLAP=off in the environment turns it off. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "kernels/cuda/cuda.cuh"
+
+static __global__ void nothing() {
+    wait_for_previous();
+}
+
+/* Code for an older architecture has no instruction to wait with. */
+static bool compiled_with_wait() {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, (const void *)nothing) == cudaSuccess &&
+           attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
+}
+
+static cudaError_t launch_nothing(cudaStream_t stream) {
+    cudaLaunchAttribute overlap = overlap_attribute();
+    cudaLaunchConfig_t config = {};
+    config.gridDim = config.blockDim = 1;
+    config.stream = stream;
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+#ifdef CUDA_EMULATOR
+    emulator_kernel_name = __PRETTY_FUNCTION__;
+#endif
+    return cudaLaunchKernelEx(&config, nothing);
+}
+
+/* Two launches, on the stream and as a graph. */
+static cudaError_t try_launches(cudaStream_t stream) {
+    cudaGraph_t graph = NULL;
+    cudaGraphExec_t exec = NULL;
+    cudaError_t status = launch_nothing(stream);
+    if (status == cudaSuccess)
+        status = launch_nothing(stream);
+    if (status == cudaSuccess)
+        status = cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
+    if (status != cudaSuccess)
+        return status;
+    status = launch_nothing(stream);
+    if (status == cudaSuccess)
+        status = launch_nothing(stream);
+    cudaError_t ended = cudaStreamEndCapture(stream, &graph);
+    if (status == cudaSuccess)
+        status = ended;
+    if (status == cudaSuccess)
+        status = cudaGraphInstantiate(&exec, graph, 0);
+    if (status == cudaSuccess)
+        status = cudaGraphLaunch(exec, stream);
+    if (status == cudaSuccess)
+        status = cudaStreamSynchronize(stream);
+    if (exec)
+        cuda_check(cudaGraphExecDestroy(exec));
+    if (graph)
+        cuda_check(cudaGraphDestroy(graph));
+    return status;
+}
+
+bool cuda_launches_can_overlap(const struct device *dev, int major) {
+    const char *wanted = getenv("IHA_OVERLAP");
+    if (major < 9 || (wanted && strcmp(wanted, "off") == 0) || !compiled_with_wait())
+        return false;
+    bool works = try_launches(dev->stream) == cudaSuccess;
+    cudaGetLastError(); /* a refusal is no error */
+    return works;
+}
