@@ -132,7 +132,7 @@ struct op_spec {
     enum op_kind kind;
     /* What a plan of `linear` may leave out, since it is never called. */
     bool no_bias, no_backward;
-    /* What it is to plan besides: linear_act, and act_linear_backward, with gelu_tanh. */
+    /* Also plan linear_act (gelu_after) or act_linear_backward (gelu_before), for gelu_tanh. */
     bool gelu_after, gelu_before;
     union {
         struct embed_spec embed;

@@ -1,5 +1,5 @@
-/* linear: y = x W^T + bias, and its three gradients; and with an activation after it, or in front of it, one after the
- * other. */
+/* linear: y = x W^T + bias, and its three gradients; and with an activation after it, or in front of it, one
+ * after the other. */
 #include "kernels/cpu/cpu.h"
 
 /* out (+)= column sums of x [rows, cols]. Each thread sums a strip of columns over all rows, so the order of

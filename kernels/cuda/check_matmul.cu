@@ -1,13 +1,13 @@
 /* A check of cuBLASLt's products, once, before the first step: a library that is wrong on some GPU would
  * spoil the training without an error.
  *
- * Every planned product runs with its own algorithm, strides and epilogue, written over and added to, on
- * small integers: all sums are exact in any order, also where partial sums are rounded to bf16. All outputs
- * are searched for parts that were not written, and one output in every CELL x CELL elements is compared with
- * a plain dot product, whose operands are computed again from their indices. What GELU or its derivative made of a product
- * may differ by GELU_ERROR of the product, since the library computes both approximately. Rows (tokens) are capped at
- * MAX_ROWS where the algorithm also takes that many. The operands are in the workspace; of a product that is
- * too large for it a part is checked.
+ * Every planned product runs with its own algorithm, strides and epilogue, written over and, without GELU,
+ * added to, on small integers: all sums are exact in any order, also where partial sums are rounded to bf16.
+ * All outputs are searched for parts that were not written, and one output in every CELL x CELL elements is
+ * compared with a plain dot product, whose operands are computed again from their indices. GELU of a product,
+ * or its derivative, may be wrong by GELU_ERROR of the product: the library computes both approximately. Rows
+ * (tokens) are capped at MAX_ROWS where the algorithm also takes that many. The operands are in the
+ * workspace; of a product that is too large for it a part is checked.
  *
  * Work: for each product of N x K, two products of MAX_ROWS rows, 4 N K bytes written and read, and at most
  * max(32, MAX_ROWS/CELL) * max(32, N/CELL) dot products of K. */
@@ -104,7 +104,8 @@ static __device__ bool right_at(const T *c, int64_t stride, const T *aux, int64_
     return fabsf(value - sum * factor) <= GELU_ERROR * fabsf(sum);
 }
 
-/* *found = the first of the sampled elements of c that is wrong, if that is less. A thread looks at one element. */
+/* *found = the first of the sampled elements of c that is wrong, if that is less. A thread looks at one
+ * element. */
 template <typename T>
 static __global__ void __launch_bounds__(CHECK_THREADS)
     compare_samples(const T *c, int64_t stride, const T *aux, int64_t aux_stride, struct problem p,
@@ -160,6 +161,9 @@ static wrong_index find_wrong(struct device *dev, const struct matmul *s, struct
         using T = decltype(number);
         launch<find_nan<T>>(dev, check_blocks(dev, p.m * p.n), CHECK_THREADS, 0, (const T *)c, p.m, p.n,
                             s->ldc, found);
+        if (s->epilogue == MATMUL_GELU)
+            launch<find_nan<T>>(dev, check_blocks(dev, p.m * p.n), CHECK_THREADS, 0, (const T *)aux, p.m, p.n,
+                                s->ldaux, found);
         launch<compare_samples<T>>(dev, (unsigned)ceil_div(cells, CHECK_THREADS), CHECK_THREADS, 0,
                                    (const T *)c, s->ldc, (const T *)aux, s->ldaux, p, found);
     });

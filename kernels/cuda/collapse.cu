@@ -24,10 +24,10 @@ struct collapse_job {
 
 /* Grid: (blocks that share the tokens, parts of the heads: with more than 32 heads two blocks compute half of
  * them each, and both read o). A warp takes a group of columns of one token, loads its pseudo-heads across
- * and sums; AHEAD tiles of 16 are always in flight, also from one token to the next, which is on its way into the L2
- * from the start of this one. Shared memory: R as
- * [16 tiles][16 KT + 8], or unless WHOLE as many tiles as there is room for, a multiple of AHEAD: then warps take
- * them in turn together, and every group of columns reads all of R again, from the L2. */
+ * and sums; AHEAD tiles of 16 are always in flight, also from one token to the next, which is prefetched into
+ * the L2. Shared memory: R as [16 tiles][16 KT + 8], or unless WHOLE as many tiles as there is room for, a
+ * multiple of AHEAD: then warps take them in turn together, and every group of columns reads all of R again,
+ * from the L2. */
 template <int KT, int HEAD_TILES, int AHEAD, bool WHOLE>
 static __global__ void __launch_bounds__(32 * COLLAPSE_WARPS, 2) collapse_tiles(struct collapse_job job) {
     wait_for_previous();
@@ -156,7 +156,7 @@ template <int KT> static size_t collapse_backward_shared(int tiles, int team_war
 /* Grid: blocks that share the tokens. All have the same group of rows, which is all of them unless registers hold too
  * few. A warp of a team has up to TILES tiles of pseudo-heads. It adds the outer product of their rows of o and of dout's
  * heads, both loaded along; then it loads dout's heads across, and computes and stores one tile of do after another.
- * Meanwhile the rows of its next token are read into the L2. Warps do not wait for each other. */
+ * The rows of its next token are prefetched into the L2. Warps do not wait for each other. */
 template <int KT>
 static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     collapse_backward_tiles(struct collapse_backward_job job) {

@@ -292,7 +292,7 @@ static int plan(struct device *dev, const struct op_spec *spec, struct op_cost *
     case OP_NORM:
         return cuda_norm_plan(dev, &spec->norm, cost, e);
     case OP_LINEAR:
-        return cuda_linear_plan(dev, spec, cost, e) != 0 ? -1 : cuda_linear_act_plan(dev, spec);
+        return cuda_linear_plan(dev, spec, cost, e) != 0 ? -1 : cuda_linear_act_plan(dev, spec, e);
     case OP_QKV_MIX:
         return cuda_qkv_mix_plan(dev, &spec->qkv_mix, cost, e);
     case OP_ATTENTION:

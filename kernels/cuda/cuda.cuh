@@ -4,8 +4,9 @@
 
 #include "kernels/cuda/cuda.h"
 
-/* Wait until the kernels that were queued before have ended and what they wrote can be read: the first statement of
- * every kernel, since launch() lets it begin while the one before it ends. Before Hopper none does. */
+/* Wait until the kernels that were queued before have ended and what they wrote can be read: the first
+ * statement of every kernel, since launch() lets it begin while the one before it ends. Before Hopper kernels
+ * do not overlap, and this does nothing. */
 static __device__ __forceinline__ void wait_for_previous() {
 #ifdef CUDA_EMULATOR
     emulator_wait_for_previous();

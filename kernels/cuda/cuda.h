@@ -10,11 +10,11 @@
  *     launch<kernel<T>>(dev, grid, threads, shared_bytes, arguments...);
  *
  * which queues it on dev->stream. Dynamic shared memory is accessed with dynamic_shared<T>(). Tensor cores
- * and cp.async are used through mma.cuh only. A kernel's first statement is wait_for_previous() of cuda.cuh. Operations do not allocate, read back or wait; scratch memory
- * comes from cuda_workspace(), and the operation's plan says how much. Results must not depend on the order
- * in which blocks run: no float atomics. Sources must also compile with g++ for tests/cuda/emulator/, which
- * runs them on a CPU: no thread may return before its block's last barrier, and kernels are not launched with
- * <<<>>>. */
+ * and cp.async are used through mma.cuh only. A kernel's first statement is wait_for_previous() of cuda.cuh.
+ * Operations do not allocate, read back or wait; scratch memory comes from cuda_workspace(), and the
+ * operation's plan says how much. Results must not depend on the order in which blocks run: no float atomics.
+ * Sources must also compile with g++ for tests/cuda/emulator/, which runs them on a CPU: no thread may return
+ * before its block's last barrier, and kernels are not launched with <<<>>>. */
 #ifndef IHA_KERNELS_CUDA_CUDA_H
 #define IHA_KERNELS_CUDA_CUDA_H
 
@@ -118,7 +118,7 @@ void cuda_host_wait(struct device *dev, cudaEvent_t event);
 /* Wait until everything queued so far is done, likewise. */
 void cuda_await_queue(struct device *dev);
 
-/* Of a kernel that may be set up while the one ahead of it in the stream ends: programmatic dependent launch. */
+/* Programmatic dependent launch: the kernel may be set up while the one ahead of it in the stream ends. */
 static inline cudaLaunchAttribute overlap_attribute() {
     cudaLaunchAttribute overlap = {};
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -128,8 +128,8 @@ static inline cudaLaunchAttribute overlap_attribute() {
 bool cuda_launches_can_overlap(const struct device *, int major);
 
 /* Queue a kernel. A block may use 48 KiB of shared memory, its static variables included, without asking;
- * from 32 KiB of dynamic shared memory on, the first launch asks for what it needs. overlapping: the kernel may be set up
- * while the one ahead of it ends, for which it waits itself (wait_for_previous() of cuda.cuh). */
+ * from 32 KiB of dynamic shared memory on, the first launch asks for what it needs. overlapping: the kernel
+ * may be set up while the one ahead of it ends, for which it waits itself (wait_for_previous() of cuda.cuh). */
 template <auto kernel, typename... A>
 void launch_as(cudaStream_t stream, bool overlapping, dim3 grid, dim3 block, size_t shared, A... args) {
     static size_t allowed = 32 << 10;
@@ -175,7 +175,7 @@ template <typename F> void by_dtype(enum dtype dtype, F f) {
 int cuda_embed_plan(struct device *, const struct embed_spec *, struct op_cost *, struct error *);
 int cuda_norm_plan(struct device *, const struct norm_spec *, struct op_cost *, struct error *);
 int cuda_linear_plan(struct device *, const struct op_spec *, struct op_cost *, struct error *);
-int cuda_linear_act_plan(struct device *, const struct op_spec *);
+int cuda_linear_act_plan(struct device *, const struct op_spec *, struct error *);
 int cuda_classifier_plan(struct device *, const struct classifier_spec *, struct op_cost *, struct error *);
 int cuda_qk_norm_plan(struct device *, const struct qk_norm_spec *, struct op_cost *, struct error *);
 int cuda_qkv_mix_plan(struct device *, const struct qkv_mix_spec *, struct op_cost *, struct error *);

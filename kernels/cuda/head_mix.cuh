@@ -50,18 +50,20 @@
  * tiles: RoPE's cosines and sines are loaded once for all its heads.
  *
  * Instruction issue could be the other limit. From the machine code for sm_90 (a group of 64 columns, mean of
- * q, k and v; 4.3 TB/s are 18.6 bytes per cycle and SM, which issues 4 instructions a cycle):
+ * q, k and v; 4.3 TB/s are 18.6 bytes per cycle and SM, which issues 4 instructions a cycle; counted before
+ * prefetches and wait_for_previous(), which add a few instructions a token):
  *
  *                      registers  warps/SM  share of the issue slots at 4.3 TB/s
  *                      H<=16 <=32           H=12 P=2   H=16 P=4   H=20 P=20
  *   expand (mix)        104   120       16     46%        32%        33%
- *   contract (collapse) 126   126       16     28%        19%        19%
- *   mix backward        128   234     16, 8    55%        46%        80%
- *   collapse backward   110   159     16, 8    29%        19%        27%
+ *   contract (collapse) 122   128       16     28%        19%        19%
+ *   mix backward        128   239     16, 8    55%        46%        80%
+ *   collapse backward   116   164     16, 8    29%        19%        27%
  *
- * And latency: at 4.3 TB/s and 0.7 us from memory, an SM needs 23 KB in flight, about what the registers of its warps
- * hold. So a token's rows, which are contiguous, are asked for into the L2 one token ahead (prefetch_l2 of mma.cuh), from
- * where they take a third as long. Groups of rows (P = H >= 24) are not contiguous, and are not asked for.
+ * Latency is the third: at 4.3 TB/s and about 0.7 us from memory an SM needs 23 KB in flight, as much as the
+ * registers of its warps hold. So a token's rows, which are contiguous, are prefetched into the L2 one token
+ * ahead (prefetch_l2 of mma.cuh), from where they take about a third as long. Mix backward does not where it
+ * takes rows in groups, which are not contiguous.
  *
  * Only mix backward with P = 20 may stay below memory bandwidth: its seven warps also have two barriers per
  * group of columns to add up dq. */

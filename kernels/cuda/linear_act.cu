@@ -1,10 +1,17 @@
-/* linear_act and act_linear_backward: a linear layer with GELU after it, and one with GELU in front of it backward.
+/* linear_act and act_linear_backward: a linear layer with GELU after it, and one with GELU in front of it
+ * backward.
  *
- * cuBLASLt can apply GELU, or its derivative, to a product before that is written. In bf16 this saves two passes over
- * [N,F]: forward act is not computed from u read again, backward dact is neither written nor read. Where timing says
- * that it is not faster, where the library has no such product or a wrong one, with system.deterministic and in
- * fp32, whose GELU the library approximates, the product and mlp_act are run one after the other. */
+ * cuBLASLt can apply GELU, or its derivative, to a product before that is written. This saves a read of [N,F] forward,
+ * and a write and a read of it backward. The product and mlp_act run one after the other
+ *   - in fp32, since the library approximates GELU,
+ *   - where u's rows are not a multiple of 8 elements,
+ *   - with system.deterministic, where nothing is timed,
+ *   - where timing says that it is faster,
+ *   - where the library has no such product, or a wrong one (check_matmul.cu).
+ * IHA_GELU=fused or IHA_GELU=apart in the environment chooses without timing, to compare them. */
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include "kernels/cuda/cuda.h"
 #include "kernels/cuda/timing.h"
@@ -52,7 +59,22 @@ static int64_t bytes_of(int64_t rows, int64_t cols) {
 
 enum { APART, FUSED };
 
-/* The faster one; -1: there is no memory to time them. In memory: x, W, bias, u, act. */
+/* *which: as the environment wants it, or -1. */
+static int wanted(int *which, struct error *e) {
+    const char *value = getenv("IHA_GELU");
+    *which = -1;
+    if (!value || !*value)
+        return 0;
+    if (strcmp(value, "fused") == 0)
+        *which = FUSED;
+    else if (strcmp(value, "apart") == 0)
+        *which = APART;
+    else
+        return fail_user(e, "IHA_GELU=%s: the environment variable takes fused or apart", value);
+    return 0;
+}
+
+/* The faster one, as time_fastest(). In memory: x, W, bias, u, act. */
 static int faster_forward(struct device *dev, const struct linear_spec *s, bool bias) {
     int64_t x = bytes_of(s->rows, s->in), w = bytes_of(s->out, s->in), b = bytes_of(1, s->out),
             u = bytes_of(s->rows, s->out);
@@ -92,30 +114,35 @@ static int faster_backward(struct device *dev, const struct linear_spec *s) {
     });
 }
 
-/* Choose, once for a shape; what does not serve is rejected. */
-static void choose(struct device *dev, const struct linear_spec *s, const char *what, struct matmul fused,
-                   const std::function<int()> &time) {
+/* Choose, once for a shape; a product that is not used is rejected. */
+static void choose(struct device *dev, const struct linear_spec *s, const char *what, int which,
+                   struct matmul fused, const std::function<int()> &time) {
     char name[160];
     if (fused.ldaux % 8 != 0 || matmul_is_planned(dev, fused) || matmul_is_rejected(dev, fused) ||
         !plan_matmul_if_supported(dev, fused, false))
         return;
     snprintf(name, sizeof name, "%s, %lld rows of %lld to %lld, bf16", what, (long long)s->rows,
              (long long)s->in, (long long)s->out);
-    if (choose_once(dev, name, {"apart", "fused"}, time) != FUSED)
+    if (which < 0)
+        which = choose_once(dev, name, {"apart", "fused"}, time);
+    if (which != FUSED)
         reject_matmul(dev, fused);
 }
 
-int cuda_linear_act_plan(struct device *dev, const struct op_spec *spec) {
+int cuda_linear_act_plan(struct device *dev, const struct op_spec *spec, struct error *e) {
     const struct linear_spec *s = &spec->linear;
     bool bias = !spec->no_bias;
+    int which;
+    if (wanted(&which, e) != 0)
+        return -1;
     if (dev->deterministic || cuda_compute(dev) != DTYPE_BF16)
         return 0;
     if (spec->gelu_after)
-        choose(dev, s, bias ? "linear, bias and gelu" : "linear and gelu",
+        choose(dev, s, bias ? "linear, bias and gelu" : "linear and gelu", which,
                product_with_gelu(s, s->in, s->in, s->out, bias, s->out),
                [&] { return faster_forward(dev, s, bias); });
     if (spec->gelu_before && !spec->no_backward)
-        choose(dev, s, "dx and the derivative of gelu",
+        choose(dev, s, "dx and the derivative of gelu", which,
                product_with_derivative(s, s->out, s->in, s->in, s->in),
                [&] { return faster_backward(dev, s); });
     return 0;

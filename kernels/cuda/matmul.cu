@@ -148,11 +148,12 @@ struct matmul_bytes matmul_bytes(const struct matmul *s) {
 
 /* ---- timing ---- */
 
-/* The index of the fastest candidate; -1: not timed, since there is no memory for it or none runs. */
+/* The index of the fastest candidate, or as time_fastest(). What something else can replace is run even where
+ * it is the only candidate. */
 static int fastest_candidate(struct device *dev, const struct matmul_plan *p,
                              const cublasLtMatmulHeuristicResult_t *results, int count, bool accumulate) {
     struct matmul_bytes bytes = matmul_bytes(&p->shape);
-    if (count == 1)
+    if (count == 1 && p->shape.epilogue == MATMUL_PLAIN && !p->shape.row_sums)
         return 0;
     return time_fastest(dev, count, bytes.a + bytes.b + bytes.c + bytes.bias + bytes.aux, MATMUL_WORKSPACE,
                         [&](int i, char *a) {
@@ -169,14 +170,17 @@ enum { NAME_BYTES = 256, CHOICE_BYTES = 32 + 2 * sizeof(cublasLtMatmulAlgo_t) };
 
 static void name_of(const struct matmul *s, char name[NAME_BYTES]) {
     static const char *const epilogues[] = {"", ", gelu", ", gelu backward"};
-    snprintf(name, NAME_BYTES, "matmul %c%c %lld x %lld x %lld, rows of %lld %lld %lld, %s to %s%s%s",
+    char aux[32] = "";
+    if (s->epilogue != MATMUL_PLAIN)
+        snprintf(aux, sizeof aux, " of %lld", (long long)s->ldaux);
+    snprintf(name, NAME_BYTES, "matmul %c%c %lld x %lld x %lld, rows of %lld %lld %lld, %s to %s%s%s%s",
              s->transpose_a ? 't' : 'n', s->transpose_b ? 't' : 'n', (long long)s->m, (long long)s->n,
              (long long)s->k, (long long)s->lda, (long long)s->ldb, (long long)s->ldc,
              s->in == DTYPE_BF16 ? "bf16" : "fp32", s->out == DTYPE_BF16 ? "bf16" : "fp32",
              s->bias       ? ", bias"
              : s->row_sums ? ", sums of rows"
                            : "",
-             epilogues[s->epilogue]);
+             epilogues[s->epilogue], aux);
 }
 
 /* The bytes of cublasLtMatmulAlgo_t, which cuBLASLt documents to be valid for the same version of it. */
@@ -235,8 +239,9 @@ static struct matmul_plan *build(struct device *dev, const struct matmul *shape,
         p->rejected = true;
         return p;
     }
-    int fastest = timed ? fastest_candidate(dev, p, results, count, accumulate) : -1,
+    int fastest = timed ? fastest_candidate(dev, p, results, count, accumulate) : NO_MEMORY,
         chosen = fastest < 0 ? 0 : fastest;
+    p->rejected = fastest == NONE_RUNS;
     p->algorithm = results[chosen].algo;
     p->workspace_bytes = results[chosen].workspaceSize;
     if (fastest >= 0)

@@ -19,9 +19,9 @@
  * cp_async_wait<N> waits until at most the N newest groups are in flight. It waits for the calling thread's
  * copies only: other threads may read them after a barrier that follows the wait.
  *
- * prefetch_l2: has the engine of bulk copies read so many bytes from memory into the L2, without registers and without
- * waiting, so that later loads find them there. One thread asks for all. Address and bytes are multiples of 16, and the
- * memory must exist. Before Hopper it does nothing.
+ * prefetch_l2: prefetches so many bytes of global memory into the L2 (a bulk asynchronous copy), without
+ * registers and without waiting. One thread prefetches for all. Address and bytes are multiples of 16, and
+ * the memory must exist. Before Hopper it does nothing.
  *
  * exp2_fast: 2^x by the special function unit alone, to 2 units in the last place, with results below 2^-126
  * flushed to zero. exp2f() takes three more instructions to get those right. */

@@ -1,5 +1,6 @@
-/* Whether launches may overlap (programmatic dependent launch): on Hopper and later, where the code was compiled for that and
- * a driver accepts such launches, also in CUDA graphs. IHA_OVERLAP=off in the environment turns it off. */
+/* Whether launches may overlap (programmatic dependent launch): on Hopper and later, where the code was
+ * compiled for that and a driver accepts such launches, also in CUDA graphs. IHA_OVERLAP=off in the
+ * environment turns it off. */
 #include <stdlib.h>
 #include <string.h>
 

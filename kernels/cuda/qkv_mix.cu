@@ -26,10 +26,11 @@ struct mix_job {
     int chunks; /* of a block */
 };
 
-/* Grid: (blocks that share the tokens, tensors, parts of the chunks). A warp takes a group of columns of
- * one token, loads its heads across, and computes and stores one tile of 16 pseudo-heads after another. Only
- * alpha is in shared memory, so warps do not wait for each other; 16 warps on an SM, and the next token on its way into
- * the L2, hide the latency of loads. Shared memory: for each tile of alpha 16 rows of 16 KT + 8 elements. */
+/* Grid: (blocks that share the tokens, tensors, parts of the chunks). A warp takes a group of columns of one
+ * token, loads its heads across, and computes and stores one tile of 16 pseudo-heads after another. Only
+ * alpha is in shared memory, so warps do not wait for each other; 16 warps on an SM, and the next token
+ * prefetched into the L2, hide the latency of loads. Shared memory: for each tile of alpha 16 rows of 16 KT +
+ * 8 elements. */
 template <int KT>
 static __global__ void __launch_bounds__(32 * MIX_WARPS, KT == 4 ? 1 : 2) mix_tiles(struct mix_job job) {
     wait_for_previous();

@@ -42,8 +42,9 @@ template <int KT> static size_t mix_backward_shared(int tiles, int team_warps, i
 /* Grid: (blocks, tensors). A warp of a team has up to TILES tiles of pseudo-heads. It loads their rows of a
  * group of columns along, rotates them back, stages them in shared memory, and adds their outer product with
  * q's heads; then it contracts the staged rows with alpha. The next rows are loaded as soon as there are
- * registers for them; the token after that is on its way into the L2. If a team is a single warp, the result is dq; otherwise the warps' parts of dq are
- * added up in shared memory. GROUPED: a launch has some of the rows, and a team has two warps or more. */
+ * registers for them, from the L2, into which they were prefetched. If a team is a single warp, the result is
+ * dq; otherwise the warps' parts of dq are added up in shared memory. GROUPED: a launch has some of the rows,
+ * and a team has two warps or more. */
 template <int KT, bool GROUPED>
 static __global__ void __launch_bounds__(32 * outer_size<KT>::MAX_WARPS, 1)
     mix_backward_tiles(struct mix_backward_job job) {

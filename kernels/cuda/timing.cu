@@ -62,7 +62,7 @@ static int fastest_of(struct device *dev, int count, const std::function<bool(in
     struct stopwatch w = {dev, NULL, NULL};
     std::vector<float> best((size_t)count, -1);
     std::vector<int> runs((size_t)count, 0);
-    int first = -1, fastest = -1;
+    int first = -1, fastest = NONE_RUNS;
     cuda_check(cudaEventCreate(&w.begin));
     cuda_check(cudaEventCreate(&w.end));
     for (int i = 0; i < count; i++) /* which load their code, too */
@@ -103,7 +103,7 @@ int time_fastest(struct device *dev, int count, size_t operand_bytes, size_t wor
     size_t operands = (size_t)round_up((int64_t)operand_bytes, 256), bytes = dev->workspace_bytes;
     if (cudaMalloc((void **)&memory, operands + workspace_bytes) != cudaSuccess) {
         cudaGetLastError();
-        return -1;
+        return NO_MEMORY;
     }
     launch<fill_operands>(dev, check_blocks(dev, (int64_t)operands / 4), CHECK_THREADS, 0, (uint32_t *)memory,
                           (int64_t)operands / 4);
@@ -122,8 +122,7 @@ int choose_once(struct device *dev, const char *what, std::initializer_list<cons
     for (int i = 0; recorded && i < (int)names.size(); i++)
         if (strcmp(recorded, names.begin()[i]) == 0)
             return i;
-    int chosen = time();
-    if (chosen >= 0)
-        plan_file_add(dev->plan_file, what, names.begin()[chosen]);
+    int timed = time(), chosen = timed < 0 ? 0 : timed;
+    plan_file_add(dev->plan_file, what, names.begin()[chosen]);
     return chosen;
 }

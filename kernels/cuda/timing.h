@@ -7,15 +7,18 @@
 
 #include "kernels/cuda/cuda.h"
 
-/* The index of the fastest of `count` candidates, or -1 if none can run, or there is not enough memory. run(i, operands)
+/* What time_fastest() returns instead of an index: there is not enough memory, or no candidate can run. */
+enum { NO_MEMORY = -1, NONE_RUNS = -2 };
+
+/* The index of the fastest of `count` candidates. run(i, operands)
  * queues candidate i once on dev->stream; false: it cannot run. operands: so many bytes, which as bf16 and as fp32 are
  * noise between 1 and 2, and -2 and -1. dev->workspace has workspace_bytes meanwhile. Takes about 10 ms a candidate, and before that 100
  * ms if the GPU was idle. */
 int time_fastest(struct device *dev, int count, size_t operand_bytes, size_t workspace_bytes,
                  const std::function<bool(int, char *)> &run);
 
-/* The index among `names` of what the plan file holds for `what`, or else that which time() gives, which is added to
- * the file unless it is -1. */
+/* The index among `names` of what the plan file holds for `what`, or else that which time() gives, or the
+ * first where that is negative; it is added to the file. */
 int choose_once(struct device *dev, const char *what, std::initializer_list<const char *> names,
                 const std::function<int()> &time);
 

@@ -20,6 +20,8 @@
  *   cudnn     cuDNN 9.19's answers to queries (tests/cuda/test_cudnn.c)
  *   window    a guess: tiles of 128 keys that lie half outside at both edges
  *   mixing    0.85 is the target for our kernels (make bench-gpu); the factor on matmul is a guess
+ *   fused_gelu  faster on an H100 and slower on an RTX 4090, without Hopper's kernels, by llm.c's pull requests 591
+ *             and 653; the same on an H200 and an RTX 5090 by sglang's 34350. A100: a guess
  *   launch    a guess for a queue that is never empty: the end of one kernel and the start of the next
  *   reserved  a guess: 0.5 GB of context and libraries, 1.5 GB of NCCL's buffers and fragments */
 /* clang-format on */
@@ -37,6 +39,7 @@ static const struct gpu_spec gpus[] = {
      .copy = 4.3e12,
      .mixing = 0.85,
      .mixing_matmul = 0.25,
+     .fused_gelu = true,
      .launch = 2 * MICRO,
      .memory = 141e9,
      .reserved = 2e9,
@@ -54,6 +57,7 @@ static const struct gpu_spec gpus[] = {
      .copy = 3.0e12,
      .mixing = 0.85,
      .mixing_matmul = 0.25,
+     .fused_gelu = true,
      .launch = 2 * MICRO,
      .memory = 80e9,
      .reserved = 2e9,
@@ -71,6 +75,7 @@ static const struct gpu_spec gpus[] = {
      .copy = 1.83e12,
      .mixing = 0.85,
      .mixing_matmul = 0.25,
+     .fused_gelu = false,
      .launch = 2 * MICRO,
      .memory = 80e9,
      .reserved = 2e9,

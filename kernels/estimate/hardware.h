@@ -24,6 +24,7 @@ struct gpu_spec {
     double copy;             /* bytes/s, read and written together */
     double mixing;           /* factor on `copy` for mixing and collapse ... */
     double mixing_matmul;    /* ... and on `matmul`: small matrices, padded */
+    bool fused_gelu;         /* products with GELU in them are faster than a pass of its own */
     double launch;           /* s from one kernel's end to the next one's full speed */
     double memory, reserved; /* bytes in all, and what context, libraries and NCCL use */
     double nvlink;           /* bytes/s, one GPU, one direction */

@@ -149,11 +149,11 @@ void estimate_linear_backward(struct device *dev, const struct linear_spec *s, t
         count_matmul(dev, ESTIMATE_MATMUL, N, in, out, (N * out + out * in + N * in * (add_dx ? 2 : 1)) * E);
 }
 
-/* Whether the products of linear_act and act_linear_backward apply GELU, which the trainer decides by timing: they are
- * taken to be the faster ones (kernels/cuda/linear_act.cu). */
+/* Whether the products of linear_act and act_linear_backward apply GELU, which the trainer decides by timing
+ * (kernels/cuda/linear_act.cu). */
 static bool fuses_gelu(const struct device *dev, enum act_type type, int64_t columns) {
-    return type == ACT_GELU_TANH && dev->options.precision == DEVICE_BF16 && !dev->options.deterministic &&
-           columns % 8 == 0;
+    return dev->options.gpu->fused_gelu && type == ACT_GELU_TANH && dev->options.precision == DEVICE_BF16 &&
+           !dev->options.deterministic && columns % 8 == 0;
 }
 
 void estimate_linear_act(struct device *dev, const struct linear_spec *s, enum act_type type, tensor x,

@@ -226,6 +226,64 @@ static void classifier_rows(const struct op_case *c, void *context) {
     case_close(&w);
 }
 
+/* ---- GELU in products, and apart ---- */
+
+/* x, W, bias, u, act; dy, W, u, du, and what it does not use. */
+static void run_linear_act(struct job *j) {
+    tensor *t = j->t;
+    j->b->k->linear_act(j->b->dev, &j->spec.linear, ACT_GELU_TANH, t[0], t[1], t[2], t[3], t[4]);
+}
+
+static void run_act_linear_backward(struct job *j) {
+    tensor *t = j->t;
+    j->b->k->act_linear_backward(j->b->dev, &j->spec.linear, ACT_GELU_TANH, t[0], t[1], t[2], t[3], t[4],
+                                 t[5], tensor_none(), true);
+}
+
+/* Of an MLP of C to F, on a device of its own, which reads the variable when it plans. */
+static void gelu_rows_by(const char *by, int64_t rows, int64_t C, int64_t F, const struct gpu_context *x) {
+    struct bench other = *x->b;
+    struct device_options options = {.precision = DEVICE_BF16};
+    struct error e = {0};
+    struct job j;
+    char what[CELL];
+    setenv("IHA_GELU", by, 1);
+    other.dev = other.k->open(&options, &e);
+    if (!other.dev)
+        bench_fail(&e);
+    job_open(&j, &other, (struct op_spec){.kind = OP_LINEAR, .gelu_after = true, .linear = {rows, C, F}});
+    job_operand(&j, rows, C, 0, 0, 0);
+    job_operand(&j, F, C, 0, 0, 0);
+    job_operand(&j, F, 0, 0, 0, 0);
+    job_operand(&j, rows, F, 0, 0, 0);
+    job_operand(&j, rows, F, 0, 0, 0);
+    j.run = run_linear_act;
+    snprintf(what, sizeof what, "linear, bias and GELU %s: %d rows, %d to %d", by, (int)rows, (int)C, (int)F);
+    flops_row(x->t, &other, run_job, &j, 2.0 * (double)rows * (double)C * (double)F, what);
+    job_close(&j);
+    job_open(&j, &other, (struct op_spec){.kind = OP_LINEAR, .gelu_before = true, .linear = {rows, F, C}});
+    job_operand(&j, rows, C, 0, 0, 0);
+    job_operand(&j, rows, F, 0, 0, 0);
+    job_operand(&j, C, F, 0, 0, 0);
+    job_operand(&j, rows, F, 0, 0, 0);
+    job_operand(&j, rows, F, 0, 0, 0);
+    job_float(&j, C, F, 0);
+    j.run = run_act_linear_backward;
+    snprintf(what, sizeof what, "backward with GELU %s: %d rows, %d to %d", by, (int)rows, (int)F, (int)C);
+    flops_row(x->t, &other, run_job, &j, 4.0 * (double)rows * (double)C * (double)F, what);
+    job_close(&j);
+    other.k->close(other.dev);
+    unsetenv("IHA_GELU");
+}
+
+static void bench_gelu(struct bench *b, struct table *t) {
+    const struct gpu_context x = {b, t};
+    for (int paper = 0; paper < 2; paper++)
+        for (int fused = 0; fused < 2; fused++)
+            gelu_rows_by(fused ? "fused" : "apart", paper ? 8192 : 32768, paper ? 2560 : 768,
+                         paper ? 10240 : 3072, &x);
+}
+
 /* ---- the optimizer ---- */
 
 static void run_sumsq(struct job *j) {
@@ -415,6 +473,7 @@ static const struct item {
     {"ceilings", bench_nothing, "a copy within device memory, and a matrix product"},
     {"mixing", bench_mix, "qkv_mix and collapse at three sizes"},
     {"attention", bench_attention_both, "built-in kernels and cuDNN's"},
+    {"gelu", bench_gelu, "GELU in the products beside it, and apart"},
     {"others", bench_others, "norm, activations, classifier, optimizer"},
     {"gpt2", bench_gpt2_steps, "optimizer steps of GPT-2 124M, with and without IHA"},
     {"ranks", bench_ranks, "what a GPU does with the messages of 8 ranks"},

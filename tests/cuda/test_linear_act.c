@@ -1,7 +1,8 @@
-/* linear_act and act_linear_backward of the CUDA backend against the CPU backend: the product and the activation one
- * after the other, and in one, where that is faster and right. */
+/* linear_act and act_linear_backward of the CUDA backend against the CPU backend: the product and the
+ * activation one after the other, and in one, where that is faster and right. */
 #include "tests/cuda/fixture.h"
 
+#include <stdlib.h>
 #include <unistd.h>
 
 /* Of a product that applies GELU, and of one that does not. */
@@ -130,7 +131,8 @@ static void one_after_the_other(void **state) {
                 assert_int_equal(run_both(p, type, SHAPES[i], false, NULL), 0);
 }
 
-/* In bf16, with GELU, in rows that cuBLASLt can write u to; and the next start chooses the same without timing. */
+/* In bf16, with GELU, in rows that cuBLASLt can write u to; and the next start chooses the same without
+ * timing. */
 static void in_one_where_that_is_faster(void **state) {
     (void)state;
     if (emulator_on_gpu())
@@ -160,7 +162,31 @@ static void in_one_where_that_is_faster(void **state) {
     close(file);
 }
 
-/* Wrong ones are found before the first step, and a kernel computes GELU instead: wrong act or u forward, wrong du. */
+/* IHA_GELU chooses without timing, also on a GPU. */
+static void as_the_environment_says(void **state) {
+    (void)state;
+    apart_seconds = fused_seconds = 1;
+    for (int fused = 0; fused < 2; fused++) {
+        setenv("IHA_GELU", fused ? "fused" : "apart", 1);
+        for (int i = 0; i < SHAPE_COUNT; i++) {
+            int products = run_both(DEVICE_BF16, ACT_GELU_TANH, SHAPES[i], true, NULL);
+            assert_true(emulator_on_gpu() || products == 3 * fused);
+        }
+    }
+    setenv("IHA_GELU", "both", 1);
+    struct op_spec spec = spec_of(&SHAPES[0]);
+    struct device_options options = {.precision = DEVICE_BF16};
+    struct op_cost cost;
+    struct error e;
+    struct device *dev = kernels_cuda()->open(&options, &e);
+    assert_int_equal(kernels_cuda()->plan(dev, &spec, &cost, &e), -1);
+    assert_string_equal(e.text, "IHA_GELU=both: the environment variable takes fused or apart");
+    kernels_cuda()->close(dev);
+    unsetenv("IHA_GELU");
+}
+
+/* Wrong ones are found before the first step, and a kernel computes GELU instead: wrong act or u forward,
+ * wrong du. */
 static void wrong_ones_are_replaced(void **state) {
     (void)state;
     if (emulator_on_gpu())
@@ -197,6 +223,7 @@ int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(one_after_the_other),
         cmocka_unit_test(in_one_where_that_is_faster),
+        cmocka_unit_test(as_the_environment_says),
         cmocka_unit_test(wrong_ones_are_replaced),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

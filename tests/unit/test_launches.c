@@ -102,8 +102,8 @@ static void expect_layer(const struct launch_sums *layer, double units, int64_t 
     assert_true(layer->flops[LAUNCH_ATTENTION] == attention_flops);
 }
 
-/* GPT-2's layer moves 25 u beside its products and attention: 8 forward, 17 backward. Were GELU a pass of its own, it
- * would be 8 more forward (u in and act out, of 4 u each) and 12 more backward. */
+/* GPT-2's layer moves 25 u beside its products and attention: 8 forward, 17 backward. Were GELU a pass of its
+ * own, it would be 8 more forward (u in and act out, of 4 u each) and 12 more backward. */
 static void a_layer_of_gpt2(void **state) {
     static const struct hand_count want[] = {
         {"forward", "residual_norm", 2, 1},           /* x, y: the first layer has nothing to add */

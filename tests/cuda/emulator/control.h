@@ -45,17 +45,17 @@ void emulator_hang_launch(int64_t launch);
  * background mode only; 0: no limit. */
 void emulator_limit_queue(int64_t works);
 
-/* Which call of CUDA graphs fails: "begin" or "end" of a capture, "instantiate", or an overlapping launch in a capture,
- * "overlap"; NULL: none. */
+/* Which call of CUDA graphs fails: "begin" or "end" of a capture, "instantiate", or an overlapping launch in
+ * a capture, "overlap"; NULL: none. */
 void emulator_refuse_graphs(const char *what);
 
 /* Launches so far that may overlap with the kernel ahead of them. */
 int64_t emulator_overlapping(void);
 
 /* What is wrong with cuBLASLt's products: one of tiles x tiles equal parts of the row-major D (in the order
- * of its elements) is not written, or has 1 added; of sums beside a product, the one of this index has 1 added. Or, of
- * products with GELU alone: that part is not written, is of x sigmoid(1.702 x) instead, or the matrix written beside D has
- * 1 added there. */
+ * of its elements) is not written, or has 1 added; of sums beside a product, the one of this index has 1
+ * added. Or, of products with GELU alone: that part is not written, is of x sigmoid(1.702 x) instead, or the
+ * matrix written beside D has 1 added there. */
 enum emulator_fault {
     PRODUCTS_RIGHT,
     PRODUCTS_UNWRITTEN,

@@ -1,7 +1,8 @@
-/* The emulator's cuBLASLt: D = alpha op(A) op(B) + beta C (+ bias), the sums of op(B)'s columns, GELU of D and its
- * derivative, column-major, in plain loops that sum in fp32, in blocks. Attributes that the backend does not use are refused. An algorithm is chosen for the alignments that
- * the preference, and the bias at that time, promise; using it with addresses that are less aligned aborts
- * here, where a GPU may fault or return an error. */
+/* The emulator's cuBLASLt: D = alpha op(A) op(B) + beta C (+ bias), the sums of op(B)'s columns, GELU of D
+ * and its derivative, column-major, in plain loops that sum in fp32, in blocks. Attributes that the backend
+ * does not use are refused. An algorithm is chosen for the alignments that the preference, and the bias at
+ * that time, promise; using it with addresses that are less aligned aborts here, where a GPU may fault or
+ * return an error. */
 #include "tests/cuda/emulator/internal.h"
 
 #include <cublasLt.h>

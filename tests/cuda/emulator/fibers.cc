@@ -34,6 +34,7 @@ struct fiber {
     enum waiting waiting;
     uint3 index;
     int number;       /* in the block, x fastest */
+    bool waited;      /* for the kernel ahead */
     const char *file; /* of the barrier it waits at */
     int line;
     std::vector<std::vector<pending_copy>> copies; /* groups of cp.async; the last one is not committed */
@@ -305,6 +306,7 @@ static void run_block(size_t shared_bytes) {
         struct fiber *f = &S.fibers[i];
         f->index = {n % blockDim.x, n / blockDim.x % blockDim.y, n / blockDim.x / blockDim.y};
         f->number = i;
+        f->waited = false;
         if (f->copies.size() != 1 || !f->copies[0].empty())
             f->copies.assign(1, {});
         make_runnable(i);
@@ -429,6 +431,13 @@ void emulator_complete_ballot(void *const *lanes, uint32_t mask) {
 }
 
 /* ---- cp.async ---- */
+
+int64_t emulator_waited; /* threads of all kernels so far */
+
+void emulator_wait_for_previous() {
+    emulator_waited += !S.self->waited;
+    S.self->waited = true;
+}
 
 int64_t emulator_prefetched;
 

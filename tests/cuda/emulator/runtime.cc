@@ -216,12 +216,6 @@ int emulator_allocations(void) {
 
 /* ---- launches and copies ---- */
 
-static int64_t waited; /* threads, in all kernels so far */
-
-void emulator_wait_for_previous() {
-    waited++;
-}
-
 cudaError_t emulator_launch(const cudaLaunchConfig_t *config, const void *kernel,
                             std::function<void()> thread) {
     dim3 grid = config->gridDim, block = config->blockDim;
@@ -256,13 +250,14 @@ cudaError_t emulator_launch(const cudaLaunchConfig_t *config, const void *kernel
         return emulator_enqueue_steps(
             config->stream, [] { return false; }, nullptr);
     return emulator_enqueue(config->stream, [=] {
-        int64_t before = waited, threads = (int64_t)grid.x * grid.y * grid.z * block.x * block.y * block.z;
+        int64_t before = emulator_waited,
+                threads = (int64_t)grid.x * grid.y * grid.z * block.x * block.y * block.z;
         emulator_running_name = name;
         emulator_pass_time(name, 0);
         emulator_run_grid(grid, block, shared, thread);
-        if (overlaps && waited - before != threads)
-            emulator_fail("%lld of %lld threads waited for the kernel before", (long long)(waited - before),
-                          (long long)threads);
+        if (overlaps && emulator_waited - before != threads)
+            emulator_fail("%lld of %lld threads waited for the kernel before",
+                          (long long)(emulator_waited - before), (long long)threads);
     });
 }
 
