@@ -110,6 +110,7 @@ void emulator_prefetch(const void *global, uint32_t bytes);
 
 /* Every thread of a kernel that may overlap with the one before it calls this. */
 void emulator_wait_for_previous();
+extern int64_t emulator_waited; /* threads of all kernels so far that have */
 
 /* The kernel's name in messages, of the next launch. */
 extern const char *emulator_kernel_name;

@@ -432,7 +432,7 @@ void emulator_complete_ballot(void *const *lanes, uint32_t mask) {
 
 /* ---- cp.async ---- */
 
-int64_t emulator_waited; /* threads of all kernels so far */
+int64_t emulator_waited;
 
 void emulator_wait_for_previous() {
     emulator_waited += !S.self->waited;
