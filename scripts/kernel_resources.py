@@ -33,6 +33,10 @@ def find_cuobjdump(nvcc):
     return str(beside) if beside.exists() else shutil.which("cuobjdump") or (wheels[0] if wheels else None)
 
 
+def reads_machine_code(cuobjdump):
+    return shutil.which("nvdisasm") or Path(cuobjdump).with_name("nvdisasm").exists()
+
+
 def compiler_of(nvcc):
     text = subprocess.run([nvcc, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
     return "nvcc " + re.search(r"V([\d.]+)", text)[1]
@@ -156,6 +160,8 @@ def main():
     if not cuobjdump:
         sys.exit("kernel_resources: no cuobjdump beside nvcc or in the PATH; run: make deps")
     if args.waits:
+        if not reads_machine_code(cuobjdump):
+            sys.exit(f"kernel_resources: no nvdisasm beside {cuobjdump} or in the PATH; run: make deps")
         sys.exit(check_waits(cuobjdump, args.objects))
     found = resources(cuobjdump, args.objects)
     if not found:

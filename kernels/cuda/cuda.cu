@@ -152,7 +152,7 @@ static struct device *open_device(const struct device_options *options, struct e
     snprintf(dev->description, sizeof dev->description, "cuda: %s, sm_%d%d, %d SMs, %.0f GiB", p.name,
              p.major, p.minor, p.multiProcessorCount, (double)p.totalGlobalMem / (1 << 30));
     cuda_check(cudaStreamCreateWithFlags(&dev->stream, cudaStreamNonBlocking));
-    dev->overlaps_launches = cuda_launches_can_overlap(dev, p.major);
+    dev->overlaps_launches = cuda_launches_can_overlap(dev, p.major, options->graphs);
     cublas_check(cublasLtCreate(&dev->blas));
     dev->plan_file = open_plan_file(&p, options);
     cuda_check(cudaMalloc((void **)&dev->scratch, SCRATCH_BYTES));

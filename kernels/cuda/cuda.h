@@ -125,7 +125,7 @@ static inline cudaLaunchAttribute overlap_attribute() {
     overlap.val.programmaticStreamSerializationAllowed = 1;
     return overlap;
 }
-bool cuda_launches_can_overlap(const struct device *, int major);
+bool cuda_launches_can_overlap(const struct device *, int major, bool graphs);
 
 /* Queue a kernel. A block may use 48 KiB of shared memory, its static variables included, without asking;
  * from 32 KiB of dynamic shared memory on, the first launch asks for what it needs. overlapping: the kernel

@@ -145,6 +145,8 @@ static __device__ __forceinline__ void prefetch_l2(const void *global, uint32_t 
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)),
                  "r"(bytes));
+#else
+    (void)global, (void)bytes;
 #endif
 }
 

@@ -30,29 +30,24 @@ static cudaError_t launch_nothing(cudaStream_t stream) {
     return cudaLaunchKernelEx(&config, nothing);
 }
 
-/* Two launches, on the stream and as a graph. */
-static cudaError_t try_launches(cudaStream_t stream) {
+static cudaError_t two_launches(cudaStream_t stream) {
+    cudaError_t status = launch_nothing(stream);
+    return status == cudaSuccess ? launch_nothing(stream) : status;
+}
+
+/* Two launches as a graph, which is not run. */
+static cudaError_t try_graph(cudaStream_t stream) {
     cudaGraph_t graph = NULL;
     cudaGraphExec_t exec = NULL;
-    cudaError_t status = launch_nothing(stream);
-    if (status == cudaSuccess)
-        status = launch_nothing(stream);
-    if (status == cudaSuccess)
-        status = cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
+    cudaError_t status = cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal);
     if (status != cudaSuccess)
         return status;
-    status = launch_nothing(stream);
-    if (status == cudaSuccess)
-        status = launch_nothing(stream);
+    status = two_launches(stream);
     cudaError_t ended = cudaStreamEndCapture(stream, &graph);
     if (status == cudaSuccess)
         status = ended;
     if (status == cudaSuccess)
         status = cudaGraphInstantiate(&exec, graph, 0);
-    if (status == cudaSuccess)
-        status = cudaGraphLaunch(exec, stream);
-    if (status == cudaSuccess)
-        status = cudaStreamSynchronize(stream);
     if (exec)
         cuda_check(cudaGraphExecDestroy(exec));
     if (graph)
@@ -60,11 +55,13 @@ static cudaError_t try_launches(cudaStream_t stream) {
     return status;
 }
 
-bool cuda_launches_can_overlap(const struct device *dev, int major) {
+bool cuda_launches_can_overlap(const struct device *dev, int major, bool graphs) {
     const char *wanted = getenv("IHA_OVERLAP");
     if (major < 9 || (wanted && strcmp(wanted, "off") == 0) || !compiled_with_wait())
         return false;
-    bool works = try_launches(dev->stream) == cudaSuccess;
+    bool works = two_launches(dev->stream) == cudaSuccess &&
+                 cudaStreamSynchronize(dev->stream) == cudaSuccess &&
+                 (!graphs || try_graph(dev->stream) == cudaSuccess);
     cudaGetLastError(); /* a refusal is no error */
     return works;
 }
