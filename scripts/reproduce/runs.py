@@ -110,7 +110,7 @@ class Plan:
 
     def sweep(self, name):
         name = self.experiment.variants[name].rate_of or name
-        if self.quick:
+        if self.quick or not self.learning_rates(name):
             return []
         steps = max(1, round(self.steps() * SWEEP_SHARE))
         return [self.run(name, SWEEP_SEED, "sweep", f"train.lr={rate:g}", f"train.steps={steps}")

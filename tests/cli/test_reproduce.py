@@ -209,6 +209,31 @@ class Reproduce(FolderCase):
         subprocess.run(alone, env=ENVIRONMENT, capture_output=True, check=True, timeout=TIMEOUT)
         self.assertEqual(losses(folder).tolist(), losses(self.folder / "alone").tolist())
 
+    def test_every_experiment_can_be_planned(self):
+        """The published ones, whole and quick, before anything has been run."""
+        plan = f"""
+import sys
+sys.path.insert(0, {str(MAIN.parent)!r})
+from main import EXPERIMENTS, parse
+from runs import Plan
+for arguments in ([], ["--quick"]):
+    for experiment in EXPERIMENTS.values():
+        runs, unknown = Plan(experiment, parse(["--out", {str(self.runs)!r}, *arguments])).all_runs()
+        print(experiment.name, len(runs) + unknown)
+"""
+        done = subprocess.run([sys.executable, "-c", plan], env={**ENVIRONMENT, "TRAIN_IHA": BINARY}, cwd=ROOT, text=True,
+                              capture_output=True, timeout=TIMEOUT)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        counts = {}
+        for line in done.stdout.splitlines():
+            name, count = line.split()
+            counts.setdefault(name, []).append(int(count))
+        # Whole: runs of the sweep, and of each seed and budget; quick: a run of each variant that takes part.
+        self.assertEqual(counts["binary"], [6 * 3 + 2, 6])
+        self.assertEqual(counts["lm"], [7 * 4 + 2 * 7 * 4, 7])
+        self.assertEqual(counts["multikey_1024"], [3, 3])
+        self.assertEqual(counts["upcycling"], [4 + 6 * 4, 1 + 6])
+
     def test_bad_input(self):
         for arguments, words in ((["--only", "lm,nothing"], "there is no experiment 'nothing'"),
                                  (["--seeds", "-1"], "must be 1 or more"),
