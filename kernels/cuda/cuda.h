@@ -53,7 +53,7 @@ struct device {
     size_t workspace_bytes;
     char *scratch; /* SCRATCH_BYTES for operations without a plan: the optimizer's */
     int sm_count;
-    bool overlaps_launches; /* see launch_as() */
+    bool overlaps_launches; /* see try_launch() */
     size_t memory;          /* bytes the GPU has */
     size_t shared_limit;    /* bytes of dynamic shared memory a block may have */
     enum device_precision precision;
@@ -118,38 +118,41 @@ void cuda_host_wait(struct device *dev, cudaEvent_t event);
 /* Wait until everything queued so far is done, likewise. */
 void cuda_await_queue(struct device *dev);
 
-/* Programmatic dependent launch: the kernel may be set up while the one ahead of it in the stream ends. */
-static inline cudaLaunchAttribute overlap_attribute() {
-    cudaLaunchAttribute overlap = {};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    return overlap;
-}
 bool cuda_launches_can_overlap(const struct device *, int major, bool graphs);
 
 /* Queue a kernel. A block may use 48 KiB of shared memory, its static variables included, without asking;
- * from 32 KiB of dynamic shared memory on, the first launch asks for what it needs. overlapping: the kernel
- * may be set up while the one ahead of it ends, for which it waits itself (wait_for_previous() of cuda.cuh). */
+ * from 32 KiB of dynamic shared memory on, the first launch asks for what it needs. overlapping: programmatic
+ * dependent launch; the kernel may be set up while the one ahead of it ends, for which it waits itself
+ * (wait_for_previous() of cuda.cuh). */
 template <auto kernel, typename... A>
-void launch_as(cudaStream_t stream, bool overlapping, dim3 grid, dim3 block, size_t shared, A... args) {
+cudaError_t try_launch(cudaStream_t stream, bool overlapping, dim3 grid, dim3 block, size_t shared,
+                       A... args) {
     static size_t allowed = 32 << 10;
     if (shared > allowed) {
         cuda_check(cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                         (int)shared));
         allowed = shared;
     }
+    cudaLaunchAttribute overlap = {};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = block;
     config.dynamicSmemBytes = shared;
     config.stream = stream;
-    cudaLaunchAttribute overlap = overlap_attribute();
     config.attrs = &overlap;
     config.numAttrs = overlapping ? 1 : 0;
 #ifdef CUDA_EMULATOR
     emulator_kernel_name = __PRETTY_FUNCTION__;
 #endif
-    cuda_check_status(cudaLaunchKernelEx(&config, kernel, args...), __PRETTY_FUNCTION__, __FILE__, __LINE__);
+    return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+template <auto kernel, typename... A>
+void launch_as(cudaStream_t stream, bool overlapping, dim3 grid, dim3 block, size_t shared, A... args) {
+    cuda_check_status(try_launch<kernel>(stream, overlapping, grid, block, shared, args...),
+                      __PRETTY_FUNCTION__, __FILE__, __LINE__);
 }
 
 /* On a stream of communication, between copies and NCCL's kernels, where overlapping would gain nothing. */

@@ -1,6 +1,7 @@
 /* linear: y = x W^T + bias, and its three gradients: dx and dW by cuBLASLt (matmul.cu), dbias by a kernel
  * that sums columns, or by cuBLASLt beside dW where that is faster. */
 #include "kernels/cuda/cuda.cuh"
+#include "kernels/cuda/linear.h"
 #include "kernels/cuda/timing.h"
 
 #include <stdio.h>
@@ -79,16 +80,6 @@ static void column_sums(struct device *dev, tensor x, float *out, bool accumulat
 
 /* ---- the operation ---- */
 
-static struct matmul forward_shape(const struct linear_spec *s, enum dtype t, int64_t ldx, int64_t ldw,
-                                   int64_t ldy, bool bias) {
-    return (struct matmul){false, true, s->rows, s->out, s->in, ldx, ldw, ldy, t, t, bias};
-}
-
-static struct matmul dx_shape(const struct linear_spec *s, enum dtype t, int64_t ldy, int64_t ldw,
-                              int64_t ldx) {
-    return (struct matmul){false, false, s->rows, s->in, s->out, ldy, ldw, ldx, t, t, false};
-}
-
 static struct matmul dw_shape(const struct linear_spec *s, enum dtype t, int64_t ldy, int64_t ldx,
                               int64_t ldw) {
     return (struct matmul){true, false, s->out, s->in, s->rows, ldy, ldx, ldw, t, DTYPE_F32, false};
@@ -166,14 +157,14 @@ int cuda_linear_plan(struct device *dev, const struct op_spec *spec, struct op_c
     (void)e;
     const struct linear_spec *s = &spec->linear;
     enum dtype t = cuda_compute(dev);
-    plan_matmul(dev, forward_shape(s, t, s->in, s->in, s->out, false));
+    plan_matmul(dev, linear_product(s, t, s->in, s->in, s->out, false));
     if (!spec->no_bias)
-        plan_matmul(dev, forward_shape(s, t, s->in, s->in, s->out, true));
+        plan_matmul(dev, linear_product(s, t, s->in, s->in, s->out, true));
     cost->workspace = MATMUL_WORKSPACE;
     if (spec->no_backward)
         return 0;
     struct matmul dw = dw_shape(s, t, s->out, s->in, s->in);
-    plan_matmul(dev, dx_shape(s, t, s->out, s->in, s->in));
+    plan_matmul(dev, linear_dx_product(s, t, s->out, s->in, s->in));
     plan_matmul(dev, dw, true);
     if (spec->no_bias)
         return 0;
@@ -191,7 +182,7 @@ void cuda_linear(struct device *dev, const struct linear_spec *s, tensor x, tens
     check_shape("linear", "y", y, t, s->rows, s->out);
     if (bias.data)
         check_shape("linear", "bias", bias, t, s->out);
-    run_matmul(dev, forward_shape(s, t, x.stride[0], w.stride[0], y.stride[0], bias.data != NULL), x.data,
+    run_matmul(dev, linear_product(s, t, x.stride[0], w.stride[0], y.stride[0], bias.data != NULL), x.data,
                w.data, bias.data, false, y.data);
 }
 
@@ -213,7 +204,7 @@ void cuda_linear_backward(struct device *dev, const struct linear_spec *s, tenso
     if (dx.data) {
         check_shape("linear_backward", "W", w, t, s->out, s->in);
         check_shape("linear_backward", "dx", dx, t, s->rows, s->in);
-        run_matmul(dev, dx_shape(s, t, dy.stride[0], w.stride[0], dx.stride[0]), dy.data, w.data, NULL,
-                   add_dx, dx.data);
+        run_matmul(dev, linear_dx_product(s, t, dy.stride[0], w.stride[0], dx.stride[0]), dy.data, w.data,
+                   NULL, add_dx, dx.data);
     }
 }

@@ -17,22 +17,9 @@ static bool compiled_with_wait() {
            attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
 }
 
-static cudaError_t launch_nothing(cudaStream_t stream) {
-    cudaLaunchAttribute overlap = overlap_attribute();
-    cudaLaunchConfig_t config = {};
-    config.gridDim = config.blockDim = 1;
-    config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = 1;
-#ifdef CUDA_EMULATOR
-    emulator_kernel_name = __PRETTY_FUNCTION__;
-#endif
-    return cudaLaunchKernelEx(&config, nothing);
-}
-
 static cudaError_t two_launches(cudaStream_t stream) {
-    cudaError_t status = launch_nothing(stream);
-    return status == cudaSuccess ? launch_nothing(stream) : status;
+    cudaError_t status = try_launch<nothing>(stream, true, 1, 1, 0);
+    return status == cudaSuccess ? try_launch<nothing>(stream, true, 1, 1, 0) : status;
 }
 
 /* Two launches as a graph, which is not run. */

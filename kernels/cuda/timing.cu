@@ -6,6 +6,7 @@
  * makes it longer. */
 #include "kernels/cuda/timing.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include <vector>
@@ -114,6 +115,21 @@ int time_fastest(struct device *dev, int count, size_t operand_bytes, size_t wor
     dev->workspace_bytes = bytes;
     cuda_check(cudaFree(memory));
     return fastest;
+}
+
+int choice_of_environment(const char *variable, std::initializer_list<const char *> names, int *which,
+                          struct error *e) {
+    const char *value = getenv(variable);
+    *which = -1;
+    if (!value || !*value)
+        return 0;
+    for (int i = 0; i < (int)names.size(); i++)
+        if (strcmp(value, names.begin()[i]) == 0) {
+            *which = i;
+            return 0;
+        }
+    return fail_user(e, "%s=%s: the environment variable takes %s or %s", variable, value, names.begin()[0],
+                     names.begin()[1]);
 }
 
 int choose_once(struct device *dev, const char *what, std::initializer_list<const char *> names,

@@ -174,18 +174,29 @@ static void bench_mix(struct bench *b, struct table *t) {
     op_cases_of(OP_QKV_MIX, OP_COLLAPSE, BENCH_GPU, bandwidth_rows, &(struct gpu_context){b, t});
 }
 
-/* On a device of its own, which reads the variable when it plans. */
-static void attention_rows_by(const char *by, const struct op_case *c, const struct gpu_context *x) {
-    struct bench other = *x->b;
-    struct op_cost cost;
-    struct op_spec spec = op_spec_of(c);
+/* With a device of its own, which reads the environment variable when it plans; close with close_other(). */
+static struct bench open_other(const struct bench *b, const char *variable, const char *value) {
+    struct bench other = *b;
     struct device_options options = {.precision = DEVICE_BF16};
     struct error e = {0};
-    char sizes[OP_TEXT], what[CELL];
-    setenv("IHA_ATTENTION", by, 1);
+    setenv(variable, value, 1);
     other.dev = other.k->open(&options, &e);
     if (!other.dev)
         bench_fail(&e);
+    return other;
+}
+
+static void close_other(struct bench *other, const char *variable) {
+    other->k->close(other->dev);
+    unsetenv(variable);
+}
+
+static void attention_rows_by(const char *by, const struct op_case *c, const struct gpu_context *x) {
+    struct bench other = open_other(x->b, "IHA_ATTENTION", by);
+    struct op_cost cost;
+    struct op_spec spec = op_spec_of(c);
+    struct error e = {0};
+    char sizes[OP_TEXT], what[CELL];
     if (other.k->plan(other.dev, &spec, &cost, &e) != 0) {
         struct row *row = table_row(x->t, "attention by %s: %s", by, op_sizes(c, sizes));
         cell(row->took, "not supported: %.120s", e.text);
@@ -200,8 +211,7 @@ static void attention_rows_by(const char *by, const struct op_case *c, const str
         }
         case_close(&w);
     }
-    other.k->close(other.dev);
-    unsetenv("IHA_ATTENTION");
+    close_other(&other, "IHA_ATTENTION");
 }
 
 static void attention_rows(const struct op_case *c, void *context) {
@@ -228,7 +238,7 @@ static void classifier_rows(const struct op_case *c, void *context) {
 
 /* ---- GELU in products, and apart ---- */
 
-/* x, W, bias, u, act; dy, W, u, du, and what it does not use. */
+/* Operands: x, W, bias, u, act; and dy, act, W, u, du, dW. */
 static void run_linear_act(struct job *j) {
     tensor *t = j->t;
     j->b->k->linear_act(j->b->dev, &j->spec.linear, ACT_GELU_TANH, t[0], t[1], t[2], t[3], t[4]);
@@ -240,17 +250,11 @@ static void run_act_linear_backward(struct job *j) {
                                  t[5], tensor_none(), true);
 }
 
-/* Of an MLP of C to F, on a device of its own, which reads the variable when it plans. */
+/* Of an MLP of C to F. */
 static void gelu_rows_by(const char *by, int64_t rows, int64_t C, int64_t F, const struct gpu_context *x) {
-    struct bench other = *x->b;
-    struct device_options options = {.precision = DEVICE_BF16};
-    struct error e = {0};
+    struct bench other = open_other(x->b, "IHA_GELU", by);
     struct job j;
     char what[CELL];
-    setenv("IHA_GELU", by, 1);
-    other.dev = other.k->open(&options, &e);
-    if (!other.dev)
-        bench_fail(&e);
     job_open(&j, &other, (struct op_spec){.kind = OP_LINEAR, .gelu_after = true, .linear = {rows, C, F}});
     job_operand(&j, rows, C, 0, 0, 0);
     job_operand(&j, F, C, 0, 0, 0);
@@ -272,8 +276,7 @@ static void gelu_rows_by(const char *by, int64_t rows, int64_t C, int64_t F, con
     snprintf(what, sizeof what, "backward with GELU %s: %d rows, %d to %d", by, (int)rows, (int)F, (int)C);
     flops_row(x->t, &other, run_job, &j, 4.0 * (double)rows * (double)C * (double)F, what);
     job_close(&j);
-    other.k->close(other.dev);
-    unsetenv("IHA_GELU");
+    close_other(&other, "IHA_GELU");
 }
 
 static void bench_gelu(struct bench *b, struct table *t) {

@@ -160,21 +160,8 @@ static void *scratch_for(struct device *dev, const struct attention_cudnn_shape 
 
 /* ---- the choice ---- */
 
-enum preference { PREFER_CUDNN, ONLY_CUDNN, ONLY_BUILTIN };
-
-static int preference(enum preference *out, struct error *e) {
-    const char *value = getenv("IHA_ATTENTION");
-    *out = PREFER_CUDNN;
-    if (!value || !*value)
-        return 0;
-    if (strcmp(value, "own") == 0)
-        *out = ONLY_BUILTIN;
-    else if (strcmp(value, "cudnn") == 0)
-        *out = ONLY_CUDNN;
-    else
-        return fail_user(e, "IHA_ATTENTION=%s: the environment variable takes own or cudnn", value);
-    return 0;
-}
+/* What IHA_ATTENTION says. */
+enum preference { PREFER_CUDNN = -1, ONLY_BUILTIN, ONLY_CUDNN };
 
 /* The built-in kernels have tiles of 64 keys. In wider windows what is masked is a small part. */
 enum { NARROW_WINDOW = 512, NAME_BYTES = 256 };
@@ -261,8 +248,8 @@ static bool prefers_builtin(struct device *dev, const struct attention_choice *c
 static int choose(struct device *dev, struct attention_choice *c, struct error *e) {
     char why[ATTENTION_CUDNN_REASON] = "this program was built without cuDNN";
     const struct attention_spec *s = &c->spec;
-    enum preference wanted;
-    if (preference(&wanted, e) != 0)
+    int wanted;
+    if (choice_of_environment("IHA_ATTENTION", {"own", "cudnn"}, &wanted, e) != 0)
         return -1;
     bool built = attention_cudnn_plan != NULL; /* a weak symbol */
     c->cudnn = built && wanted != ONLY_BUILTIN && plan_cudnn(dev, s, &c->cost, why) == 0;
