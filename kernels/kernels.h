@@ -130,8 +130,8 @@ enum op_kind {
 
 struct op_spec {
     enum op_kind kind;
-    /* What a plan of `linear` may leave out, since it is never called. */
-    bool no_bias, no_backward;
+    /* What a plan of `linear` may leave out, since it is never called; dy_sums: backward is always given them. */
+    bool no_bias, no_backward, dy_sums;
     /* Also plan linear_act (gelu_after) or act_linear_backward (gelu_before), for gelu_tanh. */
     bool gelu_after, gelu_before;
     union {

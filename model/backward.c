@@ -1,37 +1,40 @@
 /* The backward pass: the loss's gradient, then the layers from last to first. */
 #include "model/model.h"
 
-/* dx of one linear layer (or dx += with add), and its weight and bias gradients. */
-static void linear_of_backward(struct model *m, tensor dy, tensor x, int64_t in, tensor weight, int64_t out,
-                               tensor dx, bool add, tensor dweight, tensor dbias, bool accumulate) {
+/* dx of one linear layer (or dx += with add), and its weight and bias gradients. dy_sums: column sums of dy, or
+ * absent. */
+static void linear_of_backward(struct model *m, tensor dy, tensor dy_sums, tensor x, int64_t in,
+                               tensor weight, int64_t out, tensor dx, bool add, tensor dweight, tensor dbias,
+                               bool accumulate) {
     int64_t N = m->shape.batch * m->shape.tokens;
     struct linear_spec spec = {N, in, out};
     dy = tensor_of(dy.data, dy.dtype, N, out, 0, 0, 0);
     x = tensor_of(x.data, x.dtype, N, in, 0, 0, 0);
     dx = tensor_of(dx.data, dx.dtype, N, in, 0, 0, 0);
-    m->k->linear_backward(m->dev, &spec, dy, x, weight, dx, add, dweight, dbias, accumulate);
+    m->k->linear_backward(m->dev, &spec, dy, dy_sums, x, weight, dx, add, dweight, dbias, accumulate);
 }
 
-static void linear_backward(struct model *m, tensor dy, tensor x, int64_t in, int weight, int bias,
-                            int64_t out, tensor dx, bool add, bool accumulate) {
-    linear_of_backward(m, dy, x, in, model_param(m, weight), out, dx, add, model_gradient(m, weight),
+static void linear_backward(struct model *m, tensor dy, tensor dy_sums, tensor x, int64_t in, int weight,
+                            int bias, int64_t out, tensor dx, bool add, bool accumulate) {
+    linear_of_backward(m, dy, dy_sums, x, in, model_param(m, weight), out, dx, add, model_gradient(m, weight),
                        model_gradient(m, bias), accumulate);
 }
 
 /* As linear_backward, of the layer that has an activation in front of it, act = f(u): du instead of dx. */
-static void act_linear_backward(struct model *m, tensor dy, tensor act, int64_t in, int weight, int bias,
-                                int64_t out, tensor u, tensor du, bool accumulate) {
+static void act_linear_backward(struct model *m, tensor dy, tensor dy_sums, tensor act, int64_t in,
+                                int weight, int bias, int64_t out, tensor u, tensor du, bool accumulate) {
     struct linear_spec spec = {m->shape.batch * m->shape.tokens, in, out};
-    m->k->act_linear_backward(m->dev, &spec, m->act_spec.type, dy, act, model_param(m, weight), u, du,
-                              model_gradient(m, weight), model_gradient(m, bias), accumulate);
+    m->k->act_linear_backward(m->dev, &spec, m->act_spec.type, dy, dy_sums, act, model_param(m, weight), u,
+                              du, model_gradient(m, weight), model_gradient(m, bias), accumulate);
 }
 
-/* grad.dx from grad.dy, added to the gradient of the residual path where there is one already (add). */
+/* grad.dx from grad.dy, added to the gradient of the residual path where there is one already (add); its column
+ * sums are the gradient of the bias of out or down, whose output the norm was given. */
 static void norm_backward(struct model *m, tensor sum, int weight, int bias, const void *saved, bool add,
                           bool accumulate) {
     m->k->residual_norm_backward(m->dev, &m->norm_spec, m->grad.dy, sum, model_param(m, weight), saved,
                                  m->grad.dx, add, model_gradient(m, weight), model_gradient(m, bias),
-                                 accumulate);
+                                 m->grad.dx_sums, accumulate);
 }
 
 /* On entry grad.dx is the gradient of the layer's output; on return, of x_mlp. */
@@ -42,18 +45,20 @@ static void mlp_backward(struct model *m, int layer, bool accumulate) {
     int64_t C = m->config.hidden_size, F = m->config.intermediate_size;
     tensor dup = b->gate.data ? b->up : g->dact; /* nobody reads up and gate after this */
     if (b->gate.data) {
-        linear_backward(m, g->dx, b->act, F, p->down, p->down_bias, C, g->dact, false, accumulate);
+        linear_backward(m, g->dx, g->dx_sums, b->act, F, p->down, p->down_bias, C, g->dact, false,
+                        accumulate);
         m->k->mlp_act_backward(m->dev, &m->act_spec, g->dact, b->up, b->gate, dup, b->gate);
     } else {
-        act_linear_backward(m, g->dx, b->act, F, p->down, p->down_bias, C, b->up, dup, accumulate);
+        act_linear_backward(m, g->dx, g->dx_sums, b->act, F, p->down, p->down_bias, C, b->up, dup,
+                            accumulate);
     }
     if (m->specs[layer].one_product) {
-        linear_of_backward(m, dup, b->y_mlp, C, model_up_and_gate(m, layer), 2 * F, g->dy, false,
-                           model_up_and_gate_gradient(m, layer), tensor_none(), accumulate);
+        linear_of_backward(m, dup, tensor_none(), b->y_mlp, C, model_up_and_gate(m, layer), 2 * F, g->dy,
+                           false, model_up_and_gate_gradient(m, layer), tensor_none(), accumulate);
     } else {
-        linear_backward(m, dup, b->y_mlp, C, p->up, p->up_bias, F, g->dy, false, accumulate);
+        linear_backward(m, dup, tensor_none(), b->y_mlp, C, p->up, p->up_bias, F, g->dy, false, accumulate);
         if (b->gate.data)
-            linear_backward(m, b->gate, b->y_mlp, C, p->gate, -1, F, g->dy, true, accumulate);
+            linear_backward(m, b->gate, tensor_none(), b->y_mlp, C, p->gate, -1, F, g->dy, true, accumulate);
     }
     norm_backward(m, b->x_mlp, p->mlp_norm, p->mlp_norm_bias, b->mlp_norm_saved, true, accumulate);
 }
@@ -99,11 +104,12 @@ static void qkv_backward(struct model *m, int layer, bool accumulate) {
                                model_param(m, p->q_norm), model_param(m, p->k_norm), dqkv,
                                model_gradient(m, p->q_norm), model_gradient(m, p->k_norm), accumulate);
     if (!m->specs[layer].folded) {
-        linear_backward(m, g->dqkv, b->y_attn, C, p->qkv, p->qkv_bias, rows, g->dy, false, accumulate);
+        linear_backward(m, g->dqkv, tensor_none(), b->y_attn, C, p->qkv, p->qkv_bias, rows, g->dy, false,
+                        accumulate);
         return;
     }
-    linear_of_backward(m, g->dqkv, b->y_attn, C, b->folded_weight, rows, g->dy, false, g->dfolded_weight,
-                       g->dfolded_bias, false);
+    linear_of_backward(m, g->dqkv, tensor_none(), b->y_attn, C, b->folded_weight, rows, g->dy, false,
+                       g->dfolded_weight, g->dfolded_bias, false);
     fold_backward(m, layer, accumulate);
 }
 
@@ -151,7 +157,7 @@ static void attention_backward(struct model *m, int layer, bool accumulate) {
     struct layer_buffers *b = &m->layers[layer];
     struct gradient_buffers *g = &m->grad;
     int64_t C = c->hidden_size, width = c->num_attention_heads * c->head_dim;
-    linear_backward(m, g->dx, b->o, width, p->out, p->out_bias, C, g->d_o, false, accumulate);
+    linear_backward(m, g->dx, g->dx_sums, b->o, width, p->out, p->out_bias, C, g->d_o, false, accumulate);
     tensor dq = s->mixes ? with_data(b->q, g->dq) : qkv_part(c, dqkv_of(m, layer), 0);
     tensor dk = s->mixes ? with_data(b->k, g->dk) : qkv_part(c, dqkv_of(m, layer), 1);
     tensor dv = s->mixes ? with_data(b->v, g->dv) : qkv_part(c, dqkv_of(m, layer), 2);

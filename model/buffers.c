@@ -176,6 +176,7 @@ int layer_ops(const struct model_config *c, const struct layer_specs *s, bool tr
         ops[count++] = (struct op_spec){.kind = OP_LINEAR,
                                         .no_bias = !bias,
                                         .no_backward = !training,
+                                        .dy_sums = i == 1 || i == 3, /* by the norm after it */
                                         .gelu_after = gelu && i == 2,
                                         .gelu_before = gelu && i == 3,
                                         .linear = {n, linears[i][0], linears[i][1]}};
@@ -307,6 +308,8 @@ static void assign_gradients(struct model *m, struct layout *l) {
     struct gradient_buffers *g = &m->grad;
     g->dx = allocate_tensor(l, hidden);
     g->dy = allocate_tensor(l, hidden);
+    tensor sums = tensor_of(NULL, m->dtypes.gradient, c->hidden_size, 0, 0, 0, 0);
+    g->dx_sums = c->bias ? allocate_tensor(l, sums) : tensor_none();
     size_t shared = l->offset;
     g->dact = allocate_tensor(l, wide);
     size_t mlp_end = l->offset;

@@ -61,15 +61,20 @@ void CPU(linear)(struct device *dev, const struct linear_spec *s, tensor x, tens
     CPU(gemm)(dev, &g, x.data, w.data, bias.data, y.data, 0);
 }
 
-void CPU(linear_backward)(struct device *dev, const struct linear_spec *s, tensor dy, tensor x, tensor w,
-                          tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate) {
+void CPU(linear_backward)(struct device *dev, const struct linear_spec *s, tensor dy, tensor dy_sums,
+                          tensor x, tensor w, tensor dx, bool add_dx, tensor dw, tensor dbias,
+                          bool accumulate) {
     call_progress_callback(dev);
     check_elem("linear_backward", "dy", dy, s->rows, s->out, 0, 0, 0);
     check_elem("linear_backward", "x", x, s->rows, s->in, 0, 0, 0);
     check_real("linear_backward", "dW", dw, s->out, s->in, 0, 0, 0);
+    if (dy_sums.data)
+        check_real("linear_backward", "dy_sums", dy_sums, s->out, 0, 0, 0, 0);
     struct gemm g = dw_product(s, dy.stride[0], x.stride[0], dw.stride[0], accumulate);
     CPU(gemm_real)(dev, &g, dy.data, x.data, dw.data, 0);
-    if (dbias.data)
+    if (dbias.data && dy_sums.data)
+        sum_partials(dy_sums.data, 1, s->out, s->out, dbias.data, accumulate);
+    else if (dbias.data)
         column_sums(dev, dy.data, s->rows, s->out, dy.stride[0], dbias.data, accumulate);
     call_progress_callback(dev);
     if (dx.data) {
@@ -90,9 +95,9 @@ void CPU(linear_act)(struct device *dev, const struct linear_spec *s, enum act_t
 }
 
 void CPU(act_linear_backward)(struct device *dev, const struct linear_spec *s, enum act_type type, tensor dy,
-                              tensor act, tensor w, tensor u, tensor du, tensor dw, tensor dbias,
-                              bool accumulate) {
+                              tensor dy_sums, tensor act, tensor w, tensor u, tensor du, tensor dw,
+                              tensor dbias, bool accumulate) {
     struct act_spec spec = {type, s->rows, s->in};
-    CPU(linear_backward)(dev, s, dy, act, w, du, false, dw, dbias, accumulate);
+    CPU(linear_backward)(dev, s, dy, dy_sums, act, w, du, false, dw, dbias, accumulate);
     CPU(mlp_act_backward)(dev, &spec, du, u, tensor_none(), du, tensor_none());
 }

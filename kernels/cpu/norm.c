@@ -9,7 +9,7 @@ struct row_stats {
 
 struct op_cost CPU(norm_plan)(const struct device *dev, const struct norm_spec *s) {
     return (struct op_cost){.saved = (size_t)s->rows * sizeof(struct row_stats),
-                            .workspace = (size_t)dev->threads * 2 * (size_t)s->hidden * sizeof(real)};
+                            .workspace = (size_t)dev->threads * 3 * (size_t)s->hidden * sizeof(real)};
 }
 
 static struct row_stats row_statistics(const struct norm_spec *s, const elem *x) {
@@ -78,9 +78,9 @@ void CPU(residual_norm_recompute)(struct device *dev, const struct norm_spec *s,
 }
 
 /* With g = dy * w and xhat = (x - mean) rstd:  dx (+)= rstd (g - mean(g) - xhat mean(g xhat)), where rmsnorm
- * has no mean(g); dw = sum_n dy xhat, db = sum_n dy. */
+ * has no mean(g); dw = sum_n dy xhat, db = sum_n dy; dx_sums: sum_n dx. */
 static void norm_row_backward(const struct norm_spec *s, const elem *dy, const elem *x, const elem *w,
-                              struct row_stats st, elem *dx, bool add_dx, real *dw, real *db) {
+                              struct row_stats st, elem *dx, bool add_dx, real *dw, real *db, real *dx_sums) {
     int64_t C = s->hidden;
     real sum_g = 0, sum_gx = 0;
 #pragma omp simd reduction(+ : sum_g, sum_gx)
@@ -94,7 +94,10 @@ static void norm_row_backward(const struct norm_spec *s, const elem *dy, const e
 #pragma omp simd
     for (int64_t c = 0; c < C; c++) {
         real g = from_elem(dy[c]) * from_elem(w[c]), xhat = (from_elem(x[c]) - st.mean) * st.rstd;
-        dx[c] = to_elem((add_dx ? from_elem(dx[c]) : 0) + st.rstd * (g - mean_g - xhat * mean_gx));
+        real value = (add_dx ? from_elem(dx[c]) : 0) + st.rstd * (g - mean_g - xhat * mean_gx);
+        dx[c] = to_elem(value);
+        if (dx_sums)
+            dx_sums[c] += value;
     }
     if (db) {
 #pragma omp simd
@@ -105,25 +108,30 @@ static void norm_row_backward(const struct norm_spec *s, const elem *dy, const e
 
 void CPU(residual_norm_backward)(struct device *dev, const struct norm_spec *s, tensor dy, tensor sum,
                                  tensor w, const void *saved, tensor dx, bool add_dx, tensor dw, tensor db,
-                                 bool accumulate) {
+                                 tensor dx_sums, bool accumulate) {
     int64_t C = s->hidden;
     check_elem("residual_norm_backward", "dy", dy, s->rows, C, 0, 0, 0);
     check_elem("residual_norm_backward", "sum", sum, s->rows, C, 0, 0, 0);
     check_elem("residual_norm_backward", "dx", dx, s->rows, C, 0, 0, 0);
     check_real("residual_norm_backward", "dw", dw, C, 0, 0, 0, 0);
+    if (dx_sums.data)
+        check_real("residual_norm_backward", "dx_sums", dx_sums, C, 0, 0, 0, 0);
     const struct row_stats *stats = saved;
-    size_t bytes = (size_t)dev->threads * 2 * (size_t)C * sizeof(real);
+    size_t bytes = (size_t)dev->threads * 3 * (size_t)C * sizeof(real);
     real *partial = cpu_workspace(dev, bytes, "residual_norm_backward");
 #pragma omp parallel num_threads(dev->threads)
     {
-        real *mine = partial + omp_get_thread_num() * 2 * C;
-        memset(mine, 0, (size_t)(2 * C) * sizeof(real));
+        real *mine = partial + omp_get_thread_num() * 3 * C;
+        memset(mine, 0, (size_t)(3 * C) * sizeof(real));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < s->rows; n++)
             norm_row_backward(s, (elem *)dy.data + n * C, (elem *)sum.data + n * C, w.data, stats[n],
-                              (elem *)dx.data + n * C, add_dx, mine, db.data ? mine + C : NULL);
+                              (elem *)dx.data + n * C, add_dx, mine, db.data ? mine + C : NULL,
+                              dx_sums.data ? mine + 2 * C : NULL);
     }
-    sum_partials(partial, dev->threads, 2 * C, C, dw.data, accumulate);
+    sum_partials(partial, dev->threads, 3 * C, C, dw.data, accumulate);
     if (db.data)
-        sum_partials(partial + C, dev->threads, 2 * C, C, db.data, accumulate);
+        sum_partials(partial + C, dev->threads, 3 * C, C, db.data, accumulate);
+    if (dx_sums.data)
+        sum_partials(partial + 2 * C, dev->threads, 3 * C, C, dx_sums.data, false);
 }

@@ -231,11 +231,14 @@ int check_matmuls(struct device *, struct error *);    /* check_matmul.cu */
 int check_attentions(struct device *, struct error *); /* attention.cu */
 
 /* out[i] (+)= the sum over p < parts of partials[p n + i], in a fixed order: adds up the partial sums of a
- * gradient that blocks have written. out F32 [n]. */
-void sum_partials(struct device *, const float *partials, int parts, int64_t n, float *out, bool accumulate);
-/* Two such sums in one launch, of partials [2, parts, n]; with second = NULL the first alone. */
-void sum_two_partials(struct device *, const float *partials, int parts, int64_t n, float *first,
-                      float *second, bool accumulate);
+ * gradient that blocks have written. out F32 [n]. Several in one launch: partials [sums, parts, n]. */
+struct partial_sum {
+    float *out; /* NULL: there is no such sum, nor its partials */
+    bool accumulate;
+};
+constexpr int MAX_PARTIAL_SUMS = 3;
+void sum_partials(struct device *, const float *partials, int parts, int64_t n,
+                  std::initializer_list<struct partial_sum> sums);
 
 void cuda_upload(struct device *, tensor dst, const void *host, enum dtype host_dtype);
 void cuda_download(struct device *, tensor src, void *host, enum dtype host_dtype);

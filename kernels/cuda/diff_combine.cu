@@ -205,7 +205,7 @@ void cuda_diff_combine_backward(struct device *dev, const struct diff_combine_sp
                                     (const T *)dout.data, (const T *)o.data, vectors, (const T *)w.data,
                                     (T *)d_o.data, partials, s->rows, (int)s->pairs, (int)s->head_dim,
                                     (float)s->lambda_init, (float)s->eps);
-        sum_partials(dev, partials, (int)blocks, each, total, false);
+        sum_partials(dev, partials, (int)blocks, each, {{total, false}});
         launch<lambda_backward<T>>(dev, 1, THREADS, 0, (const float *)total, vectors, gradients,
                                    (float *)dw.data, (int)s->head_dim, accumulate);
     });

@@ -1,5 +1,5 @@
 /* linear: y = x W^T + bias, and its three gradients: dx and dW by cuBLASLt (matmul.cu), dbias by a kernel
- * that sums columns, or by cuBLASLt beside dW where that is faster. */
+ * that sums columns, or by cuBLASLt beside dW where that is faster, or from sums that came with dy. */
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/timing.h"
@@ -73,7 +73,7 @@ static void column_sums(struct device *dev, tensor x, float *out, bool accumulat
             dim3 grid((unsigned)ceil_div(cols, 32 * V), (unsigned)parts);
             launch<sum_columns<T, V>>(dev, grid, dim3(32, LANES), 0, (const T *)x.data, rows, cols,
                                       x.stride[0], partials);
-            sum_partials(dev, partials, parts, cols, out, accumulate);
+            sum_partials(dev, partials, parts, cols, {{out, accumulate}});
         });
     });
 }
@@ -105,7 +105,7 @@ static void dw_with_dbias(struct device *dev, struct matmul dw, const void *dy, 
     float *sums = accumulate ? (float *)(workspace + MATMUL_WORKSPACE) : dbias;
     run_matmul(dev, dw_and_sums(dw), dy, x, sums, accumulate, out);
     if (accumulate)
-        sum_partials(dev, sums, 1, dw.m, dbias, true);
+        sum_partials(dev, sums, 1, dw.m, {{dbias, true}});
 }
 
 static void dw_then_dbias(struct device *dev, struct matmul dw, tensor dy, const void *x, float *out,
@@ -166,7 +166,7 @@ int cuda_linear_plan(struct device *dev, const struct op_spec *spec, struct op_c
     struct matmul dw = dw_shape(s, t, s->out, s->in, s->in);
     plan_matmul(dev, linear_dx_product(s, t, s->out, s->in, s->in));
     plan_matmul(dev, dw, true);
-    if (spec->no_bias)
+    if (spec->no_bias || spec->dy_sums)
         return 0;
     plan_dbias(dev, s, dw, t);
     size_t sums = column_bytes(dev, s->rows, s->out);
@@ -186,8 +186,9 @@ void cuda_linear(struct device *dev, const struct linear_spec *s, tensor x, tens
                w.data, bias.data, false, y.data);
 }
 
-void cuda_linear_backward(struct device *dev, const struct linear_spec *s, tensor dy, tensor x, tensor w,
-                          tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate) {
+void cuda_linear_backward(struct device *dev, const struct linear_spec *s, tensor dy, tensor dy_sums,
+                          tensor x, tensor w, tensor dx, bool add_dx, tensor dw, tensor dbias,
+                          bool accumulate) {
     enum dtype t = cuda_compute(dev);
     check_shape("linear_backward", "dy", dy, t, s->rows, s->out);
     check_shape("linear_backward", "x", x, t, s->rows, s->in);
@@ -195,12 +196,16 @@ void cuda_linear_backward(struct device *dev, const struct linear_spec *s, tenso
     struct matmul product = dw_shape(s, t, dy.stride[0], x.stride[0], dw.stride[0]);
     if (dbias.data)
         check_shape("linear_backward", "dbias", dbias, DTYPE_F32, s->out);
-    if (!dbias.data)
+    if (dy_sums.data)
+        check_shape("linear_backward", "dy_sums", dy_sums, DTYPE_F32, s->out);
+    if (!dbias.data || dy_sums.data)
         run_matmul(dev, product, dy.data, x.data, NULL, accumulate, dw.data);
     else if (matmul_is_planned(dev, dw_and_sums(product)))
         dw_with_dbias(dev, product, dy.data, x.data, (float *)dw.data, (float *)dbias.data, accumulate);
     else
         dw_then_dbias(dev, product, dy, x.data, (float *)dw.data, (float *)dbias.data, accumulate);
+    if (dbias.data && dy_sums.data)
+        sum_partials(dev, (const float *)dy_sums.data, 1, s->out, {{(float *)dbias.data, accumulate}});
     if (dx.data) {
         check_shape("linear_backward", "W", w, t, s->out, s->in);
         check_shape("linear_backward", "dx", dx, t, s->rows, s->in);

@@ -153,13 +153,13 @@ void cuda_linear_act(struct device *dev, const struct linear_spec *s, enum act_t
 }
 
 void cuda_act_linear_backward(struct device *dev, const struct linear_spec *s, enum act_type type, tensor dy,
-                              tensor act, tensor w, tensor u, tensor du, tensor dw, tensor dbias,
-                              bool accumulate) {
+                              tensor dy_sums, tensor act, tensor w, tensor u, tensor du, tensor dw,
+                              tensor dbias, bool accumulate) {
     enum dtype t = cuda_compute(dev);
     check_shape("act_linear_backward", "W", w, t, s->out, s->in);
     check_shape("act_linear_backward", "u", u, t, s->rows, s->in);
     check_shape("act_linear_backward", "du", du, t, s->rows, s->in);
     struct matmul fused = product_with_derivative(s, dy.stride[0], w.stride[0], du.stride[0], u.stride[0]);
-    cuda_linear_backward(dev, s, dy, act, w, tensor_none(), false, dw, dbias, accumulate);
+    cuda_linear_backward(dev, s, dy, dy_sums, act, w, tensor_none(), false, dw, dbias, accumulate);
     backward_by(serving(dev, fused, type, u), dev, s, type, dy, w, u, du);
 }

@@ -13,6 +13,8 @@ enum { ROWS = 8 }; /* of a block with a warp per row */
 
 /* Words of V elements that a thread holds: 64 bytes of bf16, or 16 elements. */
 template <int V> constexpr int WORDS = V == 1 ? 16 : 4;
+/* Floats in shared memory for a number for each of them: odd, so that a warp's threads use different banks. */
+template <int V> constexpr int HELD = V *WORDS<V> + 1;
 
 /* The sum over the blockDim.x threads of a row, bit-identical in each. All threads of the block call it. */
 static __device__ __forceinline__ float2 row_sums(float2 x) {
@@ -144,12 +146,21 @@ static __global__ void __launch_bounds__(MAX_FORWARD)
 }
 
 /* Write the block's partial sum of a gradient [C]: what the threads of its rows accumulated, added in the
- * order of the rows. */
+ * order of the rows, in C floats of shared memory if there are several. */
 template <int V>
 static __device__ __forceinline__ void store_partial(const float (&sums)[WORDS<V>][V], int C,
                                                      float *partial) {
     float *block_sums = dynamic_shared<float>();
     int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
+    if (blockDim.y == 1) {
+#pragma unroll
+        for (int k = 0; k < WORDS<V>; k++)
+            if (first + k * step < C)
+#pragma unroll
+                for (int j = 0; j < V; j++)
+                    partial[first + k * step + j] = sums[k][j];
+        return;
+    }
     for (unsigned y = 0; y < blockDim.y; y++) {
         if (threadIdx.y == y) {
 #pragma unroll
@@ -169,13 +180,16 @@ static __device__ __forceinline__ void store_partial(const float (&sums)[WORDS<V
 }
 
 /* With g = dy w and xhat = (x - mean) rstd:  dx (+)= rstd (g - mean(g) - xhat mean(g xhat)), where rmsnorm has
- * no mean(g). Partial sums of dw = sum over rows of dy xhat and db = sum of dy, [gridDim.x, C] each: a thread
- * keeps the same columns for all its rows, so it adds them up in registers and writes them once. Bytes moved:
- * 4 rows C elements, 3 where dx is not added to. */
+ * no mean(g). Partial sums of dw = sum over rows of dy xhat, db = sum of dy, and of dx where wanted, [gridDim.x, C]
+ * each: a thread keeps the same columns for all its rows, so it adds them up in registers, those of dx in shared
+ * memory since there are no registers left, and writes them once. Bytes moved: 4 rows C elements, 3 where dx is
+ * not added to.
+ * Dynamic shared memory: C floats where a block has several rows, and for the sums of dx HELD a thread. */
 template <typename T, int V, bool BIAS>
 static __global__ void __launch_bounds__(MAX_BACKWARD)
     norm_backward(const T *dy, const T *x, const T *w, const float2 *stats, T *dx, bool add_dx,
-                  float *dw_partials, float *db_partials, int64_t rows, int C, bool layer) {
+                  float *dw_partials, float *db_partials, float *dx_partials, int64_t rows, int C,
+                  bool layer) {
     wait_for_previous();
     constexpr int K = WORDS<V>;
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ < 900
@@ -187,6 +201,11 @@ static __global__ void __launch_bounds__(MAX_BACKWARD)
     constexpr int EARLY = V == 1 ? 0 : BIAS && sizeof(T) == 2 ? WITH_BIAS : K;
     int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
     float dw[K][V] = {}, db[BIAS ? K : 1][V] = {};
+    float *dx_sums = dynamic_shared<float>() + (blockDim.y > 1 ? C : 0) +
+                     HELD<V> * (threadIdx.y * blockDim.x + threadIdx.x);
+    if (dx_partials)
+        for (int i = 0; i < K * V; i++)
+            dx_sums[i] = 0;
     for (int64_t base = (int64_t)blockIdx.x * blockDim.y; base < rows;
          base += (int64_t)gridDim.x * blockDim.y) {
         int64_t row = base + threadIdx.y, at = row * C + first;
@@ -238,11 +257,22 @@ static __global__ void __launch_bounds__(MAX_BACKWARD)
                     out[j] += st.y * (d[j] * weight[j] - mean_g - xhat * mean_gx);
                 }
                 store(dx + at + k * step, out);
+                if (dx_partials) {
+#pragma unroll
+                    for (int j = 0; j < V; j++)
+                        dx_sums[k * V + j] += out[j];
+                }
             }
     }
     store_partial<V>(dw, C, dw_partials + (int64_t)blockIdx.x * C);
     if constexpr (BIAS)
         store_partial<V>(db, C, db_partials + (int64_t)blockIdx.x * C);
+    if (dx_partials) {
+#pragma unroll
+        for (int i = 0; i < K * V; i++)
+            dw[i / V][i % V] = dx_sums[i];
+        store_partial<V>(dw, C, dx_partials + (int64_t)blockIdx.x * C);
+    }
 }
 
 /* ---- launches ---- */
@@ -262,7 +292,8 @@ static int64_t backward_blocks(const struct device *dev, const struct norm_spec 
 }
 
 static size_t partials_bytes(const struct device *dev, const struct norm_spec *s, int elements) {
-    return (size_t)(2 * backward_blocks(dev, s, block_of(s->hidden, elements)) * s->hidden) * sizeof(float);
+    return (size_t)(MAX_PARTIAL_SUMS * backward_blocks(dev, s, block_of(s->hidden, elements)) * s->hidden) *
+           sizeof(float);
 }
 
 int cuda_norm_plan(struct device *dev, const struct norm_spec *s, struct op_cost *cost, struct error *e) {
@@ -328,7 +359,7 @@ void cuda_residual_norm_recompute(struct device *dev, const struct norm_spec *s,
 
 void cuda_residual_norm_backward(struct device *dev, const struct norm_spec *s, tensor dy, tensor sum,
                                  tensor w, const void *saved, tensor dx, bool add_dx, tensor dw, tensor db,
-                                 bool accumulate) {
+                                 tensor dx_sums, bool accumulate) {
     int64_t C = s->hidden;
     check(dev, s, "residual_norm_backward", "dy", dy);
     check(dev, s, "residual_norm_backward", "sum", sum);
@@ -337,6 +368,8 @@ void cuda_residual_norm_backward(struct device *dev, const struct norm_spec *s, 
     check_shape("residual_norm_backward", "dw", dw, DTYPE_F32, C);
     if (db.data)
         check_shape("residual_norm_backward", "db", db, DTYPE_F32, C);
+    if (dx_sums.data)
+        check_shape("residual_norm_backward", "dx_sums", dx_sums, DTYPE_F32, C);
     by_dtype(dx.dtype, [&](auto number) {
         using T = decltype(number);
         by_width<T>(C, aligned16({dy.data, sum.data, w.data, dx.data}), [&](auto width) {
@@ -344,20 +377,24 @@ void cuda_residual_norm_backward(struct device *dev, const struct norm_spec *s, 
             dim3 block = block_of(C, V * WORDS<V>);
             int64_t blocks = backward_blocks(dev, s, block);
             size_t bytes = partials_bytes(dev, s, V * WORDS<V>);
-            float *dw_partials = (float *)cuda_workspace(dev, bytes, "residual_norm_backward");
-            float *db_partials = dw_partials + blocks * C;
+            float *partials = (float *)cuda_workspace(dev, bytes, "residual_norm_backward");
+            float *of_db = partials + blocks * C, *of_dx = db.data ? of_db + blocks * C : of_db;
+            int64_t shared = (block.y > 1 ? C : 0) + (dx_sums.data ? block.x * block.y * HELD<V> : 0);
             auto run = [&](auto bias) {
                 launch<norm_backward<T, V, decltype(bias)::value>>(
-                    dev, blocks, block, (size_t)C * sizeof(float), (const T *)dy.data, (const T *)sum.data,
-                    (const T *)w.data, (const float2 *)saved, (T *)dx.data, add_dx, dw_partials, db_partials,
-                    s->rows, (int)C, s->type == NORM_TYPE_LAYER);
+                    dev, blocks, block, (size_t)shared * sizeof(float), (const T *)dy.data,
+                    (const T *)sum.data, (const T *)w.data, (const float2 *)saved, (T *)dx.data, add_dx,
+                    partials, of_db, dx_sums.data ? of_dx : NULL, s->rows, (int)C,
+                    s->type == NORM_TYPE_LAYER);
             };
             if (db.data)
                 run(std::true_type());
             else
                 run(std::false_type());
-            sum_two_partials(dev, dw_partials, (int)blocks, C, (float *)dw.data, (float *)db.data,
-                             accumulate);
+            sum_partials(dev, partials, (int)blocks, C,
+                         {{(float *)dw.data, accumulate},
+                          {(float *)db.data, accumulate},
+                          {(float *)dx_sums.data, false}});
         });
     });
 }

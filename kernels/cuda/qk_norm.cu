@@ -162,6 +162,6 @@ void cuda_qk_norm_backward(struct device *dev, const struct qk_norm_spec *s, ten
                                (const T *)x.data, (const T *)w_q.data, (const T *)w_k.data, (T *)dx.data,
                                partial);
     });
-    sum_two_partials(dev, partial, (int)blocks, s->head_dim, (float *)dw_q.data, (float *)dw_k.data,
-                     accumulate);
+    sum_partials(dev, partial, (int)blocks, s->head_dim,
+                 {{(float *)dw_q.data, accumulate}, {(float *)dw_k.data, accumulate}});
 }

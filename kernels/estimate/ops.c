@@ -108,7 +108,7 @@ void estimate_residual_norm_recompute(struct device *dev, const struct norm_spec
 
 void estimate_residual_norm_backward(struct device *dev, const struct norm_spec *s, tensor dy, tensor sum,
                                      tensor w, const void *saved, tensor dx, bool add_dx, tensor dw,
-                                     tensor db, bool accumulate) {
+                                     tensor db, tensor dx_sums, bool accumulate) {
     count_norm(dev, s, add_dx ? 4 : 3); /* dy, sum, dx out, and in */
 }
 
@@ -138,13 +138,15 @@ static double gradient_bytes(double elements, bool accumulate) {
     return elements * 4 * (accumulate ? 2 : 1);
 }
 
-void estimate_linear_backward(struct device *dev, const struct linear_spec *s, tensor dy, tensor x, tensor w,
-                              tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate) {
+void estimate_linear_backward(struct device *dev, const struct linear_spec *s, tensor dy, tensor dy_sums,
+                              tensor x, tensor w, tensor dx, bool add_dx, tensor dw, tensor dbias,
+                              bool accumulate) {
     double N = (double)s->rows, in = (double)s->in, out = (double)s->out, E = element_bytes(dev);
     count_matmul(dev, ESTIMATE_MATMUL, out, in, N,
                  (N * out + N * in) * E + gradient_bytes(out * in, accumulate));
     if (dbias.data)
-        count_pass(dev, ESTIMATE_ELEMENTWISE, N * out * E);
+        count_pass(dev, ESTIMATE_ELEMENTWISE,
+                   dy_sums.data ? out * 4 + gradient_bytes(out, accumulate) : N * out * E);
     if (dx.data)
         count_matmul(dev, ESTIMATE_MATMUL, N, in, out, (N * out + out * in + N * in * (add_dx ? 2 : 1)) * E);
 }
@@ -170,12 +172,13 @@ void estimate_linear_act(struct device *dev, const struct linear_spec *s, enum a
 }
 
 void estimate_act_linear_backward(struct device *dev, const struct linear_spec *s, enum act_type type,
-                                  tensor dy, tensor act, tensor w, tensor u, tensor du, tensor dw,
-                                  tensor dbias, bool accumulate) {
+                                  tensor dy, tensor dy_sums, tensor act, tensor w, tensor u, tensor du,
+                                  tensor dw, tensor dbias, bool accumulate) {
     double N = (double)s->rows, in = (double)s->in, out = (double)s->out;
     struct act_spec spec = {type, s->rows, s->in};
     bool fused = fuses_gelu(dev, type, s->in);
-    estimate_linear_backward(dev, s, dy, act, w, fused ? tensor_none() : du, false, dw, dbias, accumulate);
+    estimate_linear_backward(dev, s, dy, dy_sums, act, w, fused ? tensor_none() : du, false, dw, dbias,
+                             accumulate);
     if (fused)
         count_matmul(dev, ESTIMATE_MATMUL, N, in, out,
                      (N * out + out * in + 2 * N * in) * element_bytes(dev));

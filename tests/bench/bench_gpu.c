@@ -246,8 +246,8 @@ static void run_linear_act(struct job *j) {
 
 static void run_act_linear_backward(struct job *j) {
     tensor *t = j->t;
-    j->b->k->act_linear_backward(j->b->dev, &j->spec.linear, ACT_GELU_TANH, t[0], t[1], t[2], t[3], t[4],
-                                 t[5], tensor_none(), true);
+    j->b->k->act_linear_backward(j->b->dev, &j->spec.linear, ACT_GELU_TANH, t[0], tensor_none(), t[1], t[2],
+                                 t[3], t[4], t[5], tensor_none(), true);
 }
 
 /* Of an MLP of C to F. */

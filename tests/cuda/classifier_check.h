@@ -34,8 +34,9 @@ static inline double plain_classifier(struct op_run *r) {
     free(x);
     free(targets);
     if (r->info[DH].name)
-        b->k->linear_backward(b->dev, &linear, on(logits, b), on(r->x[ROWS_H], b), w, on(r->x[DH], b), false,
-                              tensor_rows(on(r->x[DW], b), 0, V), tensor_none(), r->c->options & ACCUMULATE);
+        b->k->linear_backward(b->dev, &linear, on(logits, b), tensor_none(), on(r->x[ROWS_H], b), w,
+                              on(r->x[DH], b), false, tensor_rows(on(r->x[DW], b), 0, V), tensor_none(),
+                              r->c->options & ACCUMULATE);
     return CLASSIFIER_SCALE * loss;
 }
 

@@ -164,7 +164,7 @@ static inline void run_expect_same(struct op_run *r) {
     double *before[OP_OPERANDS] = {NULL};
     for (int i = 0; i < OP_OPERANDS; i++)
         if (r->info[i].name && r->info[i].touched & (FORWARD_WRITES | BACKWARD_WRITES) &&
-            (r->info[i].touched & BACKWARD_ADDS) != BACKWARD_ADDS)
+            (r->info[i].touched & BACKWARD_ADDS) != BACKWARD_ADDS && !r->info[i].of_added)
             before[i] = values_on(cuda, r->x[i]);
     emulator_seed(1);
     run_forward(r, cuda, NULL);

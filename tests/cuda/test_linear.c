@@ -84,7 +84,8 @@ static void gradients(struct device *dev, float *dw, float *dbias, int *launched
     sums_launched = 0;
     emulator_seconds = seconds_of;
     for (int pass = 0; pass < 2; pass++)
-        k->linear_backward(dev, &s, dy, x, tensor_none(), tensor_none(), false, w, b, pass > 0);
+        k->linear_backward(dev, &s, dy, tensor_none(), x, tensor_none(), tensor_none(), false, w, b,
+                           pass > 0);
     k->download(dev, w, dw, DTYPE_F32);
     k->download(dev, b, dbias, DTYPE_F32);
     emulator_seconds = NULL;

@@ -82,8 +82,8 @@ static void backward(struct run *r, enum act_type type, bool accumulate) {
     struct operand dw = input(k, DTYPE_F32, s.out, s.in, 0, 0, 0),
                    dbias = r->s.bias ? input(k, DTYPE_F32, s.out, 0, 0, 0, 0) : absent();
     EACH(k, b)
-    b->k->act_linear_backward(b->dev, &s, type, on(dy, b), on(act, b), on(w, b), on(u, b), on(du, b),
-                              on(dw, b), on(dbias, b), accumulate);
+    b->k->act_linear_backward(b->dev, &s, type, on(dy, b), tensor_none(), on(act, b), on(w, b), on(u, b),
+                              on(du, b), on(dw, b), on(dbias, b), accumulate);
     expect_close("act_linear_backward", "du", k, du);
     expect_close("act_linear_backward", "dW", k, dw);
     if (r->s.bias)

@@ -29,6 +29,7 @@ enum {
     GIVEN_POSITIONS = 128, /* embed, qkv_mix: of each token */
     CORRECT = 256,         /* classifier: which targets have the largest logit */
     FIRST_DX = 512,        /* norm: dx is written, not added to */
+    SUMS = 1024,           /* norm: dx_sums is wanted; linear: dy_sums is there, any numbers */
 };
 
 struct op_case {
@@ -100,9 +101,13 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 3, 2056), .vary = BIAS | DELTA | ACCUMULATE},
     {COMPARE, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 7, 768), .options = DELTA, .vary = FIRST_DX},
     {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 3, 5), .options = DELTA | BIAS | FIRST_DX, .vary = ACCUMULATE},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 3, 5), .options = DELTA | SUMS, .vary = BIAS | ACCUMULATE},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 11, 130), .options = DELTA | SUMS, .vary = BIAS | ACCUMULATE},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 19, 768), .options = DELTA | SUMS, .vary = BIAS | ACCUMULATE},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 3, 2056), .options = DELTA | SUMS, .vary = BIAS | FIRST_DX},
     /* More rows than the blocks of backward take at once. */
-    {COMPARE, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 301, 64), .options = BIAS | DELTA | ACCUMULATE},
-    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 203, 1028), .options = DELTA},
+    {COMPARE, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 301, 64), .options = BIAS | DELTA | ACCUMULATE | SUMS},
+    {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 203, 1028), .options = DELTA | SUMS},
     {BENCH_GPU, NORM_CASE(NORM_TYPE_RMS, 1e-5, 65536, 2560), .options = DELTA | ACCUMULATE},
 
     {BENCH_DIVIDE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 2048, 256), .options = DELTA},
@@ -116,6 +121,7 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, LINEAR_CASE(70, 24, 264), .vary = BIAS | ACCUMULATE},
     {COMPARE, LINEAR_CASE(301, 16, 8), .vary = BIAS | ACCUMULATE},
     {COMPARE, LINEAR_CASE(1000, 4, 8), .vary = BIAS | ACCUMULATE},
+    {COMPARE, LINEAR_CASE(16, 8, 24), .options = BIAS | SUMS, .vary = ACCUMULATE},
     {COMPARE, LINEAR_CASE(70, 24, 264), .options = BIAS | ACCUMULATE, .gap = 8},
     {COMPARE, LINEAR_CASE(33, 40, 129), .options = BIAS, .gap = 3},
 

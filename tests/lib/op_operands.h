@@ -32,6 +32,7 @@ struct op_operand {
     int gradient_of_output; /* as backward finds it */
     int gradient_of[2];     /* inputs, as backward leaves it */
     int64_t zero_rows;      /* the last so many entries of the first dimension are zero */
+    bool of_added; /* computed from what backward adds to, so that it differs when that is repeated */
 };
 
 /* Written over, or added to. */
@@ -79,6 +80,8 @@ static inline void norm_operands(const struct op_case *c, struct op_operand *x) 
                                .gradient_of = {1, delta ? 2 : 0}};
     x[8] = (struct op_operand){"dw", dparam, TYPE_GRADIENT, SHAPE(C), .gradient_of = {3}};
     x[9] = (struct op_operand){PRESENT(bias, "db"), dparam, TYPE_GRADIENT, SHAPE(C), .gradient_of = {4}};
+    x[10] = (struct op_operand){PRESENT(c->options & SUMS, "dx_sums"), BACKWARD_WRITES, TYPE_GRADIENT,
+                                SHAPE(C), .of_added = !(c->options & FIRST_DX)};
 }
 
 static inline void linear_operands(const struct op_case *c, struct op_operand *x) {
@@ -94,6 +97,8 @@ static inline void linear_operands(const struct op_case *c, struct op_operand *x
     x[6] = (struct op_operand){"dW", dparam, TYPE_GRADIENT, SHAPE(s->out, s->in), .gradient_of = {2}};
     x[7] =
         (struct op_operand){PRESENT(bias, "dbias"), dparam, TYPE_GRADIENT, SHAPE(s->out), .gradient_of = {3}};
+    x[8] = (struct op_operand){PRESENT(c->options & SUMS, "dy_sums"), BACKWARD_READS, TYPE_GRADIENT,
+                               SHAPE(s->out)};
 }
 
 static inline void qkv_mix_operands(const struct op_case *c, struct op_operand *x) {
@@ -373,9 +378,9 @@ static inline void op_backward(const struct kernels *k, struct device *dev, cons
         return k->embed_backward(dev, &s.embed, t[0], t[7], t[4], t[5], t[6]);
     case OP_NORM:
         return k->residual_norm_backward(dev, &s.norm, t[6], t[1].data ? t[4] : t[0], t[2], saved, t[7],
-                                         !(c->options & FIRST_DX), t[8], t[9], add);
+                                         !(c->options & FIRST_DX), t[8], t[9], t[10], add);
     case OP_LINEAR:
-        return k->linear_backward(dev, &s.linear, t[4], t[0], t[1], t[5], add, t[6], t[7], add);
+        return k->linear_backward(dev, &s.linear, t[4], t[8], t[0], t[1], t[5], add, t[6], t[7], add);
     case OP_QKV_MIX:
         return k->qkv_mix_backward(dev, &s.qkv_mix, t[8], t[9], t[10], t[0], t[1], t[2], t[3], t[4], t[15],
                                    t[11], t[12], t[13], t[14], add);

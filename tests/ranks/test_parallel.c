@@ -39,10 +39,11 @@ struct job {
 static __thread int products, started;
 static __thread int products_at_start[256];
 
-static void count_product(struct device *dev, const struct linear_spec *s, tensor dy, tensor x, tensor w,
-                          tensor dx, bool add_dx, tensor dw, tensor dbias, bool accumulate) {
+static void count_product(struct device *dev, const struct linear_spec *s, tensor dy, tensor dy_sums,
+                          tensor x, tensor w, tensor dx, bool add_dx, tensor dw, tensor dbias,
+                          bool accumulate) {
     products++;
-    kernels_cpu()->linear_backward(dev, s, dy, x, w, dx, add_dx, dw, dbias, accumulate);
+    kernels_cpu()->linear_backward(dev, s, dy, dy_sums, x, w, dx, add_dx, dw, dbias, accumulate);
 }
 
 static void note_start(struct thread_comm *t, enum collective kind) {

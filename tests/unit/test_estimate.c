@@ -154,7 +154,7 @@ static void backward_of_a_product_by_hand(void **state) {
     (void)state;
     for (int more = 0; more < 2; more++) {
         struct device *dev = device_with(&g, &o);
-        kernels_estimate()->linear_backward(dev, &s, some, some, some, some, more, some,
+        kernels_estimate()->linear_backward(dev, &s, some, tensor_none(), some, some, some, more, some,
                                             more ? some : tensor_none(), more);
         struct estimate_totals a = estimate_totals(dev);
         double dw = 2 * (128 + 32) + 4 * 64 * (more ? 2 : 1), dx = 2 * (128 + 64 + 32 * (more ? 2 : 1));
@@ -275,9 +275,9 @@ static void the_rest_moves_what_it_reads_and_writes(void **state) {
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 4 * one);
     k->residual_norm_recompute(dev, &norm, yes, yes, no, yes, NULL);
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 2 * one);
-    k->residual_norm_backward(dev, &norm, yes, yes, yes, NULL, yes, true, yes, no, false);
+    k->residual_norm_backward(dev, &norm, yes, yes, yes, NULL, yes, true, yes, no, no, false);
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 4 * one);
-    k->residual_norm_backward(dev, &norm, yes, yes, yes, NULL, yes, false, yes, no, false);
+    k->residual_norm_backward(dev, &norm, yes, yes, yes, NULL, yes, false, yes, no, yes, false);
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 3 * one);
     k->mlp_act(dev, &gelu, yes, no, yes);
     assert_true(added(dev, ESTIMATE_ELEMENTWISE, &seen) == 2 * one);
