@@ -97,10 +97,12 @@ static inline const struct attention_spec *planned_attention(const struct layer_
 
 /* Gradients of activations; one set for all layers, since backward works on one layer at a time. */
 struct gradient_buffers {
-    tensor dx, dy;    /* [N,C] of the residual stream, and of a norm's output */
-    tensor dx_sums;   /* [C] column sums of dx, which biases need; as gradients of parameters */
-    tensor dact;      /* [N,F]; without a gate it becomes the gradient of up, in place */
-    tensor d_o, dqkv; /* [B,T,H,d], as the layer's qkv */
+    tensor dx, dy; /* [N,C] of the residual stream, and of a norm's output */
+    /* Column sums of dx [C], of the type of parameters' gradients, if there are biases. They wait here, since with zero_stage = 2
+     * the memory of the bias's gradient may still hold gradients of the unit before. */
+    tensor dx_sums;
+    tensor dact;                         /* [N,F]; without a gate it becomes the gradient of up, in place */
+    tensor d_o, dqkv;                    /* [B,T,H,d], as the layer's qkv */
     tensor dfolded_weight, dfolded_bias; /* of a folded layer; the type of gradients of parameters */
     tensor dalpha_unused;                /* [P,H,H] of alphas that are the identity */
     void *d_o_pseudo, *dq, *dk, *dv;     /* [B,S,H,d] or [B,S,G,d], S that of the layer */

@@ -298,8 +298,9 @@ static int plan(struct device *dev, const struct op_spec *spec, struct op_cost *
     case OP_ATTENTION:
         return cuda_attention_plan(dev, &spec->attention, cost, e);
     case OP_TALKING:
+        return cuda_talking_plan(dev, &spec->attention, cost, e);
     case OP_SIMPLICIAL:
-        return cuda_cpu_only_plan(spec->kind, e);
+        return cuda_simplicial_plan(dev, &spec->attention, cost, e);
     case OP_COLLAPSE:
         return cuda_collapse_plan(dev, &spec->collapse, cost, e);
     case OP_CLASSIFIER:

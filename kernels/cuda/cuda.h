@@ -188,7 +188,11 @@ void attention_plans_free(struct attention_plans *);
 const char *cuda_attention_backend(struct device *, const struct attention_spec *, size_t *deterministic);
 int cuda_orthogonalize_plan(struct device *, const struct orthogonalize_spec *, struct op_cost *,
                             struct error *);
-int cuda_cpu_only_plan(enum op_kind, struct error *);
+int cuda_talking_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
+int cuda_simplicial_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);
+/* k and v [B,n,G,d] to their ring buffers [B,capacity,G,d], token first + i at index (first + i) mod capacity. */
+void cuda_append_to_cache(struct device *, const struct attention_spec *, tensor k, tensor v, tensor cache_k,
+                          tensor cache_v, int64_t first);
 int cuda_diff_combine_plan(struct device *, const struct diff_combine_spec *, struct op_cost *,
                            struct error *);
 int cuda_decode_plan(struct device *, const struct attention_spec *, struct op_cost *, struct error *);

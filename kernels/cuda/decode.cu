@@ -18,8 +18,16 @@ template <typename T> struct decode_args {
     int d, group /* query heads of a head of k and v */, first, capacity;
     bool aligned;
     float scale; /* times log2 e */
-    struct rows<const T> q, k, v;
-    struct rows<T> cache_k, cache_v, o;
+    struct rows<const T> q, cache_k, cache_v;
+    struct rows<T> o;
+};
+
+/* New rows of k and v, and the ring buffers that they go to. */
+template <typename T> struct appended {
+    int d, first, capacity;
+    bool aligned;
+    struct rows<const T> k, v;
+    struct rows<T> cache_k, cache_v;
 };
 
 /* Elements [column, column + 8) of a row, zeros beyond d. */
@@ -38,7 +46,7 @@ static __device__ __forceinline__ void load_part(const T *row, int column, int d
 /* cache[b,(first + i) mod capacity,h,:] = x[b,i,h,:] for k and v; a warp a row. Grid: (n G / WARPS, 2 for k
  * and v, B). */
 template <typename T>
-static __global__ void __launch_bounds__(THREADS) append_to_cache(struct decode_args<T> a, int n, int heads) {
+static __global__ void __launch_bounds__(THREADS) append_to_cache(struct appended<T> a, int n, int heads) {
     wait_for_previous();
     int row = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32, i = row / heads, h = row % heads;
     int b = (int)blockIdx.z, slot = (a.first + i) % a.capacity;
@@ -165,6 +173,22 @@ static __global__ void __launch_bounds__(THREADS) attend_to_cache(struct decode_
     }
 }
 
+void cuda_append_to_cache(struct device *dev, const struct attention_spec *s, tensor k, tensor v,
+                          tensor cache_k, tensor cache_v, int64_t first) {
+    const int64_t B = s->batch, n = s->length, G = attention_kv_heads(s);
+    for (const tensor &t : {cache_k, cache_v})
+        check_shape("append_to_cache", "cache", t, cuda_compute(dev), B, cache_k.shape[1], G, s->head_dim);
+    by_dtype(k.dtype, [&](auto number) {
+        using T = decltype(number);
+        struct appended<T> a = {
+            (int)s->head_dim, (int)first, (int)cache_k.shape[1], rows_aligned({k, v, cache_k, cache_v}),
+                rows_of<const T>(k), rows_of<const T>(v), rows_of<T>(cache_k), rows_of<T>(cache_v)
+        };
+        launch<append_to_cache<T>>(dev, dim3((unsigned)ceil_div(n * G, WARPS), 2, (unsigned)B), THREADS, 0, a,
+                                   (int)n, (int)G);
+    });
+}
+
 int cuda_decode_plan(struct device *dev, const struct attention_spec *s, struct op_cost *cost,
                      struct error *e) {
     int status = attention_builtin_plan(dev, s, cost, e); /* checks head_dim: the limit is the same */
@@ -177,20 +201,16 @@ void cuda_attention_decode(struct device *dev, const struct attention_spec *s, t
     int64_t B = s->batch, n = s->length, H = s->heads, d = s->head_dim, capacity = cache_k.shape[1];
     int64_t G = attention_kv_heads(s);
     check_attention_shapes("attention_decode", cuda_compute(dev), s, {q, o}, {k, v});
-    for (const tensor &t : {cache_k, cache_v})
-        check_shape("attention_decode", "cache", t, cuda_compute(dev), B, capacity, G, d);
+    cuda_append_to_cache(dev, s, k, v, cache_k, cache_v, first);
     struct attention_spec all = *s;
     all.length = first + n;
     by_dtype(q.dtype, [&](auto number) {
         using T = decltype(number);
         struct decode_args<T> a = {
             band_of(&all, tensor_none()), (int)d, (int)(H / G), (int)first, (int)capacity,
-                rows_aligned({q, k, v, o, cache_k, cache_v}),
-                (float)(s->scale * 1.4426950408889634), rows_of<const T>(q), rows_of<const T>(k),
-                rows_of<const T>(v), rows_of<T>(cache_k), rows_of<T>(cache_v), rows_of<T>(o)
+                rows_aligned({q, o, cache_k, cache_v}), (float)(s->scale *LOG2_E), rows_of<const T>(q),
+                rows_of<const T>(cache_k), rows_of<const T>(cache_v), rows_of<T>(o)
         };
-        launch<append_to_cache<T>>(dev, dim3((unsigned)ceil_div(n * G, WARPS), 2, (unsigned)B), THREADS, 0, a,
-                                   (int)n, (int)G);
         dim3 grid((unsigned)n, (unsigned)H, (unsigned)B);
         if (d <= 32)
             launch<attend_to_cache<T, 4>>(dev, grid, THREADS, 0, a);

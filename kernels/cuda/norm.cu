@@ -13,8 +13,8 @@ enum { ROWS = 8 }; /* of a block with a warp per row */
 
 /* Words of V elements that a thread holds: 64 bytes of bf16, or 16 elements. */
 template <int V> constexpr int WORDS = V == 1 ? 16 : 4;
-/* Floats in shared memory for a number for each of them: odd, so that a warp's threads use different banks. */
-template <int V> constexpr int HELD = V *WORDS<V> + 1;
+/* Floats of shared memory for a thread's sums of dx: odd, so that the threads of a warp use different banks. */
+template <int V> constexpr int DX_SUMS_PITCH = V *WORDS<V> + 1;
 
 /* The sum over the blockDim.x threads of a row, bit-identical in each. All threads of the block call it. */
 static __device__ __forceinline__ float2 row_sums(float2 x) {
@@ -156,9 +156,7 @@ static __device__ __forceinline__ void store_partial(const float (&sums)[WORDS<V
 #pragma unroll
         for (int k = 0; k < WORDS<V>; k++)
             if (first + k * step < C)
-#pragma unroll
-                for (int j = 0; j < V; j++)
-                    partial[first + k * step + j] = sums[k][j];
+                store<V>(partial + first + k * step, sums[k]);
         return;
     }
     for (unsigned y = 0; y < blockDim.y; y++) {
@@ -184,7 +182,7 @@ static __device__ __forceinline__ void store_partial(const float (&sums)[WORDS<V
  * each: a thread keeps the same columns for all its rows, so it adds them up in registers, those of dx in shared
  * memory since there are no registers left, and writes them once. Bytes moved: 4 rows C elements, 3 where dx is
  * not added to.
- * Dynamic shared memory: C floats where a block has several rows, and for the sums of dx HELD a thread. */
+ * Dynamic shared memory: C floats where a block has several rows, and for the sums of dx DX_SUMS_PITCH a thread. */
 template <typename T, int V, bool BIAS>
 static __global__ void __launch_bounds__(MAX_BACKWARD)
     norm_backward(const T *dy, const T *x, const T *w, const float2 *stats, T *dx, bool add_dx,
@@ -197,12 +195,12 @@ static __global__ void __launch_bounds__(MAX_BACKWARD)
 #else
     constexpr int WITH_BIAS = 2;
 #endif
-    /* Words of dx that are loaded before the sums, as many as registers hold; the rest are loaded after them. */
+    /* Words of dx that are loaded before the sums, about as many as registers hold; the rest are loaded after them. */
     constexpr int EARLY = V == 1 ? 0 : BIAS && sizeof(T) == 2 ? WITH_BIAS : K;
     int first = (int)threadIdx.x * V, step = (int)blockDim.x * V;
     float dw[K][V] = {}, db[BIAS ? K : 1][V] = {};
     float *dx_sums = dynamic_shared<float>() + (blockDim.y > 1 ? C : 0) +
-                     HELD<V> * (threadIdx.y * blockDim.x + threadIdx.x);
+                     DX_SUMS_PITCH<V> * (threadIdx.y * blockDim.x + threadIdx.x);
     if (dx_partials)
         for (int i = 0; i < K * V; i++)
             dx_sums[i] = 0;
@@ -379,7 +377,8 @@ void cuda_residual_norm_backward(struct device *dev, const struct norm_spec *s, 
             size_t bytes = partials_bytes(dev, s, V * WORDS<V>);
             float *partials = (float *)cuda_workspace(dev, bytes, "residual_norm_backward");
             float *of_db = partials + blocks * C, *of_dx = db.data ? of_db + blocks * C : of_db;
-            int64_t shared = (block.y > 1 ? C : 0) + (dx_sums.data ? block.x * block.y * HELD<V> : 0);
+            int64_t shared =
+                (block.y > 1 ? C : 0) + (dx_sums.data ? block.x * block.y * DX_SUMS_PITCH<V> : 0);
             auto run = [&](auto bias) {
                 launch<norm_backward<T, V, decltype(bias)::value>>(
                     dev, blocks, block, (size_t)shared * sizeof(float), (const T *)dy.data,

@@ -17,6 +17,8 @@
  *   narrow    H200: the same figures at d = 64, window 1024. A100: 0.6 of `wide`, as on the H200.
  *   builtin   a guess: mma.sync reaches about two thirds of Hopper's peak and all of Ampere's, half of
  *             which is softmax and masks
+ *   talking   a guess: a fifth of `builtin`: tiles go through shared memory, and since they are split into two bf16
+ *             most products take two or three instructions
  *   cudnn     cuDNN 9.19's answers to queries (tests/cuda/test_cudnn.c)
  *   window    a guess: tiles of 128 keys that lie half outside at both edges
  *   mixing    0.85 is the target for our kernels (make bench-gpu); the factor on matmul is a guess
@@ -32,6 +34,7 @@ static const struct gpu_spec gpus[] = {
      .wide = {644e12, 541e12},
      .narrow = {349e12, 300e12},
      .builtin = {280e12, 220e12},
+     .talking = 56e12,
      .cudnn_head_dim = 256,
      .cudnn_scratch = 1,
      .cudnn_nan = true,
@@ -50,6 +53,7 @@ static const struct gpu_spec gpus[] = {
      .wide = {644e12, 541e12},
      .narrow = {349e12, 300e12},
      .builtin = {280e12, 220e12},
+     .talking = 56e12,
      .cudnn_head_dim = 256,
      .cudnn_scratch = 1,
      .cudnn_nan = true,
@@ -68,6 +72,7 @@ static const struct gpu_spec gpus[] = {
      .wide = {193e12, 167e12},
      .narrow = {116e12, 100e12},
      .builtin = {130e12, 100e12},
+     .talking = 26e12,
      .cudnn_head_dim = 128,
      .cudnn_scratch = 2,
      .cudnn_nan = false,

@@ -17,6 +17,7 @@ struct gpu_spec {
     double matmul;                      /* FLOP/s of large products */
     struct attention_rate wide, narrow; /* cuDNN, head_dim over 64, and up to 64 */
     struct attention_rate builtin;      /* the built-in kernels, where cuDNN is not used */
+    double talking;                     /* FLOP/s of attention with talking heads, both ways */
     int64_t cudnn_head_dim;             /* the largest that cuDNN's backward supports */
     int cudnn_scratch;                  /* workspace of its non-deterministic backward, in fp32 copies of q */
     bool cudnn_nan;          /* not used for lengths of 64 modulo 128 (kernels/cuda/attention/attention.cu) */

@@ -5,6 +5,7 @@
 
 #include "kernels/cudnn_scratch.h"
 #include "kernels/logits_chunk.h"
+#include "kernels/talking_limit.h"
 
 #pragma GCC diagnostic ignored                                                                               \
     "-Wunused-parameter" /* most costs follow from the spec, not from the tensors */
@@ -392,15 +393,40 @@ void estimate_add(struct device *dev, tensor x, tensor y) {
     count_pass(dev, ESTIMATE_ELEMENTWISE, 3 * (double)tensor_count(x) * element_bytes(dev));
 }
 
-/* ---- operations without CUDA kernels: estimate_plan refuses them ---- */
+/* What kernels/cuda/attention/talking.cu computes: see its header. */
+struct talking_flops {
+    double product, mixing; /* over all visible pairs */
+    double executed;        /* of a mixing, with padding heads */
+    double parts;           /* of d, each of which computes the scores */
+};
+
+static struct talking_flops talking_flops(struct device *dev, const struct attention_spec *s) {
+    double one = pair_flops(dev, s), heads = (double)s->heads, d = (double)s->head_dim;
+    int64_t padded = (s->heads + 15) / 16 * 16,
+            columns = s->heads <= 16 && dev->options.precision == DEVICE_BF16 ? 128 : 64;
+    return (struct talking_flops){one, one * heads / d, one * (double)(padded * padded) / (heads * d),
+                                  (double)((s->head_dim + columns - 1) / columns)};
+}
 
 void estimate_talking(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
-                      tensor segments, tensor logits, tensor weights, tensor o, void *saved) {}
+                      tensor segments, tensor logits, tensor weights, tensor o, void *saved) {
+    struct talking_flops f = talking_flops(dev, s);
+    count_kernel(dev, ESTIMATE_ATTENTION, 2 * (f.product + f.mixing),
+                 (2 * f.parts + 1) * f.product + 3 * f.parts * f.executed, dev->options.gpu->talking,
+                 all_values(s) * element_bytes(dev), dev->options.gpu->copy);
+}
 
 void estimate_talking_backward(struct device *dev, const struct attention_spec *s, tensor q, tensor k,
                                tensor v, tensor segments, tensor logits, tensor weights, tensor d_o,
                                const void *saved, tensor dq, tensor dk, tensor dv, tensor dlogits,
-                               tensor dweights, bool accumulate) {}
+                               tensor dweights, bool accumulate) {
+    struct talking_flops f = talking_flops(dev, s);
+    count_kernel(dev, ESTIMATE_ATTENTION, 4 * (f.product + f.mixing),
+                 (7 * f.parts + 3) * f.product + 12 * f.parts * f.executed, dev->options.gpu->talking,
+                 2 * all_values(s) * element_bytes(dev), dev->options.gpu->copy);
+}
+
+/* ---- simplicial: estimate_plan refuses it ---- */
 
 void estimate_simplicial(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                          tensor k2, tensor v2, tensor segments, tensor o, void *saved) {}
@@ -480,12 +506,17 @@ void estimate_zero(struct device *dev, void *data, size_t bytes) {
  * for each query head in bf16. */
 int estimate_plan(struct device *dev, const struct op_spec *spec, struct op_cost *cost, struct error *e) {
     *cost = (struct op_cost){0, MATMUL_WORKSPACE};
-    if (spec->kind == OP_TALKING || spec->kind == OP_SIMPLICIAL)
+    if (spec->kind == OP_SIMPLICIAL)
         return fail_user(
-            e,
-            "model.layer_pattern: %s layers are computed on CPUs only, so that there is nothing to "
-            "estimate for GPUs; leave out --gpus, or use other layers",
-            spec->kind == OP_TALKING ? "talking" : "simplicial");
+            e, "model.layer_pattern: simplicial layers are for short sequences, and are not estimated; "
+               "leave out --gpus, or use other layers");
+    if (spec->kind == OP_TALKING) {
+        const struct attention_spec *a = &spec->attention;
+        if (a->heads > TALKING_MAX_HEADS)
+            return fail_user(e, TALKING_TOO_MANY_HEADS, (long long)a->heads, TALKING_MAX_HEADS);
+        cost->saved = (size_t)(a->batch * a->heads * a->length) * sizeof(float);
+        cost->workspace += cost->saved;
+    }
     if (spec->kind == OP_NORM)
         cost->saved = (size_t)spec->norm.rows * 2 * sizeof(float);
     if (spec->kind == OP_ATTENTION) {

@@ -218,10 +218,13 @@ void info_print_determinism(FILE *out, const struct model *m) {
     fprintf(out, "deterministic: attention");
     for (int layer = 0; layer < m->config.num_hidden_layers; layer++) {
         enum layer_type type = m->config.layer_types[layer];
-        size_t bytes;
+        const struct layer_specs *specs = &m->specs[layer];
+        size_t bytes = 0;
         if (printed[type])
             continue;
-        const char *backend = m->k->attention_backend(m->dev, planned_attention(&m->specs[layer]), &bytes);
+        const char *backend = "built-in kernels";
+        if (attention_kind(specs) == OP_ATTENTION)
+            backend = m->k->attention_backend(m->dev, planned_attention(specs), &bytes);
         fprintf(out, "%s of %s layers by %s", separator, layer_type_name(type), backend);
         if (bytes > 0)
             fprintf(out, " with %.1f MB", (double)bytes / 1e6);

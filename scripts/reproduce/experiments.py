@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 MHA = ("model.layer_pattern=mha_global",)
 FOLDED = ("model.layer_pattern=folded_global",)
-TALKING = ("model.layer_pattern=talking_global", "system.device=cpu")  # there are no CUDA kernels of it
+TALKING = ("model.layer_pattern=talking_global",)
 DIFF = ("model.layer_pattern=diff_global",)
-SIMPLICIAL = ("model.layer_pattern=simplicial_global", "system.device=cpu")  # neither of this
+SIMPLICIAL = ("model.layer_pattern=simplicial_global",)
 
 
 def iha(pseudo_heads, pattern="iha_global"):

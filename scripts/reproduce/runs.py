@@ -52,8 +52,7 @@ class Run:
             result = json.loads((self.folder / "result.json").read_text())
         except (FileNotFoundError, ValueError):
             return self.recorded
-        same = all(result.get(key, value) == value for key, value in self.settings().items())
-        return result if same else self.recorded
+        return result if same_settings(result, self.settings()) else self.recorded
 
 
 class Plan:
@@ -202,6 +201,19 @@ class Plan:
         return runs, unknown
 
 
+def trained(overrides):
+    """Overrides without the device: where a run is computed does not make it another run."""
+    return [item for item in overrides if not item.startswith("system.device=")]
+
+
+def same_settings(written, settings):
+    """Whether what was written with a run or a result are these settings(). Results of before there were all keys lack some."""
+    def value(key, content):
+        return trained(content[key]) if isinstance(content[key], list) else content[key]
+
+    return isinstance(written, dict) and all(key not in written or value(key, written) == value(key, settings) for key in settings)
+
+
 def last_of_each_key(*overrides):
     """The last value given for a key is the one that counts."""
     return tuple(f"{key}={value}" for key, value in dict(item.split("=", 1) for item in overrides).items())
@@ -223,7 +235,8 @@ class Record:
 
     def result(self, key, overrides):
         """None also for a run that the experiment's present settings would make differently."""
-        return self.runs[key] if self.overrides.get(key) == list(overrides) else None
+        recorded = self.overrides.get(key)
+        return self.runs[key] if recorded is not None and trained(recorded) == trained(overrides) else None
 
 
 def record_folder(options):
@@ -352,8 +365,9 @@ class Scheduler:
         """Go on with what the folder holds of this run, or begin; what it holds of a run with other settings goes."""
         settings = run.folder / "settings.json"
         try:
-            same = json.loads(settings.read_text()) == run.settings()
-        except (FileNotFoundError, ValueError):
+            written = json.loads(settings.read_text())
+            same = run.settings().keys() <= written.keys() and same_settings(written, run.settings())
+        except (FileNotFoundError, ValueError, AttributeError):
             same = False
         if not same and run.folder.exists():
             self.say(f"{describe(run)}: {run.folder} holds a run with other settings; it is removed, and this one begins")

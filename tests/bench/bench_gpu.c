@@ -162,8 +162,8 @@ static void bandwidth_rows(const struct op_case *c, void *context) {
     char sizes[OP_TEXT], what[CELL];
     case_open(&w, x->b, c);
     for (int backward = 0; backward < 2; backward++) {
-        snprintf(what, sizeof what, "%s %s: %.80s", op_name(c), backward ? "backward" : "forward",
-                 op_sizes(c, sizes));
+        snprintf(what, sizeof what, "%s %s: %.80s%s", op_name(c), backward ? "backward" : "forward",
+                 op_sizes(c, sizes), backward && c->options & SUMS ? ", sums of columns" : "");
         bandwidth_row(x->t, x->b, backward ? case_backward : case_forward, &w, case_bytes(&w, backward),
                       what);
     }
@@ -220,8 +220,25 @@ static void attention_rows(const struct op_case *c, void *context) {
         attention_rows_by("cudnn", c, context);
 }
 
-static void bench_attention_both(struct bench *b, struct table *t) {
+/* Mixing costs H / d of a product over all pairs. */
+static void talking_rows(const struct op_case *c, void *context) {
+    const struct gpu_context *x = context;
+    double mixing = (double)c->spec.attention.heads / (double)c->spec.attention.head_dim;
+    struct bench_case w;
+    char sizes[OP_TEXT], what[CELL];
+    case_open(&w, x->b, c);
+    for (int backward = 0; backward < 2; backward++) {
+        snprintf(what, sizeof what, "talking heads: %.80s, %s", op_sizes(c, sizes),
+                 backward ? "backward" : "forward");
+        flops_row(x->t, x->b, backward ? case_backward : case_forward, &w,
+                  (1 + backward) * (1 + mixing) * attention_flops(c), what);
+    }
+    case_close(&w);
+}
+
+static void bench_attention(struct bench *b, struct table *t) {
     op_cases_run(OP_ATTENTION, BENCH_GPU, attention_rows, &(struct gpu_context){b, t});
+    op_cases_run(OP_TALKING, BENCH_GPU, talking_rows, &(struct gpu_context){b, t});
 }
 
 /* Loss and both gradients: three matrix products. */
@@ -475,7 +492,7 @@ static const struct item {
 } ITEMS[] = {
     {"ceilings", bench_nothing, "a copy within device memory, and a matrix product"},
     {"mixing", bench_mix, "qkv_mix and collapse at three sizes"},
-    {"attention", bench_attention_both, "built-in kernels and cuDNN's"},
+    {"attention", bench_attention, "built-in kernels and cuDNN's; talking heads"},
     {"gelu", bench_gelu, "GELU in the products beside it, and apart"},
     {"others", bench_others, "norm, activations, classifier, optimizer"},
     {"gpt2", bench_gpt2_steps, "optimizer steps of GPT-2 124M, with and without IHA"},

@@ -135,6 +135,9 @@ class Reproduce(FolderCase):
         self.assertEqual(done.stderr, "")
         self.assertEqual((self.docs / "results.md").read_text(), page)
         self.assertEqual(list(self.runs.rglob("metrics.jsonl")), [])
+        elsewhere = EXPERIMENTS.replace("run.eval_every=3", "run.eval_every=3\", \"system.device=cpu")
+        self.reproduce(9, *arguments, "--recorded", text=elsewhere)  # where it is computed makes no other run of it
+        self.assertEqual(list(self.runs.rglob("metrics.jsonl")), [])
         self.reproduce(9, *arguments)  # without it everything is trained again
         self.assertEqual(len(self.results()), 4 + 3)
         shutil.rmtree(self.runs)

@@ -1,5 +1,5 @@
-/* attention_decode of the CUDA backend against the CPU backend: passes of every size over ring caches that
- * wrap, for every mask; and what the caches then hold. */
+/* attention_decode, talking_decode and simplicial_decode of the CUDA backend against the CPU backend: passes of every size
+ * over ring caches that wrap, for every mask; and what the caches then hold. */
 #include "tests/cuda/fixture.h"
 
 enum { PASSES = 4 };
@@ -12,6 +12,7 @@ struct decode_case {
     bool packed;
     int64_t start; /* tokens that are in the caches already */
     double magnitude;
+    enum op_kind kind; /* OP_DECODE, OP_TALKING or OP_SIMPLICIAL */
 };
 
 static struct operand selected(struct operand x, int64_t index) {
@@ -52,15 +53,32 @@ static void check(enum device_precision precision, struct decode_case c) {
     struct operand cache_k =
         scaled_input(k, k->compute, c.magnitude, 0, c.batch, capacity, c.heads, c.head_dim, 0);
     struct operand cache_v = input(k, k->compute, c.batch, capacity, c.heads, c.head_dim, 0);
+    struct operand cache_k2 = input(k, k->compute, c.batch, capacity, c.heads, c.head_dim, 0);
+    struct operand cache_v2 = input(k, k->compute, c.batch, capacity, c.heads, c.head_dim, 0);
+    struct operand logits = input(k, k->compute, c.heads, c.heads, 0, 0, 0);
+    struct operand weights = input(k, k->compute, c.heads, c.heads, 0, 0, 0);
     emulator_seed(seed++ % 5);
-    plan(k, (struct op_spec){.kind = OP_DECODE, .attention = s});
+    struct op_spec planned = {.kind = c.kind, .attention = s};
+    if (c.kind == OP_SIMPLICIAL)
+        planned.attention.length = capacity;
+    plan(k, planned);
     for (int pass = 0; pass < PASSES; pass++, first += n) {
-        struct operand in[3], o = output(k, k->compute, c.batch, n, c.heads, c.head_dim, 0);
+        struct operand in[3], more[3], o = output(k, k->compute, c.batch, n, c.heads, c.head_dim, 0);
         char what[128];
         pass_inputs(k, &c, n, in);
-        EACH(k, b)
-        b->k->attention_decode(b->dev, &s, on(in[0], b), on(in[1], b), on(in[2], b), on(cache_k, b),
-                               on(cache_v, b), first, on(o, b));
+        pass_inputs(k, &c, n, more);
+        EACH(k, b) {
+            if (c.kind == OP_TALKING)
+                b->k->talking_decode(b->dev, &s, on(in[0], b), on(in[1], b), on(in[2], b), on(logits, b),
+                                     on(weights, b), on(cache_k, b), on(cache_v, b), first, on(o, b));
+            else if (c.kind == OP_SIMPLICIAL)
+                b->k->simplicial_decode(b->dev, &s, on(in[0], b), on(in[1], b), on(in[2], b), on(more[1], b),
+                                        on(more[2], b), on(cache_k, b), on(cache_v, b), on(cache_k2, b),
+                                        on(cache_v2, b), first, on(o, b));
+            else
+                b->k->attention_decode(b->dev, &s, on(in[0], b), on(in[1], b), on(in[2], b), on(cache_k, b),
+                                       on(cache_v, b), first, on(o, b));
+        }
         snprintf(what, sizeof what, "B %d H %d d %d P %d n %d token %d window %d packed %d first %d",
                  (int)c.batch, (int)c.heads, (int)c.head_dim, (int)c.pseudo, (int)n, c.token_mask,
                  (int)c.window, c.packed, (int)first);
@@ -68,6 +86,8 @@ static void check(enum device_precision precision, struct decode_case c) {
     }
     expect_equal(k, cache_k);
     expect_equal(k, cache_v);
+    expect_equal(k, cache_k2);
+    expect_equal(k, cache_v2);
     done(k);
 }
 
@@ -87,7 +107,8 @@ static void check_all(enum device_precision precision) {
                                                           .window = windows[i],
                                                           .packed = turn % 4 < 2,
                                                           .start = turn % 3 ? 0 : 50,
-                                                          .magnitude = turn % 5 ? 1 : 4});
+                                                          .magnitude = turn % 5 ? 1 : 4,
+                                                          .kind = OP_DECODE});
 }
 
 static void decode_bf16(void **state) {
@@ -105,14 +126,36 @@ static void many_keys(void **state) {
     (void)state;
     for (int precision = DEVICE_FP32; precision <= DEVICE_BF16; precision++) {
         check((enum device_precision)precision,
-              (struct decode_case){1, 2, 64, 1, 1, false, 0, false, 700, 3});
+              (struct decode_case){1, 2, 64, 1, 1, false, 0, false, 700, 3, OP_DECODE});
         check((enum device_precision)precision,
-              (struct decode_case){1, 1, 128, 2, 1, true, 501, true, 700, 3});
+              (struct decode_case){1, 1, 128, 2, 1, true, 501, true, 700, 3, OP_DECODE});
+    }
+}
+
+static void other_kinds(void **state) {
+    (void)state;
+    static const int64_t windows[] = {0, 1, 7, 20};
+    for (int turn = 0; turn < 16; turn++) {
+        struct decode_case c = {.batch = 1 + turn % 2,
+                                .heads = turn % 3 ? 3 : 17,
+                                .head_dim = turn % 4 == 3 ? 80
+                                            : turn % 2    ? 16
+                                                          : 12,
+                                .pseudo = 1,
+                                .tokens = turn % 4 < 2 ? 1 : 5,
+                                .window = windows[turn / 4],
+                                .packed = turn % 3 == 1,
+                                .start = turn % 3 ? 0 : 30,
+                                .magnitude = 1,
+                                .kind = turn % 2 ? OP_TALKING : OP_SIMPLICIAL};
+        check(DEVICE_FP32, c);
+        check(DEVICE_BF16, c);
     }
 }
 
 int main(void) {
     const struct CMUnitTest tests[] = {
+        cmocka_unit_test(other_kinds),
         cmocka_unit_test(decode_bf16),
         cmocka_unit_test(decode_fp32),
         cmocka_unit_test(many_keys),

@@ -154,6 +154,23 @@ static void gradients_of_differential_layers(void **state) {
     check_gradients(DEVICE_BF16, differential_config());
 }
 
+/* Talking heads, and attention to pairs of keys. */
+static struct model_config compared_config(void) {
+    struct model_config c = plain_config();
+    c.num_hidden_layers = 3;
+    c.layer_types[0] = LAYER_TALKING_LOCAL;
+    c.layer_types[1] = LAYER_SIMPLICIAL_LOCAL;
+    c.layer_types[2] = LAYER_TALKING_GLOBAL;
+    return c;
+}
+
+static void gradients_of_compared_layers(void **state) {
+    (void)state;
+    emulator_seed(10);
+    check_gradients(DEVICE_FP32, compared_config());
+    check_gradients(DEVICE_BF16, compared_config());
+}
+
 /* What pads the vocabulary is zero wherever the flat buffer's layout has it. */
 static void check_padded_rows(const struct model *m) {
     const struct param *p = &m->params.list[m->params.lm_head];
@@ -223,6 +240,7 @@ static void bits_bf16(void **state) {
     (void)state;
     check_bits(DEVICE_BF16, plain_config());
     check_bits(DEVICE_BF16, gated_config());
+    check_bits(DEVICE_BF16, compared_config());
 }
 
 /* ---- segments ---- */
@@ -352,6 +370,7 @@ int main(void) {
         cmocka_unit_test(gradients_bf16),
         cmocka_unit_test(gradients_of_one_product),
         cmocka_unit_test(gradients_of_differential_layers),
+        cmocka_unit_test(gradients_of_compared_layers),
         cmocka_unit_test(bits_fp32),
         cmocka_unit_test(bits_bf16),
         cmocka_unit_test(gradients_of_segments),

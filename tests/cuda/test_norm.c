@@ -31,7 +31,7 @@ static void check(enum device_precision precision, const struct op_case *c) {
     done(r.k);
 }
 
-/* Rows whose sums take all of the shared memory that a block has unless it asks for more. */
+/* Rows whose sums take more shared memory than a block has unless it asks for more. */
 static void widest_rows(void **state) {
     (void)state;
     static const struct op_case fp32 = {COMPARE, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 2, 8192), BIAS | SUMS},

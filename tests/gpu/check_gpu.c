@@ -202,7 +202,10 @@ static void check_all_gradients(void) {
     } types[] = {{"mha_global", LAYER_MHA_GLOBAL},
                  {"mha_local", LAYER_MHA_LOCAL},
                  {"iha_global", LAYER_IHA_GLOBAL},
-                 {"iha_local", LAYER_IHA_LOCAL}};
+                 {"iha_local", LAYER_IHA_LOCAL},
+                 {"folded_global", LAYER_FOLDED_GLOBAL},
+                 {"talking_local", LAYER_TALKING_LOCAL},
+                 {"simplicial_global", LAYER_SIMPLICIAL_GLOBAL}};
     for (int precision = DEVICE_FP32; precision <= DEVICE_BF16; precision++) {
         enum device_precision p = (enum device_precision)precision;
         for (size_t i = 0; i < sizeof types / sizeof *types; i++) {

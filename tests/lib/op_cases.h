@@ -109,6 +109,8 @@ static const struct op_case OP_CASES[] = {
     {COMPARE, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 301, 64), .options = BIAS | DELTA | ACCUMULATE | SUMS},
     {COMPARE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 203, 1028), .options = DELTA | SUMS},
     {BENCH_GPU, NORM_CASE(NORM_TYPE_RMS, 1e-5, 65536, 2560), .options = DELTA | ACCUMULATE},
+    {BENCH_GPU, NORM_CASE(NORM_TYPE_LAYER, 1e-5, 131072, 768), .options = DELTA | ACCUMULATE | BIAS,
+     .vary = SUMS},
 
     {BENCH_DIVIDE, NORM_CASE(NORM_TYPE_RMS, 1e-5, 2048, 256), .options = DELTA},
 
@@ -285,6 +287,27 @@ static const struct op_case OP_CASES[] = {
     {GRADIENT, TALKING_CASE(1, 35, 2, 3, 1, false, false, 0, 0.7)},
     {GRADIENT, TALKING_CASE(2, 9, 2, 4, 1, true, false, 4, 0.7, true), .segments = {3, 1}},
     {GRADIENT, TALKING_CASE(2, 9, 1, 4, 1, false, false, 0, 0.7, true), .segments = {3, 1}},
+    {COMPARE, TALKING_CASE(1, 1, 1, 4, 1, true, false, 0, 0)},
+    {COMPARE, TALKING_CASE(2, 21, 3, 5, 1, true, false, 0, 0), .vary = ACCUMULATE},
+    {COMPARE, TALKING_CASE(1, 40, 4, 16, 1, true, false, 9, 0)},
+    {COMPARE, TALKING_CASE(2, 37, 2, 24, 1, false, false, 0, 0), .vary = ACCUMULATE},
+    {COMPARE, TALKING_CASE(1, 50, 12, 64, 1, true, false, 0, 0)},
+    {COMPARE, TALKING_CASE(1, 33, 17, 16, 1, true, false, 0, 0)}, /* two groups of heads */
+    {COMPARE, TALKING_CASE(1, 18, 3, 80, 1, true, false, 0, 0)},  /* two parts of d, or one */
+    {COMPARE, TALKING_CASE(1, 20, 20, 128, 1, true, false, 0, 0)},
+    {COMPARE, TALKING_CASE(1, 18, 32, 8, 1, true, false, 0, 0)},
+    {COMPARE, TALKING_CASE(1, 17, 2, 256, 1, true, false, 0, 0)},
+    {COMPARE, TALKING_CASE(280, 16, 4, 8, 1, true, false, 0, 0)}, /* more tiles than blocks of an H200 */
+    {COMPARE, TALKING_CASE(2, 45, 3, 16, 1, true, false, 8, 0, true), .segments = {20, 1}},
+    {COMPARE, TALKING_CASE(2, 40, 4, 8, 1, false, false, 0, 0, true), .segments = {17, 3}},
+    {BENCH_GPU, TALKING_CASE(8, 1024, 12, 64, 1, true, false, 0, 0)},
+    {COMPARE, SIMPLICIAL_CASE(2, 1, 3, 8, 1, true, false, 0, 0)},
+    {COMPARE, SIMPLICIAL_CASE(2, 13, 2, 5, 1, true, false, 0, 0)},
+    {COMPARE, SIMPLICIAL_CASE(1, 40, 3, 16, 1, false, false, 0, 0)},
+    {COMPARE, SIMPLICIAL_CASE(1, 70, 2, 64, 1, true, false, 33, 0)},
+    {COMPARE, SIMPLICIAL_CASE(1, 9, 1, 130, 1, true, false, 0, 0)},
+    {COMPARE, SIMPLICIAL_CASE(1, 20, 1, 256, 1, true, false, 0, 0)},
+    {COMPARE, SIMPLICIAL_CASE(2, 24, 2, 8, 1, true, false, 5, 0, true), .segments = {9, 1}},
     {GRADIENT, SIMPLICIAL_CASE(2, 6, 2, 4, 1, true, false, 0, 0.7)},
     {GRADIENT, SIMPLICIAL_CASE(1, 21, 1, 3, 1, true, false, 18, 0.7)}, /* more than a group of second keys */
     {GRADIENT, SIMPLICIAL_CASE(1, 18, 1, 3, 1, false, false, 0, 0.7)},

@@ -493,13 +493,14 @@ static inline const char *op_sizes(const struct op_case *c, char text[OP_TEXT]) 
 
 /* For a failure: the operation, its sizes and what its spec leaves open. */
 static inline const char *op_describe(const struct op_case *c) {
-    static const char *const options[] = {"accumulate", "bias",       "delta",     "learned positions",
-                                          "one token",  "few tokens", "loss only", "positions of each token",
-                                          "correct",    "dx written"};
+    static const char *const options[] = {
+        "accumulate", "bias",       "delta",          "learned positions",
+        "one token",  "few tokens", "loss only",      "positions of each token",
+        "correct",    "dx written", "sums of columns"};
     static char text[2 * OP_TEXT];
     char sizes[OP_TEXT];
     int at = snprintf(text, sizeof text, "%s %s", op_name(c), op_sizes(c, sizes));
-    for (int i = 0; i < 10; i++)
+    for (size_t i = 0; i < sizeof options / sizeof *options; i++)
         if (c->options >> i & 1)
             at += snprintf(text + at, sizeof text - (size_t)at, ", %s", options[i]);
     return text;

@@ -180,6 +180,36 @@ static double attention_seconds(struct gpu_spec *g, struct attention_spec s, boo
     return seconds;
 }
 
+/* Two products and two mixings are what talking heads need; three and three are computed, and ten and twelve backward, of
+ * heads padded to 16; with two parts of d the scores, and what follows from them, are computed twice. */
+static void talking_heads_by_hand(void **state) {
+    struct gpu_spec g = fast_gpu();
+    struct estimate_options o = {0};
+    (void)state;
+    g.talking = 10;
+    struct attention_spec s = {2, 4, 3, 8, 1, true, false, 0, 1, false, 0, false};
+    tensor none = tensor_none();
+    double pairs = 2 * 10, product = 2 * pairs * 3 * 8, mixing = 2 * pairs * 3 * 3,
+           padded = 2 * pairs * 16 * 16;
+    struct device *dev = device_with(&g, &o);
+    kernels_estimate()->talking(dev, &s, none, none, none, none, none, none, none, NULL);
+    struct estimate_totals a = estimate_totals(dev);
+    assert_true(a.flops[ESTIMATE_ATTENTION] == 2 * product + 2 * mixing);
+    expect_near("talking", a.now, (3 * product + 3 * padded) / 10);
+    kernels_estimate()->talking_backward(dev, &s, none, none, none, none, none, none, none, NULL, none, none,
+                                         none, none, none, false);
+    struct estimate_totals b = estimate_totals(dev);
+    assert_true(b.flops[ESTIMATE_ATTENTION] == 3 * a.flops[ESTIMATE_ATTENTION]);
+    expect_near("talking, backward", b.now - a.now, (10 * product + 12 * padded) / 10);
+    s.heads = 20;
+    s.head_dim = 128;
+    kernels_estimate()->talking(dev, &s, none, none, none, none, none, none, none, NULL);
+    product = 2 * pairs * 20 * 128;
+    padded = 2 * pairs * 32 * 32;
+    expect_near("talking, two parts", estimate_totals(dev).now - b.now, (5 * product + 6 * padded) / 10);
+    kernels_estimate()->close(dev);
+}
+
 /* A causal square of 128 has 128 * 129 / 2 visible pairs. Backward has five products where forward has two.
  */
 static void attention_goes_at_the_rate_of_who_serves_it(void **state) {
@@ -725,6 +755,7 @@ int main(void) {
         cmocka_unit_test(operations_are_those_that_flops_count),
         cmocka_unit_test(a_product_takes_the_longer_of_its_two_times),
         cmocka_unit_test(backward_of_a_product_by_hand),
+        cmocka_unit_test(talking_heads_by_hand),
         cmocka_unit_test(attention_goes_at_the_rate_of_who_serves_it),
         cmocka_unit_test(mixing_moves_what_it_reads_and_writes),
         cmocka_unit_test(the_rest_moves_what_it_reads_and_writes),

@@ -319,13 +319,6 @@ const char *cuda_attention_backend(struct device *dev, const struct attention_sp
     return cudnn ? "cuDNN" : "built-in kernels";
 }
 
-static void check_segments(const char *op, const struct attention_spec *s, tensor segments) {
-    if (!s->segmented)
-        return;
-    check_shape(op, "segments", segments, DTYPE_I32, 2, s->batch, s->length / s->pseudo);
-    check_contiguous(op, "segments", segments);
-}
-
 void cuda_attention(struct device *dev, const struct attention_spec *s, tensor q, tensor k, tensor v,
                     tensor segments, tensor o, void *saved) {
     check_segments("attention", s, segments);

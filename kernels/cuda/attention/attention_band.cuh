@@ -15,6 +15,9 @@
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/mma.cuh"
 
+/* Scores times this are in base 2: the GPU has an instruction for 2^x. */
+constexpr double LOG2_E = 1.4426950408889634;
+
 /* ---- the mask ---- */
 
 struct band {

@@ -179,16 +179,11 @@ void attention_builtin(struct device *dev, const struct attention_spec *s, tenso
     check_attention_shapes("attention", cuda_compute(dev), s, {q, o}, {k, v});
     if (q.dtype == DTYPE_F32)
         return attention_fp32(dev, s, q, k, v, segments, o, (float *)saved);
-    struct forward_args a = {band_of(s, segments),
-                             (int)s->head_dim,
-                             (int)attention_group(s),
-                             rows_aligned({q, k, v, o}),
-                             (float)(s->scale * 1.4426950408889634),
-                             rows_of<const bf16>(q),
-                             rows_of<const bf16>(k),
-                             rows_of<const bf16>(v),
-                             rows_of<bf16>(o),
-                             (float *)saved};
+    struct forward_args a = {band_of(s, segments),       (int)s->head_dim,
+                             (int)attention_group(s),    rows_aligned({q, k, v, o}),
+                             (float)(s->scale * LOG2_E), rows_of<const bf16>(q),
+                             rows_of<const bf16>(k),     rows_of<const bf16>(v),
+                             rows_of<bf16>(o),           (float *)saved};
     if (a.d <= 32)
         launch_forward<32>(dev, s, a);
     else if (a.d <= 64)

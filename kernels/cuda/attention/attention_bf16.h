@@ -18,6 +18,13 @@ static inline void check_attention_shapes(const char *op, enum dtype type, const
                     s->head_dim);
 }
 
+static inline void check_segments(const char *op, const struct attention_spec *s, tensor segments) {
+    if (!s->segmented)
+        return;
+    check_shape(op, "segments", segments, DTYPE_I32, 2, s->batch, s->length / s->pseudo);
+    check_contiguous(op, "segments", segments);
+}
+
 /* The largest head_dim there are kernels for. */
 enum { ATTENTION_MAX_DIM = 256 };
 

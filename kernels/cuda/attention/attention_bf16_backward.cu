@@ -320,7 +320,7 @@ void attention_builtin_backward(struct device *dev, const struct attention_spec 
                               (int)attention_group(s),
                               aligned,
                               (float)s->scale,
-                              (float)(s->scale * 1.4426950408889634),
+                              (float)(s->scale * LOG2_E),
                               rows_of<const bf16>(q),
                               rows_of<const bf16>(k),
                               rows_of<const bf16>(v),

@@ -354,7 +354,7 @@ static struct fp32_args args_of(const struct attention_spec *s, tensor q, tensor
     a.d = (int)s->head_dim;
     a.group = (int)attention_group(s);
     a.scale = (float)s->scale;
-    a.scale_log2e = (float)(s->scale * 1.4426950408889634);
+    a.scale_log2e = (float)(s->scale * LOG2_E);
     a.q = rows_of<const float>(q);
     a.k = rows_of<const float>(k);
     a.v = rows_of<const float>(v);
