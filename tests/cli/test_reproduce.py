@@ -237,6 +237,33 @@ for arguments in ([], ["--quick"]):
         self.assertEqual(counts["multikey_1024"], [3, 3])
         self.assertEqual(counts["upcycling"], [4 + 6 * 4, 1 + 6])
 
+    def test_every_experiment_begins(self):
+        """The published ones: their data is made, with few examples, and every variant trains a step on it."""
+        begin = f"""
+import dataclasses, json, sys
+sys.path.insert(0, {str(MAIN.parent)!r})
+from main import EXPERIMENTS, make_data
+from runs import last_of_each_key
+for experiment in EXPERIMENTS.values():
+    if "data/tasks.py" in experiment.make_data:
+        few = [*experiment.make_data, "--train", "100", "--val", "50", "--test", "50"]
+        make_data(dataclasses.replace(experiment, make_data=(str({str(ROOT)!r} + "/" + few[0]), *few[1:])))
+    for variant in experiment.variants.values():
+        print(json.dumps([experiment.config, *last_of_each_key(*experiment.overrides, *variant.overrides)]))
+"""
+        (self.folder / "data").mkdir()
+        (self.folder / "data" / "bible").symlink_to(self.data)
+        (self.folder / "configs").symlink_to(ROOT / "configs")
+        done = subprocess.run([sys.executable, "-c", begin], env={**ENVIRONMENT, "TRAIN_IHA": BINARY}, cwd=self.folder,
+                              text=True, capture_output=True, timeout=TIMEOUT)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        one = ["train.epochs=none", "train.patience=0", "train.steps=1", "train.warmup_steps=0", "run.eval_batches=1"]
+        for number, line in enumerate(done.stdout.splitlines()):
+            config, *overrides = json.loads(line)
+            step = subprocess.run([BINARY, "train", config, *overrides, *one, f"run.dir=begun{number}"], env=ENVIRONMENT,
+                                  cwd=self.folder, text=True, capture_output=True, timeout=TIMEOUT)
+            self.assertEqual(step.returncode, 0, f"{overrides}: {step.stderr}")
+
     def test_bad_input(self):
         for arguments, words in ((["--only", "lm,nothing"], "there is no experiment 'nothing'"),
                                  (["--seeds", "-1"], "must be 1 or more"),
