@@ -54,7 +54,7 @@ def composition(name, variants, paper):
     return Experiment(
         name=name, title=f"{name.capitalize()} composition of boolean matrices", config=f"configs/synthetic/{name}.ini",
         data=folder, make_data=("data/tasks.py", name, "--out", folder), variants=variants, figure="val_accuracy",
-        seeds=3, overrides=("train.epochs=30",), quick=("train.epochs=none", "train.steps=400", "run.eval_every=100",
+        seeds=3, overrides=("train.epochs=30",), quick=("train.epochs=none", "train.steps=800", "run.eval_every=200",
                                                         "run.eval_batches=40"),
         not_quick=("simplicial", "iha_p8"), test=f"{folder}/test_*.bin", paper=paper)
 
@@ -91,7 +91,7 @@ LANGUAGE = Experiment(
         "iha_p2": Variant("IHA P = 2", iha(2, "iha_local*4 mha_global")),
         "iha_p4": Variant("IHA P = 4", iha(4, "iha_local*4 mha_global")),
     },
-    figure="val_loss", seeds=4, overrides=("train.steps=1500",), quick=("train.steps=150", "run.eval_every=50"),
+    figure="val_loss", seeds=4, overrides=("train.steps=1500",), quick=("train.steps=250", "run.eval_every=50"),
     flops_of="global", learning_rates=(7.5e-4, 1.5e-3, 3e-3, 6e-3))
 
 
@@ -109,7 +109,7 @@ def multikey(length):
         figure="val_exact", seeds=1,
         overrides=(f"data.train={folder}/train_*.bin", f"data.val={folder}/val_*.bin", f"train.seq_len={length}",
                    f"train.micro_batch={sequences}", f"train.batch_tokens={2 * sequences * length}", "train.epochs=10"),
-        quick=("train.epochs=none", "train.steps=60", "train.warmup_steps=10", "run.eval_every=20", "run.eval_batches=8"),
+        quick=("train.epochs=none", "train.steps=90", "train.warmup_steps=10", "run.eval_every=30", "run.eval_batches=8"),
         test=f"{folder}/test_*.bin", length=length,
         paper={"iha_p2": "27, 32 and 112 % above Global at 4k, 8k and 16k tokens"})
 
