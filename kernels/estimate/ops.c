@@ -393,7 +393,7 @@ void estimate_add(struct device *dev, tensor x, tensor y) {
     count_pass(dev, ESTIMATE_ELEMENTWISE, 3 * (double)tensor_count(x) * element_bytes(dev));
 }
 
-/* What kernels/cuda/attention/talking.cu computes: see its header. */
+/* What kernels/cuda/attention/talking.cu computes: see the headers of it and talking_backward.cu. */
 struct talking_flops {
     double product, mixing; /* over all visible pairs */
     double executed;        /* of a mixing, with padding heads */
