@@ -265,10 +265,11 @@ static inline void by_shape(const struct attention_spec *s, F f) {
     const int threads = threads_of(s);
     typedef std::integral_constant<int, 64> narrow;
     typedef std::integral_constant<int, BF16 ? 128 : 64> wide;
+    typedef std::integral_constant<int, BF16 ? 640 : 1024> some;
     if (threads > 640 || (!BF16 && threads > 512))
         f(narrow(), std::integral_constant<int, 1024>());
     else if (threads > 512)
-        f(narrow(), std::integral_constant < int, BF16 ? 640 : 1024 > ());
+        f(narrow(), some());
     else if (s->head_dim <= 64)
         f(narrow(), std::integral_constant<int, 512>());
     else
