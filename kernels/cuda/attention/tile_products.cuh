@@ -149,16 +149,14 @@ template <typename F> static __device__ __forceinline__ right_operand<F> right(F
     return {f};
 }
 
-template <typename A> using element_of = decltype(std::declval<A>()(0, 0));
-
 /* d += A B, in the layout of mma_m16n8k16's D for each of N tiles. TENSOR: on tensor cores, leaving out the products of
  * two second parts. */
 template <bool TENSOR, int N, typename A, typename B>
 static __device__ __forceinline__ void multiply(float (&d)[N][4], A a, B b) {
     const int g = (int)threadIdx.x % 32 / 4, c = (int)threadIdx.x % 4 * 2;
     if constexpr (TENSOR) {
-        constexpr bool A_EXACT = std::is_same<element_of<A>, bf16>::value,
-                       B_EXACT = std::is_same<element_of<B>, bf16>::value;
+        constexpr bool A_EXACT = std::is_same<decltype(a(0, 0)), bf16>::value,
+                       B_EXACT = std::is_same<decltype(b(0, 0)), bf16>::value;
         const struct split s[4] = {a.pair(g, c), a.pair(g + 8, c), a.pair(g, c + 8), a.pair(g + 8, c + 8)};
         const uint32_t high[4] = {s[0].high, s[1].high, s[2].high, s[3].high},
                        low[4] = {s[0].low, s[1].low, s[2].low, s[3].low};
