@@ -15,15 +15,15 @@ enum { THREADS = 1024, SUM_THREADS = 1024 };
 
 /* Exponentials. Where results are rounded to bf16 they are powers of 2, which take one instruction, and log2(e) is
  * multiplied in together with the subtraction of the maximum. scaled: x in the units of the exponent. */
-constexpr float LOG2_E = 1.44269504f;
+constexpr float LOG2_E_FLOAT = (float)LOG2_E;
 template <typename T> constexpr bool POWERS_OF_2 = sizeof(T) == 2;
 
 template <typename T> static __device__ __forceinline__ float scaled(float x) {
-    return POWERS_OF_2<T> ? x * LOG2_E : x;
+    return POWERS_OF_2<T> ? x * LOG2_E_FLOAT : x;
 }
 
 template <typename T> static __device__ __forceinline__ double unscaled(float x) {
-    return POWERS_OF_2<T> ? (double)x * (1 / (double)LOG2_E) : (double)x;
+    return POWERS_OF_2<T> ? (double)x * (1 / (double)LOG2_E_FLOAT) : (double)x;
 }
 
 template <typename T> static __device__ __forceinline__ float exponential_of_scaled(float x) {
@@ -35,7 +35,7 @@ template <typename T> static __device__ __forceinline__ float exponential_of_sca
 
 /* exp(x - max), by the scaled maximum. */
 template <typename T> static __device__ __forceinline__ float exponential(float x, float scaled_max) {
-    return exponential_of_scaled<T>(POWERS_OF_2<T> ? fmaf(x, LOG2_E, -scaled_max) : x - scaled_max);
+    return exponential_of_scaled<T>(POWERS_OF_2<T> ? fmaf(x, LOG2_E_FLOAT, -scaled_max) : x - scaled_max);
 }
 
 /* Of a part of a row: the scaled maximum, and the sum of exponentials relative to it. The same bits for (b, a). */

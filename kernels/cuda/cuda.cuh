@@ -15,6 +15,9 @@ static __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
+/* x times this is the exponent of e^x in base 2: the GPU has an instruction for 2^x. */
+constexpr double LOG2_E = 1.4426950408889634;
+
 /* Elements in 16 bytes, the widest load or store of a thread. */
 template <typename T> constexpr int VECTOR = 16 / (int)sizeof(T);
 

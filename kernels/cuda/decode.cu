@@ -72,11 +72,6 @@ struct softmax_state {
     float top, sum, acc[EACH];
 };
 
-/* With a maximum of -inf (no keys yet) nothing is subtracted: -inf minus -inf would be NaN. */
-static __device__ __forceinline__ float weight_of(float score, float top) {
-    return exp2f(score - (top == -INFINITY ? 0 : top));
-}
-
 /* Merge with the lane whose number differs in bit `offset`; both get the same result. */
 static __device__ __forceinline__ void merge(softmax_state &p, int offset) {
     float top = fmaxf(p.top, __shfl_xor_sync(0xffffffff, p.top, offset)), factor = weight_of(p.top, top);

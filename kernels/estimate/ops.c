@@ -5,7 +5,7 @@
 
 #include "kernels/cudnn_scratch.h"
 #include "kernels/logits_chunk.h"
-#include "kernels/talking_limit.h"
+#include "kernels/talking_shape.h"
 
 #pragma GCC diagnostic ignored                                                                               \
     "-Wunused-parameter" /* most costs follow from the spec, not from the tensors */
@@ -402,8 +402,8 @@ struct talking_flops {
 
 static struct talking_flops talking_flops(struct device *dev, const struct attention_spec *s) {
     double one = pair_flops(dev, s), heads = (double)s->heads, d = (double)s->head_dim;
-    int64_t padded = (s->heads + 15) / 16 * 16,
-            columns = s->heads <= 16 && dev->options.precision == DEVICE_BF16 ? 128 : 64;
+    int64_t padded = talking_padded_heads(s->heads),
+            columns = talking_columns(s->heads, s->head_dim, dev->options.precision == DEVICE_BF16);
     return (struct talking_flops){one, one * heads / d, one * (double)(padded * padded) / (heads * d),
                                   (double)((s->head_dim + columns - 1) / columns)};
 }

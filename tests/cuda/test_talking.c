@@ -89,14 +89,14 @@ static void round_matrices(const struct op_run *r) {
 static void check(enum device_precision precision, const struct op_case *c) {
     struct op_run r;
     run_open(&r, precision, c);
-    for (int draws = run_draws(&r); draws > 0; draws--) {
+    for (int draw = 0; draw < run_draws(&r); draw++) {
+        if (draw > 0) {
+            run_collect(&r);
+            run_draw(&r);
+        }
         run_both(&r);
         if (precision == DEVICE_BF16)
             round_matrices(&r);
-        if (draws == 1)
-            break;
-        run_collect(&r);
-        run_draw(&r);
     }
     run_expect_close(&r);
     run_expect_same(&r);

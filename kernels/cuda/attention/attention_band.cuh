@@ -15,9 +15,6 @@
 #include "kernels/cuda/cuda.cuh"
 #include "kernels/cuda/mma.cuh"
 
-/* Scores times this are in base 2: the GPU has an instruction for 2^x. */
-constexpr double LOG2_E = 1.4426950408889634;
-
 /* ---- the mask ---- */
 
 struct band {
@@ -119,6 +116,11 @@ static __device__ __forceinline__ void count_tile() {
 #ifdef CUDA_EMULATOR
     cuda_attention_tiles += threadIdx.x == 0;
 #endif
+}
+
+/* 2^(score - top), a weight before it is divided by the sum of all. With a maximum of -inf (no keys yet) nothing is subtracted: -inf minus -inf would be NaN. */
+static __device__ __forceinline__ float weight_of(float score, float top) {
+    return exp2f(score - (top == -INFINITY ? 0 : top));
 }
 
 /* ---- rows in global memory ---- */

@@ -16,7 +16,7 @@
 
 enum { TILE = 16, PITCH_OF_TILE = TILE + 1, WARPS = 4 };
 
-template <typename T> struct simplicial_args : attended {
+template <typename T> struct simplicial_args : attention_params {
     struct rows<const T> q, k, v, k2, v2, o, d_o;
     struct rows<T> out;      /* o, or dq */
     struct rows<T> dk2, dv2; /* of the second keys, where the gradients of keys are computed */
@@ -79,8 +79,8 @@ struct softmax {
 };
 
 static __device__ __forceinline__ struct softmax merged(struct softmax x, struct softmax y) {
-    float top = fmaxf(x.top, y.top), base = top == -INFINITY ? 0 : top;
-    return {top, x.sum * exp2f(x.top - base) + y.sum * exp2f(y.top - base)};
+    float top = fmaxf(x.top, y.top);
+    return {top, x.sum * weight_of(x.top, top) + y.sum * weight_of(y.top, top)};
 }
 
 /* The log-sum-exp of all pairs of a query, by the whole block. */
@@ -95,8 +95,7 @@ static __device__ float log_sum_exp(const struct simplicial_args<T> &a, const fl
             float d[2][4], top = -INFINITY, sum = 0;
             scores_of(a, q, keys, keys_from(a, a.k2, b, h, k0), keys_from(a, a.k, b, h, j0), d);
             each_element<2>([&](int, int, int n, int r) { top = fmaxf(top, d[n][r]); });
-            each_element<2>(
-                [&](int, int, int n, int r) { sum += exp2f(d[n][r] - (top == -INFINITY ? 0 : top)); });
+            each_element<2>([&](int, int, int n, int r) { sum += weight_of(d[n][r], top); });
             all = merged(all, {top, sum});
         }
 #pragma unroll
@@ -265,7 +264,7 @@ template <typename T>
 static struct simplicial_args<T> args_of(const struct attention_spec *s, tensor q, tensor k, tensor v,
                                          tensor k2, tensor v2, tensor segments, int64_t first, int64_t ring) {
     struct simplicial_args<T> a = {};
-    static_cast<struct attended &>(a) = attended_of(s, segments, first, ring, {k, v, k2, v2});
+    static_cast<struct attention_params &>(a) = attention_params_of(s, segments, first, ring, {k, v, k2, v2});
     a.q = rows_of<const T>(q);
     a.k = rows_of<const T>(k);
     a.v = rows_of<const T>(v);

@@ -11,7 +11,6 @@
  * tile (a multiple of 16), a visible pair takes 2 p + 1 products of 2 H d FLOPs and 3 p mixings of 2 H' H'; on tensor cores, where
  * a tile's numbers are two, most of them twice or three times. Saved: the log-sum-exp of each row in base 2, [B,H,S]. */
 #include "kernels/cuda/attention/talking.cuh"
-#include "kernels/talking_limit.h"
 
 /* COLUMNS: of o that a block computes; THREADS: at most. Grid: (tiles of queries, B, parts of d). */
 template <typename T, int COLUMNS, int THREADS>
@@ -31,8 +30,7 @@ static __global__ void __launch_bounds__(THREADS) talking_forward(const struct t
     const interval keys = keys_of_block(a, band, q0);
     __syncthreads();
     for (int k0 = keys.begin; k0 < keys.end; k0 += KEYS) {
-        if (h < a.heads)
-            row_products<TENSOR>(a, queries_from(a, a.q, b, h, q0), keys_from(a, a.k, b, h, k0), h, scores);
+        row_products<TENSOR>(a, a.q, a.k, b, q0, k0, scores);
         __syncthreads();
         each_mixed(a, [&](int q, int h0) {
             float m[2][4], top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};
@@ -44,15 +42,14 @@ static __global__ void __launch_bounds__(THREADS) talking_forward(const struct t
             for (int i = 0; i < 2; i++) {
                 before[i] = s.lse[(h0 + g + 8 * i) * QUERIES + q];
                 now[i] = fmaxf(before[i], row_largest(top[i]));
-                top[i] = now[i] == -INFINITY ? 0 : now[i];
             }
-            each_element<2>([&](int, int, int n, int r) { sum[r / 2] += exp2f(m[n][r] - top[r / 2]); });
+            each_element<2>([&](int, int, int n, int r) { sum[r / 2] += weight_of(m[n][r], now[r / 2]); });
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float total = row_total(sum[i]);
                 if (threadIdx.x % 4 == 0) {
                     int at = (h0 + g + 8 * i) * QUERIES + q;
-                    s.sum[at] = s.sum[at] * exp2f(before[i] - top[i]) + total;
+                    s.sum[at] = s.sum[at] * weight_of(before[i], now[i]) + total;
                     s.lse[at] = now[i];
                 }
             }
@@ -70,8 +67,7 @@ static __global__ void __launch_bounds__(THREADS) talking_forward(const struct t
     clear(o);
     __syncthreads();
     for (int k0 = keys.begin; k0 < keys.end; k0 += KEYS) {
-        if (h < a.heads)
-            row_products<TENSOR>(a, queries_from(a, a.q, b, h, q0), keys_from(a, a.k, b, h, k0), h, scores);
+        row_products<TENSOR>(a, a.q, a.k, b, q0, k0, scores);
         __syncthreads();
         each_mixed(a, [&](int q, int h0) {
             float m[2][4];

@@ -2,13 +2,12 @@
  *
  * A block holds all heads of a tile of 16 x 16 scores in shared memory, [query][key][head]. Products with rows of q, k, v and do
  * are a warp's for each head; mixing is a warp's for the keys of each query.
- *
- * Tiles are fp32. In bf16 tensor cores multiply: a number from a tile is the sum of two bf16, so that it keeps 16 bits;
- * those from memory are exact. In fp32 the products are FMAs. Scores are in base 2. */
+ * Tiles are fp32, and are multiplied as tile_products.cuh says. Scores are in base 2. */
 #ifndef IHA_KERNELS_CUDA_ATTENTION_TALKING_CUH
 #define IHA_KERNELS_CUDA_ATTENTION_TALKING_CUH
 
 #include "kernels/cuda/attention/tile_products.cuh"
+#include "kernels/talking_shape.h"
 
 enum { QUERIES = 16, KEYS = 16 };
 
@@ -19,7 +18,7 @@ struct layout {
 };
 
 static inline struct layout layout_of(const struct attention_spec *s) {
-    const int padded = (int)round_up(s->heads, 16), key = padded + 4;
+    const int padded = (int)talking_padded_heads(s->heads), key = padded + 4;
     return {padded, key, KEYS * key + 1};
 }
 
@@ -27,7 +26,7 @@ static __host__ __device__ inline int tile_floats(struct layout l) {
     return QUERIES * l.query;
 }
 
-template <typename T> struct talking_args : attended {
+template <typename T> struct talking_args : attention_params {
     struct layout layout;
     struct rows<const T> q, k, v, d_o;
     struct rows<T> o, dq, dk, dv;
@@ -98,20 +97,19 @@ static __device__ __forceinline__ void read_queries(const struct talking_args<T>
     }
 }
 
-/* tile = <rows of x, rows of y> of this warp's head: scores, or gradients of the mixed weights. */
+/* tile = <rows of queries x from q0, rows of keys y from k0>, for each head by its warp. */
 template <bool TENSOR, typename T>
-static __device__ __forceinline__ void row_products(const struct talking_args<T> &a,
-                                                    const struct head_rows<T> &x,
-                                                    const struct head_rows<T> &y, int h, float *tile) {
+static __device__ __forceinline__ void row_products(const struct talking_args<T> &a, const rows<const T> &x,
+                                                    const rows<const T> &y, int b, int q0, int k0,
+                                                    float *tile) {
+    const int h = (int)threadIdx.x / 32;
+    if (h >= a.heads)
+        return;
+    struct head_rows<T> from = queries_from(a, x, b, h, q0), to = keys_from(a, y, b, h, k0);
     float d[2][4];
     clear(d);
-    for (int c = 0; c < a.d; c += 16) {
-        struct head_rows<T> from = x, to = y;
-        from.data += c;
-        to.data += c;
-        from.d = to.d = a.d - c;
+    for (; from.d > 0; from.d -= 16, from.data += 16, to.d -= 16, to.data += 16)
         multiply<TENSOR>(d, from, transposed_rows<head_rows<T>>{to});
-    }
     each_element<2>(
         [&](int q, int key, int n, int r) { tile[q * a.layout.query + key * a.layout.key + h] = d[n][r]; });
 }
@@ -247,7 +245,7 @@ static struct talking_args<T> args_of(const struct attention_spec *s, tensor q, 
                                       tensor segments, tensor logits, tensor weights, int64_t first,
                                       int64_t ring) {
     struct talking_args<T> a = {};
-    static_cast<struct attended &>(a) = attended_of(s, segments, first, ring, {q, k, v});
+    static_cast<struct attention_params &>(a) = attention_params_of(s, segments, first, ring, {q, k, v});
     a.layout = layout_of(s);
     a.q = rows_of<const T>(q);
     a.k = rows_of<const T>(k);
@@ -258,22 +256,22 @@ static struct talking_args<T> args_of(const struct attention_spec *s, tensor q, 
 }
 
 /* Call f with the columns of d that a block computes, and its most threads, as constants: the fewer threads, the more
- * registers they have. Not every case is worth its code in fp32. */
+ * registers they have. In fp32, which is there to check, 640 threads are not worth the code. */
 template <typename T, typename F>
 static inline void by_shape(const struct attention_spec *s, F f) {
     constexpr bool BF16 = sizeof(T) == 2;
-    const int threads = threads_of(s);
     typedef std::integral_constant<int, 64> narrow;
     typedef std::integral_constant<int, BF16 ? 128 : 64> wide;
-    typedef std::integral_constant<int, BF16 ? 640 : 1024> some;
-    if (threads > 640 || (!BF16 && threads > 512))
-        f(narrow(), std::integral_constant<int, 1024>());
-    else if (threads > 512)
-        f(narrow(), some());
-    else if (s->head_dim <= 64)
-        f(narrow(), std::integral_constant<int, 512>());
-    else
+    typedef std::integral_constant<int, BF16 ? 640 : 1024> middle;
+    const int threads = threads_of(s);
+    if (talking_columns(s->heads, s->head_dim, BF16) > 64)
         f(wide(), std::integral_constant<int, 512>());
+    else if (threads <= 512)
+        f(narrow(), std::integral_constant<int, 512>());
+    else if (threads <= middle::value)
+        f(narrow(), middle());
+    else
+        f(narrow(), std::integral_constant<int, 1024>());
 }
 
 #endif

@@ -14,6 +14,14 @@ weights_and_gradients(const struct talking_args<T> &a, const struct shared_memor
     mix<TENSOR>(a, s.weights, true, du, q, h0, dw);
 }
 
+/* dW becomes the gradient of the mixed scores, W (dW - D). */
+template <typename T>
+static __device__ __forceinline__ void through_softmax(const struct shared_memory<T> &s, int q, int h0,
+                                                       const float (&w)[2][4], float (&dw)[2][4]) {
+    each_element<2>(
+        [&](int h, int, int n, int r) { dw[n][r] = w[n][r] * (dw[n][r] - s.dot[(h0 + h) * QUERIES + q]); });
+}
+
 /* out += <head h0 + row of x, head k0 + column of y> over the tile's pairs, which are added up first: a sum over all pairs
  * in one chain would lose more to rounding. */
 template <bool TENSOR, typename T>
@@ -30,8 +38,7 @@ static __device__ __forceinline__ void add_outer(const struct talking_args<T> &a
 }
 
 /* D, dq, and the block's share of the gradients of the mixing matrices, of which a warp has at most one part: see threads_of().
- * Grid: (blocks, 1,
- * parts of d); a block takes tiles of queries in turn, every gridDim.x-th. */
+ * Grid: (blocks, 1, parts of d); a block takes tiles of queries in turn, every gridDim.x-th. */
 template <typename T, int COLUMNS, int THREADS>
 static __global__ void __launch_bounds__(THREADS)
     talking_backward_queries(const struct talking_args<T> a, int batch) {
@@ -54,11 +61,8 @@ static __global__ void __launch_bounds__(THREADS)
             s.dot[i] = 0;
         const interval keys = keys_of_block(a, band, q0);
         auto products = [&](int k0) {
-            if (h < a.heads) {
-                row_products<TENSOR>(a, queries_from(a, a.q, b, h, q0), keys_from(a, a.k, b, h, k0), h,
-                                     scores);
-                row_products<TENSOR>(a, queries_from(a, a.d_o, b, h, q0), keys_from(a, a.v, b, h, k0), h, du);
-            }
+            row_products<TENSOR>(a, a.q, a.k, b, q0, k0, scores);
+            row_products<TENSOR>(a, a.d_o, a.v, b, q0, k0, du);
         };
         __syncthreads();
         for (int k0 = keys.begin; k0 < keys.end; k0 += KEYS) {
@@ -89,9 +93,7 @@ static __global__ void __launch_bounds__(THREADS)
             each_mixed(a, [&](int q, int h0) {
                 float weights[2][4], dw[2][4];
                 weights_and_gradients<TENSOR>(a, s, scores, du, q, h0, k0, weights, dw);
-                each_element<2>([&](int head, int, int n, int r) {
-                    dw[n][r] = weights[n][r] * (dw[n][r] - s.dot[(h0 + head) * QUERIES + q]);
-                });
+                through_softmax(s, q, h0, weights, dw);
                 store_mixed(a, weights, q, h0, w);
                 store_mixed(a, dw, q, h0, dm);
             });
@@ -143,11 +145,9 @@ static __global__ void __launch_bounds__(THREADS) talking_backward_keys(const st
     for (int q0 = begin; q0 < end; q0 += QUERIES) {
         __syncthreads();
         read_queries(a, band, s, b, q0, true, !VALUES);
-        if (h < a.heads) {
-            row_products<TENSOR>(a, queries_from(a, a.q, b, h, q0), keys_from(a, a.k, b, h, k0), h, scores);
-            if (!VALUES)
-                row_products<TENSOR>(a, queries_from(a, a.d_o, b, h, q0), keys_from(a, a.v, b, h, k0), h, du);
-        }
+        row_products<TENSOR>(a, a.q, a.k, b, q0, k0, scores);
+        if (!VALUES)
+            row_products<TENSOR>(a, a.d_o, a.v, b, q0, k0, du);
         __syncthreads();
         each_mixed(a, [&](int q, int h0) {
             float weights[2][4], dw[2][4];
@@ -158,9 +158,7 @@ static __global__ void __launch_bounds__(THREADS) talking_backward_keys(const st
                 return;
             }
             weights_and_gradients<TENSOR>(a, s, scores, du, q, h0, k0, weights, dw);
-            each_element<2>([&](int head, int, int n, int r) {
-                dw[n][r] = weights[n][r] * (dw[n][r] - s.dot[(h0 + head) * QUERIES + q]);
-            });
+            through_softmax(s, q, h0, weights, dw);
             store_mixed(a, dw, q, h0, w);
         });
         __syncthreads();

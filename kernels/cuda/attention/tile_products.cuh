@@ -30,7 +30,7 @@ static __device__ __forceinline__ interval visible_queries(const struct band &ba
 
 /* Queries of a sequence, from position `first` on, and the keys they attend to: the sequence's, or a ring buffer's, in which
  * key k is row k mod ring. */
-struct attended {
+struct attention_params {
     struct band band; /* length: all keys */
     int queries, first, ring, heads, d;
     bool words; /* rows can be read two elements at a time */
@@ -38,8 +38,9 @@ struct attended {
 };
 
 /* rows: the tensors whose rows are operands. */
-static inline struct attended attended_of(const struct attention_spec *s, tensor segments, int64_t first,
-                                          int64_t ring, std::initializer_list<tensor> rows) {
+static inline struct attention_params attention_params_of(const struct attention_spec *s, tensor segments,
+                                                          int64_t first, int64_t ring,
+                                                          std::initializer_list<tensor> rows) {
     struct attention_spec all = *s;
     all.length = first + s->length;
     return {band_of(&all, segments),
@@ -98,13 +99,13 @@ template <typename T> struct head_rows {
 
 template <typename T>
 static __device__ __forceinline__ struct head_rows<T>
-queries_from(const struct attended &a, const rows<const T> &x, int b, int h, int first) {
+queries_from(const struct attention_params &a, const rows<const T> &x, int b, int h, int first) {
     return {x.of(b, h), x.row, first, a.queries, a.queries, a.d, a.words};
 }
 
 template <typename T>
 static __device__ __forceinline__ struct head_rows<T>
-keys_from(const struct attended &a, const rows<const T> &x, int b, int h, int first) {
+keys_from(const struct attention_params &a, const rows<const T> &x, int b, int h, int first) {
     return {x.of(b, h), x.row, first, a.band.length, a.ring, a.d, a.words};
 }
 
