@@ -54,7 +54,7 @@ def composition(name, variants, paper):
     return Experiment(
         name=name, title=f"{name.capitalize()} composition of boolean matrices", config=f"configs/synthetic/{name}.ini",
         data=folder, make_data=("data/tasks.py", name, "--out", folder), variants=variants, figure="val_accuracy",
-        seeds=3, overrides=("train.epochs=30",), quick=("train.epochs=none", "train.steps=800", "run.eval_every=200",
+        seeds=3, overrides=("train.epochs=10",), quick=("train.epochs=none", "train.steps=800", "run.eval_every=200",
                                                         "run.eval_batches=40"),
         not_quick=("simplicial", "iha_p8"), test=f"{folder}/test_*.bin", paper=paper)
 
