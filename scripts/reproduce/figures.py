@@ -33,9 +33,11 @@ def finished(plan, budget):
     return found
 
 
-def final(result, figure):
-    """The figure of a run that is compared: on the test set where there is one, of the last evaluation otherwise."""
-    return result["test"][figure] if figure in result.get("test", {}) else result["final"][figure]
+def final(result, figure, length=None):
+    """The figure of a run that is compared: on the test set (of a length) where there is one, of the last evaluation
+    otherwise."""
+    test = result["test_by_length"][str(length)] if length else result.get("test", {})
+    return test[figure] if figure in test else result["final"][figure]
 
 
 def spread(values):
@@ -44,7 +46,7 @@ def spread(values):
 
 
 def tokens_of_epoch(plan):
-    description = json.loads((Path(plan.experiment.data) / "dataset.json").read_text())
+    description = json.loads((Path(next(iter(plan.experiment.data))) / "dataset.json").read_text())
     shards = description["shards"]
     return sum(shard["tokens"] for name, shard in shards.items() if name.startswith("train_"))
 
@@ -175,32 +177,30 @@ def bars(plt, plans, out):
     return save(plt, figure, out, "final_accuracy")
 
 
-def retrieval(plt, plans, out):
-    """Share of values found, by length."""
-    rows = []
+def by_length(plt, plan, out):
+    """The figure on the test sets by their length, with a point for each seed."""
+    experiment, rows = plan.experiment, []
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-    for variant in plans[0].names:
-        points = []
-        for plan in plans:
-            for run, result in finished(plan, "plain").get(variant, []):
-                points.append((plan.experiment.length, final(result, plan.experiment.figure)))
-                rows.append([variant, run.seed, *points[-1]])
-        if points:
-            lengths = sorted({length for length, _ in points})
-            axes.plot(lengths, [statistics.mean(y for x, y in points if x == length) for length in lengths], "o-",
-                      color=colour(plans[0], variant), label=plans[0].experiment.variants[variant].label)
+    for variant, runs in finished(plan, "plain").items():
+        values = [[final(result, experiment.figure, length) for _, result in runs] for length in experiment.lengths]
+        for length, each in zip(experiment.lengths, values):
+            rows += [[variant, run.seed, length, value] for (run, _), value in zip(runs, each)]
+            axes.plot([length] * len(each), each, "o", color=colour(plan, variant), markersize=3)
+        axes.plot(experiment.lengths, [statistics.mean(each) for each in values], color=colour(plan, variant), linewidth=2,
+                  label=f"{experiment.variants[variant].label} ({len(runs)} seed{'s' if len(runs) > 1 else ''})")
     if not rows:
         plt.close(figure)
         return None
     axes.set_xscale("log", base=2)
-    axes.set_xticks([plan.experiment.length for plan in plans], [str(plan.experiment.length) for plan in plans])
+    axes.set_xticks(experiment.lengths, [str(length) for length in experiment.lengths])
+    axes.minorticks_off()
     axes.set_xlabel("length (tokens)")
-    axes.set_ylabel("share of values found, test set")
+    axes.set_ylabel(f"{NAMES[experiment.figure]}, test set")
     axes.set_ylim(-0.02, 1.02)
     axes.legend(frameon=False)
-    axes.set_title("Multi-key retrieval", loc="left", fontweight="bold")
-    write_csv(out / "retrieval.csv", ["variant", "seed", "length", "share_found"], rows)
-    return save(plt, figure, out, "retrieval")
+    axes.set_title(experiment.title, loc="left", fontweight="bold")
+    write_csv(out / f"{experiment.name}_by_length.csv", ["variant", "seed", "length", experiment.figure], rows)
+    return save(plt, figure, out, f"{experiment.name}_by_length")
 
 
 def draw(plans, out):
@@ -238,6 +238,8 @@ def draw(plans, out):
             "loss by time, budgets of equal time")
     for plan in (plan for plan in plans if plan.experiment.start):
         add(continued(plt, plan, out), "loss of both halves by tokens, of the second by FLOPs, and minus the first variant's")
-    keys = [plan for plan in plans if plan.experiment.length]
-    add(retrieval(plt, keys, out) if keys else None, "multi-key retrieval by length")
+    for plan in (plan for plan in plans if plan.experiment.lengths):
+        axis = ("tokens", "training tokens", lambda variant, step, tokens, result: tokens)
+        add(curves(plt, plan, "plain", axis, out), "values found by tokens, at the longest length of training")
+        add(by_length(plt, plan, out), "values found by length")
     return drawn

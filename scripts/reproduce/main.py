@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from experiments import EXPERIMENTS, GROUPS  # noqa: E402
+from experiments import EXPERIMENTS  # noqa: E402
 from runs import BINARY, Plan, Scheduler, UserError  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def parse(arguments):
         raise UserError(f"{message}; see --help")
 
     parser.error = fail
-    names = ", ".join([*EXPERIMENTS, *GROUPS])
+    names = ", ".join(EXPERIMENTS)
     parser.add_argument("--only", default="", metavar="NAMES", help=f"experiments, with commas between: {names}")
     parser.add_argument("--seeds", type=int, default=0, metavar="N", help="seeds of each variant; default: its own number")
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at once; default: GPUs, or processors")
@@ -54,13 +54,10 @@ def parse(arguments):
     if options.seeds < 0 or options.jobs < 0:
         fail("--seeds and --jobs must be 1 or more")
     experiments = load(options.experiments) if options.experiments else EXPERIMENTS
-    names = ", ".join([*experiments, *GROUPS]) if experiments is EXPERIMENTS else ", ".join(experiments)
-    chosen = []
-    for name in filter(None, (part.strip() for part in options.only.split(","))):
-        members = GROUPS.get(name, (name,))
-        if any(each not in experiments for each in members):
-            fail(f"there is no experiment {name!r}: {names}")
-        chosen += [each for each in members if each not in chosen]
+    chosen = list(dict.fromkeys(filter(None, (part.strip() for part in options.only.split(",")))))
+    for name in chosen:
+        if name not in experiments:
+            fail(f"there is no experiment {name!r}: {', '.join(experiments)}")
     options.experiments = [experiments[name] for name in chosen or experiments]
     return options
 
@@ -77,13 +74,14 @@ def load(path):
 
 
 def make_data(experiment):
-    """The shards, if they are not there."""
-    if not experiment.make_data or any(Path(experiment.data).glob("train_*.bin")):
-        return
-    if "data/corpus/bible.txt" in experiment.make_data and not Path("data/corpus/bible.txt").exists():
-        subprocess.run([sys.executable, "data/corpus.py", "bible"], check=True)
-    print(f"data: {experiment.data}", file=sys.stderr)
-    subprocess.run([sys.executable, *experiment.make_data], check=True, stdout=subprocess.DEVNULL)
+    """The shards that are not there."""
+    for folder, command in experiment.data.items():
+        if any(Path(folder).glob("train_*.bin")):
+            continue
+        if "data/corpus/bible.txt" in command and not Path("data/corpus/bible.txt").exists():
+            subprocess.run([sys.executable, "data/corpus.py", "bible"], check=True)
+        print(f"data: {folder}", file=sys.stderr)
+        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
 
 
 def run(arguments):

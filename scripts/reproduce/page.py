@@ -16,11 +16,11 @@ def number(value, figure):
     return f"{value:.4f}" if figure == "val_loss" else f"{100 * value:.2f} %"
 
 
-def table(plan, budget):
-    """Lines of Markdown: a row for each variant that has results."""
+def table(plan, budget, length):
+    """Lines of Markdown: a row for each variant that has results. length: of the test set, None where there is but one."""
     figure, lines = plan.experiment.figure, []
     for variant, runs in finished(plan, budget).items():
-        mean, deviation = spread([final(result, figure) for _, result in runs])
+        mean, deviation = spread([final(result, figure, length) for _, result in runs])
         steps = sorted({result["steps"] for _, result in runs})
         lines.append(" | ".join([
             f"| {plan.experiment.variants[variant].label}", plan.experiment.paper.get(variant, "–"), number(mean, figure),
@@ -51,14 +51,15 @@ def differences(plan):
 def section(plan):
     lines = []
     for budget in plan.budgets():
-        rows = table(plan, budget)
-        if not rows:
+        if not finished(plan, budget):
             continue
         kind = {"plain": "", "flops": ", at equal FLOPs", "time": ", at equal time"}[budget]
         where = "test set" if plan.experiment.test else "last evaluation"
-        lines += [f"## {plan.experiment.title}{kind}", "",
-                  f"| variant | the paper says | {NAMES[plan.experiment.figure]}, {where} | standard deviation | seeds | steps | hours |",
-                  "|---|---|---|---|---|---|---|", *rows, ""]
+        lines += [f"## {plan.experiment.title}{kind}", ""]
+        for length in plan.experiment.lengths or (None,):
+            at = f" of {length} tokens" if length else ""
+            lines += [f"| variant | the paper says | {NAMES[plan.experiment.figure]}, {where}{at} | standard deviation | seeds | steps | hours |",
+                      "|---|---|---|---|---|---|---|", *table(plan, budget, length), ""]
         lines += differences(plan) if plan.experiment.start else []
         run, result = next(iter(finished(plan, budget).values()))[0]
         lines += sweeps(plan)

@@ -318,10 +318,10 @@ def gpus():
     return done.stdout.split("\n")[:-1] if done.returncode == 0 else []
 
 
-def evaluate(run, shards, threads):
+def evaluate(run, shards, threads, *more):
     """{figure: value} of the best checkpoint on other shards."""
     best = run.folder / "best" if (run.folder / "best").exists() else run.folder
-    done = subprocess.run([BINARY, "eval", str(best), f"data.val={shards}", f"system.threads={threads}"],
+    done = subprocess.run([BINARY, "eval", str(best), f"data.val={shards}", f"system.threads={threads}", *more],
                           capture_output=True, text=True)
     if done.returncode != 0:
         raise OSError(0, (done.stderr.strip().splitlines() or ["failed"])[-1], str(best))
@@ -344,7 +344,11 @@ def finish(run, threads, cards):
               "curve": points, **run.settings(), "command": shlex.join(command), "commit": commit(),
               "machine": machine(cards)}
     if run.experiment.test and run.budget != "sweep":
-        result["test"] = evaluate(run, run.experiment.test, threads)
+        if run.experiment.lengths:
+            result["test_by_length"] = {str(length): evaluate(run, run.experiment.test.format(length=length), threads,
+                                                              f"train.seq_len={length}") for length in run.experiment.lengths}
+        else:
+            result["test"] = evaluate(run, run.experiment.test, threads)
     write_json(run.folder / "result.json", result)
 
 
@@ -475,4 +479,6 @@ def summary(run):
     text = f"{figure} {result['best'].get(figure, math.nan):.4f}"
     if figure in result.get("test", {}):
         text += f", on the test set {result['test'][figure]:.4f}"
+    for length, values in result.get("test_by_length", {}).items():
+        text += f", {length} tokens {values[figure]:.4f}"
     return f"{text}; {result['steps']} steps in {result['seconds']:.0f} s"

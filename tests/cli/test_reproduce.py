@@ -21,12 +21,22 @@ sys.path.insert(0, {scripts!r})
 import experiments as e
 
 EXPERIMENTS = {{"lm": e.Experiment(
-    name="lm", title="Small models", config={config!r}, data={data!r}, make_data=(), figure="val_loss", seeds=2,
+    name="lm", title="Small models", config={config!r}, data={{{data!r}: ()}}, figure="val_loss", seeds=2,
     variants={{"global": e.Variant("Global", e.MHA), "iha_p2": e.Variant("IHA P = 2", e.iha(2), seeds=1)}},
     overrides=("train.steps={steps}", "run.eval_every=3"), flops_of="global", learning_rates=(1e-5, 1e-2),
     paper={{"iha_p2": "better"}})}}
 """
 
+LENGTHS = """
+import sys
+sys.path.insert(0, {scripts!r})
+import experiments as e
+
+EXPERIMENTS = {{"keys": e.Experiment(
+    name="keys", title="By length", config={config!r}, data={{{data!r}: ()}}, figure="val_loss", seeds=2,
+    variants={{"mha": e.Variant("MHA", e.MHA)}}, overrides=("train.steps={steps}", "run.eval_every=2"),
+    test={data!r} + "/val_*.bin", lengths=(8, 16))}}
+"""
 
 CONTINUED = """
 import sys
@@ -34,7 +44,7 @@ sys.path.insert(0, {scripts!r})
 import experiments as e
 
 EXPERIMENTS = {{"up": e.Experiment(
-    name="up", title="Continued", config={config!r}, data={data!r}, make_data=(), figure="val_loss", seeds=2,
+    name="up", title="Continued", config={config!r}, data={{{data!r}: ()}}, figure="val_loss", seeds=2,
     start=("train.schedule=constant", "model.layer_pattern=mha_global", "model.position_embedding=learned"),
     variants={{"mha": e.Variant("MHA", ("train.lr=1e-3", *e.MHA)), "longer": e.Variant("Longer", e.MHA, flops_of="iha"),
                "iha": e.Variant("IHA", e.iha(2))}},
@@ -189,6 +199,26 @@ class Reproduce(FolderCase):
         self.reproduce(6, "--recorded", "--seeds", "1", text=CONTINUED.replace("e.iha(2)", "e.iha(3)"))
         self.assertEqual(sorted(self.results("up")), ["iha/plain/seed1", "longer/plain/seed1", "start/seed1"])
 
+    def test_lengths(self):
+        """Test sets of several lengths: a table and a point in the figure for each."""
+        self.reproduce(4, text=LENGTHS)
+        results = self.results("keys")
+        page = (self.docs / "results.md").read_text()
+        with open(self.docs / "keys_by_length.csv") as file:
+            rows = list(csv.DictReader(file))
+        self.assertEqual([row["length"] for row in rows], ["8", "8", "16", "16"])
+        for length in (8, 16):
+            found = []
+            for seed in (1, 2):
+                best = self.runs / "full" / "keys" / "mha" / "plain" / f"seed{seed}" / "best"
+                done = subprocess.run([BINARY, "eval", best, f"train.seq_len={length}"], env=ENVIRONMENT, text=True,
+                                      capture_output=True, check=True, timeout=TIMEOUT)
+                found.append(float(done.stdout.split()[-2]))
+                result = results[f"mha/plain/seed{seed}"]
+                self.assertEqual(result["test_by_length"][str(length)]["val_loss"], found[-1])
+            self.assertEqual([row["val_loss"] for row in rows if row["length"] == str(length)], [f"{each:.6g}" for each in found])
+            self.assertIn(f"| {sum(found) / 2:.4f} |", page.split(f"test set of {length} tokens")[1].split("\n\n")[0])
+
     def test_interrupted(self):
         """Stopped and started again, a run ends with the losses of one that was not."""
         steps, only = 400, ["--seeds", "1", "--jobs", "1", "--quick"]
@@ -234,7 +264,7 @@ for arguments in ([], ["--quick"]):
         # Whole: runs of the sweep, and of each seed and budget; quick: a run of each variant that takes part.
         self.assertEqual(counts["binary"], [6 * 3 + 2, 6])
         self.assertEqual(counts["lm"], [7 * 4 + 2 * 7 * 4, 7])
-        self.assertEqual(counts["multikey_1024"], [3, 3])
+        self.assertEqual(counts["multikey"], [3 * 3, 3])
         self.assertEqual(counts["upcycling"], [4 + 6 * 4, 1 + 6])
 
     def test_every_experiment_begins(self):
@@ -245,9 +275,9 @@ sys.path.insert(0, {str(MAIN.parent)!r})
 from main import EXPERIMENTS, make_data
 from runs import last_of_each_key
 for experiment in EXPERIMENTS.values():
-    if "data/tasks.py" in experiment.make_data:
-        few = [*experiment.make_data, "--train", "100", "--val", "50", "--test", "50"]
-        make_data(dataclasses.replace(experiment, make_data=(str({str(ROOT)!r} + "/" + few[0]), *few[1:])))
+    few = {{folder: ({str(ROOT)!r} + "/" + command[0], *command[1:], "--train", "100", "--val", "50", "--test", "50")
+           for folder, command in experiment.data.items() if "data/tasks.py" in command}}
+    make_data(dataclasses.replace(experiment, data=few))
     for variant in experiment.variants.values():
         print(json.dumps([experiment.config, *last_of_each_key(*experiment.overrides, *variant.overrides)]))
 """
