@@ -394,8 +394,10 @@ class Scheduler:
             ended = True
             log.close()
             self.free.append(slot)
-            last = ((run.folder / "log.txt").read_text(errors="replace").strip().splitlines() or [""])[-1]
-            if process.returncode == 0 and (last.startswith("done:") or ": already finished" in last):
+            lines = (run.folder / "log.txt").read_text(errors="replace").strip().splitlines()
+            last = (lines or [""])[-1]
+            # After "done:" there may be lines about the data. A run that a signal stopped has none.
+            if process.returncode == 0 and any(line.startswith("done:") or ": already finished" in line for line in lines):
                 finish(run, self.threads, self.cards)
                 self.times.append(time.monotonic() - start)
                 self.say(f"{describe(run)}: {summary(run)}")

@@ -34,7 +34,8 @@ import experiments as e
 
 EXPERIMENTS = {{"keys": e.Experiment(
     name="keys", title="By length", config={config!r}, data={{{data!r}: ()}}, figure="val_loss", seeds=2,
-    variants={{"mha": e.Variant("MHA", e.MHA)}}, overrides=("train.steps={steps}", "run.eval_every=2"),
+    variants={{"mha": e.Variant("MHA", e.MHA)}},
+    overrides=("train.steps={steps}", "run.eval_every=2", "data.train=1 {data}/train_*.bin, 1 {data}/val_*.bin"),
     test={data!r} + "/val_*.bin", lengths=(8, 16))}}
 """
 
@@ -200,7 +201,8 @@ class Reproduce(FolderCase):
         self.assertEqual(sorted(self.results("up")), ["iha/plain/seed1", "longer/plain/seed1", "start/seed1"])
 
     def test_lengths(self):
-        """Test sets of several lengths: a table and a point in the figure for each."""
+        """Test sets of several lengths: a table and a point in the figure for each. Trained on a mixture of data, after which
+        "done:" is not the last line."""
         self.reproduce(4, text=LENGTHS)
         results = self.results("keys")
         page = (self.docs / "results.md").read_text()

@@ -113,6 +113,19 @@ static void no_price(void **state) {
     assert_string_equal(announced(&c, DEVICE_FP32, true, 128, kernels_cpu()), "");
 }
 
+/* cuDNN has nothing for them. */
+static void layers_without_cudnn(void **state) {
+    (void)state;
+    struct model_config c = config(128);
+    c.layer_types[0] = LAYER_TALKING_GLOBAL;
+    for (int layer = 1; layer < c.num_hidden_layers; layer++)
+        c.layer_types[layer] = LAYER_SIMPLICIAL_GLOBAL;
+    assert_string_equal(announced(&c, DEVICE_BF16, true, 128, kernels_cuda()),
+                        "deterministic: attention of talking_global layers by built-in kernels, of "
+                        "simplicial_global layers by built-in kernels; 0.0 MB of the workspace are for that\n");
+    assert_int_equal(planned_for_determinism, 0);
+}
+
 /* Which of these lengths cuDNN computes, as a string of c (cuDNN) and o (built-in kernels). */
 static const char *served(size_t cudnn, bool graphs, bool segmented) {
     static const int64_t lengths[] = {128, 130, 256, 300};
@@ -155,6 +168,7 @@ int main(void) {
         cmocka_unit_test(by_cudnn),
         cmocka_unit_test(too_long_for_cudnn),
         cmocka_unit_test(by_own_kernels),
+        cmocka_unit_test(layers_without_cudnn),
         cmocka_unit_test(no_price),
         cmocka_unit_test(old_cudnn_in_graphs),
         cmocka_unit_test(segments_by_own_kernels),
