@@ -62,7 +62,7 @@ def section(plan):
                       "|---|---|---|---|---|---|---|", *table(plan, budget, length), ""]
         lines += differences(plan) if plan.experiment.start else []
         run, result = next(iter(finished(plan, budget).values()))[0]
-        lines += sweeps(plan)
+        lines += sweeps(plan) if budget == plan.budgets()[0] else []
         seconds = plan.step_seconds()
         if seconds and budget == "time":
             lines += ["A step takes, in seconds (median, nothing else running): " + ", ".join(

@@ -290,12 +290,14 @@ def curve(run):
 
 
 def commit():
-    """The version in git; "unknown" where there is no git, or no repository."""
+    """The version in git, with "-dirty" if it is changed outside docs/, where results are written; "unknown" where there is
+    no git, or no repository."""
     try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+        done = subprocess.run(["git", "describe", "--always"], capture_output=True, text=True)
+        changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", ".", ":!docs"], capture_output=True).returncode == 1
     except OSError:
         return "unknown"
-    return done.stdout.strip() or "unknown"
+    return done.stdout.strip() + ("-dirty" if changed else "") or "unknown"
 
 
 def machine(gpus):
