@@ -29,12 +29,12 @@ MAX_REPEATS = 10000  # examples in a row that were drawn before: the task has no
 
 EXAMPLES = """\
 examples:
-  data/tasks.py binary --out data/binary
-  data/tasks.py ternary --out data/ternary --seed 2
-  data/tasks.py cpm3 --length 16 --modulus 8 --factor 17 --out data/cpm3
-  data/tasks.py polynomial --length 16 --modulus 5 --order 4 --out data/polynomial
-  data/tasks.py multikey --length 512 --pairs 4 --out data/multikey_512
-  data/tasks.py multikey --form ids --haystack needles --length 256 --out data/multikey_ids
+  .venv/bin/python data/tasks.py binary --out data/binary
+  .venv/bin/python data/tasks.py ternary --out data/ternary --seed 2
+  .venv/bin/python data/tasks.py cpm3 --length 16 --modulus 8 --factor 17 --out data/cpm3
+  .venv/bin/python data/tasks.py polynomial --length 16 --modulus 5 --order 4 --out data/polynomial
+  .venv/bin/python data/tasks.py multikey --length 512 --pairs 4 --out data/multikey_512
+  .venv/bin/python data/tasks.py multikey --form ids --haystack needles --length 256 --out data/multikey_ids
 """
 
 # ------------------------------------------------------------------------------------------ drawing

@@ -28,7 +28,7 @@ def finished(plan, budget):
         for seed in range(1, plan.seeds[name] + 1):
             run = plan.compared(name, seed, budget)
             result = run and run.result()
-            if result:
+            if result and all(str(length) in result.get("test_by_length", {}) for length in plan.experiment.lengths):
                 found.setdefault(name, []).append((run, result))
     return found
 
@@ -46,9 +46,13 @@ def spread(values):
 
 
 def tokens_of_epoch(plan):
-    description = json.loads((Path(next(iter(plan.experiment.data))) / "dataset.json").read_text())
-    shards = description["shards"]
-    return sum(shard["tokens"] for name, shard in shards.items() if name.startswith("train_"))
+    """Of the data, or where it is not there, from a run of as many epochs as the experiment says."""
+    try:
+        description = json.loads((Path(next(iter(plan.experiment.data))) / "dataset.json").read_text())
+    except FileNotFoundError:
+        epochs = next(int(item.split("=")[1]) for item in plan.common if item.startswith("train.epochs="))
+        return max(result["tokens"] for runs in finished(plan, "plain").values() for _, result in runs) / epochs
+    return sum(shard["tokens"] for name, shard in description["shards"].items() if name.startswith("train_"))
 
 
 def colour(plan, name):
@@ -69,7 +73,7 @@ def save(plt, figure, out, name):
 
 
 def curves(plt, plan, budget, axis, out):
-    """A line for each seed, a strong one for their mean where all have the same steps. axis: (name, label, function of
+    """A line for each seed, a thick one for their mean where all have the same steps. axis: (name, label, function of
     variant, step, tokens and result)."""
     name, label, position = axis
     experiment, rows = plan.experiment, []
@@ -138,7 +142,8 @@ def continued(plt, plan, out):
         if variant == plan.names[0]:
             compared = {(seed, x): loss for seed, points in series.items() for x, _, loss in points}
         less = [[(x, loss - compared[seed, x]) for x, _, loss in points if (seed, x) in compared] for seed, points in series.items()]
-        if not experiment.variants[variant].flops_of and all(less):
+        less = [points for points in less if points]
+        if not experiment.variants[variant].flops_of and less:
             draw_mean(panels[2], less, style, label)
     late = sorted(row[4] for row in rows if row[0] != "start")
     panels[0].set_ylim(late[0] - 0.05, late[-1] + 0.8)

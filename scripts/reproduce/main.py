@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from experiments import EXPERIMENTS  # noqa: E402
-from runs import BINARY, Plan, Scheduler, UserError  # noqa: E402
+from runs import BINARY, Plan, Scheduler, UserError, write_record  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -59,6 +59,7 @@ def parse(arguments):
         if name not in experiments:
             fail(f"there is no experiment {name!r}: {', '.join(experiments)}")
     options.experiments = [experiments[name] for name in chosen or experiments]
+    options.all_experiments = list(experiments.values())
     return options
 
 
@@ -84,6 +85,15 @@ def make_data(experiment):
         subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
 
 
+def shown(options):
+    """Plans of what the page shows: all experiments and seeds, from the record where this command did not train them."""
+    every = argparse.Namespace(**vars(options) | {"recorded": True, "seeds": 0})
+    plans = [Plan(experiment, every) for experiment in options.all_experiments]
+    for plan in plans:
+        plan.seeds = {name: max(seeds, options.seeds) for name, seeds in plan.seeds.items()}
+    return plans
+
+
 def run(arguments):
     options = parse(arguments)
     options.out, options.docs = (path and path.absolute() for path in (options.out, options.docs))
@@ -97,7 +107,9 @@ def run(arguments):
             make_data(experiment)
         failed = Scheduler(plans, options).run()
     from page import write_page
-    print(write_page(plans, options))
+    for plan in plans:
+        write_record(plan, options)
+    print(write_page(shown(options), options))
     return 1 if failed else 0
 
 

@@ -18,7 +18,7 @@ MUON = "train.optimizer=muon"
 
 def optimizers(name, title, steps, size, adamw_rates, muon_rates, whole=0):
     return Experiment(
-        name=name, title=title, config="configs/quickstart.ini", data=LANGUAGE.data, make_data=LANGUAGE.make_data,
+        name=name, title=title, config="configs/quickstart.ini", data=LANGUAGE.data,
         variants={
             "adamw": Variant("AdamW", ("train.optimizer=adamw",), learning_rates=adamw_rates),
             "muon": Variant("Muon", (MUON,), seeds=whole, learning_rates=muon_rates),

@@ -1,7 +1,6 @@
 """docs/reproduction/results.md: a table of what the paper says and what came out, and the figures."""
 
 from figures import NAMES, draw, final, finished, spread
-from runs import write_record
 
 HEAD = """\
 # Results
@@ -30,9 +29,9 @@ def table(plan, budget, length):
     return lines
 
 
-def differences(plan):
-    """Lines of Markdown: what each variant has more than the first of the same seed, which starts from the same weights."""
-    found, figure = finished(plan, "plain"), plan.experiment.figure
+def differences(plan, budget):
+    """Lines of Markdown: what each variant has more than the first of the same seed, of which there may be fewer."""
+    found, figure = finished(plan, budget), plan.experiment.figure
     results = {name: {run.seed: final(result, figure) for run, result in runs} for name, runs in found.items()}
     first = plan.names[0]
     lines = []
@@ -54,14 +53,16 @@ def section(plan):
         if not finished(plan, budget):
             continue
         kind = {"plain": "", "flops": ", at equal FLOPs", "time": ", at equal time"}[budget]
-        where = "test set" if plan.experiment.test else "last evaluation"
+        where = "last evaluation"
+        if plan.experiment.test:
+            where = "test set" if "/test_" in plan.experiment.test else "whole validation set"
         lines += [f"## {plan.experiment.title}{kind}", ""]
         for length in plan.experiment.lengths or (None,):
             at = f" of {length} tokens" if length else ""
             lines += [f"| variant | the paper says | {NAMES[plan.experiment.figure]}, {where}{at} | standard deviation | seeds | steps | hours |",
                       "|---|---|---|---|---|---|---|", *table(plan, budget, length), ""]
-        lines += differences(plan) if plan.experiment.start else []
-        run, result = next(iter(finished(plan, budget).values()))[0]
+        lines += differences(plan, budget) if plan.experiment.start or plan.experiment.flops_of else []
+        _, result = next(iter(finished(plan, budget).values()))[0]
         lines += sweeps(plan) if budget == plan.budgets()[0] else []
         seconds = plan.step_seconds()
         if seconds and budget == "time":
@@ -86,7 +87,7 @@ def sweeps(plan):
 
 
 def write_page(plans, options):
-    """Draw and write; returns the file."""
+    """Draw and write what is there of the plans; returns the file."""
     out = options.docs / "quick" if options.quick else options.docs
     pictures = draw(plans, out)
     command = "make reproduce" + (" QUICK=1" if options.quick else "")
@@ -94,7 +95,6 @@ def write_page(plans, options):
     if options.quick:
         lines.append("This is the quick form: budgets so small that the tasks run end to end and little is learnt.\n")
     for plan in plans:
-        write_record(plan, options)
         lines += section(plan)
     if pictures:
         lines.append("## Figures\n")

@@ -78,8 +78,11 @@ class Plan:
         rate = next((item.split("=")[1] for item in more if item.startswith("train.lr=")), "")
         parts = [name, budget] + ([f"lr{rate}"] if budget == "sweep" else []) + [f"seed{seed}"]
         overrides = self.overrides(name, f"train.seed={seed}", *more)
-        recorded = self.recorded and self.recorded.result("/".join(parts), overrides)
-        return Run(self.experiment, name, seed, budget, overrides, self.folder.joinpath(*parts), tuple(start), recorded)
+        return self.with_record(Run(self.experiment, name, seed, budget, overrides, self.folder.joinpath(*parts), tuple(start)))
+
+    def with_record(self, run):
+        recorded = self.recorded and self.recorded.result(str(run.folder.relative_to(self.folder)), run.settings())
+        return replace(run, recorded=recorded)
 
     def steps(self):
         return int(next(item.split("=")[1] for item in reversed(self.common) if item.startswith("train.steps=")))
@@ -89,10 +92,9 @@ class Plan:
         if not self.experiment.start:
             return None
         overrides = last_of_each_key(*self.common, *self.experiment.start, f"train.seed={seed}")
-        recorded = self.recorded and self.recorded.result(f"start/seed{seed}", overrides)
-        run = Run(self.experiment, "start", seed, "plain", overrides, self.folder / "start" / f"seed{seed}", recorded=recorded)
+        run = self.with_record(Run(self.experiment, "start", seed, "plain", overrides, self.folder / "start" / f"seed{seed}"))
         # What continues it needs its checkpoint, which no record holds.
-        needed = recorded and not all(self.continued(name, run).result() for name in self.names if seed <= self.seeds[name])
+        needed = run.recorded and not all(self.continued(name, run).result() for name in self.names if seed <= self.seeds[name])
         return replace(run, recorded=None) if needed else run
 
     def continued(self, name, start):
@@ -227,16 +229,15 @@ class Record:
         try:
             content = json.loads(self.path.read_text())
             self.step_seconds, self.runs = content["step_seconds"], content["runs"]
-            self.overrides = {key: result["overrides"] for key, result in self.runs.items()}
         except FileNotFoundError:
-            self.step_seconds, self.runs, self.overrides = {}, {}, {}
+            self.step_seconds, self.runs = {}, {}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{self.path}: not a record of results; restore it, or remove it") from None
 
-    def result(self, key, overrides):
+    def result(self, key, settings):
         """None also for a run that the experiment's present settings would make differently."""
-        recorded = self.overrides.get(key)
-        return self.runs[key] if recorded is not None and trained(recorded) == trained(overrides) else None
+        recorded = self.runs.get(key)
+        return recorded if same_settings(recorded, settings) else None
 
 
 def record_folder(options):
@@ -331,8 +332,8 @@ def evaluate(run, shards, threads, *more):
             (line.split()[:2] for line in done.stdout.splitlines() if line.startswith("val_"))}
 
 
-def finish(run, threads, cards):
-    """Record a run that has ended, atomically."""
+def finish(run, threads, cards, version):
+    """Record a run that has ended, atomically. version: commit() when it was started."""
     points = curve(run)
     newest = max(run.folder.glob("step_*/trainer.json"))
     trainer = json.loads(newest.read_text())
@@ -343,7 +344,7 @@ def finish(run, threads, cards):
     result = {"steps": trainer["step"], "tokens": trainer["tokens"], "seconds": trainer["seconds"],
               "final": points[-1][2] if points else {},
               "best": pick((p[2] for p in points), key=lambda p: p.get(figure, math.nan)) if points else {},
-              "curve": points, **run.settings(), "command": shlex.join(command), "commit": commit(),
+              "curve": points, **run.settings(), "command": shlex.join(command), "commit": version,
               "machine": machine(cards)}
     if run.experiment.test and run.budget != "sweep":
         if run.experiment.lengths:
@@ -386,13 +387,13 @@ class Scheduler:
             environment["CUDA_VISIBLE_DEVICES"] = str(slot % len(self.cards))
         process = subprocess.Popen(run.command(self.threads), stdout=log, stderr=log, stdin=subprocess.DEVNULL,
                                    env=environment, start_new_session=True)
-        self.running[process] = (run, slot, time.monotonic(), log)
+        self.running[process] = (run, slot, time.monotonic(), log, commit())
 
     def reap(self):
         """Whether any run has ended."""
         ended = False
         for process in [each for each in self.running if each.poll() is not None]:
-            run, slot, start, log = self.running.pop(process)
+            run, slot, start, log, version = self.running.pop(process)
             ended = True
             log.close()
             self.free.append(slot)
@@ -400,7 +401,12 @@ class Scheduler:
             last = (lines or [""])[-1]
             # After "done:" there may be lines about the data. A run that a signal stopped has none.
             if process.returncode == 0 and any(line.startswith("done:") or ": already finished" in line for line in lines):
-                finish(run, self.threads, self.cards)
+                try:
+                    finish(run, self.threads, self.cards, version)
+                except OSError as error:
+                    self.failed.append(run)
+                    self.say(f"{describe(run)}: cannot be evaluated: {error.filename}: {error.strerror}")
+                    continue
                 self.times.append(time.monotonic() - start)
                 self.say(f"{describe(run)}: {summary(run)}")
             else:

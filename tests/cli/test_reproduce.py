@@ -36,7 +36,7 @@ EXPERIMENTS = {{"keys": e.Experiment(
     name="keys", title="By length", config={config!r}, data={{{data!r}: ()}}, figure="val_loss", seeds=2,
     variants={{"mha": e.Variant("MHA", e.MHA)}},
     overrides=("train.steps={steps}", "run.eval_every=2", "data.train=1 {data}/train_*.bin, 1 {data}/val_*.bin"),
-    test={data!r} + "/val_*.bin", lengths=(8, 16))}}
+    test={data!r} + "/test_{{length}}.bin", lengths=(8, 16))}}
 """
 
 CONTINUED = """
@@ -203,6 +203,8 @@ class Reproduce(FolderCase):
     def test_lengths(self):
         """Test sets of several lengths: a table and a point in the figure for each. Trained on a mixture of data, after which
         "done:" is not the last line."""
+        for length in (8, 16):
+            write_shard(self.data / f"test_{length}.bin", documents(40, seed=length))
         self.reproduce(4, text=LENGTHS)
         results = self.results("keys")
         page = (self.docs / "results.md").read_text()
@@ -213,7 +215,7 @@ class Reproduce(FolderCase):
             found = []
             for seed in (1, 2):
                 best = self.runs / "full" / "keys" / "mha" / "plain" / f"seed{seed}" / "best"
-                done = subprocess.run([BINARY, "eval", best, f"train.seq_len={length}"], env=ENVIRONMENT, text=True,
+                done = subprocess.run([BINARY, "eval", best, f"train.seq_len={length}", f"data.val={self.data}/test_{length}.bin"], env=ENVIRONMENT, text=True,
                                       capture_output=True, check=True, timeout=TIMEOUT)
                 found.append(float(done.stdout.split()[-2]))
                 result = results[f"mha/plain/seed{seed}"]
@@ -244,15 +246,27 @@ class Reproduce(FolderCase):
         subprocess.run(alone, env=ENVIRONMENT, capture_output=True, check=True, timeout=TIMEOUT)
         self.assertEqual(losses(folder).tolist(), losses(self.folder / "alone").tolist())
 
+    def test_page_shows_all_experiments(self):
+        """Also those, and the seeds, that a command does not train."""
+        both = EXPERIMENTS.replace('EXPERIMENTS = {{', 'EXPERIMENTS = {{"other": e.Experiment(name="other", title="Another one", '
+                                   'config={config!r}, data={{{data!r}: ()}}, figure="val_loss", seeds=1, '
+                                   'variants={{"mha": e.Variant("MHA", e.MHA)}}, overrides=("train.steps={steps}", "run.eval_every=2")), ')
+        self.reproduce(4, "--quick", text=both)
+        page = (self.docs / "quick" / "results.md").read_text()
+        self.assertIn("Another one", page)
+        self.reproduce(4, "--quick", "--only", "lm", text=both)
+        self.assertEqual((self.docs / "quick" / "results.md").read_text(), page)
+
     def test_every_experiment_can_be_planned(self):
-        """The published ones, whole and quick, before anything has been run."""
+        """The published ones, whole and quick, before anything has been run; and those of optimizers.py."""
         plan = f"""
 import sys
 sys.path.insert(0, {str(MAIN.parent)!r})
 from main import EXPERIMENTS, parse
 from runs import Plan
+from optimizers import EXPERIMENTS as OPTIMIZERS
 for arguments in ([], ["--quick"]):
-    for experiment in EXPERIMENTS.values():
+    for experiment in [*EXPERIMENTS.values(), *OPTIMIZERS.values()]:
         runs, unknown = Plan(experiment, parse(["--out", {str(self.runs)!r}, *arguments])).all_runs()
         print(experiment.name, len(runs) + unknown)
 """
@@ -268,6 +282,7 @@ for arguments in ([], ["--quick"]):
         self.assertEqual(counts["lm"], [7 * 4 + 2 * 7 * 4, 7])
         self.assertEqual(counts["multikey"], [3 * 3, 3])
         self.assertEqual(counts["upcycling"], [4 + 6 * 4, 1 + 6])
+        self.assertEqual(counts["4m"][1], 2)
 
     def test_every_experiment_begins(self):
         """The published ones: their data is made, with few examples, and every variant trains a step on it."""
