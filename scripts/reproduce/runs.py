@@ -127,7 +127,9 @@ class Plan:
         results = [run.result() for run in self.sweep(name)]
         if not results or not all(results):
             return None
-        return min((result["final"]["val_loss"], rate) for result, rate in zip(results, self.learning_rates(name)))[1]
+        # The loss of a run that diverged is null.
+        losses = [math.inf if result["final"]["val_loss"] is None else result["final"]["val_loss"] for result in results]
+        return min(zip(losses, self.learning_rates(name)))[1]
 
     def budgets(self):
         if not self.experiment.flops_of:
@@ -204,8 +206,9 @@ class Plan:
 
 
 def trained(overrides):
-    """Overrides without the device: where a run is computed does not make it another run."""
-    return [item for item in overrides if not item.startswith("system.device=")]
+    """Overrides without the device and without the folder of the first half, whose settings are compared beside them: where
+    a run is computed does not make it another run."""
+    return [item for item in overrides if not item.startswith(("system.device=", "train.init_from="))]
 
 
 def same_settings(written, settings):
@@ -339,11 +342,12 @@ def finish(run, threads, cards, version):
     trainer = json.loads(newest.read_text())
     figure = run.experiment.figure
     pick = min if figure == "val_loss" else max
+    known = [values for _, _, values in points if values.get(figure) is not None]
     program, *arguments = run.command(threads)
     command = [program, *(argument.replace(f"{Path.cwd()}/", "") for argument in arguments)]
     result = {"steps": trainer["step"], "tokens": trainer["tokens"], "seconds": trainer["seconds"],
               "final": points[-1][2] if points else {},
-              "best": pick((p[2] for p in points), key=lambda p: p.get(figure, math.nan)) if points else {},
+              "best": pick(known, key=lambda values: values[figure]) if known else {},
               "curve": points, **run.settings(), "command": shlex.join(command), "commit": version,
               "machine": machine(cards)}
     if run.experiment.test and run.budget != "sweep":
