@@ -68,9 +68,9 @@ def section(plan):
         if seconds and budget == "time":
             lines += ["A step takes, in seconds (median, nothing else running): " + ", ".join(
                 f"{plan.experiment.variants[name].label} {seconds[name]:.3f}" for name in plan.names) + ".", ""]
-        commits = sorted({each["commit"] for runs in finished(plan, budget).values() for _, each in runs})
-        lines += [f"First of these runs: `{result['command']}`", "",
-                  f"Commit {', '.join(commits)}; {result['machine']}.", ""]
+        commits, machines = (sorted({each[key] for runs in finished(plan, budget).values() for _, each in runs})
+                             for key in ("commit", "machine"))
+        lines += [f"First of these runs: `{result['command']}`", "", f"Commit {', '.join(commits)}; {'; '.join(machines)}.", ""]
     return lines
 
 
